@@ -1,0 +1,58 @@
+"""Perceivers for PyTorch: parts that compose.
+
+    adapter: raw input -> tokens      encoder: tokens -> latents      head: latents -> answer
+
+Example:
+    >>> import torch
+    >>> import perceiver_core as pc
+    >>> audio = pc.adapters.Audio(patch=16, positions=pc.positions.Fourier(axes=1, bands=8, max_resolution=64))
+    >>> encoder = pc.Encoder(audio.dim, latents=8, dim=32, depth=2, heads=4)
+    >>> model = pc.Perceiver(audio, encoder, pc.heads.Regress(encoder.dim, values=1))
+    >>> model(torch.randn(3, 999)).shape
+    torch.Size([3, 1])
+"""
+
+from perceiver_core import adapters, attention, heads, models, positions, sharing, visualize
+from perceiver_core.blocks import (
+    GEGLU,
+    MLP,
+    CrossAttend,
+    KeysValues,
+    LatentTransformer,
+    MultiHeadAttention,
+    SelfAttend,
+    SquaredReLU,
+)
+from perceiver_core.checkpoints import load, save
+from perceiver_core.encoder import Encoder
+from perceiver_core.models import Perceiver
+from perceiver_core.recompute import recompute_activations
+from perceiver_core.registry import register
+from perceiver_core.tokens import Tokens
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GEGLU",
+    "MLP",
+    "CrossAttend",
+    "Encoder",
+    "KeysValues",
+    "LatentTransformer",
+    "MultiHeadAttention",
+    "Perceiver",
+    "SelfAttend",
+    "SquaredReLU",
+    "Tokens",
+    "adapters",
+    "attention",
+    "heads",
+    "load",
+    "models",
+    "positions",
+    "recompute_activations",
+    "register",
+    "save",
+    "sharing",
+    "visualize",
+]

@@ -1,0 +1,99 @@
+"""Sound: raw samples in patches, or a spectrogram that the user has computed."""
+
+from __future__ import annotations
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from perceiver_core import checks
+from perceiver_core.adapters.grid import check_axes, grid_tokens, token_dim
+from perceiver_core.positions import Positions
+from perceiver_core.registry import register
+from perceiver_core.tokens import Tokens
+
+
+@register
+class Audio(nn.Module):
+    """Raw samples `b s`: every `patch` samples are a token. What is left over at the end is padded with zeros.
+
+    Args:
+        patch: samples a token.
+        positions: position features over one axis; None for none.
+
+    Example:
+        >>> import torch
+        >>> import perceiver_core as pc
+        >>> where = pc.positions.Fourier(axes=1, bands=64, max_resolution=480)
+        >>> audio = pc.adapters.Audio(patch=128, positions=where)
+        >>> audio.dim, audio(torch.randn(2, 61_440)).n
+        (257, 480)
+
+    Reference: Jaegle et al. 2021 (Perceiver), section 4.2.
+    """
+
+    def __init__(self, patch: int = 16, *, positions: Positions | None) -> None:
+        super().__init__()
+        checks.positive(patch=patch)
+        check_axes("Audio", positions, 1)
+        self.patch, self.positions = patch, positions
+
+    @property
+    def dim(self) -> int:
+        """The width of a token."""
+        return token_dim(self.patch, self.positions)
+
+    def forward(self, samples: Float[Tensor, "b s"], *, mask: Bool[Tensor, "b patches"] | None = None) -> Tokens:
+        """The tokens of sounds of any length.
+
+        Args:
+            samples: the waveform, in [-1, 1].
+            mask: over patches, True = attend.
+
+        Raises:
+            TypeError: samples that are not floating point.
+            ValueError: another rank, no samples, NaN, a mask of another shape.
+        """
+        checks.is_floating("samples", samples)
+        checks.has_shape("samples", samples, "b s")
+        patches = F.pad(samples, (0, -samples.shape[1] % self.patch)).unflatten(1, (-1, self.patch))
+        return grid_tokens("samples", patches, self.positions, mask)
+
+
+@register
+class Spectrogram(nn.Module):
+    """A (log-mel) spectrogram `b bins frames`: every value is a token.
+
+    Args:
+        positions: position features over two axes, bins and frames; None for none.
+
+    Example:
+        >>> import torch
+        >>> import perceiver_core as pc
+        >>> where = pc.positions.Fourier(axes=2, bands=16, max_resolution=(128, 1024))
+        >>> pc.adapters.Spectrogram(positions=where)(torch.randn(2, 128, 37)).grid
+        (128, 37)
+    """
+
+    def __init__(self, *, positions: Positions | None) -> None:
+        super().__init__()
+        check_axes("Spectrogram", positions, 2)
+        self.positions = positions
+
+    @property
+    def dim(self) -> int:
+        """The width of a token."""
+        return token_dim(1, self.positions)
+
+    def forward(
+        self, spectrogram: Float[Tensor, "b bins frames"], *, mask: Bool[Tensor, "b bins frames"] | None = None
+    ) -> Tokens:
+        """The tokens of spectrograms with any number of bins and frames.
+
+        Raises:
+            TypeError: values that are not floating point.
+            ValueError: another rank, an empty spectrogram, NaN, a mask of another shape.
+        """
+        checks.is_floating("spectrogram", spectrogram)
+        checks.has_shape("spectrogram", spectrogram, "b bins frames")
+        return grid_tokens("spectrogram", spectrogram.unsqueeze(-1), self.positions, mask)

@@ -1,0 +1,67 @@
+"""Pictures of any size, grey or color."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from perceiver_core import checks
+from perceiver_core.adapters.grid import check_axes, grid_tokens, token_dim
+from perceiver_core.adapters.stems import Pixels
+from perceiver_core.positions import Positions
+from perceiver_core.registry import register
+from perceiver_core.tokens import Tokens
+
+
+@register
+class Image(nn.Module):
+    """Pictures `b c h w` to tokens: a stem, then a position for every point of its grid.
+
+    Args:
+        channels: 1 for grey, 3 for color, or any other number.
+        positions: position features over two axes; None for none.
+        stem: makes the stem from (channels): `Pixels`, or `functools.partial` of `Patches`, `Project`, `ConvStem`,
+            or any module with `.dim` that maps `b c h w` to `b dim h' w'`.
+
+    Example:
+        >>> import torch
+        >>> from functools import partial
+        >>> import perceiver_core as pc
+        >>> where = pc.positions.Fourier(axes=2, bands=8, max_resolution=64)
+        >>> image = pc.adapters.Image(channels=1, positions=where, stem=partial(pc.adapters.Patches, size=4))
+        >>> image.dim, image(torch.rand(2, 1, 60, 44)).grid
+        (50, (15, 11))
+    """
+
+    def __init__(
+        self, channels: int = 3, *, positions: Positions | None, stem: Callable[..., nn.Module] = Pixels
+    ) -> None:
+        super().__init__()
+        checks.positive(channels=channels)
+        check_axes("Image", positions, 2)
+        self.channels, self.positions = channels, positions
+        self.stem = stem(channels)
+
+    @property
+    def dim(self) -> int:
+        """The width of a token."""
+        return token_dim(int(self.stem.dim), self.positions)  # type: ignore[arg-type]
+
+    def forward(self, pictures: Float[Tensor, "b c h w"], *, mask: Bool[Tensor, "b rows columns"] | None = None) -> Tokens:
+        """The tokens of pictures.
+
+        Args:
+            pictures: any height and width; values as the model is trained, mostly around [-1, 1].
+            mask: over the grid of tokens (that of pixels, or of patches), True = attend.
+
+        Raises:
+            TypeError: pictures that are not floating point.
+            ValueError: another rank or number of channels, an empty picture, NaN, a mask of another shape.
+        """
+        checks.is_floating("pictures", pictures)
+        checks.has_shape("pictures", pictures, "b c h w")
+        checks.has_channels("pictures", pictures, 1, self.channels)
+        content = self.stem(pictures).movedim(1, -1)
+        return grid_tokens("pictures", content, self.positions, mask)

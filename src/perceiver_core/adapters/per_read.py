@@ -1,0 +1,49 @@
+"""A different input for each read of an encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from perceiver_core.registry import register
+from perceiver_core.tokens import Tokens
+
+
+@register
+class PerRead(nn.Module):
+    """Several adapters, one a read: each input goes to its own.
+
+    Give the encoder `adapter.dim`, the widths, and as many reads.
+
+    Example:
+        >>> import torch
+        >>> import perceiver_core as pc
+        >>> image = pc.adapters.Image(channels=3, positions=pc.positions.Fourier(axes=2, bands=4, max_resolution=32))
+        >>> audio = pc.adapters.Audio(patch=16, positions=pc.positions.Fourier(axes=1, bands=4, max_resolution=32))
+        >>> both = pc.adapters.PerRead([image, audio])
+        >>> encoder = pc.Encoder(both.dim, latents=5, dim=16, reads=2, depth=1, heads=2, share=False)
+        >>> encoder(both((torch.rand(2, 3, 7, 5), torch.randn(2, 64)))).shape
+        torch.Size([2, 5, 16])
+    """
+
+    def __init__(self, adapters: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.adapters = nn.ModuleList(adapters)
+
+    @property
+    def dim(self) -> tuple[int, ...]:
+        """The width of each input's tokens."""
+        return tuple(int(adapter.dim) for adapter in self.adapters)  # type: ignore[arg-type]
+
+    def forward(self, inputs: Sequence[Any], *, mask: Sequence[Tensor | None] | None = None) -> list[Tokens]:
+        """The tokens of each input.
+
+        Raises:
+            ValueError: another number of inputs or masks than of adapters.
+        """
+        masks = [None] * len(self.adapters) if mask is None else list(mask)
+        if len(inputs) != len(self.adapters) or len(masks) != len(self.adapters):
+            raise ValueError(f"inputs must be {len(self.adapters)}, one an adapter; got {len(inputs)}")
+        return [adapter(x, mask=m) for adapter, x, m in zip(self.adapters, inputs, masks, strict=True)]

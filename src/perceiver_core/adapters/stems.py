@@ -1,0 +1,135 @@
+"""Stems: what happens to pixels before they are tokens. Each is made from the number of channels."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from perceiver_core import checks, init
+from perceiver_core.registry import register
+
+
+@register
+class Pixels(nn.Module):
+    """Every pixel is a token, as it is.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core.adapters import Pixels
+        >>> Pixels(3)(torch.rand(2, 3, 5, 7)).shape
+        torch.Size([2, 3, 5, 7])
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.dim = channels
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """What came."""
+        return x
+
+
+@register
+class Patches(nn.Module):
+    """Every patch is a token: its pixels, in a row, all channels of a pixel together.
+
+    Pictures that patches do not divide are padded with zeros at the bottom and on the right.
+
+    Args:
+        channels: of the picture.
+        size: of a patch, in pixels: one number, or (height, width).
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core.adapters import Patches
+        >>> Patches(3, size=(2, 4))(torch.rand(2, 3, 5, 16)).shape
+        torch.Size([2, 24, 3, 4])
+
+    Reference: deepmind-research/perceiver/io_processors.py, `space_to_depth`.
+    """
+
+    def __init__(self, channels: int, *, size: int | tuple[int, int]) -> None:
+        super().__init__()
+        self.height, self.width = (size, size) if isinstance(size, int) else tuple(size)
+        checks.positive(channels=channels, height=self.height, width=self.width)
+        self.dim = channels * self.height * self.width
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b p rows columns"]:
+        """A patch a token."""
+        x = F.pad(x, (0, -x.shape[-1] % self.width, 0, -x.shape[-2] % self.height))
+        batch, channels, height, width = x.shape
+        rows, columns = height // self.height, width // self.width
+        x = x.reshape(batch, channels, rows, self.height, columns, self.width)
+        return x.permute(0, 3, 5, 1, 2, 4).reshape(batch, self.dim, rows, columns)
+
+
+@register
+class Project(nn.Module):
+    """Every pixel is a token, its channels projected by a 1 x 1 convolution.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core.adapters import Project
+        >>> Project(3, dim=16)(torch.rand(2, 3, 5, 7)).shape
+        torch.Size([2, 16, 5, 7])
+
+    Reference: Jaegle et al. 2022 (Perceiver IO), the learned-position ImageNet model (there with dim=256).
+    """
+
+    def __init__(self, channels: int, *, dim: int) -> None:
+        super().__init__()
+        checks.positive(channels=channels, dim=dim)
+        self.dim = dim
+        self.convolution = _convolution(channels, dim, kernel=1, stride=1)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h w"]:
+        """The projected pixels."""
+        projected: Tensor = self.convolution(x)
+        return projected
+
+
+@register
+class ConvStem(nn.Module):
+    """A 7 x 7 convolution of stride 2, batch norm, ReLU, 3 x 3 max pooling of stride 2: a token for 4 x 4 pixels.
+
+    Both strides pad as the paper's TensorFlow-style "SAME": ceil(size / 2), more at the end than at the start.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core.adapters import ConvStem
+        >>> ConvStem(3, dim=64)(torch.rand(2, 3, 224, 113)).shape
+        torch.Size([2, 64, 56, 29])
+
+    Reference: deepmind-research/perceiver/io_processors.py, `Conv2DDownsample`.
+    """
+
+    def __init__(self, channels: int, *, dim: int = 64) -> None:
+        super().__init__()
+        checks.positive(channels=channels, dim=dim)
+        self.dim = dim
+        self.convolution = _convolution(channels, dim, kernel=7, stride=2, bias=False)
+        self.norm = nn.BatchNorm2d(dim)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d rows columns"]:
+        """A quarter of the height and of the width, rounded up twice."""
+        x = F.relu(self.norm(self.convolution(_pad_same(x, kernel=7, fill=0.0))))
+        return F.max_pool2d(_pad_same(x, kernel=3, fill=-torch.inf), kernel_size=3, stride=2)
+
+
+def _convolution(channels: int, dim: int, *, kernel: int, stride: int, bias: bool = True) -> nn.Conv2d:
+    layer = nn.Conv2d(channels, dim, kernel, stride, bias=bias)
+    init.fan_in_(layer.weight, channels * kernel * kernel)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _pad_same(x: Tensor, *, kernel: int, fill: float) -> Tensor:
+    """Pads so that a stride of 2 gives ceil(size / 2)."""
+    pads: list[int] = []
+    for size in (x.shape[-1], x.shape[-2]):
+        total = max(kernel - (1 if size % 2 else 2), 0)
+        pads += [total // 2, total - total // 2]
+    return F.pad(x, pads, value=fill)

@@ -1,0 +1,180 @@
+"""Attention over an input taken in pieces: online softmax, and the merging of partial results.
+
+No piece is ever held against all the input, in the forward or in the backward pass, which computes the
+weights of a piece again from the log-sum-exp. Partial results merge exactly, in any order, so an input
+may come from a stream, a memory-mapped file or other ranks:
+
+    out = sum_i exp(lse_i - lse) out_i        lse = log sum_i exp(lse_i)
+
+Reference: Milakov and Gimelshein 2018 (online softmax); Rabe and Staats 2021; Dao et al. 2022, appendix B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from perceiver_core import checks
+from perceiver_core.attention import masks
+from perceiver_core.attention.masks import Mask
+from perceiver_core.registry import register
+
+
+class Partial(NamedTuple):
+    """Attention over a part of the input, and the log of its normalizer, by which parts merge."""
+
+    output: Float[Tensor, "b h q e"]
+    lse: Float[Tensor, "b h q"]
+
+
+@register
+def chunked(
+    q: Float[Tensor, "b h q d"],
+    k: Float[Tensor, "b h k d"],
+    v: Float[Tensor, "b h k e"],
+    *,
+    mask: Mask | None = None,
+    chunk: int = 4096,
+) -> Float[Tensor, "b h q e"]:
+    """Exact attention in memory q x chunk instead of q x k, forward and backward.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        mask: see `masks`; evaluated a piece at a time.
+        chunk: how many keys are held against the queries at once.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core.attention import chunked, reference
+        >>> q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 11, 8), torch.randn(2, 4, 11, 5)
+        >>> torch.testing.assert_close(chunked(q, k, v, chunk=3), reference(q, k, v))
+    """
+    return partial_attention(q, k, v, mask=mask, chunk=chunk).output
+
+
+def partial_attention(
+    q: Float[Tensor, "b h q d"],
+    k: Float[Tensor, "b h k d"],
+    v: Float[Tensor, "b h k e"],
+    *,
+    mask: Mask | None = None,
+    chunk: int = 4096,
+) -> Partial:
+    """Attention over the part of an input that is at hand, with what `merge` needs to join it to the rest.
+
+    Args are those of `chunked`.
+
+    Returns:
+        The output, in v's dtype, and the log-sum-exp of the scores, in float32 or wider; -inf where a
+        query may attend to nothing.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core.attention import merge, partial_attention, reference
+        >>> q, k, v = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 10, 8), torch.randn(1, 2, 10, 8)
+        >>> halves = [partial_attention(q, k[:, :, :6], v[:, :, :6]), partial_attention(q, k[:, :, 6:], v[:, :, 6:])]
+        >>> torch.testing.assert_close(merge(*halves).output, reference(q, k, v))
+    """
+    checks.positive(chunk=chunk)
+    if mask is not None:
+        masks.fits(mask, q, k)
+    return Partial(*_Partial.apply(q, k, v, mask, chunk))
+
+
+def merge(*parts: Partial) -> Partial:
+    """Joins attention over several parts of an input into attention over all of it.
+
+    Differentiable, associative and commutative; see `partial_attention` for an example.
+    """
+    if not parts:
+        raise ValueError("merge needs at least one part; got none")
+    lses = torch.stack([part.lse for part in parts])
+    top = lses.amax(0).detach()
+    top = top.masked_fill(top == -torch.inf, 0.0)
+    shares = (lses - top).exp()
+    total = shares.sum(0)
+    some = total > 0
+    total = total.where(some, 1.0)
+    dtype = parts[0].output.dtype
+    outputs = torch.stack([part.output.to(lses.dtype) for part in parts])
+    output = (shares[..., None] * outputs).sum(0) / total[..., None]
+    return Partial(output.to(dtype), (top + total.log()).where(some, -torch.inf))
+
+
+class _Partial(torch.autograd.Function):
+    """The forward and backward of one part; a Function because autograd would store every chunk's weights."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, chunk: int) -> tuple[Tensor, Tensor]:
+        with torch.autocast(q.device.type, enabled=False):
+            queries, wide = _scaled(q)
+            top = queries.new_full(q.shape[:-1], -torch.inf)
+            total = torch.zeros_like(top)
+            summed = queries.new_zeros(*q.shape[:-1], v.shape[-1])
+            for part in _pieces(k.shape[-2], chunk):
+                scores = _scores(queries, k[..., part, :].to(wide), mask, part, k.shape[-2])
+                new_top = torch.maximum(top, scores.amax(-1))
+                base = new_top.masked_fill(new_top == -torch.inf, 0.0)
+                weights = (scores - base[..., None]).exp_()
+                shrink = (top - base).exp()
+                total = total * shrink + weights.sum(-1)
+                summed = summed * shrink[..., None] + weights @ v[..., part, :].to(wide)
+                top = new_top
+            some = total > 0
+            norm = total.where(some, 1.0)
+            lse = (top + norm.log()).where(some, -torch.inf)
+            return (summed / norm[..., None]).to(v.dtype), lse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, ctx.mask, ctx.chunk = inputs
+        ctx.save_for_backward(q, k, v, *output)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, d_output: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, output, lse = ctx.saved_tensors
+        with torch.autocast(q.device.type, enabled=False):
+            queries, wide = _scaled(q)
+            d_out = d_output.to(wide)
+            # d score = weight * (d weight - sum of weight * d weight + d lse); the sum is d_out . out.
+            offset = d_lse - (d_out * output.to(wide)).sum(-1)
+            base = lse.masked_fill(lse == -torch.inf, 0.0)
+            d_queries = torch.zeros_like(queries)
+            d_k, d_v = torch.empty_like(k), torch.empty_like(v)
+            for part in _pieces(k.shape[-2], ctx.chunk):
+                keys, values = k[..., part, :].to(wide), v[..., part, :].to(wide)
+                scores = _scores(queries, keys, ctx.mask, part, k.shape[-2])
+                weights = (scores - base[..., None]).exp_()
+                d_v[..., part, :] = (weights.mT @ d_out).to(v.dtype)
+                d_scores = weights.mul_(d_out @ values.mT + offset[..., None])
+                d_queries += d_scores @ keys
+                d_k[..., part, :] = (d_scores.mT @ queries).to(k.dtype)
+            return (d_queries * q.shape[-1] ** -0.5).to(q.dtype), d_k, d_v, None, None
+
+
+def _scaled(q: Tensor) -> tuple[Tensor, torch.dtype]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.to(wide) * q.shape[-1] ** -0.5, wide
+
+
+def _pieces(n: int, chunk: int) -> Iterator[slice]:
+    return (slice(start, min(start + chunk, n)) for start in range(0, n, chunk))
+
+
+def _scores(queries: Tensor, keys: Tensor, mask: Mask | None, part: slice, n: int) -> Tensor:
+    scores = queries @ keys.mT
+    if mask is None:
+        return scores
+    rows = masks.positions(queries.shape[-2], queries.device)
+    columns = masks.positions(n, keys.device)[part]
+    return scores.masked_fill(~masks.block(mask, rows, columns), -torch.inf)

@@ -1,0 +1,209 @@
+"""Masks: who may attend to whom. True = attend.
+
+A mask is a boolean tensor that broadcasts to `b h q k`, or a function of query and key positions, which
+is never written out whole: a kernel asks for the block it works on. Positions count from the end of the
+sequence (the last is -1), so a few queries at the end of a long input (Perceiver AR) line up with its keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from perceiver_core import checks
+
+Rule: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+Mask: TypeAlias = Tensor | Rule
+
+
+@dataclass(frozen=True, eq=False)
+class Padding:
+    """Attend to keys that are there.
+
+    Args:
+        keys: `b n`, True where the key is a token, False where it is padding.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core.attention import masks
+        >>> masks.dense(masks.Padding(torch.tensor([[True, True, False]])), queries=2, keys=3).shape
+        torch.Size([1, 1, 1, 3])
+    """
+
+    keys: Bool[Tensor, "b n"]
+
+    def __post_init__(self) -> None:
+        checks.is_mask("keys", self.keys, self.keys.shape)
+
+    def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, "b 1 1 k"]:
+        return self.keys[:, keys][:, None, None, :]
+
+
+@dataclass(frozen=True, eq=False)
+class Queries:
+    """Let only these queries attend; the others give zeros.
+
+    Args:
+        queries: `b q`, True where the query is wanted.
+    """
+
+    queries: Bool[Tensor, "b q"]
+
+    def __post_init__(self) -> None:
+        checks.is_mask("queries", self.queries, self.queries.shape)
+
+    def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, "b 1 q 1"]:
+        return self.queries[:, queries][:, None, :, None]
+
+
+@dataclass(frozen=True)
+class Causal:
+    """Attend to no later position. With fewer queries than keys, the last ones line up.
+
+    Example:
+        >>> from perceiver_core.attention import masks
+        >>> masks.dense(masks.Causal(), queries=2, keys=3).int().tolist()
+        [[1, 1, 0], [1, 1, 1]]
+    """
+
+    def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, "q k"]:
+        return keys[None, :] <= queries[:, None]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Attend to positions from `before` earlier to `after` later, itself included.
+
+    Example:
+        >>> from perceiver_core.attention import masks
+        >>> masks.dense(masks.Window(before=1, after=0), queries=3, keys=3).int().tolist()
+        [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
+    """
+
+    before: int
+    after: int
+
+    def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, "q k"]:
+        ahead = keys[None, :] - queries[:, None]
+        return (ahead >= -self.before) & (ahead <= self.after)
+
+
+@dataclass(frozen=True, eq=False)
+class And:
+    """What all masks allow; `and_` makes one."""
+
+    masks: tuple[Mask, ...]
+
+    def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, "..."]:
+        allowed = block(self.masks[0], queries, keys)
+        for mask in self.masks[1:]:
+            allowed = allowed & block(mask, queries, keys)
+        return allowed
+
+
+@dataclass(frozen=True, eq=False)
+class Or:
+    """What any mask allows; `or_` makes one."""
+
+    masks: tuple[Mask, ...]
+
+    def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, "..."]:
+        allowed = block(self.masks[0], queries, keys)
+        for mask in self.masks[1:]:
+            allowed = allowed | block(mask, queries, keys)
+        return allowed
+
+
+def and_(*masks: Mask | None) -> Mask | None:
+    """Attend where all masks allow it. None stands for "everything"; all None gives None.
+
+    Example:
+        >>> from perceiver_core.attention import masks
+        >>> band = masks.and_(masks.Causal(), masks.Window(before=1, after=1))
+        >>> masks.dense(band, queries=3, keys=3).int().tolist()
+        [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
+    """
+    given = tuple(mask for mask in masks if mask is not None)
+    return And(given) if len(given) > 1 else (given[0] if given else None)
+
+
+def or_(*masks: Mask) -> Mask:
+    """Attend where any mask allows it.
+
+    Example:
+        >>> from perceiver_core.attention import masks
+        >>> either = masks.or_(masks.Window(0, 0), masks.Window(-1, 1))
+        >>> masks.dense(either, queries=3, keys=3).int().tolist()
+        [[1, 1, 0], [0, 1, 1], [0, 0, 1]]
+    """
+    if not masks:
+        raise ValueError("or_ needs at least one mask; got none")
+    return Or(masks) if len(masks) > 1 else masks[0]
+
+
+def positions(size: int, device: torch.device | None = None) -> Int[Tensor, " n"]:
+    """The positions of `size` tokens, counted from the end: -size ... -1."""
+    return torch.arange(-size, 0, device=device)
+
+
+def block(mask: Mask, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, "..."]:
+    """The part of a mask for some queries and keys, given by their positions; broadcasts to `b h q k`.
+
+    Raises:
+        TypeError: a mask that is not boolean.
+    """
+    if not isinstance(mask, Tensor):
+        return mask(queries, keys)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be boolean, True = attend; got {mask.dtype}. Convert it: mask.bool()")
+    if mask.ndim >= 2 and mask.shape[-2] != 1:
+        mask = mask[..., queries, :]
+    return mask[..., keys] if mask.shape[-1] != 1 else mask
+
+
+def dense(mask: Mask, *, queries: int, keys: int, device: torch.device | None = None) -> Bool[Tensor, "..."]:
+    """The whole mask for so many queries and keys; broadcasts to `b h q k`.
+
+    Raises:
+        ValueError: a tensor whose last two axes are not those of the attention.
+    """
+    if not isinstance(mask, Tensor):
+        return mask(positions(queries, device), positions(keys, device))
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be boolean, True = attend; got {mask.dtype}. Convert it: mask.bool()")
+    return mask
+
+
+def fits(mask: Mask, q: Tensor, k: Tensor) -> None:
+    """Raises unless a mask can be laid over `q` and `k`, on the same device.
+
+    Raises:
+        TypeError: a tensor that is not boolean.
+        ValueError: a tensor that does not broadcast to `b h q k`, or lies on another device.
+    """
+    wanted = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    for tensor, shape in _tensors(mask, wanted):
+        checks.is_mask("mask", tensor, tensor.shape)
+        if tensor.device != q.device:
+            raise ValueError(f"mask is on {tensor.device}, the queries on {q.device}; move one: .to({str(q.device)!r})")
+        ends = zip(reversed(tensor.shape), reversed(shape), strict=False)
+        if tensor.ndim > len(shape) or not all(size in (1, full) for size, full in ends):
+            raise ValueError(f"mask must broadcast to {shape}; got shape {tuple(tensor.shape)}")
+
+
+def _tensors(mask: Mask, shape: tuple[int, int, int, int]) -> list[tuple[Tensor, tuple[int, ...]]]:
+    batch, _, queries, keys = shape
+    if isinstance(mask, Tensor):
+        return [(mask, shape)]
+    if isinstance(mask, Padding):
+        return [(mask.keys, (batch, keys))]
+    if isinstance(mask, Queries):
+        return [(mask.queries, (batch, queries))]
+    if isinstance(mask, (And, Or)):
+        return [pair for part in mask.masks for pair in _tensors(part, shape)]
+    return []

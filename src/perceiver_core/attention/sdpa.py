@@ -1,0 +1,69 @@
+"""PyTorch's fused attention kernels, with what they refuse made to fit, exactly.
+
+`torch.nn.functional.scaled_dot_product_attention` picks flash, cuDNN, memory-efficient or plain matrix
+products; `torch.nn.attention.sdpa_kernel` overrides its choice. Two things keep it off the fused kernels,
+and both are mended here: values of another width than the keys, and (on CUDA) widths that are not a
+multiple of 8. Columns of zeros change no score and no output.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from perceiver_core.attention import masks
+from perceiver_core.attention.masks import Mask
+from perceiver_core.registry import register
+
+
+@register
+def sdpa(
+    q: Float[Tensor, "b h q d"],
+    k: Float[Tensor, "b h k d"],
+    v: Float[Tensor, "b h k e"],
+    *,
+    mask: Mask | None = None,
+    dropout: float = 0.0,
+) -> Float[Tensor, "b h q e"]:
+    """Fused attention by PyTorch: the library's default kernel.
+
+    Args and result are those of `reference`.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core.attention import reference, sdpa
+        >>> q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 11, 8), torch.randn(2, 4, 11, 5)
+        >>> torch.testing.assert_close(sdpa(q, k, v), reference(q, k, v))
+    """
+    if torch.is_autocast_enabled(q.device.type):
+        # Autocast converts inside the kernel; the widths are seen before that, so convert here.
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x.to(dtype) if x.dtype == torch.float32 else x for x in (q, k, v))
+    scale, value_width = q.shape[-1] ** -0.5, v.shape[-1]
+    width = fused_width(q.shape[-1], value_width, q.device)
+    q, k, v = (_widen(x, width) for x in (q, k, v))
+    if mask is None or (isinstance(mask, masks.Causal) and q.shape[-2] == k.shape[-2]):
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=mask is not None, scale=scale)
+        return out[..., :value_width]
+    masks.fits(mask, q, k)
+    allowed = masks.dense(mask, queries=q.shape[-2], keys=k.shape[-2], device=q.device)
+    some = allowed.any(-1, keepdim=True)
+    # The kernels differ on rows with nothing to attend to, so they never see one.
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=_four_axes(allowed | ~some), dropout_p=dropout, scale=scale)
+    return out[..., :value_width].masked_fill(~some, 0.0)
+
+
+def fused_width(key_width: int, value_width: int, device: torch.device) -> int:
+    """The head width that the fused kernels of a device take: one for keys and values, on CUDA a multiple of 8."""
+    width = max(key_width, value_width)
+    return -(-width // 8) * 8 if device.type == "cuda" else width
+
+
+def _widen(x: Tensor, width: int) -> Tensor:
+    return F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x
+
+
+def _four_axes(mask: Tensor) -> Tensor:
+    return mask[(None,) * (4 - mask.ndim)]

@@ -1,0 +1,17 @@
+"""The blocks that hold weights: attention, MLP, cross-attend, self-attend, latent transformer."""
+
+from perceiver_core.blocks.attention import KeysValues, MultiHeadAttention
+from perceiver_core.blocks.cross_attend import CrossAttend
+from perceiver_core.blocks.latent_transformer import LatentTransformer, SelfAttend
+from perceiver_core.blocks.mlp import GEGLU, MLP, SquaredReLU
+
+__all__ = [
+    "GEGLU",
+    "MLP",
+    "CrossAttend",
+    "KeysValues",
+    "LatentTransformer",
+    "MultiHeadAttention",
+    "SelfAttend",
+    "SquaredReLU",
+]

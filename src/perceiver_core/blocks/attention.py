@@ -1,0 +1,148 @@
+"""Multi-head attention: projections to heads, a kernel, a projection back."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from perceiver_core import checks, init
+from perceiver_core.attention import attention_map, masks, sdpa
+from perceiver_core.attention.masks import Mask
+from perceiver_core.registry import register
+
+
+class KeysValues(NamedTuple):
+    """Keys and values of an input, ready to be read, once or many times.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core import MultiHeadAttention
+        >>> attention = MultiHeadAttention(16, 10, heads=2)
+        >>> read = attention.keys_values(torch.randn(3, 50, 10))
+        >>> attention(torch.randn(3, 7, 16), read).shape
+        torch.Size([3, 7, 16])
+    """
+
+    keys: Float[Tensor, "b h n d"]
+    values: Float[Tensor, "b h n e"]
+    mask: Mask | None = None
+
+
+@register
+class MultiHeadAttention(nn.Module):
+    """Attention with a width of its own for queries and keys, for values and for the output.
+
+    Args:
+        dim: the width of what asks.
+        input_dim: the width of what is read; `dim` unless given.
+        heads: how many heads; divides `qk_dim` and `v_dim`.
+        qk_dim: the width of all heads' queries and keys together; `input_dim` unless given (the paper's choice).
+        v_dim: the width of all heads' values together; `qk_dim` unless given.
+        out_dim: the width of the output; `dim` unless given.
+        bias: whether the projections to queries, keys and values have biases.
+        out_bias: whether the output projection has one.
+        dropout: the rate at which attention weights are dropped in training.
+        rotary: turns queries and keys by their positions; see `positions.Rotary`.
+        kernel: any `(q, k, v, *, mask) -> out` on `b h n d`.
+
+    Raises:
+        ValueError: heads that do not divide a width; dropout with a kernel that has none.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core import MultiHeadAttention
+        >>> attention = MultiHeadAttention(1024, 261, heads=1)
+        >>> attention(torch.randn(2, 5, 1024), attention.keys_values(torch.randn(2, 50, 261))).shape
+        torch.Size([2, 5, 1024])
+
+    Reference: Vaswani et al. 2017, section 3.2.2; the widths are those of deepmind-research/perceiver.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        input_dim: int | None = None,
+        *,
+        heads: int = 8,
+        qk_dim: int | None = None,
+        v_dim: int | None = None,
+        out_dim: int | None = None,
+        bias: bool = True,
+        out_bias: bool = True,
+        dropout: float = 0.0,
+        rotary: nn.Module | None = None,
+        kernel: Callable[..., Tensor] = sdpa,
+    ) -> None:
+        super().__init__()
+        input_dim = dim if input_dim is None else input_dim
+        qk_dim = input_dim if qk_dim is None else qk_dim
+        v_dim = qk_dim if v_dim is None else v_dim
+        out_dim = dim if out_dim is None else out_dim
+        checks.positive(dim=dim, input_dim=input_dim, heads=heads, qk_dim=qk_dim, v_dim=v_dim, out_dim=out_dim)
+        _check_heads(heads, qk_dim=qk_dim, v_dim=v_dim)
+        _check_dropout(dropout, kernel)
+        self.dim, self.input_dim, self.out_dim, self.heads = dim, input_dim, out_dim, heads
+        self.dropout, self.kernel = dropout, kernel
+        self.query = init.linear(dim, qk_dim, bias=bias)
+        self.key = init.linear(input_dim, qk_dim, bias=bias)
+        self.value = init.linear(input_dim, v_dim, bias=bias)
+        self.output = init.linear(v_dim, out_dim, bias=out_bias)
+        self.rotary = nn.Identity() if rotary is None else rotary
+
+    def keys_values(self, inputs: Float[Tensor, "b n c"], *, mask: Mask | None = None) -> KeysValues:
+        """What of the input does not depend on who asks."""
+        return KeysValues(self.rotary(self._split(self.key(inputs))), self._split(self.value(inputs)), mask)
+
+    def forward(
+        self, x: Float[Tensor, "b m d"], read: KeysValues, *, mask: Mask | None = None
+    ) -> Float[Tensor, "b m o"]:
+        """What `x` reads.
+
+        Args:
+            x: what asks.
+            read: keys and values, see `keys_values`.
+            mask: who may attend to whom, beside the mask of `read`.
+        """
+        dropout: dict[str, Any] = {"dropout": self.dropout} if self.training and self.dropout else {}
+        q = self._queries(x)
+        out = self.kernel(q, read.keys, read.values, mask=masks.and_(read.mask, mask), **dropout)
+        out = self.output(rearrange(out, "b h m e -> b m (h e)"))
+        return out
+
+    def attention_map(
+        self, x: Float[Tensor, "b m d"], read: KeysValues, *, mask: Mask | None = None, queries: Any = None
+    ) -> Float[Tensor, "b h chosen n"]:
+        """The attention weights of chosen queries; see `perceiver_core.attention.attention_map`."""
+        return attention_map(self._queries(x), read.keys, mask=masks.and_(read.mask, mask), queries=queries)
+
+    def _queries(self, x: Tensor) -> Tensor:
+        rotated: Tensor = self.rotary(self._split(self.query(x)))
+        return rotated
+
+    def _split(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b n (h d) -> b h n d", h=self.heads)
+
+
+def _check_heads(heads: int, **widths: int) -> None:
+    for name, width in widths.items():
+        if width % heads:
+            raise ValueError(
+                f"heads must divide {name}; got heads={heads}, {name}={width}. Choose another number of heads, "
+                f"or set the width: attention=partial(MultiHeadAttention, {name}={-(-width // heads) * heads})"
+            )
+
+
+def _check_dropout(dropout: float, kernel: Callable[..., Tensor]) -> None:
+    checks.probability(dropout=dropout)
+    parameters = inspect.signature(kernel).parameters.values()
+    takes_it = any(p.name == "dropout" or p.kind is p.VAR_KEYWORD for p in parameters)
+    if dropout and not takes_it:
+        raise ValueError(
+            f"dropout={dropout} needs a kernel that takes `dropout`; {getattr(kernel, '__name__', kernel)} does not. "
+            "Use kernel=sdpa, or drop from the residual instead"
+        )

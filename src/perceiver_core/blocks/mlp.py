@@ -1,0 +1,78 @@
+"""The MLP of a block, and the activations that nn does not have."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from perceiver_core import checks, init
+from perceiver_core.registry import register
+
+
+@register
+class GEGLU(nn.Module):
+    """GELU of one half of the channels gates the other: x * gelu(gate). Halves the width.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core import GEGLU
+        >>> GEGLU()(torch.randn(2, 3, 16)).shape
+        torch.Size([2, 3, 8])
+
+    Reference: Shazeer 2020, equation 6; the order [x, gate] is perceiver-pytorch's.
+    """
+
+    inputs_per_output = 2
+
+    def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b half"]:
+        values, gates = x.chunk(2, dim=-1)
+        return values * F.gelu(gates)
+
+
+@register
+class SquaredReLU(nn.Module):
+    """relu(x)^2.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core import SquaredReLU
+        >>> SquaredReLU()(torch.tensor([-1.0, 3.0]))
+        tensor([0., 9.])
+
+    Reference: So et al. 2021 (Primer), section 4; Perceiver AR uses it.
+    """
+
+    def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b c"]:
+        return F.relu(x).square()
+
+
+@register
+class MLP(nn.Module):
+    """Linear, activation, linear.
+
+    Args:
+        dim: the width in and out.
+        widening: hidden width / dim. 1 in DeepMind's published encoders, 4 in perceiver-pytorch.
+        activation: any module. `nn.GELU("tanh")` is what DeepMind's code computes, and the default;
+            `nn.GELU()` (erf) is what Hugging Face and perceiver-pytorch compute. One that takes several
+            channels for each it gives (`GEGLU`) says so in `inputs_per_output`.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core import GEGLU, MLP
+        >>> MLP(32, widening=4, activation=GEGLU())(torch.randn(2, 3, 32)).shape
+        torch.Size([2, 3, 32])
+    """
+
+    def __init__(self, dim: int, *, widening: int = 1, activation: nn.Module | None = None) -> None:
+        super().__init__()
+        checks.positive(dim=dim, widening=widening)
+        self.activation = nn.GELU("tanh") if activation is None else activation
+        hidden = dim * widening
+        self.expand = init.linear(dim, hidden * getattr(self.activation, "inputs_per_output", 1))
+        self.contract = init.linear(hidden, dim)
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        out: Tensor = self.contract(self.activation(self.expand(x)))
+        return out

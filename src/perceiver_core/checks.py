@@ -1,0 +1,107 @@
+"""What an input must be, said before any work is done on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def is_floating(name: str, x: Tensor) -> None:
+    """Raises TypeError unless `x` is a floating point tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}. Convert it: torch.as_tensor(...)")
+    if not x.is_floating_point():
+        raise TypeError(
+            f"{name} must be floating point; got {x.dtype}. Convert and scale it: {name}.float() / 255 for 8-bit pictures"
+        )
+
+
+def has_shape(name: str, x: Tensor, axes: str, *, last: int | None = None) -> None:
+    """Raises ValueError unless `x` has the axes of `axes` ("b c h w"), none of them empty."""
+    wanted = axes.split()
+    if x.ndim != len(wanted):
+        hint = f"; add a batch axis: {name}.unsqueeze(0)" if x.ndim == len(wanted) - 1 else ""
+        raise ValueError(f"{name} must have {len(wanted)} axes ({axes}); got shape {tuple(x.shape)}{hint}")
+    not_empty(name, x)
+    if last is not None and x.shape[-1] != last:
+        raise ValueError(f"{name} must have {last} features in its last axis ({axes}); got shape {tuple(x.shape)}")
+
+
+def not_empty(name: str, x: Tensor) -> None:
+    """Raises ValueError if any axis of `x` has size 0."""
+    if 0 in x.shape:
+        raise ValueError(f"{name} must not be empty; got shape {tuple(x.shape)}")
+
+
+def has_channels(name: str, x: Tensor, axis: int, channels: int) -> None:
+    """Raises ValueError unless axis `axis` of `x` has size `channels`."""
+    if x.shape[axis] != channels:
+        raise ValueError(
+            f"{name} must have {channels} channels in axis {axis}; got {x.shape[axis]} (shape {tuple(x.shape)}). "
+            f"Build the adapter with channels={x.shape[axis]}, or move the channel axis"
+        )
+
+
+def is_mask(name: str, mask: Tensor, shape: Sequence[int]) -> None:
+    """Raises unless `mask` is boolean and has exactly `shape`."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{name} must be a boolean tensor, True = attend; got {got}. Convert it: {name}.bool()")
+    if tuple(mask.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, one value a token; got {tuple(mask.shape)}")
+
+
+def values(name: str, x: Tensor, mask: Tensor | None = None) -> None:
+    """Raises ValueError if a sample has no token left, or a token that is attended to is NaN or infinite.
+
+    Looks at values only where that is free of side effects: on the CPU, in eager mode. Elsewhere it
+    would force a synchronization or break a graph, and a NaN shows in the output instead.
+
+    Args:
+        name: what to call `x` in the message.
+        x: `b *grid c`.
+        mask: `b *grid`, True = attend; other tokens may hold anything.
+    """
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        return
+    try:
+        empty = [] if mask is None else torch.where(~mask.flatten(1).any(1))[0].tolist()
+        # A sum is one pass without a temporary; it is finite only if all terms are, barring overflow.
+        bad = not bool(x.sum(dtype=torch.float64).isfinite())
+        if bad:
+            looked_at = x if mask is None else x[mask]
+            bad = not bool(looked_at.isfinite().all())
+    except RuntimeError:  # torch.func transforms and fake tensors have no values to look at
+        return
+    if empty:
+        raise ValueError(f"mask leaves no token to attend to in samples {empty[:10]}; drop them or unmask a token")
+    if bad:
+        raise ValueError(f"{name} holds NaN or infinite values; clean it, or mask those tokens")
+
+
+def same_place(name: str, x: Tensor, weight: Tensor) -> None:
+    """Raises ValueError unless `x` can meet `weight`: same device and, outside autocast, same dtype."""
+    if x.device != weight.device:
+        raise ValueError(
+            f"{name} is on {x.device}, the model on {weight.device}; move one: {name}.to({str(weight.device)!r})"
+        )
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(
+            f"{name} is {x.dtype}, the model {weight.dtype}; convert one ({name}.to({weight.dtype})), or use torch.autocast"
+        )
+
+
+def positive(**sizes: int) -> None:
+    """Raises ValueError unless every named size is a whole number of at least 1."""
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1; got {size!r}")
+
+
+def probability(**rates: float) -> None:
+    """Raises ValueError unless every named rate lies in [0, 1)."""
+    for name, rate in rates.items():
+        if not 0.0 <= rate < 1.0:
+            raise ValueError(f"{name} must lie in [0, 1); got {rate!r}")

@@ -1,0 +1,192 @@
+"""The encoder: a learned latent array reads the input and thinks about it, `reads` times over."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias, cast
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from perceiver_core import checks, init, sharing
+from perceiver_core.attention.masks import Mask
+from perceiver_core.blocks import CrossAttend, KeysValues, LatentTransformer
+from perceiver_core.registry import register
+from perceiver_core.tokens import Tokens
+
+Input: TypeAlias = Tokens | Tensor
+
+
+@register
+class Encoder(nn.Module):
+    """Latents read the input, attend to each other, read again, ...
+
+        for each step:  latents = read(latents, input);  latents = transformer(latents)
+
+    Where steps share the weights of their read, keys and values of the input are computed once.
+
+    Args:
+        input_dim: the width of the input's tokens; one for each read where reads have different inputs.
+        latents: how many latents.
+        dim: their width.
+        reads: how many times the input is read.
+        depth: how many self-attends follow each read.
+        heads: heads of these.
+        share: which steps share weights: True for the paper's scheme (`sharing.paper`), False for none, or
+            any scheme of `sharing`, or your own.
+        read: makes a cross-attend from (dim, input_dim); `functools.partial` of `CrossAttend` sets the rest.
+        process: makes a latent transformer from (dim, depth=depth, heads=heads).
+
+    Raises:
+        ValueError: sizes below 1, or reads that share weights but not their input's width.
+
+    Example:
+        >>> import torch
+        >>> from functools import partial
+        >>> from perceiver_core import CrossAttend, Encoder
+        >>> encoder = Encoder(10, latents=7, dim=32, reads=3, depth=2, heads=4, read=partial(CrossAttend, heads=2))
+        >>> encoder(torch.randn(2, 50, 10)).shape
+        torch.Size([2, 7, 32])
+
+    Reference: Jaegle et al. 2021 (Perceiver), figure 1.
+    """
+
+    def __init__(
+        self,
+        input_dim: int | Sequence[int],
+        *,
+        latents: int,
+        dim: int,
+        reads: int = 1,
+        depth: int = 6,
+        heads: int = 8,
+        share: bool | sharing.Scheme = True,
+        read: Callable[..., nn.Module] = CrossAttend,
+        process: Callable[..., nn.Module] = LatentTransformer,
+    ) -> None:
+        super().__init__()
+        checks.positive(latents=latents, dim=dim, reads=reads, heads=heads)
+        if reads > 10_000:
+            raise ValueError(f"reads must be at most 10,000; got {reads}")
+        self.dim, self.sharing = dim, _plan(share, reads)
+        widths = _read_widths(input_dim, self.sharing)
+        self.inputs = 1 if isinstance(input_dim, int) else len(input_dim)
+        self.latents = init.embedding(latents, dim)
+        self.reads = nn.ModuleList(read(dim, width) for width in widths)
+        self.transformers = nn.ModuleList(
+            process(dim, depth=depth, heads=heads) for _ in set(self.sharing.transformers)
+        )
+
+    def forward(self, inputs: Input | Sequence[Input], *, mask: Mask | None = None) -> Float[Tensor, "b m d"]:
+        """The latents after all reads.
+
+        Args:
+            inputs: tokens, or a tensor `b n c`, which every read reads; or one of these for each read.
+            mask: who may attend to whom, beside the tokens' own mask; see `attention.masks`.
+
+        Raises:
+            TypeError, ValueError: inputs of another width, dtype, device or number.
+        """
+        memories = self._memories(inputs, mask)
+        x = self._start(inputs)
+        for read, transformer, memory in zip(*self._steps(), memories, strict=True):
+            x = transformer(read(x, memory))
+        return x
+
+    def attention_map(
+        self,
+        inputs: Input | Sequence[Input],
+        *,
+        read: int = -1,
+        queries: Sequence[int] | Tensor | None = None,
+        mask: Mask | None = None,
+    ) -> Float[Tensor, "b h chosen n"]:
+        """How much chosen latents attend to each token in one read; the other reads stay on their kernel.
+
+        Args:
+            inputs: as in `forward`.
+            read: which read, from 0; negative numbers count from the last.
+            queries: which latents, by index; all of them unless given.
+            mask: as in `forward`.
+
+        Raises:
+            ValueError: a read that there is not.
+
+        Example:
+            >>> import torch
+            >>> from perceiver_core import Encoder
+            >>> encoder = Encoder(10, latents=7, dim=32, reads=3, depth=1, heads=4)
+            >>> encoder.attention_map(torch.randn(2, 50, 10), read=0, queries=[0, 6]).shape
+            torch.Size([2, 1, 2, 50])
+        """
+        steps = self.sharing.steps
+        if not -steps <= read < steps:
+            raise ValueError(f"read must lie in {-steps} ... {steps - 1}; got {read}")
+        memories = self._memories(inputs, mask)
+        x = self._start(inputs)
+        for step, (block, transformer, memory) in enumerate(zip(*self._steps(), memories, strict=True)):
+            if step == read % steps:
+                break
+            x = transformer(block(x, memory))
+        return cast(CrossAttend, block).attention_map(x, memory, queries=queries)
+
+    def _start(self, inputs: Input | Sequence[Input]) -> Tensor:
+        batch = _content(_listed(inputs)[0]).shape[0]
+        return self.latents.expand(batch, -1, -1)
+
+    def _steps(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        """The read and the transformer of each step."""
+        return [self.reads[i] for i in self.sharing.reads], [self.transformers[i] for i in self.sharing.transformers]
+
+    def _memories(self, inputs: Input | Sequence[Input], mask: Mask | None) -> Iterator[KeysValues]:
+        """What each step reads. Keys and values are kept only while a later step will read them again."""
+        given = _listed(inputs)
+        if len(given) not in (1, self.inputs) or (len(given) == 1 and self.inputs > 1):
+            raise ValueError(f"inputs must be one for each of {self.inputs} reads; got {len(given)}")
+        # An input that is given twice is the same input: the first place it stands in is its name.
+        first = [next(i for i, other in enumerate(given) if other is tokens) for tokens in given]
+        wanted = [(number, first[step % len(given)]) for step, number in enumerate(self.sharing.reads)]
+        left: Counter[tuple[int, int]] = Counter(wanted)
+        kept: dict[tuple[int, int], KeysValues] = {}
+        for key in wanted:
+            memory = kept.pop(key, None)
+            if memory is None:
+                memory = cast(CrossAttend, self.reads[key[0]]).keys_values(given[key[1]], mask=mask)
+            left[key] -= 1
+            if left[key]:
+                kept[key] = memory
+            yield memory
+
+
+def _plan(share: bool | sharing.Scheme, reads: int) -> sharing.Sharing:
+    scheme = {True: sharing.paper, False: sharing.none}[share] if isinstance(share, bool) else share
+    if not callable(scheme):
+        raise TypeError(f"share must be True, False or a scheme such as sharing.all_; got {share!r}")
+    plan = scheme(reads)
+    if plan.steps != reads:
+        raise ValueError(f"share must plan for reads={reads} steps; it planned {plan.steps}")
+    return plan
+
+
+def _read_widths(input_dim: int | Sequence[int], plan: sharing.Sharing) -> list[int]:
+    """The input width of each set of read weights."""
+    widths = [input_dim] * plan.steps if isinstance(input_dim, int) else list(input_dim)
+    if len(widths) != plan.steps:
+        raise ValueError(f"input_dim must be one width, or one for each of {plan.steps} reads; got {input_dim}")
+    of: dict[int, int] = {}
+    for step, number in enumerate(plan.reads):
+        if of.setdefault(number, widths[step]) != widths[step]:
+            raise ValueError(
+                f"reads that share weights must read inputs of one width; read {step} reads {widths[step]}, "
+                f"an earlier one {of[number]}. Choose share=sharing.none, or project the inputs to one width"
+            )
+    return list(of.values())
+
+
+def _listed(inputs: Input | Sequence[Input]) -> list[Input]:
+    return [inputs] if isinstance(inputs, (Tokens, Tensor)) else list(inputs)
+
+
+def _content(tokens: Input) -> Tensor:
+    return tokens.content if isinstance(tokens, Tokens) else tokens

@@ -1,0 +1,55 @@
+"""Initialization, all of it, with its sources.
+
+The numbers are those of the Perceiver's published code (deepmind-research/perceiver):
+
+- linear layers: variance scaling, scale 1, fan-in, truncated normal; bias zero (`io_processors` and
+  `perceiver.py`, `conv_1d`, `init_scale=1.0`),
+- the latent array and learned positions: normal of 0.02 truncated at two standard deviations
+  (`TrainablePositionEncoding`, `init_scale=0.02`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+# The standard deviation of a standard normal truncated to [-2, 2], from which the scale is restored.
+TRUNCATED_STD = 0.87962566103423978
+
+
+def linear(in_features: int, out_features: int, *, bias: bool = True) -> nn.Linear:
+    """A linear layer whose weights have variance 1 / in_features, and whose bias is zero.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core import init
+        >>> _ = torch.manual_seed(0)
+        >>> layer = init.linear(400, 300)
+        >>> round(layer.weight.std().item() * 400 ** 0.5, 1), layer.bias.abs().max().item()
+        (1.0, 0.0)
+    """
+    layer = nn.Linear(in_features, out_features, bias=bias)
+    fan_in_(layer.weight, in_features)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def fan_in_(weight: Tensor, fan_in: int) -> Tensor:
+    """Fills `weight` from a truncated normal of variance 1 / fan_in."""
+    std = 1 / math.sqrt(fan_in) / TRUNCATED_STD
+    return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+
+def embedding(*shape: int, std: float = 0.02) -> nn.Parameter:
+    """A learned array (latents, positions): normal, truncated at two standard deviations.
+
+    Example:
+        >>> from perceiver_core import init
+        >>> array = init.embedding(512, 64)
+        >>> array.shape, bool(array.abs().max() <= 0.04)
+        (torch.Size([512, 64]), True)
+    """
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(*shape), std=std, a=-2 * std, b=2 * std))

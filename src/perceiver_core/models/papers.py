@@ -1,0 +1,54 @@
+"""The sizes of the papers, by name.
+
+Each is a short call to the parts. Parameter counts are tested.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from perceiver_core import adapters, heads, positions
+from perceiver_core.encoder import Encoder
+from perceiver_core.models.perceiver import Perceiver
+
+
+def imagenet(classes: int = 1000) -> Perceiver:
+    """The ImageNet Perceiver: 224 x 224 pixels with 64 Fourier bands, 512 latents, 8 reads of 6 self-attends.
+
+    The paper states 44.9 million parameters.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core.models import papers
+        >>> with torch.device("meta"):
+        ...     model = papers.imagenet()
+        >>> sum(p.numel() for p in model.parameters())
+        44912254
+
+    Reference: Jaegle et al. 2021 (Perceiver), section 4.1.
+    """
+    where = positions.Fourier(axes=2, bands=64, max_resolution=224)
+    return _perceiver(adapters.Image(channels=3, positions=where), classes, reads=8)
+
+
+def audioset(classes: int = 527) -> Perceiver:
+    """Raw sound: 1.28 s at 48 kHz, 61,440 samples in 480 patches of 128, with 192 Fourier bands.
+
+    Reference: Jaegle et al. 2021 (Perceiver), section 4.2.
+    """
+    where = positions.Fourier(axes=1, bands=192, max_resolution=480)
+    return _perceiver(adapters.Audio(patch=128, positions=where), classes, reads=8)
+
+
+def modelnet40(classes: int = 40) -> Perceiver:
+    """Point clouds: about 2,000 points, 64 Fourier bands up to resolution 1,120, 2 reads of 6 self-attends.
+
+    Reference: Jaegle et al. 2021 (Perceiver), section 4.3.
+    """
+    where = positions.Fourier(axes=3, bands=64, max_resolution=1120)
+    return _perceiver(adapters.Points(positions=where), classes, reads=2)
+
+
+def _perceiver(adapter: adapters.Image | adapters.Audio | adapters.Points, classes: int, *, reads: int) -> Perceiver:
+    encoder = Encoder(adapter.dim, latents=512, dim=1024, reads=reads, depth=6, heads=8)
+    return Perceiver(adapter, encoder, heads.Classify(encoder.dim, classes, norm=nn.Identity))

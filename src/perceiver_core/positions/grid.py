@@ -1,0 +1,95 @@
+"""Where the tokens of a grid are, and position features of one axis laid into the columns of all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@runtime_checkable
+class Positions(Protocol):
+    """Anything that gives the tokens of a grid their position features, as tables that broadcast over it.
+
+    Example:
+        >>> from perceiver_core import positions
+        >>> isinstance(positions.Fourier(axes=2, bands=4), positions.Positions)
+        True
+    """
+
+    @property
+    def dim(self) -> int:
+        """The width of the features."""
+        ...
+
+    @property
+    def axes(self) -> int:
+        """How many axes the grid has."""
+        ...
+
+    def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Tensor, ...]:
+        """Tables whose sum is the features of every token of `grid`, in the dtype and on the device of `like`."""
+        ...
+
+
+def coordinates(size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Float[Tensor, " n"]:
+    """The positions along an axis of `size` tokens: evenly spaced from -1 to 1, ends included.
+
+    Example:
+        >>> from perceiver_core.positions import coordinates
+        >>> coordinates(5).tolist()
+        [-1.0, -0.5, 0.0, 0.5, 1.0]
+    """
+    return torch.linspace(-1.0, 1.0, size, device=device, dtype=dtype)
+
+
+def grid_points(grid: Sequence[int], like: Tensor) -> Float[Tensor, "*grid axes"]:
+    """The coordinates of every point of a grid, the first axis first.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core.positions import grid_points
+        >>> grid_points((2, 3), like=torch.zeros(()))[1].tolist()
+        [[1.0, -1.0], [1.0, 0.0], [1.0, 1.0]]
+    """
+    axes = [coordinates(size, like.device, computing_dtype(like)) for size in grid]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
+
+
+def separable_tables(
+    features: Callable[[Tensor, int], Tensor], order: Sequence[int], grid: Sequence[int], like: Tensor
+) -> tuple[Tensor, ...]:
+    """One table an axis, from features of single coordinates.
+
+    Args:
+        features: `(x: n, axis) -> n f`, the features of one axis at coordinates x.
+        order: for every column of the whole, which column it is when the axes' features are put side by side.
+        grid: the size of each axis.
+        like: gives dtype and device.
+
+    Returns:
+        For each axis `1 .. size .. 1 p`, zero in the columns of the other axes.
+    """
+    column_of = sorted(range(len(order)), key=order.__getitem__)  # the inverse permutation
+    tables, start = [], 0
+    for axis, size in enumerate(grid):
+        own = features(coordinates(size, like.device, computing_dtype(like)), axis).to(like.dtype)
+        columns = torch.tensor(column_of[start : start + own.shape[-1]], device=like.device)
+        table = own.new_zeros(size, len(order)).index_copy(1, columns, own)
+        tables.append(table.reshape(*(size if a == axis else 1 for a in range(len(grid))), len(order)))
+        start += own.shape[-1]
+    return tuple(tables)
+
+
+def check_axes(grid: Sequence[int], axes: int) -> None:
+    """Raises ValueError unless `grid` has `axes` axes, none empty."""
+    if len(grid) != axes or any(size < 1 for size in grid):
+        raise ValueError(f"grid must have {axes} axes of at least one token; got {tuple(grid)}")
+
+
+def computing_dtype(like: Tensor) -> torch.dtype:
+    """Positions are computed in float32 at least: high bands have no meaning in half precision."""
+    return torch.promote_types(like.dtype, torch.float32)
