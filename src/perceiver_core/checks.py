@@ -14,7 +14,8 @@ def is_floating(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}. Convert it: torch.as_tensor(...)")
     if not x.is_floating_point():
         raise TypeError(
-            f"{name} must be floating point; got {x.dtype}. Convert and scale it: {name}.float() / 255 for 8-bit pictures"
+            f"{name} must be floating point; got {x.dtype}. Convert and scale it, "
+            f"8-bit pictures for example: {name}.float() / 255"
         )
 
 
@@ -44,12 +45,12 @@ def has_channels(name: str, x: Tensor, axis: int, channels: int) -> None:
         )
 
 
-def is_mask(name: str, mask: Tensor, shape: Sequence[int]) -> None:
-    """Raises unless `mask` is boolean and has exactly `shape`."""
+def is_mask(name: str, mask: Tensor, shape: Sequence[int] | None = None) -> None:
+    """Raises unless `mask` is boolean and, where one is given, has exactly `shape`."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"{name} must be a boolean tensor, True = attend; got {got}. Convert it: {name}.bool()")
-    if tuple(mask.shape) != tuple(shape):
+    if shape is not None and tuple(mask.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, one value a token; got {tuple(mask.shape)}")
 
 
@@ -82,14 +83,15 @@ def values(name: str, x: Tensor, mask: Tensor | None = None) -> None:
 
 
 def same_place(name: str, x: Tensor, weight: Tensor) -> None:
-    """Raises ValueError unless `x` can meet `weight`: same device and, outside autocast, same dtype."""
+    """Raises unless `x` can meet `weight`: same device and, outside autocast, same dtype."""
     if x.device != weight.device:
         raise ValueError(
             f"{name} is on {x.device}, the model on {weight.device}; move one: {name}.to({str(weight.device)!r})"
         )
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(
-            f"{name} is {x.dtype}, the model {weight.dtype}; convert one ({name}.to({weight.dtype})), or use torch.autocast"
+            f"{name} is {x.dtype}, the model {weight.dtype}; "
+            f"convert one ({name}.to({weight.dtype})), or use torch.autocast"
         )
 
 

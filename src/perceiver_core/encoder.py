@@ -52,7 +52,7 @@ class Encoder(nn.Module):
     Reference: Jaegle et al. 2021 (Perceiver), figure 1.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (each is a number or a part of the figure)
         self,
         input_dim: int | Sequence[int],
         *,
@@ -88,9 +88,9 @@ class Encoder(nn.Module):
         Raises:
             TypeError, ValueError: inputs of another width, dtype, device or number.
         """
-        memories = self._memories(inputs, mask)
-        x = self._start(inputs)
-        for read, transformer, memory in zip(*self._steps(), memories, strict=True):
+        given = self._given(inputs)
+        x = self.latents.expand(_batch(given[0]), -1, -1)
+        for read, transformer, memory in zip(*self._steps(), self._memories(given, mask), strict=True):
             x = transformer(read(x, memory))
         return x
 
@@ -123,27 +123,32 @@ class Encoder(nn.Module):
         steps = self.sharing.steps
         if not -steps <= read < steps:
             raise ValueError(f"read must lie in {-steps} ... {steps - 1}; got {read}")
-        memories = self._memories(inputs, mask)
-        x = self._start(inputs)
-        for step, (block, transformer, memory) in enumerate(zip(*self._steps(), memories, strict=True)):
+        given = self._given(inputs)
+        x = self.latents.expand(_batch(given[0]), -1, -1)
+        walk = zip(*self._steps(), self._memories(given, mask), strict=True)
+        for step, (block, transformer, memory) in enumerate(walk):
             if step == read % steps:
                 break
             x = transformer(block(x, memory))
         return cast(CrossAttend, block).attention_map(x, memory, queries=queries)
 
-    def _start(self, inputs: Input | Sequence[Input]) -> Tensor:
-        batch = _content(_listed(inputs)[0]).shape[0]
-        return self.latents.expand(batch, -1, -1)
+    def _given(self, inputs: Input | Sequence[Input]) -> list[Input]:
+        """The input of all reads, or that of each."""
+        given = [inputs] if isinstance(inputs, (Tokens, Tensor)) else list(inputs)
+        if len(given) != self.inputs:
+            wanted = "one for all reads" if self.inputs == 1 else f"one for each of {self.inputs} reads"
+            raise ValueError(f"inputs must be {wanted}; got {len(given)}")
+        batches = [_batch(tokens) for tokens in given]
+        if any(batch != batches[0] for batch in batches[1:]):
+            raise ValueError(f"inputs of all reads must have one batch size; got {batches}")
+        return given
 
     def _steps(self) -> tuple[list[nn.Module], list[nn.Module]]:
         """The read and the transformer of each step."""
         return [self.reads[i] for i in self.sharing.reads], [self.transformers[i] for i in self.sharing.transformers]
 
-    def _memories(self, inputs: Input | Sequence[Input], mask: Mask | None) -> Iterator[KeysValues]:
+    def _memories(self, given: list[Input], mask: Mask | None) -> Iterator[KeysValues]:
         """What each step reads. Keys and values are kept only while a later step will read them again."""
-        given = _listed(inputs)
-        if len(given) not in (1, self.inputs) or (len(given) == 1 and self.inputs > 1):
-            raise ValueError(f"inputs must be one for each of {self.inputs} reads; got {len(given)}")
         # An input that is given twice is the same input: the first place it stands in is its name.
         first = [next(i for i, other in enumerate(given) if other is tokens) for tokens in given]
         wanted = [(number, first[step % len(given)]) for step, number in enumerate(self.sharing.reads)]
@@ -184,9 +189,5 @@ def _read_widths(input_dim: int | Sequence[int], plan: sharing.Sharing) -> list[
     return list(of.values())
 
 
-def _listed(inputs: Input | Sequence[Input]) -> list[Input]:
-    return [inputs] if isinstance(inputs, (Tokens, Tensor)) else list(inputs)
-
-
-def _content(tokens: Input) -> Tensor:
-    return tokens.content if isinstance(tokens, Tokens) else tokens
+def _batch(tokens: Input) -> int:
+    return (tokens.content if isinstance(tokens, Tokens) else tokens).shape[0]

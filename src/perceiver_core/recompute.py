@@ -35,5 +35,5 @@ def recompute_activations(model: M, blocks: tuple[type[nn.Module], ...] = (Cross
     """
     for module in model.modules():
         if isinstance(module, blocks):
-            module.forward = partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
     return model

@@ -2,42 +2,55 @@
 
 A model is saved as the constructor calls that made it (`describe`) and built again from them (`build`).
 Only registered names are ever called; nothing is imported, evaluated or unpickled.
+
+    {"part": name, argument: ...}      a part, made by calling the class of that name
+    {"partial": name, argument: ...}   functools.partial of a class or function
+    {"name": name}                     the class or function itself
+    {"same": path}                     the part that stands at an earlier path ("adapter.positions") once more
+    {"dict": {key: ...}}               a dictionary; lists, numbers, strings, true, false and null are themselves
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import math
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, TypeVar, cast
 
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 T = TypeVar("T", bound=Callable[..., Any])
 
 Json = Any  # what the json module reads and writes
-_RESERVED = ("part", "partial", "name", "dict")
+_KINDS = ("part", "partial", "name", "same", "dict")
 _named: dict[str, Callable[..., Any]] = {}
 _names: dict[Callable[..., Any], str] = {}
-_describe: dict[type, Callable[[Any], dict[str, Any]]] = {}
-_parts_left: ContextVar[int | None] = ContextVar("parts_left", default=None)
+_adopted: dict[type, tuple[str, ...]] = {}  # for classes of other libraries, the arguments that may be given
+_budget = threading.local()
 
 
 def register(thing: T, *, name: str | None = None) -> T:
     """Lets `save` and `load` write and build a class or function. Use it as a decorator.
 
     A class's constructor arguments are recorded as they are given, so a part needs no configuration
-    class. Where an argument is a module, keep it as an attribute of the same name: what stands there
-    when the model is saved is what is written.
+    class. Where an argument is a module (or a list of modules), keep it as an attribute of the same name:
+    what stands there when the model is saved is what is written.
+
+    Arguments are written by name, so `**kwargs` may be taken, `*args` and positional-only ones may not.
+    Registering once more what has the same module and qualified name (a notebook cell that is run again)
+    replaces it.
 
     Args:
         thing: a class (a part) or a function (a kernel, a sharing scheme).
         name: what stands for it in `config.json`; its own qualified name unless given.
 
     Raises:
-        ValueError: the name is taken by something else, or a constructor argument has a reserved name.
+        ValueError: the name is taken by something else; a lambda without a name; a constructor argument
+            that has no name, or a reserved one.
 
     Example:
         >>> import perceiver_core as pc
@@ -50,50 +63,69 @@ def register(thing: T, *, name: str | None = None) -> T:
         >>> pc.registry.describe(Scale(2.0))
         {'part': 'Scale', 'factor': 2.0}
     """
+    if not inspect.isclass(thing) and not inspect.isroutine(thing):
+        raise ValueError(f"register takes a class or a function; got {thing!r}. Register its class instead")
     name = name or thing.__qualname__
+    if "<lambda>" in name:
+        raise ValueError(f"{_label(thing)} has no name of its own; write a function, or register(..., name='...')")
     taken = _named.get(name)
-    if taken is not None and (taken.__module__, taken.__qualname__) != (thing.__module__, thing.__qualname__):
+    if taken is not None and _label(taken) != _label(thing):
         raise ValueError(
-            f"name {name!r} is taken by {taken.__module__}.{taken.__qualname__}; "
-            f"register {thing.__module__}.{thing.__qualname__} with another: register(..., name='...')"
+            f"name {name!r} is taken by {_label(taken)}; "
+            f"register {_label(thing)} with another: register(..., name='...')"
         )
-    if inspect.isclass(thing):
+    if inspect.isclass(thing) and thing not in _names:
         _record_arguments(thing)
+    if taken is not None and "<locals>" in taken.__qualname__:
+        _names.pop(taken, None)  # the same text with other variables around it: not the same thing
     _named[name], _names[thing] = thing, name
     return thing
 
 
-def adopt(thing: type, describe: Callable[[Any], dict[str, Any]]) -> None:
-    """Registers a class of another library by a function that reads an instance's arguments off it."""
-    _named[thing.__name__], _names[thing] = thing, thing.__name__
-    _describe[thing] = describe
+def adopt(thing: type, *arguments: str) -> None:
+    """Registers a class of another library, with the arguments that its instances keep as attributes."""
+    _named[thing.__name__], _names[thing], _adopted[thing] = thing, thing.__name__, arguments
 
 
 def _record_arguments(part: type) -> None:
     construct = cast(Callable[..., None], part.__init__)  # type: ignore[misc]
     signature = inspect.signature(construct)
-    reserved = [p for p in signature.parameters if p in _RESERVED]
-    if reserved:
-        raise ValueError(f"{part.__qualname__} has an argument named {reserved[0]!r}, which is reserved; rename it")
+    if construct not in (nn.Module.__init__, object.__init__):  # those take *args and refuse them
+        _check_names(part, list(signature.parameters.values())[1:])
 
     @functools.wraps(construct)
     def recording(self: Any, *args: Any, **kwargs: Any) -> None:
         if type(self) is part:  # not when a subclass calls its parent's constructor
-            _spend_one()
-            bound = signature.bind(self, *args, **kwargs).arguments
-            self.__dict__["_arguments"] = dict(list(bound.items())[1:])
+            self.__dict__["_arguments"] = _by_name(signature, self, *args, **kwargs)
         construct(self, *args, **kwargs)
 
     part.__init__ = recording  # type: ignore[misc]
-    _describe[part] = _recorded
 
 
-def _recorded(part: Any) -> dict[str, Any]:
-    def current(name: str, given: Any) -> Any:
-        now = getattr(part, name, given)
-        return now if isinstance(given, nn.Module) and isinstance(now, nn.Module) else given
+def _check_names(part: type, parameters: list[inspect.Parameter]) -> None:
+    for parameter in parameters:
+        if parameter.name in _KINDS:
+            raise ValueError(
+                f"{part.__qualname__} has an argument named {parameter.name!r}, which is reserved; rename it"
+            )
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
+            raise ValueError(f"{part.__qualname__} takes {parameter} without a name; take a list, or a named argument")
 
-    return {name: current(name, given) for name, given in part._arguments.items()}
+
+def _by_name(signature: inspect.Signature, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call, those of `**kwargs` among them, without `self`."""
+    given: dict[str, Any] = {}
+    for name, value in list(signature.bind(*args, **kwargs).arguments.items())[1:]:
+        flat = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+        given.update(value if flat else {name: value})
+    return {name: _copied(value) for name, value in given.items()}
+
+
+def _copied(value: Any) -> Any:
+    """Lists and dictionaries as they are now: their owner may change them later."""
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def describe(value: Any) -> Json:
@@ -101,26 +133,82 @@ def describe(value: Any) -> Json:
 
     Raises:
         ValueError: a part that is not registered, or a value that JSON has no word for.
+
+    Example:
+        >>> from functools import partial
+        >>> import perceiver_core as pc
+        >>> pc.registry.describe(partial(pc.CrossAttend, heads=2))
+        {'partial': 'CrossAttend', 'heads': 2}
     """
-    if value is None or isinstance(value, (bool, int, float, str)):
+    return _describe(value, "", {})
+
+
+def _describe(value: Any, at: str, seen: dict[int, str]) -> Json:
+    if value is None or isinstance(value, (int, str)) or (isinstance(value, float) and math.isfinite(value)):
         return value
     if isinstance(value, (list, tuple)):
-        return [describe(item) for item in value]
-    if isinstance(value, dict):
-        return {"dict": {str(key): describe(item) for key, item in value.items()}}
+        return [_describe(item, _join(at, index), seen) for index, item in enumerate(value)]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {"dict": _describe_each(value, at, seen)}
     if isinstance(value, functools.partial):
         if value.args:
-            raise ValueError(f"functools.partial({_label(value.func)}, ...) holds positional arguments; name them")
-        return {"partial": _name(value.func), **{key: describe(item) for key, item in value.keywords.items()}}
-    if type(value) in _describe:
-        arguments = _describe[type(value)](value)
-        return {"part": _name(type(value)), **{key: describe(item) for key, item in arguments.items()}}
-    if callable(value) and not isinstance(value, nn.Module):
-        return {"name": _name(value)}
+            raise ValueError(f"{at or 'it'} is a functools.partial of positional arguments; name them: {value!r:.60}")
+        return {"partial": _name(value.func, at), **_describe_each(value.keywords, at, seen)}
+    if type(value) in _names:
+        if id(value) in seen:
+            return {"same": seen[id(value)]}
+        seen[id(value)] = at
+        return {"part": _names[type(value)], **_describe_each(_arguments(value, at), at, seen)}
+    if inspect.isclass(value) or inspect.isroutine(value):
+        return {"name": _name(value, at)}
+    if isinstance(value, nn.Module):
+        raise ValueError(_unregistered(type(value), at))
     raise ValueError(
-        f"{_label(type(value))} cannot be saved: it is not registered. "
-        "Put @perceiver_core.register above its class, or leave it out of the constructor"
+        f"{at or 'it'} is {_short(value)}, which JSON has no word for. Give numbers, strings, None, lists, "
+        "dictionaries with names for keys, or registered parts"
     )
+
+
+def _describe_each(values: dict[str, Any], at: str, seen: dict[int, str]) -> dict[str, Json]:
+    return {key: _describe(item, _join(at, key), seen) for key, item in values.items()}
+
+
+def _arguments(part: Any, at: str) -> dict[str, Any]:
+    """The arguments that make a part as it is now."""
+    if type(part) in _adopted:
+        found = {name: getattr(part, name) for name in _adopted[type(part)]}
+        return {name: value is not None if name == "bias" else value for name, value in found.items()}
+    if "_arguments" not in vars(part):
+        raise ValueError(f"{at or 'it'} was made before {_label(type(part))} was registered; make it again")
+    return {name: _current(part, name, given) for name, given in part._arguments.items()}
+
+
+def _current(part: Any, name: str, given: Any) -> Any:
+    if isinstance(given, nn.Module):
+        now = getattr(part, name, given)
+        return now if isinstance(now, nn.Module) else given
+    if isinstance(given, list) and given and all(isinstance(item, nn.Module) for item in given):
+        now = getattr(part, name, given)
+        return list(now) if isinstance(now, nn.ModuleList) else given
+    return given
+
+
+def settings(module: nn.Module) -> str:
+    """A module's class and what it was told, in a line, to see whether it has been changed since it was made."""
+    of = type(module)
+    if of in _names and of not in _adopted:
+        kept = {name: vars(module)[name] for name in vars(module).get("_arguments", {}) if name in vars(module)}
+        told = ", ".join(f"{name}={_describe_or_type(value)}" for name, value in kept.items())
+    else:  # torch's own modules say all that matters; others may say what depends on where they are
+        told = module.extra_repr() if of.__module__.startswith("torch.") else ""
+    return f"{_label(of)}({told})"
+
+
+def _describe_or_type(value: Any) -> Json:
+    try:
+        return describe(value)
+    except ValueError:
+        return type(value).__name__
 
 
 def build(config: Json) -> Any:
@@ -128,81 +216,145 @@ def build(config: Json) -> Any:
 
     Raises:
         ValueError: a name that is not registered, arguments that do not fit, or a malformed description.
+
+    Example:
+        >>> import perceiver_core as pc
+        >>> pc.registry.build({"part": "MLP", "dim": 32, "activation": {"part": "GEGLU"}}).expand.out_features
+        64
     """
+    try:
+        return _build(config, "", {})
+    except RecursionError as error:
+        raise ValueError("the description is nested too deeply; no model is") from error
+
+
+def _build(config: Json, at: str, made: dict[str, Any]) -> Any:
     if isinstance(config, list):
-        return [build(item) for item in config]
+        return [_build(item, _join(at, index), made) for index, item in enumerate(config)]
     if not isinstance(config, dict):
         return config
-    kinds = [word for word in _RESERVED if word in config]
+    kinds = [kind for kind in _KINDS if kind in config]
     if len(kinds) != 1:
-        raise ValueError(f"each object must hold exactly one of {_RESERVED}; found {sorted(config)[:5]}")
-    kind = kinds[0]
-    rest = {key: build(item) for key, item in config.items() if key != kind}
+        raise ValueError(f"{at or 'it'} must hold exactly one of {_KINDS}; found {_short(sorted(config)[:5])}")
+    kind, named = kinds[0], config[kinds[0]]
+    rest = {key: item for key, item in config.items() if key != kind}
+    if kind in ("name", "same", "dict") and rest:
+        raise ValueError(f"{at or 'it'} must hold {kind!r} alone; found {_short(sorted(rest)[:5])} beside it")
+    if kind == "same":
+        return _earlier(named, at, made)
     if kind == "dict":
-        return {key: build(item) for key, item in config["dict"].items()}
-    thing = _lookup(config[kind])
+        return {key: _build(item, _join(at, key), made) for key, item in _a_dict(named, at).items()}
+    thing = _lookup(named, at)
+    arguments = {key: _build(item, _join(at, key), made) for key, item in rest.items()}
     if kind == "name":
         return thing
+    _check_adopted(thing, arguments, at)
     if kind == "partial":
-        return functools.partial(thing, **rest)
+        return functools.partial(thing, **arguments)
+    made[at] = _make(thing, arguments, at)
+    return made[at]
+
+
+def _make(thing: Callable[..., Any], arguments: dict[str, Any], at: str) -> Any:
     if not inspect.isclass(thing):
-        raise ValueError(f"{config[kind]!r} is not a part but a function")
+        raise ValueError(f"{at or 'it'} names {_names[thing]!r}, which is not a part but a function")
     try:
-        return thing(**rest)
-    except TypeError as error:
-        raise ValueError(f"{config[kind]} cannot be built from its description: {error}") from error
+        return thing(**arguments)
+    except Exception as error:  # of any kind: constructors are given here what no caller would give them
+        raise ValueError(
+            f"{at or 'it'}: {_names[thing]} cannot be built from its description: {error or type(error).__name__}"
+        ) from error
+
+
+def _earlier(path: object, at: str, made: dict[str, Any]) -> Any:
+    if not isinstance(path, str) or path not in made:
+        raise ValueError(f"{at or 'it'} is the same as {_short(path)}, but no part stands there before it")
+    return made[path]
+
+
+def _a_dict(value: object, at: str) -> dict[str, Json]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{at or 'it'} must hold an object under 'dict'; got {_short(value)}")
+    return value
+
+
+def _check_adopted(thing: Callable[..., Any], arguments: dict[str, Any], at: str) -> None:
+    """Other libraries' classes take arguments that a file must not choose: a device, to take memory there."""
+    if inspect.isclass(thing) and thing in _adopted and not arguments.keys() <= set(_adopted[thing]):
+        raise ValueError(
+            f"{at or 'it'} gives {_names[thing]} {_short(sorted(arguments))}; it may have {list(_adopted[thing])}"
+        )
 
 
 @contextmanager
-def at_most(parts: int) -> Iterator[None]:
-    """Bounds how many recorded parts may be made inside, so that a small file cannot ask for a huge model."""
-    token = _parts_left.set(parts)
+def at_most(modules: int) -> Iterator[None]:
+    """Bounds how many modules this thread may put into others inside, so that a small file cannot ask for a huge model.
+
+    Raises:
+        ValueError: in the constructor that puts in one too many.
+    """
+    _install_counter()
+    before, _budget.left = getattr(_budget, "left", None), modules
     try:
         yield
     finally:
-        _parts_left.reset(token)
+        _budget.left = before
 
 
-def _spend_one() -> None:
-    left = _parts_left.get()
-    if left is None:
-        return
-    if left <= 0:
-        raise ValueError("the configuration asks for more parts than the file has weights for")
-    _parts_left.set(left - 1)
+@functools.cache
+def _install_counter() -> None:
+    # Stays: removing a hook while another thread builds a model would break the loop over hooks there.
+    register_module_module_registration_hook(_count)
 
 
-def _lookup(name: object) -> Callable[..., Any]:
+def _count(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+    left = getattr(_budget, "left", None)
+    if left is not None:
+        if left <= 0:
+            raise ValueError("the configuration asks for more modules than the file has weights for")
+        _budget.left = left - 1
+
+
+def _lookup(name: object, at: str) -> Callable[..., Any]:
     if not isinstance(name, str) or name not in _named:
         raise ValueError(
-            f"{name!r} is not a registered part. If it is your own, import the module that registers it before loading"
+            f"{at or 'it'} names {_short(name)}, which is not registered. If it is your own, "
+            "import the module that registers it before loading"
         )
     return _named[name]
 
 
-def _name(thing: Callable[..., Any]) -> str:
-    if thing not in _names:
-        raise ValueError(f"{_label(thing)} is not registered; put @perceiver_core.register above its definition")
+def _name(thing: Callable[..., Any], at: str) -> str:
+    known = (inspect.isclass(thing) or inspect.isroutine(thing)) and thing in _names
+    if not known:
+        raise ValueError(_unregistered(thing, at))
     return _names[thing]
+
+
+def _unregistered(thing: object, at: str) -> str:
+    return (
+        f"{at or 'it'} is {_label(thing)}, which is not registered. Put @perceiver_core.register above its definition "
+        "and make the model again"
+    )
 
 
 def _label(thing: object) -> str:
     return f"{getattr(thing, '__module__', '?')}.{getattr(thing, '__qualname__', thing)}"
 
 
-def _nothing(_: nn.Module) -> dict[str, Any]:
-    return {}
+def _short(value: object) -> str:
+    text = f"{value!r}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-for _activation in (nn.Identity, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid):
-    adopt(_activation, _nothing)
-adopt(nn.GELU, lambda module: {"approximate": module.approximate})
-for _norm in (nn.LayerNorm, nn.RMSNorm):
-    adopt(
-        _norm,
-        lambda module: {
-            "normalized_shape": list(module.normalized_shape),
-            "eps": module.eps,
-            "elementwise_affine": module.elementwise_affine,
-        },
-    )
+def _join(at: str, key: object) -> str:
+    return f"{at}.{key}" if at else f"{key}"
+
+
+for _plain in (nn.Identity, nn.Tanh, nn.Sigmoid):
+    adopt(_plain)
+adopt(nn.ReLU, "inplace")
+adopt(nn.SiLU, "inplace")
+adopt(nn.GELU, "approximate")
+adopt(nn.LayerNorm, "normalized_shape", "eps", "elementwise_affine", "bias")
+adopt(nn.RMSNorm, "normalized_shape", "eps", "elementwise_affine")

@@ -46,7 +46,7 @@ class Tokens:
 
     content: Float[Tensor, "b *grid c"]
     tables: tuple[Float[Tensor, "*g p"], ...] = ()
-    mask: Bool[Tensor, "b *grid"] | None = None
+    mask: Bool[Tensor, " b *grid"] | None = None
 
     def __post_init__(self) -> None:
         checks.is_floating("content", self.content)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -56,7 +57,7 @@ class Audio(nn.Module):
         """
         checks.is_floating("samples", samples)
         checks.has_shape("samples", samples, "b s")
-        patches = F.pad(samples, (0, -samples.shape[1] % self.patch)).unflatten(1, (-1, self.patch))
+        patches = rearrange(F.pad(samples, (0, -samples.shape[1] % self.patch)), "b (n p) -> b n p", p=self.patch)
         return grid_tokens("samples", patches, self.positions, mask)
 
 

@@ -38,7 +38,7 @@ class Grid(nn.Module):
         """The width of a token."""
         return token_dim(self.channels, self.positions)
 
-    def forward(self, x: Float[Tensor, "b *grid c"], *, mask: Bool[Tensor, "b *grid"] | None = None) -> Tokens:
+    def forward(self, x: Float[Tensor, "b *grid c"], *, mask: Bool[Tensor, " b *grid"] | None = None) -> Tokens:
         """The tokens of an array.
 
         Raises:

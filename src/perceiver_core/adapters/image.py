@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -49,7 +50,9 @@ class Image(nn.Module):
         """The width of a token."""
         return token_dim(int(self.stem.dim), self.positions)  # type: ignore[arg-type]
 
-    def forward(self, pictures: Float[Tensor, "b c h w"], *, mask: Bool[Tensor, "b rows columns"] | None = None) -> Tokens:
+    def forward(
+        self, pictures: Float[Tensor, "b c h w"], *, mask: Bool[Tensor, "b rows columns"] | None = None
+    ) -> Tokens:
         """The tokens of pictures.
 
         Args:
@@ -63,5 +66,12 @@ class Image(nn.Module):
         checks.is_floating("pictures", pictures)
         checks.has_shape("pictures", pictures, "b c h w")
         checks.has_channels("pictures", pictures, 1, self.channels)
-        content = self.stem(pictures).movedim(1, -1)
+        content = self.stem(_without_masked(pictures, mask)).movedim(1, -1)
         return grid_tokens("pictures", content, self.positions, mask)
+
+
+def _without_masked(pictures: Tensor, mask: Tensor | None) -> Tensor:
+    """Zeros for masked pixels: a NaN there would reach the gradients of a stem's weights."""
+    if isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == pictures[:, 0].shape:
+        return pictures.masked_fill(~mask.unsqueeze(1), 0.0)
+    return pictures

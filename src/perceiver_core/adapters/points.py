@@ -26,7 +26,8 @@ class Points(nn.Module):
     Example:
         >>> import torch
         >>> import perceiver_core as pc
-        >>> points = pc.adapters.Points(features=3, positions=pc.positions.Fourier(axes=3, bands=64, max_resolution=1120))
+        >>> where = pc.positions.Fourier(axes=3, bands=64, max_resolution=1120)
+        >>> points = pc.adapters.Points(features=3, positions=where)
         >>> points.dim, points(torch.rand(2, 450, 6) * 2 - 1).n
         (390, 450)
 

@@ -85,7 +85,7 @@ def partial_attention(
     checks.positive(chunk=chunk)
     if mask is not None:
         masks.fits(mask, q, k)
-    return Partial(*_Partial.apply(q, k, v, mask, chunk))
+    return Partial(*_Partial.apply(q, k, v, mask, chunk))  # type: ignore[no-untyped-call]
 
 
 def merge(*parts: Partial) -> Partial:
@@ -140,7 +140,7 @@ class _Partial(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, *output)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, d_output: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, output, lse = ctx.saved_tensors
         with torch.autocast(q.device.type, enabled=False):
@@ -149,14 +149,15 @@ class _Partial(torch.autograd.Function):
             # d score = weight * (d weight - sum of weight * d weight + d lse); the sum is d_out . out.
             offset = d_lse - (d_out * output.to(wide)).sum(-1)
             base = lse.masked_fill(lse == -torch.inf, 0.0)
-            d_queries = torch.zeros_like(queries)
-            d_k, d_v = torch.empty_like(k), torch.empty_like(v)
+            # Made from `offset`, so that under vmap they have the mapped axis even where an input lacks it.
+            d_queries = offset.new_zeros(queries.shape)
+            d_k, d_v = offset.new_empty(k.shape, dtype=k.dtype), offset.new_empty(v.shape, dtype=v.dtype)
             for part in _pieces(k.shape[-2], ctx.chunk):
                 keys, values = k[..., part, :].to(wide), v[..., part, :].to(wide)
                 scores = _scores(queries, keys, ctx.mask, part, k.shape[-2])
                 weights = (scores - base[..., None]).exp_()
                 d_v[..., part, :] = (weights.mT @ d_out).to(v.dtype)
-                d_scores = weights.mul_(d_out @ values.mT + offset[..., None])
+                d_scores = (d_out @ values.mT + offset[..., None]).mul_(weights)
                 d_queries += d_scores @ keys
                 d_k[..., part, :] = (d_scores.mT @ queries).to(k.dtype)
             return (d_queries * q.shape[-1] ** -0.5).to(q.dtype), d_k, d_v, None, None

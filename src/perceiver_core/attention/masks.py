@@ -38,10 +38,11 @@ class Padding:
     keys: Bool[Tensor, "b n"]
 
     def __post_init__(self) -> None:
-        checks.is_mask("keys", self.keys, self.keys.shape)
+        _check_axes("keys", self.keys)
 
     def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, "b 1 1 k"]:
-        return self.keys[:, keys][:, None, None, :]
+        """The block of the mask for these positions."""
+        return block(self.keys[:, None, None, :], queries, keys)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,10 +56,11 @@ class Queries:
     queries: Bool[Tensor, "b q"]
 
     def __post_init__(self) -> None:
-        checks.is_mask("queries", self.queries, self.queries.shape)
+        _check_axes("queries", self.queries)
 
     def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, "b 1 q 1"]:
-        return self.queries[:, queries][:, None, :, None]
+        """The block of the mask for these positions."""
+        return block(self.queries[:, None, :, None], queries, keys)
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Causal:
     """
 
     def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, "q k"]:
+        """The block of the mask for these positions."""
         return keys[None, :] <= queries[:, None]
 
 
@@ -89,6 +92,7 @@ class Window:
     after: int
 
     def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, "q k"]:
+        """The block of the mask for these positions."""
         ahead = keys[None, :] - queries[:, None]
         return (ahead >= -self.before) & (ahead <= self.after)
 
@@ -99,7 +103,8 @@ class And:
 
     masks: tuple[Mask, ...]
 
-    def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, "..."]:
+    def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, " ..."]:
+        """The block of the mask for these positions."""
         allowed = block(self.masks[0], queries, keys)
         for mask in self.masks[1:]:
             allowed = allowed & block(mask, queries, keys)
@@ -112,7 +117,8 @@ class Or:
 
     masks: tuple[Mask, ...]
 
-    def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, "..."]:
+    def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, " ..."]:
+        """The block of the mask for these positions."""
         allowed = block(self.masks[0], queries, keys)
         for mask in self.masks[1:]:
             allowed = allowed | block(mask, queries, keys)
@@ -151,31 +157,32 @@ def positions(size: int, device: torch.device | None = None) -> Int[Tensor, " n"
     return torch.arange(-size, 0, device=device)
 
 
-def block(mask: Mask, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, "..."]:
+def block(mask: Mask, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, " ..."]:
     """The part of a mask for some queries and keys, given by their positions; broadcasts to `b h q k`.
 
     Raises:
         TypeError: a mask that is not boolean.
     """
     if not isinstance(mask, Tensor):
-        return mask(queries, keys)
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be boolean, True = attend; got {mask.dtype}. Convert it: mask.bool()")
-    if mask.ndim >= 2 and mask.shape[-2] != 1:
-        mask = mask[..., queries, :]
-    return mask[..., keys] if mask.shape[-1] != 1 else mask
+        allowed = mask(queries, keys)
+        checks.is_mask("mask", allowed)
+        return allowed
+    checks.is_mask("mask", mask)
+    mask = mask[(None,) * (2 - mask.ndim)]
+    rows = queries if mask.shape[-2] != 1 else queries.new_zeros(1)
+    columns = keys if mask.shape[-1] != 1 else keys.new_zeros(1)
+    return mask[..., rows[:, None], columns]
 
 
-def dense(mask: Mask, *, queries: int, keys: int, device: torch.device | None = None) -> Bool[Tensor, "..."]:
+def dense(mask: Mask, *, queries: int, keys: int, device: torch.device | None = None) -> Bool[Tensor, " ..."]:
     """The whole mask for so many queries and keys; broadcasts to `b h q k`.
 
     Raises:
-        ValueError: a tensor whose last two axes are not those of the attention.
+        TypeError: a mask that is not boolean.
     """
     if not isinstance(mask, Tensor):
-        return mask(positions(queries, device), positions(keys, device))
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be boolean, True = attend; got {mask.dtype}. Convert it: mask.bool()")
+        return block(mask, positions(queries, device), positions(keys, device))
+    checks.is_mask("mask", mask)
     return mask
 
 
@@ -188,12 +195,18 @@ def fits(mask: Mask, q: Tensor, k: Tensor) -> None:
     """
     wanted = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     for tensor, shape in _tensors(mask, wanted):
-        checks.is_mask("mask", tensor, tensor.shape)
+        checks.is_mask("mask", tensor)
         if tensor.device != q.device:
             raise ValueError(f"mask is on {tensor.device}, the queries on {q.device}; move one: .to({str(q.device)!r})")
         ends = zip(reversed(tensor.shape), reversed(shape), strict=False)
         if tensor.ndim > len(shape) or not all(size in (1, full) for size, full in ends):
             raise ValueError(f"mask must broadcast to {shape}; got shape {tuple(tensor.shape)}")
+
+
+def _check_axes(name: str, mask: Tensor) -> None:
+    checks.is_mask(name, mask)
+    if mask.ndim != 2:
+        raise ValueError(f"{name} must have 2 axes, one row a sample; got shape {tuple(mask.shape)}")
 
 
 def _tensors(mask: Mask, shape: tuple[int, int, int, int]) -> list[tuple[Tensor, tuple[int, ...]]]:

@@ -82,8 +82,9 @@ def attention_map(
     if queries is not None:
         chosen = torch.as_tensor(queries, device=q.device)
         q, rows = q[..., chosen, :], rows[chosen]
-    scores = (q @ k.mT) * q.shape[-1] ** -0.5
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    # Scaled first and not in half precision, where a product may overflow; autocast narrows it all the same.
+    scores = ((q.to(wide) * q.shape[-1] ** -0.5) @ k.to(wide).mT).to(wide)
     if mask is None:
         return scores.softmax(-1)
     allowed = masks.block(mask, rows, masks.positions(k.shape[-2], k.device))

@@ -63,7 +63,7 @@ class MultiHeadAttention(nn.Module):
     Reference: Vaswani et al. 2017, section 3.2.2; the widths are those of deepmind-research/perceiver.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (each is a choice that published models make differently)
         self,
         dim: int,
         input_dim: int | None = None,
@@ -111,8 +111,7 @@ class MultiHeadAttention(nn.Module):
         dropout: dict[str, Any] = {"dropout": self.dropout} if self.training and self.dropout else {}
         q = self._queries(x)
         out = self.kernel(q, read.keys, read.values, mask=masks.and_(read.mask, mask), **dropout)
-        out = self.output(rearrange(out, "b h m e -> b m (h e)"))
-        return out
+        return self.output(rearrange(out, "b h m e -> b m (h e)"))
 
     def attention_map(
         self, x: Float[Tensor, "b m d"], read: KeysValues, *, mask: Mask | None = None, queries: Any = None

@@ -24,6 +24,7 @@ class SelfAttend(nn.Module):
         attention: makes the attention from (dim, heads=heads).
         mlp: makes the MLP from (dim).
         norm: makes a norm from a width.
+        residual: whether the array is added to what it read of itself.
         dropout: the rate at which what is added to the residual is dropped in training.
 
     Example:
@@ -43,11 +44,13 @@ class SelfAttend(nn.Module):
         attention: Callable[..., nn.Module] = MultiHeadAttention,
         mlp: Callable[[int], nn.Module] = MLP,
         norm: Callable[[int], nn.Module] = nn.LayerNorm,
+        residual: bool = True,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
         checks.positive(dim=dim)
         checks.probability(dropout=dropout)
+        self.residual = residual
         self.norm, self.attention = norm(dim), attention(dim, heads=heads)
         self.mlp_norm, self.mlp = norm(dim), mlp(dim)
         self.dropout = nn.Dropout(dropout)
@@ -56,7 +59,8 @@ class SelfAttend(nn.Module):
         """The array after its vectors have attended to each other."""
         normed = self.norm(x)
         read = self.attention.keys_values(normed, mask=mask)  # type: ignore[operator]
-        x = x + self.dropout(self.attention(normed, read))
+        attended = self.dropout(self.attention(normed, read))
+        x = x + attended if self.residual else attended
         out: Tensor = x + self.dropout(self.mlp(self.mlp_norm(x)))
         return out
 
@@ -82,9 +86,7 @@ class LatentTransformer(nn.Module):
     Reference: Jaegle et al. 2021 (Perceiver), section 3.1.
     """
 
-    def __init__(
-        self, dim: int, *, depth: int, heads: int = 8, block: Callable[..., nn.Module] = SelfAttend
-    ) -> None:
+    def __init__(self, dim: int, *, depth: int, heads: int = 8, block: Callable[..., nn.Module] = SelfAttend) -> None:
         super().__init__()
         if not 0 <= depth <= 10_000:
             raise ValueError(f"depth must lie in 0 ... 10,000; got {depth}")

@@ -26,6 +26,7 @@ class GEGLU(nn.Module):
     inputs_per_output = 2
 
     def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b half"]:
+        """One half of the channels, gated by the other."""
         values, gates = x.chunk(2, dim=-1)
         return values * F.gelu(gates)
 
@@ -44,6 +45,7 @@ class SquaredReLU(nn.Module):
     """
 
     def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b c"]:
+        """The squares of what is positive."""
         return F.relu(x).square()
 
 
@@ -74,5 +76,6 @@ class MLP(nn.Module):
         self.contract = init.linear(hidden, dim)
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        """Every vector by itself."""
         out: Tensor = self.contract(self.activation(self.expand(x)))
         return out

@@ -69,9 +69,9 @@ class Fourier(nn.Module):
 
     def forward(self, points: Float[Tensor, "*b axes"]) -> Float[Tensor, "*b dim"]:
         """The features of any points; coordinates in [-1, 1]."""
-        check_points(points, self.axes)
-        parts = [self._features(points[..., axis], axis) for axis in range(self.axes)]
-        return torch.cat(parts, dim=-1)[..., self._order()]
+        wide = widened(points, self.axes)
+        parts = [self._features(wide[..., axis], axis) for axis in range(self.axes)]
+        return torch.cat(parts, dim=-1)[..., self._order()].to(points.dtype)
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "*g p"], ...]:
         """One table an axis for a grid; their sum is `forward` at its points."""
@@ -93,6 +93,7 @@ class Fourier(nn.Module):
         return [axis * width + column for group in groups for axis in range(self.axes) for column in group]
 
     def extra_repr(self) -> str:
+        """What `repr` shows."""
         return f"axes={self.axes}, bands={self.bands}, max_resolution={self.max_resolution}"
 
 
@@ -126,8 +127,9 @@ class FourierPerAxis(nn.Module):
 
     def forward(self, points: Float[Tensor, "*b axes"]) -> Float[Tensor, "*b dim"]:
         """The features of any points; coordinates in [-1, 1]."""
-        check_points(points, self.axes)
-        return torch.cat([self._features(points[..., axis], axis) for axis in range(self.axes)], dim=-1)
+        wide = widened(points, self.axes)
+        parts = [self._features(wide[..., axis], axis) for axis in range(self.axes)]
+        return torch.cat(parts, dim=-1).to(points.dtype)
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "*g p"], ...]:
         """One table an axis for a grid; their sum is `forward` at its points."""
@@ -164,8 +166,9 @@ class NeRF(nn.Module):
 
     def forward(self, points: Float[Tensor, "*b axes"]) -> Float[Tensor, "*b dim"]:
         """The features of any points; coordinates in [-1, 1]."""
-        check_points(points, self.axes)
-        return torch.cat([self._features(points[..., axis], axis) for axis in range(self.axes)], dim=-1)
+        wide = widened(points, self.axes)
+        parts = [self._features(wide[..., axis], axis) for axis in range(self.axes)]
+        return torch.cat(parts, dim=-1).to(points.dtype)
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "*g p"], ...]:
         """One table an axis for a grid; their sum is `forward` at its points."""
@@ -214,9 +217,10 @@ class Gaussian(nn.Module):
 
     def forward(self, points: Float[Tensor, "*b axes"]) -> Float[Tensor, "*b dim"]:
         """The features of any points; coordinates in [-1, 1]."""
-        check_points(points, self.axes)
-        angles = 2 * math.pi * points @ self.frequencies.to(points)
-        return torch.cat([angles.cos(), angles.sin()], dim=-1)
+        wide = widened(points, self.axes)
+        # Not a matrix product, which autocast would take to half precision.
+        angles = 2 * math.pi * (wide[..., None] * self.frequencies.to(wide)).sum(-2)
+        return torch.cat([angles.cos(), angles.sin()], dim=-1).to(points.dtype)
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "*grid p"], ...]:
         """One table over the whole grid."""
@@ -241,8 +245,9 @@ def per_axis(name: str, value: float | Sequence[float], axes: int) -> tuple[floa
     return values
 
 
-def check_points(points: Tensor, axes: int) -> None:
-    """Raises unless `points` is floating point with `axes` coordinates in its last axis."""
+def widened(points: Tensor, axes: int) -> Tensor:
+    """Points in the dtype that features are computed in; raises unless each has `axes` floating point coordinates."""
     checks.is_floating("points", points)
     if points.ndim < 1 or points.shape[-1] != axes:
         raise ValueError(f"points must have {axes} coordinates in the last axis; got shape {tuple(points.shape)}")
+    return points.to(computing_dtype(points))

@@ -1,0 +1,152 @@
+"""Pictures: the maps are the weights that were used, and what is drawn can be told apart."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+import perceiver_core as pc
+from perceiver_core import visualize
+
+GRID = (13, 7)
+
+
+@pytest.fixture
+def model() -> pc.Perceiver:
+    torch.manual_seed(0)
+    image = pc.adapters.Image(channels=3, positions=pc.positions.Fourier(axes=2, bands=3, max_resolution=16))
+    read = partial(pc.CrossAttend, heads=2, attention=partial(pc.MultiHeadAttention, qk_dim=10, dropout=0.5))
+    encoder = pc.Encoder(image.dim, latents=5, dim=11, reads=3, depth=1, heads=1, read=read, share=False)
+    return pc.Perceiver(image, encoder, pc.heads.Classify(11, classes=2))
+
+
+def test_map_adds_to_one_over_the_grid(model: pc.Perceiver) -> None:
+    weights = visualize.attention_map(model, torch.randn(2, 3, *GRID))
+    assert weights.shape == (2, 2, 5, *GRID)
+    torch.testing.assert_close(weights.sum((-1, -2)), torch.ones(2, 2, 5))
+
+
+def test_map_is_what_the_formula_gives_at_every_read(model: pc.Perceiver) -> None:
+    pictures = torch.randn(2, 3, *GRID)
+    model.eval()
+    tokens = model.adapter(pictures)
+    x = model.encoder.latents.expand(2, -1, -1)
+    for step in range(3):
+        read = model.encoder.reads[step]
+        q = read.attention.query(read.query_norm(x)).unflatten(-1, (2, 5)).transpose(1, 2)
+        k = read.attention.key(read.input_norm(tokens.dense())).unflatten(-1, (2, 5)).transpose(1, 2)
+        wanted = (q @ k.mT / 5**0.5).softmax(-1).unflatten(-1, GRID)
+        torch.testing.assert_close(visualize.attention_map(model, pictures, read=step), wanted)
+        x = model.encoder.transformers[step](read(x, tokens))
+
+
+def test_map_of_chosen_latents_and_of_the_last_read(model: pc.Perceiver) -> None:
+    pictures = torch.randn(2, 3, *GRID)
+    every = visualize.attention_map(model, pictures, read=2)
+    torch.testing.assert_close(visualize.attention_map(model, pictures, queries=[4, 1]), every[:, :, [4, 1]])
+
+
+def test_map_of_a_masked_input_is_zero_there(model: pc.Perceiver) -> None:
+    mask = torch.ones(2, *GRID, dtype=torch.bool)
+    mask[:, 4:] = False
+    weights = visualize.attention_map(model, torch.randn(2, 3, *GRID), mask=mask)
+    assert weights[..., 4:, :].abs().max() == 0
+    torch.testing.assert_close(weights.sum((-1, -2)), torch.ones(2, 2, 5))
+
+
+def test_map_leaves_the_model_in_its_mode(model: pc.Perceiver) -> None:
+    model.train()
+    model.head.eval()
+    first, second = (visualize.attention_map(model, torch.ones(1, 3, *GRID)) for _ in range(2))
+    torch.testing.assert_close(first, second)  # no dropout
+    assert model.training
+    assert not model.head.training
+
+
+def test_map_over_plain_tensors_keeps_their_one_axis() -> None:
+    encoder = pc.Encoder(6, latents=5, dim=11, depth=1, heads=1)
+    model = pc.Perceiver(torch.nn.Identity(), encoder, pc.heads.Latents())
+    assert visualize.attention_map(model, torch.randn(2, 17, 6)).shape == (2, 1, 5, 17)
+
+
+def test_map_of_a_different_input_for_each_read() -> None:
+    where = pc.positions.Fourier(axes=1, bands=3, max_resolution=16)
+    both = pc.adapters.PerRead([pc.adapters.Audio(patch=4, positions=where), pc.adapters.Audio(patch=3, positions=where)])
+    encoder = pc.Encoder(both.dim, latents=5, dim=11, reads=2, depth=1, heads=1, share=False)
+    model = pc.Perceiver(both, encoder, pc.heads.Latents())
+    sounds = (torch.randn(2, 44), torch.randn(2, 21))
+    assert visualize.attention_map(model, sounds, read=0).shape == (2, 1, 5, 11)
+    assert visualize.attention_map(model, sounds, read=1).shape == (2, 1, 5, 7)
+
+
+def test_overlay_is_brightest_where_the_weight_is() -> None:
+    weights = torch.zeros(5, 3)
+    weights[1, 2] = 1.0
+    picture = visualize.overlay(torch.zeros(1, 50, 33), weights)
+    assert picture.shape == (50, 33, 3)
+    assert picture.dtype == np.uint8
+    row, column = np.unravel_index(picture.sum(-1).argmax(), (50, 33))
+    assert 10 <= row < 20
+    assert column >= 22
+
+
+def test_overlay_of_no_strength_is_the_picture() -> None:
+    grey = torch.linspace(0, 1, 77).reshape(1, 7, 11)
+    picture = visualize.overlay(grey, torch.rand(2, 3), strength=0.0)
+    np.testing.assert_array_equal(picture[..., 0], (grey[0] * 255).round().numpy().astype(np.uint8))
+    color = torch.rand(3, 7, 11)
+    assert not np.array_equal(visualize.overlay(color, torch.rand(2, 3), strength=0.0)[..., 0], picture[..., 0])
+
+
+@pytest.mark.parametrize(
+    ("picture", "weights", "strength", "message"),
+    [
+        (torch.rand(2, 5, 7), torch.rand(5, 7), 0.5, "1 or 3 channels"),
+        (torch.rand(5, 7), torch.rand(5, 7), 0.5, "1 or 3 channels"),
+        (torch.rand(3, 5, 7), torch.rand(35), 0.5, "weights must have 2 axes"),
+        (torch.rand(3, 5, 7), torch.rand(5, 7), 1.5, r"strength must lie in \[0, 1\]; got 1.5"),
+    ],
+)
+def test_overlay_errors(picture: torch.Tensor, weights: torch.Tensor, strength: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        visualize.overlay(picture, weights, strength=strength)
+
+
+def test_position_features_are_those_of_the_grid() -> None:
+    where = pc.positions.Fourier(axes=2, bands=2, max_resolution=16)
+    figure = visualize.position_features(where, (5, 7))
+    assert len(figure.axes) == where.dim
+    shown = np.stack([axes.images[0].get_array() for axes in figure.axes], -1)
+    wanted = where(pc.positions.grid_points((5, 7), like=torch.zeros(())))
+    np.testing.assert_allclose(shown, wanted.numpy(), atol=1e-6)
+
+
+def test_position_features_shows_so_many_at_most_and_one_axis_as_one_picture() -> None:
+    many = pc.positions.Gaussian(axes=2, features=50)
+    assert len(visualize.position_features(many, (5, 7), limit=9).axes) == 9
+    line = visualize.position_features(pc.positions.Fourier(axes=1, bands=4, max_resolution=16), (31,))
+    assert line.axes[0].images[0].get_array().shape == (9, 31)
+    with pytest.raises(ValueError, match="one or two axes"):
+        visualize.position_features(pc.positions.Fourier(axes=3, bands=4), (3, 5, 7))
+
+
+def test_architecture_gives_one_color_to_one_set_of_weights() -> None:
+    def colors(share: bool | pc.sharing.Scheme) -> list[tuple[float, ...]]:
+        encoder = pc.Encoder(6, latents=5, dim=11, reads=3, depth=1, heads=1, share=share)
+        figure = visualize.architecture(pc.Perceiver(torch.nn.Identity(), encoder, pc.heads.Latents()))
+        boxes = [patch.get_facecolor() for patch in figure.axes[0].patches if hasattr(patch, "get_boxstyle")]
+        return boxes[2:-1]
+
+    assert len(set(colors(pc.sharing.all_))) == 2
+    assert len(set(colors(True))) == 3
+    assert len(set(colors(False))) > 3
+
+
+def test_pictures_without_matplotlib_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"perceiver-core\[plots\]"):
+        visualize.overlay(torch.rand(3, 5, 7), torch.rand(5, 7))
+    with pytest.raises(ImportError, match=r"perceiver-core\[plots\]"):
+        visualize.position_features(pc.positions.Fourier(axes=1, bands=4), (31,))
