@@ -152,7 +152,9 @@ def _describe(value: Any, at: str, seen: dict[int, str]) -> Json:
         return {"dict": _describe_each(value, at, seen)}
     if isinstance(value, functools.partial):
         if value.args:
-            raise ValueError(f"{at or 'it'} is a functools.partial of positional arguments; name them: {value!r:.60}")
+            raise ValueError(
+                f"{at or 'the model'} is a functools.partial of positional arguments; name them: {value!r:.60}"
+            )
         return {"partial": _name(value.func, at), **_describe_each(value.keywords, at, seen)}
     if type(value) in _names:
         if id(value) in seen:
@@ -164,7 +166,7 @@ def _describe(value: Any, at: str, seen: dict[int, str]) -> Json:
     if isinstance(value, nn.Module):
         raise ValueError(_unregistered(type(value), at))
     raise ValueError(
-        f"{at or 'it'} is {_short(value)}, which JSON has no word for. Give numbers, strings, None, lists, "
+        f"{at or 'the model'} is {_short(value)}, which JSON has no word for. Give numbers, strings, None, lists, "
         "dictionaries with names for keys, or registered parts"
     )
 
@@ -179,7 +181,7 @@ def _arguments(part: Any, at: str) -> dict[str, Any]:
         found = {name: getattr(part, name) for name in _adopted[type(part)]}
         return {name: value is not None if name == "bias" else value for name, value in found.items()}
     if "_arguments" not in vars(part):
-        raise ValueError(f"{at or 'it'} was made before {_label(type(part))} was registered; make it again")
+        raise ValueError(f"{at or 'the model'} was made before {_label(type(part))} was registered; make it again")
     return {name: _current(part, name, given) for name, given in part._arguments.items()}
 
 
@@ -197,7 +199,7 @@ def settings(module: nn.Module) -> str:
     """A module's class and what it was told, in a line, to see whether it has been changed since it was made."""
     of = type(module)
     if of in _names and of not in _adopted:
-        kept = {name: vars(module)[name] for name in vars(module).get("_arguments", {}) if name in vars(module)}
+        kept = {name: vars(module)[name] for name in inspect.signature(of).parameters if name in vars(module)}
         told = ", ".join(f"{name}={_describe_or_type(value)}" for name, value in kept.items())
     else:  # torch's own modules say all that matters; others may say what depends on where they are
         told = module.extra_repr() if of.__module__.startswith("torch.") else ""
@@ -235,11 +237,11 @@ def _build(config: Json, at: str, made: dict[str, Any]) -> Any:
         return config
     kinds = [kind for kind in _KINDS if kind in config]
     if len(kinds) != 1:
-        raise ValueError(f"{at or 'it'} must hold exactly one of {_KINDS}; found {_short(sorted(config)[:5])}")
+        raise ValueError(f"{at or 'the model'} must hold exactly one of {_KINDS}; found {_short(sorted(config)[:5])}")
     kind, named = kinds[0], config[kinds[0]]
     rest = {key: item for key, item in config.items() if key != kind}
     if kind in ("name", "same", "dict") and rest:
-        raise ValueError(f"{at or 'it'} must hold {kind!r} alone; found {_short(sorted(rest)[:5])} beside it")
+        raise ValueError(f"{at or 'the model'} must hold {kind!r} alone; found {_short(sorted(rest)[:5])} beside it")
     if kind == "same":
         return _earlier(named, at, made)
     if kind == "dict":
@@ -257,24 +259,24 @@ def _build(config: Json, at: str, made: dict[str, Any]) -> Any:
 
 def _make(thing: Callable[..., Any], arguments: dict[str, Any], at: str) -> Any:
     if not inspect.isclass(thing):
-        raise ValueError(f"{at or 'it'} names {_names[thing]!r}, which is not a part but a function")
+        raise ValueError(f"{at or 'the model'} names {_names[thing]!r}, which is not a part but a function")
+    _count()
     try:
         return thing(**arguments)
     except Exception as error:  # of any kind: constructors are given here what no caller would give them
-        raise ValueError(
-            f"{at or 'it'}: {_names[thing]} cannot be built from its description: {error or type(error).__name__}"
-        ) from error
+        why = str(error) or type(error).__name__
+        raise ValueError(f"{at or 'the model'}: {_names[thing]} cannot be built from its description: {why}") from error
 
 
 def _earlier(path: object, at: str, made: dict[str, Any]) -> Any:
     if not isinstance(path, str) or path not in made:
-        raise ValueError(f"{at or 'it'} is the same as {_short(path)}, but no part stands there before it")
+        raise ValueError(f"{at or 'the model'} is the same as {_short(path)}, but no part stands there before it")
     return made[path]
 
 
 def _a_dict(value: object, at: str) -> dict[str, Json]:
     if not isinstance(value, dict):
-        raise ValueError(f"{at or 'it'} must hold an object under 'dict'; got {_short(value)}")
+        raise ValueError(f"{at or 'the model'} must hold an object under 'dict'; got {_short(value)}")
     return value
 
 
@@ -282,16 +284,17 @@ def _check_adopted(thing: Callable[..., Any], arguments: dict[str, Any], at: str
     """Other libraries' classes take arguments that a file must not choose: a device, to take memory there."""
     if inspect.isclass(thing) and thing in _adopted and not arguments.keys() <= set(_adopted[thing]):
         raise ValueError(
-            f"{at or 'it'} gives {_names[thing]} {_short(sorted(arguments))}; it may have {list(_adopted[thing])}"
+            f"{at or 'the model'} gives {_names[thing]} {_short(sorted(arguments))}; "
+            f"it may have {list(_adopted[thing])}"
         )
 
 
 @contextmanager
 def at_most(modules: int) -> Iterator[None]:
-    """Bounds how many modules this thread may put into others inside, so that a small file cannot ask for a huge model.
+    """Bounds how many modules this thread may build or put into others, so that a small file cannot ask for many.
 
     Raises:
-        ValueError: in the constructor that puts in one too many.
+        ValueError: inside, at the first one too many.
     """
     _install_counter()
     before, _budget.left = getattr(_budget, "left", None), modules
@@ -307,7 +310,7 @@ def _install_counter() -> None:
     register_module_module_registration_hook(_count)
 
 
-def _count(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+def _count(*_: object) -> None:
     left = getattr(_budget, "left", None)
     if left is not None:
         if left <= 0:
@@ -318,7 +321,7 @@ def _count(parent: nn.Module, name: str, module: nn.Module | None) -> None:
 def _lookup(name: object, at: str) -> Callable[..., Any]:
     if not isinstance(name, str) or name not in _named:
         raise ValueError(
-            f"{at or 'it'} names {_short(name)}, which is not registered. If it is your own, "
+            f"{at or 'the model'} names {_short(name)}, which is not registered. If it is your own, "
             "import the module that registers it before loading"
         )
     return _named[name]
@@ -333,8 +336,8 @@ def _name(thing: Callable[..., Any], at: str) -> str:
 
 def _unregistered(thing: object, at: str) -> str:
     return (
-        f"{at or 'it'} is {_label(thing)}, which is not registered. Put @perceiver_core.register above its definition "
-        "and make the model again"
+        f"{at or 'the model'} is {_label(thing)}, which is not registered. "
+        "Put @perceiver_core.register above its definition and make the model again"
     )
 
 

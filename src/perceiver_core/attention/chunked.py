@@ -69,7 +69,8 @@ def partial_attention(
 ) -> Partial:
     """Attention over the part of an input that is at hand, with what `merge` needs to join it to the rest.
 
-    Args are those of `chunked`.
+    Args are those of `chunked`. A mask is that of this part: a rule such as `masks.Causal` counts positions
+    from the end of the keys it is given, so for parts of a longer input give the part of the whole mask.
 
     Returns:
         The output, in v's dtype, and the log-sum-exp of the scores, in float32 or wider; -inf where a

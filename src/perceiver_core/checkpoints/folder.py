@@ -63,6 +63,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         >>> torch.equal(again.latents, encoder.latents)
         True
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     folder = Path(folder)
     config = {"library": "perceiver_core", "format": FORMAT, "model": registry.describe(model)}
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
@@ -276,7 +278,10 @@ def _replace(files: dict[Path, Callable[[Path], object]]) -> None:
     written = {path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial"): path for path in files}
     try:
         for temporary, path in written.items():
+            temporary.touch()
+            mode = temporary.stat().st_mode  # what the user's umask says; save_file makes private files
             files[path](temporary)
+            temporary.chmod(mode)
             with temporary.open("r+b") as file:
                 os.fsync(file.fileno())
         for temporary, path in written.items():

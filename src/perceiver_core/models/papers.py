@@ -34,6 +34,16 @@ def imagenet(classes: int = 1000) -> Perceiver:
 def audioset(classes: int = 527) -> Perceiver:
     """Raw sound: 1.28 s at 48 kHz, 61,440 samples in 480 patches of 128, with 192 Fourier bands.
 
+    No code was published for this model; where the text gives no number, it has those of `imagenet`.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core.models import papers
+        >>> with torch.device("meta"):
+        ...     model = papers.audioset()
+        >>> model.adapter.dim, sum(p.numel() for p in model.parameters())
+        (513, 46242333)
+
     Reference: Jaegle et al. 2021 (Perceiver), section 4.2.
     """
     where = positions.Fourier(axes=1, bands=192, max_resolution=480)
@@ -42,6 +52,14 @@ def audioset(classes: int = 527) -> Perceiver:
 
 def modelnet40(classes: int = 40) -> Perceiver:
     """Point clouds: about 2,000 points, 64 Fourier bands up to resolution 1,120, 2 reads of 6 self-attends.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core.models import papers
+        >>> with torch.device("meta"):
+        ...     model = papers.modelnet40()
+        >>> model.adapter.dim, sum(p.numel() for p in model.parameters())
+        (387, 44772202)
 
     Reference: Jaegle et al. 2021 (Perceiver), section 4.3.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from perceiver_core import checks
@@ -41,21 +41,23 @@ class Rotary(nn.Module):
         self.dim, self.base = dim, base
 
     def forward(
-        self, heads: Float[Tensor, "b h n d"], positions: Float[Tensor, "#b n"] | None = None
+        self, heads: Float[Tensor, "b h n d"], positions: Shaped[Tensor, "*#b n"] | None = None
     ) -> Float[Tensor, "b h n d"]:
         """The heads, turned.
 
         Args:
             heads: queries or keys.
-            positions: where each token stands, if not one after the other up to the end.
+            positions: where each token stands, `n` or `b n`, if not one after the other up to the end.
         """
         if heads.shape[-1] < self.dim:
             raise ValueError(f"heads must be at least dim={self.dim} wide; got {heads.shape[-1]}")
         wide = torch.promote_types(heads.dtype, torch.float32)
         if positions is None:
-            positions = torch.arange(1 - heads.shape[-2], 1, device=heads.device)[None]
+            positions = torch.arange(1 - heads.shape[-2], 1, device=heads.device)
+        if positions.ndim not in (1, 2) or positions.shape[-1] != heads.shape[-2]:
+            raise ValueError(f"positions must be n or b n with n={heads.shape[-2]}; got {tuple(positions.shape)}")
         exponents = torch.arange(0, self.dim, 2, device=heads.device, dtype=wide) / self.dim
-        angles = positions.to(wide)[:, None, :, None] * self.base**-exponents
+        angles = positions.to(wide)[..., None, :, None] * self.base**-exponents
         turned, kept = heads[..., : self.dim].to(wide), heads[..., self.dim :]
         even, odd = turned[..., ::2], turned[..., 1::2]
         cos, sin = angles.cos(), angles.sin()

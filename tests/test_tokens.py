@@ -1,0 +1,180 @@
+"""Tokens: content, tables whose sum is the position of every token, and a mask."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from perceiver_core import Tokens
+from perceiver_core.positions import Fourier, Learned
+
+B, C, P = 2, 3, 11
+GRID = (5, 7)
+
+laws = settings(max_examples=25, derandomize=True, deadline=None, database=None)
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def bools(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.6
+
+
+@pytest.mark.parametrize("grid", [(1,), (13,), (5, 7), (2, 3, 5)], ids=str)
+def test_sizes(grid: tuple[int, ...]) -> None:
+    content = draw(B, *grid, C)
+    bare = Tokens(content)
+    assert (bare.grid, bare.n, bare.dim) == (grid, math.prod(grid), C)
+    placed = Tokens(content, tables=(draw(*grid, P),))
+    assert (placed.grid, placed.n, placed.dim) == (grid, math.prod(grid), C + P)
+
+
+def test_dense_without_tables_is_the_content() -> None:
+    content = draw(B, *GRID, C)
+    tokens = Tokens(content)
+    assert tokens.positions() is None and tokens.flat_mask() is None
+    assert torch.equal(tokens.dense(), content.reshape(B, 35, C))
+
+
+@laws
+@given(
+    grid=st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple),
+    count=st.integers(1, 4),
+    data=st.data(),
+)
+def test_dense_is_content_beside_the_sum_of_any_tables(grid: tuple[int, ...], count: int, data: st.DataObject) -> None:
+    """One token at a time: every table read at the token's place, or at 0 where its axis has size 1."""
+    shapes = [tuple(data.draw(st.sampled_from((1, n))) for n in grid) for _ in range(count)]
+    content = draw(B, *grid, C)
+    tables = tuple(draw(*shape, P, seed=i) for i, shape in enumerate(shapes))
+    rows = []
+    for place in torch.cartesian_prod(*(torch.arange(n) for n in grid)).reshape(-1, len(grid)).tolist():
+        entries = [t[tuple(min(i, n - 1) for i, n in zip(place, t.shape, strict=False))] for t in tables]
+        rows.append(torch.cat([content[(slice(None), *place)], sum(entries).expand(B, P)], dim=-1))
+    expected = torch.stack(rows, dim=1)
+    torch.testing.assert_close(Tokens(content, tables=tables).dense(), expected, rtol=0.0, atol=1e-12)
+
+
+def test_several_tables_over_the_whole_grid_add() -> None:
+    tables = tuple(draw(*GRID, P, seed=i) for i in range(3))
+    tokens = Tokens(draw(B, *GRID, C), tables=tables)
+    torch.testing.assert_close(tokens.positions(), tables[0] + tables[1] + tables[2], rtol=0.0, atol=1e-14)
+
+
+def test_separable_and_learned_positions_add_up() -> None:
+    fourier, like = Fourier(axes=2, bands=3, max_resolution=7), torch.zeros((), dtype=torch.float64)
+    learned = Learned(GRID, fourier.dim).double()
+    tables = (*fourier.tables(GRID, like), *learned.tables(GRID, like))
+    assert Tokens(draw(B, *GRID, C), tables=tables).positions().shape == (*GRID, fourier.dim)
+
+
+@pytest.mark.parametrize("junk", [math.nan, math.inf, -math.inf, 1e300])
+def test_what_masked_tokens_hold_becomes_zero(junk: float) -> None:
+    mask = bools(B, *GRID)
+    content = draw(B, *GRID, C)
+    spoiled = content.masked_fill(~mask[..., None], junk)
+    tables = (draw(5, 1, P), draw(1, 7, P))
+    dense = Tokens(spoiled, tables, mask).dense()
+    assert torch.equal(dense, Tokens(content, tables, mask).dense())
+    gone = ~mask.flatten(1)
+    assert not dense[..., :C][gone].any()
+    assert torch.equal(dense[..., :C][~gone], content.flatten(1, 2)[~gone])
+    # Their positions stay, so that nothing depends on what stood there.
+    assert torch.equal(dense[..., C:], Tokens(content, tables).dense()[..., C:])
+
+
+def test_the_mask_flattens_as_the_tokens_do() -> None:
+    mask = bools(B, *GRID)
+    flat = Tokens(draw(B, *GRID, C), mask=mask).flat_mask()
+    assert flat is not None and flat.shape == (B, 35)
+    assert flat[1, 2 * 7 + 3] == mask[1, 2, 3]
+    assert torch.equal(flat.reshape(B, *GRID), mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_positions_follow_the_dtype_of_the_content(dtype: torch.dtype) -> None:
+    content, tables = draw(B, *GRID, C).to(dtype), (draw(5, 1, P), draw(1, 7, P))
+    dense = Tokens(content, tables).dense()
+    assert dense.dtype == dtype
+    # Added in the tables' own precision, then rounded once.
+    assert torch.equal(dense[0, :, C:], (tables[0] + tables[1]).flatten(0, 1).to(dtype))
+
+
+def test_gradients_reach_the_content_and_every_table() -> None:
+    content, rows, columns = (x.requires_grad_() for x in (draw(B, *GRID, C), draw(5, 1, P), draw(1, 7, P, seed=1)))
+    mask = bools(B, *GRID)
+    probe = draw(B, 35, C + P, seed=2)
+    d_content, d_rows, d_columns = torch.autograd.grad(
+        (Tokens(content, (rows, columns), mask).dense() * probe).sum(), (content, rows, columns)
+    )
+    there = mask.flatten(1)[..., None]
+    assert torch.equal(d_content.flatten(1, 2), probe[..., :C] * there)
+    placed = probe[..., C:].reshape(B, *GRID, P).sum(0)
+    torch.testing.assert_close(d_rows, placed.sum(1, keepdim=True), rtol=0.0, atol=1e-12)
+    torch.testing.assert_close(d_columns, placed.sum(0, keepdim=True), rtol=0.0, atol=1e-12)
+
+
+def test_tokens_are_frozen_and_compared_by_identity() -> None:
+    tokens = Tokens(draw(B, *GRID, C))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        tokens.content = draw(B, *GRID, C)  # type: ignore[misc]
+    assert tokens == tokens and tokens != Tokens(tokens.content)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([[1.0]], r"content must be a torch.Tensor; got list"),
+        (torch.zeros(B, 5, C, dtype=torch.int64), r"content must be floating point; got torch.int64"),
+        (torch.zeros(B, 5, C, dtype=torch.bool), r"content must be floating point; got torch.bool"),
+    ],
+    ids=["list", "integers", "booleans"],
+)
+def test_content_must_be_a_floating_point_tensor(content: object, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        Tokens(content)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", [(), (B,), (B, C)], ids=str)
+def test_content_must_have_a_batch_a_grid_and_channels(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"content must have at least 3 axes \(b \*grid c\); got shape \("):
+        Tokens(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(0, 5, C), (B, 0, C), (B, 5, 0, C), (B, 5, 7, 0)], ids=str)
+def test_content_must_not_be_empty(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"content must not be empty; got shape \("):
+        Tokens(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [[(7, 5, P)], [(5, P)], [(1, 5, 7, P)], [(5, 2, P)], [(5, 1, P), (1, 7, P + 1)], [(5, 1, P), (7, P)], [(P,)]],
+    ids=str,
+)
+def test_tables_must_broadcast_over_the_grid_and_have_one_width(shapes: list[tuple[int, ...]]) -> None:
+    with pytest.raises(
+        ValueError, match=r"each table must broadcast over the grid \(5, 7\) and have one width; got sh"
+    ):
+        Tokens(draw(B, *GRID, C), tables=tuple(torch.zeros(shape) for shape in shapes))
+
+
+@pytest.mark.parametrize("shape", [(B, 35), GRID, (1, *GRID), (B, 7, 5), (B, *GRID, 1)], ids=str)
+def test_the_mask_must_have_one_value_a_token(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"mask must have shape \(2, 5, 7\), one value a token; got \("):
+        Tokens(draw(B, *GRID, C), mask=torch.ones(shape, dtype=torch.bool))
+
+
+def test_the_mask_must_be_boolean() -> None:
+    with pytest.raises(TypeError, match=r"mask must be a boolean tensor, True = attend; got torch.float32. Convert it"):
+        Tokens(draw(B, *GRID, C), mask=torch.ones(B, *GRID))
+    with pytest.raises(TypeError, match=r"mask must be a boolean tensor, True = attend; got list"):
+        Tokens(draw(B, *GRID, C), mask=[True])  # type: ignore[arg-type]
