@@ -95,11 +95,13 @@ def same_place(name: str, x: Tensor, weight: Tensor) -> None:
         )
 
 
-def positive(**sizes: int) -> None:
-    """Raises ValueError unless every named size is a whole number of at least 1."""
+def positive(*, at_most: int | None = None, **sizes: int) -> None:
+    """Raises ValueError unless every named size is a whole number of at least 1, and at most `at_most`."""
     for name, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"{name} must be a whole number of at least 1; got {size!r}")
+        if at_most is not None and size > at_most:
+            raise ValueError(f"{name} must be at most {at_most}; got {size}")
 
 
 def probability(**rates: float) -> None:

@@ -66,10 +66,10 @@ class Encoder(nn.Module):
         process: Callable[..., nn.Module] = LatentTransformer,
     ) -> None:
         super().__init__()
-        checks.positive(latents=latents, dim=dim, reads=reads, heads=heads)
-        if reads > 10_000:
-            raise ValueError(f"reads must be at most 10,000; got {reads}")
+        checks.positive(latents=latents, dim=dim, heads=heads)
+        checks.positive(at_most=10_000, reads=reads)
         self.dim, self.sharing = dim, _plan(share, reads)
+        self.input_dim = input_dim if isinstance(input_dim, int) else tuple(input_dim)
         widths = _read_widths(input_dim, self.sharing)
         self.inputs = 1 if isinstance(input_dim, int) else len(input_dim)
         self.latents = init.embedding(latents, dim)

@@ -41,6 +41,7 @@ class Classify(nn.Module):
         super().__init__()
         checks.positive(dim=dim, classes=classes)
         checks.probability(dropout=dropout)
+        self.dim = dim
         self.norm, self.dropout = norm(dim), nn.Dropout(dropout)
         self.logits = init.linear(dim, classes)
 
@@ -78,6 +79,7 @@ class Regress(nn.Module):
         super().__init__()
         checks.positive(dim=dim, values=values)
         checks.probability(dropout=dropout)
+        self.dim = dim
         self.norm, self.dropout = norm(dim), nn.Dropout(dropout)
         self.values = init.linear(dim, values)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from perceiver_core import checks
 from perceiver_core.registry import register
 
 
@@ -59,6 +60,7 @@ def none(steps: int) -> Sharing:
         >>> sharing.none(3)
         Sharing(reads=(0, 1, 2), transformers=(0, 1, 2))
     """
+    _check(steps)
     return Sharing(tuple(range(steps)), tuple(range(steps)))
 
 
@@ -71,6 +73,7 @@ def all_(steps: int) -> Sharing:
         >>> sharing.all_(3)
         Sharing(reads=(0, 0, 0), transformers=(0, 0, 0))
     """
+    _check(steps)
     return Sharing((0,) * steps, (0,) * steps)
 
 
@@ -84,6 +87,7 @@ def all_but_first(steps: int) -> Sharing:
         Sharing(reads=(0, 1, 1), transformers=(0, 1, 1))
     """
     plan = (0, *(1,) * (steps - 1))
+    _check(steps)
     return Sharing(plan, plan)
 
 
@@ -101,4 +105,9 @@ def paper(steps: int) -> Sharing:
 
     Reference: Jaegle et al. 2021 (Perceiver), section 4.1 and appendix.
     """
+    _check(steps)
     return Sharing((0, *(1,) * (steps - 1)), (0,) * steps)
+
+
+def _check(steps: int) -> None:
+    checks.positive(at_most=10_000, steps=steps)

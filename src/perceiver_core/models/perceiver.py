@@ -20,6 +20,10 @@ class Perceiver(nn.Module):
         encoder: tokens to latents; see `Encoder`.
         head: latents to an answer; see `heads`.
 
+    Raises:
+        TypeError: a part that is not a module.
+        ValueError: parts whose widths (`.dim`, `.input_dim`, where they have them) do not meet.
+
     Example:
         >>> import torch
         >>> import perceiver_core as pc
@@ -34,6 +38,11 @@ class Perceiver(nn.Module):
 
     def __init__(self, adapter: nn.Module, encoder: nn.Module, head: nn.Module) -> None:
         super().__init__()
+        for name, part in (("adapter", adapter), ("encoder", encoder), ("head", head)):
+            if not isinstance(part, nn.Module):
+                raise TypeError(f"{name} must be a module; got {type(part).__name__}. Build it first")
+        _check_widths("adapter", adapter, "dim", "encoder", encoder, "input_dim")
+        _check_widths("encoder", encoder, "dim", "head", head, "dim")
         self.adapter, self.encoder, self.head = adapter, encoder, head
 
     def forward(self, inputs: Any, *, mask: Any = None) -> Tensor:
@@ -46,3 +55,11 @@ class Perceiver(nn.Module):
         tokens = self.adapter(inputs) if mask is None else self.adapter(inputs, mask=mask)
         answer: Tensor = self.head(self.encoder(tokens))
         return answer
+
+
+def _check_widths(giver: str, gives: nn.Module, out: str, taker: str, takes: nn.Module, into: str) -> None:
+    given, taken = getattr(gives, out, None), getattr(takes, into, None)
+    if None not in (given, taken) and given != taken:
+        raise ValueError(
+            f"{taker} must take what {giver} gives: {given} wide; it takes {taken}. Build it with {giver}.{out}"
+        )

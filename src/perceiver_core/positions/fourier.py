@@ -57,7 +57,7 @@ class Fourier(nn.Module):
         sine_only: bool = False,
     ) -> None:
         super().__init__()
-        checks.positive(axes=axes, bands=bands)
+        _check_sizes(axes, bands=bands)
         self.axes, self.bands = axes, bands
         self.max_resolution = per_axis("max_resolution", max_resolution, axes)
         self.concat_positions, self.sine_only = concat_positions, sine_only
@@ -117,7 +117,7 @@ class FourierPerAxis(nn.Module):
 
     def __init__(self, axes: int, bands: int = 6, *, max_frequency: float = 10.0) -> None:
         super().__init__()
-        checks.positive(axes=axes, bands=bands)
+        _check_sizes(axes, bands=bands)
         self.axes, self.bands, self.max_frequency = axes, bands, max_frequency
 
     @property
@@ -156,7 +156,7 @@ class NeRF(nn.Module):
 
     def __init__(self, axes: int, bands: int = 10) -> None:
         super().__init__()
-        checks.positive(axes=axes, bands=bands)
+        _check_sizes(axes, bands=bands)
         self.axes, self.bands = axes, bands
 
     @property
@@ -206,7 +206,7 @@ class Gaussian(nn.Module):
 
     def __init__(self, axes: int, features: int = 64, *, scale: float = 10.0) -> None:
         super().__init__()
-        checks.positive(axes=axes, features=features)
+        _check_sizes(axes, features=features)
         self.axes = axes
         self.register_buffer("frequencies", torch.randn(axes, features) * scale)
 
@@ -226,6 +226,12 @@ class Gaussian(nn.Module):
         """One table over the whole grid."""
         check_axes(grid, self.axes)
         return (self(grid_points(grid, like)).to(like.dtype),)
+
+
+def _check_sizes(axes: int, **features: int) -> None:
+    """Bounds far above any use, so that a hostile configuration cannot ask for a list of every column."""
+    checks.positive(at_most=16, axes=axes)
+    checks.positive(at_most=65_536, **features)
 
 
 def linear_bands(highest: float, bands: int, like: Tensor) -> Float[Tensor, " bands"]:
