@@ -1,0 +1,60 @@
+# Every target sets up what it needs in .venv, once; running it again is quick.
+
+PYTHON ?= python3
+VENV   := .venv
+RUN    := $(VENV)/bin/python
+AKOA   ?=
+TESTS  ?=
+BENCH  ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help akoa test lint docs bench clean constraints
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' Makefile | awk -F ':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+
+akoa: $(VENV)/.installed-akoa ## train and test the knee laterality example, results in runs/akoa (AKOA="--toy" for a minute)
+	$(RUN) -m examples.akoa.demo $(AKOA)
+
+test: $(VENV)/.installed-dev $(VENV)/.installed-akoa ## run the tests with coverage, then again with shapes checked
+	$(RUN) -m pytest --cov --cov-report=term-missing:skip-covered $(TESTS)
+	$(RUN) -m pytest -q $(SHAPES) $(TESTS)
+
+# Tests of error messages are left out: there, jaxtyping speaks before the library does.
+# torch.compile cannot trace through the checks.
+SHAPES := --jaxtyping-packages=perceiver_core,beartype.beartype -m "not compile and not slow and not gpu" -k "not errors"
+
+lint: $(VENV)/.installed-dev $(VENV)/.installed-akoa ## check style, types and the direction of imports
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports
+
+docs: $(VENV)/.installed-dev $(VENV)/.installed-docs ## build the pages in docs/_build/html and run their examples
+	$(RUN) -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	$(RUN) -m sphinx -W --keep-going -q -b doctest docs docs/_build/doctest
+	$(RUN) -m pytest -q --doctest-modules src
+
+bench: $(VENV)/.installed-dev ## measure, results in benchmarks/results (BENCH="--toy" for seconds)
+	$(RUN) -m benchmarks $(BENCH)
+
+constraints: $(VENV)/.installed-dev $(VENV)/.installed-akoa $(VENV)/.installed-docs ## upgrade .venv (torch apart) and pin it in constraints.txt
+	$(RUN) -m pip install --quiet --upgrade --upgrade-strategy eager "$$(grep '^torch==' constraints.txt)" -e ".[images,hub,plots,akoa,dev,docs]"
+	$(RUN) tools/constraints.py
+
+clean: ## remove what was made, except .venv, data and runs
+	rm -rf dist build docs/_build .coverage coverage.xml htmlcov
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name .venv -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+$(RUN):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "perceiver-core needs Python 3.10 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(RUN)
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
+	@touch $@

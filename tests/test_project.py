@@ -1,0 +1,157 @@
+"""The project's own frame: what its pages say is true, and what its files say agrees."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import perceiver_core as pc
+
+tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads TOML")
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted((ROOT / "src" / "perceiver_core").rglob("*.py"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PYTHON = re.compile(r"^(?P<indent> *)```python\n(?P<code>.*?)^ *```$", re.DOTALL | re.MULTILINE)
+EXTRAS = {"images", "hub", "plots", "akoa", "dev", "docs"}
+# Names that only make sense together with another, whose example shows both.
+SHOWN_IN = {
+    "perceiver_core.attention.Partial": "perceiver_core.attention.partial_attention",
+    "perceiver_core.attention.merge": "perceiver_core.attention.partial_attention",
+    "perceiver_core.load": "perceiver_core.save",
+}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def blocks(page: Path) -> list[str]:
+    return [inspect.cleandoc("\n" + found["code"]) for found in PYTHON.finditer(page.read_text())]
+
+
+def public(module: object) -> dict[str, object]:
+    """Every public class and function, by its dotted name, in the package and in the modules that it exports."""
+    found: dict[str, object] = {}
+    for name in module.__all__:
+        thing = getattr(module, name)
+        where = f"{module.__name__}.{name}"
+        if inspect.isclass(thing) or inspect.isfunction(thing):
+            found[where] = thing
+        elif inspect.ismodule(thing) and hasattr(thing, "__all__"):
+            found |= public(thing)
+    return found
+
+
+@pytest.fixture
+def one_thread():
+    """Pages compute little: more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name_of)
+def test_the_python_of_a_page_runs_in_order(page, one_thread):
+    taken = pc.registry._named.copy(), pc.registry._names.copy()
+    names: dict[str, object] = {"__name__": "__page__"}
+    try:
+        for code in blocks(page):
+            exec(compile(code, name_of(page), "exec"), names)
+    finally:  # pages register parts of their own
+        for table, before in zip((pc.registry._named, pc.registry._names), taken, strict=True):
+            table.clear()
+            table.update(before)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_of_a_page_lead_somewhere(page):
+    targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text())
+    local = [target for target in targets if "://" not in target]
+    assert [target for target in local if not (page.parent / target).exists()] == []
+
+
+def test_there_are_the_extras_that_the_pages_name():
+    assert set(PROJECT["optional-dependencies"]) == EXTRAS
+
+
+def test_runtime_dependencies_are_five():
+    names = {re.match(r"[\w-]+", dependency)[0] for dependency in PROJECT["dependencies"]}
+    assert names == {"torch", "numpy", "einops", "jaxtyping", "safetensors"}
+
+
+def test_every_dependency_is_pinned():
+    wanted = [*PROJECT["dependencies"], *(d for extra in PROJECT["optional-dependencies"].values() for d in extra)]
+    pins = re.findall(r"^([\w.-]+)==[\w.]+(?: ; .*)?$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    normal = {re.sub(r"[-_.]+", "-", name).lower() for name in pins}
+    names = {re.sub(r"[-_.]+", "-", re.match(r"[\w-]+", d)[0]).lower() for d in wanted}
+    assert names - normal == set()
+
+
+def test_the_version_is_one():
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert re.findall(r"^## \[(\d[^\]]*)\]", changelog, re.MULTILINE)[0] == pc.__version__
+    assert re.search(r"^version: (.+)$", citation, re.MULTILINE)[1] == pc.__version__
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=name_of)
+def test_nothing_is_unpickled_evaluated_or_executed(source):
+    tree = ast.parse(source.read_text())
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    attributes = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert names & {"eval", "exec", "__import__", "compile"} == set()
+    assert {name.split(".")[0] for name in imported} & {"pickle", "cloudpickle", "dill", "marshal", "shelve"} == set()
+    assert attributes & {"torch.load", "torch.save"} == set()
+
+
+@pytest.mark.parametrize("name, thing", public(pc).items(), ids=public(pc).keys())
+def test_every_public_name_has_a_docstring_with_an_example(name, thing):
+    documentation = inspect.getdoc(thing)
+    assert documentation, f"{name} has no docstring"
+    shown = inspect.getdoc(public(pc)[SHOWN_IN.get(name, name)])
+    assert doctest.DocTestParser().get_examples(shown), f"{name} has no example"
+
+
+def test_every_name_of_all_is_there():
+    for module in (pc, pc.adapters, pc.attention, pc.models, pc.positions):
+        assert sorted(module.__all__, key=str.lower) == sorted(set(module.__all__), key=str.lower)
+        assert [name for name in module.__all__ if not hasattr(module, name)] == []
+
+
+def test_every_public_name_has_an_entry_in_the_reference():
+    pages = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    entries = set(re.findall(r"auto(?:class|function|module):: (\S+)", pages))
+    missing = []
+    for name, thing in public(pc).items():
+        if name not in entries and not {f"perceiver_core.{name.split('.')[-1]}", thing.__module__} & entries:
+            missing.append(name)
+    assert missing == []
+
+
+def test_a_benchmark_runs_at_toy_size(tmp_path, monkeypatch, capsys):
+    main = importlib.import_module("benchmarks.__main__")
+    monkeypatch.setattr("sys.argv", ["benchmarks", "--toy", "--out", str(tmp_path)])
+    main.main()
+    assert "| latents |" in capsys.readouterr().out
+    assert (tmp_path / "attention.json").exists()
+
+
+def test_errors_of_benchmarks_name_what_there_is(monkeypatch, capsys):
+    main = importlib.import_module("benchmarks.__main__")
+    monkeypatch.setattr("sys.argv", ["benchmarks", "nothing"])
+    with pytest.raises(SystemExit):
+        main.main()
+    assert "no benchmark nothing; there are attention" in capsys.readouterr().err
