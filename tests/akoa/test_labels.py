@@ -1,0 +1,226 @@
+"""Names, files and rows; each failure of earlier projects has a test of its own."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from examples.akoa import labels as lb
+from examples.akoa.labels import Row
+
+SPELLINGS = ("RIGHT", "R_I_G_H_T", "LEFT", "L_E_F_T")
+
+
+def file_name(patient: int, visit: int, side: str, slice_: int, gap: str = "_") -> str:
+    return f"OAI{patient:07}_BaseLine_{visit}{gap}de3d1_SAG_3D_DESS_WE_{side}.nii.gz_{slice_}.png"
+
+
+def good_rows() -> list[Row]:
+    parts = ("train", "train", "train", "val", "test")
+    return [
+        Row(file_name(i, visit, side, 0), f"{i:07}", visit, side, 0, part)
+        for i, part in enumerate(parts)
+        for visit, side in ((3, "left"), (101, "right"))
+    ]
+
+
+def touch(root: Path, *names: str) -> None:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def test_visits_are_not_patients() -> None:
+    row = lb.parse_name(file_name(5, 101, "LEFT", 0))
+    assert (row.patient, row.visit) == ("0000005", 101)
+
+
+@pytest.mark.parametrize("side", ["Right", "right", "R_I_G_H_T", "r_i_g_h_t"])
+def test_right_in_another_spelling_is_not_left(side: str) -> None:
+    """`"RIGHT" in name` called 1,280 right knees left."""
+    assert lb.parse_name(file_name(9000099, 3, side, 7)).side == "right"
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from(SPELLINGS),
+    st.integers(0, 9_999_999),
+    st.integers(0, 999),
+    st.integers(0, 39),
+    st.sampled_from(["", "_"]),
+    st.data(),
+)
+def test_every_spelling_in_any_case_parses(
+    side: str, patient: int, visit: int, slice_: int, gap: str, data: st.DataObject
+) -> None:
+    name = file_name(patient, visit, side, slice_, gap)
+    upper = data.draw(st.lists(st.booleans(), min_size=len(name), max_size=len(name)))
+    name = "".join(c.upper() if up else c.lower() for c, up in zip(name, upper, strict=True))
+    found = lb.parse_name(name)
+    wanted = "right" if side.lower().startswith("r") else "left"
+    assert (found.patient, found.visit, found.side) == (f"{patient:07}", visit, wanted)
+    assert (found.slice, found.underscore) == (slice_, bool(gap))
+    assert found.spelling.lower() == side.lower()
+
+
+@settings(deadline=None)
+@given(st.text("abcdefghilrtABCDEFGHILRT_", max_size=9))
+def test_a_name_with_neither_side_fails(side: str) -> None:
+    if side.lower() not in {"left", "l_e_f_t", "right", "r_i_g_h_t"}:
+        with pytest.raises(ValueError, match="not of the form"):
+            lb.parse_name(file_name(9000099, 3, side, 7))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        file_name(9000099, 3, "RI_GHT", 7),
+        file_name(9000099, 3, "RIGHT", 7) + "\n",
+        "x" + file_name(9000099, 3, "RIGHT", 7),
+        file_name(9000099, 3, "RIGHT", 7).replace(".png", ".jpg"),
+        file_name(9000099, 3, "RIGHT", 7).replace("OAI9", "OAI"),
+        file_name(9000099, 3, "RIGHT", 7).replace("SAG", "\u017fAG"),
+        file_name(9000099, 3, "RIGHT", 7).replace("9000099", "\u0669" * 7),
+        file_name(9000099, 3, "RIGHT", -1),
+        file_name(9000099, 3, "RIGHT LEFT", 7),
+    ],
+)
+def test_a_name_that_is_nearly_right_fails(name: str) -> None:
+    with pytest.raises(ValueError, match="not of the form"):
+        lb.parse_name(name)
+
+
+def test_paths_that_are_not_portable_do_not_parse() -> None:
+    name = file_name(9000099, 3, "RIGHT", 7)
+    paths = [f"a\\b/{name}", f"c:/{name}", f"\udcff/{name}", f"a\n/{name}"]
+    pictures, _, problems = lb.sort_out(paths)
+    assert not pictures
+    assert {(p.kind, p.image) for p in problems} == {("unparsed", path) for path in paths}
+
+
+def test_files_are_sorted_by_code_point(tmp_path: Path) -> None:
+    """Upper case before lower case, on systems too that do not tell them apart."""
+    touch(tmp_path, "c.png", "b/a.png", "B.png", "a-b/x.png", "a/z.png")
+    found = lb.list_files(tmp_path)
+    assert found == ["B.png", "a-b/x.png", "a/z.png", "b/a.png", "c.png"]
+    assert lb.sort_out(found[::-1]) == lb.sort_out(found)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
+def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
+    touch(tmp_path, "real/a.png", "real/b.png", "real/c/d.png")
+    (tmp_path / "real" / "loop").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "same").symlink_to(tmp_path / "real", target_is_directory=True)
+    assert lb.list_files(tmp_path) == ["real/a.png", "real/b.png", "real/c/d.png"]
+
+
+@pytest.mark.parametrize("name", ["phantom.json", "readme.txt", "labels.csv", "scan.jpg", "AKOA_Analysis.zip", "png"])
+def test_files_that_claim_to_be_no_knee_are_ignored(name: str) -> None:
+    assert lb.sort_out([f"OAI/{name}"]) == ([], [f"OAI/{name}"], [])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        file_name(5, 3, "LEFT", 7).replace(".png", ".jpg"),
+        file_name(5, 3, "LEFT", 7).lower() + ".part",
+        "Copy of " + file_name(5, 3, "LEFT", 7),
+        "oai",
+        "scan.PNG",
+    ],
+)
+def test_files_that_claim_to_be_a_knee_must_parse(name: str) -> None:
+    pictures, ignored, problems = lb.sort_out([name])
+    assert (pictures, ignored) == ([], [])
+    assert [(problem.kind, problem.image) for problem in problems] == [("unparsed", name)]
+
+
+@pytest.mark.parametrize("name", ["Thumbs.db", ".DS_Store", "Desktop.ini", "._" + file_name(5, 3, "LEFT", 7)])
+def test_junk_is_ignored_whatever_its_name_holds(name: str) -> None:
+    assert lb.sort_out([f"a/{name}"]) == ([], [f"a/{name}"], [])
+
+
+def test_a_good_split_passes() -> None:
+    lb.audit_split(good_rows())
+
+
+def test_a_patient_in_two_parts_is_refused() -> None:
+    rows = good_rows()
+    row = next(row for row in rows if row.split == "train")
+    rows.append(replace(row, image="other.png", split="test"))
+    with pytest.raises(ValueError, match=f"{row.patient} in test and train"):
+        lb.audit_split(rows)
+
+
+def test_an_empty_part_is_refused() -> None:
+    with pytest.raises(ValueError, match="need pictures in each of"):
+        lb.audit_split([row for row in good_rows() if row.split != "val"])
+
+
+def test_a_missing_fold_is_refused() -> None:
+    rows = [Row(f"{i}.png", f"{i:07}", 3, "left", 0, f"fold{i % 5}") for i in range(7)]
+    lb.audit_split(rows)
+    with pytest.raises(ValueError, match="need pictures in each of"):
+        lb.audit_split([row for row in rows if row.split != "fold1"])
+    with pytest.raises(ValueError, match="need pictures in each of"):
+        lb.audit_split([row for row in rows if row.split in {"fold0", "fold1"}])
+
+
+def test_an_image_in_two_rows_is_refused() -> None:
+    rows = good_rows()
+    with pytest.raises(ValueError, match="stand twice"):
+        lb.audit_split([*rows, rows[0]])
+
+
+def test_labels_are_read_as_written(tmp_path: Path) -> None:
+    path = tmp_path / "labels.csv"
+    lb.write_labels(path, good_rows())
+    assert lb.read_labels(path) == good_rows()
+    assert path.read_bytes().startswith(b"image,patient,visit,side,slice,split\n")
+    assert b"\r" not in path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ("image,patient,visit,side,slice,split\n", "is empty"),
+        ("image,patient,visit,slice,split\na.png,9000099,1,0,test\n", "column 'side' is missing"),
+        ("{},9000099,1,Right,0,test", "side is 'Right', need left or right"),
+        ("{},9000099,1,left", "slice is '', need a whole number"),
+        ("{},9000099,one,left,0,test", "visit is 'one'"),
+        ("{},99,1,left,0,test", "patient is '99', need 7 digits"),
+        ("{},9000099,1,left,0,holdout", "split is 'holdout'"),
+        ("/a.png,9000099,1,left,0,test", "line 2: image is '/a.png'"),
+        ("../a.png,9000099,1,left,0,test", "without '..'"),
+        ("b/../a.png,9000099,1,left,0,test", "without '..'"),
+        ("C:/a.png,9000099,1,left,0,test", "image is 'C:/a.png'"),
+        ("b\\a.png,9000099,1,left,0,test", "backslash"),
+        (",9000099,1,left,0,test", "image is ''"),
+    ],
+)
+def test_bad_labels_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "labels.csv"
+    header = "" if not text or text.startswith("image") else ",".join(lb.HEADER) + "\n"
+    path.write_text(header + text.replace("{}", "a.png"), encoding="utf-8")
+    with pytest.raises(ValueError, match=message.replace("..", r"\.\.")):
+        lb.read_labels(path)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text("old", encoding="utf-8")
+
+    def interrupted() -> Iterator[Row]:
+        yield good_rows()[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lb.write_labels(path, interrupted())
+    assert [file.name for file in tmp_path.iterdir()] == ["labels.csv"]
+    assert path.read_text(encoding="utf-8") == "old"
