@@ -1,0 +1,38 @@
+"""The Perceiver that tells a right knee from a left one: the whole architecture on a screen."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import perceiver_core as pc
+
+
+def knee_model(size: tuple[int, int] = (64, 64)) -> pc.Perceiver:
+    """Gray pictures `b 1 h w` in [-1, 1] to one logit each: positive means a right knee.
+
+    Tokens are what a convolution of 7 x 7 and pooling make of 4 x 4 pixels, with Fourier features of
+    where they lie. 32 latents read them twice with the same weights, and think after each time.
+
+    Args:
+        size: height and width that it is trained at, in pixels; the highest frequency follows from it.
+
+    Example:
+        >>> import torch
+        >>> knee_model((64, 64))(torch.rand(2, 1, 64, 64)).shape
+        torch.Size([2, 1])
+    """
+    dim, grid = 64, tuple(-(-side // 4) for side in size)
+    where = pc.positions.Fourier(axes=2, bands=16, max_resolution=grid)
+    image = pc.adapters.Image(channels=1, positions=where, stem=partial(pc.adapters.ConvStem, dim=32))
+    encoder = pc.Encoder(
+        image.dim,
+        latents=32,
+        dim=dim,
+        reads=2,
+        depth=3,
+        heads=4,
+        share=pc.sharing.all_,
+        read=partial(pc.CrossAttend, heads=4, attention=partial(pc.MultiHeadAttention, qk_dim=dim)),
+        process=partial(pc.LatentTransformer, block=partial(pc.SelfAttend, mlp=partial(pc.MLP, widening=2))),
+    )
+    return pc.Perceiver(image, encoder, pc.heads.Classify(encoder.dim, classes=1))

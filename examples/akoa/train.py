@@ -1,0 +1,216 @@
+"""Train the knee model, then look at the test set once.
+
+    python -m examples.akoa.train --data data/AKOA_Analysis --labels labels.csv --out runs/akoa
+    python -m examples.akoa.train --data data/AKOA_Analysis --labels folds.csv --out runs/folds --folds 5
+    torchrun --nproc-per-node 2 -m examples.akoa.train --data ... --labels ... --out ...
+
+A run's folder holds run.json (what was asked for), checkpoints/ (best by validation loss, and last),
+logs/ and tensorboard/, history.csv, weights/ (the model, for `perceiver_core.load`), and report.json
+with report.md and pictures. Ctrl-C leaves the checkpoint of the last finished epoch, and the same
+command with --resume goes on from there as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import seed_everything
+from lightning.pytorch.utilities import rank_zero_only
+
+import perceiver_core as pc
+from examples.akoa import evaluate
+from examples.akoa.data import Knees
+from examples.akoa.labels import SPLITS
+from examples.akoa.laterality import Checkpoints, Laterality
+from examples.akoa.model import knee_model
+from examples.akoa.runs import RECORD, WEIGHTS, digest, read_record
+from examples.akoa.trainer import Options, gather_history, make_trainer, quieten
+
+# What may differ when a run is resumed: the result does not depend on it.
+_FREE = ("data", "labels", "out", "resume", "accelerator", "folds")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Returns 0: done, 2: wrong arguments or data, 130: interrupted (1 while training)."""
+    options = read_options(argv)
+    try:
+        if options.folds is None:
+            run(options, _knees(options), options.out)
+        else:
+            run_folds(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command with --resume goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def read_options(argv: Sequence[str] | None) -> Options:
+    """Read the command line; exits with code 2 where it makes no sense."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.akoa.train", description="Train the knee model, then look at the test set once."
+    )
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="folder with the PNG files")
+    add("--labels", type=Path, required=True, help="labels.csv of generate_labels")
+    add("--out", type=Path, default=Path("runs/akoa"), help="folder of the run (%(default)s)")
+    add("--epochs", type=int, default=12, help="(%(default)s)")
+    add("--batch", type=int, default=64, help="pictures a step and device (%(default)s)")
+    add("--lr", type=float, default=2e-3, help="highest learning rate (%(default)s)")
+    add("--weight-decay", type=float, default=0.05, help="(%(default)s)")
+    add("--label-smoothing", type=float, default=0.0, help="(%(default)s)")
+    add("--seed", type=int, default=0, help="of weights, order, augmentation, bootstrap (%(default)s)")
+    add("--size", type=int, nargs="+", default=[64], metavar="PIXELS", help="one number, or height width (64)")
+    add("--patience", type=int, default=8, help="epochs without a lower validation loss (%(default)s)")
+    add("--limit-batches", type=int, help="at most so many a training epoch, to try things out")
+    add("--no-augment", dest="augment", action="store_false", help="pictures as they are")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--devices", type=int, default=int(os.environ.get("LOCAL_WORLD_SIZE", "1")), help="(%(default)s)")
+    add("--accelerator", default="auto", help="auto, cpu, gpu, mps ... (%(default)s)")
+    add("--precision", default="32-true", help="32-true, bf16-mixed ... (%(default)s)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--fold", type=int, metavar="I", help="one run of a cross-validation")
+    which.add_argument("--folds", type=int, metavar="K", help="all of them, and their summary")
+    args = parser.parse_args(argv)
+    if len(args.size) > 2:
+        parser.error("argument --size: one number, or height and width")
+    if min(args.epochs, args.batch, args.devices, args.patience) < 1 or args.seed < 0:
+        parser.error("--epochs, --batch, --devices and --patience must be 1 or more, --seed 0 or more")
+    if args.folds is not None and int(os.environ.get("WORLD_SIZE", args.devices)) > 1:
+        parser.error("--folds runs on one device; run the folds one by one with --fold")
+    return Options(**{**vars(args), "size": (args.size[0], args.size[-1])})
+
+
+def run(options: Options, knees: Knees, out: Path) -> dict[str, Any] | None:
+    """Train into a folder, and evaluate there.
+
+    Returns:
+        The report; None on all ranks but the first.
+
+    Raises:
+        ValueError: the folder holds another run.
+    """
+    if _first_rank():
+        _claim(out, options, knees)
+    if options.resume and evaluate.looked_at(out) and (out / WEIGHTS).exists():
+        if not _first_rank():
+            return None
+        print(f"{out}: done already; its test set is not looked at again. The report is {out / 'report.md'}")
+        return _report(out)
+    seed_everything(options.seed, verbose=False)
+    module = Laterality(
+        knee_model(options.size),
+        learning_rate=options.lr,
+        weight_decay=options.weight_decay,
+        label_smoothing=options.label_smoothing,
+    )
+    last = out / "checkpoints" / "last.ckpt"
+    with warnings.catch_warnings():
+        quieten()
+        trainer = make_trainer(options, out)
+        try:
+            trainer.fit(module, knees, ckpt_path=str(last) if options.resume and last.exists() else None)
+        except SystemExit:
+            print(f"stopped; the same command with --resume goes on from {last}", file=sys.stderr)
+            raise
+    return finish(module, knees, out, options) if trainer.is_global_zero else None
+
+
+def finish(module: Laterality, knees: Knees, out: Path, options: Options) -> dict[str, Any]:
+    """Save the best weights as a model, gather the history, and look at the test set unless that was done."""
+    best = Checkpoints().load_checkpoint(out / "checkpoints" / "best.ckpt", map_location="cpu")
+    module.cpu().load_state_dict(best["state_dict"])
+    pc.save(module.model, out / WEIGHTS)
+    history = gather_history(out)
+    if evaluate.looked_at(out):
+        print(f"{out}: the test set was looked at before, and is not again; {out / 'report.json'} stands")
+        return _report(out)
+    splits = {name: knees.split(name) for name in SPLITS}
+    command = f"python -m examples.akoa.train --data {options.data} --labels {options.labels} --out {options.out}"
+    return evaluate.evaluate_run(module.model.eval(), splits, out, history=history, seed=options.seed, command=command)
+
+
+def run_folds(options: Options) -> dict[str, Any]:
+    """Every fold into its own folder, then their summary: summary.json and summary.md.
+
+    Raises:
+        ValueError: the labels hold another number of folds.
+    """
+    knees = _knees(options, fold=0)
+    folds = len({row.split for row in knees.all_rows})
+    if folds != options.folds:
+        raise ValueError(
+            f"{options.labels} holds {folds} folds, not {options.folds}; write it with --folds {options.folds}"
+        )
+    folders = [options.out / f"fold{i}" for i in range(folds)]
+    reports = []
+    for i, folder in enumerate(folders):
+        print(f"fold {i} of {folds}", flush=True)
+        reports.append(run(options, knees.with_fold(i), folder) or {})
+    summary = evaluate.summarize_folds(reports, [folder / "predictions.csv" for folder in folders], options.seed)
+    _write(options.out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    _write(options.out / "summary.md", evaluate.folds_markdown(summary))
+    print(f"the summary is {options.out / 'summary.md'}")
+    return summary
+
+
+def _knees(options: Options, fold: int | None = None) -> Knees:
+    return Knees(
+        labels=options.labels,
+        data=options.data,
+        size=options.size,
+        batch=options.batch,
+        fold=options.fold if fold is None else fold,
+        augment=options.augment,
+        seed=options.seed,
+        progress=_first_rank(),
+    )
+
+
+def _claim(out: Path, options: Options, knees: Knees) -> None:
+    """Write run.json, or see that the one there asks for the same."""
+    asked = {name: value for name, value in asdict(options).items() if name not in _FREE}
+    wanted = json.loads(json.dumps({**asked, "rows": digest(knees.rows)}))
+    record = out / RECORD
+    if not record.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        _write(record, json.dumps(wanted, indent=2) + "\n")
+        return
+    if not options.resume:
+        raise ValueError(f"{out} holds a run already; go on with it (--resume), or choose another folder (--out)")
+    found = read_record(out)
+    other = sorted(name for name in wanted if found.get(name) != wanted[name])
+    if other:
+        shown = ", ".join(f"{name} {found.get(name)} there, {wanted[name]} asked for" for name in other)
+        raise ValueError(f"{out} holds another run: {shown}; resume it as it was begun, or choose another folder")
+
+
+def _first_rank() -> bool:
+    return int(getattr(rank_zero_only, "rank", 0)) == 0
+
+
+def _report(out: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    return report
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(partial, path)
+
+
+if __name__ == "__main__":
+    torch.set_float32_matmul_precision("high")
+    sys.exit(main())

@@ -1,0 +1,330 @@
+"""Training: schedule, losses, checkpoints, resuming, and the one look at the test set."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback
+from PIL import Image
+from torch.nn import functional as F
+
+import perceiver_core as pc
+from examples.akoa import train
+from examples.akoa.labels import Row, write_labels
+from examples.akoa.laterality import Checkpoints, Laterality, learning_curve, moving_average, smoothed_losses
+from examples.akoa.model import knee_model
+
+ROOT = Path(__file__).parents[2]
+
+
+def write_knees(root: Path, patients: int, parts: tuple[str, ...]) -> None:
+    rng = np.random.default_rng(0)
+    rows = []
+    for p in range(patients):
+        for side in ("left", "right"):
+            for k in range(3):
+                gray = rng.integers(0, 60, (37, 31), np.uint8)
+                gray[:, slice(0, 10) if side == "left" else slice(21, 31)] += 150
+                name = f"OAI{9000000 + p}_BaseLine_3_de3d1_SAG_3D_DESS_WE_{side.upper()}.nii.gz_{k}.png"
+                Image.fromarray(gray).save(root / name)
+                rows.append(Row(name, str(9000000 + p), 3, side, k, parts[p % len(parts)]))
+    write_labels(root / "labels.csv", rows)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("knees")
+    write_knees(root, 7, ("train", "val", "test", "train"))
+    return root
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Stands in for the evaluation, which takes seconds: where it was asked for."""
+    seen: list[Path] = []
+
+    def evaluate_run(model, splits, out, *, history, **_):
+        seen.append(out)
+        assert set(splits) == {"train", "val", "test"}
+        assert not model.training
+        assert history.exists()
+        (out / "report.json").write_text(json.dumps({"test_looked_at": 1}))
+        return {"test_looked_at": 1}
+
+    monkeypatch.setattr(train.evaluate, "evaluate_run", evaluate_run)
+    return seen
+
+
+def arguments(folder: Path, out: Path, *more: str) -> list[str]:
+    asked = f"--data {folder} --labels {folder / 'labels.csv'} --out {out} --size 16 12 --batch 7 --epochs 3"
+    return [*asked.split(), "--accelerator", "cpu", *more]
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, callback: Callback) -> None:
+    """Adds a callback to the next trainers."""
+    make = train.make_trainer
+
+    def watched(options, out):
+        trainer = make(options, out)
+        trainer.callbacks.insert(0, callback)
+        return trainer
+
+    monkeypatch.setattr(train, "make_trainer", watched)
+
+
+def last(out: Path) -> dict:
+    return Checkpoints().load_checkpoint(out / "checkpoints" / "last.ckpt")
+
+
+def same_training(one: dict, other: dict) -> None:
+    for part in ("state_dict", "current_model_state"):
+        assert one[part].keys() == other[part].keys()
+        for name, tensor in one[part].items():
+            assert torch.equal(tensor, other[part][name]), (part, name)
+    assert one["global_step"] == other["global_step"]
+    assert one["lr_schedulers"] == other["lr_schedulers"]
+    for index, state in one["optimizer_states"][0]["state"].items():
+        for name, tensor in state.items():
+            assert torch.equal(tensor, other["optimizer_states"][0]["state"][index][name])
+
+
+# The model
+
+
+def test_the_model_gives_one_logit_in_two_megabytes():
+    model = knee_model((37, 29))
+    assert model(torch.rand(3, 1, 37, 29)).shape == (3, 1)
+    assert sum(parameter.numel() for parameter in model.parameters()) * 4 < 2e6
+
+
+def test_every_weight_of_the_model_learns():
+    model = knee_model((16, 12))
+    F.binary_cross_entropy_with_logits(model(torch.rand(5, 1, 16, 12))[:, 0], torch.rand(5)).backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
+
+
+# Schedule and loss
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 100, 1013])
+def test_the_learning_rate_warms_up_and_ends_near_zero(steps):
+    curve = [learning_curve(step, steps) for step in range(steps)]
+    top = curve.index(max(curve))
+    assert max(curve) == 1
+    assert curve[: top + 1] == sorted(curve[: top + 1])
+    assert curve[top:] == sorted(curve[top:], reverse=True)
+    assert top <= max(1, 0.11 * steps)
+    if steps >= 100:
+        assert curve[0] < 0.11
+        assert curve[-1] < 1e-3
+
+
+def test_the_learning_rate_moves_every_step_and_knows_how_many_there_are(folder, tmp_path, looks, monkeypatch):
+    rates = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    watch(monkeypatch, Watch())
+    assert train.main(arguments(folder, tmp_path / "run", "--lr", "0.01")) == 0
+    steps = 3 * 3  # 18 pictures in batches of 7
+    assert rates == pytest.approx([0.01 * learning_curve(step, steps) for step in range(steps)])
+
+
+def test_a_ragged_last_batch_weighs_as_much_as_it_holds(folder, tmp_path, looks, monkeypatch):
+    """Validation has 12 pictures in batches of 7 and 5, training 18 in 7, 7 and 4."""
+    sums = {"train": [], "val": []}
+
+    def keep(logits, labels, smoothing):
+        losses = smoothed_losses(logits, labels, smoothing)
+        sums["train" if torch.is_grad_enabled() else "val"].append(losses.detach().double())
+        return losses
+
+    monkeypatch.setattr("examples.akoa.laterality.smoothed_losses", keep)
+    assert train.main(arguments(folder, tmp_path / "run", "--epochs", "1")) == 0
+    assert [len(losses) for losses in sums["val"]] == [7, 5]
+    assert [len(losses) for losses in sums["train"]] == [7, 7, 4]
+    with (tmp_path / "run" / "history.csv").open() as file:
+        logged = {name: float(value) for line in csv.DictReader(file) for name, value in line.items() if value}
+    for part, losses in sums.items():
+        assert logged[f"{part}_loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+
+
+def test_label_smoothing_draws_targets_together():
+    logits, labels = torch.tensor([2.0, -1.0, 0.5]), torch.tensor([1.0, 0.0, 1.0])
+    p = logits.sigmoid()
+    wanted = -torch.tensor([0.9, 0.1, 0.9]) * p.log() - torch.tensor([0.1, 0.9, 0.1]) * (1 - p).log()
+    torch.testing.assert_close(smoothed_losses(logits, labels, 0.2), wanted)
+
+
+def test_the_moving_average_forgets_its_start():
+    average = torch.full((3,), 100.0)
+    for update in range(1, 400):
+        average = moving_average(average, torch.zeros(3), torch.tensor(update))
+    assert 0 < average.max() < 0.1
+
+
+def test_errors_of_laterality():
+    for wrong in ({"learning_rate": 0.0}, {"weight_decay": -1.0}, {"label_smoothing": 1.0}):
+        with pytest.raises(ValueError, match="need learning_rate > 0"):
+            Laterality(torch.nn.Identity(), **wrong)
+
+
+# Runs
+
+
+def test_the_same_seed_gives_the_same_weights(folder, tmp_path, looks):
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        assert train.main(arguments(folder, tmp_path / name, "--epochs", "2", "--seed", seed)) == 0
+    same_training(last(tmp_path / "a"), last(tmp_path / "b"))
+    head = "model.head.logits.weight"
+    assert not torch.equal(last(tmp_path / "a")["state_dict"][head], last(tmp_path / "c")["state_dict"][head])
+
+
+def test_an_interrupted_run_resumes_exactly(folder, tmp_path, looks, monkeypatch, capsys):
+    assert train.main(arguments(folder, tmp_path / "whole")) == 0
+
+    class Interrupt(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 8:  # in the third epoch
+                raise KeyboardInterrupt
+
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        watch(patch, Interrupt())
+        with pytest.raises(SystemExit) as stop:
+            train.main(arguments(folder, tmp_path / "cut"))
+    signal.signal(signal.SIGINT, handler)  # Lightning has switched it off
+    assert stop.value.code == 1
+    assert "--resume goes on from" in capsys.readouterr().err
+    assert last(tmp_path / "cut")["global_step"] == 6
+    assert looks == [tmp_path / "whole"]
+    assert train.main(arguments(folder, tmp_path / "cut", "--resume")) == 0
+    same_training(last(tmp_path / "whole"), last(tmp_path / "cut"))
+    with (tmp_path / "cut" / "history.csv").open() as file:
+        epochs = {int(line["epoch"]) for line in csv.DictReader(file) if line["val_loss"]}
+    assert epochs == {0, 1, 2}
+
+
+def test_a_run_leaves_its_best_weights_as_a_model(folder, tmp_path, looks):
+    out = tmp_path / "run"
+    assert train.main(arguments(folder, out)) == 0
+    best = Checkpoints().load_checkpoint(out / "checkpoints" / "best.ckpt")["state_dict"]
+    for name, tensor in pc.load(out / "weights").state_dict().items():
+        assert torch.equal(tensor, best[f"model.{name}"])
+    assert not list(out.rglob("*.partial"))
+
+
+def test_the_test_set_is_looked_at_once(folder, tmp_path, looks, capsys):
+    out = tmp_path / "run"
+    assert train.main(arguments(folder, out, "--epochs", "1")) == 0
+    assert train.main(arguments(folder, out, "--epochs", "1", "--resume")) == 0
+    assert "not looked at again" in capsys.readouterr().out
+    assert looks == [out]
+    (out / "report.json").unlink()  # as after a crash between training and evaluation
+    assert train.main(arguments(folder, out, "--epochs", "1", "--resume")) == 0
+    assert looks == [out, out]
+
+
+def test_errors_of_a_folder_that_holds_a_run(folder, tmp_path, looks, capsys):
+    out = tmp_path / "run"
+    assert train.main(arguments(folder, out, "--epochs", "1")) == 0
+    (out / "report.json").unlink()
+    assert train.main(arguments(folder, out, "--epochs", "1")) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert train.main(arguments(folder, out, "--epochs", "1", "--resume", "--lr", "0.5")) == 2
+    assert "lr 0.002 there, 0.5 asked for" in capsys.readouterr().err
+
+
+def test_errors_of_a_leaking_split(folder, tmp_path, looks, capsys):
+    lines = (folder / "labels.csv").read_text().splitlines()
+    lines[1] = lines[1].replace("train", "test")
+    (tmp_path / "leak.csv").write_text("\n".join(lines) + "\n")
+    assert train.main(arguments(folder, tmp_path / "run", "--labels", str(tmp_path / "leak.csv"))) == 2
+    assert "stand in two parts" in capsys.readouterr().err
+    assert not looks
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["--size 3 4 5", "--epochs 0", "--seed -1", "--fold 1 --folds 3", "--folds 3 --devices 2", "--precision"],
+)
+def test_errors_of_the_command_line(folder, tmp_path, wrong):
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments(folder, tmp_path, *wrong.split()))
+    assert stop.value.code == 2
+
+
+# Checkpoints
+
+
+def test_a_checkpoint_is_whole_or_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "last.ckpt"
+    Checkpoints().save_checkpoint({"step": 1}, path)
+
+    def torn(checkpoint, file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", torn)
+    with pytest.raises(OSError, match="disk full"):
+        Checkpoints().save_checkpoint({"step": 2}, path)
+    assert Checkpoints().load_checkpoint(path) == {"step": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_errors_of_checkpoints_that_hold_more_than_tensors(tmp_path):
+    path = tmp_path / "evil.ckpt"
+    torch.save({"state_dict": Path("anything")}, path)
+    with pytest.raises(ValueError, match="cannot be loaded as a checkpoint"):
+        Checkpoints().load_checkpoint(path, weights_only=False)
+    path.write_bytes(b"torn")
+    with pytest.raises(ValueError, match="cannot be loaded as a checkpoint"):
+        Checkpoints().load_checkpoint(path)
+    with pytest.raises(FileNotFoundError):
+        Checkpoints().load_checkpoint(tmp_path / "none.ckpt")
+
+
+# Whole commands
+
+
+@pytest.mark.slow
+def test_folds_are_trained_and_pooled(tmp_path, capsys):
+    write_knees(tmp_path, 6, ("fold0", "fold1", "fold2"))
+    out = tmp_path / "run"
+    asked = ["--epochs", "1", "--folds"]
+    assert train.main(arguments(tmp_path, out, *asked, "4")) == 2
+    assert "holds 3 folds, not 4" in capsys.readouterr().err
+    assert train.main(arguments(tmp_path, out, *asked, "3")) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["folds"] == 3
+    assert summary["data"]["patients"] == 6
+    assert "3 folds, pooled" in (out / "summary.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", ["torchrun", "devices"])
+def test_two_ranks_train_on_shares(folder, tmp_path, launch):
+    """As many steps as one rank with twice the batch takes, and one report."""
+    if launch == "torchrun":
+        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+        more: list[str] = []
+    else:
+        start, more = ["-m"], ["--devices", "2"]
+    out = tmp_path / "run"
+    command = [sys.executable, *start, "examples.akoa.train", *arguments(folder, out, "--epochs", "2", *more)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert last(out)["global_step"] == 2 * 2  # 9 pictures a rank, in 7 and 2
+    assert json.loads((out / "report.json").read_text())["test_looked_at"] == 1
+    assert pc.load(out / "weights")(torch.zeros(1, 1, 16, 12)).shape == (1, 1)
