@@ -18,13 +18,19 @@ help: ## list the targets
 akoa: $(VENV)/.installed-akoa ## train and test the knee laterality example, results in runs/akoa (AKOA="--toy" for a minute)
 	$(RUN) -m examples.akoa.demo $(AKOA)
 
+# Tests compute little: more threads only wait for each other.
+test docs: export OMP_NUM_THREADS ?= 1
+
 test: $(VENV)/.installed-dev $(VENV)/.installed-akoa ## run the tests with coverage, then again with shapes checked
 	$(RUN) -m pytest --cov --cov-report=term-missing:skip-covered $(TESTS)
 	$(RUN) -m pytest -q $(SHAPES) $(TESTS)
 
-# Tests of error messages are left out: there, jaxtyping speaks before the library does.
-# torch.compile cannot trace through the checks.
-SHAPES := --jaxtyping-packages=perceiver_core,beartype.beartype -m "not compile and not slow and not gpu" -k "not errors"
+# Left out: tests of refusals, where jaxtyping would speak before the library does, and torch.compile, which cannot
+# trace through the checks.
+SHAPES := --jaxtyping-packages=perceiver_core,tools.shapes.check -m "not compile and not slow and not gpu" \
+  -k "not (errors or refused or must or boolean or whole_number)" \
+  --ignore=tests/akoa --ignore=tests/examples --ignore=tests/checkpoints \
+  --ignore=tests/test_checks.py --ignore=tests/test_project.py --ignore=tests/test_registry.py
 
 lint: $(VENV)/.installed-dev $(VENV)/.installed-akoa ## check style, types and the direction of imports
 	$(RUN) -m ruff check .

@@ -72,7 +72,7 @@ def test_map_over_plain_tensors_keeps_their_one_axis() -> None:
 
 def test_map_of_a_different_input_for_each_read() -> None:
     where = pc.positions.Fourier(axes=1, bands=3, max_resolution=16)
-    both = pc.adapters.PerRead([pc.adapters.Audio(patch=4, positions=where), pc.adapters.Audio(patch=3, positions=where)])
+    both = pc.adapters.PerRead([pc.adapters.Audio(patch=patch, positions=where) for patch in (4, 3)])
     encoder = pc.Encoder(both.dim, latents=5, dim=11, reads=2, depth=1, heads=1, share=False)
     model = pc.Perceiver(both, encoder, pc.heads.Latents())
     sounds = (torch.randn(2, 44), torch.randn(2, 21))

@@ -45,7 +45,7 @@ class Tokens:
     """
 
     content: Float[Tensor, "b *grid c"]
-    tables: tuple[Float[Tensor, "*g p"], ...] = ()
+    tables: tuple[Float[Tensor, "... p"], ...] = ()
     mask: Bool[Tensor, " b *grid"] | None = None
 
     def __post_init__(self) -> None:

@@ -255,7 +255,7 @@ def test_strides_do_not_matter(tmp_path):
 def test_copies_and_recomputing_models_can_be_saved(tmp_path):
     model = copy.deepcopy(small())
     model.head = heads.Regress(DIM, 2)
-    assert_comes_back(pickle.loads(pickle.dumps(model)), PICTURES[:, :1], tmp_path)  # noqa: S301
+    assert_comes_back(pickle.loads(pickle.dumps(model)), PICTURES[:, :1], tmp_path)
     pc.save(pc.recompute_activations(model), tmp_path)
     assert torch.equal(pc.load(tmp_path)(PICTURES[:, :1]), model.eval()(PICTURES[:, :1]))
 

@@ -66,7 +66,7 @@ class Points(nn.Module):
         return Tokens(torch.cat([points[..., axes:], where], dim=-1), mask=mask)
 
 
-def pad_clouds(clouds: Sequence[Float[Tensor, "n f"]]) -> tuple[Float[Tensor, "b n f"], Bool[Tensor, "b n"]]:
+def pad_clouds(clouds: Sequence[Float[Tensor, "_ f"]]) -> tuple[Float[Tensor, "b n f"], Bool[Tensor, "b n"]]:
     """Clouds of different sizes as one batch, with the mask that says which points are there.
 
     Raises:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -50,9 +52,12 @@ class Patches(nn.Module):
     Reference: deepmind-research/perceiver/io_processors.py, `space_to_depth`.
     """
 
-    def __init__(self, channels: int, *, size: int | tuple[int, int]) -> None:
+    def __init__(self, channels: int, *, size: int | Sequence[int]) -> None:
         super().__init__()
-        self.height, self.width = (size, size) if isinstance(size, int) else tuple(size)
+        both = [size, size] if isinstance(size, int) else list(size)
+        if len(both) != 2:
+            raise ValueError(f"size must be one number, or (height, width); got {size!r}")
+        self.height, self.width = both
         checks.positive(channels=channels, height=self.height, width=self.width)
         self.dim = channels * self.height * self.width
 

@@ -40,7 +40,7 @@ class Padding:
     def __post_init__(self) -> None:
         _check_axes("keys", self.keys)
 
-    def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, "b 1 1 k"]:
+    def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, "b 1 1 #k"]:
         """The block of the mask for these positions."""
         return block(self.keys[:, None, None, :], queries, keys)
 
@@ -58,7 +58,7 @@ class Queries:
     def __post_init__(self) -> None:
         _check_axes("queries", self.queries)
 
-    def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, "b 1 q 1"]:
+    def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, "b 1 #q 1"]:
         """The block of the mask for these positions."""
         return block(self.queries[:, None, :, None], queries, keys)
 

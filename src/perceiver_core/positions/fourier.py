@@ -73,7 +73,7 @@ class Fourier(nn.Module):
         parts = [self._features(wide[..., axis], axis) for axis in range(self.axes)]
         return torch.cat(parts, dim=-1)[..., self._order()].to(points.dtype)
 
-    def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "*g p"], ...]:
+    def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "... p"], ...]:
         """One table an axis for a grid; their sum is `forward` at its points."""
         check_axes(grid, self.axes)
         return separable_tables(self._features, self._order(), grid, like)
@@ -131,7 +131,7 @@ class FourierPerAxis(nn.Module):
         parts = [self._features(wide[..., axis], axis) for axis in range(self.axes)]
         return torch.cat(parts, dim=-1).to(points.dtype)
 
-    def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "*g p"], ...]:
+    def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "... p"], ...]:
         """One table an axis for a grid; their sum is `forward` at its points."""
         check_axes(grid, self.axes)
         return separable_tables(self._features, range(self.dim), grid, like)
@@ -170,7 +170,7 @@ class NeRF(nn.Module):
         parts = [self._features(wide[..., axis], axis) for axis in range(self.axes)]
         return torch.cat(parts, dim=-1).to(points.dtype)
 
-    def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "*g p"], ...]:
+    def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "... p"], ...]:
         """One table an axis for a grid; their sum is `forward` at its points."""
         check_axes(grid, self.axes)
         return separable_tables(self._features, range(self.dim), grid, like)

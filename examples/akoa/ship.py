@@ -1,0 +1,57 @@
+"""Copies what a run found into `examples/akoa/weights`, which ships: the weights, their report and its pictures.
+
+    make akoa && python -m examples.akoa.ship
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from examples.akoa.driver import WEIGHTS
+from examples.akoa.runs import WEIGHTS as TRAINED
+
+LARGEST = 2 * 2**20  # bytes of weights
+
+
+def ship(run: Path, to: Path) -> list[Path]:
+    """Replaces the files of `to` by those of a run.
+
+    Returns:
+        What was written.
+
+    Raises:
+        FileNotFoundError: a run that has not ended with a report.
+        ValueError: weights of more than 2 MiB.
+    """
+    names = [*sorted((run / TRAINED).glob("*.*")), *(run / name for name in ("report.md", "report.json", "run.json"))]
+    missing = [str(path) for path in names if not path.is_file()]
+    if missing or len(names) == 3:
+        raise FileNotFoundError(f"{run} has no {missing or TRAINED}; run `make akoa` to its end first")
+    size = sum(path.stat().st_size for path in names if path.suffix == ".safetensors")
+    if size > LARGEST:
+        raise ValueError(f"weights of {size:,} bytes do not ship; {LARGEST:,} is the most. Train a smaller model")
+    to.mkdir(parents=True, exist_ok=True)
+    return [Path(shutil.copyfile(path, to / path.name)) for path in [*names, *sorted(run.glob("*.png"))]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Returns 0, or 2 where there is nothing to ship."""
+    parser = argparse.ArgumentParser(prog="python -m examples.akoa.ship", description=__doc__)
+    parser.add_argument("--run", type=Path, default=Path("runs/akoa"), help="folder of the run (%(default)s)")
+    parser.add_argument("--to", type=Path, default=WEIGHTS, help="folder that ships (%(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        for path in ship(args.run, args.to):
+            print(path)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""A different input for each read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from perceiver_core import Encoder, positions
+from perceiver_core.adapters import Audio, Image, PerRead
+
+
+def both():
+    image = Image(3, positions=positions.Fourier(axes=2, bands=2, max_resolution=7))
+    return PerRead([image, Audio(patch=5, positions=positions.Fourier(axes=1, bands=3, max_resolution=7))])
+
+
+def test_each_input_goes_to_its_adapter():
+    adapter = both()
+    pictures, sound = torch.rand(2, 3, 7, 5), torch.rand(2, 23)
+    tokens = adapter((pictures, sound))
+    assert adapter.dim == (3 + 2 + 8, 5 + 1 + 6)
+    for own, given, wanted in zip(adapter.adapters, (pictures, sound), tokens, strict=True):
+        torch.testing.assert_close(own(given).dense(), wanted.dense(), rtol=0, atol=0)
+
+
+def test_each_mask_goes_to_its_adapter():
+    mask = torch.rand(2, 7, 5) < 0.5
+    mask[:, 0, 0] = True
+    pictures, sound = both()((torch.rand(2, 3, 7, 5), torch.rand(2, 23)), mask=[mask, None])
+    assert pictures.mask is mask
+    assert sound.mask is None
+
+
+def test_an_encoder_reads_them_in_turn():
+    adapter = both()
+    encoder = Encoder(adapter.dim, latents=5, dim=14, reads=2, depth=1, heads=7, share=False)
+    inputs = torch.rand(2, 3, 7, 5), torch.rand(2, 23)
+    out = encoder(adapter(inputs))
+    for changed in (0, 1):
+        others = [x * 0.5 if i == changed else x for i, x in enumerate(inputs)]
+        assert (encoder(adapter(others)) - out).abs().max() > 1e-4
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="inputs must be 2, one an adapter; got 1"):
+        both()((torch.rand(2, 3, 7, 5),))
+    with pytest.raises(ValueError, match="inputs must be 2, one an adapter; got 2"):
+        both()((torch.rand(2, 3, 7, 5), torch.rand(2, 23)), mask=[None])

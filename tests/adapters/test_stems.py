@@ -1,0 +1,116 @@
+"""Stems against independent computations: einops, Hugging Face, TensorFlow's definition of SAME."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from einops import rearrange
+from torch.nn import functional as F
+
+from perceiver_core.adapters import ConvStem, Patches, Pixels, Project
+
+
+def test_pixels_pass():
+    pictures = torch.rand(2, 3, 7, 5)
+    assert Pixels(3)(pictures) is pictures
+
+
+class TestPatches:
+    @pytest.mark.parametrize("size", [1, 3, (2, 5), (5, 2), (1, 7)])
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_a_patch_is_its_pixels_in_a_row_with_channels_last(self, size, channels):
+        p, q = (size, size) if isinstance(size, int) else size
+        stem = Patches(channels, size=size)
+        pictures = torch.rand(2, channels, 7 * p, 11 * q)
+        wanted = rearrange(pictures, "b c (h p) (w q) -> b (p q c) h w", p=p, q=q)
+        torch.testing.assert_close(stem(pictures), wanted, rtol=0, atol=0)
+        assert stem.dim == wanted.shape[1]
+
+    def test_the_order_is_that_of_hugging_face(self):
+        perceiver = pytest.importorskip("transformers.models.perceiver.modeling_perceiver")
+        pictures = torch.rand(2, 3, 12, 20)
+        wanted = perceiver.space_to_depth(pictures, spatial_block_size=4)
+        torch.testing.assert_close(Patches(3, size=4)(pictures).movedim(1, -1), wanted, rtol=0, atol=0)
+
+    @pytest.mark.parametrize("height, width", [(5, 16), (6, 17), (1, 1), (7, 15)])
+    def test_what_patches_do_not_divide_is_padded_with_zeros_at_the_end(self, height, width):
+        pictures = torch.rand(2, 3, height, width) + 1
+        whole = torch.zeros(2, 3, math.ceil(height / 2) * 2, math.ceil(width / 5) * 5)
+        whole[..., :height, :width] = pictures
+        wanted = rearrange(whole, "b c (h p) (w q) -> b (p q c) h w", p=2, q=5)
+        torch.testing.assert_close(Patches(3, size=(2, 5))(pictures), wanted, rtol=0, atol=0)
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match="height must be a whole number of at least 1; got 0"):
+            Patches(3, size=0)
+        with pytest.raises(ValueError, match=r"width must be a whole number of at least 1; got 2\.0"):
+            Patches(3, size=(2, 2.0))
+        with pytest.raises(ValueError, match=r"size must be one number, or \(height, width\); got \(2, 3, 5\)"):
+            Patches(3, size=(2, 3, 5))
+
+
+def test_project_is_a_linear_layer_on_every_pixel():
+    stem = Project(3, dim=5).double()
+    pictures = torch.rand(2, 3, 7, 11, dtype=torch.float64)
+    with torch.no_grad():
+        stem.convolution.bias.normal_()
+    wanted = F.linear(pictures.movedim(1, -1), stem.convolution.weight[..., 0, 0], stem.convolution.bias)
+    torch.testing.assert_close(stem(pictures), wanted.movedim(-1, 1), rtol=0, atol=1e-12)
+
+
+def windows(size, kernel, stride=2):
+    """For each output of TensorFlow's SAME: which inputs it sees, and the taps of the kernel on them."""
+    outputs = math.ceil(size / stride)
+    before = max((outputs - 1) * stride + kernel - size, 0) // 2
+    for output in range(outputs):
+        start = output * stride - before
+        first, last = max(start, 0), min(start + kernel, size)
+        yield slice(first, last), slice(first - start, last - start)
+
+
+def same_convolution(x, weight):
+    rows, columns = (list(windows(size, 7)) for size in x.shape[-2:])
+    out = x.new_zeros(x.shape[0], weight.shape[0], len(rows), len(columns))
+    for i, (row, row_taps) in enumerate(rows):
+        for j, (column, column_taps) in enumerate(columns):
+            seen, taps = x[:, :, row, column], weight[:, :, row_taps, column_taps]
+            out[:, :, i, j] = torch.einsum("bcpq,dcpq->bd", seen, taps)
+    return out
+
+
+def same_max(x):
+    rows, columns = (list(windows(size, 3)) for size in x.shape[-2:])
+    return torch.stack([torch.stack([x[..., r, c].amax((-2, -1)) for c, _ in columns], -1) for r, _ in rows], -2)
+
+
+class TestConvStem:
+    @pytest.mark.parametrize("height, width", [(16, 24), (17, 23), (18, 13), (7, 30), (1, 3), (2, 5)])
+    @pytest.mark.parametrize("training", [True, False])
+    def test_it_pads_as_tensorflow_does(self, height, width, training):
+        torch.manual_seed(0)
+        stem = ConvStem(3, dim=5).double().train(training)
+        with torch.no_grad():
+            stem.norm.weight.uniform_(0.5, 2)
+            stem.norm.bias.normal_()
+            stem.norm.running_mean.normal_()
+        pictures = torch.randn(2, 3, height, width, dtype=torch.float64)
+        convolved = same_convolution(pictures, stem.convolution.weight)
+        if training:
+            mean, variance = convolved.mean((0, 2, 3)), convolved.var((0, 2, 3), correction=0)
+        else:
+            mean, variance = stem.norm.running_mean.clone(), stem.norm.running_var.clone()
+        scale = (stem.norm.weight / (variance + stem.norm.eps).sqrt())[:, None, None]
+        normed = (convolved - mean[:, None, None]) * scale + stem.norm.bias[:, None, None]
+        out = stem(pictures)
+        torch.testing.assert_close(out, same_max(normed.relu()), rtol=1e-9, atol=1e-9)
+        assert out.shape[-2:] == (math.ceil(height / 4), math.ceil(width / 4))
+
+    def test_the_papers_picture(self):
+        assert ConvStem(3)(torch.rand(1, 3, 224, 224)).shape == (1, 64, 56, 56)
+
+    @pytest.mark.parametrize("size", range(1, 14))
+    def test_two_strides_round_up(self, size):
+        shape = ConvStem(1, dim=2).eval()(torch.rand(1, 1, size, 2 * size + 1)).shape
+        assert shape[-2:] == (math.ceil(size / 4), math.ceil((2 * size + 1) / 4))

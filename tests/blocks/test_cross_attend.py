@@ -1,0 +1,146 @@
+"""A cross-attend against its formula; what it reads, in each of the forms that tokens come in."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from perceiver_core import MLP, CrossAttend, MultiHeadAttention, Tokens
+from perceiver_core.attention import masks
+
+BATCH, QUERIES, GRID, DIM, CHANNELS, POSITIONS = 2, 5, (3, 7), 14, 11, 2
+INPUT_DIM, N = CHANNELS + POSITIONS, 21
+EXACT = {"rtol": 0, "atol": 1e-12}
+
+
+def cross_attend(**options):
+    torch.manual_seed(0)
+    block = CrossAttend(DIM, INPUT_DIM, **options).double().eval()
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.normal_(std=0.5)
+    return block
+
+
+def queries():
+    return torch.randn(BATCH, QUERIES, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def tokens(mask=None):
+    generator = torch.Generator().manual_seed(2)
+    content = torch.randn(BATCH, *GRID, CHANNELS, dtype=torch.float64, generator=generator)
+    rows, columns = GRID
+    tables = (
+        torch.randn(rows, 1, POSITIONS, dtype=torch.float64, generator=generator),
+        torch.randn(1, columns, POSITIONS, dtype=torch.float64, generator=generator),
+    )
+    return Tokens(content, tables, mask)
+
+
+def some_mask():
+    return torch.rand(BATCH, *GRID, generator=torch.Generator().manual_seed(3)) < 0.6
+
+
+def by_hand(block, x, dense, *, residual=True, allowed=None):
+    read = block.attention.keys_values(block.input_norm(dense), mask=allowed)
+    attended = block.attention(block.query_norm(x), read)
+    x = x + attended if residual else attended
+    return x + block.mlp(block.mlp_norm(x))
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_it_is_attention_then_mlp_both_after_a_norm(residual):
+    block = cross_attend(residual=residual, heads=13)
+    x, dense = queries(), tokens().dense()
+    torch.testing.assert_close(block(x, dense), by_hand(block, x, dense, residual=residual), **EXACT)
+
+
+def test_without_residual_only_the_mlp_adds_to_what_was_read():
+    block = cross_attend(residual=False)
+    with torch.no_grad():
+        block.attention.output.weight.zero_()
+        block.mlp.contract.weight.zero_()
+    wanted = (block.attention.output.bias + block.mlp.contract.bias).expand(BATCH, QUERIES, DIM)
+    torch.testing.assert_close(block(queries(), tokens()), wanted, **EXACT)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_tokens_are_read_as_their_dense_tensor(masked):
+    block = cross_attend()
+    given = tokens(some_mask() if masked else None)
+    mask = masks.Padding(given.flat_mask()) if masked else None
+    torch.testing.assert_close(block(queries(), given), block(queries(), given.dense(), mask=mask), **EXACT)
+
+
+def test_keys_and_values_that_are_kept_read_as_those_made_anew():
+    block = cross_attend()
+    kept = block.keys_values(tokens(some_mask()))
+    for x in (queries(), queries().flip(1)):
+        torch.testing.assert_close(block(x, kept), block(x, tokens(some_mask())), **EXACT)
+
+
+@pytest.mark.parametrize("form", ["tokens", "keys and values"])
+def test_the_mask_of_a_call_and_that_of_the_tokens_are_combined(form):
+    block = cross_attend()
+    present = some_mask()
+    allowed = torch.rand(BATCH, 1, QUERIES, N, generator=torch.Generator().manual_seed(4)) < 0.6
+    allowed[..., present.flatten(1)[0].nonzero()[0]] = True
+    read = tokens(present) if form == "tokens" else block.keys_values(tokens(present))
+    both = allowed & present.flatten(1)[:, None, None]
+    wanted = by_hand(block, queries(), tokens().dense(), allowed=both)
+    torch.testing.assert_close(block(queries(), read, mask=allowed), wanted, **EXACT)
+
+
+def test_a_query_that_may_read_nothing_keeps_to_its_residual():
+    block = cross_attend()
+    wanted = torch.ones(BATCH, QUERIES, dtype=torch.bool)
+    wanted[:, 2] = False
+    x = queries()
+    out = block(x, tokens(), mask=masks.Queries(wanted))
+    unread = x[:, 2] + block.attention.output.bias
+    torch.testing.assert_close(out[:, 2], unread + block.mlp(block.mlp_norm(unread)), **EXACT)
+
+
+def test_dropout_drops_what_is_added_to_the_residual():
+    block = cross_attend(dropout=0.5)
+    x = queries()
+    torch.testing.assert_close(block(x, tokens()), by_hand(block, x, tokens().dense()), **EXACT)
+    block.train()
+    block.mlp = nn.Identity()
+    block.mlp_norm = nn.Module()
+    block.mlp_norm.forward = torch.zeros_like
+    whole = block.eval()(x, tokens()) - x
+    added = block.train()(x, tokens()) - x
+    kept = added != 0
+    torch.testing.assert_close(added[kept], 2 * whole[kept], rtol=1e-9, atol=1e-12)
+    assert 0.2 < kept.float().mean() < 0.8
+
+
+def test_parts_are_made_by_what_is_given():
+    block = CrossAttend(
+        DIM,
+        INPUT_DIM,
+        heads=3,
+        attention=partial(MultiHeadAttention, qk_dim=21, v_dim=33),
+        mlp=partial(MLP, widening=2),
+        norm=partial(nn.LayerNorm, eps=1e-3),
+    )
+    assert (block.attention.heads, block.attention.key.out_features, block.attention.value.out_features) == (3, 21, 33)
+    assert block.mlp.expand.out_features == 2 * DIM
+    assert [norm.eps for norm in (block.query_norm, block.input_norm, block.mlp_norm)] == [1e-3] * 3
+
+
+def test_the_map_is_that_of_what_the_block_reads():
+    block = cross_attend(heads=13)
+    present = some_mask()
+    weights = block.attention_map(queries(), tokens(present), queries=[3, 0])
+    assert weights.shape == (BATCH, 13, 2, N)
+    allowed = present.flatten(1)[:, None, None].expand_as(weights)
+    assert weights[~allowed].eq(0).all()
+    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]), **EXACT)
+    read = block.attention.keys_values(block.input_norm(tokens().dense()), mask=masks.Padding(present.flatten(1)))
+    wanted = block.attention.attention_map(block.query_norm(queries()), read)
+    torch.testing.assert_close(weights, wanted[:, :, [3, 0]], **EXACT)

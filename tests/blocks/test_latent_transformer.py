@@ -1,0 +1,79 @@
+"""Self-attends, alone and in a row."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from perceiver_core import GEGLU, MLP, LatentTransformer, MultiHeadAttention, SelfAttend
+from perceiver_core.attention import masks
+
+DIM, N = 14, 5
+EXACT = {"rtol": 0, "atol": 1e-12}
+
+
+def latents():
+    return torch.randn(2, N, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def by_hand(block, x, mask=None):
+    normed = block.norm(x)
+    x = x + block.attention(normed, block.attention.keys_values(normed, mask=mask))
+    return x + block.mlp(block.mlp_norm(x))
+
+
+@pytest.mark.parametrize("mask", [None, masks.Causal()], ids=["all", "causal"])
+def test_a_self_attend_is_attention_then_mlp_both_after_a_norm(mask):
+    block = SelfAttend(DIM, heads=7).double()
+    torch.testing.assert_close(block(latents(), mask=mask), by_hand(block, latents(), mask), **EXACT)
+
+
+def test_parts_of_a_self_attend_are_made_by_what_is_given():
+    block = SelfAttend(
+        DIM,
+        heads=3,
+        attention=partial(MultiHeadAttention, qk_dim=9, bias=False),
+        mlp=partial(MLP, widening=4, activation=GEGLU()),
+        norm=nn.RMSNorm,
+    )
+    assert block.attention.query.weight.shape == (9, DIM)
+    assert block.mlp.expand.out_features == 8 * DIM
+    assert {type(block.norm), type(block.mlp_norm)} == {nn.RMSNorm}
+
+
+def test_dropout_is_for_training_only():
+    block = SelfAttend(DIM, heads=2, dropout=0.5).double().eval()
+    torch.testing.assert_close(block(latents()), by_hand(block, latents()), **EXACT)
+    torch.manual_seed(0)
+    assert not torch.allclose(block.train()(latents()), block(latents()))
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_blocks_follow_each_other_each_with_the_mask(depth):
+    transformer = LatentTransformer(DIM, depth=depth, heads=2).double()
+    x = latents()
+    for block in transformer.blocks:
+        x = by_hand(block, x, masks.Causal())
+    torch.testing.assert_close(transformer(latents(), mask=masks.Causal()), x, **EXACT)
+    assert len({id(parameter) for parameter in transformer.parameters()}) == 12 * depth + 4 * depth
+
+
+def test_depth_0_passes_the_latents_on():
+    transformer = LatentTransformer(DIM, depth=0)
+    x = latents()
+    assert transformer(x) is x
+    assert list(transformer.parameters()) == []
+
+
+def test_a_block_of_the_user():
+    made = []
+
+    def block(dim, *, heads):
+        made.append((dim, heads))
+        return SelfAttend(dim, heads=heads)
+
+    LatentTransformer(DIM, depth=2, heads=7, block=block)
+    assert made == [(DIM, 7), (DIM, 7)]

@@ -1,0 +1,200 @@
+"""MultiHeadAttention against its formula, whatever its widths, kernel, mask and positions."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from perceiver_core import KeysValues, MultiHeadAttention
+from perceiver_core.attention import chunked, masks, reference, sdpa
+from perceiver_core.positions import Rotary
+
+BATCH, QUERIES, TOKENS, DIM, INPUT_DIM = 2, 5, 11, 14, 13
+EXACT = {"rtol": 0, "atol": 1e-12}  # float64
+
+
+def by_formula(attention, x, tokens, allowed=None):
+    """softmax(q k^T / sqrt(d)) v, head by head, projected back."""
+    heads = attention.heads
+    q = attention.query(x).unflatten(-1, (heads, -1))
+    k = attention.key(tokens).unflatten(-1, (heads, -1))
+    v = attention.value(tokens).unflatten(-1, (heads, -1))
+    scores = torch.einsum("bmhd,bnhd->bhmn", q, k) / math.sqrt(q.shape[-1])
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, -math.inf)
+    read = torch.einsum("bhmn,bnhe->bmhe", scores.softmax(-1), v)
+    return attention.output(read.flatten(2))
+
+
+def randomized(module):
+    """Biases start at zero, where a test would not see them."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.5)
+    return module.double()
+
+
+def arrays(*, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(BATCH, QUERIES, DIM, generator=generator, dtype=torch.float64)
+    tokens = torch.randn(BATCH, TOKENS, INPUT_DIM, generator=generator, dtype=torch.float64)
+    return x, tokens
+
+
+def user_kernel(q, k, v, *, mask):
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    if mask is not None:
+        scores = scores.masked_fill(~masks.dense(mask, queries=q.shape[-2], keys=k.shape[-2]), -math.inf)
+    return scores.softmax(-1) @ v
+
+
+WIDTHS = [
+    {"heads": 1},
+    {"heads": 13},
+    {"heads": 3, "qk_dim": 21},
+    {"heads": 3, "qk_dim": 21, "v_dim": 33},
+    {"heads": 1, "v_dim": 7},
+    {"heads": 2, "qk_dim": 34, "v_dim": 6, "out_dim": 17},
+]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("out_bias", [True, False])
+@pytest.mark.parametrize("widths", WIDTHS)
+def test_it_is_the_formula(widths, bias, out_bias):
+    attention = randomized(MultiHeadAttention(DIM, INPUT_DIM, bias=bias, out_bias=out_bias, **widths))
+    x, tokens = arrays()
+    out = attention(x, attention.keys_values(tokens))
+    assert out.shape == (BATCH, QUERIES, widths.get("out_dim", DIM))
+    torch.testing.assert_close(out, by_formula(attention, x, tokens), **EXACT)
+    assert [(layer.bias is not None) for layer in (attention.query, attention.key, attention.value)] == [bias] * 3
+    assert (attention.output.bias is not None) == out_bias
+
+
+def test_widths_follow_the_input_unless_given():
+    attention = MultiHeadAttention(DIM, INPUT_DIM, heads=1)
+    assert attention.query.weight.shape == (INPUT_DIM, DIM)
+    assert attention.key.weight.shape == attention.value.weight.shape == (INPUT_DIM, INPUT_DIM)
+    assert attention.output.weight.shape == (DIM, INPUT_DIM)
+    assert MultiHeadAttention(DIM, heads=2).input_dim == DIM
+
+
+@pytest.mark.parametrize(
+    "kernel", [reference, sdpa, partial(chunked, chunk=5), user_kernel], ids=["reference", "sdpa", "chunked", "user"]
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_kernels_are_interchangeable(kernel, masked):
+    attention = randomized(MultiHeadAttention(DIM, INPUT_DIM, heads=3, qk_dim=21, v_dim=15, kernel=kernel))
+    x, tokens = arrays()
+    x.requires_grad_()
+    tokens.requires_grad_()
+    allowed = torch.rand(BATCH, 1, QUERIES, TOKENS, generator=torch.Generator().manual_seed(1)) < 0.6
+    allowed[..., 3] = True
+    mask = allowed if masked else None
+    wrt = [x, tokens, *attention.parameters()]
+    out = attention(x, attention.keys_values(tokens, mask=mask))
+    wanted = by_formula(attention, x, tokens, mask)
+    torch.testing.assert_close(out, wanted, **EXACT)
+    gradients = torch.autograd.grad(out.square().sum(), wrt)
+    torch.testing.assert_close(gradients, torch.autograd.grad(wanted.square().sum(), wrt), rtol=1e-10, atol=1e-10)
+
+
+def test_masks_of_the_input_and_of_the_call_are_combined():
+    attention = randomized(MultiHeadAttention(DIM, INPUT_DIM, heads=1))
+    x, tokens = arrays()
+    present = torch.ones(BATCH, TOKENS, dtype=torch.bool)
+    present[:, 7:] = False
+    reach = masks.Window(before=10, after=-5)  # positions count from the end
+    read = attention.keys_values(tokens, mask=masks.Padding(present))
+    allowed = present[:, None, None] & masks.dense(reach, queries=QUERIES, keys=TOKENS)
+    torch.testing.assert_close(attention(x, read, mask=reach), by_formula(attention, x, tokens, allowed), **EXACT)
+
+
+def test_keys_and_values_can_be_read_again():
+    attention = randomized(MultiHeadAttention(DIM, INPUT_DIM, heads=1))
+    x, tokens = arrays()
+    other, _ = arrays(seed=1)
+    read = attention.keys_values(tokens)
+    assert isinstance(read, KeysValues)
+    for queries in (x, other):
+        torch.testing.assert_close(attention(queries, read), by_formula(attention, queries, tokens), **EXACT)
+
+
+def test_the_map_has_the_weights_that_the_output_was_made_with():
+    attention = randomized(MultiHeadAttention(DIM, INPUT_DIM, heads=3, qk_dim=21, v_dim=15))
+    x, tokens = arrays()
+    present = torch.rand(BATCH, TOKENS, generator=torch.Generator().manual_seed(2)) < 0.7
+    read = attention.keys_values(tokens, mask=masks.Padding(present))
+    weights = attention.attention_map(x, read)
+    averaged = torch.einsum("bhmn,bhne->bmhe", weights, read.values).flatten(2)
+    torch.testing.assert_close(attention.output(averaged), attention(x, read), **EXACT)
+    chosen = attention.attention_map(x, read, queries=[4, 1])
+    torch.testing.assert_close(chosen, weights[:, :, [4, 1]], **EXACT)
+    assert weights.masked_select(~present[:, None, None]).eq(0).all()
+
+
+class TestRotary:
+    def logs(self, attention, queries, tokens):
+        """Log weights: the scores, up to a constant for each query."""
+        return attention.attention_map(queries, attention.keys_values(tokens)).log()
+
+    def attention(self, dim=6):
+        torch.manual_seed(0)
+        return randomized(MultiHeadAttention(DIM, heads=2, qk_dim=22, rotary=Rotary(dim)))
+
+    def test_scores_of_equal_tokens_depend_on_their_distance_only(self):
+        one = arrays()[0][:, :1]
+        logs = self.logs(self.attention(), one.expand(-1, TOKENS, -1), one.expand(-1, TOKENS, -1))
+        scores = logs - logs.diagonal(dim1=-2, dim2=-1)[..., None]  # against the score at distance 0
+        for distance in range(1 - TOKENS, TOKENS):
+            along = scores.diagonal(distance, dim1=-2, dim2=-1)
+            torch.testing.assert_close(along, along[..., :1].expand_as(along), **EXACT)
+        assert (scores.diagonal(1, dim1=-2, dim2=-1) - scores.diagonal(4, dim1=-2, dim2=-1)[..., :1]).abs().min() > 1e-4
+
+    def test_last_queries_of_a_longer_input_meet_its_keys_at_the_right_distance(self):
+        attention = self.attention()
+        tokens = torch.randn(BATCH, TOKENS, DIM, dtype=torch.float64)
+        whole = self.logs(attention, tokens, tokens)
+        torch.testing.assert_close(self.logs(attention, tokens[:, -3:], tokens), whole[:, :, -3:], **EXACT)
+
+    def test_values_do_not_turn(self):
+        attention, (_, _) = self.attention(), arrays()
+        tokens = torch.randn(BATCH, TOKENS, DIM, dtype=torch.float64)
+        values = attention.value(tokens).unflatten(-1, (2, -1)).transpose(1, 2)
+        torch.testing.assert_close(attention.keys_values(tokens).values, values, **EXACT)
+
+
+class TestDropout:
+    def test_the_kernel_gets_it_in_training_only(self):
+        given = []
+
+        def kernel(q, k, v, *, mask, dropout=0.0):
+            given.append(dropout)
+            return reference(q, k, v, mask=mask)
+
+        attention = MultiHeadAttention(DIM, heads=2, dropout=0.25, kernel=kernel)
+        x = torch.randn(BATCH, TOKENS, DIM)
+        for mode in (True, False, True):
+            attention.train(mode)(x, attention.keys_values(x))
+        assert given == [0.25, 0.0, 0.25]
+
+    def test_weights_are_dropped_and_the_rest_scaled(self):
+        attention = randomized(MultiHeadAttention(DIM, heads=1, dropout=0.5, kernel=reference))
+        x = torch.randn(1, 101, DIM, dtype=torch.float64)
+        torch.manual_seed(0)
+        dropped = attention(x, attention.keys_values(x))
+        torch.manual_seed(0)
+        weights = F.dropout(attention.attention_map(x, attention.keys_values(x)), 0.5)
+        wanted = attention.output((weights @ attention.keys_values(x).values)[:, 0])
+        torch.testing.assert_close(dropped, wanted, **EXACT)
+
+    def test_errors_where_the_kernel_takes_none(self):
+        with pytest.raises(ValueError, match=r"dropout=0\.1 needs a kernel that takes `dropout`; user_kernel does not"):
+            MultiHeadAttention(DIM, heads=2, dropout=0.1, kernel=user_kernel)
+        with pytest.raises(ValueError, match="Use kernel=sdpa, or drop from the residual instead"):
+            MultiHeadAttention(DIM, heads=2, dropout=0.1, kernel=partial(chunked, chunk=5))
+        MultiHeadAttention(DIM, heads=2, dropout=0.1, kernel=lambda q, k, v, **options: v)

@@ -1,0 +1,69 @@
+"""The digits example runs, says what it found, and finds what it promises."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+digits = pytest.importorskip("examples.digits")
+
+SHUFFLED = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+IN_ORDER = torch.arange(64)
+
+
+def test_a_toy_run_prints_the_table_and_draws(tmp_path, capsys):
+    found = digits.main(["--toy", "--out", str(tmp_path / "new")])
+    printed = capsys.readouterr().out
+    rows = dict(re.findall(r"^\| (\S.*?) +\| +([\d.]+) % \|$", printed, re.MULTILINE))
+    assert {name: f"{value:.1f}" for name, value in found.items()} == rows
+    assert (rows["logistic regression"], rows["support vectors, RBF kernel"]) == ("90.0", "95.8")
+    in_order, shuffled = found["Perceiver, pixels in order"], found["Perceiver, pixels shuffled"]
+    assert in_order > 15  # one epoch is more than chance
+    assert abs(in_order - shuffled) < 5  # the same up to rounding, which training amplifies
+    assert (tmp_path / "new" / "digits.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_shuffled_pixels_keep_their_place():
+    pictures = digits.load()[1].pictures[:5]
+    points = digits.as_points(pictures, SHUFFLED)
+    torch.testing.assert_close(points[:, SHUFFLED.argsort()], digits.as_points(pictures, IN_ORDER), rtol=0, atol=0)
+    row, column, brightness = points[3, 17]
+    assert brightness == pictures[3, 0, round((row.item() + 1) * 3.5), round((column.item() + 1) * 3.5)]
+
+
+def test_a_model_answers_the_same_in_any_order():
+    torch.manual_seed(0)
+    model, pictures = digits.build().eval(), digits.load()[1].pictures[:5]
+    in_order, shuffled = (model(digits.as_points(pictures, order)) for order in (IN_ORDER, SHUFFLED))
+    torch.testing.assert_close(in_order, shuffled, rtol=1e-5, atol=1e-5)
+
+
+def test_wobbling_moves_points_a_little_and_each_picture_in_its_own_way():
+    points = digits.as_points(digits.load()[0].pictures[:1].expand(23, -1, -1, -1), IN_ORDER)
+    torch.manual_seed(0)
+    moved = digits.wobble(points)
+    torch.testing.assert_close(moved[..., 2], points[..., 2], rtol=0, atol=0)
+    steps = (moved - points)[..., :2].norm(dim=-1)
+    assert 0.02 < steps.mean() < 0.5
+    assert (moved[0] - moved[1]).abs().max() > 0.05
+
+
+def test_wobbling_does_not_depend_on_the_order_of_pixels():
+    pictures = digits.load()[0].pictures[:5]
+    moved = []
+    for order in (IN_ORDER, SHUFFLED):
+        torch.manual_seed(0)
+        moved.append(digits.wobble(digits.as_points(pictures, order)))
+    torch.testing.assert_close(moved[0][:, SHUFFLED], moved[1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_it_beats_the_baselines_in_either_order(tmp_path):
+    found = digits.main(["--out", str(tmp_path)])
+    in_order, shuffled = found["Perceiver, pixels in order"], found["Perceiver, pixels shuffled"]
+    assert min(in_order, shuffled) >= 96
+    assert abs(in_order - shuffled) <= 1

@@ -1,0 +1,66 @@
+"""A Perceiver is its adapter, then its encoder, then its head."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from perceiver_core import Encoder, Perceiver, adapters, heads, positions
+
+
+def perceiver(head=None):
+    torch.manual_seed(0)
+    image = adapters.Image(3, positions=positions.Fourier(axes=2, bands=2, max_resolution=7))
+    encoder = Encoder(image.dim, latents=5, dim=14, reads=2, depth=1, heads=7)
+    return Perceiver(image, encoder, head or heads.Classify(encoder.dim, 11))
+
+
+@pytest.mark.parametrize(
+    "head, shape",
+    [(heads.Classify(14, 11), (2, 11)), (heads.Regress(14, 3), (2, 3)), (heads.Latents(), (2, 5, 14))],
+)
+def test_it_is_its_parts_one_after_the_other(head, shape):
+    model = perceiver(head)
+    pictures = torch.rand(2, 3, 7, 5)
+    mask = torch.rand(2, 7, 5) < 0.6
+    for given in ({}, {"mask": mask}):
+        out = model(pictures, **given)
+        wanted = model.head(model.encoder(model.adapter(pictures, **given)))
+        torch.testing.assert_close(out, wanted, rtol=0, atol=0)
+        assert out.shape == shape
+    assert not torch.allclose(model(pictures), model(pictures, mask=mask), atol=1e-5)
+
+
+def test_tensors_need_no_adapter():
+    whole = perceiver()
+    model = Perceiver(nn.Identity(), whole.encoder, whole.head)
+    pictures = torch.rand(2, 3, 7, 5)
+    torch.testing.assert_close(model(whole.adapter(pictures).dense()), whole(pictures), rtol=0, atol=1e-6)
+
+
+def test_an_adapter_of_the_user_needs_to_know_no_masks():
+    class Flat(nn.Module):
+        dim = 3
+
+        def forward(self, pictures):
+            return pictures.flatten(2).mT
+
+    model = Perceiver(Flat(), Encoder(3, latents=5, dim=14, depth=1, heads=7), heads.Regress(14))
+    assert model(torch.rand(2, 3, 7, 5)).shape == (2, 1)
+
+
+def test_its_weights_are_those_of_its_parts():
+    model = perceiver()
+    names = {name.split(".")[0] for name in model.state_dict()}
+    assert names == {"encoder", "head"}
+
+
+def test_errors_of_parts_that_do_not_meet():
+    whole = perceiver()
+    with pytest.raises(ValueError, match="encoder must take what adapter gives: 1 wide; it takes 13"):
+        Perceiver(adapters.Grid(1, positions=None), whole.encoder, whole.head)
+    with pytest.raises(ValueError, match="head must take what encoder gives: 14 wide; it takes 13"):
+        Perceiver(whole.adapter, whole.encoder, heads.Regress(13))
+    with pytest.raises(TypeError, match="head must be a module; got type"):
+        Perceiver(whole.adapter, whole.encoder, heads.Latents)

@@ -1,0 +1,310 @@
+"""The encoder: what is shared, what is computed once, what each read sees."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from perceiver_core import CrossAttend, Encoder, MultiHeadAttention, SelfAttend, Tokens, sharing
+from perceiver_core.attention import masks, reference, sdpa
+from perceiver_core.blocks import LatentTransformer
+from perceiver_core.sharing import Sharing
+
+BATCH, N, INPUT_DIM, LATENTS, DIM, HEADS = 2, 17, 11, 5, 14, 7
+EXACT = {"rtol": 0, "atol": 1e-12}
+
+
+def custom(steps):
+    return Sharing(tuple(i % 2 for i in range(steps)), tuple(i // 2 for i in range(steps)))
+
+
+SCHEMES = {
+    "none": sharing.none,
+    "all": sharing.all_,
+    "all but first": sharing.all_but_first,
+    "paper": sharing.paper,
+    "custom": custom,
+}
+each_scheme = pytest.mark.parametrize("share", SCHEMES.values(), ids=SCHEMES.keys())
+
+
+def encoder(input_dim=INPUT_DIM, *, reads=4, depth=1, **options):
+    torch.manual_seed(0)
+    made = Encoder(input_dim, latents=LATENTS, dim=DIM, reads=reads, depth=depth, heads=HEADS, **options).double()
+    with torch.no_grad():
+        for parameter in made.parameters():  # biases start at zero, latents small: make all matter
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return made
+
+
+def array(seed=0, width=INPUT_DIM, n=N):
+    return torch.randn(BATCH, n, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def grid(mask=None):
+    generator = torch.Generator().manual_seed(5)
+    content = torch.randn(BATCH, 3, 7, 9, dtype=torch.float64, generator=generator)
+    tables = (
+        torch.randn(3, 1, 2, dtype=torch.float64, generator=generator),
+        torch.randn(1, 7, 2, dtype=torch.float64, generator=generator),
+    )
+    return Tokens(content, tables, mask)
+
+
+def unshared(shared, *widths):
+    """An encoder with weights of its own for every step, each a copy of what the step uses in `shared`."""
+    alone = encoder(list(widths) or INPUT_DIM, reads=shared.sharing.steps, share=False)
+    alone.latents = shared.latents
+    for step, (read, transformer) in enumerate(zip(shared.sharing.reads, shared.sharing.transformers, strict=True)):
+        alone.reads[step].load_state_dict(shared.reads[read].state_dict())
+        alone.transformers[step].load_state_dict(shared.transformers[transformer].state_dict())
+    return alone
+
+
+def calls_of_keys(made):
+    """Counts, in a list that fills while the encoder runs, how often keys are computed."""
+    calls = []
+    for number, read in enumerate(made.reads):
+        read.attention.key.register_forward_hook(lambda *_, number=number: calls.append(number))
+    return calls
+
+
+class TestSharing:
+    @each_scheme
+    def test_steps_that_share_use_one_module(self, share):
+        made, used = encoder(share=share), []
+        for kind in (made.reads, made.transformers):
+            for module in kind:
+                module.register_forward_hook(lambda module, *_: used.append(module))
+        made(array())
+        plan = share(4)
+        wanted = [made.reads[i] for i in plan.reads], [made.transformers[i] for i in plan.transformers]
+        assert used[0::2] == wanted[0]
+        assert used[1::2] == wanted[1]
+
+    @each_scheme
+    def test_each_set_of_weights_has_one_entry_in_the_state(self, share):
+        plan = share(4)
+        layers = [f"{layer}.{kind}" for layer in ("query", "key", "value", "output") for kind in ("weight", "bias")]
+        attention = [f"attention.{name}" for name in layers]
+        mlp = [f"{name}.{kind}" for name in ("mlp.expand", "mlp.contract", "mlp_norm") for kind in ("weight", "bias")]
+        norms = [f"{name}.{kind}" for name in ("query_norm", "input_norm") for kind in ("weight", "bias")]
+        wanted = {"latents"}
+        wanted |= {f"reads.{i}.{name}" for i in set(plan.reads) for name in [*attention, *mlp, *norms]}
+        wanted |= {
+            f"transformers.{i}.blocks.0.{name}"
+            for i in set(plan.transformers)
+            for name in [*attention, *mlp, "norm.weight", "norm.bias"]
+        }
+        assert encoder(share=share).state_dict().keys() == wanted
+
+    def test_true_is_the_papers_scheme_and_false_none(self):
+        assert encoder(share=True).sharing == encoder().sharing == sharing.paper(4)
+        assert encoder(share=False).sharing == sharing.none(4)
+
+    @each_scheme
+    @pytest.mark.parametrize("form", ["tensor", "tokens", "masked tokens"])
+    def test_it_computes_what_an_unshared_encoder_with_these_weights_does(self, share, form):
+        made = encoder(share=share)
+        mask = torch.rand(BATCH, 3, 7, generator=torch.Generator().manual_seed(1)) < 0.6
+        inputs = {"tensor": array(), "tokens": grid(), "masked tokens": grid(mask)}[form]
+        torch.testing.assert_close(made(inputs), unshared(made)(inputs), **EXACT)
+
+    @each_scheme
+    def test_gradients_of_shared_weights_are_the_sums_over_their_steps(self, share):
+        made = encoder(share=share)
+        alone = unshared(made)
+        made(array()).square().sum().backward()
+        alone(array()).square().sum().backward()
+        for kind in ("reads", "transformers"):
+            plan = getattr(made.sharing, kind)
+            for number, module in enumerate(getattr(made, kind)):
+                steps = [step for step, used in enumerate(plan) if used == number]
+                for name, parameter in module.named_parameters():
+                    parts = [getattr(alone, kind)[step].get_parameter(name).grad for step in steps]
+                    torch.testing.assert_close(parameter.grad, sum(parts), rtol=1e-9, atol=1e-9)
+
+    @each_scheme
+    def test_keys_are_computed_once_for_each_set_of_weights(self, share):
+        made = encoder(share=share)
+        calls = calls_of_keys(made)
+        made(array())
+        assert sorted(calls) == sorted(set(share(4).reads))
+        made(grid())
+        assert len(calls) == 2 * len(set(share(4).reads))
+
+    def test_errors_of_schemes(self):
+        with pytest.raises(TypeError, match=r"share must be True, False or a scheme such as sharing\.all_; got 'all'"):
+            encoder(share="all")
+        with pytest.raises(ValueError, match="share must plan for reads=4 steps; it planned 3"):
+            encoder(share=lambda steps: sharing.all_(3))
+
+
+class TestInputsPerRead:
+    def test_each_read_sees_its_own(self):
+        made = encoder([3, 11, 13], reads=3, share=False)
+        inputs = [array(1, 3), array(2, 11, n=7), array(3, 13, n=23)]
+        x = made.latents.expand(BATCH, -1, -1)
+        for read, transformer, given in zip(made.reads, made.transformers, inputs, strict=True):
+            x = transformer(read(x, given))
+        torch.testing.assert_close(made(inputs), x, **EXACT)
+
+    @pytest.mark.parametrize(
+        "order, computed", [("aba", 2), ("aaa", 1), ("abc", 3), ("abb", 2)], ids=["aba", "aaa", "abc", "abb"]
+    )
+    def test_an_input_that_comes_twice_has_its_keys_computed_once(self, order, computed):
+        made = encoder([INPUT_DIM] * 3, reads=3, share=sharing.all_)
+        named = {"a": array(1), "b": array(2, n=7), "c": array(3)}
+        inputs = [named[letter] for letter in order]
+        calls = calls_of_keys(made)
+        out = made(inputs)
+        assert len(calls) == computed
+        torch.testing.assert_close(out, unshared(made, *[INPUT_DIM] * 3)(inputs), **EXACT)
+
+    def test_equal_inputs_are_not_taken_for_the_same(self):
+        made = encoder([INPUT_DIM] * 2, reads=2, share=sharing.all_)
+        calls = calls_of_keys(made)
+        torch.testing.assert_close(made([array(), array()]), made([given := array(), given]), **EXACT)
+        assert len(calls) == 3
+
+    def test_tokens_with_positions(self):
+        made = encoder([INPUT_DIM] * 3, reads=3)
+        inputs = [grid(), array(), grid()]
+        dense = [grid().dense(), array(), grid().dense()]
+        torch.testing.assert_close(made(inputs), made(dense), **EXACT)
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match=r"read 1 reads 13, an earlier one 11\. Choose share=sharing\.none"):
+            encoder([11, 13], reads=2, share=sharing.all_)
+        with pytest.raises(
+            ValueError, match=r"input_dim must be one width, or one for each of 4 reads; got \[11, 11\]"
+        ):
+            encoder([11, 11])
+        with pytest.raises(ValueError, match="inputs must be one for each of 3 reads; got 2"):
+            encoder([11, 11, 11], reads=3)([array(), array()])
+        with pytest.raises(ValueError, match="inputs must be one for each of 3 reads; got 1"):
+            encoder([11, 11, 11], reads=3)(array())
+        with pytest.raises(ValueError, match="inputs must be one for all reads; got 2"):
+            encoder()([array(), array()])
+        with pytest.raises(ValueError, match="inputs must be one for all reads; got 0"):
+            encoder()([])
+        with pytest.raises(ValueError, match=r"inputs of all reads must have one batch size; got \[2, 1\]"):
+            encoder([11, 11], reads=2)([array(), array()[:1]])
+
+
+@each_scheme
+def test_a_mask_is_for_every_read(share):
+    made = encoder(share=share)
+    present = torch.ones(BATCH, N, dtype=torch.bool)
+    present[:, 12:] = False
+    torch.testing.assert_close(made(array(), mask=masks.Padding(present)), made(array()[:, :12]), **EXACT)
+
+
+def test_a_mask_adds_to_that_of_the_tokens():
+    made = encoder()
+    generator = torch.Generator().manual_seed(3)
+    one, two = (torch.rand(BATCH, 3, 7, generator=generator) < 0.7 for _ in range(2))
+    both = made(grid(one), mask=masks.Padding(two.flatten(1)))
+    torch.testing.assert_close(both, made(grid(one & two)), **EXACT)
+
+
+def test_latents_are_those_of_the_encoder_for_every_sample():
+    made = encoder(depth=0, reads=1)
+    with torch.no_grad():
+        for parameter in made.reads.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(made(array()), made.latents.expand(BATCH, LATENTS, DIM), **EXACT)
+
+
+def test_parts_are_made_by_what_is_given():
+    made = encoder(
+        read=partial(CrossAttend, heads=3, attention=partial(MultiHeadAttention, qk_dim=9)),
+        process=partial(LatentTransformer, block=partial(SelfAttend, dropout=0.1)),
+        depth=2,
+    )
+    assert {read.attention.heads for read in made.reads} == {3}
+    assert [block.dropout.p for block in made.transformers[0].blocks] == [0.1, 0.1]
+    assert [block.attention.heads for block in made.transformers[0].blocks] == [HEADS, HEADS]
+
+
+class Counting:
+    """A kernel that counts its calls."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, q, k, v, *, mask):
+        self.calls += 1
+        return reference(q, k, v, mask=mask)
+
+
+class TestAttentionMap:
+    @each_scheme
+    @pytest.mark.parametrize("read", [0, 1, 2, 3, -1, -4])
+    def test_it_is_the_formula_at_that_read(self, share, read):
+        made = encoder(share=share)
+        x = made.latents.expand(BATCH, -1, -1)
+        steps = zip(made.sharing.reads, made.sharing.transformers, strict=True)
+        for number, transformer in list(steps)[: read % 4]:
+            x = made.transformers[transformer](made.reads[number](x, array()))
+        block = made.reads[made.sharing.reads[read]]
+        q = block.attention.query(block.query_norm(x))
+        k = block.attention.key(block.input_norm(array()))
+        wanted = (q @ k.mT / INPUT_DIM**0.5).softmax(-1)[:, None]
+        torch.testing.assert_close(made.attention_map(array(), read=read), wanted, **EXACT)
+
+    def test_chosen_queries(self):
+        made = encoder(read=partial(CrossAttend, heads=11))
+        whole = made.attention_map(array())
+        assert whole.shape == (BATCH, 11, LATENTS, N)
+        for queries in ([4, 0], torch.tensor([4, 0])):
+            torch.testing.assert_close(made.attention_map(array(), queries=queries), whole[:, :, [4, 0]], **EXACT)
+
+    @pytest.mark.parametrize("read", [0, 2, -1])
+    def test_other_reads_stay_on_their_kernel(self, read):
+        kernel, latent_kernel = Counting(), Counting()
+        made = encoder(
+            read=partial(CrossAttend, attention=partial(MultiHeadAttention, kernel=kernel)),
+            process=partial(
+                LatentTransformer,
+                block=partial(SelfAttend, attention=partial(MultiHeadAttention, kernel=latent_kernel)),
+            ),
+        )
+        made.attention_map(array(), read=read)
+        assert kernel.calls == latent_kernel.calls == read % 4
+
+    def test_masked_tokens_get_no_attention(self):
+        mask = torch.rand(BATCH, 3, 7, generator=torch.Generator().manual_seed(1)) < 0.6
+        weights = encoder().attention_map(grid(mask), read=1)
+        torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]), **EXACT)
+        assert ((weights > 0) == mask.flatten(1)[:, None, None]).all()
+
+    def test_the_mask_of_a_call(self):
+        mask = masks.Padding(torch.arange(N).expand(BATCH, N) < 12)
+        weights = encoder().attention_map(array(), mask=mask)
+        torch.testing.assert_close(weights[..., :12], encoder().attention_map(array()[:, :12]), **EXACT)
+
+    def test_inputs_per_read(self):
+        made = encoder([3, 11], reads=2, share=False)
+        assert made.attention_map([array(1, 3), array(2, 11, n=7)], read=0).shape == (BATCH, 1, LATENTS, N)
+        assert made.attention_map([array(1, 3), array(2, 11, n=7)], read=1).shape == (BATCH, 1, LATENTS, 7)
+
+    @pytest.mark.parametrize("read", [4, -5])
+    def test_errors_of_reads_that_there_are_not(self, read):
+        with pytest.raises(ValueError, match=rf"read must lie in -4 \.\.\. 3; got {read}"):
+            encoder().attention_map(array(), read=read)
+
+
+def test_the_default_kernel_is_pytorchs():
+    assert {read.attention.kernel for read in encoder().reads} == {sdpa}
+
+
+def test_errors_of_sizes():
+    with pytest.raises(ValueError, match="latents must be a whole number of at least 1; got 0"):
+        Encoder(3, latents=0, dim=DIM)
+    with pytest.raises(ValueError, match="reads must be at most 10000; got 10001"):
+        Encoder(3, latents=5, dim=DIM, reads=10_001)
+    with pytest.raises(ValueError, match=r"depth must lie in 0 \.\.\. 10,000; got -1"):
+        Encoder(3, latents=5, dim=DIM, depth=-1, heads=7)

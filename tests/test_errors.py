@@ -1,0 +1,266 @@
+"""What is said to whoever gives a model what it cannot take."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+
+import pytest
+import torch
+
+from perceiver_core import (
+    MLP,
+    CrossAttend,
+    Encoder,
+    MultiHeadAttention,
+    Perceiver,
+    SelfAttend,
+    Tokens,
+    adapters,
+    heads,
+    positions,
+)
+
+
+def fourier(axes):
+    return positions.Fourier(axes=axes, bands=2, max_resolution=7)
+
+
+def model(adapter):
+    encoder = Encoder(adapter.dim, latents=5, dim=14, reads=2, depth=1, heads=7)
+    return Perceiver(adapter, encoder, heads.Classify(encoder.dim, 11))
+
+
+IMAGE = adapters.Image(3, positions=fourier(2))
+AUDIO = adapters.Audio(patch=7, positions=fourier(1))
+SPECTROGRAM = adapters.Spectrogram(positions=fourier(2))
+POINTS = adapters.Points(2, positions=fourier(3))
+VIDEO = adapters.Grid(3, positions=fourier(3))
+GOOD = {
+    "image": (IMAGE, torch.rand(2, 3, 7, 5), (2, 7, 5), "pictures"),
+    "audio": (AUDIO, torch.rand(2, 23), (2, 4), "samples"),
+    "spectrogram": (SPECTROGRAM, torch.rand(2, 3, 7), (2, 3, 7), "spectrogram"),
+    "points": (POINTS, torch.rand(2, 11, 5), (2, 11), "points"),
+    "video": (VIDEO, torch.rand(2, 2, 3, 5, 3), (2, 2, 3, 5), "array"),
+}
+each_adapter = pytest.mark.parametrize("adapter, good, grid, name", GOOD.values(), ids=GOOD.keys())
+
+
+def fails(error, *parts):
+    """Expects a message with all of these parts, in order."""
+    return pytest.raises(error, match=".*".join(re.escape(part) for part in parts))
+
+
+@pytest.mark.parametrize(
+    "adapter, x, message",
+    [
+        (IMAGE, torch.rand(3, 7, 5), "pictures must have 4 axes (b c h w); got shape (3, 7, 5)"),
+        (AUDIO, torch.rand(23), "samples must have 2 axes (b s); got shape (23,)"),
+        (SPECTROGRAM, torch.rand(3, 7), "spectrogram must have 3 axes (b bins frames); got shape (3, 7)"),
+        (POINTS, torch.rand(11, 5), "points must have 3 axes (b n f); got shape (11, 5)"),
+    ],
+)
+def test_a_batch_axis_that_is_missing(adapter, x, message):
+    with fails(ValueError, f"{message}; add a batch axis: {message.split()[0]}.unsqueeze(0)"):
+        model(adapter)(x)
+
+
+@pytest.mark.parametrize(
+    "adapter, x, message",
+    [
+        (VIDEO, torch.rand(2, 3, 5, 3), "array must be b *grid c with 3 grid axes; got shape (2, 3, 5, 3)"),
+        (IMAGE, torch.rand(1, 2, 3, 7, 5), "pictures must have 4 axes (b c h w); got shape (1, 2, 3, 7, 5)"),
+    ],
+)
+def test_wrong_rank(adapter, x, message):
+    with fails(ValueError, message):
+        model(adapter)(x)
+
+
+def test_a_rank_that_is_off_by_more_gets_no_hint_of_a_batch_axis():
+    with pytest.raises(ValueError, match=r"got shape \(7, 5\)$"):
+        IMAGE(torch.rand(7, 5))
+
+
+@pytest.mark.parametrize(
+    "adapter, x, message",
+    [
+        (IMAGE, torch.rand(2, 1, 7, 5), "pictures must have 3 channels in axis 1; got 1 (shape (2, 1, 7, 5))"),
+        (IMAGE, torch.rand(2, 1, 7, 5), "Build the adapter with channels=1, or move the channel axis"),
+        (IMAGE, torch.rand(2, 7, 5, 3), "pictures must have 3 channels in axis 1; got 7"),
+        (VIDEO, torch.rand(2, 3, 2, 5, 7), "array must have 3 channels in axis 4; got 7"),
+        (POINTS, torch.rand(2, 11, 3), "points must have 5 features in its last axis (b n f); got shape (2, 11, 3)"),
+    ],
+)
+def test_wrong_channels(adapter, x, message):
+    with fails(ValueError, message):
+        model(adapter)(x)
+
+
+@each_adapter
+def test_empty(adapter, good, grid, name):
+    for axis in range(good.ndim if name != "points" else 2):
+        with pytest.raises(ValueError, match=f"{name} must not be empty; got shape"):
+            model(adapter)(good.narrow(axis, 0, 0))
+
+
+@each_adapter
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_infinity(adapter, good, grid, name, value):
+    bad = good.clone()
+    bad[(-1,) * bad.ndim] = value
+    with fails(ValueError, f"{name} holds NaN or infinite values; clean it, or mask those tokens"):
+        model(adapter)(bad)
+    with fails(ValueError, f"{name} holds NaN or infinite values"):
+        model(adapter)(bad, mask=torch.ones(grid, dtype=torch.bool))
+
+
+def test_infinities_that_cancel_are_seen():
+    bad = torch.rand(2, 23)
+    bad[0, 0], bad[0, 1] = torch.inf, -torch.inf
+    with fails(ValueError, "samples holds NaN or infinite values"):
+        AUDIO(bad)
+
+
+def test_large_values_are_not_infinite():
+    assert AUDIO(torch.full((2, 21), torch.finfo(torch.float32).max)).n == 3
+
+
+@each_adapter
+def test_all_masked(adapter, good, grid, name):
+    mask = torch.ones(grid, dtype=torch.bool)
+    mask[1] = False
+    with fails(ValueError, "mask leaves no token to attend to in samples [1]; drop them or unmask a token"):
+        model(adapter)(good, mask=mask)
+
+
+@each_adapter
+def test_masks_of_another_shape(adapter, good, grid, name):
+    other = (grid[0], *grid[1:-1], grid[-1] + 1)
+    with fails(ValueError, f"mask must have shape {grid}, one value a token; got {other}"):
+        model(adapter)(good, mask=torch.ones(other, dtype=torch.bool))
+
+
+@each_adapter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_masks_that_are_not_boolean(adapter, good, grid, name, dtype):
+    with fails(TypeError, f"mask must be a boolean tensor, True = attend; got {dtype}. Convert it: mask.bool()"):
+        model(adapter)(good, mask=torch.ones(grid, dtype=dtype))
+    with fails(TypeError, "mask must be a boolean tensor, True = attend; got list"):
+        model(adapter)(good, mask=torch.ones(grid).tolist())
+
+
+@each_adapter
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_integers(adapter, good, grid, name, dtype):
+    with fails(TypeError, f"{name} must be floating point; got {dtype}. Convert and scale it", f"{name}.float() / 255"):
+        model(adapter)(good.to(dtype))
+
+
+@each_adapter
+def test_what_is_no_tensor(adapter, good, grid, name):
+    with fails(TypeError, f"{name} must be a torch.Tensor; got ndarray. Convert it: torch.as_tensor(...)"):
+        model(adapter)(good.numpy())
+
+
+@each_adapter
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_another_dtype_than_the_models(adapter, good, grid, name, dtype):
+    with fails(TypeError, f"tokens is {dtype}, the model torch.float32; convert one (tokens.to(torch.float32))"):
+        model(adapter)(good.to(dtype))
+
+
+@each_adapter
+def test_another_device_than_the_models(adapter, good, grid, name):
+    with fails(ValueError, "tokens is on meta, the model on cpu; move one: tokens.to('cpu')"):
+        model(adapter)(good.to("meta"))
+
+
+def test_masks_of_a_call():
+    encoder = Encoder(3, latents=5, dim=14, depth=1, heads=7)
+    x = torch.rand(2, 11, 3)
+    with fails(TypeError, "mask must be a boolean tensor"):
+        encoder(x, mask=torch.ones(2, 1, 1, 11))
+    with fails(ValueError, "mask must broadcast to (2, 1, 5, 11); got shape (2, 11)"):
+        encoder(x, mask=torch.ones(2, 11, dtype=torch.bool))
+
+
+def test_tokens_that_an_encoder_cannot_read():
+    encoder = Encoder(3, latents=5, dim=14, depth=1, heads=7)
+    with fails(ValueError, "tokens must have 3 features in its last axis (b n c); got shape (2, 11, 7)"):
+        encoder(torch.rand(2, 11, 7))
+    with fails(ValueError, "tokens must have 3 axes (b n c); got shape (11, 3); add a batch axis"):
+        encoder(torch.rand(11, 3))
+    with fails(TypeError, "tokens must be floating point; got torch.int64"):
+        encoder(torch.ones(2, 11, 3, dtype=torch.int64))
+    with fails(ValueError, "tokens must have 3 features in its last axis (b n c); got shape (2, 35, 5)"):
+        encoder(Tokens(torch.rand(2, 5, 7, 5)))
+
+
+@pytest.mark.parametrize("width", ["qk_dim", "v_dim"])
+def test_heads_that_do_not_divide(width):
+    widths = {"qk_dim": 12, "v_dim": 12, width: 14}
+    with fails(
+        ValueError, f"heads must divide {width}; got heads=4, {width}=14.", f"partial(MultiHeadAttention, {width}=16)"
+    ):
+        MultiHeadAttention(13, heads=4, **widths)
+    with fails(ValueError, "heads must divide qk_dim; got heads=3, qk_dim=13"):
+        CrossAttend(14, 13, heads=3)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5, float("nan")])
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(MultiHeadAttention, 14, heads=7),
+        partial(CrossAttend, 14, 13),
+        partial(SelfAttend, 14, heads=7),
+        partial(heads.Classify, 14, 3),
+        partial(heads.Regress, 14),
+    ],
+)
+def test_dropout_out_of_range(make, rate):
+    with fails(ValueError, f"dropout must lie in [0, 1); got {rate}"):
+        make(dropout=rate)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.0, True, "7"])
+@pytest.mark.parametrize(
+    "make, name",
+    [
+        (lambda size: MultiHeadAttention(size), "dim"),
+        (lambda size: MultiHeadAttention(14, heads=size), "heads"),
+        (lambda size: CrossAttend(14, size), "input_dim"),
+        (lambda size: SelfAttend(size), "dim"),
+        (lambda size: MLP(14, widening=size), "widening"),
+        (lambda size: Encoder(3, latents=size, dim=14), "latents"),
+        (lambda size: Encoder(3, latents=5, dim=14, reads=size), "reads"),
+        (lambda size: heads.Regress(14, size), "values"),
+        (lambda size: adapters.Image(size, positions=None), "channels"),
+        (lambda size: adapters.Audio(size, positions=None), "patch"),
+        (lambda size: adapters.Grid(size, positions=None), "channels"),
+        (lambda size: adapters.Project(3, dim=size), "dim"),
+        (lambda size: adapters.ConvStem(3, dim=size), "dim"),
+    ],
+)
+def test_sizes(make, name, size):
+    with fails(ValueError, f"{name} must be a whole number of at least 1; got {size!r}"):
+        make(size)
+
+
+@pytest.mark.parametrize(
+    "make, name, axes",
+    [(adapters.Image, "Image", 2), (adapters.Audio, "Audio", 1), (adapters.Spectrogram, "Spectrogram", 2)],
+)
+def test_positions_of_other_axes(make, name, axes):
+    with fails(ValueError, f"positions of {name} must have {axes} axes; got 3"):
+        make(positions=fourier(3))
+
+
+def test_number_of_inputs():
+    both = adapters.PerRead([IMAGE, AUDIO])
+    with fails(ValueError, "inputs must be 2, one an adapter; got 3"):
+        both([torch.rand(2, 3, 7, 5)] * 3)
+    encoder = Encoder(both.dim, latents=5, dim=14, reads=2, depth=1, heads=7, share=False)
+    with fails(ValueError, "inputs must be one for each of 2 reads; got 1"):
+        encoder(IMAGE(torch.rand(2, 3, 7, 5)))

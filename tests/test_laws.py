@@ -1,0 +1,408 @@
+"""What holds for every Perceiver, whatever its parts: order, masks, batches, kernels, gradients, arguments."""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from perceiver_core import (
+    GEGLU,
+    MLP,
+    CrossAttend,
+    Encoder,
+    LatentTransformer,
+    MultiHeadAttention,
+    Perceiver,
+    SelfAttend,
+    Tokens,
+    adapters,
+    heads,
+    positions,
+    sharing,
+)
+from perceiver_core.attention import chunked, masks, reference, sdpa
+
+EXACT = {"rtol": 0, "atol": 1e-11}  # float64
+LATENTS, DIM = 5, 14
+SCHEMES = {"none": sharing.none, "all": sharing.all_, "all but first": sharing.all_but_first, "paper": sharing.paper}
+
+few = settings(max_examples=12, deadline=None, derandomize=True)
+seeds = st.integers(0, 2**31)
+schemes = st.sampled_from(list(SCHEMES.values()))
+
+
+def encoder(input_dim, *, share=sharing.paper, kernel=sdpa, reads=3, depth=1):
+    attention = partial(MultiHeadAttention, kernel=kernel)
+    return Encoder(
+        input_dim,
+        latents=LATENTS,
+        dim=DIM,
+        reads=reads,
+        depth=depth,
+        heads=7,
+        share=share,
+        read=partial(CrossAttend, attention=attention),
+        process=partial(LatentTransformer, block=partial(SelfAttend, attention=attention)),
+    )
+
+
+def shaken(module, seed=0):
+    """The module in float64 with every parameter moved: biases start at zero, where laws could not see them."""
+    generator = torch.Generator().manual_seed(seed)
+    module = module.double()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64), alpha=0.3)
+    return module
+
+
+def cloud_model(seed=0, *, features=2, head=None, **options):
+    torch.manual_seed(seed)
+    adapter = adapters.Points(features, positions=positions.Fourier(axes=3, bands=3, max_resolution=7))
+    whole = Perceiver(adapter, encoder(adapter.dim, **options), head or heads.Classify(DIM, 11))
+    return shaken(whole, seed)
+
+
+def cloud(batch, n, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(batch, n, 5, generator=generator, dtype=torch.float64) * 2 - 1
+
+
+def some(batch, n, seed=0):
+    """A mask that leaves each sample a token at least."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(batch, n, generator=generator) < 0.6
+    mask[torch.arange(batch), torch.randint(n, (batch,), generator=generator)] = True
+    return mask
+
+
+class TestOrder:
+    @few
+    @given(seed=seeds, n=st.integers(1, 23), share=schemes)
+    def test_a_cloud_has_none(self, seed, n, share):
+        model, points, mask = cloud_model(share=share), cloud(2, n, seed), some(2, n, seed)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(model(points[:, order], mask=mask[:, order]), model(points, mask=mask), **EXACT)
+
+    @few
+    @given(seed=seeds, grid=st.tuples(st.integers(1, 5), st.integers(1, 7)), share=schemes)
+    def test_tokens_of_a_grid_have_none_where_positions_go_along(self, seed, grid, share):
+        where = positions.Fourier(axes=2, bands=3, max_resolution=7)
+        generator = torch.Generator().manual_seed(seed)
+        pictures = torch.rand(2, *grid, 3, generator=generator, dtype=torch.float64)
+        tokens = Tokens(pictures, where.tables(grid, like=pictures)).dense()
+        order = torch.randperm(tokens.shape[1], generator=generator)
+        model = shaken(encoder(tokens.shape[-1], share=share))
+        torch.testing.assert_close(model(tokens[:, order]), model(tokens), **EXACT)
+
+    def test_of_pixels_matters_where_positions_stay(self):
+        adapter = adapters.Image(3, positions=positions.Fourier(axes=2, bands=3, max_resolution=7))
+        model = shaken(Perceiver(adapter, encoder(adapter.dim), heads.Classify(DIM, 11)))
+        pictures = torch.rand(2, 3, 7, 5, dtype=torch.float64)
+        assert (model(pictures.flip(-1)) - model(pictures)).abs().max() > 1e-3
+
+
+class TestMasks:
+    @few
+    @given(
+        seed=seeds, n=st.integers(1, 23), value=st.sampled_from([float("nan"), float("inf"), 1e30, 0.0]), share=schemes
+    )
+    def test_masked_tokens_are_inert(self, seed, n, value, share):
+        model, points, mask = cloud_model(share=share), cloud(3, n, seed), some(3, n, seed)
+        out = model(points, mask=mask)
+        other = model(points.masked_fill(~mask[..., None], value), mask=mask)
+        torch.testing.assert_close(other, out, **EXACT)
+        alone = torch.cat([model(p[m][None]) for p, m in zip(points, mask, strict=True)])
+        torch.testing.assert_close(out, alone, **EXACT)
+
+    @few
+    @given(seed=seeds, value=st.sampled_from([float("nan"), float("inf")]))
+    def test_masked_tokens_are_inert_in_gradients(self, seed, value):
+        points, mask = cloud(2, 13, seed), some(2, 13, seed)
+        gradients = []
+        for held in (points, points.masked_fill(~mask[..., None], value)):
+            model = cloud_model()
+            model(held, mask=mask).square().sum().backward()
+            gradients.append([parameter.grad for parameter in model.parameters()])
+        torch.testing.assert_close(*gradients, **EXACT)
+
+    @few
+    @given(seed=seeds)
+    def test_a_mask_that_is_all_true_is_no_mask(self, seed):
+        model, points = cloud_model(), cloud(2, 11, seed)
+        torch.testing.assert_close(model(points, mask=torch.ones(2, 11, dtype=torch.bool)), model(points), **EXACT)
+
+    def test_a_token_that_is_not_masked_matters(self):
+        model, points = cloud_model(), cloud(2, 11)
+        mask = torch.ones(2, 11, dtype=torch.bool)
+        mask[:, 4] = False
+        assert (model(points, mask=mask) - model(points)).abs().min() > 1e-8
+
+
+@few
+@given(seed=seeds, batch=st.integers(2, 5), share=schemes)
+def test_samples_of_a_batch_are_independent(seed, batch, share):
+    model, points, mask = cloud_model(share=share), cloud(batch, 11, seed), some(batch, 11, seed)
+    together = model(points, mask=mask)
+    alone = [model(points[i : i + 1], mask=mask[i : i + 1]) for i in range(batch)]
+    torch.testing.assert_close(together, torch.cat(alone), **EXACT)
+
+
+@few
+@given(seed=seeds, n=st.integers(1, 23), chunk=st.integers(1, 29), masked=st.booleans(), share=schemes)
+def test_pieces_equal_the_whole(seed, n, chunk, masked, share):
+    kernels = (reference, sdpa, partial(chunked, chunk=chunk))
+    mask = some(2, n, seed) if masked else None
+    found = []
+    for kernel in kernels:
+        model, points = cloud_model(seed, kernel=kernel, share=share), cloud(2, n, seed).requires_grad_()
+        out = model(points, mask=mask)
+        found.append([out, *torch.autograd.grad(out.square().sum(), [points, *model.parameters()])])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-8, atol=1e-9)
+
+
+FOURIER = partial(positions.Fourier, bands=2, max_resolution=7)
+INPUTS = {
+    "pixels": (adapters.Image(3, positions=FOURIER(2)), (2, 3, 7, 5)),
+    "grey": (adapters.Image(1, positions=positions.Learned((3, 5), dim=4)), (2, 1, 7, 5)),
+    "projected": (adapters.Image(3, positions=FOURIER(2), stem=partial(adapters.Project, dim=4)), (2, 3, 7, 5)),
+    "patches": (adapters.Image(3, positions=FOURIER(2), stem=partial(adapters.Patches, size=(2, 3))), (2, 3, 7, 5)),
+    "convolved": (adapters.Image(3, positions=FOURIER(2), stem=partial(adapters.ConvStem, dim=4)), (2, 3, 17, 13)),
+    "audio": (adapters.Audio(5, positions=FOURIER(1)), (2, 37)),
+    "learned audio": (adapters.Audio(5, positions=positions.Learned((7,), dim=3)), (2, 37)),
+    "spectrogram": (adapters.Spectrogram(positions=FOURIER(2)), (2, 3, 7)),
+    "points": (adapters.Points(2, positions=FOURIER(3)), (2, 13, 5)),
+    "video": (adapters.Grid(3, positions=FOURIER(3)), (2, 2, 3, 5, 3)),
+}
+HEADS = {"classify": heads.Classify(DIM, 3), "regress": heads.Regress(DIM), "latents": heads.Latents()}
+
+
+@pytest.mark.parametrize("share", SCHEMES.values(), ids=SCHEMES.keys())
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS.keys())
+@pytest.mark.parametrize("adapter, shape", INPUTS.values(), ids=INPUTS.keys())
+def test_every_parameter_gets_a_gradient(adapter, shape, head, share):
+    torch.manual_seed(0)
+    model = shaken(Perceiver(adapter, encoder(adapter.dim, share=share), head))
+    model.zero_grad()
+    out = model(torch.rand(shape, dtype=torch.float64))
+    (out * torch.randn_like(out)).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        # q . b is the same for every key, and softmax does not see what all scores share.
+        invisible = name.endswith("key.bias")
+        assert (parameter.grad.abs().max() < 1e-10) == invisible, name
+
+
+# Every constructor argument, with two values that must not do the same.
+
+X = torch.randn(2, 13, DIM, generator=torch.Generator().manual_seed(0))
+TOKENS = torch.randn(2, 17, 12, generator=torch.Generator().manual_seed(1))
+CLOUD = cloud(2, 13).float()
+
+
+def self_attention(part, **arguments):
+    attention = part(**arguments)
+    return attention, lambda: attention(X, attention.keys_values(X if attention.input_dim == DIM else TOKENS))
+
+
+def on(x):
+    def make(part, **arguments):
+        module = part(**arguments)
+        return module, lambda: module(x)
+
+    return make
+
+
+def reading(part, **arguments):
+    block = part(**arguments)
+    return block, lambda: block(X, TOKENS if block.input_dim == 12 else X)
+
+
+def encoding(part, **arguments):
+    made = part(**arguments)
+    return made, lambda: made(TOKENS if made.reads[0].input_dim == 12 else X)
+
+
+def adapting(x):
+    def make(part, **arguments):
+        adapter = part(**arguments)
+        given = x[:, : arguments.get("channels", 3)] if part is adapters.Image else x
+        given = given[..., : 3 + arguments["features"]] if part is adapters.Points else given
+        return adapter, lambda: adapter(given).dense()
+
+    return make
+
+
+def at(x):
+    def make(part, **arguments):
+        where = part(**arguments)
+        return where, lambda: where(x[..., : arguments["axes"]])
+
+    return make
+
+
+ARGUMENTS = [
+    (
+        MultiHeadAttention,
+        self_attention,
+        {"dim": DIM, "heads": 2},
+        {
+            "dim": 8,
+            "input_dim": 12,
+            "heads": 7,
+            "qk_dim": 6,
+            "v_dim": 6,
+            "out_dim": 5,
+            "bias": False,
+            "out_bias": False,
+            "dropout": 0.5,
+            "rotary": positions.Rotary(2),
+            "kernel": lambda q, k, v, *, mask: reference(2 * q, k, v, mask=mask),
+        },
+    ),
+    (MLP, on(X), {"dim": DIM}, {"dim": 13, "widening": 2, "activation": nn.Tanh()}),
+    (
+        SelfAttend,
+        on(X),
+        {"dim": DIM, "heads": 2},
+        {
+            "dim": 8,
+            "heads": 7,
+            "attention": partial(MultiHeadAttention, bias=False),
+            "mlp": partial(MLP, widening=2),
+            "norm": nn.Identity,
+            "residual": False,
+            "dropout": 0.5,
+        },
+    ),
+    (
+        CrossAttend,
+        reading,
+        {"dim": DIM, "input_dim": 12},
+        {
+            "dim": 13,
+            "input_dim": DIM,
+            "heads": 3,
+            "attention": partial(MultiHeadAttention, bias=False),
+            "mlp": partial(MLP, activation=GEGLU()),
+            "norm": nn.Identity,
+            "residual": False,
+            "dropout": 0.5,
+        },
+    ),
+    (
+        LatentTransformer,
+        on(X),
+        {"dim": DIM, "depth": 1, "heads": 2},
+        {"dim": 8, "depth": 2, "heads": 7, "block": partial(SelfAttend, norm=nn.RMSNorm)},
+    ),
+    (
+        Encoder,
+        encoding,
+        {"input_dim": 12, "latents": 5, "dim": DIM, "reads": 3, "depth": 1, "heads": 2},
+        {
+            "input_dim": DIM,
+            "latents": 7,
+            "dim": 22,
+            "reads": 2,
+            "depth": 2,
+            "heads": 7,
+            "share": False,
+            "read": partial(CrossAttend, heads=3),
+            "process": partial(LatentTransformer, block=partial(SelfAttend, dropout=0.5)),
+        },
+    ),
+    (heads.Classify, on(X), {"dim": DIM, "classes": 3}, {"dim": 13, "classes": 5, "norm": nn.Identity, "dropout": 0.5}),
+    (heads.Regress, on(X), {"dim": DIM}, {"dim": 13, "values": 5, "norm": nn.Identity, "dropout": 0.5}),
+    (
+        adapters.Image,
+        adapting(torch.rand(2, 3, 7, 5)),
+        {"positions": FOURIER(2)},
+        {"channels": 1, "positions": None, "stem": partial(adapters.Patches, size=2)},
+    ),
+    (adapters.Patches, on(torch.rand(2, 3, 7, 5)), {"channels": 3, "size": 2}, {"channels": 1, "size": (1, 4)}),
+    (adapters.Project, on(torch.rand(2, 3, 7, 5)), {"channels": 3, "dim": 2}, {"channels": 1, "dim": 4}),
+    (adapters.ConvStem, on(torch.rand(2, 3, 7, 5)), {"channels": 3}, {"channels": 1, "dim": 4}),
+    (adapters.Audio, adapting(torch.rand(2, 37)), {"positions": FOURIER(1)}, {"patch": 5, "positions": None}),
+    (adapters.Spectrogram, adapting(torch.rand(2, 3, 7)), {"positions": None}, {"positions": FOURIER(2)}),
+    (
+        adapters.Points,
+        adapting(CLOUD),
+        {"features": 2, "positions": FOURIER(3)},
+        {"features": 0, "positions": positions.NeRF(axes=3, bands=2)},
+    ),
+    (
+        adapters.Grid,
+        adapting(torch.rand(2, 3, 5, 7)),
+        {"channels": 7, "positions": FOURIER(2)},
+        {"channels": 3, "positions": None},
+    ),
+    (
+        positions.Fourier,
+        at(CLOUD),
+        {"axes": 2, "bands": 3, "max_resolution": 7},
+        {"axes": 3, "bands": 4, "max_resolution": (7, 11), "concat_positions": False, "sine_only": True},
+    ),
+    (
+        positions.FourierPerAxis,
+        at(CLOUD),
+        {"axes": 2, "bands": 3, "max_frequency": 7.0},
+        {"axes": 3, "bands": 4, "max_frequency": 11.0},
+    ),
+    (positions.NeRF, at(CLOUD), {"axes": 2, "bands": 3}, {"axes": 3, "bands": 4}),
+    (positions.Gaussian, at(CLOUD), {"axes": 2, "features": 3}, {"axes": 3, "features": 4, "scale": 5.0}),
+]
+
+
+def observed(part, make, arguments):
+    """What can be seen of a part: its width, those of its weights, and what it gives in training."""
+    torch.manual_seed(0)
+    module, run = make(part, **arguments)
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    shapes["dim"] = getattr(module, "dim", None)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1)
+        torch.manual_seed(0)
+        try:
+            out = run()
+        except (RuntimeError, ValueError):  # made for an input of another size
+            out = torch.empty(0)
+    return shapes, out
+
+
+CASES = [
+    pytest.param(part, make, base, {name: value}, id=f"{part.__name__}-{name}")
+    for part, make, base, changes in ARGUMENTS
+    for name, value in changes.items()
+]
+
+
+@pytest.mark.parametrize("part, make, base, change", CASES)
+def test_every_argument_changes_something(part, make, base, change):
+    shapes, out = observed(part, make, base)
+    other_shapes, other = observed(part, make, base | change)
+    assert out.numel() > 0
+    same = other.numel() == 0 or (out.shape == other.shape and torch.allclose(out, other, atol=1e-6))
+    assert shapes != other_shapes or not same
+
+
+@pytest.mark.parametrize("part, changes", [pytest.param(c[0], c[3], id=c[0].__name__) for c in ARGUMENTS])
+def test_no_argument_is_forgotten_above(part, changes):
+    assert set(inspect.signature(part).parameters) == set(changes)
+
+
+def test_a_mask_of_a_call_reaches_every_read():
+    model = shaken(encoder(12, share=False))
+    allowed = masks.Padding(some(2, 17))
+    for step in range(3):
+        weights = model.attention_map(TOKENS.double(), read=step, mask=allowed)
+        assert ((weights > 0) == allowed.keys[:, None, None]).all()

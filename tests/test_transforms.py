@@ -1,0 +1,332 @@
+"""Models under compile, export, autocast, recomputed activations, torch.func and second derivatives."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from perceiver_core import (
+    CrossAttend,
+    Encoder,
+    LatentTransformer,
+    MultiHeadAttention,
+    Perceiver,
+    SelfAttend,
+    adapters,
+    heads,
+    positions,
+    recompute_activations,
+    sharing,
+)
+from perceiver_core.attention import chunked, reference, sdpa
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+KERNELS = {"sdpa": sdpa, "reference": reference, "chunked": partial(chunked, chunk=5)}
+FOURIER = partial(positions.Fourier, bands=2, max_resolution=7)
+ADAPTERS = {
+    "pixels": lambda: adapters.Image(3, positions=FOURIER(2)),
+    "patches": lambda: adapters.Image(3, positions=FOURIER(2), stem=partial(adapters.Patches, size=(2, 3))),
+    "convolved": lambda: adapters.Image(3, positions=FOURIER(2), stem=partial(adapters.ConvStem, dim=4)),
+    "learned": lambda: adapters.Image(1, positions=positions.Learned((3, 5), dim=4)),
+    "audio": lambda: adapters.Audio(5, positions=FOURIER(1)),
+    "points": lambda: adapters.Points(2, positions=FOURIER(3)),
+}
+SHAPES = {
+    "pixels": lambda b, n: (b, 3, n, 7),
+    "patches": lambda b, n: (b, 3, n, 7),
+    "convolved": lambda b, n: (b, 3, n, 13),
+    "learned": lambda b, n: (b, 1, n, 7),
+    "audio": lambda b, n: (b, 5 * n + 2),
+    "points": lambda b, n: (b, n, 5),
+}
+
+
+def model_of(kind="points", *, share=sharing.paper, kernel=sdpa, reads=3, dropout=0.0, latents=5):
+    torch.manual_seed(0)
+    adapter = ADAPTERS[kind]()
+    attention = partial(MultiHeadAttention, kernel=kernel)
+    encoder = Encoder(
+        adapter.dim,
+        latents=latents,
+        dim=14,
+        reads=reads,
+        depth=1,
+        heads=7,
+        share=share,
+        read=partial(CrossAttend, attention=attention, dropout=dropout),
+        process=partial(LatentTransformer, block=partial(SelfAttend, attention=attention, dropout=dropout)),
+    )
+    return Perceiver(adapter, encoder, heads.Classify(encoder.dim, 11))
+
+
+def batch_of(kind="points", b=2, n=13, *, masked=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(SHAPES[kind](b, n), generator=generator) * 2 - 1
+    if not masked:
+        return (x,), {}
+    mask = torch.rand(b, n, generator=generator) < 0.6
+    mask[:, 0] = True
+    return (x,), {"mask": mask}
+
+
+def outputs_and_gradients(model, call, args, options):
+    model.zero_grad()
+    out = call(*args, **options)
+    out.square().sum().backward()
+    return [out.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+
+
+# torch.linspace takes its number of steps as a plain int, so `positions.coordinates` fixes the size of a grid.
+fixed = pytest.mark.xfail(reason="positions.coordinates calls torch.linspace, which specializes the size")
+SIZED = [pytest.param("pixels", marks=fixed), pytest.param("audio", marks=fixed), "points"]
+
+
+@pytest.fixture
+def fresh():
+    """Compilation starts and ends with empty caches."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.compile
+@pytest.mark.usefixtures("fresh")
+class TestCompile:
+    def agrees(self, model, batches, *, backend="aot_eager", **options):
+        compiled = torch.compile(model, fullgraph=True, backend=backend, **options)
+        for args, named in batches:
+            found = outputs_and_gradients(model, compiled, args, named)
+            wanted = outputs_and_gradients(model, model, args, named)
+            torch.testing.assert_close(found, wanted, **CLOSE)
+
+    @pytest.mark.parametrize("kind", ADAPTERS)
+    def test_every_adapter(self, kind):
+        self.agrees(model_of(kind, reads=1), [batch_of(kind)])
+
+    @pytest.mark.parametrize("share", [sharing.none, sharing.all_, sharing.paper])
+    def test_every_scheme_with_a_mask(self, share):
+        self.agrees(model_of(share=share, reads=2), [batch_of(masked=True)])
+
+    # Dynamo instantiates the Function to look at it, which PyTorch deprecates.
+    @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
+    @pytest.mark.parametrize("kernel", [reference, partial(chunked, chunk=5)], ids=["reference", "chunked"])
+    def test_kernels(self, kernel):
+        self.agrees(model_of(kernel=kernel, reads=1), [batch_of(masked=True)])
+
+    @pytest.mark.parametrize("kind", SIZED)
+    def test_sizes_that_vary_compile_once(self, kind):
+        batches = [batch_of(kind, b, n, masked=kind == "points") for b, n in ((2, 13), (3, 17), (5, 11))]
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            self.agrees(model_of(kind, reads=1), batches, dynamic=True)
+
+    def test_inputs_per_read(self):
+        torch.manual_seed(0)
+        both = adapters.PerRead([ADAPTERS["pixels"](), ADAPTERS["audio"]()])
+        encoder = Encoder(both.dim, latents=5, dim=14, reads=2, depth=1, heads=7, share=False)
+        model = Perceiver(both, encoder, heads.Regress(14))
+        self.agrees(model, [(((torch.rand(2, 3, 7, 5), torch.rand(2, 23)),), {})])
+
+    def test_recomputed_activations(self):
+        self.agrees(recompute_activations(model_of(reads=1)), [batch_of(masked=True)])
+
+    @pytest.mark.slow
+    def test_inductor(self):
+        self.agrees(model_of(reads=2), [batch_of(masked=True)], backend="inductor")
+
+
+@pytest.mark.compile
+@pytest.mark.usefixtures("fresh")
+class TestExport:
+    @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+    @pytest.mark.parametrize("kind", SIZED)
+    def test_batch_and_sizes_may_vary(self, kind, strict):
+        model = model_of(kind, reads=1).eval()
+        axes = {0: torch.export.Dim.DYNAMIC, (1 if kind in ("audio", "points") else 2): torch.export.Dim.DYNAMIC}
+        args, _ = batch_of(kind)
+        program = torch.export.export(model, args, dynamic_shapes=(axes,), strict=strict)
+        for b, n in ((3, 17), (5, 7)):
+            more, _ = batch_of(kind, b, n)
+            torch.testing.assert_close(program.module()(*more), model(*more), **CLOSE)
+
+    @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+    def test_with_a_mask(self, strict):
+        model = model_of(reads=2).eval()
+        args, named = batch_of(masked=True)
+        axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+        program = torch.export.export(model, args, named, dynamic_shapes={"inputs": axes, "mask": axes}, strict=strict)
+        more, masked = batch_of(b=3, n=17, masked=True)
+        torch.testing.assert_close(program.module()(*more, **masked), model(*more, **masked), **CLOSE)
+
+    def test_a_program_can_be_saved(self, tmp_path):
+        model = model_of("pixels", reads=2).eval()
+        args, _ = batch_of("pixels")
+        torch.export.save(torch.export.export(model, args), tmp_path / "model.pt2")
+        again = torch.export.load(tmp_path / "model.pt2").module()
+        torch.testing.assert_close(again(*args), model(*args), **CLOSE)
+
+
+class TestAutocast:
+    @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS.keys())
+    @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.1), (torch.float16, 0.01)], ids=str)
+    @pytest.mark.parametrize("kind", ["pixels", "points"])
+    def test_outputs_and_gradients_are_near_those_of_float32(self, kind, dtype, tolerance, kernel):
+        model = model_of(kind, kernel=kernel)
+        args, options = batch_of(kind, masked=kind == "points")
+
+        def narrow(*args, **options):
+            with torch.autocast("cpu", dtype):
+                return model(*args, **options)
+
+        wide_out, *wide = outputs_and_gradients(model, model, args, options)
+        out, *gradients = outputs_and_gradients(model, narrow, args, options)
+        assert out.dtype == dtype
+        assert 0 < (out.float() - wide_out).norm() < tolerance / 5 * wide_out.norm()
+        found, wanted = (torch.cat([gradient.flatten() for gradient in given]) for given in (gradients, wide))
+        assert 0 < (found - wanted).norm() < tolerance * wanted.norm()
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_a_model_may_be_narrow_itself(self, dtype):
+        model = model_of().to(dtype)
+        (x,), options = batch_of(masked=True)
+        out = model(x.to(dtype), **options)
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.float(), model_of()(x, **options), rtol=0.1, atol=0.1)
+
+
+class Saved:
+    """The bytes that autograd keeps for the backward pass, parameters apart."""
+
+    def __init__(self, model):
+        self.bytes, self.own = 0, {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor)
+
+    def pack(self, tensor):
+        if tensor.untyped_storage().data_ptr() not in self.own:
+            self.bytes += tensor.numel() * tensor.element_size()
+        return tensor
+
+
+class TestRecomputedActivations:
+    @pytest.mark.parametrize("kind", ["pixels", "points"])
+    @pytest.mark.parametrize("share", [sharing.none, sharing.paper])
+    def test_outputs_gradients_and_state_are_as_before(self, kind, share):
+        plain, model = model_of(kind, share=share), recompute_activations(model_of(kind, share=share))
+        args, options = batch_of(kind, masked=kind == "points")
+        found = outputs_and_gradients(model, model, args, options)
+        torch.testing.assert_close(found, outputs_and_gradients(plain, plain, args, options), rtol=0, atol=0)
+        torch.testing.assert_close(dict(model.state_dict()), dict(plain.state_dict()), rtol=0, atol=0)
+
+    def test_dropout_is_the_same_in_both_passes(self):
+        args, options = batch_of()
+        found = []
+        for model in (model_of(dropout=0.5), recompute_activations(model_of(dropout=0.5))):
+            torch.manual_seed(1)
+            found.append(outputs_and_gradients(model, model, args, options))
+        torch.testing.assert_close(*found, rtol=0, atol=0)
+
+    def test_less_is_kept(self):
+        kept = []
+        for change in (nn.Identity(), recompute_activations):
+            model = change(model_of(latents=47, reads=5))
+            saved = Saved(model)
+            with saved.hooks:
+                model(*batch_of(n=11)[0])
+            kept.append(saved.bytes)
+        assert kept[1] < kept[0] / 3
+
+    def test_only_chosen_blocks(self):
+        model = recompute_activations(model_of(), blocks=(SelfAttend,))
+        changed = {type(module) for module in model.modules() if "forward" in vars(module)}
+        assert changed == {SelfAttend}
+
+    def test_a_copy_computes_with_its_own_weights(self):
+        model = recompute_activations(model_of(kernel=reference))
+        twin = copy.deepcopy(model)
+        (x,), _ = batch_of()
+        before = model(x).detach()
+        with torch.no_grad():
+            for parameter in twin.encoder.parameters():
+                parameter.zero_()
+        torch.testing.assert_close(model(x), before, rtol=0, atol=0)
+        out = twin(x)
+        torch.testing.assert_close(out, twin.head(torch.zeros(2, 5, 14)), rtol=0, atol=0)
+        twin.encoder.latents.data.normal_()
+        outputs_and_gradients(twin, twin, (x,), {})
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+    def test_functional_call_uses_the_weights_it_is_given(self):
+        model = recompute_activations(model_of())
+        (x,), _ = batch_of()
+        other = {name: parameter * 1.5 for name, parameter in model.named_parameters()}
+        plain = model_of()
+        with torch.no_grad():
+            for parameter in plain.parameters():
+                parameter.mul_(1.5)
+        torch.testing.assert_close(torch.func.functional_call(model, other, (x,)), plain(x), **CLOSE)
+
+
+class TestFunctional:
+    def loss(self, model):
+        def of(parameters, x):
+            return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+        return of, {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS.keys())
+    def test_gradients(self, kernel):
+        model = model_of(kernel=kernel).double()
+        x = batch_of()[0][0].double()
+        loss, parameters = self.loss(model)
+        found = torch.func.grad(loss)(parameters, x)
+        loss(dict(model.named_parameters()), x).backward()
+        torch.testing.assert_close(found, {n: p.grad for n, p in model.named_parameters()}, **CLOSE)
+
+    @pytest.mark.parametrize("kind", ["pixels", "audio", "points"])
+    @pytest.mark.parametrize("kernel", [reference, partial(chunked, chunk=5)], ids=["reference", "chunked"])
+    def test_gradients_of_each_sample(self, kind, kernel):
+        model = model_of(kind, kernel=kernel).double()
+        x = batch_of(kind, b=3)[0][0].double()
+        loss, parameters = self.loss(model)
+        each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x.unsqueeze(1))
+        for i in range(3):
+            alone = torch.func.grad(loss)(parameters, x[i : i + 1])
+            torch.testing.assert_close({n: g[i] for n, g in each.items()}, alone, **CLOSE)
+
+    def test_models_of_an_ensemble(self):
+        models = [model_of(kernel=reference) for _ in range(3)]  # PyTorch has no batching rule for its own
+        for i, model in enumerate(models):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(0.05 * i)
+        (x,), _ = batch_of()
+        parameters, buffers = torch.func.stack_module_state(models)
+        outs = torch.func.vmap(lambda p, b: torch.func.functional_call(models[0], (p, b), (x,)))(parameters, buffers)
+        torch.testing.assert_close(outs, torch.stack([model(x) for model in models]), **CLOSE)
+
+    @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch.func's own
+    def test_forward_mode_agrees_with_differences(self):
+        model = model_of(kernel=reference).double()
+        x, toward = batch_of()[0][0].double(), batch_of(seed=1)[0][0].double()
+        _, found = torch.func.jvp(model, (x,), (toward,))
+        step = 1e-6
+        differences = (model(x + step * toward) - model(x - step * toward)) / (2 * step)
+        torch.testing.assert_close(found, differences, rtol=1e-6, atol=1e-7)
+
+    def test_second_derivatives(self):
+        model = model_of(kernel=reference, reads=2).double()
+        (x,), _ = batch_of(n=3)
+        x = x[:1].double().requires_grad_()
+        assert torch.autograd.gradgradcheck(lambda given: model(given).sum(-1), (x,), atol=1e-4)
+
+    def test_a_penalty_on_gradients_trains(self):
+        model = model_of(kernel=reference)
+        x = batch_of()[0][0].requires_grad_()
+        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        slope.square().sum().backward()
+        grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+        assert grads["encoder.latents"].abs().max() > 0
+        assert all(gradient.isfinite().all() for gradient in grads.values())
