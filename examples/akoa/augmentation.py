@@ -58,7 +58,7 @@ def augment(
     grid = F.affine_grid(motion, list(pictures.shape), align_corners=False)
     # From here on black is 0, which is also what comes in from outside of a picture.
     moved = F.grid_sample((pictures + 1) / 2, grid, padding_mode="zeros", align_corners=False)
-    exposed = _expose(moved, generator)
+    exposed = _expose(_retone(moved, generator), generator)
     return (exposed * _visible(exposed, generator)).clamp(0, 1) * 2 - 1, labels
 
 
@@ -77,6 +77,20 @@ def draw_motion(like: Float[Tensor, " b"], size: tuple[int, int], generator: tor
     x, y = (0.2 * _draw(generator, like, -1, 1) for _ in range(2))
     rows = [torch.stack([c, -s * aspect, x], -1), torch.stack([s / aspect, c, y], -1)]
     return torch.stack(rows, dim=1)
+
+
+def _retone(x: Float[Tensor, "b 1 h w"], generator: torch.Generator, knots: int = 7) -> Float[Tensor, "b 1 h w"]:
+    """Every other picture in grays of its own: values in [0, 1] through a random curve, near black at 0.
+
+    The curve need not rise, so fat may be brighter than muscle or darker, as scanners and settings have it.
+    """
+    curve = _draw(generator, x[:, 0, 0, :1].expand(-1, knots), 0, 1)
+    curve = torch.cat([0.1 * curve[:, :1], curve[:, 1:]], dim=1)
+    place = x.clamp(0, 1) * (knots - 1)
+    below = place.detach().floor().clamp(max=knots - 2)
+    low, high = (curve.gather(1, (below.long() + step).flatten(1)).view_as(x) for step in (0, 1))
+    retoned = torch.lerp(low, high, place - below)
+    return torch.where(_draw(generator, x[:, :1, :1, :1], 0, 1) < 0.5, retoned, x)
 
 
 def _expose(x: Float[Tensor, "b 1 h w"], generator: torch.Generator) -> Float[Tensor, "b 1 h w"]:

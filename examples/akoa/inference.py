@@ -12,6 +12,7 @@ from jaxtyping import Float, Float64, UInt8
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from examples.akoa import model as _model  # noqa: F401 (registers the stem that weights name)
 from examples.akoa.data import as_input
 from perceiver_core import Perceiver
 from perceiver_core.adapters import Image

@@ -4,14 +4,44 @@ from __future__ import annotations
 
 from functools import partial
 
+from jaxtyping import Float
+from torch import Tensor, nn
+
 import perceiver_core as pc
+
+
+@pc.register
+class StandardizedStem(nn.Module):
+    """Every picture to mean 0 and deviation 1, whatever the scanner's gain, then a convolutional stem.
+
+    Args:
+        channels: of the pictures.
+        dim: of the tokens.
+
+    Example:
+        >>> import torch
+        >>> StandardizedStem(1, dim=8)(torch.rand(2, 1, 60, 44)).shape
+        torch.Size([2, 8, 15, 11])
+    """
+
+    def __init__(self, channels: int, *, dim: int) -> None:
+        super().__init__()
+        self.stem = pc.adapters.ConvStem(channels, dim=dim)
+        self.dim = dim
+
+    def forward(self, pictures: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d rows columns"]:
+        """The tokens' content."""
+        centered = pictures - pictures.mean((1, 2, 3), keepdim=True)
+        variance = centered.square().mean((1, 2, 3), keepdim=True)
+        tokens: Tensor = self.stem(centered / (variance + 0.05**2).sqrt())  # a flat picture stays flat
+        return tokens
 
 
 def knee_model(size: tuple[int, int] = (64, 64)) -> pc.Perceiver:
     """Gray pictures `b 1 h w` in [-1, 1] to one logit each: positive means a right knee.
 
-    Tokens are what a convolution of 7 x 7 and pooling make of 4 x 4 pixels, with Fourier features of
-    where they lie. 32 latents read them twice with the same weights, and think after each time.
+    Tokens are what a convolution of 7 x 7 and pooling make of 4 x 4 standardized pixels, with Fourier
+    features of where they lie. 32 latents read them twice with the same weights, and think after each time.
 
     Args:
         size: height and width that it is trained at, in pixels; the highest frequency follows from it.
@@ -23,7 +53,7 @@ def knee_model(size: tuple[int, int] = (64, 64)) -> pc.Perceiver:
     """
     dim, grid = 64, tuple(-(-side // 4) for side in size)
     where = pc.positions.Fourier(axes=2, bands=16, max_resolution=grid)
-    image = pc.adapters.Image(channels=1, positions=where, stem=partial(pc.adapters.ConvStem, dim=32))
+    image = pc.adapters.Image(channels=1, positions=where, stem=partial(StandardizedStem, dim=32))
     encoder = pc.Encoder(
         image.dim,
         latents=32,

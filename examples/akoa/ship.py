@@ -1,6 +1,6 @@
 """Copies what a run found into `examples/akoa/weights`, which ships: the weights, their report and its pictures.
 
-    make akoa && python -m examples.akoa.ship
+make akoa && python -m examples.akoa.ship
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ def ship(run: Path, to: Path) -> list[Path]:
         FileNotFoundError: a run that has not ended with a report.
         ValueError: weights of more than 2 MiB.
     """
-    names = [*sorted((run / TRAINED).glob("*.*")), *(run / name for name in ("report.md", "report.json", "run.json"))]
-    missing = [str(path) for path in names if not path.is_file()]
-    if missing or len(names) == 3:
-        raise FileNotFoundError(f"{run} has no {missing or TRAINED}; run `make akoa` to its end first")
-    size = sum(path.stat().st_size for path in names if path.suffix == ".safetensors")
+    names = [TRAINED, "report.md", "report.json", "run.json"]
+    if missing := [name for name in names if not (run / name).exists()]:
+        raise FileNotFoundError(f"{run} has no {', '.join(missing)}; run `make akoa` to its end first")
+    files = [*sorted((run / TRAINED).glob("*.*")), *(run / name for name in names[1:]), *sorted(run.glob("*.png"))]
+    size = sum(path.stat().st_size for path in files if path.suffix == ".safetensors")
     if size > LARGEST:
         raise ValueError(f"weights of {size:,} bytes do not ship; {LARGEST:,} is the most. Train a smaller model")
     to.mkdir(parents=True, exist_ok=True)
-    return [Path(shutil.copyfile(path, to / path.name)) for path in [*names, *sorted(run.glob("*.png"))]]
+    return [Path(shutil.copyfile(path, to / path.name)) for path in files]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

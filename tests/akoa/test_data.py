@@ -106,8 +106,8 @@ def test_augmentation_swaps_a_label_exactly_when_it_mirrors():
     pictures[..., : W // 3] = 1
     seen, marked = augment(pictures, labels, generator_for(torch.device("cpu"), 1))
     left, right = seen[..., : W // 2].mean((1, 2, 3)), seen[..., -(W // 2) :].mean((1, 2, 3))
-    clear = (left - right).abs() > 0.1  # a wedge or a box hides some
-    assert clear.float().mean() > 0.95
+    clear = (left - right).abs() > 0.15  # a wedge, a box or a dark tone hides some
+    assert clear.float().mean() > 0.9
     assert torch.equal(right[clear] > left[clear], marked[clear] > 0.5)
     assert 0.45 < marked.mean() < 0.55
 
