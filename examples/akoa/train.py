@@ -65,7 +65,7 @@ def read_options(argv: Sequence[str] | None) -> Options:
     add("--data", type=Path, required=True, help="folder with the PNG files")
     add("--labels", type=Path, required=True, help="labels.csv of generate_labels")
     add("--out", type=Path, default=Path("runs/akoa"), help="folder of the run (%(default)s)")
-    add("--epochs", type=int, default=12, help="(%(default)s)")
+    add("--epochs", type=int, default=16, help="(%(default)s)")
     add("--batch", type=int, default=64, help="pictures a step and device (%(default)s)")
     add("--lr", type=float, default=2e-3, help="highest learning rate (%(default)s)")
     add("--weight-decay", type=float, default=0.05, help="(%(default)s)")
