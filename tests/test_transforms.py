@@ -80,9 +80,7 @@ def outputs_and_gradients(model, call, args, options):
     return [out.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
 
 
-# torch.linspace takes its number of steps as a plain int, so `positions.coordinates` fixes the size of a grid.
-fixed = pytest.mark.xfail(reason="positions.coordinates calls torch.linspace, which specializes the size")
-SIZED = [pytest.param("pixels", marks=fixed), pytest.param("audio", marks=fixed), "points"]
+SIZED = ["pixels", "audio", "points"]
 
 
 @pytest.fixture

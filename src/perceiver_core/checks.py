@@ -88,11 +88,17 @@ def same_place(name: str, x: Tensor, weight: Tensor) -> None:
         raise ValueError(
             f"{name} is on {x.device}, the model on {weight.device}; move one: {name}.to({str(weight.device)!r})"
         )
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    converts = autocasting(x.device) and torch.float64 not in (x.dtype, weight.dtype)
+    if x.dtype != weight.dtype and not converts:
         raise TypeError(
             f"{name} is {x.dtype}, the model {weight.dtype}; "
             f"convert one ({name}.to({weight.dtype})), or use torch.autocast"
         )
+
+
+def autocasting(device: torch.device) -> bool:
+    """Whether torch.autocast is on for a device; the meta device has none."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def positive(*, at_most: int | None = None, **sizes: int) -> None:

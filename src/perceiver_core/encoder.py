@@ -90,8 +90,8 @@ class Encoder(nn.Module):
         """
         given = self._given(inputs)
         x = self.latents.expand(_batch(given[0]), -1, -1)
-        for read, transformer, memory in zip(*self._steps(), self._memories(given, mask), strict=True):
-            x = transformer(read(x, memory))
+        for read, transformer, (tokens, present) in zip(*self._steps(), self._memories(given, mask), strict=True):
+            x = transformer(read(x, tokens, mask=present))
         return x
 
     def attention_map(
@@ -126,14 +126,16 @@ class Encoder(nn.Module):
         given = self._given(inputs)
         x = self.latents.expand(_batch(given[0]), -1, -1)
         walk = zip(*self._steps(), self._memories(given, mask), strict=True)
-        for step, (block, transformer, memory) in enumerate(walk):
+        for step, (block, transformer, (tokens, present)) in enumerate(walk):
             if step == read % steps:
                 break
-            x = transformer(block(x, memory))
-        return cast(CrossAttend, block).attention_map(x, memory, queries=queries)
+            x = transformer(block(x, tokens, mask=present))
+        return cast(CrossAttend, block).attention_map(x, tokens, mask=present, queries=queries)
 
     def _given(self, inputs: Input | Sequence[Input]) -> list[Input]:
         """The input of all reads, or that of each."""
+        if not isinstance(inputs, (Tokens, Tensor, Sequence)):
+            raise TypeError(f"inputs must be Tokens, a tensor b n c, or a list of these; got {type(inputs).__name__}")
         given = [inputs] if isinstance(inputs, (Tokens, Tensor)) else list(inputs)
         if len(given) != self.inputs:
             wanted = "one for all reads" if self.inputs == 1 else f"one for each of {self.inputs} reads"
@@ -147,21 +149,25 @@ class Encoder(nn.Module):
         """The read and the transformer of each step."""
         return [self.reads[i] for i in self.sharing.reads], [self.transformers[i] for i in self.sharing.transformers]
 
-    def _memories(self, given: list[Input], mask: Mask | None) -> Iterator[KeysValues]:
-        """What each step reads. Keys and values are kept only while a later step will read them again."""
+    def _memories(self, given: list[Input], mask: Mask | None) -> Iterator[tuple[Input | KeysValues, Mask | None]]:
+        """What each step reads, and the mask to read it with.
+
+        What is read once with some weights stays tokens, whose keys and values are the read's own business (to
+        compute again, say). What is read again becomes keys and values, kept while a later step needs them.
+        """
         # An input that is given twice is the same input: the first place it stands in is its name.
         first = [next(i for i, other in enumerate(given) if other is tokens) for tokens in given]
         wanted = [(number, first[step % len(given)]) for step, number in enumerate(self.sharing.reads)]
         left: Counter[tuple[int, int]] = Counter(wanted)
         kept: dict[tuple[int, int], KeysValues] = {}
         for key in wanted:
-            memory = kept.pop(key, None)
-            if memory is None:
-                memory = cast(CrossAttend, self.reads[key[0]]).keys_values(given[key[1]], mask=mask)
             left[key] -= 1
-            if left[key]:
-                kept[key] = memory
-            yield memory
+            if key not in kept and not left[key]:
+                yield given[key[1]], mask
+                continue
+            if key not in kept:
+                kept[key] = cast(CrossAttend, self.reads[key[0]]).keys_values(given[key[1]], mask=mask)
+            yield (kept[key] if left[key] else kept.pop(key)), None
 
 
 def _plan(share: bool | sharing.Scheme, reads: int) -> sharing.Sharing:

@@ -16,7 +16,9 @@ M = TypeVar("M", bound=nn.Module)
 def recompute_activations(model: M, blocks: tuple[type[nn.Module], ...] = (CrossAttend, SelfAttend)) -> M:
     """Makes every block of a model compute its activations again in the backward pass, for memory.
 
-    Changes the model in place; weights, `state_dict` and outputs stay as they are.
+    What is kept of a block is what goes into it: latents, and the tokens of a read. Where reads share weights, the
+    keys and values that they share are kept too. Changes the model in place, once; weights, `state_dict` and outputs
+    stay as they are.
 
     Args:
         model: any module.
@@ -34,6 +36,10 @@ def recompute_activations(model: M, blocks: tuple[type[nn.Module], ...] = (Cross
     Reference: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost".
     """
     for module in model.modules():
-        if isinstance(module, blocks):
+        if isinstance(module, blocks) and "forward" not in vars(module):
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+            if isinstance(module, CrossAttend):
+                module.keys_values = partial(  # type: ignore[method-assign]
+                    checkpoint, module.keys_values, use_reentrant=False
+                )
     return model

@@ -306,8 +306,35 @@ def test_the_reference_is_twice_differentiable(mask: Tensor | None) -> None:
 def test_chunked_says_that_it_is_differentiable_once() -> None:
     q, k, v = (x.requires_grad_() for x in qkv())
     (d_q,) = torch.autograd.grad(chunked(q, k, v).square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="chunked attention is differentiable once; for second derivatives use kernel"):
         d_q.sum().backward()
+
+
+def test_chunked_refuses_second_derivatives_that_reach_only_its_inputs() -> None:
+    """The incoming gradient is a constant here; the weights still depend on the inputs."""
+    q, k, v = qkv()
+    layer = torch.nn.Linear(q.shape[-1], q.shape[-1]).to(q)
+    z = layer(q).requires_grad_()
+    x = q.clone().requires_grad_()
+    (d_x,) = torch.autograd.grad(chunked(layer(x), k, v).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        d_x.square().sum().backward()
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.func.grad(lambda q: torch.func.grad(lambda q: chunked(q, k, v).sum())(q).square().sum())(z.detach())
+
+
+def test_chunked_gradients_of_each_sample_with_a_mask_of_its_own() -> None:
+    q, k, v = qkv()
+    keys = torch.rand(q.shape[0], k.shape[-2], generator=torch.Generator().manual_seed(1)) < 0.6
+
+    def loss(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, kernel: Kernel) -> Tensor:
+        rule = masks.and_(masks.Padding(keys[None]), masks.Causal())
+        return kernel(q[None], k[None], v[None], mask=rule).square().sum()
+
+    found, wanted = (
+        torch.func.vmap(lambda *each: torch.func.grad(loss)(*each, kernel))(q, k, v, keys) for kernel in (chunked, reference)
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
 # Dropout

@@ -44,6 +44,8 @@ class PerRead(nn.Module):
             ValueError: another number of inputs or masks than of adapters.
         """
         masks = [None] * len(self.adapters) if mask is None else list(mask)
-        if len(inputs) != len(self.adapters) or len(masks) != len(self.adapters):
-            raise ValueError(f"inputs must be {len(self.adapters)}, one an adapter; got {len(inputs)}")
+        for name, given in (("inputs", inputs), ("masks", masks)):
+            if isinstance(given, Tensor) or len(given) != len(self.adapters):
+                got = "one tensor" if isinstance(given, Tensor) else len(given)
+                raise ValueError(f"{name} must be {len(self.adapters)}, one an adapter; got {got}")
         return [adapter(x, mask=m) for adapter, x, m in zip(self.adapters, inputs, masks, strict=True)]

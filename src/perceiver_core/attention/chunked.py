@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from perceiver_core import checks
 from perceiver_core.attention import masks
-from perceiver_core.attention.masks import Mask
+from perceiver_core.attention.masks import Mask, Rule
 from perceiver_core.registry import register
 
 
@@ -86,7 +85,8 @@ def partial_attention(
     checks.positive(chunk=chunk)
     if mask is not None:
         masks.fits(mask, q, k)
-    return Partial(*_Partial.apply(q, k, v, mask, chunk))  # type: ignore[no-untyped-call]
+    rules, tensors = masks.taken_apart(mask)
+    return Partial(*_Partial.apply(q, k, v, rules, chunk, *tensors))  # type: ignore[no-untyped-call]
 
 
 def merge(*parts: Partial) -> Partial:
@@ -110,19 +110,24 @@ def merge(*parts: Partial) -> Partial:
 
 
 class _Partial(torch.autograd.Function):
-    """The forward and backward of one part; a Function because autograd would store every chunk's weights."""
+    """The forward and backward of one part; a Function because autograd would store every chunk's weights.
+
+    Mask tensors are arguments of their own, so that `torch.func.vmap` sees them.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, chunk: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, rules: tuple[Rule, ...], chunk: int, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
         with torch.autocast(q.device.type, enabled=False):
             queries, wide = _scaled(q)
             top = queries.new_full(q.shape[:-1], -torch.inf)
             total = torch.zeros_like(top)
             summed = queries.new_zeros(*q.shape[:-1], v.shape[-1])
             for part in _pieces(k.shape[-2], chunk):
-                scores = _scores(queries, k[..., part, :].to(wide), mask, part, k.shape[-2])
+                scores = _scores(queries, k[..., part, :].to(wide), (*rules, *tensors), part, k.shape[-2])
                 new_top = torch.maximum(top, scores.amax(-1))
                 base = new_top.masked_fill(new_top == -torch.inf, 0.0)
                 weights = (scores - base[..., None]).exp_()
@@ -137,13 +142,36 @@ class _Partial(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, ctx.mask, ctx.chunk = inputs
-        ctx.save_for_backward(q, k, v, *output)
+        q, k, v, ctx.rules, ctx.chunk, *tensors = inputs
+        ctx.save_for_backward(q, k, v, *output, *tensors)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_output: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, output, lse = ctx.saved_tensors
+        q, k, v, output, lse, *tensors = ctx.saved_tensors
+        # torch.compile cannot trace a Function inside a backward, and takes no second derivative anyway.
+        compute = _Gradients.forward if torch.compiler.is_compiling() else _Gradients.apply
+        gradients = compute(q, k, v, output, lse, d_output, d_lse, ctx.rules, ctx.chunk, *tensors)
+        return (*gradients, None, None, *(None for _ in tensors))
+
+
+class _Gradients(torch.autograd.Function):
+    """The backward of a part. A Function of its own so that a second derivative is refused, never silently wrong."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # noqa: PLR0913 (what the forward saved and what came back)
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        output: Tensor,
+        lse: Tensor,
+        d_output: Tensor,
+        d_lse: Tensor,
+        rules: tuple[Rule, ...],
+        chunk: int,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast(q.device.type, enabled=False):
             queries, wide = _scaled(q)
             d_out = d_output.to(wide)
@@ -153,15 +181,23 @@ class _Partial(torch.autograd.Function):
             # Made from `offset`, so that under vmap they have the mapped axis even where an input lacks it.
             d_queries = offset.new_zeros(queries.shape)
             d_k, d_v = offset.new_empty(k.shape, dtype=k.dtype), offset.new_empty(v.shape, dtype=v.dtype)
-            for part in _pieces(k.shape[-2], ctx.chunk):
+            for part in _pieces(k.shape[-2], chunk):
                 keys, values = k[..., part, :].to(wide), v[..., part, :].to(wide)
-                scores = _scores(queries, keys, ctx.mask, part, k.shape[-2])
+                scores = _scores(queries, keys, (*rules, *tensors), part, k.shape[-2])
                 weights = (scores - base[..., None]).exp_()
                 d_v[..., part, :] = (weights.mT @ d_out).to(v.dtype)
                 d_scores = (d_out @ values.mT + offset[..., None]).mul_(weights)
                 d_queries += d_scores @ keys
                 d_k[..., part, :] = (d_scores.mT @ queries).to(k.dtype)
-            return (d_queries * q.shape[-1] ** -0.5).to(q.dtype), d_k, d_v, None, None
+            return (d_queries * q.shape[-1] ** -0.5).to(q.dtype), d_k, d_v
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Nothing is kept: there is no second derivative."""
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        raise RuntimeError("chunked attention is differentiable once; for second derivatives use kernel=reference")
 
 
 def _scaled(q: Tensor) -> tuple[Tensor, torch.dtype]:
@@ -173,10 +209,10 @@ def _pieces(n: int, chunk: int) -> Iterator[slice]:
     return (slice(start, min(start + chunk, n)) for start in range(0, n, chunk))
 
 
-def _scores(queries: Tensor, keys: Tensor, mask: Mask | None, part: slice, n: int) -> Tensor:
+def _scores(queries: Tensor, keys: Tensor, allowed: tuple[Mask, ...], part: slice, n: int) -> Tensor:
     scores = queries @ keys.mT
-    if mask is None:
-        return scores
     rows = masks.positions(queries.shape[-2], queries.device)
     columns = masks.positions(n, keys.device)[part]
-    return scores.masked_fill(~masks.block(mask, rows, columns), -torch.inf)
+    for mask in allowed:
+        scores = scores.masked_fill(~masks.block(mask, rows, columns), -torch.inf)
+    return scores

@@ -1,8 +1,9 @@
 """Masks: who may attend to whom. True = attend.
 
-A mask is a boolean tensor that broadcasts to `b h q k`, or a function of query and key positions, which
-is never written out whole: a kernel asks for the block it works on. Positions count from the end of the
-sequence (the last is -1), so a few queries at the end of a long input (Perceiver AR) line up with its keys.
+A mask is a boolean tensor that broadcasts to `b h q k`, or a function of query and key positions, which need not
+be written out whole: a kernel asks for the block it works on, `chunked` for a piece at a time, the others for all
+of it. Positions count from the end of the sequence (the last is -1), so a few queries at the end of a long input
+(Perceiver AR) line up with its keys.
 """
 
 from __future__ import annotations
@@ -207,6 +208,35 @@ def _check_axes(name: str, mask: Tensor) -> None:
     checks.is_mask(name, mask)
     if mask.ndim != 2:
         raise ValueError(f"{name} must have 2 axes, one row a sample; got shape {tuple(mask.shape)}")
+
+
+def taken_apart(mask: Mask | None) -> tuple[tuple[Rule, ...], tuple[Tensor, ...]]:
+    """A mask as rules and tensors that all have to allow: what hides in `Padding`, `Queries` and `And` comes out."""
+    if mask is None:
+        return (), ()
+    if isinstance(mask, Tensor):
+        return (), (mask,)
+    if isinstance(mask, Padding):
+        return (), (mask.keys[:, None, None, :],)
+    if isinstance(mask, Queries):
+        return (), (mask.queries[:, None, :, None],)
+    if isinstance(mask, And):
+        parts = [taken_apart(part) for part in mask.masks]
+        return tuple(r for rules, _ in parts for r in rules), tuple(t for _, tensors in parts for t in tensors)
+    return (mask,), ()
+
+
+def of_tokens(mask: Mask | None) -> Mask | None:
+    """A mask as modules take it: a tensor of two axes says which tokens are there, `b n`.
+
+    Raises:
+        ValueError: a tensor of other than two or four axes, which could mean several things.
+    """
+    if not isinstance(mask, Tensor) or mask.ndim == 4:
+        return mask
+    if mask.ndim != 2:
+        raise ValueError(f"mask must be b n (which tokens are there) or b h q k; got shape {tuple(mask.shape)}")
+    return Padding(mask)
 
 
 def _tensors(mask: Mask, shape: tuple[int, int, int, int]) -> list[tuple[Tensor, tuple[int, ...]]]:

@@ -80,7 +80,7 @@ def attention_map(
         masks.fits(mask, q, k)
     rows = masks.positions(q.shape[-2], q.device)
     if queries is not None:
-        chosen = torch.as_tensor(queries, device=q.device)
+        chosen = torch.as_tensor(queries, device=q.device).reshape(-1)
         q, rows = q[..., chosen, :], rows[chosen]
     wide = torch.promote_types(q.dtype, torch.float32)
     # Scaled first and not in half precision, where a product may overflow; autocast narrows it all the same.

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from perceiver_core import checks
 from perceiver_core.attention import masks
 from perceiver_core.attention.masks import Mask
 from perceiver_core.registry import register
@@ -37,7 +38,7 @@ def sdpa(
         >>> q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 11, 8), torch.randn(2, 4, 11, 5)
         >>> torch.testing.assert_close(sdpa(q, k, v), reference(q, k, v))
     """
-    if torch.is_autocast_enabled(q.device.type):
+    if checks.autocasting(q.device):
         # Autocast converts inside the kernel; the widths are seen before that, so convert here.
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(dtype) if x.dtype == torch.float32 else x for x in (q, k, v))

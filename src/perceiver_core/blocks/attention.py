@@ -96,7 +96,9 @@ class MultiHeadAttention(nn.Module):
 
     def keys_values(self, inputs: Float[Tensor, "b n c"], *, mask: Mask | None = None) -> KeysValues:
         """What of the input does not depend on who asks."""
-        return KeysValues(self.rotary(self._split(self.key(inputs))), self._split(self.value(inputs)), mask)
+        return KeysValues(
+            self.rotary(self._split(self.key(inputs))), self._split(self.value(inputs)), masks.of_tokens(mask)
+        )
 
     def forward(
         self, x: Float[Tensor, "b m d"], read: KeysValues, *, mask: Mask | None = None
@@ -106,18 +108,20 @@ class MultiHeadAttention(nn.Module):
         Args:
             x: what asks.
             read: keys and values, see `keys_values`.
-            mask: who may attend to whom, beside the mask of `read`.
+            mask: who may attend to whom, beside the mask of `read`: `b n`, `b h q k`, or a rule of `attention.masks`.
         """
         dropout: dict[str, Any] = {"dropout": self.dropout} if self.training and self.dropout else {}
         q = self._queries(x)
-        out = self.kernel(q, read.keys, read.values, mask=masks.and_(read.mask, mask), **dropout)
+        out = self.kernel(q, read.keys, read.values, mask=masks.and_(read.mask, masks.of_tokens(mask)), **dropout)
         return self.output(rearrange(out, "b h m e -> b m (h e)"))
 
     def attention_map(
         self, x: Float[Tensor, "b m d"], read: KeysValues, *, mask: Mask | None = None, queries: Any = None
     ) -> Float[Tensor, "b h chosen n"]:
         """The attention weights of chosen queries; see `perceiver_core.attention.attention_map`."""
-        return attention_map(self._queries(x), read.keys, mask=masks.and_(read.mask, mask), queries=queries)
+        return attention_map(
+            self._queries(x), read.keys, mask=masks.and_(read.mask, masks.of_tokens(mask)), queries=queries
+        )
 
     def _queries(self, x: Tensor) -> Tensor:
         rotated: Tensor = self.rotary(self._split(self.query(x)))
@@ -138,7 +142,10 @@ def _check_heads(heads: int, **widths: int) -> None:
 
 def _check_dropout(dropout: float, kernel: Callable[..., Tensor]) -> None:
     checks.probability(dropout=dropout)
-    parameters = inspect.signature(kernel).parameters.values()
+    try:
+        parameters = inspect.signature(kernel).parameters.values()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"kernel must be a function (q, k, v, *, mask); wrap {kernel!r} in one") from error
     takes_it = any(p.name == "dropout" or p.kind is p.VAR_KEYWORD for p in parameters)
     if dropout and not takes_it:
         raise ValueError(

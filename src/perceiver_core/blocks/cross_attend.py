@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from perceiver_core import checks
-from perceiver_core.attention.masks import Mask, Padding, and_
+from perceiver_core.attention.masks import Mask, Padding, and_, of_tokens
 from perceiver_core.blocks.attention import KeysValues, MultiHeadAttention
 from perceiver_core.blocks.mlp import MLP
 from perceiver_core.registry import register
@@ -72,11 +72,14 @@ class CrossAttend(nn.Module):
             TypeError: tokens that are not floating point, or not of the model's dtype.
             ValueError: tokens of another width, rank or device.
         """
+        return self._read(tokens, mask)
+
+    def _read(self, tokens: Tokens | Tensor | KeysValues, mask: Mask | None) -> KeysValues:
         if isinstance(tokens, KeysValues):
-            return tokens._replace(mask=and_(tokens.mask, mask))
+            return tokens._replace(mask=and_(tokens.mask, of_tokens(mask)))
         if isinstance(tokens, Tokens):
             present = tokens.flat_mask()
-            mask = and_(None if present is None else Padding(present), mask)
+            mask = and_(None if present is None else Padding(present), of_tokens(mask))
             tokens = tokens.dense()
         checks.is_floating("tokens", tokens)
         checks.has_shape("tokens", tokens, "b n c", last=self.input_dim)
@@ -98,17 +101,22 @@ class CrossAttend(nn.Module):
             tokens: what they read; keys and values where these are shared by several reads.
             mask: who may attend to whom, beside the tokens' own mask.
         """
-        read = self.keys_values(tokens, mask=mask)
+        read = self._read(tokens, mask)
         attended = self.dropout(self.attention(self.query_norm(x), read))
         x = x + attended if self.residual else attended
         out: Tensor = x + self.dropout(self.mlp(self.mlp_norm(x)))
         return out
 
     def attention_map(
-        self, x: Float[Tensor, "b m d"], tokens: Tokens | Float[Tensor, "b n c"] | KeysValues, *, queries: Any = None
+        self,
+        x: Float[Tensor, "b m d"],
+        tokens: Tokens | Float[Tensor, "b n c"] | KeysValues,
+        *,
+        mask: Mask | None = None,
+        queries: Any = None,
     ) -> Float[Tensor, "b h chosen n"]:
         """The weights with which chosen queries attend to each token."""
         weights: Tensor = self.attention.attention_map(  # type: ignore[operator]
-            self.query_norm(x), self.keys_values(tokens), queries=queries
+            self.query_norm(x), self._read(tokens, mask), queries=queries
         )
         return weights

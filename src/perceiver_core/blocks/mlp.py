@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -56,7 +58,7 @@ class MLP(nn.Module):
     Args:
         dim: the width in and out.
         widening: hidden width / dim. 1 in DeepMind's published encoders, 4 in perceiver-pytorch.
-        activation: any module. `nn.GELU("tanh")` is what DeepMind's code computes, and the default;
+        activation: any module, copied. `nn.GELU("tanh")` is what DeepMind's code computes, and the default;
             `nn.GELU()` (erf) is what Hugging Face and perceiver-pytorch compute. One that takes several
             channels for each it gives (`GEGLU`) says so in `inputs_per_output`.
 
@@ -70,7 +72,8 @@ class MLP(nn.Module):
     def __init__(self, dim: int, *, widening: int = 1, activation: nn.Module | None = None) -> None:
         super().__init__()
         checks.positive(dim=dim, widening=widening)
-        self.activation = nn.GELU("tanh") if activation is None else activation
+        # A copy: the object in a `functools.partial` is the same for every block, its weights must not be.
+        self.activation = nn.GELU("tanh") if activation is None else copy.deepcopy(activation)
         hidden = dim * widening
         self.expand = init.linear(dim, hidden * getattr(self.activation, "inputs_per_output", 1))
         self.contract = init.linear(hidden, dim)

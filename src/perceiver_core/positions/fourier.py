@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from perceiver_core import checks
-from perceiver_core.positions.grid import check_axes, computing_dtype, grid_points, separable_tables
+from perceiver_core.positions.grid import check_axes, computing_dtype, grid_points, separable_features, separable_tables
 from perceiver_core.registry import register
 
 
@@ -69,28 +69,18 @@ class Fourier(nn.Module):
 
     def forward(self, points: Float[Tensor, "*b axes"]) -> Float[Tensor, "*b dim"]:
         """The features of any points; coordinates in [-1, 1]."""
-        wide = widened(points, self.axes)
-        parts = [self._features(wide[..., axis], axis) for axis in range(self.axes)]
-        return torch.cat(parts, dim=-1)[..., self._order()].to(points.dtype)
+        return separable_features(self._features, widened(points, self.axes)).to(points.dtype)
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "... p"], ...]:
         """One table an axis for a grid; their sum is `forward` at its points."""
         check_axes(grid, self.axes)
-        return separable_tables(self._features, self._order(), grid, like)
+        return separable_tables(self._features, grid, like)
 
-    def _features(self, x: Tensor, axis: int) -> Tensor:
+    def _features(self, x: Tensor, axis: int) -> list[Tensor]:
         frequencies = linear_bands(self.max_resolution[axis] / 2, self.bands, x)
         angles = math.pi * x[..., None] * frequencies
-        parts = [x[..., None]] if self.concat_positions else []
-        parts += [angles.sin()] if self.sine_only else [angles.sin(), angles.cos()]
-        return torch.cat(parts, dim=-1)
-
-    def _order(self) -> list[int]:
-        """From each axis's [x, sines, cosines] to the paper's [all x, all sines, all cosines]."""
-        width = self.dim // self.axes
-        raw = int(self.concat_positions)
-        groups = [range(raw), *(range(start, start + self.bands) for start in range(raw, width, self.bands))]
-        return [axis * width + column for group in groups for axis in range(self.axes) for column in group]
+        groups = [x[..., None]] if self.concat_positions else []
+        return groups + ([angles.sin()] if self.sine_only else [angles.sin(), angles.cos()])
 
     def extra_repr(self) -> str:
         """What `repr` shows."""
@@ -127,18 +117,16 @@ class FourierPerAxis(nn.Module):
 
     def forward(self, points: Float[Tensor, "*b axes"]) -> Float[Tensor, "*b dim"]:
         """The features of any points; coordinates in [-1, 1]."""
-        wide = widened(points, self.axes)
-        parts = [self._features(wide[..., axis], axis) for axis in range(self.axes)]
-        return torch.cat(parts, dim=-1).to(points.dtype)
+        return separable_features(self._features, widened(points, self.axes)).to(points.dtype)
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "... p"], ...]:
         """One table an axis for a grid; their sum is `forward` at its points."""
         check_axes(grid, self.axes)
-        return separable_tables(self._features, range(self.dim), grid, like)
+        return separable_tables(self._features, grid, like)
 
-    def _features(self, x: Tensor, axis: int) -> Tensor:
+    def _features(self, x: Tensor, axis: int) -> list[Tensor]:
         angles = math.pi * x[..., None] * linear_bands(self.max_frequency / 2, self.bands, x)
-        return torch.cat([angles.sin(), angles.cos(), x[..., None]], dim=-1)
+        return [torch.cat([angles.sin(), angles.cos(), x[..., None]], dim=-1)]
 
 
 @register
@@ -166,19 +154,17 @@ class NeRF(nn.Module):
 
     def forward(self, points: Float[Tensor, "*b axes"]) -> Float[Tensor, "*b dim"]:
         """The features of any points; coordinates in [-1, 1]."""
-        wide = widened(points, self.axes)
-        parts = [self._features(wide[..., axis], axis) for axis in range(self.axes)]
-        return torch.cat(parts, dim=-1).to(points.dtype)
+        return separable_features(self._features, widened(points, self.axes)).to(points.dtype)
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "... p"], ...]:
         """One table an axis for a grid; their sum is `forward` at its points."""
         check_axes(grid, self.axes)
-        return separable_tables(self._features, range(self.dim), grid, like)
+        return separable_tables(self._features, grid, like)
 
-    def _features(self, x: Tensor, axis: int) -> Tensor:
+    def _features(self, x: Tensor, axis: int) -> list[Tensor]:
         octaves = 2.0 ** torch.arange(self.bands, device=x.device, dtype=computing_dtype(x))
         angles = math.pi * x[..., None] * octaves
-        return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
+        return [torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)]
 
 
 @register

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @runtime_checkable
@@ -43,7 +44,8 @@ def coordinates(size: int, device: torch.device | None = None, dtype: torch.dtyp
         >>> coordinates(5).tolist()
         [-1.0, -0.5, 0.0, 0.5, 1.0]
     """
-    return torch.linspace(-1.0, 1.0, size, device=device, dtype=dtype)
+    # Not linspace: of a size that torch.compile leaves open it would make a constant.
+    return 2 * torch.arange(size, device=device, dtype=dtype or torch.get_default_dtype()) / max(size - 1, 1) - 1
 
 
 def grid_points(grid: Sequence[int], like: Tensor) -> Float[Tensor, "*grid axes"]:
@@ -59,28 +61,24 @@ def grid_points(grid: Sequence[int], like: Tensor) -> Float[Tensor, "*grid axes"
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
 
 
-def separable_tables(
-    features: Callable[[Tensor, int], Tensor], order: Sequence[int], grid: Sequence[int], like: Tensor
-) -> tuple[Tensor, ...]:
-    """One table an axis, from features of single coordinates.
+Features: TypeAlias = Callable[[Tensor, int], list[Tensor]]
+"""Groups of features of coordinates along one axis: `(x: *b, axis) -> [*b f, ...]`, each as wide for every axis."""
 
-    Args:
-        features: `(x: n, axis) -> n f`, the features of one axis at coordinates x.
-        order: for every column of the whole, which column it is when the axes' features are put side by side.
-        grid: the size of each axis.
-        like: gives dtype and device.
 
-    Returns:
-        For each axis `1 .. size .. 1 p`, zero in the columns of the other axes.
-    """
-    column_of = sorted(range(len(order)), key=order.__getitem__)  # the inverse permutation
-    tables, start = [], 0
+def separable_features(features: Features, points: Tensor) -> Float[Tensor, "*b p"]:
+    """The features of points `*b axes`, group by group and in a group axis by axis."""
+    axes = [features(x, axis) for axis, x in enumerate(points.unbind(-1))]
+    return torch.cat([part for group in zip(*axes, strict=True) for part in group], dim=-1)
+
+
+def separable_tables(features: Features, grid: Sequence[int], like: Tensor) -> tuple[Tensor, ...]:
+    """One table an axis, `1 .. size .. 1 p`, zero in the columns of the other axes: their sum is the features."""
+    tables = []
     for axis, size in enumerate(grid):
-        own = features(coordinates(size, like.device, computing_dtype(like)), axis).to(like.dtype)
-        columns = torch.tensor(column_of[start : start + own.shape[-1]], device=like.device)
-        table = own.new_zeros(size, len(order)).index_copy(1, columns, own)
-        tables.append(table.reshape(*(size if a == axis else 1 for a in range(len(grid))), len(order)))
-        start += own.shape[-1]
+        groups = features(coordinates(size, like.device, computing_dtype(like)), axis)
+        others = len(grid) - 1 - axis
+        own = torch.cat([F.pad(g, (axis * g.shape[-1], others * g.shape[-1])) for g in groups], dim=-1)
+        tables.append(own.to(like.dtype).reshape(*(size if a == axis else 1 for a in range(len(grid))), own.shape[-1]))
     return tuple(tables)
 
 
