@@ -71,7 +71,7 @@ def as_points(pictures: Tensor, order: Tensor) -> Tensor:
 
 
 def wobble(points: Tensor) -> Tensor:
-    """Pictures turned, sheared, scaled, moved and bent a little, each in its own way, as handwriting is.
+    """Pictures turned, sheared, scaled, moved, bent and shaken a little, each in its own way, as handwriting is.
 
     The coordinates move and the brightness stays: nothing is resampled, so nothing is blurred.
     """
@@ -83,20 +83,21 @@ def wobble(points: Tensor) -> Tensor:
     rows = [torch.stack([turn.cos(), lean - turn.sin()], -1), torch.stack([turn.sin() + within(0.1), turn.cos()], -1)]
     where = where @ (torch.stack(rows, dim=1) * (1 + within(0.2, 1, 2))).mT + within(0.2, 1, 2)
     bend = 0.06 * torch.randn(len(points), 1, 2) * (torch.pi * (where.flip(-1) + within(1.0, 1, 2))).sin()
-    return torch.cat([where + bend, points[..., 2:]], dim=-1)
+    jitter = 0.05 * torch.randn_like(where)
+    return torch.cat([where + bend + jitter, points[..., 2:]], dim=-1)
 
 
 def train(digits: Digits, order: Tensor, *, epochs: int, seed: int, batch: int = 64) -> nn.Module:
     """A model that has read pixels in this order; its weights are a running average of those in training."""
     torch.manual_seed(seed)
-    model = build()
+    model, in_order = build(), torch.arange(SIDE * SIDE)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
     steps = epochs * -(-len(digits.labels) // batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps, pct_start=0.2)
     for _ in range(epochs):
         for chosen in torch.randperm(len(digits.labels)).split(batch):
-            points = wobble(as_points(digits.pictures[chosen], order))
+            points = wobble(as_points(digits.pictures[chosen], in_order))[:, order]
             loss = F.cross_entropy(model(points), digits.labels[chosen], label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()

@@ -331,7 +331,12 @@ ARGUMENTS = [
     (adapters.Patches, on(torch.rand(2, 3, 7, 5)), {"channels": 3, "size": 2}, {"channels": 1, "size": (1, 4)}),
     (adapters.Project, on(torch.rand(2, 3, 7, 5)), {"channels": 3, "dim": 2}, {"channels": 1, "dim": 4}),
     (adapters.ConvStem, on(torch.rand(2, 3, 7, 5)), {"channels": 3}, {"channels": 1, "dim": 4}),
-    (adapters.Audio, adapting(torch.rand(2, 37)), {"positions": FOURIER(1)}, {"patch": 5, "positions": None}),
+    (
+        adapters.Audio,
+        adapting(torch.rand(2, 37)),
+        {"positions": FOURIER(1)},
+        {"patch": 5, "positions": None, "channels": 2},
+    ),
     (adapters.Spectrogram, adapting(torch.rand(2, 3, 7)), {"positions": None}, {"positions": FOURIER(2)}),
     (
         adapters.Points,

@@ -12,7 +12,7 @@ Example:
     torch.Size([3, 1])
 """
 
-from perceiver_core import adapters, attention, heads, models, positions, sharing, visualize
+from perceiver_core import adapters, attention, checkpoints, heads, models, positions, registry, sharing, visualize
 from perceiver_core.blocks import (
     GEGLU,
     MLP,
@@ -46,12 +46,14 @@ __all__ = [
     "Tokens",
     "adapters",
     "attention",
+    "checkpoints",
     "heads",
     "load",
     "models",
     "positions",
     "recompute_activations",
     "register",
+    "registry",
     "save",
     "sharing",
     "visualize",

@@ -52,13 +52,11 @@ def test_wobbling_moves_points_a_little_and_each_picture_in_its_own_way():
     assert (moved[0] - moved[1]).abs().max() > 0.05
 
 
-def test_wobbling_does_not_depend_on_the_order_of_pixels():
-    pictures = digits.load()[0].pictures[:5]
-    moved = []
-    for order in (IN_ORDER, SHUFFLED):
-        torch.manual_seed(0)
-        moved.append(digits.wobble(digits.as_points(pictures, order)))
-    torch.testing.assert_close(moved[0][:, SHUFFLED], moved[1], rtol=0, atol=1e-6)
+def test_training_is_the_same_in_either_order_up_to_rounding():
+    seen = digits.Digits(*(x[:128] for x in digits.load()[0]))
+    one, other = (digits.train(seen, order, epochs=1, seed=0) for order in (IN_ORDER, SHUFFLED))
+    for name, weight in one.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], weight, rtol=0, atol=2e-4)
 
 
 @pytest.mark.slow

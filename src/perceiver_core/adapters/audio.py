@@ -16,11 +16,15 @@ from perceiver_core.tokens import Tokens
 
 @register
 class Audio(nn.Module):
-    """Raw samples `b s`: every `patch` samples are a token. What is left over at the end is padded with zeros.
+    """Raw samples `b c s`, or `b s` of one channel: every `patch` samples are a token.
+
+    What is left over at the end is padded with zeros. A token holds its samples in a row, all channels of a sample
+    together.
 
     Args:
         patch: samples a token.
         positions: position features over one axis; None for none.
+        channels: 1 for mono, 2 for stereo.
 
     Example:
         >>> import torch
@@ -33,18 +37,18 @@ class Audio(nn.Module):
     Reference: Jaegle et al. 2021 (Perceiver), section 4.2.
     """
 
-    def __init__(self, patch: int = 16, *, positions: Positions | None) -> None:
+    def __init__(self, patch: int = 16, *, positions: Positions | None, channels: int = 1) -> None:
         super().__init__()
-        checks.positive(patch=patch)
+        checks.positive(patch=patch, channels=channels)
         check_axes("Audio", positions, 1)
-        self.patch, self.positions = patch, positions
+        self.patch, self.channels, self.positions = patch, channels, positions
 
     @property
     def dim(self) -> int:
         """The width of a token."""
-        return token_dim(self.patch, self.positions)
+        return token_dim(self.patch * self.channels, self.positions)
 
-    def forward(self, samples: Float[Tensor, "b s"], *, mask: Bool[Tensor, "b patches"] | None = None) -> Tokens:
+    def forward(self, samples: Float[Tensor, "b *c s"], *, mask: Bool[Tensor, "b patches"] | None = None) -> Tokens:
         """The tokens of sounds of any length.
 
         Args:
@@ -53,11 +57,16 @@ class Audio(nn.Module):
 
         Raises:
             TypeError: samples that are not floating point.
-            ValueError: another rank, no samples, NaN, a mask of another shape.
+            ValueError: another rank or number of channels, no samples, NaN, a mask of another shape.
         """
         checks.is_floating("samples", samples)
-        checks.has_shape("samples", samples, "b s")
-        patches = rearrange(F.pad(samples, (0, -samples.shape[1] % self.patch)), "b (n p) -> b n p", p=self.patch)
+        if samples.ndim != 3 and self.channels == 1:
+            checks.has_shape("samples", samples, "b s")
+            samples = samples.unsqueeze(1)
+        checks.has_shape("samples", samples, "b c s")
+        checks.has_channels("samples", samples, 1, self.channels)
+        padded = F.pad(samples, (0, -samples.shape[-1] % self.patch))
+        patches = rearrange(padded, "b c (n p) -> b n (p c)", p=self.patch)
         return grid_tokens("samples", patches, self.positions, mask)
 
 

@@ -73,6 +73,18 @@ def grid_tokens(name: str, content: Tensor, positions: Positions | None, mask: T
 
 
 def check_axes(adapter: str, positions: Positions | None, axes: int) -> None:
-    """Raises ValueError unless positions have `axes` axes."""
-    if positions is not None and positions.axes != axes:
+    """Raises unless positions are an object with tables over `axes` axes.
+
+    Raises:
+        TypeError: something else, a class for example.
+        ValueError: another number of axes.
+    """
+    if positions is None:
+        return
+    if isinstance(positions, type) or not isinstance(positions, Positions):
+        raise TypeError(
+            f"positions of {adapter} must have dim, axes and tables, as positions.Fourier(axes={axes}) has; "
+            f"got {positions!r}"
+        )
+    if positions.axes != axes:
         raise ValueError(f"positions of {adapter} must have {axes} axes; got {positions.axes}")

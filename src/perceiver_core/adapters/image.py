@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -57,7 +56,8 @@ class Image(nn.Module):
 
         Args:
             pictures: any height and width; values as the model is trained, mostly around [-1, 1].
-            mask: over the grid of tokens (that of pixels, or of patches), True = attend.
+            mask: over the grid of tokens (that of pixels, or of patches), True = attend. Masked pixels are zeros
+                to a stem whose tokens overlap.
 
         Raises:
             TypeError: pictures that are not floating point.
@@ -66,12 +66,21 @@ class Image(nn.Module):
         checks.is_floating("pictures", pictures)
         checks.has_shape("pictures", pictures, "b c h w")
         checks.has_channels("pictures", pictures, 1, self.channels)
-        content = self.stem(_without_masked(pictures, mask)).movedim(1, -1)
+        weight = next(self.stem.parameters(), None)
+        if weight is not None:
+            checks.same_place("pictures", pictures, weight)
+        pixels = None if mask is None else self._pixels(mask, pictures)
+        if pixels is not None:
+            pictures = pictures.masked_fill(~pixels.unsqueeze(1), 0.0)
+        checks.values("pictures", pictures.movedim(1, -1), pixels)  # before a batch norm keeps what it saw
+        content = self.stem(pictures).movedim(1, -1)
         return grid_tokens("pictures", content, self.positions, mask)
 
-
-def _without_masked(pictures: Tensor, mask: Tensor | None) -> Tensor:
-    """Zeros for masked pixels: a NaN there would reach the gradients of a stem's weights."""
-    if isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == pictures[:, 0].shape:
-        return pictures.masked_fill(~mask.unsqueeze(1), 0.0)
-    return pictures
+    def _pixels(self, mask: Tensor, pictures: Tensor) -> Tensor | None:
+        """The mask of tokens as one of pixels, where the stem says how many pixels of each axis a token stands for."""
+        checks.is_mask("mask", mask)
+        high, wide = getattr(self.stem, "stride", (0, 0))
+        height, width = pictures.shape[-2:]
+        if not high or tuple(mask.shape[1:]) != (-(-height // high), -(-width // wide)):
+            return None  # a stem of the user's, or a mask that does not fit and is refused with its tokens
+        return mask.repeat_interleave(high, 1).repeat_interleave(wide, 2)[:, :height, :width]

@@ -1,4 +1,7 @@
-"""Stems: what happens to pixels before they are tokens. Each is made from the number of channels."""
+"""Stems: what happens to pixels before they are tokens. Each is made from the number of channels.
+
+Each knows the width of its tokens (`.dim`) and how many pixels of each axis one stands for (`.stride`).
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ class Pixels(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.dim = channels
+        self.dim, self.stride = channels, (1, 1)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """What came."""
@@ -57,7 +60,7 @@ class Patches(nn.Module):
         both = [size, size] if isinstance(size, int) else list(size)
         if len(both) != 2:
             raise ValueError(f"size must be one number, or (height, width); got {size!r}")
-        self.height, self.width = both
+        self.height, self.width = self.stride = (both[0], both[1])
         checks.positive(channels=channels, height=self.height, width=self.width)
         self.dim = channels * self.height * self.width
 
@@ -86,7 +89,7 @@ class Project(nn.Module):
     def __init__(self, channels: int, *, dim: int) -> None:
         super().__init__()
         checks.positive(channels=channels, dim=dim)
-        self.dim = dim
+        self.dim, self.stride = dim, (1, 1)
         self.convolution = _convolution(channels, dim, kernel=1, stride=1)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h w"]:
@@ -113,7 +116,7 @@ class ConvStem(nn.Module):
     def __init__(self, channels: int, *, dim: int = 64) -> None:
         super().__init__()
         checks.positive(channels=channels, dim=dim)
-        self.dim = dim
+        self.dim, self.stride = dim, (4, 4)
         self.convolution = _convolution(channels, dim, kernel=7, stride=2, bias=False)
         self.norm = nn.BatchNorm2d(dim)
 

@@ -101,6 +101,16 @@ def load(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") 
         FileNotFoundError: no such folder, or a file missing in it.
         ValueError: files that are truncated, of another or newer format, name parts that are not
             registered, or do not fit each other.
+
+    Example:
+        >>> import tempfile, torch
+        >>> import perceiver_core as pc
+        >>> audio = pc.adapters.Audio(patch=4, positions=None)
+        >>> model = pc.Perceiver(audio, pc.Encoder(audio.dim, latents=3, dim=8), pc.heads.Latents())
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     again = pc.load(pc.save(model, folder))
+        >>> again(torch.zeros(2, 99)).shape
+        torch.Size([2, 3, 8])
     """
     folder, device = Path(folder), torch.device(device)
     for name in (CONFIG, WEIGHTS):

@@ -16,7 +16,8 @@ class Perceiver(nn.Module):
         raw input --adapter--> tokens --encoder--> latents --head--> answer
 
     Args:
-        adapter: raw input to tokens; see `adapters`. `nn.Identity()` for tensors `b n c`.
+        adapter: raw input to tokens; see `adapters`. `nn.Identity()` for tensors `b n c`, or
+            for `Tokens`, which carry their own mask.
         encoder: tokens to latents; see `Encoder`.
         head: latents to an answer; see `heads`.
 

@@ -1,0 +1,91 @@
+"""Where parts meet: widths, masks given in several ways, devices without numbers."""
+
+import gc
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import perceiver_core as pc
+
+
+def encoder(**options: object) -> pc.Encoder:
+    torch.manual_seed(0)
+    return pc.Encoder(6, latents=5, dim=14, depth=1, heads=2, **options)
+
+
+def test_parts_whose_widths_do_not_meet_are_refused_when_built() -> None:
+    grid = pc.adapters.Grid(channels=7, positions=None)
+    with pytest.raises(ValueError, match="encoder must take what adapter gives: 7 wide; it takes 6"):
+        pc.Perceiver(grid, encoder(), pc.heads.Latents())
+    with pytest.raises(ValueError, match="head must take what encoder gives: 14 wide; it takes 13"):
+        pc.Perceiver(nn.Identity(), encoder(), pc.heads.Regress(13))
+    with pytest.raises(TypeError, match="head must be a module; got type"):
+        pc.Perceiver(nn.Identity(), encoder(), pc.heads.Latents)
+
+
+@pytest.mark.parametrize("reads", [1, 3])
+def test_a_mask_of_tokens_is_the_same_however_it_is_given(reads: int) -> None:
+    model, x = encoder(reads=reads), torch.rand(5, 11, 6)  # as many samples as latents: no shape tells them apart
+    mask = torch.rand(5, 11, generator=torch.Generator().manual_seed(1)) < 0.5
+    mask[:, 0] = True
+    wanted = model(pc.Tokens(x, mask=mask))
+    for given in (mask, pc.attention.masks.Padding(mask), mask[:, None, None, :]):
+        torch.testing.assert_close(model(x, mask=given), wanted)
+        torch.testing.assert_close(model.attention_map(x, mask=given), model.attention_map(pc.Tokens(x, mask=mask)))
+
+
+def test_an_encoder_says_what_it_reads() -> None:
+    with pytest.raises(TypeError, match="inputs must be Tokens, a tensor b n c, or a list of these; got ndarray"):
+        encoder()(np.zeros((2, 11, 6)))
+
+
+def test_a_forward_on_the_meta_device_gives_shapes() -> None:
+    image = pc.adapters.Image(channels=3, positions=pc.positions.Fourier(axes=2, bands=2, max_resolution=16))
+    with torch.device("meta"):
+        model = pc.Perceiver(image, pc.Encoder(image.dim, latents=5, dim=14, heads=2), pc.heads.Classify(14, 3))
+        assert model(torch.rand(2, 3, 7, 5)).shape == (2, 3)
+
+
+def test_blocks_do_not_share_the_weights_of_an_activation() -> None:
+    block = partial(pc.SelfAttend, mlp=partial(pc.MLP, activation=nn.PReLU()))
+    model = encoder(process=partial(pc.LatentTransformer, block=block), reads=2, share=False)
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.PReLU)]
+    assert len({id(weight) for weight in weights}) == 2
+
+
+def test_a_kernel_without_a_signature_says_to_wrap_it() -> None:
+    with pytest.raises(ValueError, match=r"kernel must be a function \(q, k, v, \*, mask\); wrap"):
+        pc.MultiHeadAttention(14, heads=2, kernel=nn.functional.scaled_dot_product_attention)
+
+
+def test_one_query_by_its_number() -> None:
+    model, x = encoder(), torch.rand(2, 11, 6)
+    torch.testing.assert_close(model.attention_map(x, queries=3), model.attention_map(x)[:, :, [3]])
+
+
+def long_tensors_after(model: pc.Encoder, tokens: pc.Tokens) -> tuple[int, torch.Tensor]:
+    """How many tensors as long as the input are alive after a forward whose graph is kept."""
+    gc.collect()
+    before = {id(x) for x in gc.get_objects() if issubclass(type(x), torch.Tensor)}
+    out = model(tokens)
+    alive = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and id(x) not in before]
+    return sum(x.numel() >= tokens.content.numel() for x in alive), out
+
+
+@pytest.mark.parametrize(("share", "kept"), [(pc.sharing.none, 0), (pc.sharing.all_, 2), (pc.sharing.paper, 2)])
+def test_recomputing_keeps_nothing_that_is_made_of_the_input(share: pc.sharing.Scheme, kept: int) -> None:
+    """Only the keys and values that reads share are kept; without recomputing, every read keeps three or more."""
+    tokens = pc.Tokens(torch.rand(1, 6007, 6))
+    model = encoder(reads=3, share=share)
+    plain, wanted = long_tensors_after(model, tokens)
+    found, out = long_tensors_after(pc.recompute_activations(pc.recompute_activations(model)), tokens)
+    assert plain >= 3
+    assert found == kept
+    torch.testing.assert_close(out, wanted)
+    parameters = list(model.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(out.square().sum(), parameters), torch.autograd.grad(wanted.square().sum(), parameters)
+    )
