@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias, cast
 
 from jaxtyping import Float
@@ -16,6 +15,8 @@ from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
 Input: TypeAlias = Tokens | Tensor
+Memories: TypeAlias = dict[tuple[int, int], KeysValues]
+"""Keys and values by the number of the read's weights and that of the input."""
 
 
 @register
@@ -90,8 +91,10 @@ class Encoder(nn.Module):
         """
         given = self._given(inputs)
         x = self.latents.expand(_batch(given[0]), -1, -1)
-        for read, transformer, (tokens, present) in zip(*self._steps(), self._memories(given, mask), strict=True):
-            x = transformer(read(x, tokens, mask=present))
+        kept: Memories = {}
+        for step in range(self.sharing.steps):
+            tokens, present = self._memory(step, given, mask, kept)
+            x = self._transformer(step)(self._read(step)(x, tokens, mask=present))
         return x
 
     def attention_map(
@@ -125,12 +128,12 @@ class Encoder(nn.Module):
             raise ValueError(f"read must lie in {-steps} ... {steps - 1}; got {read}")
         given = self._given(inputs)
         x = self.latents.expand(_batch(given[0]), -1, -1)
-        walk = zip(*self._steps(), self._memories(given, mask), strict=True)
-        for step, (block, transformer, (tokens, present)) in enumerate(walk):
-            if step == read % steps:
-                break
-            x = transformer(block(x, tokens, mask=present))
-        return cast(CrossAttend, block).attention_map(x, tokens, mask=present, queries=queries)
+        kept: Memories = {}
+        for step in range(read % steps):
+            tokens, present = self._memory(step, given, mask, kept)
+            x = self._transformer(step)(self._read(step)(x, tokens, mask=present))
+        tokens, present = self._memory(read % steps, given, mask, kept)
+        return self._read(read % steps).attention_map(x, tokens, mask=present, queries=queries)
 
     def _given(self, inputs: Input | Sequence[Input]) -> list[Input]:
         """The input of all reads, or that of each."""
@@ -145,29 +148,29 @@ class Encoder(nn.Module):
             raise ValueError(f"inputs of all reads must have one batch size; got {batches}")
         return given
 
-    def _steps(self) -> tuple[list[nn.Module], list[nn.Module]]:
-        """The read and the transformer of each step."""
-        return [self.reads[i] for i in self.sharing.reads], [self.transformers[i] for i in self.sharing.transformers]
+    def _read(self, step: int) -> CrossAttend:
+        return cast(CrossAttend, self.reads[self.sharing.reads[step]])
 
-    def _memories(self, given: list[Input], mask: Mask | None) -> Iterator[tuple[Input | KeysValues, Mask | None]]:
-        """What each step reads, and the mask to read it with.
+    def _transformer(self, step: int) -> nn.Module:
+        return self.transformers[self.sharing.transformers[step]]
+
+    def _memory(
+        self, step: int, given: list[Input], mask: Mask | None, kept: Memories
+    ) -> tuple[Input | KeysValues, Mask | None]:
+        """What a step reads, and the mask to read it with.
 
         What is read once with some weights stays tokens, whose keys and values are the read's own business (to
         compute again, say). What is read again becomes keys and values, kept while a later step needs them.
         """
         # An input that is given twice is the same input: the first place it stands in is its name.
-        first = [next(i for i, other in enumerate(given) if other is tokens) for tokens in given]
-        wanted = [(number, first[step % len(given)]) for step, number in enumerate(self.sharing.reads)]
-        left: Counter[tuple[int, int]] = Counter(wanted)
-        kept: dict[tuple[int, int], KeysValues] = {}
-        for key in wanted:
-            left[key] -= 1
-            if key not in kept and not left[key]:
-                yield given[key[1]], mask
-                continue
-            if key not in kept:
-                kept[key] = cast(CrossAttend, self.reads[key[0]]).keys_values(given[key[1]], mask=mask)
-            yield (kept[key] if left[key] else kept.pop(key)), None
+        first = [min(i for i, other in enumerate(given) if other is tokens) for tokens in given]
+        wanted = [(number, first[i % len(given)]) for i, number in enumerate(self.sharing.reads)]
+        key, again = wanted[step], wanted[step] in wanted[step + 1 :]
+        if key not in kept and not again:
+            return given[key[1]], mask
+        if key not in kept:
+            kept[key] = self._read(step).keys_values(given[key[1]], mask=mask)
+        return (kept[key] if again else kept.pop(key)), None
 
 
 def _plan(share: bool | sharing.Scheme, reads: int) -> sharing.Sharing:

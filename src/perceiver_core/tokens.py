@@ -60,7 +60,7 @@ class Tokens:
 
     def _check_table(self, table: Tensor) -> None:
         fits = table.ndim == len(self.grid) + 1 and all(
-            size in (1, full) for size, full in zip(table.shape, self.grid, strict=False)
+            size in (1, full) for size, full in zip(table.shape[:-1], self.grid, strict=True)
         )
         if not fits or table.shape[-1] != self.tables[0].shape[-1]:
             raise ValueError(

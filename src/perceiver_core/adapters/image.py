@@ -66,9 +66,9 @@ class Image(nn.Module):
         checks.is_floating("pictures", pictures)
         checks.has_shape("pictures", pictures, "b c h w")
         checks.has_channels("pictures", pictures, 1, self.channels)
-        weight = next(self.stem.parameters(), None)
-        if weight is not None:
+        for weight in self.stem.parameters():
             checks.same_place("pictures", pictures, weight)
+            break
         pixels = None if mask is None else self._pixels(mask, pictures)
         if pixels is not None:
             pictures = pictures.masked_fill(~pixels.unsqueeze(1), 0.0)

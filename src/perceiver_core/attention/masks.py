@@ -199,8 +199,10 @@ def fits(mask: Mask, q: Tensor, k: Tensor) -> None:
         checks.is_mask("mask", tensor)
         if tensor.device != q.device:
             raise ValueError(f"mask is on {tensor.device}, the queries on {q.device}; move one: .to({str(q.device)!r})")
-        ends = zip(reversed(tensor.shape), reversed(shape), strict=False)
-        if tensor.ndim > len(shape) or not all(size in (1, full) for size, full in ends):
+        ends = shape[len(shape) - tensor.ndim :]  # the axes that it has
+        if tensor.ndim > len(shape) or not all(
+            size in (1, full) for size, full in zip(tensor.shape, ends, strict=True)
+        ):
             raise ValueError(f"mask must broadcast to {shape}; got shape {tuple(tensor.shape)}")
 
 

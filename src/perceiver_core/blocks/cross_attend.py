@@ -76,7 +76,7 @@ class CrossAttend(nn.Module):
 
     def _read(self, tokens: Tokens | Tensor | KeysValues, mask: Mask | None) -> KeysValues:
         if isinstance(tokens, KeysValues):
-            return tokens._replace(mask=and_(tokens.mask, of_tokens(mask)))
+            return KeysValues(tokens.keys, tokens.values, and_(tokens.mask, of_tokens(mask)))
         if isinstance(tokens, Tokens):
             present = tokens.flat_mask()
             mask = and_(None if present is None else Padding(present), of_tokens(mask))
