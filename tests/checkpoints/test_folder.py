@@ -559,7 +559,7 @@ def test_a_part_that_is_used_twice_is_one_part_again(tmp_path):
 
 
 def test_a_part_that_a_partial_gives_to_many_is_one_part_again(tmp_path):
-    block = partial(pc.SelfAttend, mlp=partial(pc.MLP, activation=Learner()))
+    block = partial(pc.SelfAttend, attention=partial(pc.MultiHeadAttention, rotary=Learner()))
     model = encoder(reads=2, depth=2, share=False, process=partial(pc.LatentTransformer, block=block))
     again = assert_comes_back(model, torch.rand(2, 17, 11), tmp_path)
     assert len({id(m) for m in again.modules() if isinstance(m, Learner)}) == 1

@@ -11,7 +11,6 @@ Reference: Milakov and Gimelshein 2018 (online softmax); Rabe and Staats 2021; D
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -138,7 +137,7 @@ class _Partial(torch.autograd.Function):
             some = total > 0
             norm = total.where(some, 1.0)
             lse = (top + norm.log()).where(some, -torch.inf)
-            return (summed / norm[..., None]).to(v.dtype), lse
+            return _narrowed(summed / norm[..., None], v.dtype), lse
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -189,7 +188,7 @@ class _Gradients(torch.autograd.Function):
                 d_scores = (d_out @ values.mT + offset[..., None]).mul_(weights)
                 d_queries += d_scores @ keys
                 d_k[..., part, :] = (d_scores.mT @ queries).to(k.dtype)
-            return (d_queries * q.shape[-1] ** -0.5).to(q.dtype), d_k, d_v
+            return _narrowed(d_queries * q.shape[-1] ** -0.5, q.dtype), d_k, d_v
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -205,8 +204,13 @@ def _scaled(q: Tensor) -> tuple[Tensor, torch.dtype]:
     return q.to(wide) * q.shape[-1] ** -0.5, wide
 
 
-def _pieces(n: int, chunk: int) -> Iterator[slice]:
-    return (slice(start, min(start + chunk, n)) for start in range(0, n, chunk))
+def _narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    # Not a `to` that does nothing: where a Function returns one, torch.compile of PyTorch 2.11 gives zero gradients.
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def _pieces(n: int, chunk: int) -> list[slice]:
+    return [slice(start, min(start + chunk, n)) for start in range(0, n, chunk)]
 
 
 def _scores(queries: Tensor, keys: Tensor, allowed: tuple[Mask, ...], part: slice, n: int) -> Tensor:
