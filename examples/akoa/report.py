@@ -89,7 +89,7 @@ def _head(report: Mapping[str, Any]) -> str:
         for part, n in data["splits"].items()
     ]  # fmt: skip
     times = (
-        "The test set was looked at **once**, for this report."
+        "The test set was looked at **once** by this run, for this report; other runs are not counted."
         if looked == 1
         else f"The test set was looked at **{looked} times** for runs in this folder. Choices made "
         "after the first look have seen it, and the intervals do not know that."
@@ -194,7 +194,7 @@ def _border(report: Mapping[str, Any]) -> str:
 
 def _pictures(report: Mapping[str, Any]) -> str:
     texts = {
-        "curves": ("Training", "Loss and accuracy over epochs, on training and validation."),
+        "curves": ("Training", "Loss and accuracy over epochs. Training pictures are augmented, validation pictures are not, so these are easier."),
         "confusion": ("Confusion", "Counts, and the share of each true side."),
         "calibration": (
             "Calibration",

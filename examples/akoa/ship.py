@@ -27,7 +27,7 @@ def ship(run: Path, to: Path) -> list[Path]:
         FileNotFoundError: a run that has not ended with a report.
         ValueError: weights of more than 2 MiB.
     """
-    names = [TRAINED, "report.md", "report.json", "run.json"]
+    names = [TRAINED, "report.md", "report.json", "run.json", "predictions.csv"]
     if missing := [name for name in names if not (run / name).exists()]:
         raise FileNotFoundError(f"{run} has no {', '.join(missing)}; run `make akoa` to its end first")
     files = [*sorted((run / TRAINED).glob("*.*")), *(run / name for name in names[1:]), *sorted(run.glob("*.png"))]

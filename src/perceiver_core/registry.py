@@ -115,7 +115,11 @@ def _check_names(part: type, parameters: list[inspect.Parameter]) -> None:
 def _by_name(signature: inspect.Signature, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """The arguments of a call, those of `**kwargs` among them, without `self`."""
     given: dict[str, Any] = {}
-    for name, value in list(signature.bind(*args, **kwargs).arguments.items())[1:]:
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{type(args[0]).__name__}: {error}") from None
+    for name, value in list(bound.arguments.items())[1:]:
         flat = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
         given.update(value if flat else {name: value})
     return {name: _copied(value) for name, value in given.items()}

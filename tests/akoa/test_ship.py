@@ -12,16 +12,16 @@ def finished(run: Path, weights: int = 1000) -> Path:
     (run / "weights").mkdir(parents=True)
     (run / "weights" / "config.json").write_text("{}")
     (run / "weights" / "model.safetensors").write_bytes(bytes(weights))
-    for name in ("report.md", "report.json", "run.json", "curves.png"):
+    for name in ("report.md", "report.json", "run.json", "predictions.csv", "curves.png"):
         (run / name).write_text(name)
-    (run / "predictions.csv").write_text("stays")
+    (run / "history.csv").write_text("stays")
     return run
 
 
 def test_weights_report_and_pictures_are_copied(tmp_path: Path) -> None:
     written = ship.ship(finished(tmp_path / "run"), tmp_path / "to")
     assert {path.name for path in written} == {
-        "config.json", "model.safetensors", "report.md", "report.json", "run.json", "curves.png",
+        "config.json", "model.safetensors", "report.md", "report.json", "run.json", "predictions.csv", "curves.png",
     }  # fmt: skip
     assert (tmp_path / "to" / "report.md").read_text() == "report.md"
 

@@ -53,7 +53,8 @@ class Audio(nn.Module):
 
         Args:
             samples: the waveform, in [-1, 1].
-            mask: over patches, True = attend.
+            mask: over patches, True = attend. Positions span all patches, masked ones too: the same sound padded to
+                two lengths has two sets of positions.
 
         Raises:
             TypeError: samples that are not floating point.
