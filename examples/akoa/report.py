@@ -194,7 +194,11 @@ def _border(report: Mapping[str, Any]) -> str:
 
 def _pictures(report: Mapping[str, Any]) -> str:
     texts = {
-        "curves": ("Training", "Loss and accuracy over epochs. Training pictures are augmented, validation pictures are not, so these are easier."),
+        "curves": (
+            "Training",
+            "Loss and accuracy over epochs. Training pictures are augmented, validation pictures are not, "
+            "so these are easier.",
+        ),
         "confusion": ("Confusion", "Counts, and the share of each true side."),
         "calibration": (
             "Calibration",
