@@ -102,7 +102,7 @@ class Encoder(nn.Module):
         inputs: Input | Sequence[Input],
         *,
         read: int = -1,
-        queries: Sequence[int] | Tensor | None = None,
+        queries: int | Sequence[int] | Tensor | None = None,
         mask: Mask | None = None,
     ) -> Float[Tensor, "b h chosen n"]:
         """How much chosen latents attend to each token in one read; the other reads stay on their kernel.

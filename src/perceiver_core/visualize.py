@@ -33,7 +33,7 @@ def attention_map(
     inputs: Any,
     *,
     read: int = -1,
-    queries: Sequence[int] | Tensor | None = None,
+    queries: int | Sequence[int] | Tensor | None = None,
     mask: Any = None,
 ) -> Float[Tensor, "b h chosen *grid"]:
     """How much chosen latents attend to each token, laid out on the input's own grid.

@@ -37,7 +37,7 @@ def test_a_mask_of_tokens_is_the_same_however_it_is_given(reads: int) -> None:
         torch.testing.assert_close(model.attention_map(x, mask=given), model.attention_map(pc.Tokens(x, mask=mask)))
 
 
-def test_an_encoder_says_what_it_reads() -> None:
+def test_an_input_of_another_kind_is_refused() -> None:
     with pytest.raises(TypeError, match="inputs must be Tokens, a tensor b n c, or a list of these; got ndarray"):
         encoder()(np.zeros((2, 11, 6)))
 

@@ -55,7 +55,7 @@ def attention_map(
     k: Float[Tensor, "b h k d"],
     *,
     mask: Mask | None = None,
-    queries: Sequence[int] | Int[Tensor, " chosen"] | None = None,
+    queries: int | Sequence[int] | Int[Tensor, " chosen"] | None = None,
 ) -> Float[Tensor, "b h chosen k"]:
     """The attention weights themselves, for chosen queries, beside whatever kernel computes the outputs.
 
