@@ -209,6 +209,8 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError(f"out: {str(args.out)!r} is not a file in an existing folder")
     files = find_pictures(args.paths)
     model = load_weights(args.weights)
+    if args.weights == WEIGHTS:
+        print("these weights were trained on a generated phantom: they mean nothing for a real knee", file=sys.stderr)
     size = (args.size[0], args.size[-1]) if args.size else trained_size(args.weights, model)
     if args.maps is not None:
         args.maps.mkdir(parents=True, exist_ok=True)
