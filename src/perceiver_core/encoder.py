@@ -89,13 +89,7 @@ class Encoder(nn.Module):
         Raises:
             TypeError, ValueError: inputs of another width, dtype, device or number.
         """
-        given = self._given(inputs)
-        x = self.latents.expand(_batch(given[0]), -1, -1)
-        kept: Memories = {}
-        for step in range(self.sharing.steps):
-            tokens, present = self._memory(step, given, mask, kept)
-            x = self._transformer(step)(self._read(step)(x, tokens, mask=present))
-        return x
+        return self._after(self.sharing.steps, self._given(inputs), mask, {})
 
     def attention_map(
         self,
@@ -127,11 +121,8 @@ class Encoder(nn.Module):
         if not -steps <= read < steps:
             raise ValueError(f"read must lie in {-steps} ... {steps - 1}; got {read}")
         given = self._given(inputs)
-        x = self.latents.expand(_batch(given[0]), -1, -1)
         kept: Memories = {}
-        for step in range(read % steps):
-            tokens, present = self._memory(step, given, mask, kept)
-            x = self._transformer(step)(self._read(step)(x, tokens, mask=present))
+        x = self._after(read % steps, given, mask, kept)
         tokens, present = self._memory(read % steps, given, mask, kept)
         return self._read(read % steps).attention_map(x, tokens, mask=present, queries=queries)
 
@@ -147,6 +138,14 @@ class Encoder(nn.Module):
         if any(batch != batches[0] for batch in batches[1:]):
             raise ValueError(f"inputs of all reads must have one batch size; got {batches}")
         return given
+
+    def _after(self, steps: int, given: list[Input], mask: Mask | None, kept: Memories) -> Tensor:
+        """The latents after so many steps; `kept` holds what later ones will read again."""
+        x = self.latents.expand(_batch(given[0]), -1, -1)
+        for step in range(steps):
+            tokens, present = self._memory(step, given, mask, kept)
+            x = self._transformer(step)(self._read(step)(x, tokens, mask=present))
+        return x
 
     def _read(self, step: int) -> CrossAttend:
         return cast(CrossAttend, self.reads[self.sharing.reads[step]])
