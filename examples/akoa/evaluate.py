@@ -14,7 +14,6 @@ import json
 import os
 import shlex
 import sys
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from examples.akoa.findings import border_test, figures, mirror_test
 from examples.akoa.folds import count, summarize_folds
 from examples.akoa.illustrate import draw, read_history
 from examples.akoa.inference import predict
-from examples.akoa.labels import SPLITS, Row
+from examples.akoa.labels import SPLITS, Row, patients_in_several
 from examples.akoa.predictions import LINEAR, LINEAR_MIRRORED, MAJORITY, MODELS, PERCEIVER
 from examples.akoa.report import folds_markdown, markdown, show
 from examples.akoa.runs import WEIGHTS, check_rows, read_record, trained_size
@@ -116,15 +115,10 @@ def check_splits(splits: Mapping[str, Split]) -> None:
     for part, split in splits.items():
         if len(split.rows) != len(split.pictures):
             raise ValueError(f"splits: {part} has {len(split.rows)} rows for {len(split.pictures)} pictures")
-    parts = defaultdict(set)
-    for part, split in splits.items():
-        for row in split.rows:
-            parts[row.patient].add(part)
-    leaks = sorted(patient for patient, found in parts.items() if len(found) > 1)
+    leaks, shown = patients_in_several((row.patient, part) for part, split in splits.items() for row in split.rows)
     if leaks:
-        shown = "; ".join(f"{p} in {' and '.join(sorted(parts[p]))}" for p in leaks[:5])
         raise ValueError(
-            f"splits: {len(leaks)} patients stand in two splits ({shown}), so the test would not "
+            f"splits: {leaks} patients stand in two splits ({shown}), so the test would not "
             "be of unseen patients; split by patient with examples.akoa.generate_labels"
         )
 

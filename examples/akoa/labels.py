@@ -193,6 +193,19 @@ def drop_duplicates(pictures: Iterable[Picture]) -> tuple[list[Picture], list[Pr
     return list(first.values()), problems
 
 
+def patients_in_several(placed: Iterable[tuple[str, str]]) -> tuple[int, str]:
+    """How many patients stand in more than one part, and the first five of them in words.
+
+    Args:
+        placed: patient and part, of every picture.
+    """
+    parts: dict[str, set[str]] = defaultdict(set)
+    for patient, part in placed:
+        parts[patient].add(part)
+    leaks = sorted(patient for patient, found in parts.items() if len(found) > 1)
+    return len(leaks), "; ".join(f"{p} in {' and '.join(sorted(parts[p]))}" for p in leaks[:5])
+
+
 def audit_split(rows: Sequence[Row]) -> None:
     """Check a split before it is trained on.
 
@@ -200,14 +213,10 @@ def audit_split(rows: Sequence[Row]) -> None:
         ValueError: a patient stands in two parts, an image stands twice, a part is empty, or folds
             are mixed with train, val and test.
     """
-    parts: dict[str, set[str]] = defaultdict(set)
-    for row in rows:
-        parts[row.patient].add(row.split)
-    leaks = sorted(patient for patient, found in parts.items() if len(found) > 1)
+    leaks, shown = patients_in_several((row.patient, row.split) for row in rows)
     if leaks:
-        shown = "; ".join(f"{p} in {' and '.join(sorted(parts[p]))}" for p in leaks[:5])
         raise ValueError(
-            f"{len(leaks)} patients stand in two parts of the split ({shown}): "
+            f"{leaks} patients stand in two parts of the split ({shown}): "
             "the test would see its own patients; split by patient with generate_labels"
         )
     twice = [image for image, n in Counter(row.image for row in rows).items() if n > 1]
