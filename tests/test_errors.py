@@ -195,7 +195,7 @@ def test_tokens_that_an_encoder_cannot_read():
         encoder(torch.rand(11, 3))
     with fails(TypeError, "tokens must be floating point; got torch.int64"):
         encoder(torch.ones(2, 11, 3, dtype=torch.int64))
-    with fails(ValueError, "tokens must have 3 features in its last axis (b n c); got shape (2, 35, 5)"):
+    with fails(ValueError, "tokens must be 3 wide, content and positions together; got 5 (5 of content)"):
         encoder(Tokens(torch.rand(2, 5, 7, 5)))
 
 

@@ -27,6 +27,7 @@ from perceiver_core import (
     sharing,
 )
 from perceiver_core.attention import chunked, masks, reference, sdpa
+from perceiver_core.blocks import paths
 
 EXACT = {"rtol": 0, "atol": 1e-11}  # float64
 LATENTS, DIM = 5, 14
@@ -249,6 +250,14 @@ def at(x):
     return make
 
 
+class Twice(paths.Dense):
+    """A path that reads twice the values."""
+
+    def read(self, request):
+        read = super().read(request)
+        return read._replace(values=2 * read.values)
+
+
 ARGUMENTS = [
     (
         MultiHeadAttention,
@@ -296,6 +305,7 @@ ARGUMENTS = [
             "norm": nn.Identity,
             "residual": False,
             "dropout": 0.5,
+            "path": Twice(),
         },
     ),
     (

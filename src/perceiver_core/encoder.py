@@ -9,13 +9,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from perceiver_core import checks, init, sharing
+from perceiver_core.attention.factored import FactoredKeysValues
 from perceiver_core.attention.masks import Mask
 from perceiver_core.blocks import CrossAttend, KeysValues, LatentTransformer
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
 Input: TypeAlias = Tokens | Tensor
-Memories: TypeAlias = dict[tuple[int, int], KeysValues]
+Memories: TypeAlias = dict[tuple[int, int], KeysValues | FactoredKeysValues]
 """Keys and values by the number of the read's weights and that of the input."""
 
 
@@ -141,7 +142,7 @@ class Encoder(nn.Module):
 
     def _after(self, steps: int, given: list[Input], mask: Mask | None, kept: Memories) -> Tensor:
         """The latents after so many steps; `kept` holds what later ones will read again."""
-        x = self.latents.expand(_batch(given[0]), -1, -1)
+        x = self.latents.unsqueeze(0)  # the same for all samples until they have read
         for step in range(steps):
             tokens, present = self._memory(step, given, mask, kept)
             x = self._transformer(step)(self._read(step)(x, tokens, mask=present))
@@ -155,7 +156,7 @@ class Encoder(nn.Module):
 
     def _memory(
         self, step: int, given: list[Input], mask: Mask | None, kept: Memories
-    ) -> tuple[Input | KeysValues, Mask | None]:
+    ) -> tuple[Input | KeysValues | FactoredKeysValues, Mask | None]:
         """What a step reads, and the mask to read it with.
 
         What is read once with some weights stays tokens, whose keys and values are the read's own business (to
@@ -168,7 +169,8 @@ class Encoder(nn.Module):
         if key not in kept and not again:
             return given[key[1]], mask
         if key not in kept:
-            kept[key] = self._read(step).keys_values(given[key[1]], mask=mask)
+            queries = len(self.latents) * wanted.count(key)
+            kept[key] = self._read(step).keys_values(given[key[1]], mask=mask, queries=queries)
         return (kept[key] if again else kept.pop(key)), None
 
 

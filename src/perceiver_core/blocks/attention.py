@@ -6,12 +6,14 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from perceiver_core import checks, init
 from perceiver_core.attention import attention_map, masks, sdpa
+from perceiver_core.attention.factored import FactoredKeysValues, attend
 from perceiver_core.attention.masks import Mask
 from perceiver_core.registry import register
 
@@ -87,7 +89,7 @@ class MultiHeadAttention(nn.Module):
         _check_heads(heads, qk_dim=qk_dim, v_dim=v_dim)
         _check_dropout(dropout, kernel)
         self.dim, self.input_dim, self.out_dim, self.heads = dim, input_dim, out_dim, heads
-        self.dropout, self.kernel = dropout, kernel
+        self.kv_dim, self.dropout, self.kernel = qk_dim + v_dim, dropout, kernel
         self.query = init.linear(dim, qk_dim, bias=bias)
         self.key = init.linear(input_dim, qk_dim, bias=bias)
         self.value = init.linear(input_dim, v_dim, bias=bias)
@@ -101,26 +103,41 @@ class MultiHeadAttention(nn.Module):
         )
 
     def forward(
-        self, x: Float[Tensor, "b m d"], read: KeysValues, *, mask: Mask | None = None
+        self, x: Float[Tensor, "#b m d"], read: KeysValues | FactoredKeysValues, *, mask: Mask | None = None
     ) -> Float[Tensor, "b m o"]:
         """What `x` reads.
 
         Args:
-            x: what asks.
-            read: keys and values, see `keys_values`.
+            x: what asks; a batch of one asks the same of all samples.
+            read: keys and values, see `keys_values`; or their parts, see `paths`.
             mask: who may attend to whom, beside the mask of `read`: `b n`, `b h q k`, or a rule of `attention.masks`.
         """
-        dropout: dict[str, Any] = {"dropout": self.dropout} if self.training and self.dropout else {}
         q = self._queries(x)
-        out = self.kernel(q, read.keys, read.values, mask=masks.and_(read.mask, masks.of_tokens(mask)), **dropout)
+        if isinstance(read, FactoredKeysValues) and mask is None:
+            out = attend(q, read).output
+        else:
+            read = _formed(read, q.dtype)
+            dropout: dict[str, Any] = {"dropout": self.dropout} if self.training and self.dropout else {}
+            q = q.expand(read.keys.shape[0], -1, -1, -1)
+            out = self.kernel(q, read.keys, read.values, mask=masks.and_(read.mask, masks.of_tokens(mask)), **dropout)
         return self.output(rearrange(out, "b h m e -> b m (h e)"))
 
     def attention_map(
-        self, x: Float[Tensor, "b m d"], read: KeysValues, *, mask: Mask | None = None, queries: Any = None
+        self,
+        x: Float[Tensor, "#b m d"],
+        read: KeysValues | FactoredKeysValues,
+        *,
+        mask: Mask | None = None,
+        queries: Any = None,
     ) -> Float[Tensor, "b h chosen n"]:
         """The attention weights of chosen queries; see `perceiver_core.attention.attention_map`."""
+        q = self._queries(x)
+        read = _formed(read, q.dtype)
         return attention_map(
-            self._queries(x), read.keys, mask=masks.and_(read.mask, masks.of_tokens(mask)), queries=queries
+            q.expand(read.keys.shape[0], -1, -1, -1),
+            read.keys,
+            mask=masks.and_(read.mask, masks.of_tokens(mask)),
+            queries=queries,
         )
 
     def _queries(self, x: Tensor) -> Tensor:
@@ -129,6 +146,12 @@ class MultiHeadAttention(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         return rearrange(x, "b n (h d) -> b h n d", h=self.heads)
+
+
+def _formed(read: KeysValues | FactoredKeysValues, dtype: torch.dtype) -> KeysValues:
+    if isinstance(read, KeysValues):
+        return read
+    return KeysValues(*read.formed(dtype), None if read.mask is None else masks.Padding(read.mask.flatten(1)))
 
 
 def _check_heads(heads: int, **widths: int) -> None:

@@ -9,9 +9,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from perceiver_core import checks
-from perceiver_core.attention.masks import Mask, Padding, and_, of_tokens
+from perceiver_core.attention.factored import FactoredKeysValues
+from perceiver_core.attention.masks import Mask
 from perceiver_core.blocks.attention import KeysValues, MultiHeadAttention
+from perceiver_core.blocks.costs import Request
 from perceiver_core.blocks.mlp import MLP
+from perceiver_core.blocks.paths import Cheapest, Path
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
@@ -30,6 +33,7 @@ class CrossAttend(nn.Module):
         norm: makes a norm from a width.
         residual: whether the queries are added to what they read. Perceiver IO's decoders mostly do not.
         dropout: the rate at which what is added to the residual is dropped in training.
+        path: how tokens are read; see `paths`. All paths give the same answer.
 
     Example:
         >>> import torch
@@ -42,7 +46,7 @@ class CrossAttend(nn.Module):
     Reference: Jaegle et al. 2021 (Perceiver), section 3.1; deepmind-research/perceiver/perceiver.py, `CrossAttention`.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (each is a part or a choice that published models make differently)
         self,
         dim: int,
         input_dim: int,
@@ -53,70 +57,87 @@ class CrossAttend(nn.Module):
         norm: Callable[[int], nn.Module] = nn.LayerNorm,
         residual: bool = True,
         dropout: float = 0.0,
+        path: Path = Cheapest(),  # noqa: B008 (it is a constant)
     ) -> None:
         super().__init__()
         checks.positive(dim=dim, input_dim=input_dim)
         checks.probability(dropout=dropout)
-        self.dim, self.input_dim, self.residual = dim, input_dim, residual
+        self.dim, self.input_dim, self.residual, self.path = dim, input_dim, residual, path
         self.query_norm, self.input_norm = norm(dim), norm(input_dim)
         self.attention = attention(dim, input_dim, heads=heads)
         self.mlp_norm, self.mlp = norm(dim), mlp(dim)
         self.dropout = nn.Dropout(dropout)
 
     def keys_values(
-        self, tokens: Tokens | Float[Tensor, "b n c"] | KeysValues, *, mask: Mask | None = None
-    ) -> KeysValues:
+        self, tokens: Tokens | Float[Tensor, "b n c"], *, mask: Mask | None = None, queries: int = 512
+    ) -> KeysValues | FactoredKeysValues:
         """Keys and values of tokens, to read them more than once.
+
+        Args:
+            tokens: what is read.
+            mask: who may attend to whom, beside the tokens' own mask.
+            queries: how many will read them, over all reads; what is quickest depends on it.
 
         Raises:
             TypeError: tokens that are not floating point, or not of the model's dtype.
             ValueError: tokens of another width, rank or device.
         """
-        return self._read(tokens, mask)
+        return self.path.read(self.request(tokens, mask=mask, queries=queries))
 
-    def _read(self, tokens: Tokens | Tensor | KeysValues, mask: Mask | None) -> KeysValues:
-        if isinstance(tokens, KeysValues):
-            return KeysValues(tokens.keys, tokens.values, and_(tokens.mask, of_tokens(mask)))
+    def request(
+        self, tokens: Tokens | Float[Tensor, "b n c"], *, mask: Mask | None = None, queries: int = 512
+    ) -> Request:
+        """What `path` is asked for."""
+        x = tokens.content if isinstance(tokens, Tokens) else tokens
+        checks.is_floating("tokens", x)
         if isinstance(tokens, Tokens):
-            present = tokens.flat_mask()
-            mask = and_(None if present is None else Padding(present), of_tokens(mask))
-            tokens = tokens.dense()
-        checks.is_floating("tokens", tokens)
-        checks.has_shape("tokens", tokens, "b n c", last=self.input_dim)
-        checks.same_place("tokens", tokens, next(self.parameters()))
-        read: KeysValues = self.attention.keys_values(self.input_norm(tokens), mask=mask)  # type: ignore[operator]
-        return read
+            if tokens.dim != self.input_dim:
+                raise ValueError(
+                    f"tokens must be {self.input_dim} wide, content and positions together; got {tokens.dim} "
+                    f"({x.shape[-1]} of content)"
+                )
+        else:
+            checks.has_shape("tokens", x, "b n c", last=self.input_dim)
+        checks.same_place("tokens", x, next(self.parameters()))
+        return Request(self.input_norm, self.attention, tokens, mask, queries)
+
+    def _read(self, x: Tensor, tokens: Any, mask: Mask | None) -> tuple[Any, Mask | None]:
+        """What the attention reads, and the mask that is not in it yet."""
+        if isinstance(tokens, (KeysValues, FactoredKeysValues)):
+            return tokens, mask
+        return self.keys_values(tokens, mask=mask, queries=x.shape[1]), None
 
     def forward(
         self,
-        x: Float[Tensor, "b m d"],
-        tokens: Tokens | Float[Tensor, "b n c"] | KeysValues,
+        x: Float[Tensor, "#b m d"],
+        tokens: Tokens | Float[Tensor, "b n c"] | KeysValues | FactoredKeysValues,
         *,
         mask: Mask | None = None,
     ) -> Float[Tensor, "b m d"]:
         """What the queries have become after reading.
 
         Args:
-            x: the queries.
+            x: the queries; a batch of one asks the same of all samples.
             tokens: what they read; keys and values where these are shared by several reads.
             mask: who may attend to whom, beside the tokens' own mask.
         """
-        read = self._read(tokens, mask)
-        attended = self.dropout(self.attention(self.query_norm(x), read))
+        read, mask = self._read(x, tokens, mask)
+        attended = self.dropout(self.attention(self.query_norm(x), read, mask=mask))
         x = x + attended if self.residual else attended
         out: Tensor = x + self.dropout(self.mlp(self.mlp_norm(x)))
         return out
 
     def attention_map(
         self,
-        x: Float[Tensor, "b m d"],
-        tokens: Tokens | Float[Tensor, "b n c"] | KeysValues,
+        x: Float[Tensor, "#b m d"],
+        tokens: Tokens | Float[Tensor, "b n c"] | KeysValues | FactoredKeysValues,
         *,
         mask: Mask | None = None,
         queries: Any = None,
     ) -> Float[Tensor, "b h chosen n"]:
         """The weights with which chosen queries attend to each token."""
+        read, mask = self._read(x, tokens, mask)
         weights: Tensor = self.attention.attention_map(  # type: ignore[operator]
-            self.query_norm(x), self._read(tokens, mask), queries=queries
+            self.query_norm(x), read, mask=mask, queries=queries
         )
         return weights

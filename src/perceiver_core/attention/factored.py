@@ -1,0 +1,298 @@
+"""Keys and values that stay sums: a term of the content and one of the place along each axis, times a scale.
+
+Layer norm and projection of a token `x = [content, positions]`, whose positions are a sum of one table an axis,
+distribute over these parts exactly. With W the projection's matrix times the norm's weight, its rows centered because
+the norm takes the mean away, and r = 1 / standard deviation:
+
+    key = r (W_content content + sum_axes W_positions table[i_axis]) + constant           the same for the value
+
+so a table is projected once, not once a token and sample, tokens are never concatenated, and a structured read needs
+neither key nor value. The input is taken in slabs where it is large, and attention over these merges, so that memory
+does not grow with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from math import prod
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from perceiver_core.attention.chunked import Partial, merge, partial_attention
+from perceiver_core.attention.masks import Padding
+from perceiver_core.attention.structured import read_grid
+from perceiver_core.tokens import Tokens
+
+SLAB = 2**20  # tokens, over the batch, that are taken at once
+ENTRIES = 2**22  # queries x places along the axis that is cut, likewise
+
+
+class Norm(NamedTuple):
+    """A layer norm (`center`) or an RMS norm, without a module around it."""
+
+    eps: float = 0.0
+    weight: Float[Tensor, " p"] | None = None
+    bias: Float[Tensor, " p"] | None = None
+    center: bool = True
+
+
+class Projection(NamedTuple):
+    """Keys or values of a token before the scale, part by part, and what is added after it."""
+
+    content: Float[Tensor, "h d c"]
+    places: tuple[Float[Tensor, "h size d"], ...]
+    constant: Float[Tensor, "h 1 d"]
+
+
+class FactoredKeysValues(NamedTuple):
+    """Keys and values of tokens on a grid, not formed. A slab of one is another one."""
+
+    content: Float[Tensor, "b *grid c"]
+    tables: tuple[Float[Tensor, "size p"], ...]
+    mask: Bool[Tensor, " b *grid"] | None
+    norm: Norm | None
+    keys: Projection
+    values: Projection
+    form: bool = False
+    """Whether who reads this forms the keys and values of a slab at a time, instead of a structured read."""
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """The size of each axis."""
+        return tuple(self.content.shape[1:-1])
+
+    def planes(self) -> Float[Tensor, "b c *grid"]:
+        """The content, channels first, zero where the mask hides a token, in the dtype that is computed in."""
+        content = self.content if self.mask is None else self.content.masked_fill(~self.mask.unsqueeze(-1), 0.0)
+        return content.movedim(-1, 1).to(self.keys.content.dtype)
+
+    def scale(self, planes: Tensor) -> Float[Tensor, " b *grid"]:
+        """What the norm multiplies each token with: 1 / its standard deviation or root mean square."""
+        if self.norm is None:
+            return planes.new_ones(planes.shape[0], *planes.shape[2:])
+        channels, width = self.keys.content.shape[-1], self.tables[0].shape[-1] if self.tables else 0
+        mean = planes.sum(1, keepdim=True) / channels if self.norm.center else planes.new_zeros(())
+        squares = (planes - mean).square().sum(1)
+        if width:
+            at, at_mean = _positions_spread(self.tables, center=self.norm.center)
+            squares = squares + at
+            if self.norm.center:  # Chan et al. 1979: the spread of two groups around their common mean
+                squares = squares + (channels * width / (channels + width)) * (mean.squeeze(1) - at_mean).square()
+        return (squares / (channels + width) + self.norm.eps).rsqrt()
+
+    def slab(self, axis: int, start: int, length: int) -> FactoredKeysValues:
+        """The part between two places along an axis."""
+        keys, values = (
+            part._replace(places=_cut(part.places, axis, 1, start, length)) for part in (self.keys, self.values)
+        )
+        return self._replace(
+            content=self.content.narrow(axis + 1, start, length),
+            tables=_cut(self.tables, axis, 0, start, length),
+            mask=None if self.mask is None else self.mask.narrow(axis + 1, start, length),
+            keys=keys,
+            values=values,
+        )
+
+    def large(self) -> bool:
+        """Whether there are more tokens than are taken at once."""
+        # Under torch.compile a comparison would make the graph one for this size only.
+        return not torch.compiler.is_compiling() and self.content.shape[0] * prod(self.grid) > SLAB
+
+    def formed(self, dtype: torch.dtype) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h n e"]]:
+        """The keys and the values of all tokens."""
+        planes = self.planes()
+        scale, content = self.scale(planes).flatten(1)[:, None, :, None], planes.flatten(2).mT[:, None]
+        keys, values = (
+            torch.addcmul(part.constant, content @ part.content.mT + self._at(part), scale).to(dtype)
+            for part in (self.keys, self.values)
+        )
+        return keys, values
+
+    def _at(self, part: Projection) -> Float[Tensor, "h n d"]:
+        """The term of the places of every token, for all samples of the batch."""
+        terms = [_along(table, [axis], len(self.grid), before=1) for axis, table in enumerate(part.places)]
+        total = sum(terms[1:], start=terms[0])
+        return total.expand(-1, *self.grid, -1).flatten(1, -2)
+
+
+def factor(
+    tokens: Tokens,
+    norm: Norm | None,
+    key: tuple[Float[Tensor, "k p"], Float[Tensor, " k"] | None],
+    value: tuple[Float[Tensor, "v p"], Float[Tensor, " v"] | None],
+    *,
+    heads: int,
+) -> FactoredKeysValues:
+    """Keys and values of tokens, not formed.
+
+    Args:
+        tokens: content `b *grid c` and tables.
+        norm: what tokens are normalized by before they are projected; None for not at all.
+        key: weight and bias of the projection to all heads' keys.
+        value: the same for values.
+        heads: how many heads.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core import Tokens
+        >>> from perceiver_core.attention.factored import Norm, attend, factor
+        >>> tokens = Tokens(torch.randn(2, 5, 7, 3), tables=(torch.randn(5, 1, 6), torch.randn(1, 7, 6)))
+        >>> weights = torch.randn(16, 9), torch.randn(16)
+        >>> read = factor(tokens, Norm(eps=1e-5), weights, weights, heads=4)
+        >>> attend(torch.randn(2, 4, 11, 4), read).output.shape
+        torch.Size([2, 4, 11, 4])
+    """
+    wide = torch.promote_types(tokens.content.dtype, torch.float32)
+    grid, tables = axes_of(tokens), _tables(tokens, wide)
+    content = tokens.content.reshape(tokens.content.shape[0], *grid, tokens.content.shape[-1])
+    mask = None if tokens.mask is None else tokens.mask.reshape(content.shape[:-1])
+    # From the weights, whose sizes are numbers even where torch.compile leaves those of the content open.
+    channels = key[0].shape[-1] - (tables[0].shape[-1] if tables else 0)
+    keys, values = (
+        _project(tables, grid, channels, norm, weight.to(wide), bias, heads) for weight, bias in (key, value)
+    )
+    return FactoredKeysValues(content, tables, mask, norm, keys, values)
+
+
+def attend(q: Float[Tensor, "#b h q d"], read: FactoredKeysValues) -> Partial:
+    """What queries read, and the log-sum-exp of their scores.
+
+    Args:
+        q: queries; a batch of one serves all samples.
+        read: what is read.
+    """
+    part = _formed_part if read.form else _structured_part
+    slabs = _slabs(q, read)
+    if len(slabs) == 1:
+        return part(q, read)
+    if torch.is_grad_enabled():
+        return merge(*(checkpoint(part, q, slab, use_reentrant=False) for slab in slabs))
+    return merge(*(part(q, slab) for slab in slabs))
+
+
+def _structured_part(q: Tensor, read: FactoredKeysValues) -> Partial:
+    with torch.autocast(q.device.type, enabled=False):
+        planes = read.planes()
+        scaled = q.to(planes.dtype) * q.shape[-1] ** -0.5
+        got = read_grid(
+            scaled @ read.keys.content,
+            torch.cat([scaled @ table.mT for table in read.keys.places], dim=-1),
+            planes,
+            read.scale(planes),
+            read.mask,
+        )
+        out = got.content @ read.values.content.mT
+        out = out + got.marginals @ torch.cat(read.values.places, dim=1) + read.values.constant
+        # The constant of the keys adds the same to all scores of a query: it changes no weight, only their sum's log.
+        same = scaled @ read.keys.constant.mT
+        out = out + 0.0 * same  # its gradient is zero, not absent
+        if read.mask is not None:
+            out = out.masked_fill((got.lse == -torch.inf).unsqueeze(-1), 0.0)
+        return Partial(out.to(q.dtype), got.lse + same.squeeze(-1))
+
+
+def _formed_part(q: Tensor, read: FactoredKeysValues) -> Partial:
+    keys, values = read.formed(q.dtype)
+    mask = None if read.mask is None else Padding(read.mask.flatten(1))
+    return partial_attention(q.expand(keys.shape[0], *q.shape[1:]), keys, values, mask=mask)
+
+
+def _slabs(q: Tensor, read: FactoredKeysValues) -> list[FactoredKeysValues]:
+    """The whole, or pieces along the longest axis where the whole is large."""
+    if torch.compiler.is_compiling():  # see `large`
+        return [read]
+    axis = max(range(len(read.grid)), key=lambda axis: read.grid[axis])
+    size = read.grid[axis]
+    step = max(1, min(SLAB * size // (read.content.shape[0] * prod(read.grid)), ENTRIES // prod(q.shape[1:3])))
+    return [read] if step >= size else [read.slab(axis, at, min(step, size - at)) for at in range(0, size, step)]
+
+
+def _project(
+    tables: Sequence[Tensor],
+    grid: Sequence[int],
+    channels: int,
+    norm: Norm | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    heads: int,
+) -> Projection:
+    """A linear layer after a norm, taken apart."""
+    constant = weight.new_zeros(weight.shape[0]) if bias is None else bias.to(weight.dtype)
+    if norm is not None:
+        if norm.bias is not None:
+            constant = constant + weight @ norm.bias.to(weight.dtype)
+        if norm.weight is not None:
+            weight = weight * norm.weight.to(weight.dtype)
+        if norm.center:
+            weight = weight - weight.mean(-1, keepdim=True)
+    weight = weight.reshape(heads, -1, weight.shape[-1])
+    places = tuple(table @ weight[..., channels:].mT for table in tables)
+    if not places:
+        places = tuple(weight.new_zeros(heads, size, weight.shape[1]) for size in grid)
+    return Projection(weight[..., :channels], places, constant.reshape(heads, 1, -1))
+
+
+def axes_of(tokens: Tokens) -> tuple[int, ...]:
+    """The grid with the axes that a table spans together made one.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core import Tokens
+        >>> from perceiver_core.attention.factored import axes_of
+        >>> frames, learned = torch.randn(5, 1, 1, 6), torch.randn(1, 7, 3, 6)
+        >>> axes_of(Tokens(torch.randn(2, 5, 7, 3, 4), tables=(frames, learned)))
+        (5, 21)
+    """
+    return tuple([prod([tokens.grid[axis] for axis in group]) for group in _groups(tokens)])
+
+
+def _groups(tokens: Tokens) -> list[range]:
+    spans = [_span(table) for table in tokens.tables]
+    axes = range(len(tokens.grid))
+    starts = [axis for axis in axes if all(not span[0] < axis <= span[-1] for span in spans)]
+    return [range(start, end) for start, end in zip(starts, [*starts[1:], len(axes)], strict=True)]
+
+
+def _span(table: Tensor) -> list[int]:
+    """The axes along which a table varies; the first if it is the same everywhere."""
+    return [axis for axis, size in enumerate(table.shape[:-1]) if size != 1] or [0]
+
+
+def _tables(tokens: Tokens, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """One table for each axis of `axes_of`: the sum of those that vary along it."""
+    if not tokens.tables:
+        return ()
+    width, groups = tokens.tables[0].shape[-1], _groups(tokens)
+    sums = [tokens.content.new_zeros(size, width, dtype=dtype) for size in axes_of(tokens)]
+    for table in tokens.tables:
+        number = [_span(table)[0] in group for group in groups].index(True)
+        shape = [size if axis in groups[number] else 1 for axis, size in enumerate(tokens.grid)]
+        sums[number] = sums[number] + table.to(dtype).expand(*shape, width).reshape(*sums[number].shape)
+    return tuple(sums)
+
+
+def _positions_spread(tables: Sequence[Tensor], *, center: bool) -> tuple[Tensor, Tensor]:
+    """At every point of the grid, the sum of squares of its position, around the mean if `center`, and the mean."""
+    means = [table.mean(-1, keepdim=True) if center else table.new_zeros(table.shape[0], 1) for table in tables]
+    own = [table - mean for table, mean in zip(tables, means, strict=True)]
+
+    count = len(tables)
+    parts = [_along(x.square().sum(-1), [axis], count) for axis, x in enumerate(own)]
+    for one, other in combinations(range(count), 2):
+        parts.append(_along(2 * own[one] @ own[other].mT, [one, other], count))
+    at = [_along(mean.squeeze(-1), [axis], count) for axis, mean in enumerate(means)]
+    return sum(parts[1:], parts[0]), sum(at[1:], at[0])
+
+
+def _along(x: Tensor, axes: list[int], of: int, *, before: int = 0) -> Tensor:
+    """A tensor over some axes of a grid, with ones for the others, so that it broadcasts over the grid."""
+    return x[(slice(None),) * before + tuple([slice(None) if axis in axes else None for axis in range(of)])]
+
+
+def _cut(tables: tuple[Tensor, ...], axis: int, dim: int, start: int, length: int) -> tuple[Tensor, ...]:
+    return tuple(table.narrow(dim, start, length) if i == axis else table for i, table in enumerate(tables))

@@ -1,0 +1,154 @@
+"""The C++ beside this file, compiled for the machine it runs on, once.
+
+Compiled by the compiler that torch.compile would take (`$CXX`, else c++, g++ or clang++), in a few seconds, and kept
+in the user's cache folder under a name made of the source, the compiler and the processor's features: another process
+loads it in milliseconds, another machine that shares the folder makes its own. Not by torch.utils.cpp_extension, which
+needs ninja and half a minute for PyTorch's headers; the source uses none of them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from functools import cache
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-errno", "-fno-trapping-math")
+PARTS = 32  # ranges of the grid whose gradients are summed up apart, over the batch; not by threads, so results repeat
+PARTS_BYTES = 2**26  # memory that these may take
+# The first that works is taken: for this processor (the second is what some compilers for ARM call it), with PyTorch's
+# own threads or, where the compiler has no OpenMP, with others.
+TARGETS = ("-march=native", "-mcpu=native", "")
+VARIANTS = [f"{target} {threads}".split() for threads in ("-fopenmp", "") for target in TARGETS]
+
+
+def forward(
+    a: Tensor, u: Tensor, content: Tensor, scale: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Read, marginals, base and total: see `op`. Tensors are contiguous and on the CPU."""
+    shape = (content.shape[0], *a.shape[1:3])
+    out = [content.new_empty(*shape, *last) for last in ((a.shape[-1],), (u.shape[-1],), (), ())]
+    _call("forward", a, content, [u, content, scale, mask, *out])
+    return out[0], out[1], out[2], out[3]
+
+
+def backward(  # noqa: PLR0913 (what the forward was given, what it kept and what came back)
+    a: Tensor,
+    u: Tensor,
+    content: Tensor,
+    scale: Tensor,
+    mask: Tensor | None,
+    base: Tensor,
+    total: Tensor,
+    d_read: Tensor,
+    d_marginals: Tensor,
+    offset: Tensor,
+    tokens: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of a, u, content and scale."""
+    batch, places = content.shape[0], u.shape[-1]
+    bytes_a_part = batch * prod(a.shape[1:3]) * (a.shape[-1] + places) * a.element_size()
+    parts = max(1, min(-(-PARTS // batch), PARTS_BYTES // max(bytes_a_part, 1)))
+    d_a, d_u = (x.new_empty(batch, parts, *x.shape[1:]) for x in (a, u))
+    d_content, d_scale = (torch.empty_like(x) if tokens else x.new_empty(0) for x in (content, scale))
+    gradients = [d_a, d_u, *((d_content, d_scale) if tokens else (None, None))]
+    _call(
+        "backward", a, content, [u, content, scale, mask, base, total, d_read, d_marginals, offset, *gradients], parts
+    )
+    over = (0, 1) if a.shape[0] == 1 else (1,)
+    d_a, d_u = (x.sum(over).reshape(like.shape) for x, like in ((d_a, a), (d_u, u)))
+    return d_a, d_u, d_content, d_scale
+
+
+def _call(name: str, a: Tensor, content: Tensor, tensors: list[Tensor | None], *numbers: int) -> None:
+    grid = content.shape[2:]
+    sizes = (content.shape[0], *a.shape, len(grid))
+    function = getattr(library(), f"{name}_{str(a.dtype).removeprefix('torch.')}")
+    function(
+        *(ctypes.c_int64(size) for size in sizes),
+        (ctypes.c_int64 * len(grid))(*grid),
+        *(ctypes.c_void_p(None if x is None else x.data_ptr()) for x in (a, *tensors)),
+        *(ctypes.c_int64(number) for number in (*numbers, torch.get_num_threads())),
+    )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # no compiler comes while a graph is made
+def available() -> bool:
+    """Whether there are compiled kernels. The first call makes them."""
+    return library() is not None
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, kept for the life of the process; None, after one warning, without a compiler."""
+    try:
+        return _load()
+    except (OSError, subprocess.SubprocessError) as error:
+        warnings.warn(
+            f"structured reads need a C++17 compiler (GCC or Clang): {error}\nReads take the "
+            "ordinary path: slower, with equal results. Install one (Debian: apt install g++; macOS: xcode-select "
+            "--install), or name it in the variable CXX, and start again",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def _load() -> ctypes.CDLL:
+    compiler, folder = _compiler(), _folder()
+    if folder is None:  # no place that is the user's own: compiled anew in every process
+        with tempfile.TemporaryDirectory(prefix="perceiver-core-") as own:
+            return ctypes.CDLL(str(_compiled(compiler, Path(own))))
+    return ctypes.CDLL(str(_compiled(compiler, folder)))
+
+
+def _compiled(compiler: str, folder: Path) -> Path:
+    """The library in `folder`, compiled if it is not there. It appears all at once, so processes may race."""
+    for flags in VARIANTS:
+        command = [compiler, *FLAGS, *flags]
+        # What the compiler says of itself and of the processor.
+        macros = subprocess.run(
+            [*command, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, timeout=60
+        )
+        name = hashlib.sha256("\0".join([SOURCE.read_text(), *command, macros.stdout]).encode()).hexdigest()[:32]
+        path = folder / f"structured-{name}.so"
+        if path.exists():
+            return path
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            made = Path(scratch) / path.name
+            run = subprocess.run([*command, str(SOURCE), "-o", str(made)], capture_output=True, text=True, timeout=300)
+            if run.returncode == 0:
+                made.replace(path)
+                return path
+    raise OSError(f"{compiler} could not compile {SOURCE.name}:\n{run.stderr[-2000:]}")
+
+
+def _compiler() -> str:
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and (found := shutil.which(name)):
+            return found
+    raise FileNotFoundError("no C++ compiler found (tried $CXX, c++, g++, clang++)")
+
+
+def _folder() -> Path | None:
+    """A folder that only this user writes to, as what lies there is run; None where there is none."""
+    if not hasattr(os, "getuid"):
+        return None
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "perceiver-core"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except OSError:
+        return None
+    own = status.st_uid == os.getuid() and not status.st_mode & 0o022
+    return folder if own and os.access(folder, os.W_OK) else None

@@ -1,0 +1,149 @@
+"""What reads cost: how fast a machine is, and what each path has to do.
+
+The numbers decide which path a read takes (`paths.Cheapest`), so what matters is their ratios. They are those of the
+forward pass; the backward pass is two to three times as much on every path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from perceiver_core import checks
+from perceiver_core.attention.factored import axes_of
+from perceiver_core.attention.masks import Mask
+from perceiver_core.registry import register
+from perceiver_core.tokens import Tokens
+
+
+@register
+@dataclass(frozen=True)
+class Costs:
+    """How fast one thread of a machine is at what reads are made of.
+
+    The defaults were measured on an AMD EPYC (Zen 5) with PyTorch 2.13; `python -m perceiver_core costs` measures
+    and prints those of the machine at hand.
+
+    Args:
+        matmul: large matrix products in float32, GFLOP/s.
+        matmul_half: the same in bfloat16 or float16.
+        attention: the default kernel in float32, GFLOP/s.
+        attention_half: the same in bfloat16 or float16.
+        copy: reading and writing large tensors, GB/s.
+        pair: a structured read, nanoseconds for a query and a token.
+        channel: nanoseconds more for each channel of the content.
+        pair_eager: `pair` where there is no compiler.
+        start: what a structured read takes before any work, microseconds.
+    """
+
+    matmul: float = 75.0
+    matmul_half: float = 200.0
+    attention: float = 75.0
+    attention_half: float = 75.0
+    copy: float = 10.0
+    pair: float = 0.28
+    channel: float = 0.07
+    pair_eager: float = 25.0
+    start: float = 300.0
+
+
+MEASURED = Costs()
+
+
+class Cost(NamedTuple):
+    """What a read takes by one path, for all of the batch: predicted."""
+
+    flops: float
+    bytes: float
+    seconds: float
+
+
+class Request(NamedTuple):
+    """A read to be made: who reads what."""
+
+    norm: nn.Module
+    attention: Any  # a module with the projections of `MultiHeadAttention`, or a user's own
+    tokens: Tokens | Tensor
+    mask: Mask | None  # beside the tokens' own
+    queries: int  # of all the reads that will share what is made
+
+
+class Sizes(NamedTuple):
+    """The numbers of a request that costs depend on."""
+
+    batch: int
+    n: int  # tokens of a sample
+    width: int  # of a token
+    channels: int  # of its content
+    axes: tuple[int, ...]  # of the grid, those that a table spans together being one
+    heads: int
+    made: int  # width of a token's keys and values together
+    queries: int
+    element: int  # bytes
+    half: bool
+    device: str
+
+    @classmethod
+    def of(cls, request: Request) -> Sizes:
+        """The sizes of a request.
+
+        Under torch.compile those of the batch and the grid are replaced by usual ones: a choice that depended on them
+        would make a graph for one size only.
+        """
+        tokens, attention = request.tokens, request.attention
+        content = tokens.content if isinstance(tokens, Tokens) else tokens
+        axes = axes_of(tokens) if isinstance(tokens, Tokens) else (content.shape[1],)
+        batch = content.shape[0]
+        if torch.compiler.is_compiling():
+            batch, axes = 1, (65_536,) if len(axes) == 1 else (256,) * len(axes)
+        width = tokens.dim if isinstance(tokens, Tokens) else content.shape[-1]
+        autocast = checks.autocasting(content.device) and content.dtype == torch.float32
+        dtype = torch.get_autocast_dtype(content.device.type) if autocast else content.dtype
+        return cls(
+            batch=batch,
+            n=prod(axes),
+            width=width,
+            channels=content.shape[-1],
+            axes=axes,
+            heads=getattr(attention, "heads", 1),
+            made=getattr(attention, "kv_dim", 2 * width),
+            queries=request.queries,
+            element=dtype.itemsize,
+            half=dtype.itemsize == 2,
+            device=content.device.type,
+        )
+
+
+def dense(s: Sizes, costs: Costs) -> Cost:
+    """Tokens concatenated, normalized and projected; the kernel."""
+    moved = s.batch * s.n * (6 * s.width + s.made) * s.element
+    return _ordinary(s, costs, flops=2 * s.batch * s.n * s.width * s.made, moved=moved)
+
+
+def factored(s: Sizes, costs: Costs) -> Cost:
+    """The content projected, the tables projected (once a batch), the sum of the two scaled; the kernel."""
+    flops = 2 * s.made * (s.batch * s.n * s.channels + sum(s.axes) * (s.width - s.channels))
+    return _ordinary(s, costs, flops=flops, moved=s.batch * s.n * 6 * s.made * s.element)
+
+
+def structured(s: Sizes, costs: Costs, *, compiled: bool) -> Cost:
+    """Small products with the queries and the tables; a few operations for each query and token."""
+    places = sum(s.axes)
+    small = 2 * s.made * (s.batch * s.queries * (s.channels + places) + places * (s.width - s.channels))
+    pairs = s.batch * s.heads * s.queries * s.n
+    # What the queries add for each place, and what is summed up there, both written and read; content and scale.
+    moved = 4.0 * (4 * s.batch * s.heads * s.queries * places + 4 * s.batch * s.n * (s.channels + 1))
+    each = (costs.pair if compiled else costs.pair_eager) + costs.channel * s.channels
+    seconds = costs.start * 1e-6 + small / costs.matmul / 1e9 + moved / costs.copy / 1e9 + pairs * each * 1e-9
+    return Cost(small + pairs * (4 * s.channels + 2 * len(s.axes) + 16), moved, seconds)
+
+
+def _ordinary(s: Sizes, costs: Costs, *, flops: float, moved: float) -> Cost:
+    kernel = 2.0 * s.batch * s.queries * s.n * s.made
+    products, attention = (costs.matmul_half, costs.attention_half) if s.half else (costs.matmul, costs.attention)
+    seconds = flops / products / 1e9 + moved / costs.copy / 1e9 + kernel / attention / 1e9
+    return Cost(flops + kernel, moved + s.batch * s.n * s.made * s.element, seconds)

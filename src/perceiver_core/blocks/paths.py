@@ -1,0 +1,254 @@
+"""The ways to read tokens, and the one place that chooses. All give the same answer; they differ in time and memory.
+
+    Dense       tokens written out, normalized, projected to keys and values; then the kernel
+    Factored    keys and values from the content and one table an axis; then the kernel
+    Structured  no keys and no values, see `attention.structured`
+
+`Cheapest`, what a read does unless told otherwise, takes the one that its cost model thinks fastest. Another path in
+its place is forced; a path left out of `Cheapest(of=...)` is forbidden. `explain` says what a model does and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from perceiver_core import checks
+from perceiver_core.attention import masks, sdpa
+from perceiver_core.attention.factored import FactoredKeysValues, Norm, factor
+from perceiver_core.attention.masks import Mask
+from perceiver_core.attention.structured import native
+from perceiver_core.blocks import costs as model
+from perceiver_core.blocks.attention import KeysValues, MultiHeadAttention
+from perceiver_core.blocks.costs import MEASURED, Cost, Costs, Request, Sizes
+from perceiver_core.registry import register
+from perceiver_core.tokens import Tokens
+
+
+class Path(Protocol):
+    """A way to read tokens."""
+
+    def why_not(self, request: Request) -> str:
+        """Why this path cannot serve a request; empty if it can."""
+        ...
+
+    def cost(self, request: Request, costs: Costs) -> Cost:
+        """What it would take."""
+        ...
+
+    def read(self, request: Request) -> KeysValues | FactoredKeysValues:
+        """What the attention reads."""
+        ...
+
+
+@partial(register, name="paths.Dense")
+@dataclass(frozen=True)
+class Dense:
+    """Tokens are written out, normalized and projected to keys and values. Serves every request."""
+
+    def why_not(self, request: Request) -> str:
+        """Empty: it can."""
+        return ""
+
+    def cost(self, request: Request, costs: Costs) -> Cost:
+        """See `costs.dense`."""
+        return model.dense(Sizes.of(request), costs)
+
+    def read(self, request: Request) -> KeysValues:
+        """Keys and values of all tokens."""
+        tokens = request.tokens
+        dense = tokens.dense() if isinstance(tokens, Tokens) else tokens
+        made: KeysValues = request.attention.keys_values(request.norm(dense), mask=_mask(request))
+        return made
+
+
+@partial(register, name="paths.Factored")
+@dataclass(frozen=True)
+class Factored:
+    """Keys and values are formed from the content and one table an axis; tokens are never written out.
+
+    For `Tokens`, a LayerNorm, an RMSNorm or no norm, and plain linear projections.
+    """
+
+    def why_not(self, request: Request) -> str:
+        """What cannot be taken apart."""
+        return _whole(request)
+
+    def cost(self, request: Request, costs: Costs) -> Cost:
+        """See `costs.factored`."""
+        return model.factored(Sizes.of(request), costs)
+
+    def read(self, request: Request) -> KeysValues | FactoredKeysValues:
+        """Keys and values of all tokens; or, of many, those of a slab at a time, where no kernel was chosen."""
+        factored = _factor(request, self)
+        if factored.large() and not _bound_to_kernel(request):
+            return factored._replace(mask=_present(request, factored), form=True)
+        x = factored.content
+        dtype = torch.get_autocast_dtype(x.device.type) if checks.autocasting(x.device) else x.dtype
+        keys, values = factored.formed(dtype)
+        return KeysValues(request.attention.rotary(keys), values, _mask(request))
+
+
+@partial(register, name="paths.Structured")
+@dataclass(frozen=True)
+class Structured:
+    """No keys and no values: see `attention.structured`.
+
+    For what `Factored` serves, with the default kernel and without rotary positions, dropout of attention weights
+    (in training) and masks of other things than tokens.
+    """
+
+    def why_not(self, request: Request) -> str:
+        """What a structured read does not compute."""
+        return _whole(request) or _bound_to_kernel(request)
+
+    def cost(self, request: Request, costs: Costs) -> Cost:
+        """See `costs.structured`."""
+        sizes = Sizes.of(request)
+        return model.structured(sizes, costs, compiled=sizes.device == "cpu" and native.available())
+
+    def read(self, request: Request) -> FactoredKeysValues:
+        """What is read, in its parts."""
+        factored = _factor(request, self)
+        return factored._replace(mask=_present(request, factored))
+
+
+@partial(register, name="paths.Cheapest")
+@dataclass(frozen=True)
+class Cheapest:
+    """The fastest of some paths, by a cost model.
+
+    Args:
+        of: the paths to choose from. One that is left out is forbidden.
+        costs: how fast the machine is.
+
+    Example:
+        >>> import perceiver_core as pc
+        >>> from perceiver_core.blocks import paths
+        >>> read = pc.CrossAttend(32, 10, path=paths.Cheapest(of=[paths.Factored(), paths.Dense()]))
+    """
+
+    of: Sequence[Path] = (Structured(), Factored(), Dense())
+    costs: Costs = MEASURED
+
+    def why_not(self, request: Request) -> str:
+        """Why none of the paths can."""
+        reasons = [path.why_not(request) for path in self.of]
+        return "" if "" in reasons else "; ".join(reasons)
+
+    def cost(self, request: Request, costs: Costs) -> Cost:
+        """That of the path it takes."""
+        return self.choose(request).cost(request, costs)
+
+    def choose(self, request: Request) -> Path:
+        """The path it takes."""
+        able = [path for path in self.of if not path.why_not(request)]
+        if not able:
+            raise ValueError(
+                f"no path of {list(self.of)} can serve this read: {self.why_not(request)}. Add paths.Dense()"
+            )
+        if len(able) == 1:
+            return able[0]
+        seconds = [path.cost(request, self.costs).seconds for path in able]
+        return able[seconds.index(min(seconds))]
+
+    def read(self, request: Request) -> KeysValues | FactoredKeysValues:
+        """What the chosen path makes."""
+        return self.choose(request).read(request)
+
+
+def use(module: nn.Module, path: Path) -> None:
+    """Makes all reads in a module take a path.
+
+    Raises:
+        ValueError: a model that reads nothing.
+
+    Example:
+        >>> import perceiver_core as pc
+        >>> from perceiver_core.blocks import paths
+        >>> encoder = pc.Encoder(10, latents=7, dim=32, depth=1, heads=4)
+        >>> paths.use(encoder, paths.Dense())
+    """
+    reads: list[Any] = [part for part in module.modules() if hasattr(part, "path") and hasattr(part, "request")]
+    if not reads:
+        raise ValueError(f"module must have reads (CrossAttend) to set a path of; {type(module).__name__} has none")
+    for read in reads:
+        read.path = path
+
+
+def _whole(request: Request) -> str:
+    """Why keys and values cannot be taken apart, or nothing."""
+    tokens, attention = request.tokens, request.attention
+    if not isinstance(tokens, Tokens):
+        return "the input is a tensor, whose positions are mixed with its content; give Tokens"
+    if type(attention) is not MultiHeadAttention:
+        return f"the attention is a {type(attention).__name__}, not a MultiHeadAttention"
+    if type(request.norm) not in (nn.LayerNorm, nn.RMSNorm, nn.Identity):
+        return f"the norm is a {type(request.norm).__name__}, not a LayerNorm, RMSNorm or Identity"
+    parts = (request.norm, attention.key, attention.value)
+    if any(type(part) is not nn.Linear for part in parts[1:]):
+        return "a projection to keys or values is not a plain nn.Linear"
+    if any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in parts):
+        return "a hook waits for the keys, the values or the normalized tokens"
+    return ""
+
+
+def _bound_to_kernel(request: Request) -> str:
+    """What only a kernel on keys and values does, or nothing."""
+    attention = request.attention
+    if attention.kernel is not sdpa:
+        return f"the kernel {getattr(attention.kernel, '__name__', attention.kernel)} was chosen"
+    if type(attention.rotary) is not nn.Identity:
+        return "rotary positions turn the keys"
+    if attention.training and attention.dropout:
+        return "attention weights are dropped in training"
+    rules, tensors = masks.taken_apart(masks.of_tokens(request.mask))
+    if rules or any(_per_query(mask) for mask in tensors):
+        return "the mask differs between queries"
+    return ""
+
+
+def _per_query(mask: Tensor) -> bool:
+    return mask.ndim < 2 or mask.shape[-2] != 1 or (mask.ndim > 2 and mask.shape[-3] != 1)
+
+
+def _mask(request: Request) -> Mask | None:
+    """The tokens' own mask and the one beside it."""
+    present = request.tokens.flat_mask() if isinstance(request.tokens, Tokens) else None
+    return masks.and_(None if present is None else masks.Padding(present), masks.of_tokens(request.mask))
+
+
+def _present(request: Request, factored: FactoredKeysValues) -> Tensor | None:
+    """The same as one tensor, on the grid."""
+    _, tensors = masks.taken_apart(masks.of_tokens(request.mask))
+    present = factored.mask
+    batch, n = factored.content.shape[0], prod(factored.grid)
+    like = factored.content.new_empty(()).expand(batch, 1, n, 1)
+    for mask in tensors:
+        masks.fits(mask, like, like)
+        keep = mask.expand(batch, 1, 1, n).reshape(batch, *factored.grid)
+        present = keep if present is None else present & keep
+    return present
+
+
+def _factor(request: Request, path: Path) -> FactoredKeysValues:
+    if reason := path.why_not(request):
+        raise ValueError(f"{path} cannot serve this read: {reason}. Choose another path, such as paths.Cheapest()")
+    attention = request.attention
+    parts = [(linear.weight, linear.bias) for linear in (attention.key, attention.value)]
+    assert isinstance(request.tokens, Tokens)  # as `why_not` found
+    return factor(request.tokens, _norm(request.norm), *parts, heads=attention.heads)
+
+
+def _norm(norm: Any) -> Norm | None:
+    if isinstance(norm, nn.Identity):
+        return None
+    if isinstance(norm, nn.LayerNorm):
+        return Norm(norm.eps, norm.weight, norm.bias)
+    return Norm(torch.finfo(norm.weight.dtype).eps if norm.eps is None else norm.eps, norm.weight, None, center=False)
