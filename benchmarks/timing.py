@@ -1,65 +1,56 @@
-"""Timing that is fair to what it compares, and where the results go."""
+"""Timing that is fair to what it compares."""
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 
 
-def interleaved(contestants: dict[str, Callable[[], object]], *, rounds: int, device: str) -> dict[str, float]:
-    """The median seconds of each contestant, one call of each a round, after one round to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(rounds + 1):
-        for name, call in contestants.items():
-            _wait(device)
-            start = time.perf_counter()
-            call()
-            _wait(device)
-            if turn > 0:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+class Timing(NamedTuple):
+    """What the calls of one candidate took."""
+
+    median: float  # seconds
+    spread: float  # interquartile range / median
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], *, device: str, rounds: int = 15, least: int = 3, seconds: float = 20.0
+) -> dict[str, Timing]:
+    """Times calls in turns: each once a round, and every round starts with another one.
+
+    Calls are warm when they come here: whoever times them has run each before. There are `rounds` of them, fewer
+    where `seconds` are over before, but at `least` that many.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    began, names = time.perf_counter(), list(calls)
+    for turn in range(max(rounds, least)):
+        if turn >= least and time.perf_counter() - began > seconds:
+            break
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            taken[name].append(once(calls[name], device))
+    return {name: summary(times) for name, times in taken.items()}
+
+
+def once(call: Callable[[], object], device: str) -> float:
+    """The seconds of one call."""
+    _wait(device)
+    start = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def summary(times: list[float]) -> Timing:
+    """Median and spread of what calls took."""
+    low, middle, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
+    return Timing(middle, (high - low) / middle)
 
 
 def _wait(device: str) -> None:
     if device != "cpu":
         torch.accelerator.synchronize()
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows with the same keys as a Markdown table."""
-    cells = [list(rows[0]), *([_text(value) for value in row.values()] for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    lines = []
-    for row in cells:
-        padded = (text.rjust(width) for text, width in zip(row, widths, strict=True))
-        lines.append("| " + " | ".join(padded) + " |")
-    rule = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def save(name: str, rows: Sequence[dict[str, Any]], *, device: str, folder: Path) -> Path:
-    """Writes rows as JSON, with what a reader needs to know about the machine."""
-    folder.mkdir(parents=True, exist_ok=True)
-    machine = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": "cpu" if device == "cpu" else torch.cuda.get_device_name() if device == "cuda" else device,
-        "processor": platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps({"benchmark": name, "machine": machine, "rows": list(rows)}, indent=1) + "\n")
-    return path

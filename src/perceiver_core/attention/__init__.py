@@ -1,13 +1,14 @@
 """Softmax attention as pure functions.
 
 A kernel is any function `(q, k, v, *, mask) -> out` on tensors `b h n d`; one that also takes `dropout`
-can drop attention weights. `sdpa` is the default, `reference` the truth, `chunked` the one for inputs too
-long to be held against all queries at once.
+can drop attention weights. `fastest` is the default and chooses, `sdpa` is PyTorch's, `reference` the truth,
+`chunked` the one for inputs too long to be held against all queries at once.
 """
 
 from perceiver_core.attention import masks
 from perceiver_core.attention.chunked import Partial, chunked, merge, partial_attention
+from perceiver_core.attention.fastest import fastest
 from perceiver_core.attention.reference import attention_map, reference
 from perceiver_core.attention.sdpa import sdpa
 
-__all__ = ["Partial", "attention_map", "chunked", "masks", "merge", "partial_attention", "reference", "sdpa"]
+__all__ = ["Partial", "attention_map", "chunked", "fastest", "masks", "merge", "partial_attention", "reference", "sdpa"]

@@ -38,6 +38,7 @@ def chunked(
     *,
     mask: Mask | None = None,
     chunk: int = 4096,
+    half_products: bool = False,
 ) -> Float[Tensor, "b h q e"]:
     """Exact attention in memory q x chunk instead of q x k, forward and backward.
 
@@ -47,6 +48,9 @@ def chunked(
         v: values.
         mask: see `masks`; evaluated a piece at a time.
         chunk: how many keys are held against the queries at once.
+        half_products: whether inputs in half precision are multiplied as they are, which processors with units for it
+            do several times faster, and scores are rounded to it; unless set they are multiplied in float32. The
+            softmax and all sums over pieces are in float32 either way.
 
     Example:
         >>> import torch
@@ -54,7 +58,7 @@ def chunked(
         >>> q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 11, 8), torch.randn(2, 4, 11, 5)
         >>> torch.testing.assert_close(chunked(q, k, v, chunk=3), reference(q, k, v))
     """
-    return partial_attention(q, k, v, mask=mask, chunk=chunk).output
+    return partial_attention(q, k, v, mask=mask, chunk=chunk, half_products=half_products).output
 
 
 def partial_attention(
@@ -64,6 +68,7 @@ def partial_attention(
     *,
     mask: Mask | None = None,
     chunk: int = 4096,
+    half_products: bool = False,
 ) -> Partial:
     """Attention over the part of an input that is at hand, with what `merge` needs to join it to the rest.
 
@@ -85,7 +90,8 @@ def partial_attention(
     if mask is not None:
         masks.fits(mask, q, k)
     rules, tensors = masks.taken_apart(mask)
-    return Partial(*_Partial.apply(q, k, v, rules, chunk, *tensors))  # type: ignore[no-untyped-call]
+    products = q.dtype if half_products else torch.promote_types(q.dtype, torch.float32)
+    return Partial(*_Partial.apply(q, k, v, rules, (chunk, products), *tensors))  # type: ignore[no-untyped-call]
 
 
 def merge(*parts: Partial) -> Partial:
@@ -118,21 +124,22 @@ class _Partial(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        q: Tensor, k: Tensor, v: Tensor, rules: tuple[Rule, ...], chunk: int, *tensors: Tensor
+        q: Tensor, k: Tensor, v: Tensor, rules: tuple[Rule, ...], how: tuple[int, torch.dtype], *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
+        chunk, products = how
         with torch.autocast(q.device.type, enabled=False):
-            queries, wide = _scaled(q)
-            top = queries.new_full(q.shape[:-1], -torch.inf)
+            queries, wide = _scaled(q, products)
+            top = queries.new_full(q.shape[:-1], -torch.inf, dtype=wide)
             total = torch.zeros_like(top)
-            summed = queries.new_zeros(*q.shape[:-1], v.shape[-1])
+            summed = queries.new_zeros(*q.shape[:-1], v.shape[-1], dtype=wide)
             for part in _pieces(k.shape[-2], chunk):
-                scores = _scores(queries, k[..., part, :].to(wide), (*rules, *tensors), part, k.shape[-2])
+                scores = _scores(queries, k[..., part, :].to(products), (*rules, *tensors), part, k.shape[-2])
                 new_top = torch.maximum(top, scores.amax(-1))
                 base = new_top.masked_fill(new_top == -torch.inf, 0.0)
                 weights = (scores - base[..., None]).exp_()
                 shrink = (top - base).exp()
                 total = total * shrink + weights.sum(-1)
-                summed = summed * shrink[..., None] + weights @ v[..., part, :].to(wide)
+                summed = summed * shrink[..., None] + weights.to(products) @ v[..., part, :].to(products)
                 top = new_top
             some = total > 0
             norm = total.where(some, 1.0)
@@ -141,7 +148,7 @@ class _Partial(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, ctx.rules, ctx.chunk, *tensors = inputs
+        q, k, v, ctx.rules, ctx.how, *tensors = inputs
         ctx.save_for_backward(q, k, v, *output, *tensors)
 
     @staticmethod
@@ -149,7 +156,7 @@ class _Partial(torch.autograd.Function):
         q, k, v, output, lse, *tensors = ctx.saved_tensors
         # torch.compile cannot trace a Function inside a backward, and takes no second derivative anyway.
         compute = _Gradients.forward if torch.compiler.is_compiling() else _Gradients.apply
-        gradients = compute(q, k, v, output, lse, d_output, d_lse, ctx.rules, ctx.chunk, *tensors)
+        gradients = compute(q, k, v, output, lse, d_output, d_lse, ctx.rules, ctx.how, *tensors)
         return (*gradients, None, None, *(None for _ in tensors))
 
 
@@ -168,24 +175,25 @@ class _Gradients(torch.autograd.Function):
         d_output: Tensor,
         d_lse: Tensor,
         rules: tuple[Rule, ...],
-        chunk: int,
+        how: tuple[int, torch.dtype],
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        chunk, products = how
         with torch.autocast(q.device.type, enabled=False):
-            queries, wide = _scaled(q)
-            d_out = d_output.to(wide)
+            queries, wide = _scaled(q, products)
             # d score = weight * (d weight - sum of weight * d weight + d lse); the sum is d_out . out.
-            offset = d_lse - (d_out * output.to(wide)).sum(-1)
+            offset = d_lse - (d_output.to(wide) * output.to(wide)).sum(-1)
+            d_out = d_output.to(products)
             base = lse.masked_fill(lse == -torch.inf, 0.0)
             # Made from `offset`, so that under vmap they have the mapped axis even where an input lacks it.
             d_queries = offset.new_zeros(queries.shape)
             d_k, d_v = offset.new_empty(k.shape, dtype=k.dtype), offset.new_empty(v.shape, dtype=v.dtype)
             for part in _pieces(k.shape[-2], chunk):
-                keys, values = k[..., part, :].to(wide), v[..., part, :].to(wide)
+                keys, values = k[..., part, :].to(products), v[..., part, :].to(products)
                 scores = _scores(queries, keys, (*rules, *tensors), part, k.shape[-2])
                 weights = (scores - base[..., None]).exp_()
-                d_v[..., part, :] = (weights.mT @ d_out).to(v.dtype)
-                d_scores = (d_out @ values.mT + offset[..., None]).mul_(weights)
+                d_v[..., part, :] = (weights.to(products).mT @ d_out).to(v.dtype)
+                d_scores = (d_out @ values.mT + offset[..., None]).mul_(weights).to(products)
                 d_queries += d_scores @ keys
                 d_k[..., part, :] = (d_scores.mT @ queries).to(k.dtype)
             return _narrowed(d_queries * q.shape[-1] ** -0.5, q.dtype), d_k, d_v
@@ -199,9 +207,9 @@ class _Gradients(torch.autograd.Function):
         raise RuntimeError("chunked attention is differentiable once; for second derivatives use kernel=reference")
 
 
-def _scaled(q: Tensor) -> tuple[Tensor, torch.dtype]:
+def _scaled(q: Tensor, products: torch.dtype) -> tuple[Tensor, torch.dtype]:
     wide = torch.promote_types(q.dtype, torch.float32)
-    return q.to(wide) * q.shape[-1] ** -0.5, wide
+    return (q.to(wide) * q.shape[-1] ** -0.5).to(products), wide
 
 
 def _narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -214,7 +222,7 @@ def _pieces(n: int, chunk: int) -> list[slice]:
 
 
 def _scores(queries: Tensor, keys: Tensor, allowed: tuple[Mask, ...], part: slice, n: int) -> Tensor:
-    scores = queries @ keys.mT
+    scores = (queries @ keys.mT).to(torch.promote_types(queries.dtype, torch.float32))
     rows = masks.positions(queries.shape[-2], queries.device)
     columns = masks.positions(n, keys.device)[part]
     for mask in allowed:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from perceiver_core import checks, init
-from perceiver_core.attention import attention_map, masks, sdpa
+from perceiver_core.attention import attention_map, fastest, masks
 from perceiver_core.attention.factored import FactoredKeysValues, attend
 from perceiver_core.attention.masks import Mask
 from perceiver_core.registry import register
@@ -78,7 +78,7 @@ class MultiHeadAttention(nn.Module):
         out_bias: bool = True,
         dropout: float = 0.0,
         rotary: nn.Module | None = None,
-        kernel: Callable[..., Tensor] = sdpa,
+        kernel: Callable[..., Tensor] = fastest,
     ) -> None:
         super().__init__()
         input_dim = dim if input_dim is None else input_dim

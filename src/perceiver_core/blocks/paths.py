@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_core import checks
-from perceiver_core.attention import masks, sdpa
+from perceiver_core.attention import fastest, masks
 from perceiver_core.attention.factored import FactoredKeysValues, Norm, factor
 from perceiver_core.attention.masks import Mask
 from perceiver_core.attention.structured import native
@@ -202,7 +202,7 @@ def _whole(request: Request) -> str:
 def _bound_to_kernel(request: Request) -> str:
     """What only a kernel on keys and values does, or nothing."""
     attention = request.attention
-    if attention.kernel is not sdpa:
+    if attention.kernel is not fastest:
         return f"the kernel {getattr(attention.kernel, '__name__', attention.kernel)} was chosen"
     if type(attention.rotary) is not nn.Identity:
         return "rotary positions turn the keys"

@@ -1,0 +1,164 @@
+"""Whole models: inference, and a training step (forward, mean of squares, backward, norm of the gradients)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import perceiver_core as pc
+from benchmarks import flops, peers, plots
+from benchmarks.contest import Candidate, Contest, Results, Row, Setting, Tensors, Work, compete
+from examples.akoa.model import knee_model
+
+Models = dict[str, nn.Module]
+State = dict[str, tuple[nn.Module, Tensor]]  # models and what each is given, by the candidate's name
+
+
+class Entry(NamedTuple):
+    """Models with the same weights, the first of which is what the others are held against."""
+
+    name: str
+    models: Callable[[], Models]
+    shape: tuple[int, ...]  # of what they are given
+    candidates: tuple[str, ...]
+    tasks: tuple[str, ...] = ("inference", "training")
+    needs: str = "torch"  # a library
+
+
+README = {  # the sizes in perceiver-pytorch's README, with 64 bands and tied weights
+    "num_freq_bands": 64,
+    "max_freq": 10.0,
+    "depth": 6,
+    "num_latents": 256,
+    "latent_dim": 512,
+    "cross_heads": 1,
+    "cross_dim_head": 64,
+    "latent_heads": 8,
+    "latent_dim_head": 64,
+    "num_classes": 1000,
+    "weight_tie_layers": True,
+    "self_per_cross_attn": 1,
+}
+IMAGENET = README | {
+    "depth": 8,
+    "num_latents": 512,
+    "latent_dim": 1024,
+    "cross_dim_head": 261,
+    "latent_dim_head": 128,
+    "self_per_cross_attn": 6,
+}
+TOY = README | {"num_freq_bands": 4, "depth": 3, "num_latents": 8, "latent_dim": 32, "latent_dim_head": 4}
+TRUNK = {"latents": 512, "dim": 1024, "blocks": 8, "depth": 6, "heads": 8, "side": 224, "bands": 64}
+TOY_TRUNK = {"latents": 8, "dim": 32, "blocks": 2, "depth": 3, "heads": 4, "side": 20, "bands": 4}
+
+
+def entries(*, toy: bool) -> list[Entry]:
+    """All models, small ones for a toy."""
+    side = 20 if toy else 224
+    pictures, pixels = (1, 3, side, side), (1, side, side, 3)
+    names = ("perceiver-pytorch", "ours", "ours bfloat16")
+    lucid = [
+        Entry(name, partial(peers.perceiver_pytorch, TOY if toy else sizes), pixels, names, needs="perceiver_pytorch")
+        for name, sizes in (("perceiver-pytorch README", README), ("perceiver-pytorch ImageNet", IMAGENET))
+    ]
+    return [
+        *(lucid[:1] if toy else lucid),
+        Entry(
+            "transformers trunk",
+            partial(peers.transformers, TOY_TRUNK if toy else TRUNK),
+            pictures,
+            candidates=("transformers", "ours", "ours bfloat16"),
+            needs="transformers",
+        ),
+        Entry("ImageNet", partial(imagenet, toy=toy), pictures, ("ours", "ours recomputing"), tasks=("training",)),
+        Entry("AKOA", akoa, (2 if toy else 32, 1, 64, 64), ("ours", "ours bfloat16")),
+    ]
+
+
+def imagenet(*, toy: bool) -> Models:
+    """The paper's model, plain and with its activations computed again in the backward pass."""
+    if toy:
+        adapter = pc.adapters.Image(3, positions=pc.positions.Fourier(axes=2, bands=4, max_resolution=20))
+        encoder = pc.Encoder(adapter.dim, latents=8, dim=32, reads=3, depth=2, heads=4)
+        model = pc.Perceiver(adapter, encoder, pc.heads.Classify(encoder.dim, classes=10))
+    else:
+        model = pc.models.papers.imagenet()
+    return {"ours": model, "ours recomputing": pc.recompute_activations(copy.deepcopy(model))}
+
+
+def akoa() -> Models:
+    """The model of examples/akoa."""
+    return {"ours": knee_model((64, 64))}
+
+
+def run(setting: Setting) -> Results:
+    """Every model and task, those of libraries that are there."""
+    rows, notes = [], []
+    for entry in entries(toy=setting.toy):
+        if peers.there(entry.needs):
+            rows += [row for task in entry.tasks for row in compete(contest(entry, task), setting)]
+        else:
+            notes.append(f"{entry.name}: left out, {entry.needs} is not installed")
+    return Results(rows, notes)
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Times and memory as bars."""
+    plots.bars(rows, path, title="Whole models")
+
+
+def contest(entry: Entry, task: str) -> Contest:
+    """One model and task."""
+    step = {"inference": inference, "training": training}[task]
+    return Contest(
+        sizes={"model": entry.name, "batch": entry.shape[0], "task": task},
+        setup=partial(state, entry),
+        candidates={
+            name: Candidate(partial(step, name), "bfloat16" if name.endswith("bfloat16") else "float32")
+            for name in entry.candidates
+        },
+        work=partial(_work, flops.BACKWARD if task == "training" else 1),
+    )
+
+
+def state(entry: Entry, device: str) -> State:
+    """The models that an entry names, and what they are given."""
+    torch.manual_seed(0)
+    models = entry.models()
+    given = torch.randn(entry.shape)
+    for name in entry.candidates:
+        if name.endswith(" bfloat16"):
+            models[name] = copy.deepcopy(models[name.removesuffix(" bfloat16")]).bfloat16()
+    return {name: (model.to(device), given.to(device, peers.latents(model).dtype)) for name, model in models.items()}
+
+
+@torch.no_grad()
+def inference(name: str, models: State) -> Tensors:
+    """What a model gives."""
+    model, given = models[name]
+    return (peers.output(model.eval(), given),)
+
+
+def training(name: str, models: State) -> Tensors:
+    """What a model gives, the gradient of its latents, which went through all of it, and the norm of all gradients."""
+    model, given = models[name]
+    out = peers.output(model.train(), given)
+    parameters = dict(model.named_parameters())
+    gradients = torch.autograd.grad(out.square().mean(), list(parameters.values()))
+    of_latents = next(g for p, g in zip(parameters.values(), gradients, strict=True) if p is peers.latents(model))
+    return out.detach(), of_latents, peers.gradient_norm(list(gradients))
+
+
+def _work(passes: int, models: State) -> Work:
+    """Of the encoder; adapters and heads do little."""
+    model: Any
+    model, given = models["ours"]
+    with torch.no_grad():
+        tokens = model.adapter(given[:1]).n
+    return Work(flops=passes * len(given) * flops.encoder(model.encoder, tokens=tokens))

@@ -1,0 +1,155 @@
+"""One read of a picture: layer norms, projections, attention; forward and with its backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+
+import perceiver_core as pc
+from benchmarks import flops, plots
+from benchmarks.contest import Candidate, Contest, Results, Row, Setting, Tensors, Work, compete
+
+State: TypeAlias = tuple[pc.CrossAttend, Tensor, pc.Tokens]
+
+
+class Read(NamedTuple):
+    """The sizes of one read."""
+
+    latents: int
+    dim: int  # of a latent
+    height: int  # of the picture
+    width: int
+    bands: int
+    heads: int
+    head: int  # the width of one
+    batch: int = 1
+    dtype: str = "float32"
+
+
+PAPER = Read(latents=512, dim=1024, height=224, width=224, bands=64, heads=1, head=261)
+TOY = (Read(latents=16, dim=32, height=19, width=23, bands=6, heads=2, head=8),)
+FULL = (
+    PAPER,
+    PAPER._replace(dtype="bfloat16"),
+    PAPER._replace(batch=4),
+    PAPER._replace(latents=256, dim=512, head=64),
+    PAPER._replace(latents=256, dim=512, heads=8, head=64),
+)
+
+
+def written_out(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor], read: pc.CrossAttend, x: Tensor, tokens: pc.Tokens
+) -> Tensor:
+    """A read as it is mostly written: concatenate, normalize, project, attend."""
+    attention: Any = read.attention
+    inputs = read.input_norm(tokens.dense())
+    asked = (attention.query(read.query_norm(x)), attention.key(inputs), attention.value(inputs))
+    q, k, v = (rearrange(tensor, "b n (h d) -> b h n d", h=attention.heads) for tensor in asked)
+    out: Tensor = attention.output(rearrange(attend(q, k, v), "b h m d -> b m (h d)"))
+    return out
+
+
+def einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention as perceiver-pytorch and transformers compute it."""
+    scores = torch.einsum("bhmd,bhnd->bhmn", q, k) * q.shape[-1] ** -0.5
+    return torch.einsum("bhmn,bhnd->bhmd", scores.softmax(-1), v)
+
+
+def library(read: pc.CrossAttend, x: Tensor, tokens: pc.Tokens) -> Tensor:
+    """A read by this library, by the path that it chooses."""
+    out: Tensor = read.attention(read.query_norm(x), read.keys_values(tokens, queries=x.shape[1]))
+    return out
+
+
+# Each is a function of the read, the latents and the tokens.
+READS: dict[str, Callable[[pc.CrossAttend, Tensor, pc.Tokens], Tensor]] = {
+    "einsum": partial(written_out, einsum),
+    "sdpa": partial(written_out, F.scaled_dot_product_attention),
+    "library": library,
+}
+
+
+def run(setting: Setting) -> Results:
+    """Every way to read, at every size."""
+    return Results([row for contest in contests(toy=setting.toy) for row in compete(contest, setting)], [])
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Times and memory as bars."""
+    plots.bars(rows, path, title="One read of a picture, norms and projections included")
+
+
+def contests(*, toy: bool) -> Iterator[Contest]:
+    """One a size and direction."""
+    for read in TOY if toy else FULL:
+        for direction in DIRECTIONS:
+            yield contest(read, direction, READS)
+
+
+def contest(
+    read: Read, direction: str, ways: dict[str, Callable[[pc.CrossAttend, Tensor, pc.Tokens], Tensor]]
+) -> Contest:
+    """Some ways to read, against each other."""
+    return Contest(
+        sizes={**read._asdict(), "direction": direction},
+        setup=partial(state, read),
+        candidates={name: Candidate(partial(DIRECTIONS[direction], way), read.dtype) for name, way in ways.items()},
+        work=partial(_work, flops.BACKWARD if direction == "with backward" else 1),
+    )
+
+
+def state(read: Read, device: str) -> State:
+    """A cross-attend, latents, and the tokens of pictures."""
+    torch.manual_seed(0)
+    dtype, size = getattr(torch, read.dtype), (read.height, read.width)
+    image = pc.adapters.Image(3, positions=pc.positions.Fourier(axes=2, bands=read.bands, max_resolution=size))
+    attention = partial(pc.MultiHeadAttention, qk_dim=read.heads * read.head)
+    block = pc.CrossAttend(read.dim, image.dim, heads=read.heads, attention=attention).to(device, dtype)
+    latents = torch.randn(read.batch, read.latents, read.dim).to(device, dtype).requires_grad_()
+    return block, latents, image(torch.randn(read.batch, 3, *size).to(device, dtype))
+
+
+@torch.no_grad()
+def forward(way: Callable[..., Tensor], given: State) -> Tensors:
+    """The latents after the read."""
+    return (way(*given),)
+
+
+def backward(way: Callable[..., Tensor], given: State) -> Tensors:
+    """The latents after the read, and the gradients of half the sum of their squares by latents and weights.
+
+    In bfloat16 without those of the norm of the input, which are computed but not compared: on the CPU torch's layer
+    norm adds them up over all tokens in bfloat16, and for a whole picture loses up to 97 % of them.
+    """
+    read, latents, _ = given
+    out = way(*given)
+    weights = {name: weight for name, weight in read.named_parameters() if not name.startswith("mlp")}
+    wanted = {"latents": latents, **weights}
+    gradients = torch.autograd.grad(out, list(wanted.values()), out.detach())
+    exact = out.dtype == torch.float32
+    pairs = zip(wanted, gradients, strict=True)
+    kept = [gradient for name, gradient in pairs if exact or not name.startswith("input_norm.")]
+    return (out.detach(), *kept)
+
+
+DIRECTIONS: dict[str, Callable[..., Tensors]] = {"forward": forward, "with backward": backward}
+
+
+def _work(passes: int, given: State) -> Work:
+    """Tokens, written out, are touched once in each pass, latents going in and coming out twice."""
+    read, latents, tokens = given
+    attention: Any = read.attention
+    batch, m, _ = latents.shape
+    touched = batch * tokens.n * tokens.dim * latents.element_size() + 2 * latents.nbytes
+    return Work(
+        flops=passes * batch * flops.read(read, latents=m, tokens=tokens.n),
+        exps=batch * attention.heads * m * tokens.n,
+        moved=touched * (1 if passes == 1 else 2),
+    )

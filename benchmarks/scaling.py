@@ -1,0 +1,100 @@
+"""How the time and memory of a read grow with its tokens and with its latents, and the exponents of that."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks import plots
+from benchmarks.contest import Results, Row, Setting, compete
+from benchmarks.read import READS, Read, contest
+
+MOST = 6e9  # bytes that a candidate may need
+BASE = Read(latents=256, dim=256, height=224, width=224, bands=16, heads=1, head=64)
+TOY = Read(latents=16, dim=32, height=20, width=20, bands=4, heads=1, head=8)
+GRIDS = ((25, 40), (50, 60), (100, 100), (150, 200), (250, 400), (500, 600), (1000, 1000), (1500, 2000), (2500, 4000))
+TOY_GRIDS = ((25, 40), (50, 60), (100, 100))
+LATENTS = (32, 64, 128, 256, 512, 1024, 2048)
+TOY_LATENTS = (8, 32)
+MEASURES = {"time": "median ms", "memory": "peak MB"}
+
+
+class Sweep(NamedTuple):
+    """Reads that differ in one size, small ones first."""
+
+    along: str
+    sizes: tuple[int, ...]
+    reads: tuple[Read, ...]
+
+
+def run(setting: Setting) -> Results:
+    """Both sweeps, forward."""
+    rows: list[Row] = []
+    notes: list[str] = []
+    for sweep in sweeps(toy=setting.toy):
+        found, left_out = _measured(sweep, setting)
+        rows += found
+        notes += left_out + [f"{name}: {text}" for name, text in _fits(sweep.along, found).items()]
+    return Results(rows, notes)
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Time and memory against the sizes, with the fitted lines."""
+    plots.curves(rows, path, measures=MEASURES, fit=exponent, title="One read as its tokens or its latents grow")
+
+
+def sweeps(*, toy: bool) -> tuple[Sweep, ...]:
+    """Tokens at one number of latents; latents at one number of tokens."""
+    base, grids, latents = (TOY, TOY_GRIDS, TOY_LATENTS) if toy else (BASE, GRIDS, LATENTS)
+    return (
+        Sweep("tokens", tuple(h * w for h, w in grids), tuple(base._replace(height=h, width=w) for h, w in grids)),
+        Sweep("latents", latents, tuple(base._replace(latents=m) for m in latents)),
+    )
+
+
+def _measured(sweep: Sweep, setting: Setting) -> tuple[list[Row], list[str]]:
+    """Rows of a sweep; a candidate stops where it would need too much memory, in proportion to the size before."""
+    rows: list[Row] = []
+    notes = []
+    needed = dict.fromkeys(READS, 0.0)  # bytes for each unit of size
+    for size, read in zip(sweep.sizes, sweep.reads, strict=True):
+        ways = {name: way for name, way in READS.items() if needed[name] * size <= MOST}
+        notes += [
+            f"{name}: left out at {size:,} {sweep.along}, where it would need {needed[name] * size / 1e9:.1f} GB"
+            for name in READS
+            if name not in ways
+        ]
+        if not ways:
+            continue
+        for row in compete(contest(read, "forward", ways), setting):
+            needed[row["candidate"]] = row["peak MB"] * 1e6 / size
+            kept = ("candidate", "median ms", "spread %", "GFLOP/s", "peak MB")
+            rows.append({"along": sweep.along, "size": size, **{column: row[column] for column in kept}})
+    return rows, notes
+
+
+def _fits(along: str, rows: Sequence[Row]) -> dict[str, str]:
+    """For each candidate, how its time and memory grow."""
+    texts = {}
+    for name in dict.fromkeys(row["candidate"] for row in rows):
+        own = [row for row in rows if row["candidate"] == name]
+        sizes = [row["size"] for row in own]
+        powers = {measure: exponent(sizes, [row[column] for row in own]) for measure, column in MEASURES.items()}
+        texts[name] = ", ".join(f"{measure} grows as {along}^{power:.2f}" for measure, (power, _) in powers.items())
+    return texts
+
+
+def exponent(sizes: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
+    """The power p and the factor c of the least-squares line log y = log c + p log x, by the larger half of the sizes.
+
+    Among the smaller ones fixed costs hide what grows. NaN where fewer than two values are positive.
+    """
+    points = [(math.log(x), math.log(y)) for x, y in zip(sizes, values, strict=True) if y > 0]
+    points = points[-max(2, -(-len(points) // 2)) :]
+    if len(points) < 2:
+        return math.nan, math.nan
+    middle, height = (sum(axis) / len(points) for axis in zip(*points, strict=True))
+    power = sum((x - middle) * (y - height) for x, y in points) / sum((x - middle) ** 2 for x, _ in points)
+    return power, math.exp(height - power * middle)
