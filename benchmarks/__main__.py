@@ -6,13 +6,14 @@ import argparse
 from pathlib import Path
 from types import ModuleType
 
-from benchmarks import attention, compilation, machine, models, read, report, scaling
+from benchmarks import attention, choice, compilation, machine, models, read, report, scaling
 from benchmarks.contest import Setting
 
 # Each is a module with a line of documentation, `run` and `plot`.
 BENCHMARKS: dict[str, ModuleType] = {
     "attention": attention,
     "read": read,
+    "choice": choice,
     "models": models,
     "scaling": scaling,
     "compile": compilation,

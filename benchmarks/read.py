@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import perceiver_core as pc
 from benchmarks import flops, plots
 from benchmarks.contest import Candidate, Contest, Results, Row, Setting, Tensors, Work, compete
+from perceiver_core import paths
 
 State: TypeAlias = tuple[pc.CrossAttend, Tensor, pc.Tokens]
 
@@ -62,8 +63,9 @@ def einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhmn,bhnd->bhmd", scores.softmax(-1), v)
 
 
-def library(read: pc.CrossAttend, x: Tensor, tokens: pc.Tokens) -> Tensor:
-    """A read by this library, by the path that it chooses."""
+def library(path: paths.Path, read: pc.CrossAttend, x: Tensor, tokens: pc.Tokens) -> Tensor:
+    """A read by this library."""
+    read.path = path
     out: Tensor = read.attention(read.query_norm(x), read.keys_values(tokens, queries=x.shape[1]))
     return out
 
@@ -72,7 +74,8 @@ def library(read: pc.CrossAttend, x: Tensor, tokens: pc.Tokens) -> Tensor:
 READS: dict[str, Callable[[pc.CrossAttend, Tensor, pc.Tokens], Tensor]] = {
     "einsum": partial(written_out, einsum),
     "sdpa": partial(written_out, F.scaled_dot_product_attention),
-    "library": library,
+    "factored": partial(library, paths.Factored()),
+    "library": partial(library, paths.Cheapest()),
 }
 
 

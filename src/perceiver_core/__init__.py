@@ -22,9 +22,11 @@ from perceiver_core.blocks import (
     MultiHeadAttention,
     SelfAttend,
     SquaredReLU,
+    paths,
 )
 from perceiver_core.checkpoints import load, save
 from perceiver_core.encoder import Encoder
+from perceiver_core.explain import Explanation, explain
 from perceiver_core.models import Perceiver
 from perceiver_core.recompute import recompute_activations
 from perceiver_core.registry import register
@@ -37,6 +39,7 @@ __all__ = [
     "MLP",
     "CrossAttend",
     "Encoder",
+    "Explanation",
     "KeysValues",
     "LatentTransformer",
     "MultiHeadAttention",
@@ -47,9 +50,11 @@ __all__ = [
     "adapters",
     "attention",
     "checkpoints",
+    "explain",
     "heads",
     "load",
     "models",
+    "paths",
     "positions",
     "recompute_activations",
     "register",

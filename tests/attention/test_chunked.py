@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from perceiver_core.attention import Partial, chunked, masks, merge, partial_attention, reference
 from perceiver_core.attention.masks import Mask
+from tests.memory import Largest
 
 B, H, Q, K, D, E = 2, 3, 5, 11, 7, 13
 
@@ -44,19 +44,6 @@ def same(actual: Partial, expected: Partial) -> None:
 
 
 # Memory
-
-
-class Largest(TorchDispatchMode):
-    """Remembers the size of the largest tensor that any operation made, views aside."""
-
-    size = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        results = func(*args, **(kwargs or {}))
-        for out in results if isinstance(results, (list, tuple)) else [results]:
-            if isinstance(out, Tensor) and not func.is_view:
-                self.size = max(self.size, out.numel())
-        return results
 
 
 def largest_made(kernel, mask: Mask | None) -> int:  # type: ignore[no-untyped-def]

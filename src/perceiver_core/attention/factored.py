@@ -105,12 +105,13 @@ class FactoredKeysValues(NamedTuple):
 
     def formed(self, dtype: torch.dtype) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h n e"]]:
         """The keys and the values of all tokens."""
-        planes = self.planes()
-        scale, content = self.scale(planes).flatten(1)[:, None, :, None], planes.flatten(2).mT[:, None]
-        keys, values = (
-            torch.addcmul(part.constant, content @ part.content.mT + self._at(part), scale).to(dtype)
-            for part in (self.keys, self.values)
-        )
+        with torch.autocast(self.content.device.type, enabled=False):
+            planes = self.planes()
+            scale, content = self.scale(planes).flatten(1)[:, None, :, None], planes.flatten(2).mT[:, None]
+            keys, values = (
+                torch.addcmul(part.constant, content @ part.content.mT + self._at(part), scale).to(dtype)
+                for part in (self.keys, self.values)
+            )
         return keys, values
 
     def _at(self, part: Projection) -> Float[Tensor, "h n d"]:
@@ -153,9 +154,10 @@ def factor(
     mask = None if tokens.mask is None else tokens.mask.reshape(content.shape[:-1])
     # From the weights, whose sizes are numbers even where torch.compile leaves those of the content open.
     channels = key[0].shape[-1] - (tables[0].shape[-1] if tables else 0)
-    keys, values = (
-        _project(tables, grid, channels, norm, weight.to(wide), bias, heads) for weight, bias in (key, value)
-    )
+    with torch.autocast(content.device.type, enabled=False):
+        keys, values = (
+            _project(tables, grid, channels, norm, weight.to(wide), bias, heads) for weight, bias in (key, value)
+        )
     return FactoredKeysValues(content, tables, mask, norm, keys, values)
 
 

@@ -109,9 +109,13 @@ class Structured:
         return _whole(request) or _bound_to_kernel(request)
 
     def cost(self, request: Request, costs: Costs) -> Cost:
-        """See `costs.structured`."""
+        """See `costs.structured`; on the CPU it is that of the compiled loop."""
         sizes = Sizes.of(request)
-        return model.structured(sizes, costs, compiled=sizes.device == "cpu" and native.available())
+        return model.structured(sizes, costs, compiled=sizes.device == "cpu")
+
+    def ready(self, request: Request) -> bool:
+        """Whether the loop that the cost is of is there; it is compiled if need be."""
+        return Sizes.of(request).device != "cpu" or native.available()
 
     def read(self, request: Request) -> FactoredKeysValues:
         """What is read, in its parts."""
@@ -156,7 +160,10 @@ class Cheapest:
         if len(able) == 1:
             return able[0]
         seconds = [path.cost(request, self.costs).seconds for path in able]
-        return able[seconds.index(min(seconds))]
+        best = able[seconds.index(min(seconds))]
+        if isinstance(best, Structured) and not best.ready(request):
+            return Cheapest([path for path in able if path is not best], self.costs).choose(request)
+        return best
 
     def read(self, request: Request) -> KeysValues | FactoredKeysValues:
         """What the chosen path makes."""

@@ -1,0 +1,80 @@
+"""The numbers of the cost model, measured on the machine at hand."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from perceiver_core.attention import fastest
+from perceiver_core.attention.factored import Norm, attend, factor
+from perceiver_core.attention.structured import eager, native, read_grid
+from perceiver_core.blocks.costs import MEASURED, Costs
+from perceiver_core.tokens import Tokens
+
+
+@torch.no_grad()
+def costs(seconds: float = 2.0) -> Costs:
+    """What `Costs` wants to know, by doing each for about so many seconds; for all threads, given for one of them.
+
+    Where no compiler is found, what needs one is left as it is.
+    """
+    threads = torch.get_num_threads()
+
+    def rate(amount: float, work: Callable[[], object]) -> float:
+        return amount / _median(work, seconds) / threads
+
+    one, half = torch.randn(2048, 2048), torch.randn(2048, 2048, dtype=torch.bfloat16)
+    q, k, v = torch.randn(1, 8, 512, 64), torch.randn(1, 8, 4096, 64), torch.randn(1, 8, 4096, 64)
+    hq, hk, hv = (x.bfloat16() for x in (q, k, v))
+    large = torch.randn(2**24)
+    product, attention = 2 * 2048**3 / 1e9, 4 * q.numel() * k.shape[2] / 1e9
+    found = Costs(
+        matmul=rate(product, lambda: one @ one),
+        matmul_half=rate(product, lambda: half @ half),
+        attention=rate(attention, lambda: fastest(q, k, v)),
+        attention_half=rate(attention, lambda: fastest(hq, hk, hv)),
+        copy=rate(2 * large.nbytes / 1e9, lambda: large * 2.0),
+        pair=MEASURED.pair,
+        channel=MEASURED.channel,
+        pair_eager=threads * 1e9 * _median(_grid_read(1, eager=True), seconds) / _PAIRS,
+        start=1e6 * threads * _median(_tiny_read, seconds),
+    )
+    if not native.available():
+        return found
+    few, many = (threads * 1e9 * _median(_grid_read(channels), seconds) / _PAIRS for channels in (4, 68))
+    channel = (many - few) / 64
+    return Costs(**{**vars(found), "pair": few - 4 * channel, "channel": channel})
+
+
+_PAIRS = 256 * 128 * 192
+
+
+def _tiny_read() -> object:
+    tokens = Tokens(torch.zeros(1, 2, 3, 1), (torch.zeros(2, 1, 5), torch.zeros(1, 3, 5)))
+    weights = torch.zeros(8, 6), torch.zeros(8)
+    return attend(torch.zeros(1, 1, 1, 8), factor(tokens, Norm(eps=1e-5), weights, weights, heads=1))
+
+
+def _grid_read(channels: int, *, eager: bool = False) -> Callable[[], object]:
+    a, u = torch.randn(1, 1, 256, channels), torch.randn(1, 1, 256, 128 + 192)
+    content, scale = torch.randn(1, channels, 128, 192), torch.ones(1, 128, 192)
+    return lambda: (_eager if eager else read_grid)(a, u, content, scale)
+
+
+def _eager(a: Tensor, u: Tensor, content: Tensor, scale: Tensor) -> object:
+    return eager.forward(a, u, content, scale, None)
+
+
+def _median(work: Callable[[], object], seconds: float) -> float:
+    """The median time of a call, of as many as fit into a time; three at least, after one to warm up."""
+    work()
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < seconds:
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)

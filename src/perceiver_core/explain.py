@@ -1,0 +1,173 @@
+"""What a model's reads do: which path each takes, what that costs, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from perceiver_core.blocks.costs import Cost, Costs, Request, Sizes
+from perceiver_core.blocks.paths import Cheapest, Dense, Factored, Path, Structured
+
+
+@dataclass(frozen=True)
+class Explained:
+    """One read. Where several share what they read, it is explained once, for the queries of all of them.
+
+    Args:
+        read: its name in the model.
+        sizes: who reads what; see `costs.Sizes`.
+        path: the path that it takes.
+        cost: what that path takes for the forward pass, predicted, on one thread.
+        why: what the other paths would take, or why they cannot.
+    """
+
+    read: str
+    sizes: Sizes
+    path: Path
+    cost: Cost
+    why: str
+
+
+class Explanation(tuple[Explained, ...]):
+    """All reads of a model in the order in which they happen; printed, a table."""
+
+    def __str__(self) -> str:
+        """A table with one row a read."""
+        head = ("read", "queries", "tokens", "path", "GFLOP", "MB", "ms", "why")
+        rows = [head, *(_row(read) for read in self)]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(head) - 1)]
+        lines = [
+            "  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[-1]]) for row in rows
+        ]
+        return "\n".join(line.rstrip() for line in lines)
+
+    __repr__ = __str__
+
+
+def explain(model: nn.Module, *inputs: Any, **named: Any) -> Explanation:
+    """Runs a model once and says which path each of its reads takes, what that costs, and why.
+
+    FLOPs, bytes and milliseconds are those of the cost model: of the forward pass, and on as many threads as PyTorch
+    uses. `paths.use` makes reads take another path.
+
+    Args:
+        model: whatever holds reads: a `Perceiver`, an `Encoder`, your own.
+        inputs: what it is called with.
+        named: what it is called with by name.
+
+    Returns:
+        One entry a read; printed, a table.
+
+    Raises:
+        ValueError: a model that reads nothing.
+
+    Example:
+        >>> import torch
+        >>> import perceiver_core as pc
+        >>> from perceiver_core.blocks import paths
+        >>> image = pc.adapters.Image(channels=3, positions=pc.positions.Fourier(axes=2, bands=64, max_resolution=96))
+        >>> encoder = pc.Encoder(image.dim, latents=256, dim=64, depth=1, heads=4)
+        >>> model = pc.Perceiver(image, encoder, pc.heads.Latents())
+        >>> paths.use(model, paths.Factored())
+        >>> [read] = pc.explain(model, torch.rand(1, 3, 96, 64))
+        >>> read.read, read.path, read.sizes.queries, read.sizes.axes
+        ('encoder.reads.0', Factored(), 256, (96, 64))
+    """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    requests: list[tuple[str, Path, Request]] = []
+    with _listening(model, requests), _statistics_at_rest(model), torch.random.fork_rng(devices=[]), torch.no_grad():
+        model(*inputs, **named)
+    return Explanation(_explained(*request) for request in requests)
+
+
+@dataclass
+class _Listener:
+    """A path that takes another one, and remembers what it was asked."""
+
+    name: str
+    path: Path
+    requests: list[tuple[str, Path, Request]]
+
+    def read(self, request: Request) -> Any:
+        self.requests.append((self.name, self.path, request))
+        return self.path.read(request)
+
+    def why_not(self, request: Request) -> str:
+        return self.path.why_not(request)
+
+    def cost(self, request: Request, costs: Costs) -> Cost:
+        return self.path.cost(request, costs)
+
+
+@contextmanager
+def _listening(model: nn.Module, requests: list[tuple[str, Path, Request]]) -> Iterator[None]:
+    reads: dict[str, Any] = {
+        name: part for name, part in model.named_modules() if hasattr(part, "path") and hasattr(part, "request")
+    }
+    if not reads:
+        raise ValueError(f"model must have reads (CrossAttend) to explain; {type(model).__name__} has none")
+    taken = {name: read.path for name, read in reads.items()}
+    try:
+        for name, read in reads.items():
+            read.path = _Listener(name, taken[name], requests)
+        yield
+    finally:
+        for name, read in reads.items():
+            read.path = taken[name]
+
+
+@contextmanager
+def _statistics_at_rest(model: nn.Module) -> Iterator[None]:
+    """A look at a model in training must not move its running means."""
+    moving = [part for part in model.modules() if part.training and hasattr(part, "running_mean")]
+    try:
+        for part in moving:
+            part.training = False
+        yield
+    finally:
+        for part in moving:
+            part.training = True
+
+
+def _explained(name: str, path: Path, request: Request) -> Explained:
+    free = isinstance(path, Cheapest)
+    costs = path.costs if isinstance(path, Cheapest) else Costs()
+    taken = path.choose(request) if isinstance(path, Cheapest) else path
+    others = [other for other in (Structured(), Factored(), Dense()) if other != taken]
+    allowed = path.of if isinstance(path, Cheapest) else (path,)
+    reasons = [_reason(other, request, costs, allowed=other in allowed) for other in others]
+    return Explained(
+        name,
+        Sizes.of(request),
+        taken,
+        taken.cost(request, costs),
+        ("" if free else "it was chosen; ") + "; ".join(reasons),
+    )
+
+
+def _reason(path: Path, request: Request, costs: Costs, *, allowed: bool) -> str:
+    if reason := path.why_not(request):
+        return f"{_name(path)} cannot: {reason}"
+    if isinstance(path, Structured) and not path.ready(request):
+        return f"{_name(path)} would need a C++ compiler"
+    return f"{_name(path)} {_milliseconds(path.cost(request, costs))} ms" + ("" if allowed else " (not allowed)")
+
+
+def _row(read: Explained) -> tuple[str, ...]:
+    s = read.sizes
+    tokens = f"{s.batch} x {' x '.join(map(str, s.axes))} x ({s.channels} + {s.width - s.channels})"
+    cost = (f"{read.cost.flops / 1e9:.3g}", f"{read.cost.bytes / 1e6:.3g}", _milliseconds(read.cost))
+    return (read.read or "(itself)", str(s.queries), tokens, _name(read.path), *cost, read.why)
+
+
+def _name(path: Path) -> str:
+    return type(path).__name__
+
+
+def _milliseconds(cost: Cost) -> str:
+    return f"{1000 * cost.seconds / torch.get_num_threads():.3g}"
