@@ -60,7 +60,7 @@ def run(setting: Setting) -> Results:
             row = measured[type(path).__name__]
             predicted = 1000 * path.cost(request, paths.Costs()).seconds / torch.get_num_threads()
             kept = {name: row[name] for name in ("candidate", "median ms", "spread %", "peak MB")}
-            rows.append({**case._asdict(), **kept, "predicted ms": predicted, "chosen": path == chosen})
+            rows.append({**_sizes(case), **kept, "predicted ms": predicted, "chosen": path == chosen})
         best = min(row["median ms"] for row in measured.values())
         lost.append(measured[type(chosen).__name__]["median ms"] / best)
     worst, mean = max(lost), sum(lost) / len(lost)
@@ -71,14 +71,19 @@ def run(setting: Setting) -> Results:
 
 def plot(rows: list[Row], path: Path) -> None:
     """Times and memory as bars."""
-    shown = [{name: value for name, value in row.items() if name not in ("predicted ms", "chosen")} for row in rows]
+    told = ("predicted ms", "chosen")
+    shown = [{name: value for name, value in row.items() if name not in told} for row in rows]
     plots.bars(shown, path, title="Reads by each path")
+
+
+def _sizes(case: Case) -> Row:
+    return {**case._asdict(), "grid": " x ".join(map(str, case.grid))}
 
 
 def _contest(case: Case) -> Contest:
     ways = {type(path).__name__: partial(library, path) for path in paths.Cheapest().of}
     return Contest(
-        sizes=case._asdict(),
+        sizes=_sizes(case),
         setup=partial(_state, case),
         candidates={name: Candidate(partial(forward, way), case.dtype) for name, way in ways.items()},
         work=lambda _: Work(flops=0.0),

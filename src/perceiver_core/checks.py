@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -99,6 +100,11 @@ def same_place(name: str, x: Tensor, weight: Tensor) -> None:
 def autocasting(device: torch.device) -> bool:
     """Whether torch.autocast is on for a device; the meta device has none."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Without autocast: what follows chooses its dtypes itself."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def positive(*, at_most: int | None = None, **sizes: int) -> None:

@@ -8,6 +8,7 @@ from typing import TypeVar
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from perceiver_core.allocator import return_freed_memory
 from perceiver_core.blocks import CrossAttend, SelfAttend
 
 M = TypeVar("M", bound=nn.Module)
@@ -19,6 +20,9 @@ def recompute_activations(model: M, blocks: tuple[type[nn.Module], ...] = (Cross
     What is kept of a block is what goes into it: latents, and the tokens of a read. Where reads share weights, the
     keys and values that they share are kept too. Changes the model in place, once; weights, `state_dict` and outputs
     stay as they are.
+
+    On the CPU what this saves shows only if freed memory goes back to the system: with glibc it is asked to, for the
+    whole process, see `allocator.return_freed_memory`.
 
     Args:
         model: any module.
@@ -42,4 +46,5 @@ def recompute_activations(model: M, blocks: tuple[type[nn.Module], ...] = (Cross
                 module.keys_values = partial(  # type: ignore[method-assign]
                     checkpoint, module.keys_values, use_reentrant=False
                 )
+    return_freed_memory()
     return model

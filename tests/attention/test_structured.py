@@ -293,8 +293,47 @@ def test_it_is_differentiable_once_and_says_so() -> None:
     inputs = [x.requires_grad_() for x in some_inputs(5, 7)]
     (d_a,) = torch.autograd.grad(read_grid(*inputs).content.square().sum(), inputs[0], create_graph=True)
     for loss in (d_a.sum(), d_a.square().sum()):
-        with pytest.raises(RuntimeError, match="read_grid"):
+        with pytest.raises(RuntimeError, match=r"read_grid|once"):
             torch.autograd.grad(loss, inputs[1], retain_graph=True)
+
+
+# Transforms
+
+AXES = [(0, 0, 0, 0), (None, 0, 0, 0), (0, None, None, None), (None, None, 0, 0), (0, 0, None, 0)]
+
+
+@routes
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("asking", [1, 2], ids=["shared", "own"])
+@pytest.mark.parametrize("mapped", AXES, ids=str)
+def test_vmap_of_gradients_equals_a_loop(mapped: tuple[int | None, ...], asking: int, masked: bool) -> None:
+    """Whichever inputs differ between samples."""
+    inputs = some_inputs(5, 7, asking=asking)
+    many = [draw(3, *x.shape, seed=i) if m == 0 else x for i, (x, m) in enumerate(zip(inputs, mapped, strict=True))]
+    mask = bools(2, 5, 7) if masked else None
+
+    def loss(*xs: Tensor) -> Tensor:
+        return torch.stack([x.square().sum() for x in read_grid(*xs, mask)]).sum()
+
+    gradients = torch.vmap(torch.func.grad(loss, (0, 1, 2, 3)), mapped)(*many)
+    for i in range(3):
+        one = [(x[i] if m == 0 else x).detach().requires_grad_() for x, m in zip(many, mapped, strict=True)]
+        torch.testing.assert_close([x[i] for x in gradients], list(torch.autograd.grad(loss(*one), one)))
+
+
+@routes
+def test_vmap_over_masks() -> None:
+    inputs, many = some_inputs(5, 7), bools(3, 2, 5, 7)
+    found = torch.vmap(lambda mask: tuple(read_grid(*inputs, mask)))(many)
+    wanted = [read_grid(*inputs, mask) for mask in many]
+    torch.testing.assert_close(found, tuple(torch.stack(x) for x in zip(*wanted, strict=True)), rtol=0.0, atol=1e-14)
+
+
+@routes
+def test_jacobians() -> None:
+    a, u, content, scale = some_inputs(2, 3, queries=2)
+    found, wanted = (torch.func.jacrev(lambda a, f=f: f(a, u, content, scale)[0])(a) for f in (read_grid, formula))
+    torch.testing.assert_close(found, wanted, rtol=0.0, atol=1e-12)
 
 
 # The operators

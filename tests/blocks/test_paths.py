@@ -40,7 +40,7 @@ def tokens_of(grid, channels=3, *, batch=2, masked=False, seed=0):
 
 def read_of(tokens, *, path=Dense(), heads=2, norm=nn.LayerNorm, **options):  # noqa: B008 (a constant)
     torch.manual_seed(0)
-    attention = partial(MultiHeadAttention, qk_dim=14, v_dim=22, **options)
+    attention = partial(MultiHeadAttention, **{"qk_dim": 14, "v_dim": 22, **options})
     read = CrossAttend(19, tokens.dim, heads=heads, norm=norm, attention=attention, path=path).double()
     with torch.no_grad():
         for weight in read.parameters():
@@ -189,8 +189,9 @@ def test_autocast(path):
 class TestChoice:
     """What `Cheapest` takes."""
 
-    def choice(self, tokens, queries=512, of=ALL, mask=None, **options):
-        return Cheapest(of=of).choose(read_of(tokens, **options).request(tokens, mask=mask, queries=queries))
+    def choice(self, tokens, of=ALL):
+        read = read_of(tokens, qk_dim=128, v_dim=128)
+        return Cheapest(of=of).choose(read.request(tokens, queries=512))
 
     def test_a_large_picture_is_read_by_structure(self):
         assert self.choice(tokens_of((113, 127))) == Structured()

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import perceiver_core as pc
-from perceiver_core import adapters, attention, heads, positions, registry, sharing
+from perceiver_core import adapters, allocator, attention, heads, positions, registry, sharing
 from perceiver_core.attention.structured import native
 from perceiver_core.checkpoints import folder as files
 
@@ -494,7 +494,7 @@ CHANGES = {
     "rotary": (lambda m: setattr(attend(m), "rotary", positions.Rotary(2)), r"attention\.rotary is .*Rotary\(dim=2"),
     "a kernel": (
         lambda m: setattr(attend(m), "kernel", attention.chunked),
-        r"attention is .*kernel=\{'name': 'chunked'\}.* not .*kernel=\{'name': 'sdpa'\}",
+        r"attention is .*kernel=\{'name': 'chunked'\}.* not .*kernel=\{'name': 'fastest'\}",
     ),
     "dropout": (lambda m: setattr(m.head.dropout, "p", 0.5), r"head\.dropout is .*p=0\.5.* not .*p=0\.0"),
     "positions": (
@@ -1063,6 +1063,8 @@ def test_the_library_has_nothing_that_executes():
         loaders = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "importlib", "subprocess", "ctypes"}
         if source == Path(native.__file__):  # compiles and runs the source beside it, which comes with the package
             loaders -= {"subprocess", "ctypes"}
+        if source == Path(allocator.__file__):  # one call into the C library
+            loaders -= {"ctypes"}
         assert {name.split(".")[0] for name in imported} & loaders == set(), source
 
 

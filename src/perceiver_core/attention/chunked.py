@@ -127,7 +127,7 @@ class _Partial(torch.autograd.Function):
         q: Tensor, k: Tensor, v: Tensor, rules: tuple[Rule, ...], how: tuple[int, torch.dtype], *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
         chunk, products = how
-        with torch.autocast(q.device.type, enabled=False):
+        with checks.full_precision(q.device):
             queries, wide = _scaled(q, products)
             top = queries.new_full(q.shape[:-1], -torch.inf, dtype=wide)
             total = torch.zeros_like(top)
@@ -179,7 +179,7 @@ class _Gradients(torch.autograd.Function):
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         chunk, products = how
-        with torch.autocast(q.device.type, enabled=False):
+        with checks.full_precision(q.device):
             queries, wide = _scaled(q, products)
             # d score = weight * (d weight - sum of weight * d weight + d lse); the sum is d_out . out.
             offset = d_lse - (d_output.to(wide) * output.to(wide)).sum(-1)

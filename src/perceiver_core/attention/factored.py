@@ -19,10 +19,12 @@ from math import prod
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from perceiver_core import checks
 from perceiver_core.attention.chunked import Partial, merge, partial_attention
 from perceiver_core.attention.masks import Padding
 from perceiver_core.attention.structured import read_grid
@@ -105,20 +107,20 @@ class FactoredKeysValues(NamedTuple):
 
     def formed(self, dtype: torch.dtype) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h n e"]]:
         """The keys and the values of all tokens."""
-        with torch.autocast(self.content.device.type, enabled=False):
+        heads = self.keys.content.shape[0]
+        with checks.full_precision(self.content.device):
             planes = self.planes()
-            scale, content = self.scale(planes).flatten(1)[:, None, :, None], planes.flatten(2).mT[:, None]
-            keys, values = (
-                torch.addcmul(part.constant, content @ part.content.mT + self._at(part), scale).to(dtype)
-                for part in (self.keys, self.values)
-            )
-        return keys, values
+            scale, content = self.scale(planes).flatten(1).unsqueeze(-1), planes.flatten(2).mT
+            keys, values = (self._formed(part, content, scale).to(dtype) for part in (self.keys, self.values))
+        return rearrange(keys, "b n (h d) -> b h n d", h=heads), rearrange(values, "b n (h d) -> b h n d", h=heads)
 
-    def _at(self, part: Projection) -> Float[Tensor, "h n d"]:
-        """The term of the places of every token, for all samples of the batch."""
-        terms = [_along(table, [axis], len(self.grid), before=1) for axis, table in enumerate(part.places)]
-        total = sum(terms[1:], start=terms[0])
-        return total.expand(-1, *self.grid, -1).flatten(1, -2)
+    def _formed(self, part: Projection, content: Tensor, scale: Tensor) -> Float[Tensor, "b n hd"]:
+        tables = [rearrange(table, "h size d -> size (h d)") for table in part.places]
+        terms = [_along(table, [axis], len(tables)) for axis, table in enumerate(tables)]
+        places = sum(terms[1:], start=terms[0]).expand(*self.grid, -1).flatten(0, -2)  # for all of the batch
+        weight, batch = part.content.flatten(0, 1).mT, content.shape[0]
+        sums = torch.baddbmm(places.expand(batch, -1, -1), content, weight.expand(batch, -1, -1))
+        return torch.addcmul(part.constant.flatten(), sums, scale)
 
 
 def factor(
@@ -154,7 +156,7 @@ def factor(
     mask = None if tokens.mask is None else tokens.mask.reshape(content.shape[:-1])
     # From the weights, whose sizes are numbers even where torch.compile leaves those of the content open.
     channels = key[0].shape[-1] - (tables[0].shape[-1] if tables else 0)
-    with torch.autocast(content.device.type, enabled=False):
+    with checks.full_precision(content.device):
         keys, values = (
             _project(tables, grid, channels, norm, weight.to(wide), bias, heads) for weight, bias in (key, value)
         )
@@ -178,7 +180,7 @@ def attend(q: Float[Tensor, "#b h q d"], read: FactoredKeysValues) -> Partial:
 
 
 def _structured_part(q: Tensor, read: FactoredKeysValues) -> Partial:
-    with torch.autocast(q.device.type, enabled=False):
+    with checks.full_precision(q.device):
         planes = read.planes()
         scaled = q.to(planes.dtype) * q.shape[-1] ** -0.5
         got = read_grid(
@@ -291,9 +293,9 @@ def _positions_spread(tables: Sequence[Tensor], *, center: bool) -> tuple[Tensor
     return sum(parts[1:], parts[0]), sum(at[1:], at[0])
 
 
-def _along(x: Tensor, axes: list[int], of: int, *, before: int = 0) -> Tensor:
+def _along(x: Tensor, axes: list[int], of: int) -> Tensor:
     """A tensor over some axes of a grid, with ones for the others, so that it broadcasts over the grid."""
-    return x[(slice(None),) * before + tuple([slice(None) if axis in axes else None for axis in range(of)])]
+    return x[tuple([slice(None) if axis in axes else None for axis in range(of)])]
 
 
 def _cut(tables: tuple[Tensor, ...], axis: int, dim: int, start: int, length: int) -> tuple[Tensor, ...]:

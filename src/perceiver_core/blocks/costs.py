@@ -31,8 +31,9 @@ class Costs:
     Args:
         matmul: large matrix products in float32, GFLOP/s.
         matmul_half: the same in bfloat16 or float16.
-        attention: the default kernel in float32, GFLOP/s.
+        attention: the products of the default kernel in float32, GFLOP/s.
         attention_half: the same in bfloat16 or float16.
+        softmax: the rest of the kernel, nanoseconds for a query and a token.
         copy: reading and writing large tensors, GB/s.
         pair: a structured read, nanoseconds for a query and a token.
         channel: nanoseconds more for each channel of the content.
@@ -44,6 +45,7 @@ class Costs:
     matmul_half: float = 200.0
     attention: float = 75.0
     attention_half: float = 75.0
+    softmax: float = 0.5
     copy: float = 10.0
     pair: float = 0.28
     channel: float = 0.07
@@ -121,13 +123,13 @@ class Sizes(NamedTuple):
 def dense(s: Sizes, costs: Costs) -> Cost:
     """Tokens concatenated, normalized and projected; the kernel."""
     moved = s.batch * s.n * (6 * s.width + s.made) * s.element
-    return _ordinary(s, costs, flops=2 * s.batch * s.n * s.width * s.made, moved=moved)
+    return _ordinary(s, costs, flops=2 * s.batch * s.n * s.width * s.made, moved=moved, half=s.half)
 
 
 def factored(s: Sizes, costs: Costs) -> Cost:
     """The content projected, the tables projected (once a batch), the sum of the two scaled; the kernel."""
     flops = 2 * s.made * (s.batch * s.n * s.channels + sum(s.axes) * (s.width - s.channels))
-    return _ordinary(s, costs, flops=flops, moved=s.batch * s.n * 6 * s.made * s.element)
+    return _ordinary(s, costs, flops=flops, moved=s.batch * s.n * (4 * s.made + s.channels) * 4, half=False)
 
 
 def structured(s: Sizes, costs: Costs, *, compiled: bool) -> Cost:
@@ -142,8 +144,12 @@ def structured(s: Sizes, costs: Costs, *, compiled: bool) -> Cost:
     return Cost(small + pairs * (4 * s.channels + 2 * len(s.axes) + 16), moved, seconds)
 
 
-def _ordinary(s: Sizes, costs: Costs, *, flops: float, moved: float) -> Cost:
+def _ordinary(s: Sizes, costs: Costs, *, flops: float, moved: float, half: bool) -> Cost:
     kernel = 2.0 * s.batch * s.queries * s.n * s.made
-    products, attention = (costs.matmul_half, costs.attention_half) if s.half else (costs.matmul, costs.attention)
-    seconds = flops / products / 1e9 + moved / costs.copy / 1e9 + kernel / attention / 1e9
+    products = costs.matmul_half if half else costs.matmul
+    attention = costs.attention_half if s.half else costs.attention
+    pairs = s.batch * s.heads * s.queries * s.n
+    seconds = (
+        flops / products / 1e9 + moved / costs.copy / 1e9 + kernel / attention / 1e9 + pairs * costs.softmax * 1e-9
+    )
     return Cost(flops + kernel, moved + s.batch * s.n * s.made * s.element, seconds)

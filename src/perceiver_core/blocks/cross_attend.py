@@ -105,7 +105,7 @@ class CrossAttend(nn.Module):
         """What the attention reads, and the mask that is not in it yet."""
         if isinstance(tokens, (KeysValues, FactoredKeysValues)):
             return tokens, mask
-        return self.keys_values(tokens, mask=mask, queries=x.shape[1]), None
+        return self.path.read(self.request(tokens, mask=mask, queries=x.shape[1])), None
 
     def forward(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from perceiver_core.attention import fastest
 from perceiver_core.attention.factored import Norm, attend, factor
 from perceiver_core.attention.structured import eager, native, read_grid
-from perceiver_core.blocks.costs import MEASURED, Costs
+from perceiver_core.blocks.costs import Costs
 from perceiver_core.tokens import Tokens
 
 
@@ -28,18 +29,21 @@ def costs(seconds: float = 2.0) -> Costs:
         return amount / _median(work, seconds) / threads
 
     one, half = torch.randn(2048, 2048), torch.randn(2048, 2048, dtype=torch.bfloat16)
-    q, k, v = torch.randn(1, 8, 512, 64), torch.randn(1, 8, 4096, 64), torch.randn(1, 8, 4096, 64)
-    hq, hk, hv = (x.bfloat16() for x in (q, k, v))
-    large = torch.randn(2**24)
-    product, attention = 2 * 2048**3 / 1e9, 4 * q.numel() * k.shape[2] / 1e9
+    large = torch.randn(2**22)
+    product = 2 * 2048**3 / 1e9
+    narrow, wide, wide_half = (
+        threads * 1e9 * _median(_attention(width, dtype), seconds) / _PAIRS
+        for width, dtype in ((16, torch.float32), (272, torch.float32), (272, torch.bfloat16))
+    )
+    each = (wide - narrow) / 256  # nanoseconds for a pair and a unit of width, 4 operations
+    softmax = max(narrow - 16 * each, 0.0)
     found = Costs(
         matmul=rate(product, lambda: one @ one),
         matmul_half=rate(product, lambda: half @ half),
-        attention=rate(attention, lambda: fastest(q, k, v)),
-        attention_half=rate(attention, lambda: fastest(hq, hk, hv)),
+        attention=4 / each,
+        attention_half=4 * 272 / max(wide_half - softmax, 1e-9),
+        softmax=softmax,
         copy=rate(2 * large.nbytes / 1e9, lambda: large * 2.0),
-        pair=MEASURED.pair,
-        channel=MEASURED.channel,
         pair_eager=threads * 1e9 * _median(_grid_read(1, eager=True), seconds) / _PAIRS,
         start=1e6 * threads * _median(_tiny_read, seconds),
     )
@@ -47,10 +51,15 @@ def costs(seconds: float = 2.0) -> Costs:
         return found
     few, many = (threads * 1e9 * _median(_grid_read(channels), seconds) / _PAIRS for channels in (4, 68))
     channel = (many - few) / 64
-    return Costs(**{**vars(found), "pair": few - 4 * channel, "channel": channel})
+    return replace(found, pair=few - 4 * channel, channel=channel)
 
 
 _PAIRS = 256 * 128 * 192
+
+
+def _attention(width: int, dtype: torch.dtype) -> Callable[[], object]:
+    q, k, v = (torch.randn(1, 1, n, width, dtype=dtype) for n in (256, 128 * 192, 128 * 192))
+    return lambda: fastest(q, k, v)
 
 
 def _tiny_read() -> object:

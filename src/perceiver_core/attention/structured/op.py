@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from perceiver_core import checks
 from perceiver_core.attention.structured import eager, native
 
 LN2 = math.log(2)
@@ -65,7 +66,7 @@ def read_grid(
         >>> read.content.shape, read.marginals.shape, read.lse.shape
         (torch.Size([4, 2, 7, 3]), torch.Size([4, 2, 7, 16]), torch.Size([4, 2, 7]))
     """
-    with torch.autocast(content.device.type, enabled=False):
+    with checks.full_precision(content.device):
         read, marginals, lse, _, _ = _read_grid(content_queries, axis_queries, content, scale, mask)
     return GridRead(read, marginals, lse)
 
