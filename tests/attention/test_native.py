@@ -210,6 +210,17 @@ def test_a_folder_that_is_not_the_users_to_write_is_not_used(
     assert native._folder() is None
 
 
+def test_a_kept_library_that_cannot_be_loaded_is_passed_over(
+    cache: Path, built: Path, script: Callable[[str], Path], compilations: list[list[str]]
+) -> None:
+    """Damaged, made on another system, or where nothing may be run."""
+    script(f'[ -z "$OUT" ] || cp {built} "$OUT"')
+    kept = native._compiled(native._compiler(), Path(str(native._folder())))
+    assert kept.parent == cache
+    kept.write_bytes(b"")
+    assert loaded() and len(compilations) == 2
+
+
 def test_a_user_without_a_home_has_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in containers that run under a number: there `Path.home` raises RuntimeError."""
 

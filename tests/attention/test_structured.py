@@ -359,16 +359,16 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("route", "threads")
+@pytest.mark.parametrize("route", ["compiled"], indirect=True)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_results_are_the_same_bits_for_any_number_of_threads(batch: int) -> None:
     """Of the compiled loop; products of matrices are not always."""
     inputs, mask = [x.float() for x in some_inputs(13, 67, batch=batch, heads=2, queries=37)], bools(batch, 13, 67)
     found = []
-    with taking("compiled"):
-        for count in (1, 2, 2, 5):
-            torch.set_num_threads(count)
-            found.append(results(read_grid, inputs, mask))
+    for count in (1, 2, 2, 5):
+        torch.set_num_threads(count)
+        found.append(results(read_grid, inputs, mask))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=0.0, atol=0.0)
 

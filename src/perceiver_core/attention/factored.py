@@ -71,7 +71,10 @@ class FactoredKeysValues(NamedTuple):
     def planes(self) -> Float[Tensor, "b c *grid"]:
         """The content, channels first, zero where the mask hides a token, in the dtype that is computed in."""
         content = self.content if self.mask is None else self.content.masked_fill(~self.mask.unsqueeze(-1), 0.0)
-        return content.movedim(-1, 1).to(self.keys.content.dtype)
+        planes = content.movedim(-1, 1).to(self.keys.content.dtype)
+        if self.norm is not None and self.norm.center and not self.tables:
+            planes = planes - planes.mean(1, keepdim=True)  # changes nothing else, but large means lose digits
+        return planes
 
     def scale(self, planes: Tensor) -> Float[Tensor, " b *grid"]:
         """What the norm multiplies each token with: 1 / its standard deviation or root mean square."""
@@ -196,7 +199,8 @@ def _structured_part(q: Tensor, read: FactoredKeysValues) -> Partial:
         same = scaled @ read.keys.constant.mT
         out = out + 0.0 * same  # its gradient is zero, not absent
         if read.mask is not None:
-            out = out.masked_fill((got.lse == -torch.inf).unsqueeze(-1), 0.0)
+            nothing = (got.lse == -torch.inf).unsqueeze(-1)
+            out, same = out.masked_fill(nothing, 0.0), same.masked_fill(nothing, 0.0)
         return Partial(out.to(q.dtype), got.lse + same.squeeze(-1))
 
 
@@ -212,7 +216,7 @@ def _slabs(q: Tensor, read: FactoredKeysValues) -> list[FactoredKeysValues]:
         return [read]
     axis = max(range(len(read.grid)), key=lambda axis: read.grid[axis])
     size = read.grid[axis]
-    step = max(1, min(SLAB * size // (read.content.shape[0] * prod(read.grid)), ENTRIES // prod(q.shape[1:3])))
+    step = max(1, min(SLAB * size // (read.content.shape[0] * prod(read.grid)), ENTRIES // max(1, prod(q.shape[1:3]))))
     return [read] if step >= size else [read.slab(axis, at, min(step, size - at)) for at in range(0, size, step)]
 
 

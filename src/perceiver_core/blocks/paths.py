@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
 
+@runtime_checkable
 class Path(Protocol):
     """A way to read tokens."""
 
@@ -250,12 +251,14 @@ def _factor(request: Request, path: Path) -> FactoredKeysValues:
     attention = request.attention
     parts = [(linear.weight, linear.bias) for linear in (attention.key, attention.value)]
     assert isinstance(request.tokens, Tokens)  # as `why_not` found
-    return factor(request.tokens, _norm(request.norm), *parts, heads=attention.heads)
+    return factor(request.tokens, _norm(request.norm, request.tokens.content.dtype), *parts, heads=attention.heads)
 
 
-def _norm(norm: Any) -> Norm | None:
+def _norm(norm: Any, dtype: torch.dtype) -> Norm | None:
     if isinstance(norm, nn.Identity):
         return None
     if isinstance(norm, nn.LayerNorm):
         return Norm(norm.eps, norm.weight, norm.bias)
-    return Norm(torch.finfo(norm.weight.dtype).eps if norm.eps is None else norm.eps, norm.weight, None, center=False)
+    # Without one, PyTorch takes that of the dtype it computes in: float32 for half precision.
+    eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps if norm.eps is None else norm.eps
+    return Norm(eps, norm.weight, None, center=False)

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from contextlib import suppress
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -106,10 +107,12 @@ def library() -> ctypes.CDLL | None:
 
 def _load() -> ctypes.CDLL:
     compiler, folder = _compiler(), _folder()
-    if folder is None:  # no place that is the user's own: compiled anew in every process
-        with tempfile.TemporaryDirectory(prefix="perceiver-core-") as own:
-            return ctypes.CDLL(str(_compiled(compiler, Path(own))))
-    return ctypes.CDLL(str(_compiled(compiler, folder)))
+    if folder is not None:
+        path = _compiled(compiler, folder)
+        with suppress(OSError):  # a damaged file, another system's, or a folder from which nothing may be run
+            return ctypes.CDLL(str(path))
+    with tempfile.TemporaryDirectory(prefix="perceiver-core-") as own:  # compiled anew in every process
+        return ctypes.CDLL(str(_compiled(compiler, Path(own))))
 
 
 def _compiled(compiler: str, folder: Path) -> Path:
@@ -144,11 +147,11 @@ def _folder() -> Path | None:
     """A folder that only this user writes to, as what lies there is run; None where there is none."""
     if not hasattr(os, "getuid"):
         return None
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "perceiver-core"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "perceiver-core"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
-    except OSError:
+    except (OSError, RuntimeError):  # the latter from `home`, for a user who has none
         return None
     own = status.st_uid == os.getuid() and not status.st_mode & 0o022
     return folder if own and os.access(folder, os.W_OK) else None

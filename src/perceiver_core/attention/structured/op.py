@@ -67,11 +67,18 @@ def read_grid(
         (torch.Size([4, 2, 7, 3]), torch.Size([4, 2, 7, 16]), torch.Size([4, 2, 7]))
     """
     with checks.full_precision(content.device):
-        read, marginals, lse, _, _ = _read_grid(content_queries, axis_queries, content, scale, mask)
-    return GridRead(read, marginals, lse)
+        # torch.compile and torch.export see one node; torch.func and forward mode need a Function.
+        read: Any = _read_grid if torch.compiler.is_compiling() else _Read.apply
+        return GridRead(*read(content_queries, axis_queries, content, scale, mask)[:3])
 
 
-@torch.library.custom_op("perceiver_core::read_grid", mutates_args=())
+# The schemas are written out because they cannot be inferred where an import hook has wrapped the functions.
+@torch.library.custom_op(
+    "perceiver_core::read_grid",
+    mutates_args=(),
+    schema="(Tensor a, Tensor u, Tensor content, Tensor scale, Tensor? mask) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 def _read_grid(
     a: Tensor, u: Tensor, content: Tensor, scale: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -91,7 +98,12 @@ def _(
     return made[0], made[1], made[2], made[3], made[4]
 
 
-@torch.library.custom_op("perceiver_core::read_grid_backward", mutates_args=())
+@torch.library.custom_op(
+    "perceiver_core::read_grid_backward",
+    mutates_args=(),
+    schema="(Tensor a, Tensor u, Tensor content, Tensor scale, Tensor? mask, Tensor base, Tensor total, "
+    "Tensor d_read, Tensor d_marginals, Tensor offset, bool tokens) -> (Tensor, Tensor, Tensor, Tensor)",
+)
 def _read_grid_backward(  # noqa: PLR0913 (as in `eager`)
     a: Tensor,
     u: Tensor,
@@ -108,9 +120,10 @@ def _read_grid_backward(  # noqa: PLR0913 (as in `eager`)
     """Gradients of a, u, content and scale; the last two are empty unless `tokens` asks for them."""
     given = [x.contiguous() for x in (a, u, content, scale)]
     kept = [x.contiguous() for x in (base, total, d_read, d_marginals, offset)]
-    made: tuple[Tensor, Tensor, Tensor, Tensor] = _kernels(content).backward(
-        *given, None if mask is None else mask.contiguous(), *kept, tokens
-    )
+    with checks.full_precision(content.device):  # a backward pass may run inside autocast
+        made: tuple[Tensor, Tensor, Tensor, Tensor] = _kernels(content).backward(
+            *given, None if mask is None else mask.contiguous(), *kept, tokens
+        )
     return made
 
 
@@ -144,13 +157,80 @@ def _backward(ctx: Any, d_read: Tensor, d_marginals: Tensor, d_lse: Tensor, *_: 
     # d score = p (d p - sum of p d p + d lse); the sum is that of the outputs with their gradients.
     offset = d_lse - (d_read * read).sum(-1) - (d_marginals * marginals).sum(-1)
     tokens = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-    d_a, d_u, d_content, d_scale = _read_grid_backward(
-        a, u, content, scale, mask, base, total, d_read, d_marginals, offset, tokens
-    )
+    compute: Any = _read_grid_backward if torch.compiler.is_compiling() else _Gradients.apply
+    d_a, d_u, d_content, d_scale = compute(a, u, content, scale, mask, base, total, d_read, d_marginals, offset, tokens)
     return d_a, d_u, d_content if tokens else None, d_scale if tokens else None, None
 
 
 _read_grid.register_autograd(_backward, setup_context=_setup)
+
+
+class _Read(torch.autograd.Function):
+    """The same for torch.func, which custom operators do not serve; forward mode is refused, not zero."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        made: tuple[Tensor, ...] = _read_grid(*inputs)
+        return made
+
+    setup_context = staticmethod(_setup)
+    backward = staticmethod(_backward)
+
+
+class _Gradients(torch.autograd.Function):
+    """A Function of its own so that a second derivative is refused, with words."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        made: tuple[Tensor, ...] = _read_grid_backward(*inputs)
+        return made
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Nothing is kept: there is no second derivative."""
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        raise RuntimeError(
+            "a structured read is differentiable once; for second derivatives use path=paths.Dense() and "
+            "kernel=reference"
+        )
+
+
+@_read_grid.register_vmap
+def _(info: Any, dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    batch = _batch(inputs[2], dims[2])
+    made = _read_grid(*_folded(info.batch_size, batch, dims, inputs))
+    return tuple(x.unflatten(0, (info.batch_size, batch)) for x in made), (0,) * 5
+
+
+@_read_grid_backward.register_vmap
+def _(info: Any, dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    batch, shared = _batch(inputs[2], dims[2]), _batch(inputs[0], dims[0]) == 1
+    made = _read_grid_backward(*_folded(info.batch_size, batch, dims, inputs))
+    d_a, d_u, *others = (x.reshape(info.batch_size, -1, *x.shape[1:]) for x in made)
+    if shared:
+        d_a, d_u = d_a.sum(1, keepdim=True), d_u.sum(1, keepdim=True)
+    return (d_a, d_u, *others), (0,) * 4
+
+
+def _batch(x: Tensor, dim: int | None) -> int:
+    return x.shape[0] if dim is None else x.movedim(dim, 0).shape[1]
+
+
+def _folded(size: int, batch: int, dims: tuple[int | None, ...], inputs: tuple[Any, ...]) -> list[Any]:
+    """The mapped axis and the batch as one batch."""
+    folded = []
+    for x, dim in zip(inputs, dims, strict=True):
+        if isinstance(x, Tensor):
+            front = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+            x = front.expand(-1, batch, *front.shape[2:]).flatten(0, 1)
+        folded.append(x)
+    return folded
 
 
 def _kernels(content: Tensor) -> Any:
