@@ -36,24 +36,25 @@ class Costs:
         softmax: the rest of the kernel, nanoseconds for a query and a token.
         copy: reading and writing large tensors, GB/s.
         pair: a structured read, nanoseconds for a query and a token.
-        channel: nanoseconds more for each channel of the content.
+        channel: nanoseconds more for each channel of the content, in long rows.
         pair_eager: `pair` where there is no compiler.
-        start: what a structured read takes before any work, microseconds.
+        start: what reads that are not written out take before any work, microseconds of all threads together.
     """
 
-    matmul: float = 75.0
-    matmul_half: float = 200.0
-    attention: float = 75.0
-    attention_half: float = 75.0
-    softmax: float = 0.5
+    matmul: float = 100.0
+    matmul_half: float = 430.0
+    attention: float = 88.0
+    attention_half: float = 180.0
+    softmax: float = 0.36
     copy: float = 10.0
-    pair: float = 0.28
-    channel: float = 0.07
-    pair_eager: float = 25.0
-    start: float = 300.0
+    pair: float = 0.37
+    channel: float = 0.036
+    pair_eager: float = 5.0
+    start: float = 670.0
 
 
 MEASURED = Costs()
+SHORT = 64  # tokens in a row at which sums over the channels take twice as long as in long rows
 
 
 class Cost(NamedTuple):
@@ -129,7 +130,9 @@ def dense(s: Sizes, costs: Costs) -> Cost:
 def factored(s: Sizes, costs: Costs) -> Cost:
     """The content projected, the tables projected (once a batch), the sum of the two scaled; the kernel."""
     flops = 2 * s.made * (s.batch * s.n * s.channels + sum(s.axes) * (s.width - s.channels))
-    return _ordinary(s, costs, flops=flops, moved=s.batch * s.n * (4 * s.made + s.channels) * 4, half=False)
+    moved = s.batch * s.n * (4 * s.made + s.channels) * 4
+    cost = _ordinary(s, costs, flops=flops, moved=moved, half=False)
+    return cost._replace(seconds=cost.seconds + costs.start * 1e-6)
 
 
 def structured(s: Sizes, costs: Costs, *, compiled: bool) -> Cost:
@@ -139,7 +142,7 @@ def structured(s: Sizes, costs: Costs, *, compiled: bool) -> Cost:
     pairs = s.batch * s.heads * s.queries * s.n
     # What the queries add for each place, and what is summed up there, both written and read; content and scale.
     moved = 4.0 * (4 * s.batch * s.heads * s.queries * places + 4 * s.batch * s.n * (s.channels + 1))
-    each = (costs.pair if compiled else costs.pair_eager) + costs.channel * s.channels
+    each = (costs.pair if compiled else costs.pair_eager) + costs.channel * s.channels * (1 + SHORT / s.axes[-1])
     seconds = costs.start * 1e-6 + small / costs.matmul / 1e9 + moved / costs.copy / 1e9 + pairs * each * 1e-9
     return Cost(small + pairs * (4 * s.channels + 2 * len(s.axes) + 16), moved, seconds)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from perceiver_core.attention import fastest
 from perceiver_core.attention.factored import Norm, attend, factor
 from perceiver_core.attention.structured import eager, native, read_grid
-from perceiver_core.blocks.costs import Costs
+from perceiver_core.blocks.costs import SHORT, Costs
 from perceiver_core.tokens import Tokens
 
 
@@ -29,7 +29,7 @@ def costs(seconds: float = 2.0) -> Costs:
         return amount / _median(work, seconds) / threads
 
     one, half = torch.randn(2048, 2048), torch.randn(2048, 2048, dtype=torch.bfloat16)
-    large = torch.randn(2**22)
+    large = torch.randn(2**23)
     product = 2 * 2048**3 / 1e9
     narrow, wide, wide_half = (
         threads * 1e9 * _median(_attention(width, dtype), seconds) / _PAIRS
@@ -51,7 +51,7 @@ def costs(seconds: float = 2.0) -> Costs:
         return found
     few, many = (threads * 1e9 * _median(_grid_read(channels), seconds) / _PAIRS for channels in (4, 68))
     channel = (many - few) / 64
-    return replace(found, pair=few - 4 * channel, channel=channel)
+    return replace(found, pair=few - 4 * channel, channel=channel / (1 + SHORT / 192))
 
 
 _PAIRS = 256 * 128 * 192
