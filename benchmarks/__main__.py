@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from types import ModuleType
 
-from benchmarks import attention, choice, compilation, machine, models, read, report, scaling
+from benchmarks import attention, choice, compilation, machine, models, read, report, routes, scaling
 from benchmarks.contest import Setting
 
 # Each is a module with a line of documentation, `run` and `plot`.
@@ -14,6 +14,7 @@ BENCHMARKS: dict[str, ModuleType] = {
     "attention": attention,
     "read": read,
     "choice": choice,
+    "routes": routes,
     "models": models,
     "scaling": scaling,
     "compile": compilation,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import doctest
-import importlib
 import inspect
 import re
 from pathlib import Path
@@ -139,19 +138,3 @@ def test_every_public_name_has_an_entry_in_the_reference():
         if name not in entries and not {f"perceiver_core.{name.split('.')[-1]}", thing.__module__} & entries:
             missing.append(name)
     assert missing == []
-
-
-def test_a_benchmark_runs_at_toy_size(tmp_path, monkeypatch, capsys):
-    main = importlib.import_module("benchmarks.__main__")
-    monkeypatch.setattr("sys.argv", ["benchmarks", "--toy", "--out", str(tmp_path)])
-    main.main()
-    assert "| latents |" in capsys.readouterr().out
-    assert (tmp_path / "attention.json").exists()
-
-
-def test_errors_of_benchmarks_name_what_there_is(monkeypatch, capsys):
-    main = importlib.import_module("benchmarks.__main__")
-    monkeypatch.setattr("sys.argv", ["benchmarks", "nothing"])
-    with pytest.raises(SystemExit):
-        main.main()
-    assert "no benchmark nothing; there are attention" in capsys.readouterr().err

@@ -22,11 +22,14 @@ from perceiver_core import (
     recompute_activations,
     sharing,
 )
-from perceiver_core.attention import chunked, reference, sdpa
+from perceiver_core.attention import chunked, fastest, reference, sdpa
+from perceiver_core.blocks import paths
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-KERNELS = {"sdpa": sdpa, "reference": reference, "chunked": partial(chunked, chunk=5)}
+KERNELS = {"fastest": fastest, "sdpa": sdpa, "reference": reference, "chunked": partial(chunked, chunk=5)}
+PATHS = {"dense": paths.Dense(), "factored": paths.Factored(), "structured": paths.Structured()}
 FOURIER = partial(positions.Fourier, bands=2, max_resolution=7)
+ANY = paths.Cheapest()
 ADAPTERS = {
     "pixels": lambda: adapters.Image(3, positions=FOURIER(2)),
     "patches": lambda: adapters.Image(3, positions=FOURIER(2), stem=partial(adapters.Patches, size=(2, 3))),
@@ -45,7 +48,7 @@ SHAPES = {
 }
 
 
-def model_of(kind="points", *, share=sharing.paper, kernel=sdpa, reads=3, dropout=0.0, latents=5):
+def model_of(kind="points", *, share=sharing.paper, kernel=fastest, reads=3, dropout=0.0, latents=5, path=ANY):
     torch.manual_seed(0)
     adapter = ADAPTERS[kind]()
     attention = partial(MultiHeadAttention, kernel=kernel)
@@ -57,7 +60,7 @@ def model_of(kind="points", *, share=sharing.paper, kernel=sdpa, reads=3, dropou
         depth=1,
         heads=7,
         share=share,
-        read=partial(CrossAttend, attention=attention, dropout=dropout),
+        read=partial(CrossAttend, attention=attention, dropout=dropout, path=path),
         process=partial(LatentTransformer, block=partial(SelfAttend, attention=attention, dropout=dropout)),
     )
     return Perceiver(adapter, encoder, heads.Classify(encoder.dim, 11))
@@ -123,6 +126,13 @@ class TestCompile:
         with torch._dynamo.config.patch(error_on_recompile=True):
             self.agrees(model_of(kind, reads=1), batches, dynamic=True)
 
+    @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+    @pytest.mark.parametrize("kind", ["pixels", "audio"])
+    def test_every_path(self, kind, path):
+        batches = [batch_of(kind, b, n) for b, n in ((2, 13), (3, 17))]
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            self.agrees(model_of(kind, reads=2, path=path), batches, dynamic=True)
+
     def test_inputs_per_read(self):
         torch.manual_seed(0)
         both = adapters.PerRead([ADAPTERS["pixels"](), ADAPTERS["audio"]()])
@@ -151,6 +161,18 @@ class TestExport:
         for b, n in ((3, 17), (5, 7)):
             more, _ = batch_of(kind, b, n)
             torch.testing.assert_close(program.module()(*more), model(*more), **CLOSE)
+
+    @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+    @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+    def test_every_path(self, path, strict):
+        model = model_of("pixels", reads=2, path=path).eval()
+        args, _ = batch_of("pixels")
+        axes = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+        program = torch.export.export(model, args, dynamic_shapes=(axes,), strict=strict)
+        own = [node for node in program.graph.nodes if "perceiver_core" in str(node.target)]
+        assert len(own) == (2 if path == paths.Structured() else 0)  # a node a read
+        more = torch.rand(5, 3, 11, 17)
+        torch.testing.assert_close(program.module()(more), model(more), **CLOSE)
 
     @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
     def test_with_a_mask(self, strict):
@@ -211,10 +233,12 @@ class Saved:
 
 
 class TestRecomputedActivations:
+    @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
     @pytest.mark.parametrize("kind", ["pixels", "points"])
     @pytest.mark.parametrize("share", [sharing.none, sharing.paper])
-    def test_outputs_gradients_and_state_are_as_before(self, kind, share):
-        plain, model = model_of(kind, share=share), recompute_activations(model_of(kind, share=share))
+    def test_outputs_gradients_and_state_are_as_before(self, kind, share, path):
+        plain = model_of(kind, share=share, path=path)
+        model = recompute_activations(model_of(kind, share=share, path=path))
         args, options = batch_of(kind, masked=kind == "points")
         found = outputs_and_gradients(model, model, args, options)
         torch.testing.assert_close(found, outputs_and_gradients(plain, plain, args, options), rtol=0, atol=0)
@@ -294,6 +318,24 @@ class TestFunctional:
         each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x.unsqueeze(1))
         for i in range(3):
             alone = torch.func.grad(loss)(parameters, x[i : i + 1])
+            torch.testing.assert_close({n: g[i] for n, g in each.items()}, alone, **CLOSE)
+
+    def test_gradients_of_each_sample_by_structured_reads(self):
+        model = model_of("pixels", kernel=fastest, path=paths.Structured(), reads=1).double()
+        x = batch_of("pixels", b=3)[0][0].double()
+
+        def loss(read, x):
+            tokens = model.adapter(x)
+            return (
+                torch.func.functional_call(model.encoder.reads[0], read, (model.encoder.latents[None], tokens))
+                .sin()
+                .sum()
+            )
+
+        weights = {name: parameter.detach() for name, parameter in model.encoder.reads[0].named_parameters()}
+        each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, x.unsqueeze(1))
+        for i in range(3):
+            alone = torch.func.grad(loss)(weights, x[i : i + 1])
             torch.testing.assert_close({n: g[i] for n, g in each.items()}, alone, **CLOSE)
 
     def test_models_of_an_ensemble(self):
