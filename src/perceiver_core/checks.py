@@ -102,6 +102,12 @@ def autocasting(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which PyTorch would multiply `x`: its own, or autocast's."""
+    converts = autocasting(x.device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if converts else x.dtype
+
+
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """Without autocast: what follows chooses its dtypes itself."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

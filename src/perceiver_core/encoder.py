@@ -169,8 +169,10 @@ class Encoder(nn.Module):
         if key not in kept and not again:
             return given[key[1]], mask
         if key not in kept:
-            queries = len(self.latents) * wanted.count(key)
-            kept[key] = self._read(step).keys_values(given[key[1]], mask=mask, queries=queries)
+            read, more = self._read(step), {}
+            if isinstance(read, CrossAttend):  # a read of the user's own need not ask how many will read
+                more = {"queries": len(self.latents) * wanted.count(key)}
+            kept[key] = read.keys_values(given[key[1]], mask=mask, **more)
         return (kept[key] if again else kept.pop(key)), None
 
 

@@ -52,6 +52,8 @@ class Explanation(tuple[Explained, ...]):
 def explain(model: nn.Module, *inputs: Any, **named: Any) -> Explanation:
     """Runs a model once and says which path each of its reads takes, what that costs, and why.
 
+    A compiled model is explained as it runs without torch.compile, where a small input may take another path.
+
     FLOPs, bytes and milliseconds are those of the cost model: of the forward pass, and on as many threads as PyTorch
     uses. `paths.use` makes reads take another path.
 
@@ -78,7 +80,7 @@ def explain(model: nn.Module, *inputs: Any, **named: Any) -> Explanation:
         >>> read.read, read.path, read.sizes.queries, read.sizes.axes
         ('encoder.reads.0', Factored(), 256, (96, 64))
     """
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps; explained as it runs without
     requests: list[tuple[str, Path, Request]] = []
     with _listening(model, requests), _statistics_at_rest(model), torch.random.fork_rng(devices=[]), torch.no_grad():
         model(*inputs, **named)

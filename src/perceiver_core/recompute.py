@@ -46,5 +46,6 @@ def recompute_activations(model: M, blocks: tuple[type[nn.Module], ...] = (Cross
                 module.keys_values = partial(  # type: ignore[method-assign]
                     checkpoint, module.keys_values, use_reentrant=False
                 )
-    return_freed_memory()
+    if any(parameter.device.type == "cpu" for parameter in model.parameters()):
+        return_freed_memory()
     return model

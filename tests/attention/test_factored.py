@@ -296,7 +296,7 @@ def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
 def test_slabs_equal_the_whole(tables: str, masked: bool, form: bool) -> None:
     case, mask = make(TABLES[tables]), bools(B, *GRID) if masked else None
     read = factor(Tokens(case.content, case.tables), None, case.key, case.value, heads=H)
-    assert len(factored._slabs(case.q, read)) > 3
+    assert len(factored._cuts(case.q, read)) > 3
     check(case, "layer norm", torch.float64, 1e-10, mask, form=form)
     with torch.no_grad():
         torch.testing.assert_close(

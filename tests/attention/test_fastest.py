@@ -71,7 +71,15 @@ def units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
     """A processor that multiplies in bfloat16, or one that does not."""
     present: bool = getattr(request, "param", True)
     monkeypatch.setattr(module, "has_bfloat16_units", lambda: present)
+    monkeypatch.setattr(module, "LITTLE", B * H * Q * K * D)
     return present
+
+
+def test_little_work_is_left_to_sdpa(units: bool, taken: list[str]) -> None:
+    q, k, v = qkv(torch.bfloat16)
+    fastest(q, k, v)
+    fastest(q[:, :, 1:], k, v)
+    assert taken == ["chunked", "sdpa"]
 
 
 either = pytest.mark.parametrize("units", [True, False], indirect=True, ids=["units", "no units"])
@@ -96,7 +104,7 @@ def test_bfloat16_goes_to_chunked_where_there_are_units_for_it(
     inputs = qkv(torch.bfloat16)
     equal(fastest(*inputs, mask=mask), (halves if units else sdpa)(*inputs, mask=mask))
     assert taken == ["chunked" if units else "sdpa"]
-    assert module.takes_products(inputs[0]) == units
+    assert module.takes_products(inputs[0], K) == units
 
 
 @pytest.mark.usefixtures("units")
@@ -107,7 +115,7 @@ def test_dropout_goes_to_sdpa(taken: list[str]) -> None:
         torch.manual_seed(0)
         found.append(kernel(*inputs, dropout=0.5))
     equal(*found)
-    assert taken == ["sdpa"] and not module.takes_products(inputs[0], dropout=0.5)
+    assert taken == ["sdpa"] and not module.takes_products(inputs[0], K, dropout=0.5)
     assert (found[0] - sdpa(*inputs)).abs().max() > 1e-2  # which did drop
 
 

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -115,7 +116,7 @@ def taking(route: str) -> Iterator[None]:
     """The compiled loop where there is a compiler; plain PyTorch, all at once; the same a few rows at a time."""
     with pytest.MonkeyPatch.context() as patch:
         if route != "compiled":
-            patch.setattr(op, "_kernels", lambda _: eager)
+            patch.setattr(op, "_kernels", lambda *_: eager)
         if route == "slabs":
             patch.setattr(eager, "PIECE", 23)
         yield
@@ -500,3 +501,68 @@ def test_sums_along_every_axis_agree_with_the_whole() -> None:
     a, u, content, scale = some_inputs(3, 5, 7)
     for table in read_grid(a, u, content, torch.ones_like(scale)).marginals.split([3, 5, 7], -1):
         torch.testing.assert_close(table.sum(-1), torch.ones(2, 1, 5, dtype=torch.float64))
+
+
+class TestRefusals:
+    """The compiled loop looks at memory, not at shapes, so nothing else may reach it, by any way of calling."""
+
+    good: ClassVar = {
+        "content_queries": (2, 3, 5, 7),
+        "axis_queries": (2, 3, 5, 11 + 13),
+        "content": (2, 7, 11, 13),
+        "scale": (2, 11, 13),
+    }
+
+    @pytest.mark.parametrize(
+        "name, shape",
+        [
+            ("content_queries", (2, 3, 5, 6)),
+            ("content_queries", (3, 3, 5, 7)),
+            ("content_queries", (2, 15, 7)),
+            ("axis_queries", (2, 3, 5, 23)),
+            ("axis_queries", (1, 3, 5, 24)),
+            ("axis_queries", (2, 3, 4, 24)),
+            ("content", (2, 7)),
+            ("content", (2, 0, 11, 13)),
+            ("content", (2, 7, 11, 0)),
+            ("scale", (1, 11, 13)),
+            ("scale", (2, 143)),
+        ],
+    )
+    @pytest.mark.parametrize("call", [read_grid, torch.ops.perceiver_core.read_grid], ids=["function", "operator"])
+    def test_shapes(self, call, name, shape):
+        given = [torch.ones(size) for size in {**self.good, name: shape}.values()]
+        with pytest.raises(ValueError, match="must"):
+            call(*given, None)
+
+    @pytest.mark.parametrize("name", list(good))
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64], ids=str)
+    def test_dtypes(self, name, dtype):
+        given = {
+            key: torch.ones(size, dtype=dtype if key == name else torch.float32) for key, size in self.good.items()
+        }
+        with pytest.raises(TypeError, match="must be"):
+            read_grid(*given.values())
+
+    @pytest.mark.parametrize(
+        "mask", [torch.ones(2, 11, 13), torch.ones(1, 1, 1, dtype=torch.bool)], ids=["dtype", "shape"]
+    )
+    def test_masks(self, mask):
+        given = [torch.ones(size) for size in self.good.values()]
+        with pytest.raises((TypeError, ValueError), match="mask must"):
+            read_grid(*given, mask)
+
+
+def test_gradients_where_nothing_asks_are_zero():
+    content, scale = torch.ones(2, 7, 11, 13, requires_grad=True), torch.ones(2, 11, 13, requires_grad=True)
+    read = read_grid(torch.ones(2, 3, 0, 7), torch.ones(2, 3, 0, 24), content, scale)
+    (read.content.sum() + read.marginals.sum() + read.lse.sum()).backward()
+    assert content.grad.abs().max() == 0 and scale.grad.abs().max() == 0
+
+
+def test_a_nan_with_any_payload_is_seen():
+    odd = torch.tensor([0x7FC00001], dtype=torch.int32).view(torch.float32)
+    content = torch.ones(1, 1, 2, 3)
+    content[0, 0, 1, 2] = odd
+    read = read_grid(torch.ones(1, 1, 5, 1), torch.zeros(1, 1, 5, 5), content, torch.ones(1, 2, 3))
+    assert read.content.isnan().all() and read.lse.isnan().all()

@@ -62,7 +62,10 @@ def outcome(read, x, tokens, **options):
     return out.detach(), dict(zip(["x", "content", *weights], found, strict=True))
 
 
-@pytest.mark.parametrize("path", [Factored(), Structured(), Cheapest()], ids=repr)
+EVERY = [Factored(), Structured(), Cheapest(), Cheapest(costs=Costs(start=0.0, pair=1e-9, channel=0.0))]
+
+
+@pytest.mark.parametrize("path", EVERY, ids=["factored", "structured", "cheapest", "structure is cheap"])
 class TestOneAnswer:
     @pytest.mark.parametrize("masked", [False, True])
     @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
@@ -91,6 +94,14 @@ class TestOneAnswer:
         torch.testing.assert_close(each, wanted[0], **EXACT)
         paths.use(read, path)
         torch.testing.assert_close(outcome(read, x, tokens), wanted, **EXACT)
+
+    def test_one_sample_for_several_batches_of_queries(self, path):
+        tokens, x = tokens_of((5, 13), batch=1, masked=True), queries(batch=3)
+        read = read_of(tokens)
+        wanted = torch.cat([read(x[i : i + 1], tokens) for i in range(3)])
+        torch.testing.assert_close(read(x, tokens), wanted, **EXACT)
+        paths.use(read, path)
+        torch.testing.assert_close(read(x, tokens), wanted, **EXACT)
 
     def test_learned_positions(self, path):
         learned = positions.Learned((5, 13), dim=6).double()
@@ -243,10 +254,12 @@ class TestChoice:
             (lambda read: setattr(read.attention, "key", nn.Sequential(read.attention.key)), "not a plain nn.Linear"),
             (lambda read: read.attention.value.register_forward_hook(lambda *_: None), "a hook waits"),
             (lambda read: read.input_norm.register_forward_pre_hook(lambda *_: None), "a hook waits"),
+            (lambda read: read.attention.key.register_full_backward_pre_hook(lambda *_: None), "a hook waits"),
+            (lambda read: setattr(read.attention.key, "forward", read.attention.key.forward), "was replaced"),
             (lambda read: nn.utils.parametrizations.weight_norm(read.attention.key), "not a plain nn.Linear"),
             (lambda read: setattr(read, "attention", Own(read.attention)), "the attention is a Own"),
         ],
-        ids=["norm", "projection", "hook", "pre-hook", "parametrization", "attention"],
+        ids=["norm", "projection", "hook", "pre-hook", "backward hook", "patched", "parametrization", "attention"],
     )
     def test_what_cannot_be_taken_apart(self, change, reason):
         tokens, x = tokens_of((5, 13)), queries()
@@ -264,6 +277,14 @@ class TestChoice:
         read.attention.key.register_forward_hook(lambda module, args, out: seen.append(out.shape))
         read(queries(), tokens)
         assert seen == [(2, 113 * 127, 14)]
+
+    def test_on_other_devices_nothing_was_measured(self):
+        tokens = tokens_of((113, 127))
+        read = read_of(tokens, qk_dim=128, v_dim=128).to("meta")
+        away = Tokens(tokens.content.to("meta"), tuple(table.to("meta") for table in tokens.tables))
+        request = read.request(away, queries=512)
+        assert Cheapest().choose(request) == Dense()
+        assert Cheapest(of=[Structured(), Factored()]).choose(request) == Factored()
 
     def test_no_path_left(self):
         read = read_of(tokens_of((5, 13)), path=Cheapest(of=[Structured()]))
@@ -326,6 +347,42 @@ def test_whole_models(share):
     for path in (Factored(), Structured(), Cheapest()):
         paths.use(model, path)
         torch.testing.assert_close(run(), wanted, **EXACT)
+
+
+def test_a_model_in_float64_inside_autocast():
+    tokens, x = tokens_of((5, 13)), queries()
+    read = read_of(tokens)
+    wanted = read(x, tokens)
+    for path in ALL:
+        paths.use(read, path)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            torch.testing.assert_close(read(x, tokens), wanted, **EXACT)
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:torch.jit.TracerWarning")
+def test_a_trace_can_be_saved(tmp_path):
+    model, pictures = model_of(Structured()).float().eval(), torch.rand(2, 3, 19, 23)
+    torch.jit.trace(model, (pictures,), check_trace=False).save(tmp_path / "model.pt")
+    torch.testing.assert_close(torch.jit.load(tmp_path / "model.pt")(pictures), model(pictures))
+
+
+class Mean(nn.Module):
+    """A read that knows nothing of how many will read."""
+
+    def __init__(self, dim, input_dim):
+        super().__init__()
+        self.project = nn.Linear(input_dim, dim)
+
+    def keys_values(self, tokens, *, mask=None):
+        return self.project(tokens.dense().mean(1, keepdim=True))
+
+    def forward(self, x, tokens, *, mask=None):
+        return x + (tokens if isinstance(tokens, torch.Tensor) else self.keys_values(tokens))
+
+
+def test_shared_reads_of_ones_own():
+    encoder = Encoder(17, latents=7, dim=14, reads=3, depth=1, heads=2, share=pc.sharing.all_, read=Mean)
+    assert encoder(Tokens(torch.rand(5, 3, 11, 17))).shape == (5, 7, 14)
 
 
 def test_a_path_is_saved_with_the_model(tmp_path):

@@ -13,25 +13,32 @@ does not grow with it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from perceiver_core import checks
 from perceiver_core.attention.chunked import Partial, merge, partial_attention
+from perceiver_core.attention.fastest import takes_products
 from perceiver_core.attention.masks import Padding
 from perceiver_core.attention.structured import read_grid
 from perceiver_core.tokens import Tokens
 
 SLAB = 2**20  # tokens, over the batch, that are taken at once
 ENTRIES = 2**22  # queries x places along the axis that is cut, likewise
+NUMBERS = 2**25  # in keys and values that are formed at once
+
+
+Cut: TypeAlias = tuple[int, int, int]
+"""An axis, where a slab starts along it, and how long it is."""
 
 
 class Norm(NamedTuple):
@@ -44,10 +51,10 @@ class Norm(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """Keys or values of a token before the scale, part by part, and what is added after it."""
+    """What makes keys or values of the parts of a token: its content, its positions, and what is added in the end."""
 
     content: Float[Tensor, "h d c"]
-    places: tuple[Float[Tensor, "h size d"], ...]
+    positions: Float[Tensor, "h d p"]
     constant: Float[Tensor, "h 1 d"]
 
 
@@ -90,23 +97,38 @@ class FactoredKeysValues(NamedTuple):
                 squares = squares + (channels * width / (channels + width)) * (mean.squeeze(1) - at_mean).square()
         return (squares / (channels + width) + self.norm.eps).rsqrt()
 
+    def for_batch(self, batch: int) -> FactoredKeysValues:
+        """The same for every sample of a batch, where there is one for all."""
+        content, mask = self.content, self.mask
+        return self._replace(
+            content=content.expand(batch, *content.shape[1:]),
+            mask=None if mask is None else mask.expand(batch, *mask.shape[1:]),
+        )
+
     def slab(self, axis: int, start: int, length: int) -> FactoredKeysValues:
         """The part between two places along an axis."""
-        keys, values = (
-            part._replace(places=_cut(part.places, axis, 1, start, length)) for part in (self.keys, self.values)
-        )
+        cut = [table.narrow(0, start, length) if i == axis else table for i, table in enumerate(self.tables)]
         return self._replace(
             content=self.content.narrow(axis + 1, start, length),
-            tables=_cut(self.tables, axis, 0, start, length),
+            tables=tuple(cut),
             mask=None if self.mask is None else self.mask.narrow(axis + 1, start, length),
-            keys=keys,
-            values=values,
         )
+
+    def places(self, part: Projection) -> list[Float[Tensor, "h size d"]]:
+        """The tables projected: what keys or values have of each place along each axis."""
+        if not self.tables:
+            heads, width, _ = part.content.shape
+            return [part.content.new_zeros(heads, size, width) for size in self.grid]
+        return [table @ part.positions.mT for table in self.tables]
 
     def large(self) -> bool:
         """Whether there are more tokens than are taken at once."""
         # Under torch.compile a comparison would make the graph one for this size only.
-        return not torch.compiler.is_compiling() and self.content.shape[0] * prod(self.grid) > SLAB
+        return not torch.compiler.is_compiling() and self.content.shape[0] * prod(self.grid) > self.formed_at_once()
+
+    def formed_at_once(self) -> int:
+        """How many tokens, over the batch, have their keys and values formed at once."""
+        return max(1, min(SLAB, NUMBERS // (self.keys.constant.numel() + self.values.constant.numel())))
 
     def formed(self, dtype: torch.dtype) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h n e"]]:
         """The keys and the values of all tokens."""
@@ -118,7 +140,7 @@ class FactoredKeysValues(NamedTuple):
         return rearrange(keys, "b n (h d) -> b h n d", h=heads), rearrange(values, "b n (h d) -> b h n d", h=heads)
 
     def _formed(self, part: Projection, content: Tensor, scale: Tensor) -> Float[Tensor, "b n hd"]:
-        tables = [rearrange(table, "h size d -> size (h d)") for table in part.places]
+        tables = [rearrange(table, "h size d -> size (h d)") for table in self.places(part)]
         terms = [_along(table, [axis], len(tables)) for axis, table in enumerate(tables)]
         places = sum(terms[1:], start=terms[0]).expand(*self.grid, -1).flatten(0, -2)  # for all of the batch
         weight, batch = part.content.flatten(0, 1).mT, content.shape[0]
@@ -160,10 +182,11 @@ def factor(
     # From the weights, whose sizes are numbers even where torch.compile leaves those of the content open.
     channels = key[0].shape[-1] - (tables[0].shape[-1] if tables else 0)
     with checks.full_precision(content.device):
-        keys, values = (
-            _project(tables, grid, channels, norm, weight.to(wide), bias, heads) for weight, bias in (key, value)
-        )
+        keys, values = (_project(channels, norm, weight.to(wide), bias, heads) for weight, bias in (key, value))
     return FactoredKeysValues(content, tables, mask, norm, keys, values)
+
+
+Part: TypeAlias = Callable[[Tensor, FactoredKeysValues], Partial]
 
 
 def attend(q: Float[Tensor, "#b h q d"], read: FactoredKeysValues) -> Partial:
@@ -173,13 +196,62 @@ def attend(q: Float[Tensor, "#b h q d"], read: FactoredKeysValues) -> Partial:
         q: queries; a batch of one serves all samples.
         read: what is read.
     """
-    part = _formed_part if read.form else _structured_part
-    slabs = _slabs(q, read)
-    if len(slabs) == 1:
-        return part(q, read)
-    if torch.is_grad_enabled():
-        return merge(*(checkpoint(part, q, slab, use_reentrant=False) for slab in slabs))
-    return merge(*(part(q, slab) for slab in slabs))
+    if read.content.shape[0] == 1 and q.shape[0] != 1:
+        read = read.for_batch(q.shape[0])
+    part, cuts = _formed_part if read.form else _structured_part, _cuts(q, read)
+    if len(cuts) == 1:
+        got = part(q, read)
+    else:
+        leaves, spec = tree_flatten((q, read))
+        got = Partial(*_InSlabs.apply(part, cuts, spec, *leaves))  # type: ignore[no-untyped-call]
+    return Partial(got.output.to(q.dtype), got.lse)
+
+
+class _InSlabs(torch.autograd.Function):
+    """A read slab by slab, each computed again in the backward pass: what is kept does not grow with their number."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Part, cuts: list[Cut], spec: TreeSpec, *leaves: Any) -> tuple[Tensor, Tensor]:
+        q, read = tree_unflatten(leaves, spec)
+        got = part(q, read.slab(*cuts[0]))
+        for cut in cuts[1:]:
+            got = merge(got, part(q, read.slab(*cut)))
+        ctx.part, ctx.cuts, ctx.spec = part, cuts, spec
+        ctx.others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        ctx.save_for_backward(*got, *(leaf if isinstance(leaf, Tensor) else None for leaf in leaves))
+        return got.output, got.lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_output: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+        output, lse, *tensors = ctx.saved_tensors
+        leaves = [other if tensor is None else tensor for tensor, other in zip(tensors, ctx.others, strict=True)]
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
+        totals = {i: torch.zeros_like(leaves[i]) for i in wanted}
+        q, read = tree_unflatten(leaves, ctx.spec)
+        for cut in ctx.cuts:
+            own, spec = tree_flatten((q, read.slab(*cut)))
+            for i in wanted:
+                own[i] = own[i].detach().requires_grad_()
+            with torch.enable_grad():
+                one = ctx.part(*tree_unflatten(own, spec))
+            share = (one.lse.detach() - lse).exp().masked_fill(lse == -torch.inf, 0.0)
+            d_one = share.unsqueeze(-1) * d_output
+            d_own = share * (d_output * (one.output.detach() - output)).sum(-1) + share * d_lse
+            asked = [own[i] for i in wanted]
+            found = torch.autograd.grad(tuple(one), asked, (d_one.to(one.output.dtype), d_own), allow_unused=True)
+            for i, gradient in zip(wanted, found, strict=True):
+                if gradient is not None:
+                    _add_to(totals[i], gradient, cut)
+        return (None, None, None, *(totals.get(i) for i in range(len(leaves))))
+
+
+def _add_to(total: Tensor, gradient: Tensor, cut: Cut) -> None:
+    """Adds the gradient of a slab's part, which is shorter along one axis, or of what all slabs share."""
+    for dim, (size, full) in enumerate(zip(gradient.shape, total.shape, strict=True)):
+        if size != full:
+            total = total.narrow(dim, cut[1], cut[2])
+    total += gradient
 
 
 def _structured_part(q: Tensor, read: FactoredKeysValues) -> Partial:
@@ -188,47 +260,42 @@ def _structured_part(q: Tensor, read: FactoredKeysValues) -> Partial:
         scaled = q.to(planes.dtype) * q.shape[-1] ** -0.5
         got = read_grid(
             scaled @ read.keys.content,
-            torch.cat([scaled @ table.mT for table in read.keys.places], dim=-1),
+            torch.cat([scaled @ table.mT for table in read.places(read.keys)], dim=-1),
             planes,
             read.scale(planes),
             read.mask,
         )
         out = got.content @ read.values.content.mT
-        out = out + got.marginals @ torch.cat(read.values.places, dim=1) + read.values.constant
+        out = out + got.marginals @ torch.cat(read.places(read.values), dim=1) + read.values.constant
         # The constant of the keys adds the same to all scores of a query: it changes no weight, only their sum's log.
         same = scaled @ read.keys.constant.mT
         out = out + 0.0 * same  # its gradient is zero, not absent
         if read.mask is not None:
             nothing = (got.lse == -torch.inf).unsqueeze(-1)
             out, same = out.masked_fill(nothing, 0.0), same.masked_fill(nothing, 0.0)
-        return Partial(out.to(q.dtype), got.lse + same.squeeze(-1))
+        return Partial(out, got.lse + same.squeeze(-1))
 
 
 def _formed_part(q: Tensor, read: FactoredKeysValues) -> Partial:
     keys, values = read.formed(q.dtype)
     mask = None if read.mask is None else Padding(read.mask.flatten(1))
-    return partial_attention(q.expand(keys.shape[0], *q.shape[1:]), keys, values, mask=mask)
+    half = takes_products(q, keys.shape[-2])
+    return partial_attention(q.expand(keys.shape[0], *q.shape[1:]), keys, values, mask=mask, half_products=half)
 
 
-def _slabs(q: Tensor, read: FactoredKeysValues) -> list[FactoredKeysValues]:
+def _cuts(q: Tensor, read: FactoredKeysValues) -> list[Cut]:
     """The whole, or pieces along the longest axis where the whole is large."""
+    axis = 0
     if torch.compiler.is_compiling():  # see `large`
-        return [read]
+        return [(axis, 0, read.grid[axis])]
     axis = max(range(len(read.grid)), key=lambda axis: read.grid[axis])
-    size = read.grid[axis]
-    step = max(1, min(SLAB * size // (read.content.shape[0] * prod(read.grid)), ENTRIES // max(1, prod(q.shape[1:3]))))
-    return [read] if step >= size else [read.slab(axis, at, min(step, size - at)) for at in range(0, size, step)]
+    size, entries = read.grid[axis], max(1, prod(q.shape[1:3]))
+    most = read.formed_at_once() if read.form else SLAB
+    step = max(1, min(most * size // (read.content.shape[0] * prod(read.grid)), ENTRIES // entries))
+    return [(axis, at, min(step, size - at)) for at in range(0, size, step)]
 
 
-def _project(
-    tables: Sequence[Tensor],
-    grid: Sequence[int],
-    channels: int,
-    norm: Norm | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    heads: int,
-) -> Projection:
+def _project(channels: int, norm: Norm | None, weight: Tensor, bias: Tensor | None, heads: int) -> Projection:
     """A linear layer after a norm, taken apart."""
     constant = weight.new_zeros(weight.shape[0]) if bias is None else bias.to(weight.dtype)
     if norm is not None:
@@ -239,10 +306,7 @@ def _project(
         if norm.center:
             weight = weight - weight.mean(-1, keepdim=True)
     weight = weight.reshape(heads, -1, weight.shape[-1])
-    places = tuple(table @ weight[..., channels:].mT for table in tables)
-    if not places:
-        places = tuple(weight.new_zeros(heads, size, weight.shape[1]) for size in grid)
-    return Projection(weight[..., :channels], places, constant.reshape(heads, 1, -1))
+    return Projection(weight[..., :channels], weight[..., channels:], constant.reshape(heads, 1, -1))
 
 
 def axes_of(tokens: Tokens) -> tuple[int, ...]:
@@ -300,7 +364,3 @@ def _positions_spread(tables: Sequence[Tensor], *, center: bool) -> tuple[Tensor
 def _along(x: Tensor, axes: list[int], of: int) -> Tensor:
     """A tensor over some axes of a grid, with ones for the others, so that it broadcasts over the grid."""
     return x[tuple([slice(None) if axis in axes else None for axis in range(of)])]
-
-
-def _cut(tables: tuple[Tensor, ...], axis: int, dim: int, start: int, length: int) -> tuple[Tensor, ...]:
-    return tuple(table.narrow(dim, start, length) if i == axis else table for i, table in enumerate(tables))

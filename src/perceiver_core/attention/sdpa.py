@@ -28,7 +28,7 @@ def sdpa(
     mask: Mask | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "b h q e"]:
-    """Fused attention by PyTorch: the library's default kernel.
+    """Fused attention by PyTorch.
 
     Args and result are those of `reference`.
 

@@ -116,9 +116,8 @@ class MultiHeadAttention(nn.Module):
         if isinstance(read, FactoredKeysValues) and mask is None:
             out = attend(q, read).output
         else:
-            read = _formed(read, q.dtype)
+            q, read = _of_one_batch(q, _formed(read, q.dtype))
             dropout: dict[str, Any] = {"dropout": self.dropout} if self.training and self.dropout else {}
-            q = q.expand(read.keys.shape[0], -1, -1, -1)
             out = self.kernel(q, read.keys, read.values, mask=masks.and_(read.mask, masks.of_tokens(mask)), **dropout)
         return self.output(rearrange(out, "b h m e -> b m (h e)"))
 
@@ -132,13 +131,8 @@ class MultiHeadAttention(nn.Module):
     ) -> Float[Tensor, "b h chosen n"]:
         """The attention weights of chosen queries; see `perceiver_core.attention.attention_map`."""
         q = self._queries(x)
-        read = _formed(read, q.dtype)
-        return attention_map(
-            q.expand(read.keys.shape[0], -1, -1, -1),
-            read.keys,
-            mask=masks.and_(read.mask, masks.of_tokens(mask)),
-            queries=queries,
-        )
+        q, read = _of_one_batch(q, _formed(read, q.dtype))
+        return attention_map(q, read.keys, mask=masks.and_(read.mask, masks.of_tokens(mask)), queries=queries)
 
     def _queries(self, x: Tensor) -> Tensor:
         rotated: Tensor = self.rotary(self._split(self.query(x)))
@@ -152,6 +146,16 @@ def _formed(read: KeysValues | FactoredKeysValues, dtype: torch.dtype) -> KeysVa
     if isinstance(read, KeysValues):
         return read
     return KeysValues(*read.formed(dtype), None if read.mask is None else masks.Padding(read.mask.flatten(1)))
+
+
+def _of_one_batch(q: Tensor, read: KeysValues) -> tuple[Tensor, KeysValues]:
+    """Queries, or keys and values, that have a batch of one serve all samples of the other."""
+    if q.shape[0] == 1:
+        return q.expand(read.keys.shape[0], -1, -1, -1), read
+    if read.keys.shape[0] == 1:
+        keys, values = (x.expand(q.shape[0], -1, -1, -1) for x in (read.keys, read.values))
+        return q, read._replace(keys=keys, values=values)
+    return q, read
 
 
 def _check_heads(heads: int, **widths: int) -> None:

@@ -1,7 +1,7 @@
 """What reads cost: how fast a machine is, and what each path has to do.
 
 The numbers decide which path a read takes (`paths.Cheapest`), so what matters is their ratios. They are those of the
-forward pass; the backward pass is two to three times as much on every path.
+forward pass; the backward pass takes about two to three times as long again, on every path.
 """
 
 from __future__ import annotations
@@ -104,8 +104,7 @@ class Sizes(NamedTuple):
         if torch.compiler.is_compiling():
             batch, axes = 1, (65_536,) if len(axes) == 1 else (256,) * len(axes)
         width = tokens.dim if isinstance(tokens, Tokens) else content.shape[-1]
-        autocast = checks.autocasting(content.device) and content.dtype == torch.float32
-        dtype = torch.get_autocast_dtype(content.device.type) if autocast else content.dtype
+        dtype = checks.product_dtype(content)
         return cls(
             batch=batch,
             n=prod(axes),

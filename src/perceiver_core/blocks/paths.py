@@ -90,9 +90,7 @@ class Factored:
         factored = _factor(request, self)
         if factored.large() and not _bound_to_kernel(request):
             return factored._replace(mask=_present(request, factored), form=True)
-        x = factored.content
-        dtype = torch.get_autocast_dtype(x.device.type) if checks.autocasting(x.device) else x.dtype
-        keys, values = factored.formed(dtype)
+        keys, values = factored.formed(checks.product_dtype(factored.content))
         return KeysValues(request.attention.rotary(keys), values, _mask(request))
 
 
@@ -116,7 +114,7 @@ class Structured:
 
     def ready(self, request: Request) -> bool:
         """Whether the loop that the cost is of is there; it is compiled if need be."""
-        return Sizes.of(request).device != "cpu" or native.available()
+        return Sizes.of(request).device == "cpu" and native.available()
 
     def read(self, request: Request) -> FactoredKeysValues:
         """What is read, in its parts."""
@@ -127,7 +125,7 @@ class Structured:
 @partial(register, name="paths.Cheapest")
 @dataclass(frozen=True)
 class Cheapest:
-    """The fastest of some paths, by a cost model.
+    """The fastest of some paths on a CPU, by a cost model; on other devices `Dense`, where it is among them.
 
     Args:
         of: the paths to choose from. One that is left out is forbidden.
@@ -158,6 +156,8 @@ class Cheapest:
             raise ValueError(
                 f"no path of {list(self.of)} can serve this read: {self.why_not(request)}. Add paths.Dense()"
             )
+        if Sizes.of(request).device != "cpu":  # where nothing was measured, what PyTorch's own kernels are best at
+            able = [path for path in able if isinstance(path, Dense)] or able
         if len(able) == 1:
             return able[0]
         seconds = [path.cost(request, self.costs).seconds for path in able]
@@ -202,8 +202,11 @@ def _whole(request: Request) -> str:
     parts = (request.norm, attention.key, attention.value)
     if any(type(part) is not nn.Linear for part in parts[1:]):
         return "a projection to keys or values is not a plain nn.Linear"
-    if any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in parts):
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(part, kind) for part in parts for kind in hooks):
         return "a hook waits for the keys, the values or the normalized tokens"
+    if any("forward" in vars(part) for part in parts):
+        return "the forward of a projection or of the norm was replaced"
     return ""
 
 

@@ -85,7 +85,7 @@ def _cleaned(content: Tensor, scale: Tensor, mask: Tensor | None) -> tuple[Tenso
 
 
 def _slabs(a: Tensor, grid: torch.Size) -> list[slice]:
-    step = max(1, PIECE // (a.shape[2] * prod(grid[1:])))
+    step = max(1, PIECE // max(1, a.shape[2] * prod(grid[1:])))
     return [slice(start, min(start + step, grid[0])) for start in range(0, grid[0], step)]
 
 
@@ -99,7 +99,8 @@ def _sums(a: Tensor, u: Tensor, content: Tensor, grid: torch.Size, slab: slice) 
     sums = sums.reshape(*sums.shape[:3], *content.shape[2:])
     for axis, table in enumerate(torch.split(u, list(grid), dim=-1)):
         here = table[..., slab] if axis == 0 else table
-        sums = sums + here.reshape(*table.shape[:-1], *(-1 if other == axis else 1 for other in range(len(grid))))
+        places = [here.shape[-1] if other == axis else 1 for other in range(len(grid))]
+        sums = sums + here.reshape(*table.shape[:-1], *places)
     return sums
 
 

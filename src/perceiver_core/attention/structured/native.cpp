@@ -78,7 +78,8 @@ inline floats exp2(floats x) {
   p = p * f + 1.0f;
   ints bits = reinterpret_cast<ints&>(p) + exponent;
   floats power = reinterpret_cast<floats&>(bits);
-  return x < -126.0f ? zeros<float>() : power;
+  floats other = x < -126.0f ? zeros<float>() : x;  // NaN stays NaN
+  return x >= -126.0f ? power : other;
 }
 
 inline doubles exp2(doubles x) {

@@ -107,33 +107,46 @@ def library() -> ctypes.CDLL | None:
 
 def _load() -> ctypes.CDLL:
     compiler, folder = _compiler(), _folder()
-    if folder is not None:
-        path = _compiled(compiler, folder)
+    path = None if folder is None else folder / f"structured-{_name(compiler)}.so"
+    if path is not None and path.exists():
         with suppress(OSError):  # a damaged file, another system's, or a folder from which nothing may be run
             return ctypes.CDLL(str(path))
-    with tempfile.TemporaryDirectory(prefix="perceiver-core-") as own:  # compiled anew in every process
-        return ctypes.CDLL(str(_compiled(compiler, Path(own))))
+    return _compiled(compiler, path)
 
 
-def _compiled(compiler: str, folder: Path) -> Path:
-    """The library in `folder`, compiled if it is not there. It appears all at once, so processes may race."""
+def _compiled(compiler: str, path: Path | None) -> ctypes.CDLL:
+    """The library, compiled and kept at `path`, where it appears all at once, so that processes may race.
+
+    Without a path, which is for where no folder is the user's own, it is compiled anew in every process.
+    """
     for flags in VARIANTS:
-        command = [compiler, *FLAGS, *flags]
-        # What the compiler says of itself and of the processor.
-        macros = subprocess.run(
-            [*command, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, timeout=60
-        )
-        name = hashlib.sha256("\0".join([SOURCE.read_text(), *command, macros.stdout]).encode()).hexdigest()[:32]
-        path = folder / f"structured-{name}.so"
-        if path.exists():
-            return path
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = Path(scratch) / path.name
-            run = subprocess.run([*command, str(SOURCE), "-o", str(made)], capture_output=True, text=True, timeout=300)
+        with tempfile.TemporaryDirectory(prefix="tmp-", dir=None if path is None else path.parent) as scratch:
+            made = Path(scratch) / "structured.so"
+            command = [compiler, *FLAGS, *flags, str(SOURCE), "-o", str(made)]
+            run = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
+            problem = run.stderr
             if run.returncode == 0:
-                made.replace(path)
-                return path
-    raise OSError(f"{compiler} could not compile {SOURCE.name}:\n{run.stderr[-2000:]}")
+                try:
+                    library = ctypes.CDLL(str(made))
+                except OSError as error:
+                    problem = str(error)
+                    continue
+                if path is not None:
+                    made.chmod(0o700)
+                    made.replace(path)
+                return library
+    raise OSError(f"{compiler} could not compile {SOURCE.name}:\n{problem[-2000:]}")
+
+
+def _name(compiler: str) -> str:
+    """A name for what this compiler makes of this source on this processor."""
+    for target in TARGETS:
+        asked = [compiler, *target.split(), "-dM", "-E", "-x", "c++", os.devnull]
+        macros = subprocess.run(asked, capture_output=True, text=True, errors="replace", timeout=60)
+        if macros.returncode == 0:
+            break
+    parts = [SOURCE.read_text(), compiler, *FLAGS, *(" ".join(flags) for flags in VARIANTS), macros.stdout]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
 def _compiler() -> str:

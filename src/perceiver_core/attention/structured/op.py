@@ -68,7 +68,8 @@ def read_grid(
     """
     with checks.full_precision(content.device):
         # torch.compile and torch.export see one node; torch.func and forward mode need a Function.
-        read: Any = _read_grid if torch.compiler.is_compiling() else _Read.apply
+        traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+        read: Any = _read_grid if traced else _Read.apply
         return GridRead(*read(content_queries, axis_queries, content, scale, mask)[:3])
 
 
@@ -83,7 +84,8 @@ def _read_grid(
     a: Tensor, u: Tensor, content: Tensor, scale: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Read, marginals and lse, and what the backward needs: a base for the exponents (in powers of 2) and their sum."""
-    read, marginals, base, total = _kernels(content).forward(
+    _check(a, u, content, scale, mask)
+    read, marginals, base, total = _kernels(a, content).forward(
         *(x.contiguous() for x in (a, u, content, scale)), None if mask is None else mask.contiguous()
     )
     return read, marginals, (base + total.log2()) * LN2, base, total
@@ -118,10 +120,11 @@ def _read_grid_backward(  # noqa: PLR0913 (as in `eager`)
     tokens: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of a, u, content and scale; the last two are empty unless `tokens` asks for them."""
+    _check(a, u, content, scale, mask)
     given = [x.contiguous() for x in (a, u, content, scale)]
     kept = [x.contiguous() for x in (base, total, d_read, d_marginals, offset)]
     with checks.full_precision(content.device):  # a backward pass may run inside autocast
-        made: tuple[Tensor, Tensor, Tensor, Tensor] = _kernels(content).backward(
+        made: tuple[Tensor, Tensor, Tensor, Tensor] = _kernels(a, content).backward(
             *given, None if mask is None else mask.contiguous(), *kept, tokens
         )
     return made
@@ -233,6 +236,33 @@ def _folded(size: int, batch: int, dims: tuple[int | None, ...], inputs: tuple[A
     return folded
 
 
-def _kernels(content: Tensor) -> Any:
+def _kernels(a: Tensor, content: Tensor) -> Any:
     """The module whose `forward` and `backward` run where the content lies."""
-    return native if content.device.type == "cpu" and native.library() is not None else eager
+    something = a.numel() > 0 and content.numel() > 0
+    return native if content.device.type == "cpu" and something and native.library() is not None else eager
+
+
+def _check(a: Tensor, u: Tensor, content: Tensor, scale: Tensor, mask: Tensor | None) -> None:
+    """Raises unless the compiled loop may walk over these: it looks at memory and not at shapes."""
+    if content.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"content must be float32 or float64; got {content.dtype}. Convert it: content.float()")
+    if content.ndim < 3 or 0 in content.shape[1:]:
+        raise ValueError(f"content must be b c *grid, with a channel and a token at least; got {tuple(content.shape)}")
+    batch, grid = content.shape[0], tuple(content.shape[2:])
+    asked = (a.shape[0], *a.shape[1:3]) if a.ndim == 4 else ()
+    wanted = {
+        "content_queries": (a, (*asked, content.shape[1])),
+        "axis_queries": (u, (*asked, sum(grid))),
+        "scale": (scale, (batch, *grid)),
+        "mask": (mask, (batch, *grid)),
+    }
+    for name, (x, shape) in wanted.items():
+        if x is None:
+            continue
+        if tuple(x.shape) != shape or (x is a and x.shape[0] not in (1, batch)):
+            raise ValueError(
+                f"{name} must fit content {tuple(content.shape)}: #b h q .. or b *grid; got {tuple(x.shape)}"
+            )
+        dtype = torch.bool if name == "mask" else content.dtype
+        if x.dtype != dtype or x.device != content.device:
+            raise TypeError(f"{name} must be {dtype} on {content.device}, like content; got {x.dtype} on {x.device}")
