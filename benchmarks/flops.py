@@ -17,11 +17,16 @@ BACKWARD = 3  # forward and backward together, relative to forward
 
 
 def read(block: pc.CrossAttend, *, latents: int, tokens: int) -> int:
-    """One read of so many tokens by so many latents."""
-    attention: Any = block.attention
-    of_tokens = _weights(attention.key) + _weights(attention.value)
-    of_latents = _weights(block) - of_tokens
-    return 2 * tokens * of_tokens + 2 * latents * of_latents + _scores(attention, latents, tokens)
+    """One read of so many tokens by so many latents, and the MLP after it."""
+    return attention(block, latents=latents, tokens=tokens) + 2 * latents * _weights(block.mlp)
+
+
+def attention(block: pc.CrossAttend, *, latents: int, tokens: int) -> int:
+    """The read alone."""
+    parts: Any = block.attention
+    of_tokens = _weights(parts.key) + _weights(parts.value)
+    of_latents = _weights(parts) - of_tokens
+    return 2 * tokens * of_tokens + 2 * latents * of_latents + _scores(parts, latents, tokens)
 
 
 def encoder(model: pc.Encoder, *, tokens: int) -> int:

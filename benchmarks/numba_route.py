@@ -64,10 +64,9 @@ def exp2(x):
 
 
 @njit(fastmath=FREE, error_model="numpy")
-def score(scores, u, base, a, x, r):
+def score(scores, u, base, a, x0, x1, x2, r):
     """The scores of a row, and the largest."""
     top, a0, a1, a2 = LOWEST, a[0], a[1], a[2]
-    x0, x1, x2 = x[0], x[1], x[2]
     for j in range(scores.shape[0]):
         scores[j] = (u[j] + base + a0 * x0[j] + a1 * x1[j] + a2 * x2[j]) * r[j]
         top = larger(top, scores[j])
@@ -75,10 +74,9 @@ def score(scores, u, base, a, x, r):
 
 
 @njit(fastmath=FREE, error_model="numpy")
-def weigh(scores, base, r, x, column):
+def weigh(scores, base, r, x0, x1, x2, column):
     """The sums of a row."""
     total = row = y0 = y1 = y2 = F(0)
-    x0, x1, x2 = x[0], x[1], x[2]
     for j in range(scores.shape[0]):
         p = exp2(scores[j] - base)
         total += p
@@ -98,9 +96,10 @@ def forward(a, rows, columns, x, r, y, row_sums, column_sums, lse):  # noqa: PLR
         first, last = block * BLOCK, min((block + 1) * BLOCK, a.shape[0])
         scores, base, total = np.empty(r.shape[1], F), np.full(BLOCK, LOWEST), np.zeros(BLOCK, F)
         for i in range(r.shape[0]):
+            x0, x1, x2 = x[0, i], x[1, i], x[2, i]
             for query in range(first, last):
                 q = query - first
-                top = score(scores, columns[query], rows[query, i], a[query], x[:, i], r[i])
+                top = score(scores, columns[query], rows[query, i], a[query], x0, x1, x2, r[i])
                 if top > base[q] + SLACK:
                     shrink = exp2(max(base[q] - top, TINY)) if i else F(0)
                     total[q] *= shrink
@@ -108,7 +107,7 @@ def forward(a, rows, columns, x, r, y, row_sums, column_sums, lse):  # noqa: PLR
                     row_sums[query] *= shrink
                     column_sums[query] *= shrink
                     base[q] = top
-                more, row_sums[query, i], y0, y1, y2 = weigh(scores, base[q], r[i], x[:, i], column_sums[query])
+                more, row_sums[query, i], y0, y1, y2 = weigh(scores, base[q], r[i], x0, x1, x2, column_sums[query])
                 total[q] += more
                 y[query, 0] += y0
                 y[query, 1] += y1

@@ -152,7 +152,7 @@ def _work(passes: int, given: State) -> Work:
     batch, m, _ = latents.shape
     touched = batch * tokens.n * tokens.dim * latents.element_size() + 2 * latents.nbytes
     return Work(
-        flops=passes * batch * flops.read(read, latents=m, tokens=tokens.n),
+        flops=passes * batch * flops.attention(read, latents=m, tokens=tokens.n),
         exps=batch * attention.heads * m * tokens.n,
         moved=touched * (1 if passes == 1 else 2),
     )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from perceiver_core import CrossAttend, Encoder, MultiHeadAttention, SelfAttend, Tokens, sharing
-from perceiver_core.attention import masks, reference, sdpa
+from perceiver_core.attention import fastest, masks, reference
 from perceiver_core.blocks import LatentTransformer
 from perceiver_core.sharing import Sharing
 
@@ -297,8 +297,8 @@ class TestAttentionMap:
             encoder().attention_map(array(), read=read)
 
 
-def test_the_default_kernel_is_pytorchs():
-    assert {read.attention.kernel for read in encoder().reads} == {sdpa}
+def test_the_default_kernel_is_the_fastest():
+    assert {read.attention.kernel for read in encoder().reads} == {fastest}
 
 
 def test_errors_of_sizes():

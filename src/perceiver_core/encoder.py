@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -148,8 +148,8 @@ class Encoder(nn.Module):
             x = self._transformer(step)(self._read(step)(x, tokens, mask=present))
         return x
 
-    def _read(self, step: int) -> CrossAttend:
-        return cast(CrossAttend, self.reads[self.sharing.reads[step]])
+    def _read(self, step: int) -> Any:  # a CrossAttend, or a user's own
+        return self.reads[self.sharing.reads[step]]
 
     def _transformer(self, step: int) -> nn.Module:
         return self.transformers[self.sharing.transformers[step]]

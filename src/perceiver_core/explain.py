@@ -34,7 +34,15 @@ class Explained:
 
 
 class Explanation(tuple[Explained, ...]):
-    """All reads of a model in the order in which they happen; printed, a table."""
+    """All reads of a model in the order in which they happen; printed, a table.
+
+    Example:
+        >>> import torch
+        >>> import perceiver_core as pc
+        >>> encoder = pc.Encoder(10, latents=7, dim=32, reads=2, depth=1, heads=4, share=False)
+        >>> [read.read for read in pc.explain(encoder, torch.randn(2, 50, 10))]
+        ['reads.0', 'reads.1']
+    """
 
     def __str__(self) -> str:
         """A table with one row a read."""

@@ -530,14 +530,14 @@ class TestRefusals:
         ],
     )
     @pytest.mark.parametrize("call", [read_grid, torch.ops.perceiver_core.read_grid], ids=["function", "operator"])
-    def test_shapes(self, call, name, shape):
+    def test_refused_shapes(self, call, name, shape):
         given = [torch.ones(size) for size in {**self.good, name: shape}.values()]
         with pytest.raises(ValueError, match="must"):
             call(*given, None)
 
     @pytest.mark.parametrize("name", list(good))
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64], ids=str)
-    def test_dtypes(self, name, dtype):
+    def test_refused_dtypes(self, name, dtype):
         given = {
             key: torch.ones(size, dtype=dtype if key == name else torch.float32) for key, size in self.good.items()
         }
@@ -547,7 +547,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "mask", [torch.ones(2, 11, 13), torch.ones(1, 1, 1, dtype=torch.bool)], ids=["dtype", "shape"]
     )
-    def test_masks(self, mask):
+    def test_refused_masks(self, mask):
         given = [torch.ones(size) for size in self.good.values()]
         with pytest.raises((TypeError, ValueError), match="mask must"):
             read_grid(*given, mask)

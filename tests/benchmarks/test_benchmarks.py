@@ -125,7 +125,7 @@ def test_flops_are_those_that_torch_counts():
     module, latents, tokens = read.state(read.TOY[0], "cpu")
     with FlopCounterMode(display=False) as counter:
         read.forward(read.READS["einsum"], (module, latents, tokens))
-    assert flops.read(module, latents=latents.shape[1], tokens=tokens.n) == counter.get_total_flops()
+    assert flops.attention(module, latents=latents.shape[1], tokens=tokens.n) == counter.get_total_flops()
 
 
 def test_flops_of_an_encoder_are_those_that_torch_counts():
@@ -210,7 +210,7 @@ def test_errors_of_the_command_name_what_there_is(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["benchmarks", "nothing"])
     with pytest.raises(SystemExit):
         command_line.main()
-    assert "no benchmark nothing; there are attention, read, models" in capsys.readouterr().err
+    assert "no benchmark nothing; there are attention, read, choice" in capsys.readouterr().err
 
 
 def test_help_lists_the_benchmarks(monkeypatch, capsys):

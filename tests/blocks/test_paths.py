@@ -359,6 +359,7 @@ def test_a_model_in_float64_inside_autocast():
             torch.testing.assert_close(read(x, tokens), wanted, **EXACT)
 
 
+@pytest.mark.compile  # traced sizes are tensors, which checked shapes refuse
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:torch.jit.TracerWarning")
 def test_a_trace_can_be_saved(tmp_path):
     model, pictures = model_of(Structured()).float().eval(), torch.rand(2, 3, 19, 23)
