@@ -9,15 +9,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from perceiver_core import checks, init, sharing
-from perceiver_core.attention.factored import FactoredKeysValues
 from perceiver_core.attention.masks import Mask
-from perceiver_core.blocks import CrossAttend, KeysValues, LatentTransformer
+from perceiver_core.blocks import CrossAttend, LatentTransformer
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
 Input: TypeAlias = Tokens | Tensor
-Memories: TypeAlias = dict[tuple[int, int], KeysValues | FactoredKeysValues]
-"""Keys and values by the number of the read's weights and that of the input."""
+Memories: TypeAlias = dict[tuple[int, int], Any]
+"""What reads made of their inputs, by the number of the read's weights and that of the input."""
 
 
 @register
@@ -156,7 +155,7 @@ class Encoder(nn.Module):
 
     def _memory(
         self, step: int, given: list[Input], mask: Mask | None, kept: Memories
-    ) -> tuple[Input | KeysValues | FactoredKeysValues, Mask | None]:
+    ) -> tuple[Any, Mask | None]:
         """What a step reads, and the mask to read it with.
 
         What is read once with some weights stays tokens, whose keys and values are the read's own business (to
