@@ -12,9 +12,14 @@ from torch import Tensor
 
 from benchmarks import flops, plots
 from benchmarks.contest import Candidate, Contest, Results, Row, Setting, Tensors, Work, compete
-from perceiver_core.attention import chunked, reference, sdpa
+from perceiver_core.attention import chunked, fastest, reference, sdpa
 
-KERNELS: dict[str, Callable[..., Tensor]] = {"reference": reference, "sdpa": sdpa, "chunked": chunked}
+KERNELS: dict[str, Callable[..., Tensor]] = {
+    "reference": reference,
+    "sdpa": sdpa,
+    "chunked": chunked,
+    "fastest": fastest,
+}
 
 
 class Read(NamedTuple):

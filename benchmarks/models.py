@@ -76,6 +76,7 @@ def entries(*, toy: bool) -> list[Entry]:
             candidates=("transformers", "ours", "ours bfloat16"),
             needs="transformers",
         ),
+        Entry("latent transformer", partial(thinking, toy=toy), (1, 3, 4, 5), ("ours", "ours bfloat16")),
         Entry("ImageNet", partial(imagenet, toy=toy), pictures, ("ours", "ours recomputing"), tasks=("training",)),
         Entry("AKOA", akoa, (2 if toy else 32, 1, 64, 64), ("ours", "ours bfloat16")),
     ]
@@ -90,6 +91,14 @@ def imagenet(*, toy: bool) -> Models:
     else:
         model = pc.models.papers.imagenet()
     return {"ours": model, "ours recomputing": pc.recompute_activations(copy.deepcopy(model))}
+
+
+def thinking(*, toy: bool) -> Models:
+    """The paper's latents with next to nothing to read: 8 times 6 self-attends."""
+    adapter = pc.adapters.Image(3, positions=pc.positions.Fourier(axes=2, bands=1, max_resolution=4))
+    latents, dim = (8, 32) if toy else (512, 1024)
+    encoder = pc.Encoder(adapter.dim, latents=latents, dim=dim, reads=2 if toy else 8, depth=6, heads=8)
+    return {"ours": pc.Perceiver(adapter, encoder, pc.heads.Classify(dim, classes=10))}
 
 
 def akoa() -> Models:

@@ -153,9 +153,7 @@ class Encoder(nn.Module):
     def _transformer(self, step: int) -> nn.Module:
         return self.transformers[self.sharing.transformers[step]]
 
-    def _memory(
-        self, step: int, given: list[Input], mask: Mask | None, kept: Memories
-    ) -> tuple[Any, Mask | None]:
+    def _memory(self, step: int, given: list[Input], mask: Mask | None, kept: Memories) -> tuple[Any, Mask | None]:
         """What a step reads, and the mask to read it with.
 
         What is read once with some weights stays tokens, whose keys and values are the read's own business (to

@@ -202,7 +202,7 @@ def test_the_command_writes_what_it_found(tmp_path, monkeypatch, capsys):
     assert "| latents |" in capsys.readouterr().out
     written = json.loads((tmp_path / "attention.json").read_text())
     assert written["machine"]["torch"] == torch.__version__
-    assert [row["candidate"] for row in written["rows"]] == ["reference", "sdpa", "chunked"] * 2
+    assert [row["candidate"] for row in written["rows"]] == ["reference", "sdpa", "chunked", "fastest"] * 2
     assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")
 
 
