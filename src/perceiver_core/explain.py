@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from perceiver_core.blocks.costs import Cost, Costs, Request, Sizes
-from perceiver_core.blocks.paths import Cheapest, Dense, Factored, Path, Structured
+from perceiver_core.blocks.paths import Cheapest, Dense, Factored, Path, Structured, reads_of
 
 
 @dataclass(frozen=True)
@@ -116,11 +116,7 @@ class _Listener:
 
 @contextmanager
 def _listening(model: nn.Module, requests: list[tuple[str, Path, Request]]) -> Iterator[None]:
-    reads: dict[str, Any] = {
-        name: part for name, part in model.named_modules() if hasattr(part, "path") and hasattr(part, "request")
-    }
-    if not reads:
-        raise ValueError(f"model must have reads (CrossAttend) to explain; {type(model).__name__} has none")
+    reads = reads_of(model)
     taken = {name: read.path for name, read in reads.items()}
     try:
         for name, read in reads.items():
@@ -145,19 +141,12 @@ def _statistics_at_rest(model: nn.Module) -> Iterator[None]:
 
 
 def _explained(name: str, path: Path, request: Request) -> Explained:
-    free = isinstance(path, Cheapest)
-    costs = path.costs if isinstance(path, Cheapest) else Costs()
-    taken = path.choose(request) if isinstance(path, Cheapest) else path
+    choice = path if isinstance(path, Cheapest) else Cheapest(of=[path])
+    taken = choice.choose(request)
     others = [other for other in (Structured(), Factored(), Dense()) if other != taken]
-    allowed = path.of if isinstance(path, Cheapest) else (path,)
-    reasons = [_reason(other, request, costs, allowed=other in allowed) for other in others]
-    return Explained(
-        name,
-        Sizes.of(request),
-        taken,
-        taken.cost(request, costs),
-        ("" if free else "it was chosen; ") + "; ".join(reasons),
-    )
+    why = "; ".join(_reason(other, request, choice.costs, allowed=other in choice.of) for other in others)
+    forced = "" if choice is path else "it was chosen; "
+    return Explained(name, Sizes.of(request), taken, taken.cost(request, choice.costs), forced + why)
 
 
 def _reason(path: Path, request: Request, costs: Costs, *, allowed: bool) -> str:

@@ -90,6 +90,11 @@ class Sizes(NamedTuple):
     half: bool
     device: str
 
+    @property
+    def pairs(self) -> int:
+        """Scores: queries and tokens that meet, in every head and sample."""
+        return self.batch * self.heads * self.queries * self.n
+
     @classmethod
     def of(cls, request: Request) -> Sizes:
         """The sizes of a request.
@@ -138,20 +143,18 @@ def structured(s: Sizes, costs: Costs, *, compiled: bool) -> Cost:
     """Small products with the queries and the tables; a few operations for each query and token."""
     places = sum(s.axes)
     small = 2 * s.made * (s.batch * s.queries * (s.channels + places) + places * (s.width - s.channels))
-    pairs = s.batch * s.heads * s.queries * s.n
     # What the queries add for each place, and what is summed up there, both written and read; content and scale.
     moved = 4.0 * (4 * s.batch * s.heads * s.queries * places + 4 * s.batch * s.n * (s.channels + 1))
     each = (costs.pair if compiled else costs.pair_eager) + costs.channel * s.channels * (1 + SHORT / s.axes[-1])
-    seconds = costs.start * 1e-6 + small / costs.matmul / 1e9 + moved / costs.copy / 1e9 + pairs * each * 1e-9
-    return Cost(small + pairs * (4 * s.channels + 2 * len(s.axes) + 16), moved, seconds)
+    seconds = costs.start * 1e-6 + small / costs.matmul / 1e9 + moved / costs.copy / 1e9 + s.pairs * each * 1e-9
+    return Cost(small + s.pairs * (4 * s.channels + 2 * len(s.axes) + 16), moved, seconds)
 
 
 def _ordinary(s: Sizes, costs: Costs, *, flops: float, moved: float, half: bool) -> Cost:
     kernel = 2.0 * s.batch * s.queries * s.n * s.made
     products = costs.matmul_half if half else costs.matmul
     attention = costs.attention_half if s.half else costs.attention
-    pairs = s.batch * s.heads * s.queries * s.n
     seconds = (
-        flops / products / 1e9 + moved / costs.copy / 1e9 + kernel / attention / 1e9 + pairs * costs.softmax * 1e-9
+        flops / products / 1e9 + moved / costs.copy / 1e9 + kernel / attention / 1e9 + s.pairs * costs.softmax * 1e-9
     )
     return Cost(flops + kernel, moved + s.batch * s.n * s.made * s.element, seconds)

@@ -183,11 +183,22 @@ def use(module: nn.Module, path: Path) -> None:
         >>> encoder = pc.Encoder(10, latents=7, dim=32, depth=1, heads=4)
         >>> paths.use(encoder, paths.Dense())
     """
-    reads: list[Any] = [part for part in module.modules() if hasattr(part, "path") and hasattr(part, "request")]
-    if not reads:
-        raise ValueError(f"module must have reads (CrossAttend) to set a path of; {type(module).__name__} has none")
-    for read in reads:
+    for read in reads_of(module).values():
         read.path = path
+
+
+def reads_of(module: nn.Module) -> dict[str, Any]:
+    """The reads in a module by name: what has a path and can say what it asks of it.
+
+    Raises:
+        ValueError: a module that reads nothing.
+    """
+    reads = {name: part for name, part in module.named_modules() if hasattr(part, "path") and hasattr(part, "request")}
+    if not reads:
+        raise ValueError(
+            f"the module must have reads (CrossAttend), which take a path; {type(module).__name__} has none"
+        )
+    return reads
 
 
 def _whole(request: Request) -> str:
