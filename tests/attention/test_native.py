@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from perceiver_core import CrossAttend, Tokens
-from perceiver_core.attention.structured import native, read_grid
+from perceiver_core.attention.structured import eager, native, read_grid
 from perceiver_core.blocks import paths
 
 COMPILER = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
@@ -108,9 +108,9 @@ def test_another_source_is_another_library(
 ) -> None:
     script(f'[ -z "$OUT" ] || cp {built} "$OUT"')
     assert loaded()
-    changed = tmp_path / "native.cpp"
-    changed.write_text(native.SOURCE.read_text() + "// more\n")
-    monkeypatch.setattr(native, "SOURCE", changed)
+    changed = shutil.copytree(native.SOURCE.parent, tmp_path / "changed")
+    (changed / "grid.h").write_text((changed / "grid.h").read_text() + "// more\n")
+    monkeypatch.setattr(native, "SOURCE", changed / native.SOURCE.name)
     native.library.cache_clear()
     assert loaded() and left_in(cache) == ["library"] * 2
 
@@ -153,7 +153,7 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(
     cache: Path, compilations: list[list[str]], script: Callable[[str], Path]
 ) -> None:
     script('[ -z "$OUT" ] || { echo half a library >"$OUT"; echo "no such instruction: frobnicate" >&2; exit 1; }')
-    with pytest.warns(RuntimeWarning, match=r"could not compile native\.cpp:\nno such instruction: frobnicate"):
+    with pytest.warns(RuntimeWarning, match=r"could not compile reads\.cpp:\nno such instruction: frobnicate"):
         assert not loaded()
     assert left_in(cache) == [] and len(compilations) == len(native.VARIANTS)
     assert [x.shape for x in results()[:3]] == [(2, 3, 17, 5), (2, 3, 17, 18), (2, 3, 17)]
@@ -256,6 +256,42 @@ def test_processes_at_once_all_succeed(cache: Path, built: Path, script: Callabl
     both = [subprocess.Popen([sys.executable, "-W", "error", "-c", READ]) for _ in range(2)]
     assert [process.wait(timeout=100) for process in both] == [0, 0]
     assert len(list(tmp_path.glob("*.started"))) == 2 and left_in(cache) == ["library"]
+
+
+@pytest.mark.parametrize("shift", [0.0, -3000.0, 3000.0])
+def test_few_queries_read_parts_of_the_grid_that_are_then_merged(shift: float) -> None:
+    """Some parts have no token, one query of one sample has none at all, and scores are far from zero."""
+    generator = torch.Generator().manual_seed(0)
+    grid = (41, 67)
+    shapes = (2, 1, 3, 2), (2, 1, 3, sum(grid)), (2, 2, *grid), (2, *grid)
+    leaves = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    mask = torch.rand(2, *grid, generator=generator) < 0.7
+    mask[0, :20], mask[1] = False, False
+    mask[1, -1, -1] = shift == 0.0
+    a, u, content, scale = leaves
+    given = [x.detach() for x in (a, u + shift, content, scale.abs() * 0.1 + 0.5)]
+    assert native._parts(2, 2, [a, u], content) > 2
+    found, wanted = ([*module.forward(*given, mask)] for module in (native, eager))
+    log_sums = [(base + total.log2()).double() for _, _, base, total in (found, wanted)]
+    torch.testing.assert_close(log_sums[0], log_sums[1], rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(found[:2], wanted[:2], rtol=0.0, atol=2e-5 if shift == 0.0 else 2e-3)
+    assert torch.isfinite(torch.stack([x.sum() for x in found])).all()
+
+
+@pytest.mark.parametrize("grid", [(3001,), (1, 3001), (41, 67), (9, 11, 31)], ids=str)
+@pytest.mark.parametrize("queries", [1, 2], ids=["shared", "own"])
+@pytest.mark.parametrize("tokens", [True, False], ids=["tokens", "weights"])
+def test_gradients_of_the_parts_of_a_grid_are_summed_up(grid: tuple[int, ...], queries: int, tokens: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    asked = (queries, 3, 17)
+    shapes = (*asked, 3), (*asked, sum(grid)), (2, 3, *grid), (2, *grid)
+    given = [torch.randn(shape, generator=generator).double() for shape in shapes]
+    mask = torch.rand(2, *grid, generator=generator) < 0.7
+    _, _, base, total = eager.forward(*given, mask)
+    back = [torch.randn(2, *asked[1:], n, generator=generator).double() for n in (3, sum(grid))]
+    offset = torch.randn(2, *asked[1:], generator=generator).double()
+    found, wanted = (module.backward(*given, mask, base, total, *back, offset, tokens) for module in (native, eager))
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
 
 
 def test_without_openmp_other_threads_give_the_same(

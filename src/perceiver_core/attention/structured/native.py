@@ -1,4 +1,4 @@
-"""The C++ beside this file, compiled for the machine it runs on, once.
+"""The C++ in `cpp`, compiled for the machine it runs on, once.
 
 Compiled by the compiler that torch.compile would take (`$CXX`, else c++, g++ or clang++), in a few seconds, and kept
 in the user's cache folder under a name made of the source, the compiler and the processor's features: another process
@@ -23,10 +23,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_suffix(".cpp")
-FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-errno", "-fno-trapping-math")
-PARTS = 32  # ranges of the grid whose gradients are summed up apart, over the batch; not by threads, so results repeat
-PARTS_BYTES = 2**26  # memory that these may take
+SOURCE = Path(__file__).parent / "cpp" / "reads.cpp"
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fvisibility=hidden", "-fno-math-errno")
+FLAGS += ("-fno-trapping-math",)
+BLOCK = 16  # queries that a task of the forward pass holds, as in `grid.h`
+TASKS = 32  # for the threads to share; where there are fewer, the grid is cut up. Not by threads, so results repeat
+LEAST = 4  # tokens of a part for each number that a query has for it, or there would be more to set up than to do
+PARTS_BYTES = 2**26  # memory that what the parts give may take
 # The first that works is taken: for this processor (the second is what some compilers for ARM call it), with PyTorch's
 # own threads or, where the compiler has no OpenMP, with others.
 TARGETS = ("-march=native", "-mcpu=native", "")
@@ -37,10 +40,21 @@ def forward(
     a: Tensor, u: Tensor, content: Tensor, scale: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Read, marginals, base and total: see `op`. Tensors are contiguous and on the CPU."""
-    shape = (content.shape[0], *a.shape[1:3])
-    out = [content.new_empty(*shape, *last) for last in ((a.shape[-1],), (u.shape[-1],), (), ())]
-    _call("forward", a, content, [u, content, scale, mask, *out])
-    return out[0], out[1], out[2], out[3]
+    batch, queries = content.shape[0], a.shape[2]
+    flat = content.ndim == 3  # what a query has for the places of a single axis is as large as the grid: not cut up
+    tasks = batch * a.shape[1] * -(-queries // BLOCK)
+    parts = 1 if flat else _parts(tasks, batch, [a, u], content)
+    shape = (batch, parts, *a.shape[1:3])
+    read, marginals, base, total = (content.new_empty(*shape, *last) for last in (a.shape[-1:], u.shape[-1:], (), ()))
+    _call("forward", a, content, [u, content, scale, mask, read, marginals, base, total], parts)
+    if parts == 1:
+        return read[:, 0], marginals[:, 0], base[:, 0], total[:, 0]
+    base = base.masked_fill(total == 0, -torch.inf)
+    highest = base.amax(1).clamp_min(torch.finfo(base.dtype).min)  # also where all parts are empty
+    totals = total * (base - highest[:, None]).exp2()
+    whole = totals.sum(1)
+    share = (totals / whole[:, None]).nan_to_num()[..., None]  # of nothing, nothing
+    return (read * share).sum(1), (marginals * share).sum(1), highest.where(whole > 0, 0.0), whole
 
 
 def backward(  # noqa: PLR0913 (what the forward was given, what it kept and what came back)
@@ -57,10 +71,11 @@ def backward(  # noqa: PLR0913 (what the forward was given, what it kept and wha
     tokens: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of a, u, content and scale."""
-    batch, places = content.shape[0], u.shape[-1]
-    bytes_a_part = batch * prod(a.shape[1:3]) * (a.shape[-1] + places) * a.element_size()
-    parts = max(1, min(-(-PARTS // batch), PARTS_BYTES // max(bytes_a_part, 1)))
-    d_a, d_u = (x.new_empty(batch, parts, *x.shape[1:]) for x in (a, u))
+    batch = content.shape[0]
+    flat = content.ndim == 3  # parts of a single axis have places of their own
+    parts = _parts(batch, batch, [a] if flat else [a, u], content)
+    d_a = a.new_empty(batch, parts, *a.shape[1:])
+    d_u = u.new_empty(batch, 1 if flat else parts, *u.shape[1:])
     d_content, d_scale = (torch.empty_like(x) if tokens else x.new_empty(0) for x in (content, scale))
     gradients = [d_a, d_u, *((d_content, d_scale) if tokens else (None, None))]
     _call(
@@ -69,6 +84,14 @@ def backward(  # noqa: PLR0913 (what the forward was given, what it kept and wha
     over = (0, 1) if a.shape[0] == 1 else (1,)
     d_a, d_u = (x.sum(over).reshape(like.shape) for x, like in ((d_a, a), (d_u, u)))
     return d_a, d_u, d_content, d_scale
+
+
+def _parts(tasks: int, batch: int, kept: list[Tensor], content: Tensor) -> int:
+    """Into how many parts the grid is cut, so that there is work for many threads; of each part, `kept` is kept."""
+    numbers = sum(x.shape[-1] for x in kept)
+    bytes_a_part = batch * prod(kept[0].shape[1:3]) * numbers * content.element_size()
+    most = min(PARTS_BYTES // max(bytes_a_part, 1), prod(content.shape[2:]) // (LEAST * numbers))
+    return max(1, min(-(-TASKS // tasks), most))
 
 
 def _call(name: str, a: Tensor, content: Tensor, tensors: list[Tensor | None], *numbers: int) -> None:
@@ -145,7 +168,8 @@ def _name(compiler: str) -> str:
         macros = subprocess.run(asked, capture_output=True, text=True, errors="replace", timeout=60)
         if macros.returncode == 0:
             break
-    parts = [SOURCE.read_text(), compiler, *FLAGS, *(" ".join(flags) for flags in VARIANTS), macros.stdout]
+    files = (path.read_text() for path in sorted(SOURCE.parent.iterdir()))
+    parts = [*files, compiler, *FLAGS, *(" ".join(flags) for flags in VARIANTS), macros.stdout]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 

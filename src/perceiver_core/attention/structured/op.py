@@ -8,7 +8,7 @@ the softmax weights along each axis, so no token needs a value:
     p = softmax over m of score * scale
     read[n] = sum_m p scale content        marginals[n, i] = sum of p scale over the tokens with index i along an axis
 
-On the CPU one compiled loop does it (`native.cpp`), at about one exponential a pair; elsewhere, plain PyTorch a
+On the CPU one compiled loop does it (`cpp`), at about one exponential a pair; elsewhere, plain PyTorch a
 piece of the grid at a time. Both are one custom operator, so that torch.compile and torch.export see a single node.
 The backward pass computes the weights again: nothing of size queries x tokens is ever stored.
 """
