@@ -152,8 +152,8 @@ def _explained(name: str, path: Path, request: Request) -> Explained:
 def _reason(path: Path, request: Request, costs: Costs, *, allowed: bool) -> str:
     if reason := path.why_not(request):
         return f"{_name(path)} cannot: {reason}"
-    if isinstance(path, Structured) and not path.ready(request):
-        return f"{_name(path)} would need a C++ compiler"
+    if isinstance(path, Structured) and (missing := path.missing(request)):
+        return f"{_name(path)} is not fast here: {missing}"
     return f"{_name(path)} {_milliseconds(path.cost(request, costs))} ms" + ("" if allowed else " (not allowed)")
 
 

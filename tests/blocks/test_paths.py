@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import re
 from functools import partial
 
 import pytest
@@ -13,7 +15,8 @@ import perceiver_core as pc
 from perceiver_core import CrossAttend, Encoder, MultiHeadAttention, Tokens, explain, positions
 from perceiver_core.attention import chunked, masks, reference, sdpa
 from perceiver_core.attention.factored import FactoredKeysValues
-from perceiver_core.blocks import paths
+from perceiver_core.__main__ import main as command
+from perceiver_core.blocks import measure, paths
 from perceiver_core.blocks.attention import KeysValues
 from perceiver_core.blocks.costs import Costs, Sizes
 from perceiver_core.blocks.paths import Cheapest, Dense, Factored, Structured
@@ -428,6 +431,15 @@ class TestExplain:
         assert read.path == Dense()
         assert "(not allowed)" in read.why
 
+    def test_says_what_a_structured_read_lacks(self, monkeypatch):
+        monkeypatch.setattr("perceiver_core.attention.structured.native.available", lambda: False)
+        [read, _] = explain(model_of(), torch.rand(2, 3, 19, 23, dtype=torch.float64))
+        assert read.path != Structured()
+        assert "Structured is not fast here: it would need a C++ compiler" in read.why
+        [read, _] = explain(model_of().to("meta"), torch.rand(2, 3, 19, 23, dtype=torch.float64, device="meta"))
+        assert read.path == Dense()
+        assert "Structured is not fast here: there is no compiled loop for meta" in read.why
+
     def test_leaves_no_trace(self):
         model = model_of().train()
         model.adapter = pc.adapters.Image(
@@ -467,3 +479,21 @@ def test_sizes_of_a_film_with_a_learned_table():
     tokens = Tokens(torch.randn(2, 5, 7, 3, 4), tables=(frames, learned))
     read = CrossAttend(19, 10)
     assert Sizes.of(read.request(tokens)).axes == (5, 21)
+
+
+def test_the_command_prints_costs_that_can_be_used(monkeypatch, capsys):
+    """Run in a hurry: a model then reads by what was measured."""
+    measured = partial(measure.costs, seconds=0.0)
+    monkeypatch.setattr(measure, "costs", measured)
+    monkeypatch.setattr("sys.argv", ["perceiver_core", "costs"])
+    command()
+    *table, _, call = capsys.readouterr().out.splitlines()
+    names = [line.split()[0] for line in table[1:]]
+    assert names == [field.name for field in dataclasses.fields(Costs)]
+    values = dict(re.findall(r"(\w+)=([-\d.e+]+)", call))
+    assert list(values) == names
+    found = Costs(**{name: float(value) for name, value in values.items()})
+    assert all(value > 0 for name, value in dataclasses.asdict(found).items() if name not in ("softmax", "channel"))
+    model = model_of(Cheapest(costs=found))
+    [read, _] = explain(model, torch.rand(2, 3, 19, 23, dtype=torch.float64))
+    assert read.cost.seconds > 0

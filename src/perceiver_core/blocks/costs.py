@@ -37,7 +37,6 @@ class Costs:
         copy: reading and writing large tensors, GB/s.
         pair: a structured read, nanoseconds for a query and a token.
         channel: nanoseconds more for each channel of the content, in long rows.
-        pair_eager: `pair` where there is no compiler.
         start: what reads that are not written out take before any work, microseconds of all threads together.
     """
 
@@ -49,7 +48,6 @@ class Costs:
     copy: float = 10.0
     pair: float = 0.37
     channel: float = 0.036
-    pair_eager: float = 5.0
     start: float = 670.0
 
 
@@ -139,13 +137,13 @@ def factored(s: Sizes, costs: Costs) -> Cost:
     return cost._replace(seconds=cost.seconds + costs.start * 1e-6)
 
 
-def structured(s: Sizes, costs: Costs, *, compiled: bool) -> Cost:
+def structured(s: Sizes, costs: Costs) -> Cost:
     """Small products with the queries and the tables; a few operations for each query and token."""
     places = sum(s.axes)
     small = 2 * s.made * (s.batch * s.queries * (s.channels + places) + places * (s.width - s.channels))
     # What the queries add for each place, and what is summed up there, both written and read; content and scale.
     moved = 4.0 * (4 * s.batch * s.heads * s.queries * places + 4 * s.batch * s.n * (s.channels + 1))
-    each = (costs.pair if compiled else costs.pair_eager) + costs.channel * s.channels * (1 + SHORT / s.axes[-1])
+    each = costs.pair + costs.channel * s.channels * (1 + SHORT / s.axes[-1])
     seconds = costs.start * 1e-6 + small / costs.matmul / 1e9 + moved / costs.copy / 1e9 + s.pairs * each * 1e-9
     return Cost(small + s.pairs * (4 * s.channels + 2 * len(s.axes) + 16), moved, seconds)
 

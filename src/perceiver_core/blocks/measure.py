@@ -8,11 +8,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from perceiver_core.attention import fastest
 from perceiver_core.attention.factored import Norm, attend, factor
-from perceiver_core.attention.structured import eager, native, read_grid
+from perceiver_core.attention.structured import native, read_grid
 from perceiver_core.blocks.costs import SHORT, Costs
 from perceiver_core.tokens import Tokens
 
@@ -44,7 +43,6 @@ def costs(seconds: float = 2.0) -> Costs:
         attention_half=4 * 272 / max(wide_half - softmax, 1e-9),
         softmax=softmax,
         copy=rate(2 * large.nbytes / 1e9, lambda: large * 2.0),
-        pair_eager=threads * 1e9 * _median(_grid_read(1, eager=True), seconds) / _PAIRS,
         start=1e6 * threads * _median(_tiny_read, seconds),
     )
     if not native.available():
@@ -68,14 +66,10 @@ def _tiny_read() -> object:
     return attend(torch.zeros(1, 1, 1, 8), factor(tokens, Norm(eps=1e-5), weights, weights, heads=1))
 
 
-def _grid_read(channels: int, *, eager: bool = False) -> Callable[[], object]:
+def _grid_read(channels: int) -> Callable[[], object]:
     a, u = torch.randn(1, 1, 256, channels), torch.randn(1, 1, 256, 128 + 192)
     content, scale = torch.randn(1, channels, 128, 192), torch.ones(1, 128, 192)
-    return lambda: (_eager if eager else read_grid)(a, u, content, scale)
-
-
-def _eager(a: Tensor, u: Tensor, content: Tensor, scale: Tensor) -> object:
-    return eager.forward(a, u, content, scale, None)
+    return lambda: read_grid(a, u, content, scale)
 
 
 def _median(work: Callable[[], object], seconds: float) -> float:

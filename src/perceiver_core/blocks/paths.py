@@ -30,6 +30,10 @@ from perceiver_core.blocks.costs import MEASURED, Cost, Costs, Request, Sizes
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
+# Without an eps, an RMSNorm in half precision takes that of float32, in which it computes; in early PyTorch (2.6) its
+# own, which nearly levels numbers as small as this one.
+OWN_EPS = bool(nn.functional.rms_norm(torch.full((1,), 2.0**-10, dtype=torch.bfloat16, device="cpu"), (1,)) < 0.5)
+
 
 @runtime_checkable
 class Path(Protocol):
@@ -108,13 +112,17 @@ class Structured:
         return _whole(request) or _bound_to_kernel(request)
 
     def cost(self, request: Request, costs: Costs) -> Cost:
-        """See `costs.structured`; on the CPU it is that of the compiled loop."""
-        sizes = Sizes.of(request)
-        return model.structured(sizes, costs, compiled=sizes.device == "cpu")
+        """See `costs.structured`: that of the compiled loop."""
+        return model.structured(Sizes.of(request), costs)
 
-    def ready(self, request: Request) -> bool:
-        """Whether the loop that the cost is of is there; it is compiled if need be."""
-        return Sizes.of(request).device == "cpu" and native.available()
+    def missing(self, request: Request) -> str:
+        """What the compiled loop that the cost is of is without; empty if it is there. It is compiled if need be.
+
+        Without it the read is made by plain PyTorch: in little memory, but slowly.
+        """
+        if (device := Sizes.of(request).device) != "cpu":
+            return f"there is no compiled loop for {device}"
+        return "" if native.available() else "it would need a C++ compiler"
 
     def read(self, request: Request) -> FactoredKeysValues:
         """What is read, in its parts."""
@@ -162,7 +170,7 @@ class Cheapest:
             return able[0]
         seconds = [path.cost(request, self.costs).seconds for path in able]
         best = able[seconds.index(min(seconds))]
-        if isinstance(best, Structured) and not best.ready(request):
+        if isinstance(best, Structured) and best.missing(request):
             return Cheapest([path for path in able if path is not best], self.costs).choose(request)
         return best
 
@@ -273,6 +281,6 @@ def _norm(norm: Any, dtype: torch.dtype) -> Norm | None:
         return None
     if isinstance(norm, nn.LayerNorm):
         return Norm(norm.eps, norm.weight, norm.bias)
-    # Without one, PyTorch takes that of the dtype it computes in: float32 for half precision.
-    eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps if norm.eps is None else norm.eps
+    like = dtype if OWN_EPS else torch.promote_types(dtype, torch.float32)
+    eps = torch.finfo(like).eps if norm.eps is None else norm.eps
     return Norm(eps, norm.weight, None, center=False)
