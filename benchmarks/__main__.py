@@ -29,7 +29,7 @@ def main() -> None:
     ceilings = machine.ceilings(options.device, toy=options.toy)
     print(", ".join(f"{name} {value}" for name, value in described.items()))
     print(f"\nceilings\n\n{report.table([ceilings])}\n")
-    setting = Setting(options.toy, options.device, ceilings)
+    setting = Setting(options.toy, options.device)
     for name in options.names or BENCHMARKS:
         print(f"{name}\n", flush=True)
         results = BENCHMARKS[name].run(setting)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from benchmarks import memory, timing
+from benchmarks import machine, memory, timing
 
 Row: TypeAlias = dict[str, Any]
 Tensors: TypeAlias = tuple[Tensor, ...]
@@ -26,7 +26,6 @@ class Setting(NamedTuple):
 
     toy: bool
     device: str
-    ceilings: dict[str, float]
 
 
 class Results(NamedTuple):
@@ -72,7 +71,10 @@ def compete(contest: Contest, setting: Setting) -> list[Row]:
     state = contest.setup(setting.device)
     calls = {name: partial(candidate.call, state) for name, candidate in contest.candidates.items()}
     agree(calls, {name: TOLERANCES[candidate.dtype] for name, candidate in contest.candidates.items()})
+    before = machine.ceilings(setting.device, toy=setting.toy)
     times = timing.interleaved(calls, device=setting.device, **(TOY_ROUNDS if setting.toy else {}))
+    after = machine.ceilings(setting.device, toy=setting.toy)
+    ceilings = {name: (rate + after[name]) / 2 for name, rate in before.items()}
     work = contest.work(state)
     del state, calls
     first = next(iter(times.values())).median
@@ -80,7 +82,7 @@ def compete(contest: Contest, setting: Setting) -> list[Row]:
     for name, candidate in contest.candidates.items():
         median, spread = times[name]
         timed = {"candidate": name, "median ms": 1000 * median, "spread %": 100 * spread, "ratio": first / median}
-        rate = shares(work, median, candidate.dtype, setting.ceilings)
+        rate = shares(work, median, candidate.dtype, ceilings)
         peak = memory.peak(contest.setup, candidate.call, device=setting.device)
         rows.append({**contest.sizes, **timed, **rate, "peak MB": peak / 1e6})
     return rows

@@ -1,4 +1,4 @@
-"""The machine: what it is, and the highest rates that it reaches, to hold everything else against."""
+"""The machine: what it is, and the rates that it reaches at the simplest things, to hold everything else against."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def description(device: str) -> dict[str, Any]:
 
 
 def ceilings(device: str, *, toy: bool) -> dict[str, float]:
-    """The best of several calls each, in units of 10^9 a second.
+    """The median of several calls each, in units of 10^9 a second.
 
     A product of two large matrices in float32 and in bfloat16 (FLOP), a copy of an array far larger than any
     cache (bytes read and written), and exp of an array that fits into the caches (exponentials).
@@ -42,10 +42,10 @@ def ceilings(device: str, *, toy: bool) -> dict[str, float]:
     x = torch.randn(cached, device=device)
     out = torch.empty_like(x)
     return {
-        "float32 GFLOP/s": _best(_product(side, torch.float32, device), 2 * side**3, device),
-        "bfloat16 GFLOP/s": _best(_product(side, torch.bfloat16, device), 2 * side**3, device),
-        "copy GB/s": _best(partial(target.copy_, source), 2 * source.nbytes, device),
-        "exp G/s": _best(partial(torch.exp, x, out=out), cached, device, calls=50),
+        "float32 GFLOP/s": _rate(_product(side, torch.float32, device), 2 * side**3, device),
+        "bfloat16 GFLOP/s": _rate(_product(side, torch.bfloat16, device), 2 * side**3, device),
+        "copy GB/s": _rate(partial(target.copy_, source), 2 * source.nbytes, device),
+        "exp G/s": _rate(partial(torch.exp, x, out=out), cached, device, calls=30),
     }
 
 
@@ -54,9 +54,9 @@ def _product(side: int, dtype: torch.dtype, device: str) -> Callable[[], object]
     return partial(torch.mm, a, b, out=out)
 
 
-def _best(call: Callable[[], object], units: float, device: str, calls: int = 8) -> float:
+def _rate(call: Callable[[], object], units: float, device: str, calls: int = 5) -> float:
     call()
-    return units / min(timing.once(call, device) for _ in range(calls)) / 1e9
+    return units / timing.summary([timing.once(call, device) for _ in range(calls)]).median / 1e9
 
 
 def _processor() -> str:

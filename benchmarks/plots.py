@@ -49,12 +49,12 @@ def curves(rows: Sequence[Row], path: Path, *, measures: Mapping[str, str], fit:
                 own = [row for row in rows if row["candidate"] == name and row["along"] == along and row[column] > 0]
                 sizes, values = [row["size"] for row in own], [row[column] for row in own]
                 power, factor = fit(sizes, values)
-                axis.plot(sizes, values, "o", color=f"C{index}", label=f"{name}: {along}^{power:.2f}")
+                axis.plot(sizes, values, "o", color=f"C{index}", label=f"{name}: n^{power:.2f}")
                 axis.plot(sizes, [factor * size**power for size in sizes], "-", color=f"C{index}", alpha=0.5)
             drawn = [row for row in rows if row["along"] == along]
             _logarithmic(axis, "x", [row["size"] for row in drawn], room=1.5)
             _logarithmic(axis, "y", [row[column] for row in drawn], room=1.5)
-            axis.set(xlabel=f"number of {along}", ylabel=f"{measure}, {column}")
+            axis.set(xlabel=f"n, number of {along}", ylabel=f"{measure}, {column}")
             axis.grid(alpha=0.3)
             axis.legend(fontsize=7)
     _finish(figure, axes[:0], path, title)

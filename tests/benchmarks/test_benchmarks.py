@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from functools import partial
 
 import pytest
@@ -12,12 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import perceiver_core as pc
 from benchmarks import __main__ as command_line
-from benchmarks import child, contest, flops, machine, memory, models, plots, read, report, scaling, timing
+from benchmarks import attention, child, contest, flops, machine, memory, models, plots, read, report, scaling, timing
 from benchmarks.contest import Candidate, Contest, DisagreementError, Setting, Work
 from perceiver_core.attention import reference
 
 CEILINGS = {"float32 GFLOP/s": 100.0, "bfloat16 GFLOP/s": 200.0, "copy GB/s": 10.0, "exp G/s": 1.0}
-SETTING = Setting(toy=True, device="cpu", ceilings=CEILINGS)
+SETTING = Setting(toy=True, device="cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -166,7 +167,7 @@ def test_a_library_that_is_missing_is_left_out_and_named(monkeypatch):
 
 def test_a_candidate_that_would_need_too_much_is_left_out_and_named(monkeypatch):
     def measured(given, setting):
-        tokens = given.sizes["height"] * given.sizes["width"]
+        tokens = math.prod(map(int, given.sizes["grid"].split(" x ")))
         columns = {"median ms": 1.0, "spread %": 0.0, "GFLOP/s": 1.0}
         return [
             {"candidate": name, **columns, "peak MB": tokens * (1.0 if name == "einsum" else 1e-3)}
@@ -177,8 +178,8 @@ def test_a_candidate_that_would_need_too_much_is_left_out_and_named(monkeypatch)
     results = scaling.run(SETTING)
     by_tokens = [row["size"] for row in results.rows if row["along"] == "tokens" and row["candidate"] == "einsum"]
     assert by_tokens == [1000, 3000]
-    assert "einsum: left out at 10,000 tokens, where it would need 10.0 GB" in results.notes
-    assert "sdpa: time grows as tokens^0.00, memory grows as tokens^1.00" in results.notes
+    assert "tokens: einsum, left out at 10,000, where it would need 10.0 GB" in results.notes
+    assert "tokens: sdpa, time grows as n^0.00, memory grows as n^1.00" in results.notes
 
 
 def test_the_machine_says_what_it_is_and_reaches():
@@ -202,7 +203,7 @@ def test_the_command_writes_what_it_found(tmp_path, monkeypatch, capsys):
     assert "| latents |" in capsys.readouterr().out
     written = json.loads((tmp_path / "attention.json").read_text())
     assert written["machine"]["torch"] == torch.__version__
-    assert [row["candidate"] for row in written["rows"]] == ["reference", "sdpa", "chunked", "fastest"] * 2
+    assert [row["candidate"] for row in written["rows"]] == [*attention.KERNELS, "structured"] * 2
     assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -13,9 +13,9 @@ from torch import nn
 
 import perceiver_core as pc
 from perceiver_core import CrossAttend, Encoder, MultiHeadAttention, Tokens, explain, positions
+from perceiver_core.__main__ import main as command
 from perceiver_core.attention import chunked, masks, reference, sdpa
 from perceiver_core.attention.factored import FactoredKeysValues
-from perceiver_core.__main__ import main as command
 from perceiver_core.blocks import measure, paths
 from perceiver_core.blocks.attention import KeysValues
 from perceiver_core.blocks.costs import Costs, Sizes
