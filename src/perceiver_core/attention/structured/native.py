@@ -24,16 +24,10 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).parent / "cpp" / "reads.cpp"
-FLAGS = [
-    "-O3",
-    "-std=c++17",
-    "-shared",
-    "-fPIC",
-    "-pthread",
-    "-fvisibility=hidden",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-]
+FLAGS = (
+    *("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fvisibility=hidden"),
+    *("-fno-math-errno", "-fno-trapping-math"),  # nobody asks for these, and without them there are vectors
+)
 BLOCK = 16  # queries that a task of the forward pass holds, as in `grid.h`
 TASKS = 32  # for the threads to share; where there are fewer, the grid is cut up. Not by threads, so results repeat
 LEAST = 4  # tokens of a part for each number that a query has for it, or there would be more to set up than to do
