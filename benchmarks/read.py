@@ -47,13 +47,14 @@ FULL = (
 def written_out(
     attend: Callable[[Tensor, Tensor, Tensor], Tensor], read: pc.CrossAttend, x: Tensor, tokens: pc.Tokens
 ) -> Tensor:
-    """A read as it is mostly written: concatenate, normalize, project, attend."""
+    """A read as it is mostly written, by PyTorch's own layers: concatenate, normalize, project, attend."""
     attention: Any = read.attention
-    inputs = read.input_norm(tokens.dense())
-    asked = (attention.query(read.query_norm(x)), attention.key(inputs), attention.value(inputs))
-    q, k, v = (rearrange(tensor, "b n (h d) -> b h n d", h=attention.heads) for tensor in asked)
-    out: Tensor = attention.output(rearrange(attend(q, k, v), "b h m d -> b m (h d)"))
-    return out
+    asks, inputs = read.query_norm(x), read.input_norm(tokens.dense())
+    pairs = ((asks, attention.query), (inputs, attention.key), (inputs, attention.value))
+    made = (F.linear(tensor, layer.weight, layer.bias) for tensor, layer in pairs)
+    q, k, v = (rearrange(tensor, "b n (h d) -> b h n d", h=attention.heads) for tensor in made)
+    got = rearrange(attend(q, k, v), "b h m d -> b m (h d)")
+    return F.linear(got, attention.output.weight, attention.output.bias)
 
 
 def einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

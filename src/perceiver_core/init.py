@@ -15,6 +15,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from perceiver_core.linear import Linear
+
 # The standard deviation of a standard normal truncated to [-2, 2], from which the scale is restored.
 TRUNCATED_STD = 0.87962566103423978
 
@@ -30,7 +32,7 @@ def linear(in_features: int, out_features: int, *, bias: bool = True) -> nn.Line
         >>> round(layer.weight.std().item() * 400 ** 0.5, 1), layer.bias.abs().max().item()
         (1.0, 0.0)
     """
-    layer = nn.Linear(in_features, out_features, bias=bias)
+    layer = Linear(in_features, out_features, bias=bias)
     fan_in_(layer.weight, in_features)
     if bias:
         nn.init.zeros_(layer.bias)

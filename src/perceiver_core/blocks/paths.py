@@ -27,6 +27,7 @@ from perceiver_core.attention.structured import native
 from perceiver_core.blocks import costs as model
 from perceiver_core.blocks.attention import KeysValues, MultiHeadAttention
 from perceiver_core.blocks.costs import MEASURED, Cost, Costs, Request, Sizes
+from perceiver_core.linear import Linear
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
@@ -219,7 +220,7 @@ def _whole(request: Request) -> str:
     if type(request.norm) not in (nn.LayerNorm, nn.RMSNorm, nn.Identity):
         return f"the norm is a {type(request.norm).__name__}, not a LayerNorm, RMSNorm or Identity"
     parts = (request.norm, attention.key, attention.value)
-    if any(type(part) is not nn.Linear for part in parts[1:]):
+    if any(type(part) not in (nn.Linear, Linear) for part in parts[1:]):
         return "a projection to keys or values is not a plain nn.Linear"
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if any(getattr(part, kind) for part in parts for kind in hooks):

@@ -1,0 +1,212 @@
+"""Linear layers by oneDNN are nn.Linear: results, gradients, second derivatives; they step aside where they must."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp, vmap
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from perceiver_core import init, linear
+from perceiver_core.linear import Linear
+
+there = pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")), reason="no oneDNN"
+)
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """oneDNN takes all products, however small, on any processor; their shapes (rows, terms, columns)."""
+    seen: list[tuple[int, ...]] = []
+    multiplied = linear._multiplied
+
+    def noted(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+        seen.append((*a.shape, b.shape[0]))
+        return multiplied(a, b, bias)
+
+    monkeypatch.setattr(linear, "_multiplied", noted)
+    monkeypatch.setattr(linear, "is_faster", lambda: True)
+    monkeypatch.setattr(linear, "_is_much", lambda *_: True)
+    return seen
+
+
+def layer_of(*, bias: bool = True, seed: int = 0) -> Linear:
+    torch.manual_seed(seed)
+    layer = init.linear(17, 13, bias=bias)
+    assert isinstance(layer, Linear)
+    if bias:
+        nn.init.normal_(layer.bias)
+    return layer
+
+
+def outcome(layer: nn.Linear, x: Tensor) -> list[Tensor]:
+    """The output, the gradients, and the gradients of their squares."""
+    leaves = [x.detach().clone().requires_grad_(), *layer.parameters()]
+    out = layer(leaves[0])
+    first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+    return [x.detach() for x in (out, *first, *second)]
+
+
+LAYOUTS = {
+    "rows": lambda: torch.randn(11, 17),
+    "one": lambda: torch.randn(17),
+    "a batch": lambda: torch.randn(2, 3, 5, 17),
+    "part of wider rows": lambda: torch.randn(11, 40)[:, 3:20],
+    "columns": lambda: torch.randn(17, 11).T,
+    "the same row again": lambda: torch.randn(1, 17).expand(11, 17),
+    "turned": lambda: torch.randn(5, 2, 17).transpose(0, 1),
+}
+
+
+@there
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_it_is_nn_linear_to_rounding(layout: str, bias: bool, products: list[tuple[int, ...]]) -> None:
+    layer, x = layer_of(bias=bias), LAYOUTS[layout]()
+    exact = nn.Linear(17, 13, bias=bias).double()
+    exact.load_state_dict(layer.state_dict())
+    for found, wanted in zip(outcome(layer, x), outcome(exact, x.double()), strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=0.0, atol=2e-6 * float(wanted.abs().max()))
+    rows = x.numel() // 17
+    assert products[:3] == [(rows, 17, 13), (rows, 13, 17), (13, rows, 17)]
+
+
+@there
+@pytest.mark.parametrize("given", ["tokens", "weights"])
+def test_only_wanted_gradients_are_computed(given: str, products: list[tuple[int, ...]]) -> None:
+    layer, x = layer_of(), torch.randn(11, 17, requires_grad=given == "tokens")
+    layer.requires_grad_(given == "weights")
+    layer(x).sum().backward()
+    assert products == [(11, 17, 13), (11, 13, 17) if given == "tokens" else (13, 11, 17)]
+
+
+@there
+def test_no_tokens(products: list[tuple[int, ...]]) -> None:
+    layer = layer_of()
+    assert layer(torch.empty(0, 5, 17)).shape == (0, 5, 13)
+
+
+@pytest.mark.usefixtures("products")
+def test_a_wrong_width_has_pytorchs_error() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        layer_of()(torch.randn(11, 16))
+
+
+class TestSteppingAside:
+    """What knows only ordinary operators sees those, and the results are theirs to the last bit."""
+
+    def test_other_dtypes_and_devices(self, products: list[tuple[int, ...]]) -> None:
+        for dtype in (torch.float64, torch.bfloat16, torch.float16):
+            layer, x = layer_of().to(dtype), torch.randn(11, 17, dtype=dtype)
+            assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+        assert layer_of().to("meta")(torch.empty(11, 17, device="meta")).shape == (11, 13)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer_of()(torch.randn(11, 17)).dtype == torch.bfloat16
+        assert products == []
+
+    def test_torch_func(self, products: list[tuple[int, ...]]) -> None:
+        layer, x = layer_of(), torch.randn(3, 11, 17)
+        weights = dict(layer.named_parameters())
+
+        def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+            return functional_call(layer, weights, x).square().sum()
+
+        each = vmap(torch.func.grad(loss), (None, 0))(weights, x)
+        assert each["weight"].shape == (3, 13, 17)
+        direction = {name: torch.ones_like(value) for name, value in weights.items()}
+        _, slope = jvp(lambda weights: loss(weights, x), (weights,), (direction,))
+        torch.testing.assert_close(slope, sum(g.sum() for g in each.values()), rtol=1e-4, atol=1e-2)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+            slope = torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent
+        torch.testing.assert_close(slope, layer.weight.sum(1).expand(3, 11, 13))
+        assert products == []
+
+    def test_modes(self, products: list[tuple[int, ...]]) -> None:
+        layer, x = layer_of(), torch.randn(11, 17)
+        with FlopCounterMode(display=False) as counter:
+            layer(x)
+        assert counter.get_total_flops() == 2 * 11 * 17 * 13
+        assert products == []
+
+    @pytest.mark.compile
+    @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:torch.jit.TracerWarning")
+    def test_export_and_traces(self, products: list[tuple[int, ...]]) -> None:
+        layer, x = layer_of(), torch.randn(11, 17)
+        wanted = F.linear(x, layer.weight, layer.bias)
+        exported = torch.export.export(layer, (x,))
+        assert {str(node.target) for node in exported.graph.nodes if node.op == "call_function"} == {
+            "aten.linear.default"
+        }
+        for made in (exported.module(), torch.jit.trace(layer, x, check_trace=False)):
+            torch.testing.assert_close(made(x), wanted)
+        assert products == []
+
+    def test_subclasses(self, products: list[tuple[int, ...]]) -> None:
+        class Tagged(Tensor):
+            pass
+
+        assert isinstance(layer_of()(torch.randn(11, 17).as_subclass(Tagged)), Tagged)
+        assert products == []
+
+
+@there
+@pytest.mark.compile
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_it_is_one_operator(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With gradients, and with as many rows as may come; the size is looked at when the graph runs."""
+    monkeypatch.setattr(linear, "is_faster", torch.compiler.assume_constant_result(lambda: True))
+    monkeypatch.setattr(linear, "LITTLE", 20 * 17 * 13)
+    layer = layer_of()
+    compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=True)
+    for rows in (2, 31, 40):
+        given = [torch.randn(3, rows, 17).requires_grad_() for _ in range(2)]
+        given[1].data.copy_(given[0])
+        found, wanted = (
+            [out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])]
+            for out, x in ((compiled(given[0]), given[0]), (F.linear(given[1], layer.weight, layer.bias), given[1]))
+        )
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_little_work_and_deep_sums_are_left_to_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "is_faster", lambda: True)
+    taken = {
+        (rows, inner, columns): linear.takes_onednn(torch.empty(rows, inner), torch.empty(columns, inner))
+        for rows, inner, columns in [(64, 64, 64), (256, 512, 512), (2, 1024, 1024), (64, 50_000, 64), (1, 9, 9)]
+    }
+    assert list(taken.values()) == [False, True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("capability", "vendor", "expected"),
+    [("AVX512", "AuthenticAMD", True), ("AVX512", "GenuineIntel", False), ("AVX2", "AuthenticAMD", False)],
+)
+def test_which_processors(capability: str, vendor: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(linear, "_vendor", lambda: f"vendor_id\t: {vendor}")
+    assert linear._is_faster.__wrapped__() == expected
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert not linear._is_faster.__wrapped__()
+
+
+def test_the_vendor_is_read_or_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert linear._vendor()
+    monkeypatch.setattr(linear.Path, "read_text", lambda _: "processor : 0\n")
+    assert "Intel" in linear._vendor()
+
+
+def test_it_is_kept_as_nn_linear_is() -> None:
+    layer = layer_of()
+    again = copy.deepcopy(layer)
+    plain = nn.Linear(17, 13)
+    plain.load_state_dict(layer.state_dict())
+    assert isinstance(again, nn.Linear) and repr(again) == repr(plain)
