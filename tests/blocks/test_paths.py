@@ -224,7 +224,7 @@ class TestChoice:
         tokens = tokens_of((113, 127))
         request = read_of(tokens).request(tokens, queries=512)
         assert Cheapest(costs=Costs(pair=1e6)).choose(request) != Structured()
-        assert Cheapest(costs=Costs(copy=1e-9)).choose(request) == Structured()
+        assert Cheapest(costs=Costs(attention=1e-9)).choose(request) == Structured()
 
     @pytest.mark.parametrize(
         "options, reason",

@@ -29,7 +29,8 @@ class Costs:
     and prints those of the machine at hand.
 
     Args:
-        matmul: large matrix products in float32, GFLOP/s.
+        linear: linear layers in float32, GFLOP/s.
+        matmul: other products of large matrices in float32.
         matmul_half: the same in bfloat16 or float16.
         attention: the products of the default kernel in float32, GFLOP/s.
         attention_half: the same in bfloat16 or float16.
@@ -40,6 +41,7 @@ class Costs:
         start: what reads that are not written out take before any work, microseconds of all threads together.
     """
 
+    linear: float = 200.0
     matmul: float = 100.0
     matmul_half: float = 430.0
     attention: float = 88.0
@@ -48,7 +50,7 @@ class Costs:
     copy: float = 10.0
     pair: float = 0.37
     channel: float = 0.036
-    start: float = 670.0
+    start: float = 1000.0
 
 
 MEASURED = Costs()
@@ -126,14 +128,15 @@ class Sizes(NamedTuple):
 def dense(s: Sizes, costs: Costs) -> Cost:
     """Tokens concatenated, normalized and projected; the kernel."""
     moved = s.batch * s.n * (6 * s.width + s.made) * s.element
-    return _ordinary(s, costs, flops=2 * s.batch * s.n * s.width * s.made, moved=moved, half=s.half)
+    products = costs.matmul_half if s.half else costs.linear
+    return _ordinary(s, costs, products, flops=2 * s.batch * s.n * s.width * s.made, moved=moved)
 
 
 def factored(s: Sizes, costs: Costs) -> Cost:
     """The content projected, the tables projected (once a batch), the sum of the two scaled; the kernel."""
     flops = 2 * s.made * (s.batch * s.n * s.channels + sum(s.axes) * (s.width - s.channels))
     moved = s.batch * s.n * (4 * s.made + s.channels) * 4
-    cost = _ordinary(s, costs, flops=flops, moved=moved, half=False)
+    cost = _ordinary(s, costs, costs.matmul, flops=flops, moved=moved)
     return cost._replace(seconds=cost.seconds + costs.start * 1e-6)
 
 
@@ -141,16 +144,15 @@ def structured(s: Sizes, costs: Costs) -> Cost:
     """Small products with the queries and the tables; a few operations for each query and token."""
     places = sum(s.axes)
     small = 2 * s.made * (s.batch * s.queries * (s.channels + places) + places * (s.width - s.channels))
-    # What the queries add for each place, and what is summed up there, both written and read; content and scale.
-    moved = 4.0 * (4 * s.batch * s.heads * s.queries * places + 4 * s.batch * s.n * (s.channels + 1))
+    # What the queries add for each place, and what is summed up there, each copied once; content and scale.
+    moved = 4.0 * (8 * s.batch * s.heads * s.queries * places + 4 * s.batch * s.n * (s.channels + 1))
     each = costs.pair + costs.channel * s.channels * (1 + SHORT / s.axes[-1])
     seconds = costs.start * 1e-6 + small / costs.matmul / 1e9 + moved / costs.copy / 1e9 + s.pairs * each * 1e-9
     return Cost(small + s.pairs * (4 * s.channels + 2 * len(s.axes) + 16), moved, seconds)
 
 
-def _ordinary(s: Sizes, costs: Costs, *, flops: float, moved: float, half: bool) -> Cost:
+def _ordinary(s: Sizes, costs: Costs, products: float, *, flops: float, moved: float) -> Cost:
     kernel = 2.0 * s.batch * s.queries * s.n * s.made
-    products = costs.matmul_half if half else costs.matmul
     attention = costs.attention_half if s.half else costs.attention
     seconds = (
         flops / products / 1e9 + moved / costs.copy / 1e9 + kernel / attention / 1e9 + s.pairs * costs.softmax * 1e-9

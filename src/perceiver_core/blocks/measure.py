@@ -13,6 +13,7 @@ from perceiver_core.attention import fastest
 from perceiver_core.attention.factored import Norm, attend, factor
 from perceiver_core.attention.structured import native, read_grid
 from perceiver_core.blocks.costs import SHORT, Costs
+from perceiver_core.linear import Linear
 from perceiver_core.tokens import Tokens
 
 
@@ -27,7 +28,7 @@ def costs(seconds: float = 2.0) -> Costs:
     def rate(amount: float, work: Callable[[], object]) -> float:
         return amount / _median(work, seconds) / threads
 
-    one, half = torch.randn(2048, 2048), torch.randn(2048, 2048, dtype=torch.bfloat16)
+    layer, one, half = Linear(2048, 2048), torch.randn(2048, 2048), torch.randn(2048, 2048, dtype=torch.bfloat16)
     large = torch.randn(2**23)
     product = 2 * 2048**3 / 1e9
     narrow, wide, wide_half = (
@@ -37,6 +38,7 @@ def costs(seconds: float = 2.0) -> Costs:
     each = (wide - narrow) / 256  # nanoseconds for a pair and a unit of width, 4 operations
     softmax = max(narrow - 16 * each, 0.0)
     found = Costs(
+        linear=rate(product, lambda: layer(one)),
         matmul=rate(product, lambda: one @ one),
         matmul_half=rate(product, lambda: half @ half),
         attention=4 / each,
