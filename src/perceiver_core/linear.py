@@ -15,20 +15,22 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from perceiver_core import checks
 
-is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # PyTorch 2.6 cannot tell
-
-LITTLE = 2**21  # multiplications below which MKL starts sooner
-PLAIN = (Tensor, nn.Parameter)
+LITTLE = 2**22  # multiplications below which MKL starts sooner
+NARROW = 16  # columns and terms below which oneDNN has nothing to fill its vectors with
 DEEP = 8  # terms of a sum for each row or column of the result, beyond which MKL shares work out better
 
 
 class Linear(nn.Linear):
     """`nn.Linear`: the same weights, the same results to rounding, faster where `takes_onednn` says so.
+
+    It is not of the very type `nn.Linear`, which `torch.ao.quantization.quantize_dynamic` looks for, nor can
+    `torch.jit.script` compile it.
 
     Example:
         >>> import torch
@@ -39,46 +41,35 @@ class Linear(nn.Linear):
 
     def forward(self, input: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
         """Input @ weight.T + bias."""
-        if not takes_onednn(input, self.weight):
-            return F.linear(input, self.weight, self.bias)
-        rows = input.reshape(-1, self.in_features)
-        # torch.compile sees one node; in eager mode a Function costs less.
-        product: Any = _product if torch.compiler.is_compiling() else _Product.apply
-        out: Tensor = product(rows, self.weight, self.bias)
-        return out.reshape(*input.shape[:-1], self.out_features)
+        weight, bias = self.weight, self.bias  # once: each may be computed
+        if not takes_onednn(input, weight, bias):
+            return F.linear(input, weight, bias)
+        rows = input.reshape(-1, weight.shape[1])
+        out: Tensor = _Product.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
+        return out.reshape(*input.shape[:-1], weight.shape[0])
 
 
-def takes_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether `Linear` has oneDNN multiply these: in float32, on a CPU where it is faster, and much.
+def takes_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether `Linear` has oneDNN multiply these: in eager mode, in float32, on a CPU where it is faster, and much.
 
-    Not while something looks on that knows PyTorch's ordinary operators alone: torch.export, torch.func, a trace, or a
-    mode such as FlopCounterMode. Under torch.compile the size is looked at when the graph runs.
+    Not while something looks on that knows PyTorch's ordinary operators alone: torch.compile, torch.export,
+    torch.func, a trace, or a mode such as FlopCounterMode.
     """
-    if x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32 or checks.autocasting(x.device):
+    if torch.compiler.is_compiling() or not is_faster() or not _ordinary(x, weight, bias) or not x.ndim:
         return False
-    if torch.compiler.is_compiling():
-        return not is_exporting() and is_faster()
-    if not is_faster() or torch._C._get_tracing_state() is not None or x.shape[-1] != weight.shape[-1]:
-        return False
-    if type(x) not in PLAIN or type(weight) not in PLAIN or _get_current_dispatch_mode() is not None:
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
-        return False
-    return _is_much(x.numel() // max(x.shape[-1], 1), *weight.shape)
+    fits = weight.ndim == 2 and x.shape[-1] == weight.shape[1] and (bias is None or bias.shape == weight.shape[:1])
+    return fits and _is_much(x.numel() // max(x.shape[-1], 1), *weight.shape)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # no processor comes while a graph is made
 def is_faster() -> bool:
     """Whether oneDNN is known to multiply float32 matrices faster than MKL here: AVX-512 without Intel's name on it."""
-    return _is_faster()
+    return _is_faster() and bool(torch.backends.mkldnn.enabled)
 
 
 @cache
 def _is_faster() -> bool:
     both = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
-    if not both:
-        return False
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and "Intel" not in _vendor()
+    return both and torch.backends.cpu.get_cpu_capability() == "AVX512" and "Intel" not in _vendor()
 
 
 def _vendor() -> str:
@@ -90,55 +81,50 @@ def _vendor() -> str:
     return next((line for line in lines if line.startswith("vendor_id")), "Intel, for all that is known")
 
 
-def _multiplied(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    """A @ b.T + bias by the faster library."""
-    if not _is_much(a.shape[0], *b.shape):
-        return F.linear(a, b, bias)
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(_laid_out(a), _laid_out(b), bias, "none", [], "")
-    return out
-
-
 class _Product(torch.autograd.Function):
     """a @ b.T + bias. Its gradients are such products too, so it can be differentiated again."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(a, b)
-        return _multiplied(a, b, bias)
+        ctx.set_materialize_grads(False)
+        for_a, for_b, _ = ctx.needs_input_grad
+        ctx.save_for_backward(a if for_b else None, b if for_a else None)
+        bias = None if bias is None else bias.contiguous()
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(_laid_out(a), _laid_out(b), bias, "none", [], "")
+        return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        return _gradients(ctx, gradient, _Product.apply)
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if gradient is None:
+            return None, None, None
+        (a, b), wanted = ctx.saved_tensors, ctx.needs_input_grad
+        return (
+            _product(gradient, b.t()) if wanted[0] else None,
+            _product(gradient.t(), a.t()) if wanted[1] else None,
+            gradient.sum(0) if wanted[2] else None,
+        )
 
 
-# The same as an operator, for torch.compile. The schema is written out because it cannot be inferred where an import
-# hook has wrapped the function.
-_product = torch.library.custom_op(
-    "perceiver_core::product", _multiplied, mutates_args=(), schema="(Tensor a, Tensor b, Tensor? bias) -> Tensor"
-)
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """A @ b.T by the faster library, or as anybody who looks on expects."""
+    if not _ordinary(a, b) or not _is_much(a.shape[0], *b.shape):
+        return a @ b.t()
+    out: Tensor = _Product.apply(a, b, None)  # type: ignore[no-untyped-call]
+    return out
 
 
-@_product.register_fake
-def _(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    return a.new_empty(a.shape[0], b.shape[0])
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
-
-
-def _gradients(
-    ctx: Any, gradient: Tensor, product: Any = _product
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    (a, b), wanted = ctx.saved_tensors, ctx.needs_input_grad
-    return (
-        product(gradient, b.t(), None) if wanted[0] else None,
-        product(gradient.t(), a.t(), None) if wanted[1] else None,
-        gradient.sum(0) if wanted[2] else None,
-    )
-
-
-_product.register_autograd(_gradients, setup_context=_keep)
+def _ordinary(*tensors: Tensor | None) -> bool:
+    """Whether these are plain float32 matrices on a CPU, and nothing stands between them and their operators."""
+    for x in tensors:
+        if x is not None and (type(x) not in (Tensor, nn.Parameter) or x.layout is not torch.strided or x.is_nested):
+            return False
+        if x is not None and (x.device.type != "cpu" or x.dtype != torch.float32):
+            return False
+    if checks.autocasting(torch.device("cpu")) or torch._C._get_tracing_state() is not None:
+        return False
+    if _get_current_dispatch_mode() is not None or torch._C._len_torch_function_stack():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
 
 
 def _laid_out(x: Tensor) -> Tensor:
@@ -147,4 +133,5 @@ def _laid_out(x: Tensor) -> Tensor:
 
 
 def _is_much(rows: int, columns: int, terms: int) -> bool:
-    return rows * columns * terms >= LITTLE and terms <= DEEP * max(rows, columns)
+    wide = min(columns, terms) >= NARROW and terms <= DEEP * max(rows, columns)
+    return wide and rows * columns * terms >= LITTLE

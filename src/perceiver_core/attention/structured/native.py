@@ -170,7 +170,7 @@ def _name(compiler: str) -> str:
         macros = subprocess.run(asked, capture_output=True, text=True, errors="replace", timeout=60)
         if macros.returncode == 0:
             break
-    files = (path.read_text() for path in sorted(SOURCE.parent.iterdir()))
+    files = (path.read_text() for path in sorted(SOURCE.parent.glob("[!.]*.[hc]*")) if path.is_file())
     parts = [*files, compiler, *FLAGS, *(" ".join(flags) for flags in VARIANTS), macros.stdout]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 

@@ -31,7 +31,7 @@ template <class T> struct Forward {
     const Span span(s, begin, end);
     asks.read(s, span, asked * s.latents + first, count, s.a, s.u, T(LOG2E));
     sums.clear(span);
-    std::fill(base, base + BLOCK, -INF<T>), std::fill(total, total + BLOCK, zeros<T>());
+    for (int l = 0; l < BLOCK; l++) base[l] = -INF<T>, total[l] = zeros<T>();
     T row[BLOCK];
     for (int64_t index = begin; index < end; index++) {
       tile.pack(s, batch, index);

@@ -81,7 +81,7 @@ template <class T> struct Latents {
 
   void read(const Read<T>& s, Span span, int64_t first, int count, const T* content, const T* tables, T factor) {
     std::fill(a.begin(), a.end(), T(0)), std::fill(outer.begin(), outer.end(), T(0));
-    for (int l = count; l < BLOCK; l++) std::fill(&last[l * padded + span.from], &last[l * padded + span.to], T(0));
+    for (int l = count; l < BLOCK; l++) std::fill(last.data() + l * padded + span.from, last.data() + l * padded + span.to, T(0));
     for (int l = 0; l < count; l++) {
       const T *from = tables + (first + l) * s.places, *c = content + (first + l) * s.channels;
       for (int64_t k = 0; k < s.channels; k++) a[l * s.channels + k] = c[k] * factor;
@@ -102,7 +102,7 @@ template <class T> struct Sums {
 
   void clear(Span span) {
     std::fill(a.begin(), a.end(), T(0)), std::fill(outer.begin(), outer.end(), T(0));
-    for (int l = 0; l < BLOCK; l++) std::fill(&last[l * padded + span.from], &last[l * padded + span.to], T(0));
+    for (int l = 0; l < BLOCK; l++) std::fill(last.data() + l * padded + span.from, last.data() + l * padded + span.to, T(0));
   }
 
   void shrink(int l, T factor) {
