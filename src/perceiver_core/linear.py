@@ -55,10 +55,16 @@ def takes_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     Not while something looks on that knows PyTorch's ordinary operators alone: torch.compile, torch.export,
     torch.func, a trace, or a mode such as FlopCounterMode.
     """
-    if torch.compiler.is_compiling() or not is_faster() or not _ordinary(x, weight, bias) or not x.ndim:
+    if (
+        torch.compiler.is_compiling()
+        or not is_faster()
+        or not _ordinary(x, weight, bias)
+        or not x.numel()
+        or not x.ndim
+    ):
         return False
     fits = weight.ndim == 2 and x.shape[-1] == weight.shape[1] and (bias is None or bias.shape == weight.shape[:1])
-    return fits and _is_much(x.numel() // max(x.shape[-1], 1), *weight.shape)
+    return fits and _is_much(x.numel() // x.shape[-1], *weight.shape)
 
 
 def is_faster() -> bool:
