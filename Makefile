@@ -51,7 +51,7 @@ constraints: $(VENV)/.installed-dev $(VENV)/.installed-akoa $(VENV)/.installed-d
 	$(RUN) tools/constraints.py
 
 clean: ## remove what was made, except .venv, data and runs
-	rm -rf dist build docs/_build .coverage coverage.xml htmlcov
+	rm -rf dist build docs/_build benchmarks/results .coverage coverage.xml htmlcov
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name .venv -prune -o -type d -name __pycache__ -exec rm -rf {} +
 

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 from benchmarks import attention, choice, compilation, machine, models, read, report, routes, scaling
 from benchmarks.contest import Setting
 
@@ -55,6 +57,8 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     if unknown := set(options.names) - set(BENCHMARKS):
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"no device {options.device}: PyTorch finds no CUDA GPU")
     return options
 
 

@@ -25,7 +25,7 @@ def _costs() -> None:
     for name, value in asdict(found).items():
         print(f"{name:16} {value:10.3g} {getattr(MEASURED, name):10.3g}")  # noqa: T201
     numbers = ", ".join(f"{name}={value:.3g}" for name, value in asdict(found).items())
-    print(f"\npaths.use(model, paths.Cheapest(costs=Costs({numbers})))")  # noqa: T201
+    print(f"\npaths.use(model, paths.Cheapest(costs=paths.Costs({numbers})))")  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def _explained(name: str, path: Path, request: Request) -> Explained:
     taken = choice.choose(request)
     others = [other for other in (Structured(), Factored(), Dense()) if other != taken]
     why = "; ".join(_reason(other, request, choice.costs, allowed=other in choice.of) for other in others)
-    forced = "" if choice is path else "it was chosen; "
+    forced = "" if choice is path else "forced; "
     return Explained(name, Sizes.of(request), taken, taken.cost(request, choice.costs), forced + why)
 
 

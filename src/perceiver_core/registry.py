@@ -200,10 +200,15 @@ def _current(part: Any, name: str, given: Any) -> Any:
 
 
 def settings(module: nn.Module) -> str:
-    """A module's class and what it was told, in a line, to see whether it has been changed since it was made."""
+    """A module's class and what it was told, in a line, to see whether it has been changed since it was made.
+
+    Without the settings that the class names in `changes_no_result`: how something is computed, not what.
+    """
     of = type(module)
     if of in _names and of not in _adopted:
-        kept = {name: vars(module)[name] for name in inspect.signature(of).parameters if name in vars(module)}
+        free = getattr(of, "changes_no_result", ())
+        names = [name for name in inspect.signature(of).parameters if name in vars(module) and name not in free]
+        kept = {name: vars(module)[name] for name in names}
         told = ", ".join(f"{name}={_describe_or_type(value)}" for name, value in kept.items())
     else:  # torch's own modules say all that matters; others may say what depends on where they are
         told = module.extra_repr() if of.__module__.startswith("torch.") else ""

@@ -395,6 +395,29 @@ def test_a_path_is_saved_with_the_model(tmp_path):
     assert pc.load(tmp_path).encoder.reads[0].path == path
 
 
+def test_a_path_that_was_set_later_does_not_stand_in_the_way_of_saving(tmp_path):
+    """It is not of the model: a loaded one takes the path that its constructor was given."""
+    model = model_of()
+    paths.use(model, Dense())
+    again = pc.load(pc.save(model, tmp_path))
+    assert again.encoder.reads[0].path == Cheapest()
+    pictures = torch.rand(2, 3, 19, 23, dtype=torch.float64)
+    torch.testing.assert_close(again.double()(pictures), model(pictures))
+
+
+@pytest.mark.parametrize("path", [Dense, "dense", None], ids=str)
+def test_errors_of_what_is_no_path(path):
+    for take in (
+        lambda: paths.use(model_of(), path),
+        lambda: Cheapest(of=[path]),
+        lambda: CrossAttend(8, 8, path=path),
+    ):
+        with pytest.raises(TypeError, match=r"path must be an object such as paths\.Dense\(\)"):
+            take()
+    with pytest.raises(ValueError, match="of must name a path"):
+        Cheapest(of=[])
+
+
 def test_a_module_without_reads():
     with pytest.raises(ValueError, match="must have reads"):
         paths.use(nn.Linear(2, 3), Dense())
@@ -416,7 +439,7 @@ class TestExplain:
         model, pictures = model_of(path), torch.rand(2, 3, 19, 23, dtype=torch.float64)
         [read, _] = explain(model, pictures)
         assert read.path == path
-        assert read.why.startswith("it was chosen; ")
+        assert read.why.startswith("forced; ")
         assert model.encoder.reads[0].path == path
 
     def test_says_why_not(self):

@@ -163,7 +163,8 @@ def _check_heads(heads: int, **widths: int) -> None:
         if width % heads:
             raise ValueError(
                 f"heads must divide {name}; got heads={heads}, {name}={width}. Choose another number of heads, "
-                f"or set the width: attention=partial(MultiHeadAttention, {name}={-(-width // heads) * heads})"
+                f"or set the width: attention=partial(MultiHeadAttention, {name}={-(-width // heads) * heads}). Unless "
+                "given, qk_dim is input_dim, which in self-attention is dim, and v_dim is qk_dim"
             )
 
 

@@ -14,7 +14,7 @@ from perceiver_core.attention.masks import Mask
 from perceiver_core.blocks.attention import KeysValues, MultiHeadAttention
 from perceiver_core.blocks.costs import Request
 from perceiver_core.blocks.mlp import MLP
-from perceiver_core.blocks.paths import Cheapest, Path
+from perceiver_core.blocks.paths import Cheapest, Path, check_path
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
@@ -46,6 +46,8 @@ class CrossAttend(nn.Module):
     Reference: Jaegle et al. 2021 (Perceiver), section 3.1; deepmind-research/perceiver/perceiver.py, `CrossAttention`.
     """
 
+    changes_no_result = ("path",)
+
     def __init__(  # noqa: PLR0913 (each is a part or a choice that published models make differently)
         self,
         dim: int,
@@ -61,6 +63,7 @@ class CrossAttend(nn.Module):
     ) -> None:
         super().__init__()
         checks.positive(dim=dim, input_dim=input_dim)
+        check_path(path)
         checks.probability(dropout=dropout)
         self.dim, self.input_dim, self.residual, self.path = dim, input_dim, residual, path
         self.query_norm, self.input_norm = norm(dim), norm(input_dim)

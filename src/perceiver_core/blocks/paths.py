@@ -149,6 +149,12 @@ class Cheapest:
     of: Sequence[Path] = (Structured(), Factored(), Dense())
     costs: Costs = MEASURED
 
+    def __post_init__(self) -> None:
+        if not self.of:
+            raise ValueError("of must name a path at least; got none. paths.Dense() serves every read")
+        for path in self.of:
+            check_path(path)
+
     def why_not(self, request: Request) -> str:
         """Why none of the paths can."""
         reasons = [path.why_not(request) for path in self.of]
@@ -181,7 +187,7 @@ class Cheapest:
 
 
 def use(module: nn.Module, path: Path) -> None:
-    """Makes all reads in a module take a path.
+    """Makes all reads in a module take a path. It is not saved with the model, which a path does not change.
 
     Raises:
         ValueError: a model that reads nothing.
@@ -192,8 +198,20 @@ def use(module: nn.Module, path: Path) -> None:
         >>> encoder = pc.Encoder(10, latents=7, dim=32, depth=1, heads=4)
         >>> paths.use(encoder, paths.Dense())
     """
+    check_path(path)
     for read in reads_of(module).values():
         read.path = path
+
+
+def check_path(path: Path) -> None:
+    """Raises unless this is a path, an object and not its class.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if isinstance(path, type) or not isinstance(path, Path):
+        shown = path.__name__ if isinstance(path, type) else repr(path)
+        raise TypeError(f"path must be an object such as paths.Dense() or paths.Cheapest(); got {shown}")
 
 
 def reads_of(module: nn.Module) -> dict[str, Any]:
