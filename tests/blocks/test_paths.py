@@ -213,6 +213,13 @@ class TestChoice:
     def test_a_line_is_not(self):
         assert self.choice(tokens_of((9973,))) != Structured()
 
+    def test_what_would_fill_the_memory_is_not_written_out(self, monkeypatch):
+        tokens = tokens_of((9973,))
+        assert self.choice(tokens) == Dense()
+        monkeypatch.setattr(paths, "MOST", 2**20)
+        assert self.choice(tokens) == Factored()
+        assert self.choice(tokens, of=[Dense()]) == Dense()
+
     def test_a_tensor_is_written_out(self):
         read = read_of(tokens_of((5, 13)))
         assert Cheapest().choose(read.request(torch.randn(2, 65, read.input_dim, dtype=torch.float64))) == Dense()

@@ -95,6 +95,11 @@ class Sizes(NamedTuple):
         """Scores: queries and tokens that meet, in every head and sample."""
         return self.batch * self.heads * self.queries * self.n
 
+    @property
+    def written(self) -> int:
+        """Bytes of all tokens, of these normalized, and of their keys and values."""
+        return self.batch * self.n * (2 * self.width + self.made) * self.element
+
     @classmethod
     def of(cls, request: Request) -> Sizes:
         """The sizes of a request.

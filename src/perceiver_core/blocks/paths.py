@@ -31,6 +31,8 @@ from perceiver_core.linear import Linear
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
+MOST = 2**30  # bytes that may be written out
+
 # Without an eps, an RMSNorm in half precision takes that of float32, in which it computes; in early PyTorch (2.6) its
 # own, which nearly levels numbers as small as this one.
 OWN_EPS = bool(nn.functional.rms_norm(torch.full((1,), 2.0**-10, dtype=torch.bfloat16, device="cpu"), (1,)) < 0.5)
@@ -136,6 +138,9 @@ class Structured:
 class Cheapest:
     """The fastest of some paths on a CPU, by a cost model; on other devices `Dense`, where it is among them.
 
+    On a CPU `Dense` is not taken where it would write out more than a gibibyte and another path can serve: the others
+    go through a large input in slabs.
+
     Args:
         of: the paths to choose from. One that is left out is forbidden.
         costs: how fast the machine is.
@@ -173,6 +178,8 @@ class Cheapest:
             )
         if Sizes.of(request).device != "cpu":  # where nothing was measured, what PyTorch's own kernels are best at
             able = [path for path in able if isinstance(path, Dense)] or able
+        elif Sizes.of(request).written > MOST:
+            able = [path for path in able if not isinstance(path, Dense)] or able
         if len(able) == 1:
             return able[0]
         seconds = [path.cost(request, self.costs).seconds for path in able]
