@@ -340,12 +340,14 @@ def _tables(tokens: Tokens, dtype: torch.dtype) -> tuple[Tensor, ...]:
     if not tokens.tables:
         return ()
     width, groups = tokens.tables[0].shape[-1], _groups(tokens)
-    sums = [tokens.content.new_zeros(size, width, dtype=dtype) for size in axes_of(tokens)]
+    parts: list[list[Tensor]] = [[] for _ in groups]
     for table in tokens.tables:
         number = [_span(table)[0] in group for group in groups].index(True)
         shape = [size if axis in groups[number] else 1 for axis, size in enumerate(tokens.grid)]
-        sums[number] = sums[number] + table.to(dtype).expand(*shape, width).reshape(*sums[number].shape)
-    return tuple(sums)
+        parts[number].append(table.to(dtype).expand(*shape, width).reshape(-1, width))
+    none = [tokens.content.new_zeros(1, width, dtype=dtype).expand(size, width) for size in axes_of(tokens)]
+    # One table for an axis is taken as it is: along a line it is as large as the input.
+    return tuple([sum(own[1:], own[0]) if own else zeros for own, zeros in zip(parts, none, strict=True)])
 
 
 def _positions_spread(tables: Sequence[Tensor], *, center: bool) -> tuple[Tensor, Tensor]:
