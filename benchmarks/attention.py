@@ -105,9 +105,9 @@ def tensors(read: Read, device: str) -> State:
     content = torch.randn(1, *read.grid, read.channels).to(device, dtype).requires_grad_()
     key, value = ((torch.randn(width, dim) * dim**-0.5).to(device, dtype).requires_grad_() for _ in range(2))
     tokens = pc.Tokens(content, where.tables(read.grid, like=content))
-    with torch.no_grad():
-        k, v = factor(tokens, Norm(eps=1e-5), (key, None), (value, None), heads=read.heads).formed(dtype)
     factored = factor(tokens, Norm(eps=1e-5), (key, None), (value, None), heads=read.heads)
+    with torch.no_grad():
+        k, v = factored.formed(dtype)
     return State(q, *(x.contiguous().requires_grad_() for x in (k, v)), factored, (content, key, value))
 
 

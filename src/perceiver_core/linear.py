@@ -40,7 +40,7 @@ class Linear(nn.Linear):
     """
 
     def forward(self, input: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
-        """Input @ weight.T + bias."""
+        """`input @ weight.T + bias`."""
         weight, bias = self.weight, self.bias  # once: each may be computed
         if not takes_onednn(input, weight, bias):
             return F.linear(input, weight, bias)
@@ -55,13 +55,9 @@ def takes_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     Not while something looks on that knows PyTorch's ordinary operators alone: torch.compile, torch.export,
     torch.func, a trace, or a mode such as FlopCounterMode.
     """
-    if (
-        torch.compiler.is_compiling()
-        or not is_faster()
-        or not _ordinary(x, weight, bias)
-        or not x.numel()
-        or not x.ndim
-    ):
+    if torch.compiler.is_compiling() or not is_faster() or not _ordinary(x, weight, bias):
+        return False
+    if not x.numel() or not x.ndim:
         return False
     fits = weight.ndim == 2 and x.shape[-1] == weight.shape[1] and (bias is None or bias.shape == weight.shape[:1])
     return fits and _is_much(x.numel() // x.shape[-1], *weight.shape)
@@ -112,7 +108,7 @@ class _Product(torch.autograd.Function):
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """A @ b.T by the faster library, or as anybody who looks on expects."""
+    """`a @ b.T` by the faster library, or as anybody who looks on expects."""
     if not _ordinary(a, b) or not _is_much(a.shape[0], *b.shape):
         return a @ b.t()
     out: Tensor = _Product.apply(a, b, None)  # type: ignore[no-untyped-call]
@@ -122,9 +118,11 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def _ordinary(*tensors: Tensor | None) -> bool:
     """Whether these are plain float32 matrices on a CPU, and nothing stands between them and their operators."""
     for x in tensors:
-        if x is not None and (type(x) not in (Tensor, nn.Parameter) or x.layout is not torch.strided or x.is_nested):
+        if x is None:
+            continue
+        if type(x) not in (Tensor, nn.Parameter) or x.layout is not torch.strided or x.is_nested:
             return False
-        if x is not None and (x.device.type != "cpu" or x.dtype != torch.float32):
+        if x.device.type != "cpu" or x.dtype != torch.float32:
             return False
     if checks.autocasting(torch.device("cpu")) or torch._C._get_tracing_state() is not None:
         return False
