@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
 import warnings
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from perceiver_core.attention.structured import GridRead, eager, native, op, read_grid
+from perceiver_core.attention.structured import GridRead, eager, gpu, native, op, read_grid
 from tests.memory import Largest
 
 laws = settings(max_examples=25, derandomize=True, deadline=None, database=None)
@@ -111,19 +112,37 @@ def check(inputs: Inputs, dtype: torch.dtype, tolerance: float, mask: Tensor | N
     agree(actual, results(formula, [x.double() for x in inputs], mask), tolerance)
 
 
+class OnGPU:
+    """The Triton kernels, on a GPU where there is one, else interpreted."""
+
+    @staticmethod
+    def forward(*given: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(x.cpu() for x in gpu.forward(*(moved(x) for x in given)))  # type: ignore[arg-type]
+
+    @staticmethod
+    def backward(*given: Tensor | bool | None) -> tuple[Tensor, ...]:
+        return tuple(x.cpu() for x in gpu.backward(*(moved(x) for x in given)))  # type: ignore[arg-type]
+
+
+def moved(x: Tensor | bool | None) -> Tensor | bool | None:
+    return x.cuda() if isinstance(x, Tensor) and torch.cuda.is_available() else x
+
+
 @contextmanager
 def taking(route: str) -> Iterator[None]:
-    """The compiled loop where there is a compiler; plain PyTorch, all at once; the same a few rows at a time."""
+    """The compiled loop where there is a compiler; Triton; plain PyTorch, all at once or a few rows at a time."""
     with pytest.MonkeyPatch.context() as patch:
         if route != "compiled":
-            patch.setattr(op, "_kernels", lambda *_: eager)
+            patch.setattr(op, "_kernels", lambda *_: OnGPU if route == "triton" else eager)
         if route == "slabs":
             patch.setattr(eager, "PIECE", 23)
         yield
 
 
-@pytest.fixture(params=["compiled", "eager", "slabs"])
+@pytest.fixture(params=["compiled", "eager", "slabs", pytest.param("triton", marks=pytest.mark.triton)])
 def route(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.param == "triton" and not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
+        pytest.skip("neither a GPU nor TRITON_INTERPRET=1")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if request.param == "compiled" and native.library() is None:

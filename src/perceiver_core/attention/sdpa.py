@@ -1,9 +1,9 @@
 """PyTorch's fused attention kernels, with what they refuse made to fit, exactly.
 
 `torch.nn.functional.scaled_dot_product_attention` picks flash, cuDNN, memory-efficient or plain matrix
-products; `torch.nn.attention.sdpa_kernel` overrides its choice. Two things keep it off the fused kernels,
-and both are mended here: values of another width than the keys, and (on CUDA) widths that are not a
-multiple of 8. Columns of zeros change no score and no output.
+products; `torch.nn.attention.sdpa_kernel` overrides its choice. Three things keep it off the fused kernels,
+and are mended here: values of another width than the keys, (on CUDA) widths that are not a multiple of 8,
+and masks of padding, for which keys are packed (`ragged`). Columns of zeros change no score and no output.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perceiver_core import checks
-from perceiver_core.attention import masks
+from perceiver_core.attention import masks, ragged
 from perceiver_core.attention.masks import Mask
 from perceiver_core.registry import register
 
@@ -49,6 +49,8 @@ def sdpa(
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=mask is not None, scale=scale)
         return out[..., :value_width]
     masks.fits(mask, q, k)
+    if not dropout and ragged.takes(q) and (there := ragged.present(mask)) is not None:
+        return ragged.attend(q, k, v, there, scale=scale)[..., :value_width]
     allowed = masks.dense(mask, queries=q.shape[-2], keys=k.shape[-2], device=q.device)
     some = allowed.any(-1, keepdim=True)
     # The kernels differ on rows with nothing to attend to, so they never see one.

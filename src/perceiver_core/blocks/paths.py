@@ -23,7 +23,7 @@ from perceiver_core import checks
 from perceiver_core.attention import fastest, masks
 from perceiver_core.attention.factored import FactoredKeysValues, Norm, factor
 from perceiver_core.attention.masks import Mask
-from perceiver_core.attention.structured import native
+from perceiver_core.attention.structured import gpu, native
 from perceiver_core.blocks import costs as model
 from perceiver_core.blocks.attention import KeysValues, MultiHeadAttention
 from perceiver_core.blocks.costs import MEASURED, Cost, Costs, Request, Sizes
@@ -123,9 +123,10 @@ class Structured:
 
         Without it the read is made by plain PyTorch: in little memory, but slowly.
         """
-        if (device := Sizes.of(request).device) != "cpu":
-            return f"there is no compiled loop for {device}"
-        return "" if native.available() else "it would need a C++ compiler"
+        content = request.tokens.content if isinstance(request.tokens, Tokens) else request.tokens
+        if content.device.type == "cpu":
+            return "" if native.available() else "it would need a C++ compiler"
+        return gpu.missing(content.device, content.shape[-1])
 
     def read(self, request: Request) -> FactoredKeysValues:
         """What is read, in its parts."""

@@ -8,8 +8,9 @@ the softmax weights along each axis, so no token needs a value:
     p = softmax over m of score * scale
     read[n] = sum_m p scale content        marginals[n, i] = sum of p scale over the tokens with index i along an axis
 
-On the CPU one compiled loop does it (`cpp`), at about one exponential a pair; elsewhere, plain PyTorch a
-piece of the grid at a time. Both are one custom operator, so that torch.compile and torch.export see a single node.
+On the CPU one compiled loop does it (`cpp`), at about one exponential a pair; on CUDA, Triton kernels (`gpu`);
+elsewhere, plain PyTorch a piece of the grid at a time. All are one custom operator, so that torch.compile and
+torch.export see a single node.
 The backward pass computes the weights again: nothing of size queries x tokens is ever stored.
 """
 
@@ -23,7 +24,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from perceiver_core import checks
-from perceiver_core.attention.structured import eager, native
+from perceiver_core.attention.structured import eager, gpu, native
 
 LN2 = math.log(2)
 
@@ -238,8 +239,11 @@ def _folded(size: int, batch: int, dims: tuple[int | None, ...], inputs: tuple[A
 
 def _kernels(a: Tensor, content: Tensor) -> Any:
     """The module whose `forward` and `backward` run where the content lies."""
-    something = a.numel() > 0 and content.numel() > 0
-    return native if content.device.type == "cpu" and something and native.library() is not None else eager
+    if not a.numel() or not content.numel():
+        return eager
+    if content.device.type == "cpu":
+        return native if native.library() is not None else eager
+    return eager if gpu.missing(content.device, content.shape[1]) else gpu
 
 
 def _check(a: Tensor, u: Tensor, content: Tensor, scale: Tensor, mask: Tensor | None) -> None:
