@@ -2,13 +2,19 @@
 
 The kernels know grids of two axes: the last, and all others as one, for which the axis queries are added up before and
 the marginals taken apart after. Parts of the grid are read by programs of their own, each relative to the largest
-score that it met, so that a few queries fill a GPU as well (flash-decoding); what they found is merged here. Nothing is
-added up in an order that changes: results repeat.
+score that it met, so that a few queries fill a GPU as well (flash-decoding); what they found is merged here.
+
+Results repeat to the bit: nothing is added up in an order that changes, and what is tuned (how many queries a program
+has, on how many warps and registers) does not change the order either. Tuning happens at the first read of a kind,
+which waits for the GPU; no other read does.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
+import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
 from math import prod
@@ -16,12 +22,33 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-BLOCK = 32  # queries of a program: with as many columns, what it holds fits into registers
-STRETCH = 32  # columns of a program
-PROGRAMS = 4  # for each multiprocessor, at least, where rows can be cut up
-WIDEST = 128  # channels that fit on chip
+from perceiver_core.attention.structured import eager
+
+LOG2E = 1 / math.log(2)
+WARP = 32  # queries come in multiples of a warp's threads
+PROGRAMS = 24  # warps of work for each multiprocessor, at least, where the grid can be cut up so far
+WIDEST = 64  # channels that fit on chip
 CAPABILITY = (8, 0)  # of the GPU, at least: what Triton supports
+
+# What is tried at the first read of a kind, the first where nothing can be tried. Few channels stay in registers.
+FEW = (
+    {"BLOCK": 128, "num_warps": 4},
+    {"BLOCK": 128, "num_warps": 4, "maxnreg": 168},
+    {"BLOCK": 32, "num_warps": 1},
+    {"BLOCK": 32, "num_warps": 1, "maxnreg": 168},
+)
+MANY = (
+    {"BLOCK": 32, "num_warps": 4, "num_stages": 1},
+    {"BLOCK": 32, "num_warps": 4, "num_stages": 2},
+    {"BLOCK": 64, "num_warps": 8, "num_stages": 1},
+)
+# The same for tokens: columns of a program.
+FEW_TOKENS = tuple({"STRETCH": 32 * warps, "num_warps": warps} for warps in (4, 1, 2))
+MANY_TOKENS = tuple({"STRETCH": 32, "num_warps": 4, "num_stages": stages} for stages in (1, 2))
+
+Options = dict[str, Any]
 
 
 def missing(device: torch.device, channels: int) -> str:
@@ -32,7 +59,12 @@ def missing(device: torch.device, channels: int) -> str:
         return "Triton is not installed"
     if torch.version.cuda is None or torch.cuda.get_device_capability(device) < CAPABILITY:
         return "it would need an NVIDIA GPU of compute capability 8.0 or higher"
-    return f"content of {channels} channels does not fit on chip, {WIDEST} do" if channels > WIDEST else ""
+    if channels > WIDEST:
+        return f"content of {channels} channels does not fit on chip; {WIDEST} do"
+    return _failed.get(device, "")
+
+
+_failed: dict[torch.device, str] = {}
 
 
 @cache
@@ -43,71 +75,168 @@ def _has_triton() -> bool:
 class Plan(NamedTuple):
     """How a read is cut up."""
 
-    one: int  # samples times heads
+    samples: int
     heads: int
-    queries: int
-    height: int
+    queries: int  # filled up to whole warps
+    others: tuple[int, ...]  # axes but the last
     width: int
-    blocks: int
-    splits: int
-    stretches: int
-    options: dict[str, Any]
+    stretches: int  # the columns, filled up to whole stretches
+    stretch: int
+    splits: int  # of the rows
+    groups: int  # of the stretches
+    constants: Options
 
     @classmethod
     def of(cls, a: Tensor, content: Tensor, mask: Tensor | None) -> Plan:
         """For these tensors on their device."""
-        batch, channels, *grid = content.shape
-        heads, queries = a.shape[1:3]
-        height, width = prod(grid[:-1]), grid[-1]
-        stretch = STRETCH
-        blocks, stretches = -(-queries // BLOCK), -(-width // stretch)
-        wanted = PROGRAMS * _processors(content.device)
-        splits = max(1, min(height, -(-wanted // (batch * heads * blocks * stretches))))
-        options = {
+        samples, channels, *others, width = content.shape
+        heads, queries = a.shape[1], _filled(a.shape[2], WARP)
+        padded = 1 << (channels - 1).bit_length()
+        stretch = 16 if padded < 16 else 32
+        stretches, height = -(-width // stretch), prod(others)
+        parts = -(-PROGRAMS * _processors(content.device) * WARP // (samples * heads * queries))
+        splits = min(height, math.isqrt(max(parts - 1, 0)) + 1)
+        groups = min(stretches, -(-parts // splits))
+        splits = max(1, min(height, -(-parts // groups), 2**31 // height - 1))  # height x splits fits into 32 bits
+        constants = {
             "CHANNELS": channels,
-            "PADDED": _power_of_two(channels),
+            "PADDED": padded,
             "SHARED": a.shape[0] == 1,
             "MASKED": mask is not None,
-            "BLOCK": BLOCK,
-            "STRETCH": stretch,
             "PRECISION": "ieee" if content.dtype == torch.float64 else "tf32x3",
         }
-        return cls(batch * heads, heads, queries, height, width, blocks, splits, stretches, options)
+        return cls(samples, heads, queries, tuple(others), width, stretches, stretch, splits, groups, constants)
 
     @property
-    def numbers(self) -> tuple[int, ...]:
+    def one(self) -> int:
+        """Samples and heads together."""
+        return self.samples * self.heads
+
+    @property
+    def height(self) -> int:
+        """Rows."""
+        return prod(self.others)
+
+    @property
+    def wide(self) -> int:
+        """Columns, filled up."""
+        return self.stretches * self.stretch
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
         """What all kernels are told."""
-        return self.heads, self.queries, self.height, self.width, self.blocks
+        return self.heads, self.queries, self.height, self.width, self.wide
+
+    def over_queries(self, kernel: str, *tensors: Tensor) -> None:
+        """Launches a kernel whose programs have queries each."""
+        few = self.constants["PADDED"] < 16
+        options = [option for option in (FEW if few else MANY) if self.queries % option["BLOCK"] == 0]
+
+        def launch(option: Options) -> None:
+            blocks = self.queries // option["BLOCK"]
+            cut = self.stretches, blocks, self.splits, self.groups
+            programs = self.one * self.splits * self.groups * blocks
+            _launch(kernel, programs, *tensors, *self.sizes, *cut, STRETCH=self.stretch, **self.constants, **option)
+
+        self._tuned(kernel, launch, options, tensors[0].device)
+
+    def over_tokens(self, kernel: str, *tensors: Tensor) -> None:
+        """Launches a kernel whose programs have columns of a row each."""
+        padded = self.constants["PADDED"]
+        block = 16 if padded <= 4 or padded >= 16 else 8  # queries at a time; more would not fit into registers
+
+        def launch(option: Options) -> None:
+            pieces = -(-self.width // option["STRETCH"])
+            programs = self.samples * self.height * pieces
+            _launch(kernel, programs, *tensors, *self.sizes, pieces, BLOCK=block, **self.constants, **option)
+
+        self._tuned(kernel, launch, FEW_TOKENS if padded < 16 else MANY_TOKENS, tensors[0].device)
+
+    def _tuned(
+        self, kernel: str, launch: Callable[[Options], None], options: Any, device: torch.device
+    ) -> None:
+        work = (self.one * self.queries * self.height * self.wide).bit_length()
+        key = (kernel, device, work, self.queries, *self.constants.values())
+        if key not in _best and device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            _best[key] = fastest(launch, options)
+        launch(_best.get(key, options[0]))
+
+
+_best: dict[tuple[Any, ...], Options] = {}
+
+
+def fastest(launch: Callable[[Options], None], options: Any) -> Options:
+    """The option with which a kernel takes the least time, of those that compile and fit on the GPU.
+
+    Raises:
+        RuntimeError: none does.
+    """
+    times: dict[int, float] = {}
+    reason: Exception | None = None
+    for number, option in enumerate(options):
+        try:
+            launch(option)
+            times[number] = min(_milliseconds(launch, option) for _ in range(3))
+        except Exception as error:  # noqa: BLE001 (Triton's errors have no common class)
+            reason = error
+    if not times:
+        raise RuntimeError(f"no kernel for a structured read can be made: {reason}") from reason
+    return options[min(times, key=times.__getitem__)]  # type: ignore[no-any-return]
+
+
+def _milliseconds(launch: Callable[[Options], None], option: Options) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    launch(option)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
 
 
 def forward(
     a: Tensor, u: Tensor, content: Tensor, scale: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Read, marginals, base and total: see `op`. Tensors are contiguous."""
+    try:
+        return _forward(a, u, content, scale, mask)
+    except RuntimeError as error:
+        _give_up(content.device, error)
+        return eager.forward(a, u, content, scale, mask)
+
+
+def _give_up(device: torch.device, error: RuntimeError) -> None:
+    """Where no kernel can be made, reads are plain PyTorch's from now on. Anything else is not for us to hide."""
+    if "no kernel for a structured read" not in str(error):
+        raise error
+    _failed[device] = str(error)
+    warnings.warn(f"structured reads on {device} are made by plain PyTorch, slowly: {error}", stacklevel=3)
+
+
+def _forward(
+    a: Tensor, u: Tensor, content: Tensor, scale: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     plan = Plan.of(a, content, mask)
-    others, width, queries, channels = content.shape[2:-1], plan.width, plan.queries, a.shape[-1]
-    parts = (plan.one, plan.splits, plan.stretches)
-    read = content.new_empty(*parts, channels, queries)
-    bases, totals = (content.new_empty(*parts, queries) for _ in range(2))
-    row_sums, row_bases = (content.new_empty(plan.one, plan.stretches, plan.height, queries) for _ in range(2))
-    column_sums = content.new_empty(plan.one, plan.splits, width, queries)
-    found = (read, row_sums, row_bases, column_sums, bases, totals)
-    asked = (_turned(a), *_rows_and_columns(u, others))
-    given = (*asked, content, scale, scale if mask is None else mask)
-    _launch("forward", prod(parts) * plan.blocks, *given, *found, *plan.numbers, *parts[1:], **plan.options)
+    new = content.new_empty
+    parts = (plan.one, plan.splits, plan.groups)
+    read, bases, totals = new(*parts, a.shape[-1], plan.queries), new(*parts, plan.queries), new(*parts, plan.queries)
+    row_sums, row_bases = (new(plan.one, plan.groups, plan.height, plan.queries) for _ in range(2))
+    column_sums = new(plan.one, plan.splits, plan.stretches, plan.stretch, plan.queries)
+    column_bases = new(plan.one, plan.splits, plan.stretches, plan.queries)
+    given = (*_asked(plan, a * LOG2E, u * LOG2E), *_tokens(plan, content, scale, mask))
+    found = (read, bases, totals, row_sums, row_bases, column_sums, column_bases)
+    plan.over_queries("forward", *given, *found)
     base = bases.amax((1, 2))
     base = base.masked_fill(base == -torch.inf, 0.0)
     share = (bases - base[:, None, None]).exp2()
     total = (totals * share).sum((1, 2))
-    of_columns = share.repeat_interleave(plan.options["STRETCH"], 2)[:, :, :width]
-    marginals = [
-        *_of_axes((row_sums * (row_bases - base[:, None, None]).exp2()).sum(1), others),
-        (column_sums * of_columns).sum(1),
-    ]
-    norm, shape = total.where(total > 0, 1.0)[:, None], (content.shape[0], plan.heads, -1, queries)
+    rows = row_bases.sub_(base[:, None, None]).exp2_().mul_(row_sums).sum(1)
+    columns = column_sums.mul_((column_bases - base[:, None, None]).exp2_()[:, :, :, None]).sum(1)
+    marginals = torch.cat([*_of_axes(rows, plan.others), columns.flatten(1, 2)[:, : plan.width]], 1)
+    norm = total.where(total > 0, 1.0)[:, None]
     read = (read * share[:, :, :, None]).sum((1, 2)) / norm
-    whole = torch.cat(marginals, 1) / norm
-    return (_turned(read.reshape(shape)), _turned(whole.reshape(shape)), *(x.reshape(shape)[:, :, 0] for x in (base, total)))
+    made = (read, marginals / norm, base[:, None], total[:, None])
+    turned = [_turned(x.unflatten(0, (plan.samples, plan.heads))[..., : a.shape[2]]) for x in made]
+    return turned[0], turned[1], turned[2][..., 0], turned[3][..., 0]
 
 
 def backward(  # noqa: PLR0913 (what the forward was given, what it kept and what came back)
@@ -124,28 +253,47 @@ def backward(  # noqa: PLR0913 (what the forward was given, what it kept and wha
     tokens: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of a, u, content and scale."""
+    try:
+        return _backward(a, u, content, scale, mask, base, total, d_read, d_marginals, offset, tokens)
+    except RuntimeError as error:
+        _give_up(content.device, error)
+        return eager.backward(a, u, content, scale, mask, base, total, d_read, d_marginals, offset, tokens)
+
+
+def _backward(  # noqa: PLR0913
+    a: Tensor,
+    u: Tensor,
+    content: Tensor,
+    scale: Tensor,
+    mask: Tensor | None,
+    base: Tensor,
+    total: Tensor,
+    d_read: Tensor,
+    d_marginals: Tensor,
+    offset: Tensor,
+    tokens: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     plan = Plan.of(a, content, mask)
-    others, queries = content.shape[2:-1], plan.queries
     inverse = total.where(total > 0, torch.inf).reciprocal()
-    asked, gifts = ((_turned(x), *_rows_and_columns(y, others)) for x, y in ((a, u), (d_read, d_marginals)))
-    given = (*asked, content, scale, scale if mask is None else mask, base, inverse, *gifts, offset)
-    parts = (plan.one, plan.splits, plan.stretches)
-    d_a = content.new_empty(*parts, a.shape[-1], queries)
-    d_rows = content.new_empty(plan.one, plan.stretches, plan.height, queries)
-    d_columns = content.new_empty(plan.one, plan.splits, plan.width, queries)
-    programs = prod(parts) * plan.blocks
-    _launch("backward_queries", programs, *given, d_a, d_rows, d_columns, *plan.numbers, *parts[1:], **plan.options)
-    shape = (content.shape[0], plan.heads, -1, queries)
-    d_u = torch.cat([*_of_axes(d_rows.sum(1), others), d_columns.sum(1)], 1)
-    d_a, d_u = (_turned(x.reshape(shape)) for x in (d_a.sum((1, 2)), d_u))
-    if a.shape[0] == 1:
-        d_a, d_u = d_a.sum(0, keepdim=True), d_u.sum(0, keepdim=True)
+    gifts = d_read * inverse[..., None], d_marginals * inverse[..., None]
+    asked, given = (a * LOG2E, u * LOG2E), _tokens(plan, content, scale, mask)
+    own = [_filled_up(x, plan.queries) for x in (base, offset * inverse)]
+    parts = (plan.one, plan.splits, plan.groups)
+    d_a = content.new_empty(*parts, a.shape[-1], plan.queries)
+    d_rows = content.new_empty(plan.one, plan.groups, plan.height, plan.queries)
+    d_columns = content.new_empty(plan.one, plan.splits, plan.wide, plan.queries)
+    of_asked, of_gifts = _asked(plan, *asked), _asked(plan, *gifts)
+    plan.over_queries("backward_queries", *of_asked, *given, own[0], *of_gifts, own[1], d_a, d_rows, d_columns)
+    d_u = torch.cat([*_of_axes(d_rows.sum(1), plan.others), d_columns.sum(1)[:, : plan.width]], 1)
+    made = (x.unflatten(0, (plan.samples, plan.heads))[..., : a.shape[2]] for x in (d_a.sum((1, 2)), d_u))
+    d_a, d_u = (_turned(x.sum(0, keepdim=True) if a.shape[0] == 1 else x) for x in made)
     if not tokens:
         return d_a, d_u, content.new_empty(0), scale.new_empty(0)
-    d_content, d_scale = torch.empty_like(content), torch.empty_like(scale)
-    programs = content.shape[0] * plan.height * plan.stretches
-    _launch("backward_tokens", programs, *given, d_content, d_scale, *plan.numbers, plan.stretches, **plan.options)
-    return d_a, d_u, d_content, d_scale
+    # Here the last axis's part lies with its columns last.
+    of_asked, of_gifts = ((*x[:2], _columns(plan, y)) for x, y in ((of_asked, asked[1]), (of_gifts, gifts[1])))
+    d_content, d_scale = (torch.empty_like(x) for x in given[:2])
+    plan.over_tokens("backward_tokens", *of_asked, *given, own[0], *of_gifts, own[1], d_content, d_scale)
+    return d_a, d_u, d_content[..., : plan.width].contiguous(), d_scale[..., : plan.width].contiguous()
 
 
 def _launch(kernel: str, programs: int, first: Tensor, *arguments: Any, **options: Any) -> None:
@@ -155,29 +303,51 @@ def _launch(kernel: str, programs: int, first: Tensor, *arguments: Any, **option
         getattr(kernels, kernel)[(programs,)](first, *arguments, **options)
 
 
+def _asked(plan: Plan, a: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What queries have for the content, for each row, and for each column: `b h .. q`, filled up."""
+    *parts, columns = u.split([*plan.others, plan.width], dim=-1)
+    rows = u.new_zeros(*u.shape[:-1], *(1 for _ in plan.others))
+    for axis, part in enumerate(parts):
+        rows = rows + part.reshape(*u.shape[:-1], *(size if i == axis else 1 for i, size in enumerate(plan.others)))
+    made = [_filled_up(_turned(x), plan.queries) for x in (a, rows.reshape(*u.shape[:-1], -1), columns)]
+    return made[0], made[1], made[2]
+
+
+def _columns(plan: Plan, u: Tensor) -> Tensor:
+    """What queries have for each column: `b h q columns`, filled up."""
+    columns = u[..., u.shape[-1] - plan.width :]
+    return F.pad(columns, (0, 0, 0, plan.queries - u.shape[2])).contiguous()
+
+
+def _tokens(plan: Plan, content: Tensor, scale: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Content, scale and what the mask adds, with rows filled up; hidden tokens are zero."""
+    if mask is None:
+        scale = _filled_up(scale, plan.wide, value=1.0)
+        return _filled_up(content, plan.wide), scale, scale
+    content, scale = content.masked_fill(~mask[:, None], 0.0), scale.masked_fill(~mask, 0.0)
+    hidden = torch.zeros_like(scale).masked_fill_(~mask, -torch.inf)
+    return _filled_up(content, plan.wide), _filled_up(scale, plan.wide, value=1.0), _filled_up(hidden, plan.wide)
+
+
+def _filled_up(x: Tensor, size: int, value: float = 0.0) -> Tensor:
+    """With the last axis filled up to a size."""
+    return F.pad(x, (0, size - x.shape[-1]), value=value) if x.shape[-1] < size else x.contiguous()
+
+
 def _turned(x: Tensor) -> Tensor:
-    """With the last two axes changed about, in memory as well: queries last for the kernels."""
+    """With the last two axes changed about, in memory as well."""
     return x.mT.contiguous()
 
 
-def _rows_and_columns(u: Tensor, others: torch.Size) -> tuple[Tensor, Tensor]:
-    """Of all axes but the last, what queries add for each row; and of the last: `b h rows q` and `b h columns q`."""
-    *parts, columns = u.split([*others, u.shape[-1] - sum(others)], dim=-1)
-    rows = u.new_zeros(*u.shape[:-1], *(1 for _ in others))
-    for axis, part in enumerate(parts):
-        rows = rows + part.reshape(*u.shape[:-1], *(size if i == axis else 1 for i, size in enumerate(others)))
-    return _turned(rows.reshape(*u.shape[:-1], -1)), _turned(columns)
-
-
-def _of_axes(rows: Tensor, others: torch.Size) -> list[Tensor]:
+def _of_axes(rows: Tensor, others: tuple[int, ...]) -> list[Tensor]:
     """Sums over rows, `one rows q`, taken apart: those along each axis but the last, `one size q`."""
     rows = rows.unflatten(1, others) if others else rows
     axes = range(1, len(others) + 1)
     return [rows.sum([axis for axis in axes if axis != kept]) if len(others) > 1 else rows for kept in axes]
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+def _filled(number: int, block: int) -> int:
+    return -(-number // block) * block
 
 
 def _processors(device: torch.device) -> int:
