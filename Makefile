@@ -27,7 +27,7 @@ test: $(VENV)/.installed-dev $(VENV)/.installed-akoa ## run the tests with cover
 
 # Left out: tests of refusals, where jaxtyping would speak before the library does, and torch.compile, which cannot
 # trace through the checks.
-SHAPES := --jaxtyping-packages=perceiver_core,tools.shapes.check -m "not compile and not slow and not gpu" \
+SHAPES := --jaxtyping-packages=perceiver_core,tools.shapes.check -m "not compile and not slow and not gpu and not triton" \
   -k "not (errors or refused or must or boolean or whole_number)" \
   --ignore=tests/akoa --ignore=tests/examples --ignore=tests/checkpoints \
   --ignore=tests/test_checks.py --ignore=tests/test_project.py --ignore=tests/test_registry.py

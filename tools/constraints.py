@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+UNPINNED = {"triton"}  # each build of PyTorch for CUDA asks for the one that it was made with
 FILE = Path(__file__).resolve().parents[1] / "constraints.txt"
 EXTRAS = {"images", "hub", "plots", "akoa", "dev", "docs"}
 RANGES = {"older": 'python_version < "3.11"', "newer": 'python_version >= "3.11"'}
@@ -36,7 +37,7 @@ def installed(name: str, extras: set[str]) -> dict[str, str]:
             continue
         seen.add(item)
         found = distribution(item[0])
-        if item[0] != name:
+        if item[0] not in {name, *UNPINNED}:
             pins[canonicalize_name(item[0])] = Version(found.version).public
         for text in found.requires or []:
             need = Requirement(text)

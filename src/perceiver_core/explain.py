@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from perceiver_core.blocks.costs import Cost, Costs, Request, Sizes
-from perceiver_core.blocks.paths import Cheapest, Dense, Factored, Path, Structured, reads_of
+from perceiver_core.blocks.paths import Cheapest, Dense, Factored, Path, Structured, kernel_of, reads_of
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Explained:
         read: its name in the model.
         sizes: who reads what; see `costs.Sizes`.
         path: the path that it takes.
-        cost: what that path takes for the forward pass, predicted, on one thread.
+        cost: what that path takes for the forward pass, predicted, on one thread or the whole GPU.
         why: what the other paths would take, or why they cannot.
     """
 
@@ -63,7 +63,8 @@ def explain(model: nn.Module, *inputs: Any, **named: Any) -> Explanation:
     A compiled model is explained as it runs without torch.compile, where a small input may take another path.
 
     FLOPs, bytes and milliseconds are those of the cost model: of the forward pass, and on as many threads as PyTorch
-    uses. `paths.use` makes reads take another path.
+    uses, or one GPU. On CUDA it also says which of PyTorch's kernels a read by `Dense` has. `paths.use` makes reads
+    take another path.
 
     Args:
         model: whatever holds reads: a `Perceiver`, an `Encoder`, your own.
@@ -144,9 +145,18 @@ def _explained(name: str, path: Path, request: Request) -> Explained:
     choice = path if isinstance(path, Cheapest) else Cheapest(of=[path])
     taken = choice.choose(request)
     others = [other for other in (Structured(), Factored(), Dense()) if other != taken]
-    why = "; ".join(_reason(other, request, choice.costs, allowed=other in choice.of) for other in others)
-    forced = "" if choice is path else "forced; "
-    return Explained(name, Sizes.of(request), taken, taken.cost(request, choice.costs), forced + why)
+    sizes = Sizes.of(request)
+    costs = choice.costs_for(sizes.device)
+    why = [_reason(other, request, costs, allowed=other in choice.of) for other in others]
+    why = [*([] if choice is path else ["forced"]), *_kernel(taken, request), *why]
+    return Explained(name, sizes, taken, taken.cost(request, costs), "; ".join(why))
+
+
+def _kernel(path: Path, request: Request) -> list[str]:
+    """Which kernel a path has on CUDA, where that depends on what it is given."""
+    on_cuda = Sizes.of(request).device == "cuda" and not isinstance(path, Structured)
+    kernel = kernel_of(request) if on_cuda else None
+    return [] if kernel is None else [f"by the {kernel.name} kernel" + (f" ({kernel.why})" if kernel.why else "")]
 
 
 def _reason(path: Path, request: Request, costs: Costs, *, allowed: bool) -> str:
@@ -154,13 +164,14 @@ def _reason(path: Path, request: Request, costs: Costs, *, allowed: bool) -> str
         return f"{_name(path)} cannot: {reason}"
     if isinstance(path, Structured) and (missing := path.missing(request)):
         return f"{_name(path)} is not fast here: {missing}"
-    return f"{_name(path)} {_milliseconds(path.cost(request, costs))} ms" + ("" if allowed else " (not allowed)")
+    took = _milliseconds(path.cost(request, costs), Sizes.of(request))
+    return f"{_name(path)} {took} ms" + ("" if allowed else " (not allowed)")
 
 
 def _row(read: Explained) -> tuple[str, ...]:
     s = read.sizes
     tokens = f"{s.batch} x {' x '.join(map(str, s.axes))} x ({s.channels} + {s.width - s.channels})"
-    cost = (f"{read.cost.flops / 1e9:.3g}", f"{read.cost.bytes / 1e6:.3g}", _milliseconds(read.cost))
+    cost = (f"{read.cost.flops / 1e9:.3g}", f"{read.cost.bytes / 1e6:.3g}", _milliseconds(read.cost, s))
     return (read.read or "(itself)", str(s.queries), tokens, _name(read.path), *cost, read.why)
 
 
@@ -168,5 +179,5 @@ def _name(path: Path) -> str:
     return type(path).__name__
 
 
-def _milliseconds(cost: Cost) -> str:
-    return f"{1000 * cost.seconds / torch.get_num_threads():.3g}"
+def _milliseconds(cost: Cost, sizes: Sizes) -> str:
+    return f"{1000 * cost.seconds / sizes.threads:.3g}"

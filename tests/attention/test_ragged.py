@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -9,21 +10,51 @@ import torch
 from torch import Tensor
 
 from perceiver_core.attention import masks, ragged, reference, sdpa
+from perceiver_core.attention.sdpa import kernel_for
+
+
+class _LeavesGarbage(torch.autograd.Function):
+    """The gradient of keys that no sample has is whatever lies in memory: NaN."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, number: int) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.number = number
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        gradient = gradient.clone()
+        gradient[ctx.number :] = torch.nan
+        return gradient, None
 
 
 def emulated(
-    q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, most_q: int, most_k: int, *, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_starts: Tensor,
+    k_starts: Tensor,
+    most_q: int,
+    most_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
 ) -> Tensor:
     """What PyTorch's kernel for packed keys computes, sample by sample; NaN for a sample without keys."""
     outs = []
     q_ends, k_ends = q_starts.tolist(), k_starts.tolist()
-    assert most_q >= max(b - a for a, b in zip(q_ends, q_ends[1:], strict=False))
-    assert most_k >= max(b - a for a, b in zip(k_ends, k_ends[1:], strict=False))
+    for most, ends in ((most_q, q_ends), (most_k, k_ends)):
+        assert most >= max(b - a for a, b in itertools.pairwise(ends))
+    assert q_starts.dtype == k_starts.dtype == torch.int32
+    k, v = (_LeavesGarbage.apply(x, k_ends[-1]) for x in (k, v))
     for sample in range(len(q_ends) - 1):
         own = slice(q_ends[sample], q_ends[sample + 1])
         read = slice(k_ends[sample], k_ends[sample + 1])
-        weights = (torch.einsum("mhd,nhd->hmn", q[own], k[read]) * scale).softmax(-1)
-        out = torch.einsum("hmn,nhd->mhd", weights, v[read])
+        scores = torch.einsum("mhd,nhd->hmn", q[own], k[read]) * scale
+        if window_size == (-1, 0):  # lines up at the end
+            later = torch.ones(scores.shape[1:], dtype=torch.bool).triu(scores.shape[2] - scores.shape[1] + 1)
+            scores = scores.masked_fill(later, -torch.inf)
+        out = torch.einsum("hmn,nhd->mhd", scores.softmax(-1), v[read])
         outs.append(out if read.start < read.stop else out * torch.nan)
     return torch.cat(outs)
 
@@ -33,9 +64,9 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """`sdpa` takes packed keys on this device; the shapes of the keys that came."""
     seen: list[tuple[int, ...]] = []
 
-    def noted(q: Tensor, k: Tensor, *rest: Tensor | int, scale: float) -> Tensor:
+    def noted(q: Tensor, k: Tensor, *rest: Tensor | int, **named: object) -> Tensor:
         seen.append(tuple(k.shape))
-        return emulated(q, k, *rest, scale=scale)  # type: ignore[arg-type]
+        return emulated(q, k, *rest, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(ragged, "takes", lambda q: True)
     monkeypatch.setattr(ragged, "_varlen", lambda: noted)
@@ -78,6 +109,24 @@ def test_hidden_keys_are_inert(packed: list[tuple[int, ...]]) -> None:
     torch.testing.assert_close(sdpa(q, k, v, mask=masks.Padding(there)), wanted, rtol=0.0, atol=0.0)
 
 
+@pytest.mark.parametrize(("queries", "keys"), [(1, 11), (4, 11), (10, 11)])
+def test_the_last_queries_read_causally(queries: int, keys: int, packed: list[tuple[int, ...]]) -> None:
+    leaves = [draw(3, 2, n, width, seed=i) for i, (n, width) in enumerate([(queries, 6), (keys, 6), (keys, 4)])]
+    results = []
+    for kernel in (sdpa, reference):
+        out = kernel(*leaves, mask=masks.Causal())
+        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), leaves)])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-10)
+    assert packed == [(3 * keys, 2, 6)]
+
+
+@pytest.mark.parametrize("queries", [11, 13])
+def test_other_causal_attention_is_not_packed(queries: int, packed: list[tuple[int, ...]]) -> None:
+    q, k, v = (draw(3, 2, n, 4, seed=i).detach() for i, n in enumerate((queries, 11, 11)))
+    torch.testing.assert_close(sdpa(q, k, v, mask=masks.Causal()), reference(q, k, v, mask=masks.Causal()))
+    assert packed == []
+
+
 def test_masks_that_say_more_are_not_packed(packed: list[tuple[int, ...]]) -> None:
     there = PATTERNS["anywhere"]()
     q, k, v = (draw(3, 2, 11, 4, seed=i).detach() for i in range(3))
@@ -98,8 +147,40 @@ def test_dropout_is_not_packed(packed: list[tuple[int, ...]]) -> None:
 def test_the_gradient_of_a_reordering_goes_back_in_place() -> None:
     order = torch.randperm(7, generator=torch.Generator().manual_seed(0))
     x = draw(7, 2, 3, seed=0)
-    assert torch.autograd.gradcheck(lambda x: ragged._Reordered.apply(x, order), x)
-    assert torch.autograd.gradgradcheck(lambda x: ragged._Reordered.apply(x, order), x)
+    assert torch.autograd.gradcheck(lambda x: ragged._Reordered.apply(x, order, torch.ones(7, dtype=torch.bool)), x)
+    (gradient,) = torch.autograd.grad(ragged._Reordered.apply(x, order, order < 3).sum(), x)
+    assert torch.equal(gradient.bool().all((1, 2)), order < 3)
+
+
+H200 = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("widths", "dtype", "mask", "name", "why"),
+    [
+        ((64, 64), torch.bfloat16, None, "flash or cuDNN", ""),
+        ((250, 96), torch.float16, None, "flash or cuDNN", ""),
+        ((261, 261), torch.bfloat16, None, "memory-efficient", "up to 256 wide, not 264"),
+        ((64, 322), torch.bfloat16, None, "memory-efficient", "up to 256 wide, not 328"),
+        ((64, 64), torch.float32, None, "memory-efficient", "not float32; use torch.autocast"),
+        ((64, 64), torch.bfloat16, masks.Causal(), "flash, packed", ""),
+        ((64, 64), torch.bfloat16, masks.Padding(torch.ones(1, 2).bool()), "flash, packed", ""),
+        ((64, 64), torch.bfloat16, torch.ones(1, 1, 2, 2).bool(), "memory-efficient", "masks of keys alone"),
+    ],
+)
+def test_it_says_which_kernel_is_left(widths, dtype, mask, name, why, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(ragged, "has_varlen", lambda: True)
+    found = kernel_for(*widths, dtype, H200, mask)
+    assert found.name == name and why in found.why and bool(why) == bool(found.why)
+
+
+def test_older_gpus_and_older_pytorch_have_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "8.0" in kernel_for(64, 64, torch.float16, H200).why
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(ragged, "has_varlen", lambda: False)
+    assert "2.11" in kernel_for(64, 64, torch.float16, H200, masks.Causal()).why
 
 
 def test_on_a_cpu_masks_stay_masks() -> None:

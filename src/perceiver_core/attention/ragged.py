@@ -1,14 +1,16 @@
-"""Padding masks on CUDA without a mask: the keys that are there, packed one sample after the other.
+"""PyTorch's flash kernel for packed keys, where its other kernels would need a mask written out.
 
-A mask keeps PyTorch off its flash kernel; packed keys and their number in each sample do not. Packing is a stable sort
-of which keys are there, so masks of any pattern are served, nothing waits for the GPU, and sizes stay fixed: what is
-not there lies behind all samples, where no kernel looks.
+A mask keeps PyTorch off its flash kernels; how many keys each sample has does not, nor does causal attention that
+lines up at the end. So keys that are there are packed, one sample after the other. Packing is a stable sort of which
+keys are there, so masks of any pattern are served, nothing waits for the GPU, and sizes stay fixed: what is not there
+lies behind all samples, where no kernel looks.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +23,7 @@ from perceiver_core.attention import masks
 from perceiver_core.attention.masks import Mask
 
 WIDEST = 256  # the widest head of the flash kernel
-CAPABILITY = (8, 0)
+CAPABILITY = (8, 0)  # of the GPU, at least
 
 
 class Packed(NamedTuple):
@@ -52,11 +54,22 @@ def present(mask: Mask) -> Bool[Tensor, "#b n"] | None:
     return allowed[:, 0, 0]
 
 
+def why_not(dtype: torch.dtype, width: int, device: torch.device) -> str:
+    """Why PyTorch's flash kernels do not take queries of this dtype and width on a device; empty if they do."""
+    if device.type != "cuda":
+        return "flash kernels run on CUDA"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"flash kernels take float16 and bfloat16, not {str(dtype).removeprefix('torch.')}; use torch.autocast"
+    if width > WIDEST:
+        return f"flash kernels take heads up to {WIDEST} wide, not {width}"
+    if torch.cuda.get_device_capability(device) < CAPABILITY:
+        return "flash kernels need a GPU of compute capability 8.0 or higher"
+    return ""
+
+
 def takes(q: Float[Tensor, "b h q d"]) -> bool:
-    """Whether PyTorch's flash kernel takes packed keys for these queries: half precision, on CUDA, heads not too wide."""
-    if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] > WIDEST:
-        return False
-    return _varlen() is not None and torch.cuda.get_device_capability(q.device) >= CAPABILITY
+    """Whether PyTorch's flash kernel takes packed keys for these queries."""
+    return not why_not(q.dtype, q.shape[-1], q.device) and has_varlen()
 
 
 def attend(
@@ -68,21 +81,38 @@ def attend(
     scale: float,
 ) -> Float[Tensor, "b h q d"]:
     """Attention to the keys that are there; zeros where none is."""
-    batch, _, queries, _ = q.shape
-    there = there.expand(batch, k.shape[2])
+    batch, keys = k.shape[0], k.shape[2]
+    there = there.expand(batch, keys)
     some = there.any(1)
     # Kernels differ on samples without a key, so they never see one.
     packed = pack(k, v, torch.cat([there[:, :1] | ~some[:, None], there[:, 1:]], 1))
+    return _run(q, packed, keys, (-1, -1), scale).masked_fill(~some[:, None, None, None], 0.0)
+
+
+def attend_causally(
+    q: Float[Tensor, "b h q d"], k: Float[Tensor, "b h k d"], v: Float[Tensor, "b h k d"], *, scale: float
+) -> Float[Tensor, "b h q d"]:
+    """Attention to no later position, where the last query lines up with the last key."""
+    batch, keys = k.shape[0], k.shape[2]
+    starts = torch.arange(0, (batch + 1) * keys, keys, device=q.device, dtype=torch.int32)
+    flat = [rearrange(x, "b h n d -> (b n) h d") for x in (k, v)]
+    return _run(q, Packed(flat[0], flat[1], starts), keys, (-1, 0), scale)
+
+
+def _run(
+    q: Float[Tensor, "b h q d"], packed: Packed, most: int, window: tuple[int, int], scale: float
+) -> Float[Tensor, "b h q d"]:
+    batch, _, queries, _ = q.shape
     starts = torch.arange(0, (batch + 1) * queries, queries, device=q.device, dtype=torch.int32)
-    varlen: Any = _varlen()
     asked = rearrange(q, "b h m d -> (b m) h d")
-    out = varlen(asked, packed.keys, packed.values, starts, packed.starts, queries, k.shape[2], scale=scale)
-    out = rearrange(out, "(b m) h d -> b h m d", b=batch)
-    return out.masked_fill(~some[:, None, None, None], 0.0)
+    out = _varlen()(
+        asked, packed.keys, packed.values, starts, packed.starts, queries, most, scale=scale, window_size=window
+    )
+    return rearrange(out, "(b m) h d -> b h m d", b=batch)
 
 
 def pack(k: Float[Tensor, "b h n d"], v: Float[Tensor, "b h n e"], there: Bool[Tensor, "b n"]) -> Packed:
-    """Keys and values with those in front that are there.
+    """Keys and values with those in front that are there. The gradients of the others are zero.
 
     Returns:
         `starts` says where each sample starts, and in the end how many keys there are in all, in int32.
@@ -96,28 +126,38 @@ def pack(k: Float[Tensor, "b h n d"], v: Float[Tensor, "b h n e"], there: Bool[T
         ([0.0, 2.0, 4.0], [0, 2, 3])
     """
     order = there.flatten().logical_not().argsort(stable=True)
-    keys, values = (_Reordered.apply(rearrange(x, "b h n d -> (b n) h d"), order) for x in (k, v))  # type: ignore[no-untyped-call]
+    flat = [rearrange(x, "b h n d -> (b n) h d") for x in (k, v)]
+    keys, values = (_Reordered.apply(x, order, there.flatten()) for x in flat)  # type: ignore[no-untyped-call]
     return Packed(keys, values, F.pad(there.sum(1).cumsum(0), (1, 0)).int())
 
 
 class _Reordered(torch.autograd.Function):
-    """x[order] for a permutation, whose gradient is put back in place without adding anything up."""
+    """x[order] for a permutation, whose gradient is put back in place without adding anything up.
+
+    What a kernel never looked at has no gradient from it, but whatever lay in memory: that is not let through.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor) -> Tensor:
-        ctx.save_for_backward(order)
+    def forward(ctx: Any, x: Tensor, order: Tensor, there: Tensor) -> Tensor:
+        ctx.save_for_backward(order, there)
         return x[order]
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (order,) = ctx.saved_tensors
-        return gradient[order.argsort()], None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        order, there = ctx.saved_tensors
+        return gradient[order.argsort()].masked_fill(~there[:, None, None], 0.0), None, None
 
 
-def _varlen() -> Callable[..., Tensor] | None:
-    """PyTorch's attention to packed keys, from 2.11 on."""
+@cache
+def has_varlen() -> bool:
+    """Whether this PyTorch has attention to packed keys with a scale of one's own: from 2.11 on."""
     try:
-        from torch.nn.attention.varlen import varlen_attn
+        return {"scale", "window_size"} <= inspect.signature(_varlen()).parameters.keys()
     except ImportError:
-        return None
-    return varlen_attn if "scale" in inspect.signature(varlen_attn).parameters else None
+        return False
+
+
+def _varlen() -> Callable[..., Any]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn

@@ -1,12 +1,16 @@
 """PyTorch's fused attention kernels, with what they refuse made to fit, exactly.
 
-`torch.nn.functional.scaled_dot_product_attention` picks flash, cuDNN, memory-efficient or plain matrix
-products; `torch.nn.attention.sdpa_kernel` overrides its choice. Three things keep it off the fused kernels,
-and are mended here: values of another width than the keys, (on CUDA) widths that are not a multiple of 8,
-and masks of padding, for which keys are packed (`ragged`). Columns of zeros change no score and no output.
+`torch.nn.functional.scaled_dot_product_attention` picks flash, cuDNN, memory-efficient or plain matrix products;
+`torch.nn.attention.sdpa_kernel` overrides its choice, and `torch.nn.attention.activate_flash_attention_impl` brings
+FlashAttention-3 or 4 where they are installed. Four things keep it off the flash kernels, and are mended here: values
+of another width than the keys, (on CUDA) widths that are not a multiple of 8, masks of padding, for which keys are
+packed, and causal attention of the last queries to all keys (both: `ragged`). Columns of zeros change no score and no
+output. What is left is said by `kernel_for`.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -49,13 +53,48 @@ def sdpa(
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=mask is not None, scale=scale)
         return out[..., :value_width]
     masks.fits(mask, q, k)
-    if not dropout and ragged.takes(q) and (there := ragged.present(mask)) is not None:
-        return ragged.attend(q, k, v, there, scale=scale)[..., :value_width]
+    if not dropout and ragged.takes(q):
+        if isinstance(mask, masks.Causal) and q.shape[-2] < k.shape[-2]:
+            return ragged.attend_causally(q, k, v, scale=scale)[..., :value_width]
+        if (there := ragged.present(mask)) is not None:
+            return ragged.attend(q, k, v, there, scale=scale)[..., :value_width]
     allowed = masks.dense(mask, queries=q.shape[-2], keys=k.shape[-2], device=q.device)
     some = allowed.any(-1, keepdim=True)
     # The kernels differ on rows with nothing to attend to, so they never see one.
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=_four_axes(allowed | ~some), dropout_p=dropout, scale=scale)
     return out[..., :value_width].masked_fill(~some, 0.0)
+
+
+class Kernel(NamedTuple):
+    """A kernel of PyTorch, and why it is not a flash kernel where it is not."""
+
+    name: str
+    why: str = ""
+
+
+def kernel_for(
+    key_width: int, value_width: int, dtype: torch.dtype, device: torch.device, mask: Mask | None = None
+) -> Kernel:
+    """Which of PyTorch's kernels `sdpa` has for heads of these widths, without dropout.
+
+    On CUDA "flash or cuDNN", of which PyTorch takes the one that it knows to be faster; "flash, packed"; or
+    "memory-efficient".
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core.attention.sdpa import kernel_for
+        >>> kernel_for(64, 64, torch.float32, torch.device("cpu"))
+        Kernel(name="PyTorch's for the CPU", why='')
+    """
+    if device.type != "cuda":
+        return Kernel(f"PyTorch's for the {'CPU' if device.type == 'cpu' else device.type}")
+    if why := ragged.why_not(dtype, fused_width(key_width, value_width, device), device):
+        return Kernel("memory-efficient", why)
+    if mask is None:
+        return Kernel("flash or cuDNN")
+    if not isinstance(mask, masks.Causal) and ragged.present(mask) is None:
+        return Kernel("memory-efficient", "flash kernels take masks of keys alone and causal ones")
+    return Kernel("flash, packed") if ragged.has_varlen() else Kernel("memory-efficient", "PyTorch 2.11 packs keys")
 
 
 def fused_width(key_width: int, value_width: int, device: torch.device) -> int:

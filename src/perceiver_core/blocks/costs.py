@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from perceiver_core import checks
 from perceiver_core.attention.factored import axes_of
 from perceiver_core.attention.masks import Mask
+from perceiver_core.attention.ragged import WIDEST
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
@@ -23,10 +24,10 @@ from perceiver_core.tokens import Tokens
 @register
 @dataclass(frozen=True)
 class Costs:
-    """How fast one thread of a machine is at what reads are made of.
+    """How fast one thread of a CPU, or a whole GPU, is at what reads are made of.
 
-    The defaults were measured on an AMD EPYC (Zen 5) with PyTorch 2.13; `python -m perceiver_core costs` measures
-    and prints those of the machine at hand.
+    The defaults are those of one thread and were measured on an AMD EPYC (Zen 5) with PyTorch 2.13; `python -m
+    perceiver_core costs` measures and prints those of the machine at hand.
 
     Args:
         linear: linear layers in float32, GFLOP/s.
@@ -34,6 +35,7 @@ class Costs:
         matmul_half: the same in bfloat16 or float16.
         attention: the products of the default kernel in float32, GFLOP/s.
         attention_half: the same in bfloat16 or float16.
+        attention_wide: the same in bfloat16 or float16 for heads wider than 256, which no flash kernel takes on CUDA.
         softmax: the rest of the kernel, nanoseconds for a query and a token.
         copy: reading and writing large tensors, GB/s.
         pair: a structured read, nanoseconds for a query and a token.
@@ -46,6 +48,7 @@ class Costs:
     matmul_half: float = 430.0
     attention: float = 88.0
     attention_half: float = 180.0
+    attention_wide: float = 180.0
     softmax: float = 0.36
     copy: float = 10.0
     pair: float = 0.37
@@ -54,6 +57,22 @@ class Costs:
 
 
 MEASURED = Costs()
+# Of a GPU of the Hopper kind, estimated and not measured: products and copies by its maker's rates, less what is usual;
+# a structured read by the instructions of its loop; the start by the number of kernels launched.
+ESTIMATED = Costs(
+    linear=45_000.0,
+    matmul=45_000.0,
+    matmul_half=600_000.0,
+    attention=20_000.0,
+    attention_half=400_000.0,
+    attention_wide=120_000.0,
+    softmax=0.0,
+    copy=3_500.0,
+    pair=0.0006,
+    channel=0.0001,
+    start=400.0,
+)
+USUAL = {"cpu": MEASURED, "cuda": ESTIMATED}
 SHORT = 64  # tokens in a row at which sums over the channels take twice as long as in long rows
 
 
@@ -91,6 +110,11 @@ class Sizes(NamedTuple):
     device: str
 
     @property
+    def threads(self) -> int:
+        """How many share the work, of those that costs are given for."""
+        return torch.get_num_threads() if self.device == "cpu" else 1
+
+    @property
     def pairs(self) -> int:
         """Scores: queries and tokens that meet, in every head and sample."""
         return self.batch * self.heads * self.queries * self.n
@@ -112,7 +136,8 @@ class Sizes(NamedTuple):
         axes = axes_of(tokens) if isinstance(tokens, Tokens) else (content.shape[1],)
         batch = content.shape[0]
         if torch.compiler.is_compiling():
-            batch, axes = 1, (65_536,) if len(axes) == 1 else (256,) * len(axes)
+            batch = 1 if content.device.type == "cpu" else 16
+            axes = (65_536,) if len(axes) == 1 else (256,) * len(axes)
         width = tokens.dim if isinstance(tokens, Tokens) else content.shape[-1]
         dtype = checks.product_dtype(content)
         return cls(
@@ -158,7 +183,8 @@ def structured(s: Sizes, costs: Costs) -> Cost:
 
 def _ordinary(s: Sizes, costs: Costs, products: float, *, flops: float, moved: float) -> Cost:
     kernel = 2.0 * s.batch * s.queries * s.n * s.made
-    attention = costs.attention_half if s.half else costs.attention
+    wide = s.made > 2 * WIDEST * s.heads
+    attention = (costs.attention_wide if wide else costs.attention_half) if s.half else costs.attention
     seconds = (
         flops / products / 1e9 + moved / costs.copy / 1e9 + kernel / attention / 1e9 + s.pairs * costs.softmax * 1e-9
     )

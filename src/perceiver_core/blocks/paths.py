@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_core import checks
-from perceiver_core.attention import fastest, masks
+from perceiver_core.attention import fastest, masks, sdpa
 from perceiver_core.attention.factored import FactoredKeysValues, Norm, factor
 from perceiver_core.attention.masks import Mask
+from perceiver_core.attention.sdpa import Kernel, kernel_for
 from perceiver_core.attention.structured import gpu, native
 from perceiver_core.blocks import costs as model
 from perceiver_core.blocks.attention import KeysValues, MultiHeadAttention
-from perceiver_core.blocks.costs import MEASURED, Cost, Costs, Request, Sizes
+from perceiver_core.blocks.costs import MEASURED, USUAL, Cost, Costs, Request, Sizes
 from perceiver_core.linear import Linear
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
@@ -137,14 +138,15 @@ class Structured:
 @partial(register, name="paths.Cheapest")
 @dataclass(frozen=True)
 class Cheapest:
-    """The fastest of some paths on a CPU, by a cost model; on other devices `Dense`, where it is among them.
+    """The fastest of some paths on a CPU or a CUDA GPU, by a cost model; on other devices `Dense`, if it is among them.
 
     On a CPU `Dense` is not taken where it would write out more than a gibibyte and another path can serve: the others
-    go through a large input in slabs.
+    go through a large input in slabs. On a GPU `Factored` is not taken where another can serve: its slabs are made for
+    caches.
 
     Args:
         of: the paths to choose from. One that is left out is forbidden.
-        costs: how fast the machine is.
+        costs: how fast the machine is; the usual costs of the device unless given.
 
     Example:
         >>> import perceiver_core as pc
@@ -153,7 +155,7 @@ class Cheapest:
     """
 
     of: Sequence[Path] = (Structured(), Factored(), Dense())
-    costs: Costs = MEASURED
+    costs: Costs | None = None
 
     def __post_init__(self) -> None:
         if not self.of:
@@ -177,21 +179,33 @@ class Cheapest:
             raise ValueError(
                 f"no path of {list(self.of)} can serve this read: {self.why_not(request)}. Add paths.Dense()"
             )
-        if Sizes.of(request).device != "cpu":  # where nothing was measured, what PyTorch's own kernels are best at
-            able = [path for path in able if isinstance(path, Dense)] or able
-        elif Sizes.of(request).written > MOST:
+        sizes = Sizes.of(request)
+        if sizes.device not in USUAL:
+            able = _if_any(able, Dense)  # where nothing is known, what PyTorch's own kernels are best at
+        elif sizes.device == "cuda":
+            able = _if_any(able, (Structured, Dense))
+        elif sizes.written > MOST:
             able = [path for path in able if not isinstance(path, Dense)] or able
         if len(able) == 1:
             return able[0]
-        seconds = [path.cost(request, self.costs).seconds for path in able]
+        seconds = [path.cost(request, self.costs_for(sizes.device)).seconds for path in able]
         best = able[seconds.index(min(seconds))]
         if isinstance(best, Structured) and best.missing(request):
             return Cheapest([path for path in able if path is not best], self.costs).choose(request)
         return best
 
+    def costs_for(self, device: str) -> Costs:
+        """How fast a device is."""
+        return self.costs or USUAL.get(device, MEASURED)
+
     def read(self, request: Request) -> KeysValues | FactoredKeysValues:
         """What the chosen path makes."""
         return self.choose(request).read(request)
+
+
+def _if_any(paths: list[Path], kinds: type | tuple[type, ...]) -> list[Path]:
+    """Those of some kinds, or all where there is none of these."""
+    return [path for path in paths if isinstance(path, kinds)] or paths
 
 
 def use(module: nn.Module, path: Path) -> None:
@@ -234,6 +248,16 @@ def reads_of(module: nn.Module) -> dict[str, Any]:
             f"the module must have reads (CrossAttend), which take a path; {type(module).__name__} has none"
         )
     return reads
+
+
+def kernel_of(request: Request) -> Kernel | None:
+    """Which of PyTorch's kernels meets the keys and values of a read; None where another kernel was chosen."""
+    attention = request.attention
+    if not isinstance(attention, MultiHeadAttention) or attention.kernel not in (fastest, sdpa):
+        return None
+    key, value = (layer.weight.shape[0] // attention.heads for layer in (attention.key, attention.value))
+    content = request.tokens.content if isinstance(request.tokens, Tokens) else request.tokens
+    return kernel_for(key, value, checks.product_dtype(content), content.device, _mask(request))
 
 
 def _whole(request: Request) -> str:

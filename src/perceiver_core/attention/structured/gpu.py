@@ -14,11 +14,11 @@ from __future__ import annotations
 import importlib.util
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cache
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,29 +26,29 @@ from torch.nn import functional as F
 
 from perceiver_core.attention.structured import eager
 
+Options: TypeAlias = dict[str, Any]
+
 LOG2E = 1 / math.log(2)
 WARP = 32  # queries come in multiples of a warp's threads
 PROGRAMS = 24  # warps of work for each multiprocessor, at least, where the grid can be cut up so far
+MOST = 2**31 - 1  # what the kernels multiply in 32 bits
 WIDEST = 64  # channels that fit on chip
 CAPABILITY = (8, 0)  # of the GPU, at least: what Triton supports
 
 # What is tried at the first read of a kind, the first where nothing can be tried. Few channels stay in registers.
-FEW = (
+FEW: list[Options] = [
     {"BLOCK": 128, "num_warps": 4},
     {"BLOCK": 128, "num_warps": 4, "maxnreg": 168},
     {"BLOCK": 32, "num_warps": 1},
     {"BLOCK": 32, "num_warps": 1, "maxnreg": 168},
-)
-MANY = (
+]
+MANY: list[Options] = [
     {"BLOCK": 32, "num_warps": 4, "num_stages": 1},
     {"BLOCK": 32, "num_warps": 4, "num_stages": 2},
-    {"BLOCK": 64, "num_warps": 8, "num_stages": 1},
-)
+]
 # The same for tokens: columns of a program.
-FEW_TOKENS = tuple({"STRETCH": 32 * warps, "num_warps": warps} for warps in (4, 1, 2))
-MANY_TOKENS = tuple({"STRETCH": 32, "num_warps": 4, "num_stages": stages} for stages in (1, 2))
-
-Options = dict[str, Any]
+FEW_TOKENS: list[Options] = [{"STRETCH": 32 * warps, "num_warps": warps} for warps in (4, 1, 2)]
+MANY_TOKENS: list[Options] = [{"STRETCH": 32, "num_warps": 4, "num_stages": stages} for stages in (1, 2)]
 
 
 def missing(device: torch.device, channels: int) -> str:
@@ -95,9 +95,8 @@ class Plan(NamedTuple):
         stretch = 16 if padded < 16 else 32
         stretches, height = -(-width // stretch), prod(others)
         parts = -(-PROGRAMS * _processors(content.device) * WARP // (samples * heads * queries))
-        splits = min(height, math.isqrt(max(parts - 1, 0)) + 1)
-        groups = min(stretches, -(-parts // splits))
-        splits = max(1, min(height, -(-parts // groups), 2**31 // height - 1))  # height x splits fits into 32 bits
+        groups = min(stretches, -(-parts // min(height, math.isqrt(parts - 1) + 1)), MOST // stretches)
+        splits = min(height, -(-parts // groups), MOST // height)
         constants = {
             "CHANNELS": channels,
             "PADDED": padded,
@@ -136,7 +135,8 @@ class Plan(NamedTuple):
             blocks = self.queries // option["BLOCK"]
             cut = self.stretches, blocks, self.splits, self.groups
             programs = self.one * self.splits * self.groups * blocks
-            _launch(kernel, programs, *tensors, *self.sizes, *cut, STRETCH=self.stretch, **self.constants, **option)
+            options = {"STRETCH": self.stretch, **self.constants, **option}
+            _launch(kernel, programs, (*tensors, *self.sizes, *cut), options)
 
         self._tuned(kernel, launch, options, tensors[0].device)
 
@@ -148,12 +148,13 @@ class Plan(NamedTuple):
         def launch(option: Options) -> None:
             pieces = -(-self.width // option["STRETCH"])
             programs = self.samples * self.height * pieces
-            _launch(kernel, programs, *tensors, *self.sizes, pieces, BLOCK=block, **self.constants, **option)
+            options = {"BLOCK": block, **self.constants, **option}
+            _launch(kernel, programs, (*tensors, *self.sizes, pieces), options)
 
         self._tuned(kernel, launch, FEW_TOKENS if padded < 16 else MANY_TOKENS, tensors[0].device)
 
     def _tuned(
-        self, kernel: str, launch: Callable[[Options], None], options: Any, device: torch.device
+        self, kernel: str, launch: Callable[[Options], None], options: Sequence[Options], device: torch.device
     ) -> None:
         work = (self.one * self.queries * self.height * self.wide).bit_length()
         key = (kernel, device, work, self.queries, *self.constants.values())
@@ -165,27 +166,36 @@ class Plan(NamedTuple):
 _best: dict[tuple[Any, ...], Options] = {}
 
 
-def fastest(launch: Callable[[Options], None], options: Any) -> Options:
+def fastest(launch: Callable[[Options], None], options: Sequence[Options]) -> Options:
     """The option with which a kernel takes the least time, of those that compile and fit on the GPU.
 
     Raises:
-        RuntimeError: none does.
+        NoKernelError: none does.
     """
-    times: dict[int, float] = {}
-    reason: Exception | None = None
-    for number, option in enumerate(options):
-        try:
-            launch(option)
-            times[number] = min(_milliseconds(launch, option) for _ in range(3))
-        except Exception as error:  # noqa: BLE001 (Triton's errors have no common class)
-            reason = error
+    found = [(_milliseconds(launch, option), number) for number, option in enumerate(options)]
+    times = [(time, number) for time, number in found if isinstance(time, float)]
     if not times:
-        raise RuntimeError(f"no kernel for a structured read can be made: {reason}") from reason
-    return options[min(times, key=times.__getitem__)]  # type: ignore[no-any-return]
+        raise NoKernelError(str(found[-1][0])) from found[-1][0]  # type: ignore[misc]
+    return options[min(times)[1]]
 
 
-def _milliseconds(launch: Callable[[Options], None], option: Options) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+class NoKernelError(RuntimeError):
+    """No kernel can be made for this GPU."""
+
+
+def _milliseconds(launch: Callable[[Options], None], option: Options) -> float | Exception:
+    """The least of some times, or what Triton says against it."""
+    try:
+        launch(option)
+        return min(_once(launch, option) for _ in range(3))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return error
+
+
+def _once(launch: Callable[[Options], None], option: Options) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
     launch(option)
     end.record()
@@ -199,17 +209,15 @@ def forward(
     """Read, marginals, base and total: see `op`. Tensors are contiguous."""
     try:
         return _forward(a, u, content, scale, mask)
-    except RuntimeError as error:
+    except NoKernelError as error:
         _give_up(content.device, error)
         return eager.forward(a, u, content, scale, mask)
 
 
-def _give_up(device: torch.device, error: RuntimeError) -> None:
-    """Where no kernel can be made, reads are plain PyTorch's from now on. Anything else is not for us to hide."""
-    if "no kernel for a structured read" not in str(error):
-        raise error
-    _failed[device] = str(error)
-    warnings.warn(f"structured reads on {device} are made by plain PyTorch, slowly: {error}", stacklevel=3)
+def _give_up(device: torch.device, error: NoKernelError) -> None:
+    """From now on, reads on this device are plain PyTorch's."""
+    _failed[device] = f"no kernel could be made: {error}"
+    warnings.warn(f"structured reads on {device} are made by plain PyTorch, slowly: {_failed[device]}", stacklevel=3)
 
 
 def _forward(
@@ -235,7 +243,7 @@ def _forward(
     norm = total.where(total > 0, 1.0)[:, None]
     read = (read * share[:, :, :, None]).sum((1, 2)) / norm
     made = (read, marginals / norm, base[:, None], total[:, None])
-    turned = [_turned(x.unflatten(0, (plan.samples, plan.heads))[..., : a.shape[2]]) for x in made]
+    turned = [_turned(_per_head(plan, x, a.shape[2])) for x in made]
     return turned[0], turned[1], turned[2][..., 0], turned[3][..., 0]
 
 
@@ -255,7 +263,7 @@ def backward(  # noqa: PLR0913 (what the forward was given, what it kept and wha
     """Gradients of a, u, content and scale."""
     try:
         return _backward(a, u, content, scale, mask, base, total, d_read, d_marginals, offset, tokens)
-    except RuntimeError as error:
+    except NoKernelError as error:
         _give_up(content.device, error)
         return eager.backward(a, u, content, scale, mask, base, total, d_read, d_marginals, offset, tokens)
 
@@ -285,7 +293,7 @@ def _backward(  # noqa: PLR0913
     of_asked, of_gifts = _asked(plan, *asked), _asked(plan, *gifts)
     plan.over_queries("backward_queries", *of_asked, *given, own[0], *of_gifts, own[1], d_a, d_rows, d_columns)
     d_u = torch.cat([*_of_axes(d_rows.sum(1), plan.others), d_columns.sum(1)[:, : plan.width]], 1)
-    made = (x.unflatten(0, (plan.samples, plan.heads))[..., : a.shape[2]] for x in (d_a.sum((1, 2)), d_u))
+    made = (_per_head(plan, x, a.shape[2]) for x in (d_a.sum((1, 2)), d_u))
     d_a, d_u = (_turned(x.sum(0, keepdim=True) if a.shape[0] == 1 else x) for x in made)
     if not tokens:
         return d_a, d_u, content.new_empty(0), scale.new_empty(0)
@@ -296,16 +304,16 @@ def _backward(  # noqa: PLR0913
     return d_a, d_u, d_content[..., : plan.width].contiguous(), d_scale[..., : plan.width].contiguous()
 
 
-def _launch(kernel: str, programs: int, first: Tensor, *arguments: Any, **options: Any) -> None:
+def _launch(kernel: str, programs: int, arguments: tuple[Any, ...], options: Options) -> None:
     from perceiver_core.attention.structured import kernels  # needs Triton, which not everyone has
 
-    with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
-        getattr(kernels, kernel)[(programs,)](first, *arguments, **options)
+    with torch.cuda.device(arguments[0].device) if arguments[0].is_cuda else nullcontext():
+        getattr(kernels, kernel)[(programs,)](*arguments, **options)
 
 
 def _asked(plan: Plan, a: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What queries have for the content, for each row, and for each column: `b h .. q`, filled up."""
-    *parts, columns = u.split([*plan.others, plan.width], dim=-1)
+    *parts, columns = torch.split(u, [*plan.others, plan.width], dim=-1)
     rows = u.new_zeros(*u.shape[:-1], *(1 for _ in plan.others))
     for axis, part in enumerate(parts):
         rows = rows + part.reshape(*u.shape[:-1], *(size if i == axis else 1 for i, size in enumerate(plan.others)))
@@ -334,6 +342,11 @@ def _filled_up(x: Tensor, size: int, value: float = 0.0) -> Tensor:
     return F.pad(x, (0, size - x.shape[-1]), value=value) if x.shape[-1] < size else x.contiguous()
 
 
+def _per_head(plan: Plan, x: Tensor, queries: int) -> Tensor:
+    """Samples and heads on axes of their own, and the queries that were asked for."""
+    return x.reshape(plan.samples, plan.heads, *x.shape[1:])[..., :queries]
+
+
 def _turned(x: Tensor) -> Tensor:
     """With the last two axes changed about, in memory as well."""
     return x.mT.contiguous()
@@ -341,7 +354,7 @@ def _turned(x: Tensor) -> Tensor:
 
 def _of_axes(rows: Tensor, others: tuple[int, ...]) -> list[Tensor]:
     """Sums over rows, `one rows q`, taken apart: those along each axis but the last, `one size q`."""
-    rows = rows.unflatten(1, others) if others else rows
+    rows = rows.reshape(len(rows), *others, rows.shape[-1]) if others else rows
     axes = range(1, len(others) + 1)
     return [rows.sum([axis for axis in axes if axis != kept]) if len(others) > 1 else rows for kept in axes]
 

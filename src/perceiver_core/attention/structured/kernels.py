@@ -17,8 +17,6 @@ that the queries of one sample serve all. Queries and columns come in whole bloc
 `wide` is the width so filled; columns beyond `width` have scores of -inf.
 """
 
-# ruff: noqa: PLR0913 (a kernel is told where everything lies)
-
 from __future__ import annotations
 
 import triton
@@ -211,7 +209,7 @@ def _queries_of(
 
 
 @triton.jit
-def _asked(
+def _turned_product(
     sums, a, queries, query, x, n, at, there, CHANNELS: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """As `_product`, queries x columns."""
@@ -224,9 +222,7 @@ def _asked(
         channel = tl.arange(0, PADDED)
         real = channel < CHANNELS
         asks = tl.load(a + channel[None, :] * queries + query[:, None], mask=real[None, :], other=0.0)
-        token = tl.load(
-            x + channel[:, None] * n + at[None, :], mask=real[:, None] & there[None, :], other=0.0
-        )
+        token = tl.load(x + channel[:, None] * n + at[None, :], mask=real[:, None] & there[None, :], other=0.0)
         sums += tl.dot(asks, token, input_precision=PRECISION, out_dtype=sums.dtype)
     return sums
 
@@ -269,8 +265,8 @@ def backward_tokens(
             own, other = a + asked * CHANNELS * queries, gifts + one * CHANNELS * queries
             base = tl.load(bases + one * queries + query)[:, None]
             offset = tl.load(offsets + one * queries + query)[:, None]
-            sums = _asked(table, own, queries, query, x, n, at, there, CHANNELS, PADDED, PRECISION)
-            gift = _asked(gift, other, queries, query, x, n, at, there, CHANNELS, PADDED, PRECISION)
+            sums = _turned_product(table, own, queries, query, x, n, at, there, CHANNELS, PADDED, PRECISION)
+            gift = _turned_product(gift, other, queries, query, x, n, at, there, CHANNELS, PADDED, PRECISION)
             score = sums * scale[None, :]
             if MASKED:
                 score += tl.load(hidden + at, mask=there, other=0.0)[None, :]

@@ -1,0 +1,287 @@
+"""On a CUDA GPU: the intended kernels run and are right, nothing waits, graphs are captured, results repeat.
+
+`make gpu` runs these, the Triton cases of test_structured.py, and the benchmarks. Without a GPU they skip themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import perceiver_core as pc
+from perceiver_core import paths
+from perceiver_core.attention import masks, reference, sdpa
+from perceiver_core.attention.masks import Mask
+from perceiver_core.attention.sdpa import kernel_for
+from perceiver_core.attention.structured import gpu
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+CUDA = torch.device("cuda")
+STRUCTURED = paths.Structured()
+WAYS = {
+    "flash or cuDNN": {"_scaled_dot_product_flash_attention", "_scaled_dot_product_cudnn_attention"},
+    "flash, packed": {"_flash_attention_forward"},
+    "memory-efficient": {"_scaled_dot_product_efficient_attention"},
+}
+FALLBACKS = {"_scaled_dot_product_attention_math", "_softmax"}
+
+
+def ran(call: Callable[[], object]) -> set[str]:
+    """The names of the operators and of the kernels that ran."""
+    call()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    return {event.name.removeprefix("aten::") for event in seen.events() or []}
+
+
+def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    generator = torch.Generator(CUDA).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=CUDA).to(dtype).requires_grad_()
+
+
+@contextmanager
+def nothing_waits() -> Iterator[None]:
+    """Raises where the CPU waits for the GPU."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def padding(batch: int, keys: int) -> Tensor:
+    return torch.arange(keys, device=CUDA) < torch.tensor([[keys], [keys // 3 + 1]] * (batch // 2), device=CUDA)
+
+
+def model(path: paths.Path | None = None, *, reads: int = 2) -> pc.Perceiver:
+    torch.manual_seed(0)
+    image = pc.adapters.Image(3, positions=pc.positions.Fourier(axes=2, bands=8, max_resolution=64))
+    encoder = pc.Encoder(image.dim, latents=48, dim=64, depth=2, heads=4, reads=reads)
+    whole = pc.Perceiver(image, encoder, pc.heads.Classify(encoder.dim, classes=10)).to(CUDA)
+    if path is not None:
+        paths.use(whole, path)
+    return whole
+
+
+PICTURES = (4, 3, 61, 67)
+
+
+# The flash path
+
+MASKS: dict[str, Callable[[int, int], Mask | None]] = {
+    "none": lambda batch, keys: None,
+    "causal": lambda batch, keys: masks.Causal(),
+    "padding": lambda batch, keys: masks.Padding(padding(batch, keys)),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(
+    "widths", [(64, 64), (128, 128), (40, 40), (33, 57), (250, 250), (261, 261), (322, 322), (704, 704)]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("queries", [1, 64, 300])
+def test_the_kernel_that_is_said_to_run_does_and_is_right(
+    mask: str, widths: tuple[int, int], dtype: torch.dtype, queries: int
+) -> None:
+    batch, keys = 2, 300
+    allowed = MASKS[mask](batch, keys)
+    q, k = (drawn(batch, 2, n, widths[0], seed=n, dtype=dtype) for n in (queries, keys))
+    v = drawn(batch, 2, keys, widths[1], seed=9, dtype=dtype)
+    said = kernel_for(*widths, dtype, CUDA, None if mask == "causal" and queries == keys else allowed).name
+    names = ran(lambda: sdpa(q, k, v, mask=allowed))
+    assert names & WAYS[said] and not names & FALLBACKS
+    out, wanted = sdpa(q, k, v, mask=allowed), reference(*(x.double() for x in (q, k, v)), mask=allowed)
+    along = drawn(*out.shape, seed=5, dtype=dtype).detach()
+    found = [out, *torch.autograd.grad(out, (q, k, v), along)]
+    right = [wanted, *torch.autograd.grad(wanted, (q, k, v), along.double())]
+    for a, b in zip(found, right, strict=True):
+        assert float((a.double() - b.double()).norm() / b.double().norm()) < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_samples_with_nothing_to_attend_to_are_zero() -> None:
+    there = padding(2, 40)
+    there[1] = False
+    q, k, v = (drawn(2, 2, n, 64, seed=n) for n in (7, 40, 41))
+    k, v = k[:, :, :40], v[:, :, :40].detach().masked_fill(~there[:, None, :, None], torch.nan)
+    out = sdpa(q, k, v, mask=masks.Padding(there))
+    assert not out[1].any() and out[0].isfinite().all()
+    assert torch.autograd.grad(out.sum(), k)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_a_whole_model_falls_back_nowhere(masked: bool) -> None:
+    whole = model(paths.Dense())
+    pictures, mask = torch.rand(PICTURES, device=CUDA), torch.rand(4, 61, 67, device=CUDA) < 0.5
+
+    def step() -> None:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            whole(pictures, mask=mask if masked else None).square().mean().backward()
+
+    names = ran(step)
+    assert names & WAYS["flash or cuDNN"] and not names & (FALLBACKS | WAYS["memory-efficient"])
+    assert bool(names & WAYS["flash, packed"]) is masked or not masked
+
+
+def test_explain_names_the_kernel() -> None:
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        first = pc.explain(model(paths.Dense()), torch.rand(PICTURES, device=CUDA))[0]
+    assert "by the flash or cuDNN kernel" in first.why
+
+
+# Structured reads
+
+
+def test_the_triton_kernels_run_and_nothing_else_attends() -> None:
+    whole, pictures = model(STRUCTURED), torch.rand(PICTURES, device=CUDA, requires_grad=True)
+    names = ran(lambda: whole(pictures).square().mean().backward())
+    assert {"forward", "backward_queries", "backward_tokens"} <= names
+    names = ran(lambda: whole.encoder.reads[0](whole.encoder.latents[None], whole.adapter(pictures)))
+    assert not {name for ways in WAYS.values() for name in ways} & names and not FALLBACKS & names
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_all_paths_agree(dtype: torch.dtype) -> None:
+    results = []
+    for path in (paths.Dense(), STRUCTURED, paths.Factored()):
+        whole = model(path).to(dtype)
+        out = whole(torch.rand(PICTURES, device=CUDA, generator=torch.Generator(CUDA).manual_seed(1)).to(dtype))
+        gradients = torch.autograd.grad(out.float().square().mean(), list(whole.parameters()))
+        results.append([out.double(), torch.nn.utils.get_total_norm(gradients).double()])
+    for other in results[1:]:
+        for a, b in zip(other, results[0], strict=True):
+            assert float((a - b).norm() / b.norm()) < (1e-4 if dtype == torch.float32 else 5e-2)
+
+
+def test_results_repeat_to_the_bit() -> None:
+    whole, pictures = model(STRUCTURED), torch.rand(PICTURES, device=CUDA, requires_grad=True)
+
+    def step() -> list[Tensor]:
+        out = whole(pictures)
+        return [out.detach(), *torch.autograd.grad(out.square().mean(), [pictures, *whole.parameters()])]
+
+    first = step()
+    tuned, gpu._best = gpu._best, {}
+    try:
+        for again in (step(), step()):
+            torch.testing.assert_close(again, first, rtol=0.0, atol=0.0)
+    finally:
+        gpu._best = tuned
+
+
+def test_no_tensor_of_latents_times_tokens_is_made() -> None:
+    """512 latents, 512 x 512 tokens: scores of 512 MB in float32; 1 MB for the picture and 2 MB for the marginals."""
+    where = pc.positions.Fourier(axes=2, bands=16, max_resolution=512)
+    adapter = pc.adapters.Grid(1, positions=where)
+    read = pc.CrossAttend(64, adapter.dim, path=STRUCTURED).to(CUDA)
+    latents, tokens = drawn(1, 512, 64, dtype=torch.float32), adapter(torch.rand(1, 512, 512, 1, device=CUDA))
+
+    def step() -> None:
+        read(latents, tokens).sum().backward()
+
+    step()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    assert torch.cuda.max_memory_allocated() - before < 128e6
+
+
+@pytest.mark.slow
+def test_a_grid_beyond_32_bits() -> None:
+    """A picture of 2^31 numbers reads like its half, twice over."""
+    if torch.cuda.mem_get_info()[0] < 60e9:
+        pytest.skip("needs 60 GB")
+    side = 2**15
+    half = torch.randn(1, 2, side // 2, side, device=CUDA)
+    content, scale = torch.cat([half, half], 2), torch.ones(1, side, side, device=CUDA)
+    a, rows, columns = (torch.randn(1, 1, 3, n, device=CUDA) / 100 for n in (2, side // 2, side))
+    small = pc.attention.structured.read_grid(a, torch.cat([rows, columns], -1), half, scale[:, : side // 2])
+    large = pc.attention.structured.read_grid(a, torch.cat([rows, rows, columns], -1), content, scale)
+    torch.testing.assert_close(large.content, small.content, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(large.lse, small.lse + torch.tensor(2.0, device=CUDA).log(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(large.marginals[..., :1], small.marginals[..., :1] / 2, rtol=1e-3, atol=1e-9)
+
+
+# What surrounds them
+
+
+@pytest.mark.parametrize(
+    "path", [paths.Dense(), STRUCTURED, paths.Factored(), paths.Cheapest()], ids=lambda p: type(p).__name__
+)
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_no_forward_pass_waits_for_the_gpu(path: paths.Path, masked: bool) -> None:
+    whole, pictures = model(path), torch.rand(PICTURES, device=CUDA)
+    mask = torch.rand(4, 61, 67, device=CUDA) < 0.5 if masked else None
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        whole(pictures, mask=mask)
+        with nothing_waits():
+            whole(pictures, mask=mask).sum().backward()
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("path", [paths.Dense(), STRUCTURED], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_it_compiles_to_one_graph_and_to_cuda_graphs(path: paths.Path, mode: str | None) -> None:
+    whole = model(path)
+    compiled = torch.compile(whole, fullgraph=True, mode=mode)
+    for seed in range(3):
+        pictures = torch.rand(PICTURES, device=CUDA, generator=torch.Generator(CUDA).manual_seed(seed))
+        found = compiled(pictures)
+        torch.testing.assert_close(found, whole(pictures), rtol=1e-3, atol=1e-4)
+        found.sum().backward()
+
+
+def test_a_structured_read_is_captured_in_a_cuda_graph() -> None:
+    whole, pictures = model(STRUCTURED).eval(), torch.rand(PICTURES, device=CUDA)
+    with torch.no_grad():
+        whole(pictures)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = whole(pictures)
+        pictures.copy_(torch.rand(PICTURES, device=CUDA))
+        graph.replay()
+        torch.testing.assert_close(out, whole(pictures), rtol=0.0, atol=0.0)
+
+
+@pytest.mark.compile
+def test_it_is_exported_for_any_batch() -> None:
+    whole = model(STRUCTURED).eval()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(whole, (torch.rand(PICTURES, device=CUDA),), dynamic_shapes=({0: batch},))
+    pictures = torch.rand(7, *PICTURES[1:], device=CUDA)
+    torch.testing.assert_close(program.module()(pictures), whole(pictures), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", [paths.Dense(), STRUCTURED], ids=lambda p: type(p).__name__)
+def test_inputs_elsewhere_than_weights_are_refused(path: paths.Path) -> None:
+    with pytest.raises(ValueError, match=r"tokens is on cpu, the model on cuda:0; move one: tokens\.to\('cuda:0'\)"):
+        model(path)(torch.rand(PICTURES))
+
+
+def test_recomputed_activations_give_the_same_gradients() -> None:
+    pictures, results = torch.rand(PICTURES, device=CUDA), []
+    for make in (model, lambda path: pc.recompute_activations(model(path))):
+        whole = make(STRUCTURED)
+        results.append(torch.autograd.grad(whole(pictures).square().mean(), list(whole.parameters())))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-7)
+
+
+def test_the_choice_is_structured_where_heads_are_wide_and_dense_where_there_is_little_to_read() -> None:
+    read = partial(pc.CrossAttend, 64, 261)
+    where = pc.positions.Fourier(axes=2, bands=64, max_resolution=224)
+    tokens = pc.adapters.Grid(3, positions=where)(torch.rand(8, 224, 224, 3, device=CUDA))
+    few = pc.adapters.Grid(3, positions=where)(torch.rand(1, 8, 8, 3, device=CUDA))
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        wide = read().to(CUDA)
+        assert paths.Cheapest().choose(wide.request(tokens)) == STRUCTURED
+        assert paths.Cheapest().choose(wide.request(few)) == paths.Dense()
