@@ -10,7 +10,7 @@ BENCH  ?=
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help akoa test lint docs bench clean constraints
+.PHONY: help akoa test lint docs bench gpu clean constraints
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | awk -F ':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -45,6 +45,14 @@ docs: $(VENV)/.installed-dev $(VENV)/.installed-docs ## build the pages in docs/
 
 bench: $(VENV)/.installed-dev ## measure, results in benchmarks/results (BENCH="--toy" for seconds)
 	$(RUN) -m benchmarks $(BENCH)
+
+# Where there is a GPU there is mostly a PyTorch for it as well, so no .venv is made: PYTHON is the one that has it.
+gpu: export PYTHONPATH := src
+gpu: ## on a machine with a CUDA GPU: its tests and its tables, by the PyTorch that PYTHON has (BENCH="--toy" for a minute)
+	$(PYTHON) -m pytest -q -p no:cacheprovider -m "gpu or triton" $(GPU_TESTS); tests=$$?; \
+	$(PYTHON) -m benchmarks attention read models --device cuda $(BENCH) && exit $$tests
+
+GPU_TESTS := tests/test_gpu.py tests/attention tests/blocks tests/checkpoints tests/benchmarks
 
 constraints: $(VENV)/.installed-dev $(VENV)/.installed-akoa $(VENV)/.installed-docs ## upgrade .venv (torch apart) and pin it in constraints.txt
 	$(RUN) -m pip install --quiet --upgrade --upgrade-strategy eager "$$(grep '^torch==' constraints.txt)" -e ".[images,hub,plots,akoa,dev,docs]"

@@ -1,6 +1,6 @@
 """Compiles the Triton kernels for a GPU that need not be there, and prints a line of JSON for each.
 
-Run by test_gpu.py in a process of its own, where Triton does not interpret.
+Run by test_triton.py in a process of its own, where Triton does not interpret.
 """
 
 from __future__ import annotations

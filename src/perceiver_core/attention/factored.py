@@ -35,6 +35,7 @@ from perceiver_core.tokens import Tokens
 SLAB = 2**20  # tokens, over the batch, that are taken at once
 ENTRIES = 2**22  # queries x places along the axis that is cut, likewise
 NUMBERS = 2**25  # in keys and values that are formed at once
+ROOM = 64  # times as much where there are no caches to stay in: beside a CPU
 
 
 Cut: TypeAlias = tuple[int, int, int]
@@ -128,7 +129,8 @@ class FactoredKeysValues(NamedTuple):
 
     def formed_at_once(self) -> int:
         """How many tokens, over the batch, have their keys and values formed at once."""
-        return max(1, min(SLAB, NUMBERS // (self.keys.constant.numel() + self.values.constant.numel())))
+        most = min(SLAB, NUMBERS // (self.keys.constant.numel() + self.values.constant.numel()))
+        return max(1, most * _room(self.content))
 
     def formed(self, dtype: torch.dtype) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h n e"]]:
         """The keys and the values of all tokens."""
@@ -290,9 +292,14 @@ def _cuts(q: Tensor, read: FactoredKeysValues) -> list[Cut]:
         return [(axis, 0, read.grid[axis])]
     axis = max(range(len(read.grid)), key=lambda axis: read.grid[axis])
     size, entries = read.grid[axis], max(1, prod(q.shape[1:3]))
-    most = read.formed_at_once() if read.form else SLAB
-    step = max(1, min(most * size // (read.content.shape[0] * prod(read.grid)), ENTRIES // entries))
+    room = _room(read.content)
+    most = read.formed_at_once() if read.form else SLAB * room
+    step = max(1, min(most * size // (read.content.shape[0] * prod(read.grid)), ENTRIES * room // entries))
     return [(axis, at, min(step, size - at)) for at in range(0, size, step)]
+
+
+def _room(x: Tensor) -> int:
+    return 1 if x.device.type == "cpu" else ROOM
 
 
 def _project(channels: int, norm: Norm | None, weight: Tensor, bias: Tensor | None, heads: int) -> Projection:
