@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import perceiver_core
 from perceiver_core.attention.structured import eager, gpu, op
 from perceiver_core.attention.structured.gpu import FEW, FEW_TOKENS, MANY, MANY_TOKENS, NoKernelError, Options, Plan
 
@@ -186,13 +188,9 @@ COMPILE = Path(__file__).with_name("compile_kernels.py")
 def test_the_kernels_compile_for_gpus(capability: int) -> None:
     """Few channels stay in registers, with nothing exchanged between threads; many fit into 99 KB of shared memory."""
     pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, COMPILE, str(capability)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={"PATH": "/usr/bin:/bin"},
-    )
+    environment = os.environ | {"PYTHONPATH": str(Path(perceiver_core.__file__).parents[1])}
+    command = [sys.executable, COMPILE, str(capability)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     for found in map(json.loads, done.stdout.splitlines()):
         if found["channels"] <= 4:
