@@ -11,6 +11,7 @@ from torch import Tensor
 
 from perceiver_core.attention import masks, ragged, reference, sdpa
 from perceiver_core.attention.sdpa import kernel_for
+from perceiver_core.attention.structured import gpu
 
 
 class _LeavesGarbage(torch.autograd.Function):
@@ -181,6 +182,19 @@ def test_older_gpus_and_older_pytorch_have_other_kernels(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(ragged, "has_varlen", lambda: False)
     assert "2.11" in kernel_for(64, 64, torch.float16, H200, masks.Causal()).why
+
+
+@pytest.mark.compile
+def test_what_a_gpu_can_is_known_while_a_graph_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    def asked(x: Tensor) -> Tensor:
+        if not ragged.why_not(torch.bfloat16, 64, H200) and ragged.has_varlen() is not None:
+            x = x + 1
+        return x if gpu.missing(torch.device("meta"), x.shape[-1]) else x + 1
+
+    x = torch.zeros(3)
+    assert torch.equal(torch.compile(asked, fullgraph=True)(x), x + 1)
 
 
 def test_on_a_cpu_masks_stay_masks() -> None:

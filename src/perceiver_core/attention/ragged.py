@@ -54,6 +54,7 @@ def present(mask: Mask) -> Bool[Tensor, "#b n"] | None:
     return allowed[:, 0, 0]
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # no GPU comes while a graph is made
 def why_not(dtype: torch.dtype, width: int, device: torch.device) -> str:
     """Why PyTorch's flash kernels do not take queries of this dtype and width on a device; empty if they do."""
     if device.type != "cuda":
@@ -148,13 +149,18 @@ class _Reordered(torch.autograd.Function):
         return gradient[order.argsort()].masked_fill(~there[:, None, None], 0.0), None, None
 
 
-@cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_varlen() -> bool:
     """Whether this PyTorch has attention to packed keys with a scale of one's own: from 2.11 on."""
+    return {"scale", "window_size"} <= _parameters()
+
+
+@cache
+def _parameters() -> set[str]:
     try:
-        return {"scale", "window_size"} <= inspect.signature(_varlen()).parameters.keys()
+        return set(inspect.signature(_varlen()).parameters)
     except ImportError:
-        return False
+        return set()
 
 
 def _varlen() -> Callable[..., Any]:

@@ -51,6 +51,7 @@ FEW_TOKENS: list[Options] = [{"STRETCH": 32 * warps, "num_warps": warps} for war
 MANY_TOKENS: list[Options] = [{"STRETCH": 32, "num_warps": 4, "num_stages": stages} for stages in (1, 2)]
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # no GPU comes while a graph is made
 def missing(device: torch.device, channels: int) -> str:
     """What these kernels are without on a device; empty if they can run."""
     if device.type != "cuda":
