@@ -12,7 +12,18 @@ Example:
     torch.Size([3, 1])
 """
 
-from perceiver_core import adapters, attention, checkpoints, heads, models, positions, registry, sharing, visualize
+from perceiver_core import (
+    adapters,
+    attention,
+    checkpoints,
+    heads,
+    models,
+    positions,
+    queries,
+    registry,
+    sharing,
+    visualize,
+)
 from perceiver_core.blocks import (
     GEGLU,
     MLP,
@@ -25,9 +36,10 @@ from perceiver_core.blocks import (
     paths,
 )
 from perceiver_core.checkpoints import load, save
+from perceiver_core.decoder import Decoder
 from perceiver_core.encoder import Encoder
 from perceiver_core.explain import Explanation, explain
-from perceiver_core.models import Perceiver
+from perceiver_core.models import Perceiver, PerceiverIO
 from perceiver_core.recompute import recompute_activations
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
@@ -38,12 +50,14 @@ __all__ = [
     "GEGLU",
     "MLP",
     "CrossAttend",
+    "Decoder",
     "Encoder",
     "Explanation",
     "KeysValues",
     "LatentTransformer",
     "MultiHeadAttention",
     "Perceiver",
+    "PerceiverIO",
     "SelfAttend",
     "SquaredReLU",
     "Tokens",
@@ -56,6 +70,7 @@ __all__ = [
     "models",
     "paths",
     "positions",
+    "queries",
     "recompute_activations",
     "register",
     "registry",

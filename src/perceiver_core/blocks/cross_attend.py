@@ -29,7 +29,7 @@ class CrossAttend(nn.Module):
         heads: attention heads; one in the paper.
         attention: makes the attention from (dim, input_dim, heads=heads); `functools.partial` of
             `MultiHeadAttention` sets the rest.
-        mlp: makes the MLP from (dim).
+        mlp: makes the MLP from (dim); None for none.
         norm: makes a norm from a width.
         residual: whether the queries are added to what they read. Perceiver IO's decoders mostly do not.
         dropout: the rate at which what is added to the residual is dropped in training.
@@ -55,7 +55,7 @@ class CrossAttend(nn.Module):
         *,
         heads: int = 1,
         attention: Callable[..., nn.Module] = MultiHeadAttention,
-        mlp: Callable[[int], nn.Module] = MLP,
+        mlp: Callable[[int], nn.Module] | None = MLP,
         norm: Callable[[int], nn.Module] = nn.LayerNorm,
         residual: bool = True,
         dropout: float = 0.0,
@@ -68,7 +68,7 @@ class CrossAttend(nn.Module):
         self.dim, self.input_dim, self.residual, self.path = dim, input_dim, residual, path
         self.query_norm, self.input_norm = norm(dim), norm(input_dim)
         self.attention = attention(dim, input_dim, heads=heads)
-        self.mlp_norm, self.mlp = norm(dim), mlp(dim)
+        self.mlp_norm, self.mlp = (None, None) if mlp is None else (norm(dim), mlp(dim))
         self.dropout = nn.Dropout(dropout)
 
     def keys_values(
@@ -127,6 +127,8 @@ class CrossAttend(nn.Module):
         read, mask = self._read(x, tokens, mask)
         attended = self.dropout(self.attention(self.query_norm(x), read, mask=mask))
         x = x + attended if self.residual else attended
+        if self.mlp is None or self.mlp_norm is None:
+            return x
         out: Tensor = x + self.dropout(self.mlp(self.mlp_norm(x)))
         return out
 

@@ -2,5 +2,6 @@
 
 from perceiver_core.models import papers
 from perceiver_core.models.perceiver import Perceiver
+from perceiver_core.models.perceiver_io import PerceiverIO
 
-__all__ = ["Perceiver", "papers"]
+__all__ = ["Perceiver", "PerceiverIO", "papers"]

@@ -40,10 +40,9 @@ class Perceiver(nn.Module):
     def __init__(self, adapter: nn.Module, encoder: nn.Module, head: nn.Module) -> None:
         super().__init__()
         for name, part in (("adapter", adapter), ("encoder", encoder), ("head", head)):
-            if not isinstance(part, nn.Module):
-                raise TypeError(f"{name} must be a module; got {type(part).__name__}. Build it first")
-        _check_widths("adapter", adapter, "dim", "encoder", encoder, "input_dim")
-        _check_widths("encoder", encoder, "dim", "head", head, "dim")
+            check_module(name, part)
+        check_widths("adapter", adapter, "dim", "encoder", encoder, "input_dim")
+        check_widths("encoder", encoder, "dim", "head", head, "dim")
         self.adapter, self.encoder, self.head = adapter, encoder, head
 
     def forward(self, inputs: Any, *, mask: Any = None) -> Tensor:
@@ -58,7 +57,14 @@ class Perceiver(nn.Module):
         return answer
 
 
-def _check_widths(giver: str, gives: nn.Module, out: str, taker: str, takes: nn.Module, into: str) -> None:
+def check_module(name: str, part: nn.Module) -> None:
+    """Raises TypeError unless a part is a module."""
+    if not isinstance(part, nn.Module):
+        raise TypeError(f"{name} must be a module; got {type(part).__name__}. Build it first")
+
+
+def check_widths(giver: str, gives: nn.Module, out: str, taker: str, takes: nn.Module, into: str) -> None:
+    """Raises ValueError unless what one part gives is as wide as what the next takes, where both say it."""
     given, taken = getattr(gives, out, None), getattr(takes, into, None)
     if None not in (given, taken) and given != taken:
         raise ValueError(

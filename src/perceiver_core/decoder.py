@@ -1,0 +1,128 @@
+"""The decoder of Perceiver IO: whoever asks reads the latents, and what is asked is what is answered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from perceiver_core import checks, init
+from perceiver_core.attention import masks
+from perceiver_core.blocks import CrossAttend
+from perceiver_core.registry import register
+
+Asked = TypeVar("Asked", Tensor, dict[str, Tensor])
+
+
+@register
+class Decoder(nn.Module):
+    """One read of the latents by any number of queries, and a linear layer.
+
+        answers = output(read(queries, latents))
+
+    Args:
+        dim: the width of the latents.
+        query_dim: the width of the queries.
+        out: the width of an answer; None for what the read gives, `query_dim` wide.
+        heads: attention heads of the read.
+        read: makes the read from (query_dim, dim, heads=heads). `functools.partial` of `CrossAttend` sets the rest:
+            `residual=False`, the default, does not add the queries to what they read, as in all published decoders but
+            those of the Fourier and convolutional image classifiers; `mlp=None` leaves the MLP out.
+        chunk: how many queries are answered at once; all of them unless given. In training each chunk is computed
+            again in the backward pass, so that memory does not grow with the number of queries but for the answers.
+
+    Raises:
+        ValueError: sizes below 1.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core import Decoder
+        >>> decoder = Decoder(32, query_dim=20, out=2)
+        >>> decoder(torch.randn(3, 7, 32), torch.randn(3, 100, 20)).shape
+        torch.Size([3, 100, 2])
+
+    Reference: Jaegle et al. 2022 (Perceiver IO), section 3.2 and figure 2.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        query_dim: int,
+        out: int | None = None,
+        heads: int = 1,
+        read: Callable[..., nn.Module] = partial(CrossAttend, residual=False),
+        chunk: int | None = None,
+    ) -> None:
+        super().__init__()
+        checks.positive(dim=dim, query_dim=query_dim)
+        if chunk is not None:
+            checks.positive(chunk=chunk)
+        self.dim, self.query_dim, self.chunk = dim, query_dim, chunk
+        self.out = query_dim if out is None else out
+        self.read: Any = read(query_dim, dim, heads=heads)
+        self.output = nn.Identity() if out is None else init.linear(query_dim, out)
+
+    def forward(
+        self, latents: Float[Tensor, "b m d"], queries: Asked, *, mask: Bool[Tensor, "b q"] | None = None
+    ) -> Asked:
+        """An answer to each query.
+
+        Args:
+            latents: what is read.
+            queries: `b q e`, or `1 q e` where all samples are asked the same; or a dictionary of these, which gives a
+                dictionary of answers.
+            mask: which queries are there, True = answer; the others read nothing. For tensors.
+
+        Raises:
+            TypeError: queries that are not floating point, or not of the latents' dtype.
+            ValueError: queries of another width, batch or device; a mask of another shape.
+        """
+        if isinstance(queries, dict):
+            return self._of_each(latents, queries)
+        checks.has_shape("queries", queries, "b q e", last=self.query_dim)
+        checks.is_floating("queries", queries)
+        checks.same_place("queries", queries, next(self.parameters()))
+        if len(queries) not in (1, len(latents)):
+            raise ValueError(
+                f"queries must have a batch of 1 or that of the latents, {len(latents)}; got {len(queries)}"
+            )
+        if mask is not None:
+            checks.is_mask("mask", mask, (len(latents), queries.shape[1]))
+        return self._answers(latents, queries, mask)
+
+    def _of_each(self, latents: Tensor, queries: dict[str, Tensor]) -> dict[str, Tensor]:
+        """All are asked at once and told apart afterwards."""
+        if not queries:
+            raise ValueError("queries must name a tensor at least; got an empty dictionary")
+        batch = max(map(len, queries.values()))
+        together = torch.cat([x.expand(batch, -1, -1) for x in queries.values()], dim=1)
+        answers = self(latents, together).split([x.shape[1] for x in queries.values()], dim=1)
+        return dict(zip(queries, answers, strict=True))
+
+    def _answers(self, latents: Tensor, queries: Tensor, mask: Tensor | None) -> Tensor:
+        count = queries.shape[1]
+        if self.chunk is None or count <= self.chunk:
+            return self._answer(latents, queries, mask)
+        pieces = []
+        for x, present in _pieces(queries, mask, self.chunk):
+            if torch.is_grad_enabled():
+                pieces.append(checkpoint(self._answer, latents, x, present, use_reentrant=False))
+            else:
+                pieces.append(self._answer(latents, x, present))
+        return torch.cat(pieces, dim=1)
+
+    def _answer(self, latents: Tensor, queries: Tensor, mask: Tensor | None) -> Tensor:
+        answers: Tensor = self.output(self.read(queries, latents, mask=None if mask is None else masks.Queries(mask)))
+        return answers
+
+
+def _pieces(queries: Tensor, mask: Tensor | None, chunk: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    for start in range(0, queries.shape[1], chunk):
+        part = slice(start, start + chunk)
+        yield queries[:, part], None if mask is None else mask[:, part]

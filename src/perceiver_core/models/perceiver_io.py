@@ -1,0 +1,75 @@
+"""Perceiver IO: adapter, encoder, queries, decoder, head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from perceiver_core.models.perceiver import check_module, check_widths
+from perceiver_core.registry import register
+
+
+@register
+class PerceiverIO(nn.Module):
+    """Whatever the adapter takes, to an answer for each query.
+
+        raw input --adapter--> tokens --encoder--> latents <--decoder-- queries
+                                                      answers --head--> output
+
+    Args:
+        adapter: raw input to tokens; see `adapters`.
+        encoder: tokens to latents; see `Encoder`.
+        queries: what is asked; see `queries`.
+        decoder: latents and queries to answers; see `Decoder`.
+        head: answers to the output; see `heads`. `nn.Identity()` unless given.
+
+    Raises:
+        TypeError: a part that is not a module.
+        ValueError: parts whose widths do not meet.
+
+    Example:
+        >>> import torch
+        >>> import perceiver_core as pc
+        >>> image = pc.adapters.Image(channels=3, positions=pc.positions.Fourier(axes=2, bands=8, max_resolution=32))
+        >>> encoder = pc.Encoder(image.dim, latents=16, dim=32, depth=2, heads=4)
+        >>> ask = pc.queries.OnGrid(None, image.positions)
+        >>> model = pc.PerceiverIO(image, encoder, ask, pc.Decoder(encoder.dim, query_dim=ask.dim, out=2))
+        >>> pictures = torch.rand(2, 3, 31, 23)
+        >>> model(pictures).shape, model(pictures, at=torch.randint(31 * 23, (2, 50))).shape
+        (torch.Size([2, 713, 2]), torch.Size([2, 50, 2]))
+
+    Reference: Jaegle et al. 2022, "Perceiver IO: A General Architecture for Structured Inputs & Outputs", figure 2.
+    """
+
+    def __init__(
+        self,
+        adapter: nn.Module,
+        encoder: nn.Module,
+        queries: nn.Module,
+        decoder: nn.Module,
+        head: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        head = nn.Identity() if head is None else head
+        parts = {"adapter": adapter, "encoder": encoder, "queries": queries, "decoder": decoder, "head": head}
+        for name, part in parts.items():
+            check_module(name, part)
+        check_widths("adapter", adapter, "dim", "encoder", encoder, "input_dim")
+        check_widths("encoder", encoder, "dim", "decoder", decoder, "dim")
+        check_widths("queries", queries, "dim", "decoder", decoder, "query_dim")
+        check_widths("decoder", decoder, "out", "head", head, "dim")
+        self.adapter, self.encoder, self.queries, self.decoder, self.head = adapter, encoder, queries, decoder, head
+
+    def forward(self, inputs: Any, *, mask: Any = None, at: Any = None, query_mask: Tensor | None = None) -> Any:
+        """An output for each query.
+
+        Args:
+            inputs: what the adapter takes.
+            mask: which tokens are there, True = attend, in the shape that the adapter says.
+            at: which queries, as `queries` says; all unless given. A loss on some of the outputs needs only these.
+            query_mask: `b q`, which queries are there, True = answer.
+        """
+        tokens = self.adapter(inputs) if mask is None else self.adapter(inputs, mask=mask)
+        asked = self.queries(tokens, at=at)
+        return self.head(self.decoder(self.encoder(tokens), asked, mask=query_mask))

@@ -1,0 +1,34 @@
+"""Some of the queries, by their indices."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def check_indices(at: Tensor, count: int) -> None:
+    """Raises unless `at` are indices `q` or `b q`, on the CPU also unless they lie below `count`.
+
+    Raises:
+        TypeError: not whole numbers.
+        ValueError: another rank, none at all, or numbers beyond what there is.
+    """
+    if not isinstance(at, Tensor) or at.is_floating_point() or at.dtype == torch.bool:
+        raise TypeError(f"at must be indices, a tensor of whole numbers; got {getattr(at, 'dtype', type(at).__name__)}")
+    if at.ndim not in (1, 2) or at.numel() == 0:
+        raise ValueError(f"at must be q or b q indices, one at least; got shape {tuple(at.shape)}")
+    if (
+        at.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not 0 <= int(at.min()) <= int(at.max()) < count
+    ):
+        raise ValueError(f"at must lie in 0 ... {count - 1}; got {int(at.min())} ... {int(at.max())}")
+
+
+def chosen(queries: Float[Tensor, "#b n e"], at: Int[Tensor, "*b q"]) -> Float[Tensor, "#b q e"]:
+    """The queries at these indices."""
+    check_indices(at, queries.shape[1])
+    if at.ndim == 1:
+        return queries[:, at]
+    return queries.expand(len(at), -1, -1).gather(1, at[..., None].expand(-1, -1, queries.shape[-1]))

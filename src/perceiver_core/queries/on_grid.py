@@ -1,0 +1,90 @@
+"""Queries that are positions on a grid: an answer for each of its points."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from perceiver_core.positions import Positions
+from perceiver_core.positions.grid import check_axes
+from perceiver_core.queries.choose import check_indices
+from perceiver_core.registry import register
+from perceiver_core.tokens import Tokens
+
+
+@register
+class OnGrid(nn.Module):
+    """The position features of every point of a grid, the last axis fastest. Those of chosen points alone are made.
+
+    Args:
+        grid: its size; None for the grid of the input.
+        positions: position features over as many axes.
+
+    Raises:
+        ValueError: a grid of other axes than the positions have.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core import positions, queries
+        >>> ask = queries.OnGrid((480, 640), positions.Fourier(axes=2, bands=16, max_resolution=(480, 640)))
+        >>> ask(at=torch.randint(480 * 640, (1000,))).shape
+        torch.Size([1, 1000, 66])
+
+    Reference: Jaegle et al. 2022 (Perceiver IO), section 3.2; table 8 (queries by task).
+    """
+
+    def __init__(self, grid: Sequence[int] | None, positions: Positions) -> None:
+        super().__init__()
+        if grid is not None:
+            check_axes(grid, positions.axes)
+        self.grid, self.positions = None if grid is None else tuple(grid), positions
+
+    @property
+    def dim(self) -> int:
+        """The width of a query."""
+        return self.positions.dim
+
+    def forward(
+        self, tokens: Tokens | None = None, *, at: Int[Tensor, "*b q"] | None = None
+    ) -> Float[Tensor, "#b q e"]:
+        """The features of all points, or of those `at` indices into the flattened grid.
+
+        Args:
+            tokens: those of the input, for their grid, dtype and device.
+            at: which points; see `queries`.
+        """
+        grid = self.grid or (tokens.grid if isinstance(tokens, Tokens) else None)
+        if grid is None:
+            raise ValueError("tokens must be Tokens, whose grid is asked for; or build OnGrid with a grid of its own")
+        like = (
+            tokens.content if isinstance(tokens, Tokens) else torch.empty(0, device=None if at is None else at.device)
+        )
+        tables = self.positions.tables(grid, like)
+        if at is None:
+            features = sum(tables[1:], tables[0]).expand(*grid, -1).flatten(0, -2)
+            return features[None]
+        check_indices(at, torch.Size(grid).numel())
+        places = _unraveled(at, grid)
+        picked = [
+            table[
+                tuple(
+                    place if size > 1 else torch.zeros_like(place)
+                    for place, size in zip(places, table.shape, strict=False)
+                )
+            ]
+            for table in tables
+        ]
+        features = sum(picked[1:], picked[0])
+        return features[None] if at.ndim == 1 else features
+
+
+def _unraveled(at: Tensor, grid: Sequence[int]) -> list[Tensor]:
+    """The place along each axis."""
+    places = []
+    for size in reversed(grid):
+        places.append(at % size)
+        at = at // size
+    return places[::-1]
