@@ -68,7 +68,8 @@ class CrossAttend(nn.Module):
         self.dim, self.input_dim, self.residual, self.path = dim, input_dim, residual, path
         self.query_norm, self.input_norm = norm(dim), norm(input_dim)
         self.attention = attention(dim, input_dim, heads=heads)
-        self.mlp_norm, self.mlp = (None, None) if mlp is None else (norm(dim), mlp(dim))
+        self.mlp_norm = None if mlp is None else norm(dim)
+        self.mlp = None if mlp is None else mlp(dim)
         self.dropout = nn.Dropout(dropout)
 
     def keys_values(
