@@ -56,7 +56,7 @@ class Decoder(nn.Module):
         query_dim: int,
         out: int | None = None,
         heads: int = 1,
-        read: Callable[..., nn.Module] = partial(CrossAttend, residual=False),
+        read: Callable[..., nn.Module] = partial(CrossAttend, residual=False),  # noqa: B008 (it is a constant)
         chunk: int | None = None,
     ) -> None:
         super().__init__()

@@ -68,17 +68,14 @@ class OnGrid(nn.Module):
             return features[None]
         check_indices(at, torch.Size(grid).numel())
         places = _unraveled(at, grid)
-        picked = [
-            table[
-                tuple(
-                    place if size > 1 else torch.zeros_like(place)
-                    for place, size in zip(places, table.shape, strict=False)
-                )
-            ]
-            for table in tables
-        ]
+        picked = [_at(table, places) for table in tables]
         features = sum(picked[1:], picked[0])
         return features[None] if at.ndim == 1 else features
+
+
+def _at(table: Tensor, places: list[Tensor]) -> Tensor:
+    """The entries of a table that broadcasts over the grid."""
+    return table[tuple([place * (size > 1) for place, size in zip(places, table.shape, strict=False)])]
 
 
 def _unraveled(at: Tensor, grid: Sequence[int]) -> list[Tensor]:
