@@ -1,22 +1,32 @@
 """Adapters: raw tensors to `Tokens`. Each knows the width of its tokens (`.dim`)."""
 
 from perceiver_core.adapters.audio import Audio, Spectrogram
+from perceiver_core.adapters.flow import FramePair
 from perceiver_core.adapters.grid import Grid
 from perceiver_core.adapters.image import Image
+from perceiver_core.adapters.label import Label
+from perceiver_core.adapters.multimodal import Multimodal
 from perceiver_core.adapters.per_read import PerRead
 from perceiver_core.adapters.points import Points, pad_clouds
 from perceiver_core.adapters.stems import ConvStem, Patches, Pixels, Project
+from perceiver_core.adapters.table import Table
+from perceiver_core.adapters.video import Video
 
 __all__ = [
     "Audio",
     "ConvStem",
+    "FramePair",
     "Grid",
     "Image",
+    "Label",
+    "Multimodal",
     "Patches",
     "PerRead",
     "Pixels",
     "Points",
     "Project",
     "Spectrogram",
+    "Table",
+    "Video",
     "pad_clouds",
 ]

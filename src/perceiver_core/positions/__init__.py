@@ -3,6 +3,7 @@
 from perceiver_core.positions.fourier import Fourier, FourierPerAxis, Gaussian, NeRF
 from perceiver_core.positions.grid import Positions, coordinates, grid_points
 from perceiver_core.positions.learned import Learned
+from perceiver_core.positions.projected import Projected
 from perceiver_core.positions.rotary import Rotary
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Learned",
     "NeRF",
     "Positions",
+    "Projected",
     "Rotary",
     "coordinates",
     "grid_points",

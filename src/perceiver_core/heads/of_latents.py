@@ -1,4 +1,4 @@
-"""Heads: what turns latents into an answer."""
+"""Heads of latents: one answer from all of them."""
 
 from __future__ import annotations
 

@@ -1,0 +1,50 @@
+"""A label among the inputs: one token."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from perceiver_core import checks
+from perceiver_core.registry import register
+from perceiver_core.tokens import Tokens
+
+
+@register
+class Label(nn.Module):
+    """Class numbers `b`, or probabilities of classes `b classes`, to a token each.
+
+    Args:
+        classes: how many; the width of the token.
+
+    Example:
+        >>> import torch
+        >>> import perceiver_core as pc
+        >>> pc.adapters.Label(700)(torch.tensor([3, 699])).content.shape
+        torch.Size([2, 1, 700])
+
+    Reference: Jaegle et al. 2022 (Perceiver IO), section 4.3 (autoencoding with labels).
+    """
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        checks.positive(classes=classes)
+        self.dim = classes
+
+    def forward(self, labels: Shaped[Tensor, " b *classes"]) -> Tokens:
+        """The tokens.
+
+        Raises:
+            ValueError: another shape, or class numbers that there are not.
+        """
+        if labels.is_floating_point():
+            checks.has_shape("labels", labels, "b classes", last=self.dim)
+            return Tokens(labels[:, None])
+        checks.has_shape("labels", labels, "b")
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            least, most = int(labels.min()), int(labels.max())
+            if not 0 <= least <= most < self.dim:
+                raise ValueError(f"labels must lie in 0 ... {self.dim - 1}; got {least} ... {most}")
+        return Tokens(F.one_hot(labels.long(), self.dim)[:, None].to(torch.get_default_dtype()))

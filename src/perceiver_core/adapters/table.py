@@ -1,0 +1,86 @@
+"""Rows of a table: a token a column."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from perceiver_core import checks, init
+from perceiver_core.registry import register
+from perceiver_core.tokens import Tokens
+
+
+@register
+class Table(nn.Module):
+    """Every column is a token: a number times a learned vector plus another, or a category's learned vector.
+
+    A number that is missing (NaN), and a category that is (-1), is a token that is not there.
+
+    Args:
+        numbers: how many columns hold numbers; standardize them.
+        categories: of each other column, how many categories it has.
+        dim: the width of a token.
+
+    Example:
+        >>> import torch
+        >>> import perceiver_core as pc
+        >>> table = pc.adapters.Table(numbers=2, categories=(3, 7), dim=32)
+        >>> rows = {"numbers": torch.tensor([[0.5, torch.nan]]), "categories": torch.tensor([[2, -1]])}
+        >>> table(rows).mask.tolist()
+        [[True, False, True, False]]
+
+    Reference: Gorishniy et al. 2021 (FT-Transformer), section 3.3, the feature tokenizer.
+    """
+
+    def __init__(self, numbers: int = 0, categories: Sequence[int] = (), *, dim: int) -> None:
+        super().__init__()
+        if numbers < 0 or (numbers == 0 and not categories):
+            raise ValueError(f"numbers and categories must name a column at least; got {numbers} and {categories!r}")
+        checks.positive(dim=dim, **{f"categories[{i}]": count for i, count in enumerate(categories)})
+        self.numbers, self.categories, self.dim = numbers, tuple(categories), dim
+        self.scales, self.offsets = (init.embedding(numbers, dim, std=dim**-0.5) for _ in range(2))
+        self.vectors = init.embedding(sum(self.categories), dim, std=dim**-0.5)
+
+    def forward(self, rows: Mapping[str, Tensor] | Float[Tensor, "b numbers"]) -> Tokens:
+        """The tokens, numbers first.
+
+        Args:
+            rows: `numbers`, `b n` floating point, and `categories`, `b k` whole numbers; the former alone as a tensor.
+
+        Raises:
+            TypeError, ValueError: columns that are not there, of another number or kind, or beyond their categories.
+        """
+        given = {"numbers": rows} if isinstance(rows, Tensor) else dict(rows)
+        wanted = {name for name, count in (("numbers", self.numbers), ("categories", len(self.categories))) if count}
+        if given.keys() != wanted:
+            raise ValueError(f"rows must have {sorted(wanted)}; got {sorted(given)}")
+        parts = []
+        if self.numbers:
+            parts.append(self._of_numbers(given["numbers"]))
+        if self.categories:
+            parts.append(self._of_categories(given["categories"]))
+        content, there = (torch.cat(x, dim=1) for x in zip(*parts, strict=True))
+        return Tokens(content, mask=there)
+
+    def _of_numbers(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        checks.is_floating("numbers", numbers)
+        checks.has_shape("numbers", numbers, "b n", last=self.numbers)
+        there = ~numbers.isnan()
+        return numbers.nan_to_num(0.0)[..., None] * self.scales + self.offsets, there
+
+    def _of_categories(self, categories: Tensor) -> tuple[Tensor, Tensor]:
+        checks.has_shape("categories", categories, "b k", last=len(self.categories))
+        if categories.is_floating_point():
+            raise TypeError(
+                f"categories must be whole numbers; got {categories.dtype}. Convert them: categories.long()"
+            )
+        counts = torch.tensor(self.categories, device=categories.device)
+        if categories.device.type == "cpu" and bool(((categories >= counts) | (categories < -1)).any()):
+            raise ValueError(
+                f"categories must lie in -1 ... {[count - 1 for count in self.categories]}, column by column"
+            )
+        there = categories >= 0
+        return self.vectors[categories.clamp(min=0) + counts.cumsum(0) - counts], there
