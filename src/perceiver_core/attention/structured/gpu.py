@@ -11,7 +11,6 @@ which waits for the GPU; no other read does.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -70,7 +69,11 @@ _failed: dict[torch.device, str] = {}
 
 @cache
 def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    try:
+        import triton  # noqa: F401 (is it there?)
+    except ImportError:
+        return False
+    return True
 
 
 class Plan(NamedTuple):
