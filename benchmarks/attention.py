@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import perceiver_core as pc
 from benchmarks import flops, plots
-from benchmarks.contest import Candidate, Contest, Results, Row, Setting, Tensors, Work, compete
+from benchmarks.contest import Candidate, Contest, Results, Row, Setting, Tensors, Work, compete_all
 from perceiver_core.attention import chunked, fastest, reference, sdpa
 from perceiver_core.attention.factored import FactoredKeysValues, Norm, attend, factor
 
@@ -74,7 +74,7 @@ class State(NamedTuple):
 
 def run(setting: Setting) -> Results:
     """Every kernel on every read."""
-    return Results([row for contest in contests(toy=setting.toy) for row in compete(contest, setting)], [])
+    return Results(compete_all(contests(toy=setting.toy), setting), [])
 
 
 def plot(rows: list[Row], path: Path) -> None:

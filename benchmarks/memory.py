@@ -7,7 +7,8 @@ and starts threads, so one that took less than 5 s is made again and the second 
 its highest resident memory; elsewhere it is the growth of the process's lifelong peak in the first call, which is
 too little where the setup had used more than it kept.
 
-On CUDA: the highest memory of tensors during the call, less that before it, without what the allocator reserves.
+On CUDA: the highest memory of tensors during a warm call, less that before it, without what the allocator reserves;
+and the largest single allocation, which tells whether a tensor of latents times inputs was ever there.
 """
 
 from __future__ import annotations
@@ -28,20 +29,42 @@ from benchmarks import child
 PROCESS = Path("/proc/self")
 
 
-def peak(setup: Callable[[str], Any], call: Callable[[Any], object], *, device: str) -> float:
-    """The bytes that `call(setup(device))` needs beyond what the setup holds."""
-    if device != "cpu":
-        return _on_cuda(setup(device), call)
+def peak(setup: Callable[[str], Any], call: Callable[[Any], object]) -> float:
+    """The bytes that `call(setup("cpu"))` needs beyond what the setup holds, in a process of its own."""
     return child.run(_on_cpu, setup, call, torch.get_num_threads())
 
 
-def _on_cuda(state: Any, call: Callable[[Any], object]) -> float:
+def peak_on_cuda(call: Callable[[], object]) -> float:
+    """The bytes that a call needs beyond what is there before it."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    call(state)
+    call()
     torch.cuda.synchronize()
     return float(torch.cuda.max_memory_allocated() - before)
+
+
+def largest_allocation(call: Callable[[], object]) -> float | None:
+    """The bytes of the largest piece of memory that a call asks for on CUDA; None where PyTorch cannot tell.
+
+    PyTorch's history of allocations is not a public interface, so it may be missing.
+    """
+    try:
+        torch.cuda.memory._record_memory_history("all", context=None, clear_history=True)
+    except (AttributeError, RuntimeError, TypeError):
+        return None
+    try:
+        call()
+        torch.cuda.synchronize()
+        traces = torch.cuda.memory._snapshot()["device_traces"]
+    finally:
+        torch.cuda.memory._record_memory_history(None)
+    return largest(traces)
+
+
+def largest(traces: list[list[dict[str, Any]]]) -> float:
+    """The largest allocation in the history of each device."""
+    return float(max((entry["size"] for trace in traces for entry in trace if entry["action"] == "alloc"), default=0))
 
 
 def _on_cpu(setup: Callable[[str], Any], call: Callable[[Any], object], threads: int) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import perceiver_core as pc
 from benchmarks import flops, peers, plots
-from benchmarks.contest import Candidate, Contest, Results, Row, Setting, Tensors, Work, compete
+from benchmarks.contest import Candidate, Contest, Results, Row, Setting, Tensors, Work, compete_all
 from examples.akoa.model import knee_model
 
 Models = dict[str, nn.Module]
@@ -108,13 +108,14 @@ def akoa() -> Models:
 
 def run(setting: Setting) -> Results:
     """Every model and task, those of libraries that are there."""
-    rows, notes = [], []
-    for entry in entries(toy=setting.toy):
-        if peers.there(entry.needs):
-            rows += [row for task in entry.tasks for row in compete(contest(entry, task), setting)]
-        else:
-            notes.append(f"{entry.name}: left out, {entry.needs} is not installed")
-    return Results(rows, notes)
+    there, notes = able(entries(toy=setting.toy))
+    return Results(compete_all((contest(entry, task) for entry in there for task in entry.tasks), setting), notes)
+
+
+def able(those: list[Entry]) -> tuple[list[Entry], list[str]]:
+    """Entries whose libraries are there, and notes on the others."""
+    notes = [f"{each.name}: left out, {each.needs} is not installed" for each in those if not peers.there(each.needs)]
+    return [each for each in those if peers.there(each.needs)], notes
 
 
 def plot(rows: list[Row], path: Path) -> None:
@@ -154,12 +155,16 @@ def inference(name: str, models: State) -> Tensors:
     return (peers.output(model.eval(), given),)
 
 
-def training(name: str, models: State) -> Tensors:
-    """What a model gives, the gradient of its latents, which went through all of it, and the norm of all gradients."""
+def training(name: str, models: State, *, autocast: bool = False) -> Tensors:
+    """What a model gives, the gradient of its latents, which went through all of it, and the norm of all gradients.
+
+    With `autocast` the forward pass is under torch.autocast in bfloat16, and weights and gradients are in float32.
+    """
     model, given = models[name]
-    out = peers.output(model.train(), given)
+    with torch.autocast(given.device.type, torch.bfloat16, enabled=autocast):
+        out = peers.output(model.train(), given)
     parameters = dict(model.named_parameters())
-    gradients = torch.autograd.grad(out.square().mean(), list(parameters.values()))
+    gradients = torch.autograd.grad(out.float().square().mean(), list(parameters.values()))
     of_latents = next(g for p, g in zip(parameters.values(), gradients, strict=True) if p is peers.latents(model))
     return out.detach(), of_latents, peers.gradient_norm(list(gradients))
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
+from benchmarks import failures, report
 from benchmarks.contest import Row
 
 BARS = {"median ms": "median time, ms", "peak MB": "peak memory of the call, MB"}
@@ -15,6 +15,9 @@ Fit = Callable[[Sequence[float], Sequence[float]], tuple[float, float]]
 
 def bars(rows: Sequence[Row], path: Path, *, title: str, measures: Mapping[str, str] = BARS) -> None:
     """One group of bars a contest, one color a candidate, one panel a measure, on logarithmic axes."""
+    rows = failures.measured(rows)
+    if not rows:
+        return
     groups = list(dict.fromkeys(_group(row) for row in rows))
     heights = _heights([groups.index(_group(row)) for row in rows])
     figure, axes = _figure(1, len(measures), height=1.4 + 0.27 * max(heights))
@@ -41,6 +44,9 @@ def _heights(groups: Sequence[int]) -> list[float]:
 
 def curves(rows: Sequence[Row], path: Path, *, measures: Mapping[str, str], fit: Fit, title: str) -> None:
     """One row of panels a sweep, one panel a measure: points, and the lines of their fitted powers."""
+    rows = failures.measured(rows)
+    if not rows:
+        return
     sweeps = list(dict.fromkeys(row["along"] for row in rows))
     figure, axes = _figure(len(sweeps), len(measures), height=3.6 * len(sweeps))
     for line, along in zip(axes, sweeps, strict=True):

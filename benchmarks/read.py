@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import perceiver_core as pc
 from benchmarks import flops, plots
-from benchmarks.contest import Candidate, Contest, Results, Row, Setting, Tensors, Work, compete
+from benchmarks.contest import Candidate, Contest, Results, Row, Setting, Tensors, Work, compete_all
 from perceiver_core import paths
 
 State: TypeAlias = tuple[pc.CrossAttend, Tensor, pc.Tokens]
@@ -29,6 +29,7 @@ class Read(NamedTuple):
     bands: int
     heads: int
     head: int  # the width of one
+    channels: int = 3
     batch: int = 1
     dtype: str = "float32"
 
@@ -81,7 +82,7 @@ READS: dict[str, Callable[[pc.CrossAttend, Tensor, pc.Tokens], Tensor]] = {
 
 def run(setting: Setting) -> Results:
     """Every way to read, at every size."""
-    return Results([row for contest in contests(toy=setting.toy) for row in compete(contest, setting)], [])
+    return Results(compete_all(contests(toy=setting.toy), setting), [])
 
 
 def plot(rows: list[Row], path: Path) -> None:
@@ -113,11 +114,11 @@ def state(read: Read, device: str) -> State:
     torch.manual_seed(0)
     dtype = getattr(torch, read.dtype)
     where = pc.positions.Fourier(axes=len(read.grid), bands=read.bands, max_resolution=read.grid)
-    adapter = pc.adapters.Grid(3, positions=where)
+    adapter = pc.adapters.Grid(read.channels, positions=where)
     attention = partial(pc.MultiHeadAttention, qk_dim=read.heads * read.head)
     block = pc.CrossAttend(read.dim, adapter.dim, heads=read.heads, attention=attention).to(device, dtype)
     latents = torch.randn(read.batch, read.latents, read.dim).to(device, dtype).requires_grad_()
-    return block, latents, adapter(torch.randn(read.batch, *read.grid, 3).to(device, dtype))
+    return block, latents, adapter(torch.randn(read.batch, *read.grid, read.channels).to(device, dtype))
 
 
 @torch.no_grad()

@@ -11,8 +11,9 @@ from benchmarks.contest import Results, Row
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Rows with the same keys as a Markdown table."""
-    cells = [list(rows[0]), *([text(value) for value in row.values()] for row in rows)]
+    """Rows as a Markdown table; what a row has no figure for stays empty."""
+    columns = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
+    cells = [list(columns), *([text(row.get(name, "")) for name in columns] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = []
     for row in cells:

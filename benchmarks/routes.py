@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import plots
-from benchmarks.contest import Candidate, Contest, Results, Row, Setting, Tensors, Work, compete
+from benchmarks.contest import Candidate, Contest, Results, Row, Setting, Tensors, Work, compete_all
 from perceiver_core.attention.structured import eager, read_grid
 
 State: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]  # what `read_grid` takes
@@ -37,7 +37,7 @@ def run(setting: Setting) -> Results:
         candidates=ways,
         work=lambda _: Work(flops=0.0, exps=latents * height * width),
     )
-    return Results(compete(contest, setting), notes)
+    return Results(compete_all([contest], setting), notes)
 
 
 def plot(rows: list[Row], path: Path) -> None:

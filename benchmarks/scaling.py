@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import plots
+from benchmarks import failures, plots
 from benchmarks.contest import Results, Row, Setting, compete
 from benchmarks.read import READS, Read, contest
 
@@ -79,15 +79,15 @@ def _measured(sweep: Sweep, setting: Setting) -> tuple[list[Row], list[str]]:
         if not ways:
             continue
         for row in compete(contest(read, sweep.direction, ways), setting):
-            needed[row["candidate"]] = row["peak MB"] * 1e6 / size
-            kept = ("candidate", "median ms", "spread %", "GFLOP/s", "peak MB")
-            rows.append({"along": sweep.along, "size": size, **{column: row[column] for column in kept}})
+            needed[row["candidate"]] = row.get("peak MB", math.inf) * 1e6 / size
+            kept = ("candidate", "median ms", "spread %", "GFLOP/s", "peak MB", "note")
+            rows.append({"along": sweep.along, "size": size, **{name: row[name] for name in kept if name in row}})
     return rows, notes
 
 
 def _fits(rows: Sequence[Row]) -> dict[str, str]:
     """For each candidate, how its time and memory grow."""
-    texts = {}
+    texts, rows = {}, failures.measured(rows)
     for name in dict.fromkeys(row["candidate"] for row in rows):
         own = [row for row in rows if row["candidate"] == name]
         sizes = [row["size"] for row in own]

@@ -148,9 +148,30 @@ def test_dropout_is_not_packed(packed: list[tuple[int, ...]]) -> None:
 def test_the_gradient_of_a_reordering_goes_back_in_place() -> None:
     order = torch.randperm(7, generator=torch.Generator().manual_seed(0))
     x = draw(7, 2, 3, seed=0)
-    assert torch.autograd.gradcheck(lambda x: ragged._Reordered.apply(x, order, torch.ones(7, dtype=torch.bool)), x)
-    (gradient,) = torch.autograd.grad(ragged._Reordered.apply(x, order, order < 3).sum(), x)
-    assert torch.equal(gradient.bool().all((1, 2)), order < 3)
+    for there in (torch.ones(7, dtype=torch.bool), order < 3):
+        assert torch.autograd.gradcheck(lambda x, there=there: ragged._Reordered.apply(x, order, there), x)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_what_hidden_keys_hold_reaches_neither_output_nor_gradients(
+    pattern: str, packed: list[tuple[int, ...]]
+) -> None:
+    there = PATTERNS[pattern]()
+    leaves = [draw(3, 2, 11, 4, seed=i) for i in range(3)]
+    for i in (1, 2):
+        leaves[i] = leaves[i].detach().masked_fill(~there[:, None, :, None], torch.nan).requires_grad_()
+    out = sdpa(*leaves, mask=masks.Padding(there))
+    gradients = torch.autograd.grad(out.sum(), leaves)
+    assert out.isfinite().all() and all(x.isfinite().all() for x in gradients)
+    assert not any(x.masked_select(~there[:, None, :, None]).any() for x in gradients[1:])
+
+
+def test_functional_transforms_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ragged, "why_not", lambda *_: "")
+    monkeypatch.setattr(ragged, "has_varlen", lambda: True)
+    seen = []
+    torch.func.grad(lambda x: (seen.append(ragged.takes(x)), x.sum())[1])(torch.zeros(1, 1, 2, 8))
+    assert seen == [False] and ragged.takes(torch.zeros(1, 1, 2, 8))
 
 
 H200 = torch.device("cuda")
@@ -166,7 +187,7 @@ H200 = torch.device("cuda")
         ((64, 64), torch.float32, None, "memory-efficient", "not float32; use torch.autocast"),
         ((64, 64), torch.bfloat16, masks.Causal(), "flash, packed", ""),
         ((64, 64), torch.bfloat16, masks.Padding(torch.ones(1, 2).bool()), "flash, packed", ""),
-        ((64, 64), torch.bfloat16, torch.ones(1, 1, 2, 2).bool(), "memory-efficient", "masks of keys alone"),
+        ((64, 64), torch.bfloat16, torch.ones(1, 1, 2, 2).bool(), "cuDNN or memory-efficient", "masks of keys alone"),
     ],
 )
 def test_it_says_which_kernel_is_left(widths, dtype, mask, name, why, monkeypatch) -> None:  # type: ignore[no-untyped-def]

@@ -161,7 +161,7 @@ def route(request: pytest.FixtureRequest) -> Iterator[None]:
 
 routes = pytest.mark.usefixtures("route")
 
-GRIDS = [(13,), (7, 11), (3, 5, 7), (2, 3, 5, 7), (1,), (1, 1), (1, 13), (13, 1), (5, 1, 3), (1, 1, 1, 2)]
+GRIDS = [(13,), (7, 11), (3, 5, 7), (2, 3, 5, 7), (1,), (1, 1), (1, 13), (13, 1), (5, 1, 3), (1, 1, 1, 2), (2, 33, 3)]
 LONG = [(257,), (521,), (3, 257), (2, 3, 521)]  # longer than a tile
 
 

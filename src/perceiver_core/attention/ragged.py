@@ -70,6 +70,8 @@ def why_not(dtype: torch.dtype, width: int, device: torch.device) -> str:
 
 def takes(q: Float[Tensor, "b h q d"]) -> bool:
     """Whether PyTorch's flash kernel takes packed keys for these queries."""
+    if torch._C._are_functorch_transforms_active():  # which that kernel has no rules for
+        return False
     return not why_not(q.dtype, q.shape[-1], q.device) and has_varlen()
 
 
@@ -82,12 +84,9 @@ def attend(
     scale: float,
 ) -> Float[Tensor, "b h q d"]:
     """Attention to the keys that are there; zeros where none is."""
-    batch, keys = k.shape[0], k.shape[2]
-    there = there.expand(batch, keys)
-    some = there.any(1)
-    # Kernels differ on samples without a key, so they never see one.
-    packed = pack(k, v, torch.cat([there[:, :1] | ~some[:, None], there[:, 1:]], 1))
-    return _run(q, packed, keys, (-1, -1), scale).masked_fill(~some[:, None, None, None], 0.0)
+    there = there.expand(k.shape[0], k.shape[2])
+    out = _run(q, pack(k, v, there), k.shape[2], (-1, -1), scale)
+    return out.masked_fill(~there.any(1)[:, None, None, None], 0.0)
 
 
 def attend_causally(
@@ -113,7 +112,7 @@ def _run(
 
 
 def pack(k: Float[Tensor, "b h n d"], v: Float[Tensor, "b h n e"], there: Bool[Tensor, "b n"]) -> Packed:
-    """Keys and values with those in front that are there. The gradients of the others are zero.
+    """Keys and values with those in front that are there. Kernels differ on samples without a key: these get a zero.
 
     Returns:
         `starts` says where each sample starts, and in the end how many keys there are in all, in int32.
@@ -126,27 +125,29 @@ def pack(k: Float[Tensor, "b h n d"], v: Float[Tensor, "b h n e"], there: Bool[T
         >>> packed.keys.flatten().tolist()[:3], packed.starts.tolist()
         ([0.0, 2.0, 4.0], [0, 2, 3])
     """
-    order = there.flatten().logical_not().argsort(stable=True)
+    taken = torch.cat([there[:, :1] | ~there.any(1, keepdim=True), there[:, 1:]], 1)
+    order = taken.flatten().logical_not().argsort(stable=True)
     flat = [rearrange(x, "b h n d -> (b n) h d") for x in (k, v)]
     keys, values = (_Reordered.apply(x, order, there.flatten()) for x in flat)  # type: ignore[no-untyped-call]
-    return Packed(keys, values, F.pad(there.sum(1).cumsum(0), (1, 0)).int())
+    return Packed(keys, values, F.pad(taken.sum(1).cumsum(0), (1, 0)).int())
 
 
 class _Reordered(torch.autograd.Function):
     """x[order] for a permutation, whose gradient is put back in place without adding anything up.
 
-    What a kernel never looked at has no gradient from it, but whatever lay in memory: that is not let through.
+    What is not there is zero, whatever it holds, and so is its gradient: that of what a kernel never looked at is
+    whatever lay in memory.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, there: Tensor) -> Tensor:
         ctx.save_for_backward(order, there)
-        return x[order]
+        return x[order].masked_fill_(~there[order][:, None, None], 0.0)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         order, there = ctx.saved_tensors
-        return gradient[order.argsort()].masked_fill(~there[:, None, None], 0.0), None, None
+        return gradient[order.argsort()].masked_fill_(~there[:, None, None], 0.0), None, None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -77,8 +77,9 @@ def kernel_for(
 ) -> Kernel:
     """Which of PyTorch's kernels `sdpa` has for heads of these widths, without dropout.
 
-    On CUDA "flash or cuDNN", of which PyTorch takes the one that it knows to be faster; "flash, packed"; or
-    "memory-efficient".
+    On CUDA "flash or cuDNN", of which PyTorch takes the one that it knows to be faster; "flash, packed"; "cuDNN or
+    memory-efficient"; or "memory-efficient". A causal mask is taken to have no more queries than keys, and with as many
+    to be no mask.
 
     Example:
         >>> import torch
@@ -93,7 +94,7 @@ def kernel_for(
     if mask is None:
         return Kernel("flash or cuDNN")
     if not isinstance(mask, masks.Causal) and ragged.present(mask) is None:
-        return Kernel("memory-efficient", "flash kernels take masks of keys alone and causal ones")
+        return Kernel("cuDNN or memory-efficient", "flash kernels take masks of keys alone and causal ones")
     return Kernel("flash, packed") if ragged.has_varlen() else Kernel("memory-efficient", "PyTorch 2.11 packs keys")
 
 

@@ -41,6 +41,8 @@ class Costs:
         pair: a structured read, nanoseconds for a query and a token.
         channel: nanoseconds more for each channel of the content, in long rows.
         start: what reads that are not written out take before any work, microseconds of all threads together.
+        blocks: how many blocks of 32 queries keep the machine busy with heads wider than 256, whose kernel on CUDA has
+            nothing else to share out.
     """
 
     linear: float = 200.0
@@ -54,6 +56,7 @@ class Costs:
     pair: float = 0.37
     channel: float = 0.036
     start: float = 1000.0
+    blocks: float = 1.0
 
 
 MEASURED = Costs()
@@ -71,6 +74,7 @@ ESTIMATED = Costs(
     pair=0.0006,
     channel=0.0001,
     start=400.0,
+    blocks=132.0,
 )
 USUAL = {"cpu": MEASURED, "cuda": ESTIMATED}
 SHORT = 64  # tokens in a row at which sums over the channels take twice as long as in long rows
@@ -183,8 +187,10 @@ def structured(s: Sizes, costs: Costs) -> Cost:
 
 def _ordinary(s: Sizes, costs: Costs, products: float, *, flops: float, moved: float) -> Cost:
     kernel = 2.0 * s.batch * s.queries * s.n * s.made
-    wide = s.made > 2 * WIDEST * s.heads
-    attention = (costs.attention_wide if wide else costs.attention_half) if s.half else costs.attention
+    attention = costs.attention_half if s.half else costs.attention
+    if s.half and s.made > 2 * WIDEST * s.heads:
+        busy = min(1.0, s.batch * s.heads * -(-s.queries // 32) / costs.blocks)
+        attention = costs.attention_wide * busy
     seconds = (
         flops / products / 1e9 + moved / costs.copy / 1e9 + kernel / attention / 1e9 + s.pairs * costs.softmax * 1e-9
     )

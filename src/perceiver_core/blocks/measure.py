@@ -65,6 +65,9 @@ def costs(seconds: float = 2.0, device: str = "cpu") -> Costs:
         copy=rate(2 * large.nbytes / 1e9, lambda: large * 2.0),
         pair=usual.pair,
         channel=usual.channel,
+        blocks=usual.blocks
+        if device == "cpu"
+        else float(torch.cuda.get_device_properties(device).multi_processor_count),
         start=1e6 * threads * _median(partial(_tiny_read, device), seconds, device),
     )
     there = native.available() if device == "cpu" else not gpu.missing(torch.device(device), 4)

@@ -11,7 +11,6 @@ which waits for the GPU; no other read does.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -70,7 +69,11 @@ _failed: dict[torch.device, str] = {}
 
 @cache
 def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    try:
+        import triton  # noqa: F401 (is it there?)
+    except ImportError:
+        return False
+    return True
 
 
 class Plan(NamedTuple):
@@ -159,9 +162,10 @@ class Plan(NamedTuple):
     ) -> None:
         work = (self.one * self.queries * self.height * self.wide).bit_length()
         key = (kernel, device, work, self.queries, *self.constants.values())
-        if key not in _best and device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-            _best[key] = fastest(launch, options)
-        launch(_best.get(key, options[0]))
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            if key not in _best and device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+                _best[key] = fastest(launch, options)
+            launch(_best.get(key, options[0]))
 
 
 _best: dict[tuple[Any, ...], Options] = {}
@@ -208,11 +212,35 @@ def forward(
     a: Tensor, u: Tensor, content: Tensor, scale: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Read, marginals, base and total: see `op`. Tensors are contiguous."""
+    grid = content.shape[2:]
+    if (axis := _instead_of_last(grid)) is not None:
+        u = _parts_exchanged(u, axis, grid)
+        content, scale, mask = (None if x is None else _exchanged(x, axis, grid) for x in (content, scale, mask))  # type: ignore[assignment]
+        read, marginals, base, total = forward(a, u, content, scale, mask)
+        return read, _parts_exchanged(marginals, axis, content.shape[2:]), base, total
     try:
         return _forward(a, u, content, scale, mask)
     except NoKernelError as error:
         _give_up(content.device, error)
         return eager.forward(a, u, content, scale, mask)
+
+
+def _instead_of_last(grid: torch.Size) -> int | None:
+    """The axis to walk along in place of the last, where that is shorter than a stretch: rows would be too many."""
+    longest = max(range(len(grid)), key=lambda axis: grid[axis])
+    return longest if grid[-1] < WARP // 2 < grid[longest] else None
+
+
+def _exchanged(x: Tensor, axis: int, grid: torch.Size) -> Tensor:
+    """With an axis of the grid and the last in each other's place."""
+    return x.transpose(x.ndim - len(grid) + axis, -1).contiguous()
+
+
+def _parts_exchanged(tables: Tensor, axis: int, grid: torch.Size) -> Tensor:
+    """The same of what lies axis after axis."""
+    parts = list(torch.split(tables, list(grid), dim=-1))
+    parts[axis], parts[-1] = parts[-1], parts[axis]
+    return torch.cat(parts, dim=-1)
 
 
 def _give_up(device: torch.device, error: NoKernelError) -> None:
@@ -262,6 +290,13 @@ def backward(  # noqa: PLR0913 (what the forward was given, what it kept and wha
     tokens: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of a, u, content and scale."""
+    grid = content.shape[2:]
+    if (axis := _instead_of_last(grid)) is not None:
+        u, d_marginals = (_parts_exchanged(x, axis, grid) for x in (u, d_marginals))
+        content, scale, mask = (None if x is None else _exchanged(x, axis, grid) for x in (content, scale, mask))  # type: ignore[assignment]
+        d_a, d_u, *rest = backward(a, u, content, scale, mask, base, total, d_read, d_marginals, offset, tokens)
+        d_content, d_scale = (_exchanged(x, axis, grid) if tokens else x for x in rest)
+        return d_a, _parts_exchanged(d_u, axis, content.shape[2:]), d_content, d_scale
     try:
         return _backward(a, u, content, scale, mask, base, total, d_read, d_marginals, offset, tokens)
     except NoKernelError as error:
@@ -308,8 +343,7 @@ def _backward(  # noqa: PLR0913
 def _launch(kernel: str, programs: int, arguments: tuple[Any, ...], options: Options) -> None:
     from perceiver_core.attention.structured import kernels  # needs Triton, which not everyone has
 
-    with torch.cuda.device(arguments[0].device) if arguments[0].is_cuda else nullcontext():
-        getattr(kernels, kernel)[(programs,)](*arguments, **options)
+    getattr(kernels, kernel)[(programs,)](*arguments, **options)
 
 
 def _asked(plan: Plan, a: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -247,6 +247,7 @@ def backward_tokens(
     n = (sample * 0 + height) * wide
     x, r, hidden = x + sample * CHANNELS * n, r + sample * n, hidden + sample * n
     at = (sample * 0 + row) * wide + column
+    cell = (sample * 0 + tl.arange(0, BLOCK)[:, None]) * width + column[None, :]
     scale = tl.load(r + at, mask=there, other=0.0)
     of_gifts = tl.zeros([PADDED, STRETCH], scale.dtype)
     of_scores = tl.zeros([PADDED, STRETCH], scale.dtype)
@@ -257,7 +258,7 @@ def backward_tokens(
         asked = sample * 0 + head if SHARED else one
         for first in range(0, queries, BLOCK):
             query = first + tl.arange(0, BLOCK)
-            corner, cell = (n * 0 + first) * width, tl.arange(0, BLOCK)[:, None] * width + column[None, :]
+            corner = (n * 0 + first) * width
             table = tl.load(columns + asked * queries * width + corner + cell, mask=there[None, :], other=0.0)
             gift = tl.load(gift_columns + one * queries * width + corner + cell, mask=there[None, :], other=0.0)
             table += tl.load(rows + (asked * height + row) * queries + query)[:, None]
