@@ -27,7 +27,7 @@ from perceiver_core.blocks import (
 from perceiver_core.checkpoints import load, save
 from perceiver_core.encoder import Encoder
 from perceiver_core.explain import Explanation, explain
-from perceiver_core.models import Perceiver
+from perceiver_core.models import Perceiver, PerceiverAR, generate
 from perceiver_core.recompute import recompute_activations
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
@@ -44,6 +44,7 @@ __all__ = [
     "LatentTransformer",
     "MultiHeadAttention",
     "Perceiver",
+    "PerceiverAR",
     "SelfAttend",
     "SquaredReLU",
     "Tokens",
@@ -51,6 +52,7 @@ __all__ = [
     "attention",
     "checkpoints",
     "explain",
+    "generate",
     "heads",
     "load",
     "models",

@@ -2,6 +2,7 @@
 
 from perceiver_core.adapters.audio import Audio, Spectrogram
 from perceiver_core.adapters.grid import Grid
+from perceiver_core.adapters.ids import Ids
 from perceiver_core.adapters.image import Image
 from perceiver_core.adapters.per_read import PerRead
 from perceiver_core.adapters.points import Points, pad_clouds
@@ -11,6 +12,7 @@ __all__ = [
     "Audio",
     "ConvStem",
     "Grid",
+    "Ids",
     "Image",
     "Patches",
     "PerRead",
