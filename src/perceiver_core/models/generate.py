@@ -9,6 +9,7 @@ the same logits.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -103,19 +104,18 @@ def stream(  # noqa: PLR0913 (as above)
     return _stream(logits, _Stream(model, prompt.long(), mask, start), max_new_tokens, chosen, tuple(stop))
 
 
-def plan(prompt: int, latents: int, start: int) -> Iterator[int]:
-    """How many tokens are latents for each new id.
+def plan(latents: int, start: int) -> Iterator[int]:
+    """How many of the last tokens are latents for each new id, or all where there are fewer.
+
+    It does not depend on the prompt, so samples of a batch follow it together as they would alone.
 
     Example:
         >>> from itertools import islice
         >>> from perceiver_core.models.generate import plan
-        >>> list(islice(plan(prompt=100, latents=6, start=3), 7))
+        >>> list(islice(plan(latents=6, start=3), 7))
         [3, 4, 5, 6, 3, 4, 5]
     """
-    now = min(prompt, start)
-    while True:
-        yield now
-        now = now + 1 if now < latents else start
+    return cycle(range(start, latents + 1))
 
 
 class _Stream:
@@ -123,7 +123,7 @@ class _Stream:
 
     def __init__(self, model: PerceiverAR, ids: Tensor, mask: Tensor | None, start: int) -> None:
         self.model, self.ids, self.mask, self.prompt = model, ids, mask, ids.shape[1]
-        self.plan = plan(self.prompt, model.latents, start)
+        self.plan = plan(model.latents, start)
 
     def append(self, ids: Int[Tensor, " b"]) -> None:
         self.ids = torch.cat([self.ids, ids[:, None]], 1)
@@ -163,7 +163,8 @@ def _stream(
     logits: Logits, so_far: _Stream, steps: int, choose: Callable[[Tensor], Tensor], stop: tuple[int, ...]
 ) -> Iterator[Tensor]:
     ended = torch.zeros(len(so_far.ids), dtype=torch.bool, device=so_far.ids.device)
-    ends, ids = torch.tensor(stop, device=so_far.ids.device), so_far.ids[:, -1]
+    ends = torch.tensor(stop, dtype=torch.long, device=so_far.ids.device)
+    ids = so_far.ids[:, -1]
     for number, found in enumerate(logits(so_far), 1):
         ids = torch.where(ended, ids, choose(found))
         yield ids
@@ -184,17 +185,18 @@ def _cached(so_far: _Stream) -> Iterator[Float[Tensor, "b v"]]:
     model: Any = so_far.model
     memory: _Memory | None = None
     before = 0
-    for latents in so_far.plan:
-        fresh = memory is None or latents <= before  # a window starts
+    for planned in so_far.plan:
+        n = so_far.ids.shape[1]
+        latents, fresh = min(planned, n), memory is None or planned <= before  # or a window starts
         asking, unread = (latents if fresh else 1), (so_far.prompt if memory is None else 1)
         x = so_far.tokens(max(asking, unread))
         new = model.read.keys_values(x[:, -unread:], positions=so_far.where(unread), queries=asking)
         tokens = new if memory is None else memory.tokens.then(new)
-        where, mask = so_far.where(asking), _mask(so_far, asking, so_far.ids.shape[1])
+        where, mask = so_far.where(asking), _mask(so_far, asking, n)
         z = model.read(x[:, -asking:], tokens, mask=mask, positions=where)
         known = None if memory is None or fresh else memory.latents
         z, known = model.process.extend(z, known, mask=_mask(so_far, asking, latents), positions=where)
-        memory, before = _Memory(tokens, known), latents
+        memory, before = _Memory(tokens, known), planned
         yield model.answer(z[:, -1:])[:, 0]
 
 

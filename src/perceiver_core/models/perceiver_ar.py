@@ -213,7 +213,8 @@ def kept_of_prefix(
         >>> kept_of_prefix(2, 7, 0.5).shape
         torch.Size([2, 4])
     """
-    order = torch.rand(batch, prefix, device=device, generator=generator).argsort(1)
+    # Not torch.rand: with a generator it takes no sizes that torch.compile leaves open.
+    order = torch.empty(batch, prefix, device=device).uniform_(generator=generator).argsort(1)
     return order[:, int(prefix * rate) :].sort(1).values
 
 

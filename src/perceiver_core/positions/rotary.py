@@ -107,7 +107,7 @@ class Rotary(nn.Module):
             raise ValueError(f"heads must be at least dim={dim} wide; got {heads.shape[-1]}")
         if dim % 2:
             raise ValueError(
-                f"heads must be of an even width, or Rotary given a dim: channels are turned in pairs; got {dim}"
+                f"heads must be of an even width, channels are turned in pairs; got {dim}. Give Rotary a dim"
             )
         wide = torch.promote_types(heads.dtype, torch.float32)
         turned, kept = heads[..., :dim].to(wide), heads[..., dim:]
