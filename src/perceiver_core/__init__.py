@@ -39,7 +39,7 @@ from perceiver_core.checkpoints import load, save
 from perceiver_core.decoder import Decoder
 from perceiver_core.encoder import Encoder
 from perceiver_core.explain import Explanation, explain
-from perceiver_core.models import Perceiver, PerceiverIO
+from perceiver_core.models import Perceiver, PerceiverAR, PerceiverIO, generate
 from perceiver_core.recompute import recompute_activations
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
@@ -57,6 +57,7 @@ __all__ = [
     "LatentTransformer",
     "MultiHeadAttention",
     "Perceiver",
+    "PerceiverAR",
     "PerceiverIO",
     "SelfAttend",
     "SquaredReLU",
@@ -65,6 +66,7 @@ __all__ = [
     "attention",
     "checkpoints",
     "explain",
+    "generate",
     "heads",
     "load",
     "models",

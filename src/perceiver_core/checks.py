@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def is_floating(name: str, x: Tensor) -> None:
@@ -17,6 +20,35 @@ def is_floating(name: str, x: Tensor) -> None:
         raise TypeError(
             f"{name} must be floating point; got {x.dtype}. Convert and scale it, "
             f"8-bit pictures for example: {name}.float() / 255"
+        )
+
+
+def ids(name: str, x: Tensor, vocabulary: int) -> None:
+    """Raises unless `x` is `b n` of whole numbers from 0 to `vocabulary` - 1; looked at as in `values`.
+
+    Raises:
+        TypeError: anything but an integer tensor.
+        ValueError: another shape, no ids at all, or ids outside the vocabulary.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}. Convert it: torch.as_tensor(...)")
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{name} must be whole numbers; got {x.dtype}. Convert it: {name}.long()")
+    has_shape(name, x, "b n")
+    if (least_most := _seen(lambda: torch.stack(x.aminmax()).tolist(), x)) is None:
+        return
+    least, most = least_most
+    if least < 0 or most >= vocabulary:
+        raise ValueError(f"{name} must lie in 0 ... {vocabulary - 1}; got {least if least < 0 else most}")
+
+
+def padded_on_the_left(name: str, mask: Tensor) -> None:
+    """Raises ValueError unless each row of a mask `b n` is False, then True to the end; looked at as in `values`."""
+    ends = _seen(lambda: torch.where(~mask[:, -1] | (mask[:, :-1] & ~mask[:, 1:]).any(1))[0].tolist(), mask)
+    if ends:
+        raise ValueError(
+            f"{name} must be False for padding on the left, then True to the end, a token at least; "
+            f"it is not in samples {ends[:10]}. Move padding to the front"
         )
 
 
@@ -81,6 +113,16 @@ def values(name: str, x: Tensor, mask: Tensor | None = None) -> None:
         raise ValueError(f"mask leaves no token to attend to in samples {empty[:10]}; drop them or unmask a token")
     if bad:
         raise ValueError(f"{name} holds NaN or infinite values; clean it, or mask those tokens")
+
+
+def _seen(look: Callable[[], T], x: Tensor) -> T | None:
+    """What is found by looking at the values of `x`; None where that would have side effects, see `values`."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        return None
+    try:
+        return look()
+    except RuntimeError:  # torch.func transforms and fake tensors have no values to look at
+        return None
 
 
 def same_place(name: str, x: Tensor, weight: Tensor) -> None:

@@ -3,6 +3,7 @@
 from perceiver_core.adapters.audio import Audio, Spectrogram
 from perceiver_core.adapters.flow import FramePair
 from perceiver_core.adapters.grid import Grid
+from perceiver_core.adapters.ids import Ids
 from perceiver_core.adapters.image import Image
 from perceiver_core.adapters.label import Label
 from perceiver_core.adapters.multimodal import Multimodal
@@ -17,6 +18,7 @@ __all__ = [
     "ConvStem",
     "FramePair",
     "Grid",
+    "Ids",
     "Image",
     "Label",
     "Multimodal",

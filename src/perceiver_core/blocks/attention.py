@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from perceiver_core import checks, init
@@ -33,6 +33,10 @@ class KeysValues(NamedTuple):
     keys: Float[Tensor, "b h n d"]
     values: Float[Tensor, "b h n e"]
     mask: Mask | None = None
+
+    def then(self, later: KeysValues) -> KeysValues:
+        """These and later ones, one array; their masks are left out, since each was made for its own."""
+        return KeysValues(torch.cat([self.keys, later.keys], 2), torch.cat([self.values, later.values], 2))
 
 
 @register
@@ -96,14 +100,30 @@ class MultiHeadAttention(nn.Module):
         self.output = init.linear(v_dim, out_dim, bias=out_bias)
         self.rotary = nn.Identity() if rotary is None else rotary
 
-    def keys_values(self, inputs: Float[Tensor, "b n c"], *, mask: Mask | None = None) -> KeysValues:
-        """What of the input does not depend on who asks."""
-        return KeysValues(
-            self.rotary(self._split(self.key(inputs))), self._split(self.value(inputs)), masks.of_tokens(mask)
-        )
+    def keys_values(
+        self,
+        inputs: Float[Tensor, "b n c"],
+        *,
+        mask: Mask | None = None,
+        positions: Shaped[Tensor, "*#b n"] | None = None,
+    ) -> KeysValues:
+        """What of the input does not depend on who asks.
+
+        Args:
+            inputs: what is read.
+            mask: which tokens are there, or who may attend to whom.
+            positions: where each token stands, for `rotary`, if not one after the other up to the end.
+        """
+        keys = self.turned(self._split(self.key(inputs)), positions)
+        return KeysValues(keys, self._split(self.value(inputs)), masks.of_tokens(mask))
 
     def forward(
-        self, x: Float[Tensor, "#b m d"], read: KeysValues | FactoredKeysValues, *, mask: Mask | None = None
+        self,
+        x: Float[Tensor, "#b m d"],
+        read: KeysValues | FactoredKeysValues,
+        *,
+        mask: Mask | None = None,
+        positions: Shaped[Tensor, "*#b m"] | None = None,
     ) -> Float[Tensor, "b m o"]:
         """What `x` reads.
 
@@ -111,8 +131,9 @@ class MultiHeadAttention(nn.Module):
             x: what asks; a batch of one asks the same of all samples.
             read: keys and values, see `keys_values`; or their parts, see `paths`.
             mask: who may attend to whom, beside the mask of `read`: `b n`, `b h q k`, or a rule of `attention.masks`.
+            positions: where each of `x` stands, for `rotary`, if not one after the other up to the end.
         """
-        q = self._queries(x)
+        q = self._queries(x, positions)
         if isinstance(read, FactoredKeysValues) and mask is None:
             out = attend(q, read).output
         else:
@@ -134,9 +155,14 @@ class MultiHeadAttention(nn.Module):
         q, read = _of_one_batch(q, _formed(read, q.dtype))
         return attention_map(q, read.keys, mask=masks.and_(read.mask, masks.of_tokens(mask)), queries=queries)
 
-    def _queries(self, x: Tensor) -> Tensor:
-        rotated: Tensor = self.rotary(self._split(self.query(x)))
-        return rotated
+    def turned(self, heads: Float[Tensor, "b h n d"], positions: Tensor | None) -> Float[Tensor, "b h n d"]:
+        """Queries or keys, turned by their positions."""
+        if positions is None or isinstance(self.rotary, nn.Identity):
+            return self.rotary(heads)
+        return self.rotary(heads, positions)
+
+    def _queries(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        return self.turned(self._split(self.query(x)), positions)
 
     def _split(self, x: Tensor) -> Tensor:
         return rearrange(x, "b n (h d) -> b h n d", h=self.heads)

@@ -96,6 +96,7 @@ class Request(NamedTuple):
     tokens: Tokens | Tensor
     mask: Mask | None  # beside the tokens' own
     queries: int  # of all the reads that will share what is made
+    positions: Tensor | None = None  # of the tokens, for rotary, if not one after the other up to the end
 
 
 class Sizes(NamedTuple):

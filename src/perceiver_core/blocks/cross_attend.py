@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from perceiver_core import checks
@@ -73,7 +73,12 @@ class CrossAttend(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def keys_values(
-        self, tokens: Tokens | Float[Tensor, "b n c"], *, mask: Mask | None = None, queries: int = 512
+        self,
+        tokens: Tokens | Float[Tensor, "b n c"],
+        *,
+        mask: Mask | None = None,
+        queries: int = 512,
+        positions: Shaped[Tensor, "*#b n"] | None = None,
     ) -> KeysValues | FactoredKeysValues:
         """Keys and values of tokens, to read them more than once.
 
@@ -81,15 +86,21 @@ class CrossAttend(nn.Module):
             tokens: what is read.
             mask: who may attend to whom, beside the tokens' own mask.
             queries: how many will read them, over all reads; what is quickest depends on it.
+            positions: where each token stands, for `rotary`, if not one after the other up to the end.
 
         Raises:
             TypeError: tokens that are not floating point, or not of the model's dtype.
             ValueError: tokens of another width, rank or device.
         """
-        return self.path.read(self.request(tokens, mask=mask, queries=queries))
+        return self.path.read(self.request(tokens, mask=mask, queries=queries, positions=positions))
 
     def request(
-        self, tokens: Tokens | Float[Tensor, "b n c"], *, mask: Mask | None = None, queries: int = 512
+        self,
+        tokens: Tokens | Float[Tensor, "b n c"],
+        *,
+        mask: Mask | None = None,
+        queries: int = 512,
+        positions: Tensor | None = None,
     ) -> Request:
         """What `path` is asked for."""
         x = tokens.content if isinstance(tokens, Tokens) else tokens
@@ -103,7 +114,7 @@ class CrossAttend(nn.Module):
         else:
             checks.has_shape("tokens", x, "b n c", last=self.input_dim)
         checks.same_place("tokens", x, next(self.parameters()))
-        return Request(self.input_norm, self.attention, tokens, mask, queries)
+        return Request(self.input_norm, self.attention, tokens, mask, queries, positions)
 
     def _read(self, x: Tensor, tokens: Any, mask: Mask | None) -> tuple[Any, Mask | None]:
         """What the attention reads, and the mask that is not in it yet."""
@@ -117,6 +128,7 @@ class CrossAttend(nn.Module):
         tokens: Tokens | Float[Tensor, "b n c"] | KeysValues | FactoredKeysValues,
         *,
         mask: Mask | None = None,
+        positions: Shaped[Tensor, "*#b m"] | None = None,
     ) -> Float[Tensor, "b m d"]:
         """What the queries have become after reading.
 
@@ -124,9 +136,11 @@ class CrossAttend(nn.Module):
             x: the queries; a batch of one asks the same of all samples.
             tokens: what they read; keys and values where these are shared by several reads.
             mask: who may attend to whom, beside the tokens' own mask.
+            positions: where each query stands, for `rotary`, if not one after the other up to the end.
         """
         read, mask = self._read(x, tokens, mask)
-        attended = self.dropout(self.attention(self.query_norm(x), read, mask=mask))
+        where = {} if positions is None else {"positions": positions}  # a user's own attention need not know of them
+        attended = self.dropout(self.attention(self.query_norm(x), read, mask=mask, **where))
         x = x + attended if self.residual else attended
         if self.mlp is None or self.mlp_norm is None:
             return x

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from perceiver_core import checks
 from perceiver_core.attention.masks import Mask
-from perceiver_core.blocks.attention import MultiHeadAttention
+from perceiver_core.blocks.attention import KeysValues, MultiHeadAttention
 from perceiver_core.blocks.mlp import MLP
 from perceiver_core.registry import register
 
@@ -59,7 +59,33 @@ class SelfAttend(nn.Module):
         """The array after its vectors have attended to each other."""
         normed = self.norm(x)
         read = self.attention.keys_values(normed, mask=mask)  # type: ignore[operator]
-        attended = self.dropout(self.attention(normed, read))
+        return self._after(x, self.attention(normed, read))
+
+    def extend(
+        self,
+        x: Float[Tensor, "b m d"],
+        before: KeysValues | None,
+        *,
+        mask: Mask | None = None,
+        positions: Shaped[Tensor, "*#b m"] | None = None,
+    ) -> tuple[Float[Tensor, "b m d"], KeysValues]:
+        """The array goes on: what its next vectors become, and what later ones have to know of all so far.
+
+        Under a causal mask an array in parts gives what the whole does.
+
+        Args:
+            x: the next vectors.
+            before: what this gave for those before; None where there are none.
+            mask: who may attend to whom, of the next vectors to all so far.
+            positions: where each of the next vectors stands, for `rotary`, if not one after the other up to the end.
+        """
+        normed, where = self.norm(x), {} if positions is None else {"positions": positions}
+        read = self.attention.keys_values(normed, **where)  # type: ignore[operator]
+        read = read if before is None else before.then(read)
+        return self._after(x, self.attention(normed, read, mask=mask, **where)), read
+
+    def _after(self, x: Tensor, attended: Tensor) -> Tensor:
+        attended = self.dropout(attended)
         x = x + attended if self.residual else attended
         out: Tensor = x + self.dropout(self.mlp(self.mlp_norm(x)))
         return out
@@ -109,3 +135,32 @@ class LatentTransformer(nn.Module):
             for block in self.blocks:
                 x = block(x, mask=mask)
         return x
+
+    def extend(
+        self,
+        x: Float[Tensor, "b m d"],
+        before: Sequence[KeysValues] | None,
+        *,
+        mask: Mask | None = None,
+        positions: Shaped[Tensor, "*#b m"] | None = None,
+    ) -> tuple[Float[Tensor, "b m d"], list[KeysValues]]:
+        """The latents go on: what the next ones become, and for every block what later ones have to know.
+
+        Args are those of `SelfAttend.extend`, `before` being a list of one for each block.
+
+        Example:
+            >>> import torch
+            >>> from perceiver_core import LatentTransformer
+            >>> from perceiver_core.attention import masks
+            >>> transformer, x = LatentTransformer(32, depth=2, heads=4), torch.randn(1, 5, 32)
+            >>> first, known = transformer.extend(x[:, :4], None, mask=masks.Causal())
+            >>> last, known = transformer.extend(x[:, 4:], known)
+            >>> torch.testing.assert_close(torch.cat([first, last], 1), transformer(x, mask=masks.Causal()))
+        """
+        known = []
+        for number, block in enumerate(self.blocks):
+            x, read = block.extend(  # type: ignore[operator]
+                x, None if before is None else before[number], mask=mask, positions=positions
+            )
+            known.append(read)
+        return x, known

@@ -73,7 +73,8 @@ class Dense:
         """Keys and values of all tokens."""
         tokens = request.tokens
         dense = tokens.dense() if isinstance(tokens, Tokens) else tokens
-        made: KeysValues = request.attention.keys_values(request.norm(dense), mask=_mask(request))
+        where = {} if request.positions is None else {"positions": request.positions}
+        made: KeysValues = request.attention.keys_values(request.norm(dense), mask=_mask(request), **where)
         return made
 
 
@@ -99,7 +100,7 @@ class Factored:
         if factored.large() and not _bound_to_kernel(request):
             return factored._replace(mask=_present(request, factored), form=True)
         keys, values = factored.formed(checks.product_dtype(factored.content))
-        return KeysValues(request.attention.rotary(keys), values, _mask(request))
+        return KeysValues(request.attention.turned(keys, request.positions), values, _mask(request))
 
 
 @partial(register, name="paths.Structured")

@@ -2,5 +2,17 @@
 
 from perceiver_core.heads.of_answers import Multimodal, OnGrid, Only, Samples, Values
 from perceiver_core.heads.of_latents import Classify, Latents, Regress
+from perceiver_core.heads.of_tokens import Logits, TiedLogits
 
-__all__ = ["Classify", "Latents", "Multimodal", "OnGrid", "Only", "Regress", "Samples", "Values"]
+__all__ = [
+    "Classify",
+    "Latents",
+    "Logits",
+    "Multimodal",
+    "OnGrid",
+    "Only",
+    "Regress",
+    "Samples",
+    "TiedLogits",
+    "Values",
+]

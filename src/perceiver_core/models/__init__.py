@@ -1,7 +1,9 @@
 """Whole models, each a page that reads like its paper's figure."""
 
-from perceiver_core.models import papers
+from perceiver_core.models import papers, sampling
+from perceiver_core.models.generate import generate, stream
 from perceiver_core.models.perceiver import Perceiver
+from perceiver_core.models.perceiver_ar import PerceiverAR
 from perceiver_core.models.perceiver_io import PerceiverIO
 
-__all__ = ["Perceiver", "PerceiverIO", "papers"]
+__all__ = ["Perceiver", "PerceiverAR", "PerceiverIO", "generate", "papers", "sampling", "stream"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,7 +23,8 @@ class PerceiverIO(nn.Module):
         encoder: tokens to latents; see `Encoder`.
         queries: what is asked; see `queries`.
         decoder: latents and queries to answers; see `Decoder`.
-        head: answers to the output; see `heads`. `nn.Identity()` unless given.
+        head: answers to the output; see `heads`. Or what makes one from the adapter, as `heads.TiedLogits` does.
+            `nn.Identity()` unless given.
 
     Raises:
         TypeError: a part that is not a module.
@@ -48,10 +50,11 @@ class PerceiverIO(nn.Module):
         encoder: nn.Module,
         queries: nn.Module,
         decoder: nn.Module,
-        head: nn.Module | None = None,
+        head: nn.Module | Callable[[nn.Module], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         head = nn.Identity() if head is None else head
+        head = head if isinstance(head, nn.Module) else head(adapter)
         parts = {"adapter": adapter, "encoder": encoder, "queries": queries, "decoder": decoder, "head": head}
         for name, part in parts.items():
             check_module(name, part)

@@ -2,14 +2,16 @@
 
 from perceiver_core.positions.fourier import Fourier, FourierPerAxis, Gaussian, NeRF
 from perceiver_core.positions.grid import Positions, coordinates, grid_points
+from perceiver_core.positions.indexed import Indexed
 from perceiver_core.positions.learned import Learned
 from perceiver_core.positions.projected import Projected
-from perceiver_core.positions.rotary import Rotary
+from perceiver_core.positions.rotary import Rotary, half_open, inclusive
 
 __all__ = [
     "Fourier",
     "FourierPerAxis",
     "Gaussian",
+    "Indexed",
     "Learned",
     "NeRF",
     "Positions",
@@ -17,4 +19,6 @@ __all__ = [
     "Rotary",
     "coordinates",
     "grid_points",
+    "half_open",
+    "inclusive",
 ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
@@ -10,19 +13,51 @@ from perceiver_core import checks
 from perceiver_core.registry import register
 
 
+@partial(register, name="positions.half_open")
+def half_open(pairs: int, like: Tensor) -> Float[Tensor, " pairs"]:
+    """Exponents 0, 1 / pairs, ... below 1: RoFormer's, and those of most language models.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core import positions
+        >>> positions.half_open(4, like=torch.zeros(())).tolist()
+        [0.0, 0.25, 0.5, 0.75]
+
+    Reference: Su et al. 2021 (RoFormer), section 3.2.2.
+    """
+    return torch.arange(pairs, device=like.device, dtype=like.dtype) / pairs
+
+
+@partial(register, name="positions.inclusive")
+def inclusive(pairs: int, like: Tensor) -> Float[Tensor, " pairs"]:
+    """Exponents from 0 to 1, ends included: Perceiver AR's, whose base is the length of the context.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core import positions
+        >>> positions.inclusive(5, like=torch.zeros(())).tolist()
+        [0.0, 0.25, 0.5, 0.75, 1.0]
+
+    Reference: google-research/perceiver-ar, perceiver_ar_model.py, `_make_rotation_matrices`.
+    """
+    return torch.arange(pairs, device=like.device, dtype=like.dtype) / max(pairs - 1, 1)
+
+
 @register
 class Rotary(nn.Module):
-    """Turns neighboring pairs of channels by position x base^(-2i / dim). A callable on heads `b h n d`.
+    """Turns neighboring pairs of channels by position x base^-exponent. A callable on heads `b h n d`.
 
     Positions count from the end of the sequence (the last is 0), so that queries which are the last
     tokens of a longer input meet its keys at the right distance without being told where they stand.
 
     Args:
-        dim: how many channels of a head are turned; the rest pass unchanged.
-        base: the longest wavelength is 2 pi base^(1 - 2 / dim) tokens.
+        dim: how many channels of a head are turned, the rest pass unchanged; all of them unless given.
+        base: wavelengths go from 2 pi tokens to about 2 pi base.
+        exponents: from a number of pairs of channels, and a tensor to be like, to the exponent of each pair:
+            `half_open`, `inclusive`, or your own.
 
     Raises:
-        ValueError: an odd dim, or (in forward) heads narrower than dim.
+        ValueError: an odd dim, or (in forward) heads narrower than dim or, where all is turned, of an odd width.
 
     Example:
         >>> import torch
@@ -30,15 +65,33 @@ class Rotary(nn.Module):
         >>> Rotary(dim=8)(torch.randn(2, 4, 7, 16)).shape
         torch.Size([2, 4, 7, 16])
 
-    Reference: Su et al. 2021 (RoFormer), section 3.2.2.
+    Perceiver AR's published code turns half of the channels of a head, here 32 of 64, in every layer:
+
+        >>> from perceiver_core.positions import inclusive
+        >>> rotary = Rotary(dim=32, base=8192, exponents=inclusive)
+
+    It counts distances from the end upwards, so its turns are the mirror image of these; with positions from the data,
+    which its cached generation needs, they are the same.
+
+    Reference: Su et al. 2021 (RoFormer), section 3.2.2; google-research/perceiver-ar, perceiver_ar_model.py,
+    `_apply_rotary_encoding_to_subset`.
     """
 
-    def __init__(self, dim: int, *, base: float = 10_000.0) -> None:
+    def __init__(
+        self,
+        dim: int | None = None,
+        *,
+        base: float = 10_000.0,
+        exponents: Callable[[int, Tensor], Tensor] = half_open,
+    ) -> None:
         super().__init__()
-        checks.positive(dim=dim)
-        if dim % 2:
-            raise ValueError(f"dim must be even, channels are turned in pairs; got {dim}")
-        self.dim, self.base = dim, base
+        if dim is not None:
+            checks.positive(dim=dim)
+            if dim % 2:
+                raise ValueError(f"dim must be even, channels are turned in pairs; got {dim}")
+        if not base > 0:
+            raise ValueError(f"base must be above 0; got {base!r}")
+        self.dim, self.base, self.exponents = dim, base, exponents
 
     def forward(
         self, heads: Float[Tensor, "b h n d"], positions: Shaped[Tensor, "*#b n"] | None = None
@@ -49,16 +102,20 @@ class Rotary(nn.Module):
             heads: queries or keys.
             positions: where each token stands, `n` or `b n`, if not one after the other up to the end.
         """
-        if heads.shape[-1] < self.dim:
-            raise ValueError(f"heads must be at least dim={self.dim} wide; got {heads.shape[-1]}")
+        dim = heads.shape[-1] if self.dim is None else self.dim
+        if heads.shape[-1] < dim:
+            raise ValueError(f"heads must be at least dim={dim} wide; got {heads.shape[-1]}")
+        if dim % 2:
+            raise ValueError(
+                f"heads must be of an even width, channels are turned in pairs; got {dim}. Give Rotary a dim"
+            )
         wide = torch.promote_types(heads.dtype, torch.float32)
+        turned, kept = heads[..., :dim].to(wide), heads[..., dim:]
         if positions is None:
             positions = torch.arange(1 - heads.shape[-2], 1, device=heads.device)
         if positions.ndim not in (1, 2) or positions.shape[-1] != heads.shape[-2]:
             raise ValueError(f"positions must be n or b n with n={heads.shape[-2]}; got {tuple(positions.shape)}")
-        exponents = torch.arange(0, self.dim, 2, device=heads.device, dtype=wide) / self.dim
-        angles = positions.to(wide)[..., None, :, None] * self.base**-exponents
-        turned, kept = heads[..., : self.dim].to(wide), heads[..., self.dim :]
+        angles = positions.to(wide)[..., None, :, None] * self.base ** -self.exponents(dim // 2, turned)
         even, odd = turned[..., ::2], turned[..., 1::2]
         cos, sin = angles.cos(), angles.sin()
         pairs = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)

@@ -1,0 +1,86 @@
+"""Sequences of a vocabulary: text, bytes, notes."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Int, Shaped
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from perceiver_core import checks, init
+from perceiver_core.registry import register
+from perceiver_core.tokens import Tokens
+
+
+@register
+class Ids(nn.Module):
+    """Every id gets its learned vector, to which that of its position is added, if there is one.
+
+    Args:
+        vocabulary: how many different ids there are, from 0.
+        dim: the width of a vector.
+        positions: a module from indices `b n` to vectors `b n d`, such as `positions.Indexed`; none unless given, for
+            models that turn queries and keys (`positions.Rotary`).
+
+    Raises:
+        ValueError: positions of another width.
+
+    Example:
+        >>> import torch
+        >>> import perceiver_core as pc
+        >>> text = pc.adapters.Ids(vocabulary=256, dim=32, positions=pc.positions.Indexed(100, dim=32))
+        >>> text(torch.tensor([list(b"a b c")])).content.shape
+        torch.Size([1, 5, 32])
+    """
+
+    def __init__(self, vocabulary: int, dim: int, *, positions: nn.Module | None = None) -> None:
+        super().__init__()
+        checks.positive(vocabulary=vocabulary, dim=dim)
+        if positions is not None and getattr(positions, "dim", dim) != dim:
+            raise ValueError(f"positions must be dim={dim} wide, they are added; got {positions.dim}")
+        self.vocabulary, self.dim = vocabulary, dim
+        self.vectors = init.embedding(vocabulary, dim)
+        self.positions = positions
+
+    @property
+    def length(self) -> int | None:
+        """How long a sequence may be; None where there is no limit."""
+        return getattr(self.positions, "length", None)
+
+    def forward(
+        self,
+        ids: Shaped[Tensor, "b n"],
+        *,
+        mask: Bool[Tensor, "b n"] | None = None,
+        positions: Int[Tensor, "*#b n"] | None = None,
+    ) -> Tokens:
+        """The tokens.
+
+        Args:
+            ids: whole numbers of any integer dtype.
+            mask: which tokens are there, True = attend. Positions count those that are there.
+            positions: the index of each token in its sequence, `n` or `b n`, if not counted from the first on.
+
+        Raises:
+            TypeError: ids that are not whole numbers, a mask that is not boolean.
+            ValueError: ids outside the vocabulary or another shape, a sequence longer than there are positions.
+        """
+        checks.ids("ids", ids, self.vocabulary)
+        if mask is not None:
+            checks.is_mask("mask", mask, ids.shape)
+        content = F.embedding(ids.long(), self.vectors)
+        if self.positions is not None:
+            if positions is None:
+                positions = self._counted(ids, mask)
+            content = content + self.positions(positions)
+        return Tokens(content, mask=mask)
+
+    def _counted(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        if self.length is not None and ids.shape[1] > self.length:
+            raise ValueError(
+                f"ids must be at most {self.length} long, as many as there are positions; got {ids.shape[1]}. Give the "
+                "last ones, or make more positions"
+            )
+        if mask is None:
+            return torch.arange(ids.shape[1], device=ids.device)
+        return (mask.long().cumsum(1) - 1).clamp(min=0)

@@ -1,0 +1,289 @@
+"""Generation: with a cache and without, alone and in a batch, chosen in every way, and what is refused."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import perceiver_core as pc
+from perceiver_core.models import sampling
+from perceiver_core.models.generate import _cached, _recomputed, _Stream, plan
+from tests.models.test_perceiver_ar import (
+    EXACT,
+    LATENTS,
+    POSITIONS,
+    VOCABULARY,
+    each_kind,
+    few,
+    ids_of,
+    model_of,
+    padding,
+    seeds,
+)
+
+
+def logits_of(kind, model, prompt, steps, *, start=2, mask=None, seed=0):
+    """The logits of so many new ids, the ids being drawn."""
+    so_far, found, generator = _Stream(model, prompt, mask, start), [], torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for logits in islice(kind(so_far), steps):
+            found.append(logits)
+            so_far.append(torch.randint(VOCABULARY, (len(prompt),), generator=generator))
+    return torch.stack(found, 1)
+
+
+class TestPlan:
+    def test_it_grows_and_drops_back(self):
+        assert list(islice(plan(5, 2), 9)) == [2, 3, 4, 5, 2, 3, 4, 5, 2]
+        assert list(islice(plan(3, 3), 3)) == [3, 3, 3]
+        assert list(islice(plan(1, 1), 3)) == [1, 1, 1]
+
+    @pytest.mark.parametrize("n", [1, 4, 13])
+    def test_uncached_logits_are_those_of_the_model_by_the_plan(self, n):
+        model, prompt = model_of(), ids_of(n=n)
+        found = logits_of(_recomputed, model, prompt, 7)
+        more = torch.randint(VOCABULARY, (7, 2), generator=torch.Generator().manual_seed(0)).T
+        for step, latents in enumerate([2, 3, 4, 5, 2, 3, 4]):
+            whole = torch.cat([prompt, more[:, :step]], 1)
+            torch.testing.assert_close(found[:, step], model(whole, latents=latents)[:, -1], **EXACT)
+
+
+class TestCache:
+    @each_kind
+    @few
+    @given(n=st.integers(1, 13), start=st.integers(1, LATENTS), seed=seeds)
+    def test_it_changes_nothing(self, options, n, start, seed):
+        model, prompt = model_of(**options), ids_of(n=n, seed=seed)
+        cached, wanted = (logits_of(kind, model, prompt, 11, start=start, seed=seed) for kind in (_cached, _recomputed))
+        torch.testing.assert_close(cached, wanted, **EXACT)
+
+    @each_kind
+    @few
+    @given(lengths=st.lists(st.integers(1, 13), min_size=2, max_size=3), start=st.integers(1, LATENTS), seed=seeds)
+    def test_it_changes_nothing_where_prompts_are_padded(self, options, lengths, start, seed):
+        model, prompt, mask = model_of(**options), ids_of(len(lengths), seed=seed), padding(*lengths)
+        cached, wanted = (
+            logits_of(kind, model, prompt, 11, start=start, mask=mask, seed=seed) for kind in (_cached, _recomputed)
+        )
+        torch.testing.assert_close(cached, wanted, **EXACT)
+
+    @pytest.mark.parametrize("latents", [1, 2, 23])
+    @pytest.mark.parametrize("depth", [0, 1])
+    def test_few_and_many_latents(self, latents, depth):
+        model, prompt = model_of(latents=latents, depth=depth), ids_of(n=3)
+        cached, wanted = (
+            logits_of(kind, model, prompt, 29, start=max(1, latents // 2)) for kind in (_cached, _recomputed)
+        )
+        torch.testing.assert_close(cached, wanted, **EXACT)
+
+    def test_tokens_are_read_once(self):
+        model, made = model_of(), []
+        model.read.attention.key.register_forward_hook(lambda _, given, __: made.append(given[0].shape[1]))
+        pc.generate(model, ids_of(), max_new_tokens=9)
+        assert made == [13, *[1] * 8]
+
+    def test_latents_are_computed_once_a_window(self):
+        model, made = model_of(), []
+        model.process.blocks[1].register_forward_hook(lambda *_: made.append("whole"))
+        model.process.blocks[1].attention.query.register_forward_hook(lambda _, x, __: made.append(x[0].shape[1]))
+        pc.generate(model, ids_of(), max_new_tokens=9, start=2)
+        assert made == [2, 1, 1, 1, 2, 1, 1, 1, 2]
+
+
+class TestGenerate:
+    @each_kind
+    @pytest.mark.parametrize("cache", [True, False])
+    def test_a_padded_batch_is_each_prompt_alone(self, options, cache):
+        model, prompt, lengths = model_of(**options), ids_of(4), (13, 2, 1, 7)
+        together = pc.generate(model, prompt, max_new_tokens=17, mask=padding(*lengths), cache=cache)
+        assert together.shape == (4, 17) and together.dtype == torch.long
+        for row, length, found in zip(prompt, lengths, together, strict=True):
+            alone = pc.generate(model, row[None, 13 - length :], max_new_tokens=17, cache=cache)[0]
+            assert torch.equal(found, alone)
+
+    def test_greedy_is_the_most_likely_id_every_time(self):
+        model, ids = model_of(), ids_of(1, 3)
+        found = pc.generate(model, ids, max_new_tokens=4, start=LATENTS)
+        for step in range(4):
+            assert found[0, step] == model(ids)[0, -1].argmax()
+            ids = torch.cat([ids, found[:, step : step + 1]], 1)
+
+    def test_a_stream_is_the_same_one_by_one(self):
+        model, prompt = model_of(), ids_of()
+        whole = pc.generate(model, prompt, max_new_tokens=6)
+        steps = pc.models.stream(model, prompt, max_new_tokens=6)
+        torch.testing.assert_close(next(steps), whole[:, 0])
+        torch.testing.assert_close(torch.stack(list(steps), 1), whole[:, 1:])
+
+    def test_a_stream_computes_no_more_than_it_is_asked_for(self):
+        model, calls = model_of(), []
+        model.read.register_forward_hook(lambda *_: calls.append(1))
+        steps = pc.models.stream(model, ids_of(), max_new_tokens=6)
+        assert not calls
+        next(steps), next(steps)
+        assert len(calls) == 2
+
+    def test_nothing_is_recorded_for_gradients_and_grad_mode_comes_back(self):
+        model = model_of()
+        steps = pc.models.stream(
+            model, ids_of(), max_new_tokens=3, choose=lambda x, _: x.argmax(-1) + int(x.requires_grad)
+        )
+        for ids in steps:
+            assert torch.is_grad_enabled() and not ids.requires_grad
+
+    def test_seeds(self):
+        model, prompt = model_of(), ids_of()
+        one, same, other = (
+            pc.generate(
+                model,
+                prompt,
+                max_new_tokens=12,
+                choose=sampling.Sample(),
+                generator=torch.Generator().manual_seed(seed),
+                cache=cache,
+            )
+            for seed, cache in ((1, True), (1, False), (2, True))
+        )
+        assert torch.equal(one, same) and not torch.equal(one, other)
+
+    def test_samples_end_at_a_stop_id_and_repeat_it(self):
+        script = torch.tensor([[3, 5, 1, 1, 1], [2, 2, 2, 7, 1]])
+        steps = iter(range(99))
+
+        def choose(logits, generator):
+            return script[:, next(steps)]
+
+        found = pc.generate(model_of(), ids_of(), max_new_tokens=5, choose=choose, stop=[5, 7])
+        assert found.tolist() == [[3, 5, 5, 5], [2, 2, 2, 7]]
+
+    def test_a_sample_that_goes_on_does_not_mind_one_that_ended(self):
+        model, prompt = model_of(), ids_of(2)
+        free = pc.generate(model, prompt, max_new_tokens=9)
+        stop = int(free[0, 1])
+        found = pc.generate(model, prompt, max_new_tokens=9, stop=[stop])
+        until = (free[1] == stop).nonzero()
+        end = int(until[0]) + 1 if len(until) else 9
+        assert torch.equal(found[1, :end], free[1, :end])
+        assert (found[0, 1:] == stop).all()
+
+    def test_a_stop_id_in_the_prompt_ends_nothing(self):
+        prompt = ids_of()
+        found = pc.generate(
+            model_of(), prompt, max_new_tokens=5, stop=[int(prompt[0, -1])], choose=lambda x, _: x.argmin(-1)
+        )
+        assert found.shape[1] >= 1
+
+    def test_up_to_the_last_position(self):
+        model = model_of(**POSITIONS["learned"])
+        assert pc.generate(model, ids_of(n=98), max_new_tokens=4).shape == (2, 4)
+
+    def test_half_precision_and_small_integers(self):
+        found = pc.generate(
+            model_of().bfloat16(), ids_of().to(torch.uint8), max_new_tokens=7, choose=sampling.Sample(0.5)
+        )
+        assert found.shape == (2, 7)
+
+
+class TestSampling:
+    LOGITS = torch.tensor([[0.0, 3.0, 1.0, 2.0, -1.0], [5.0, 5.0, 5.0, 5.0, 5.0]], dtype=torch.float64)
+
+    def test_temperature(self):
+        for temperature in (0.3, 1.0, 4.0):
+            found = sampling.Sample(temperature).probabilities(self.LOGITS)
+            torch.testing.assert_close(found, (self.LOGITS / temperature).softmax(-1), **EXACT)
+        assert (sampling.Sample(1e-4).probabilities(self.LOGITS)[0] == torch.tensor([0, 1, 0, 0, 0])).all()
+
+    def test_top_k(self):
+        found = sampling.Sample(top_k=2).probabilities(self.LOGITS)
+        assert (found > 0).sum(-1).tolist() == [2, 2]  # of equals too
+        torch.testing.assert_close(found[0, [1, 3]], torch.tensor([3.0, 2.0], dtype=torch.float64).softmax(-1), **EXACT)
+        everything = sampling.Sample(top_k=99).probabilities(self.LOGITS)
+        torch.testing.assert_close(everything, self.LOGITS.softmax(-1), **EXACT)
+
+    @few
+    @given(seed=seeds, top_p=st.floats(0.01, 1.0), temperature=st.floats(0.2, 3.0))
+    def test_top_p_is_the_smallest_set_that_has_it(self, seed, top_p, temperature):
+        logits = torch.randn(3, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        found = sampling.Sample(temperature, top_p=top_p).probabilities(logits)
+        for row, shares in zip(found, (logits / temperature).softmax(-1), strict=True):
+            ranked, kept = shares.sort(descending=True).values, int((row > 0).sum())
+            assert ranked[:kept].sum() >= top_p - 1e-9
+            assert kept == 1 or ranked[: kept - 1].sum() < top_p + 1e-9
+            torch.testing.assert_close(row[row > 0], shares[row > 0] / shares[row > 0].sum(), **EXACT)
+
+    def test_draws_have_these_probabilities(self):
+        choose, generator = sampling.Sample(1.5, top_k=4, top_p=0.9), torch.Generator().manual_seed(0)
+        drawn = choose(self.LOGITS[:1].expand(20_000, -1), generator)
+        found = torch.bincount(drawn, minlength=5) / 20_000
+        torch.testing.assert_close(found.double(), choose.probabilities(self.LOGITS)[0], rtol=0, atol=0.015)
+
+    def test_half_precision_is_chosen_from_in_float32(self):
+        assert sampling.Sample(top_p=0.5).probabilities(self.LOGITS.bfloat16()).dtype == torch.float32
+
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            (
+                {"temperature": 0.0},
+                r"temperature must be above 0 and finite; got 0\.0\. For the most likely id use greedy",
+            ),
+            ({"temperature": -1.0}, r"temperature must be above 0 and finite; got -1\.0"),
+            ({"temperature": float("nan")}, r"temperature must be above 0 and finite; got nan"),
+            ({"top_p": 0.0}, r"top_p must lie in \(0, 1\]; got 0\.0"),
+            ({"top_p": 1.1}, r"top_p must lie in \(0, 1\]; got 1\.1"),
+            ({"top_k": 0}, "top_k must be a whole number of at least 1; got 0"),
+        ],
+    )
+    def test_errors(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            sampling.Sample(**options)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        "options, error, message",
+        [
+            (
+                {"prompt": torch.zeros(2, 0, dtype=torch.long)},
+                ValueError,
+                r"prompt must not be empty; got shape \(2, 0\)",
+            ),
+            ({"prompt": torch.zeros(2, 3)}, TypeError, r"prompt must be whole numbers; got torch\.float32"),
+            ({"prompt": torch.tensor([[19]])}, ValueError, r"prompt must lie in 0 \.\.\. 18; got 19"),
+            ({"prompt": torch.tensor([1, 2])}, ValueError, r"prompt must have 2 axes \(b n\).*add a batch axis"),
+            (
+                {"mask": padding(3, n=12)},
+                ValueError,
+                r"mask must have shape \(2, 13\), one value a token; got \(1, 12\)",
+            ),
+            ({"mask": padding(3, 4).flip(1)}, ValueError, "mask must be False for padding on the left"),
+            ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be a whole number of at least 1; got 0"),
+            ({"start": 0}, ValueError, "start must be a whole number of at least 1; got 0"),
+            ({"start": 6}, ValueError, "start must be at most 5; got 6"),
+            ({"stop": [3, 19]}, ValueError, r"stop must be ids of the vocabulary, 0 \.\.\. 18; got 19"),
+            ({"stop": [-1]}, ValueError, r"stop must be ids of the vocabulary, 0 \.\.\. 18; got -1"),
+            ({"stop": ["end"]}, ValueError, r"stop must be ids of the vocabulary, 0 \.\.\. 18; got 'end'"),
+        ],
+    )
+    def test_come_with_the_call(self, options, error, message):
+        options = {"prompt": ids_of(), "max_new_tokens": 3} | options
+        prompt = options.pop("prompt")
+        for call in (pc.generate, pc.models.stream):
+            with pytest.raises(error, match=message):
+                call(model_of(), prompt, **options)
+
+    def test_of_training_mode(self):
+        with pytest.raises(
+            ValueError, match=r"model must be in evaluation mode, without dropout; call model\.eval\(\)"
+        ):
+            pc.generate(model_of().train(), ids_of(), max_new_tokens=3)
+
+    def test_of_more_tokens_than_positions(self):
+        with pytest.raises(
+            ValueError, match=r"prompt and max_new_tokens must leave at most 101 tokens to read.*; got 102"
+        ):
+            pc.generate(model_of(**POSITIONS["learned"]), ids_of(n=98), max_new_tokens=5)
