@@ -210,8 +210,9 @@ def settings(module: nn.Module) -> str:
         names = [name for name in inspect.signature(of).parameters if name in vars(module) and name not in free]
         kept = {name: vars(module)[name] for name in names}
         told = ", ".join(f"{name}={_describe_or_type(value)}" for name, value in kept.items())
-    else:  # torch's own modules say all that matters; others may say what depends on where they are
-        told = module.extra_repr() if of.__module__.startswith("torch.") else ""
+    else:  # torch's own modules say all that matters; others, and lists of weights, may say where they are
+        listing = isinstance(module, (nn.ParameterDict, nn.ParameterList))
+        told = module.extra_repr() if of.__module__.startswith("torch.") and not listing else ""
     return f"{_label(of)}({told})"
 
 
