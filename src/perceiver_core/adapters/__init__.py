@@ -9,7 +9,7 @@ from perceiver_core.adapters.label import Label
 from perceiver_core.adapters.multimodal import Multimodal
 from perceiver_core.adapters.per_read import PerRead
 from perceiver_core.adapters.points import Points, pad_clouds
-from perceiver_core.adapters.stems import ConvStem, Patches, Pixels, Project
+from perceiver_core.adapters.stems import ConvStem, Patches, Pixels, Project, UnpaddedConvStem
 from perceiver_core.adapters.table import Table
 from perceiver_core.adapters.video import Video
 
@@ -29,6 +29,7 @@ __all__ = [
     "Project",
     "Spectrogram",
     "Table",
+    "UnpaddedConvStem",
     "Video",
     "pad_clouds",
 ]

@@ -126,6 +126,27 @@ class ConvStem(nn.Module):
         return F.max_pool2d(_pad_same(x, kernel=3, fill=-torch.inf), kernel_size=3, stride=2)
 
 
+@register
+class UnpaddedConvStem(ConvStem):
+    """`ConvStem` as transformers computes it: 3 pixels of padding on all sides before the convolution, none later.
+
+    Of 224 x 224 pixels it makes 55 x 55 tokens instead of 56 x 56.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core.adapters import UnpaddedConvStem
+        >>> UnpaddedConvStem(3, dim=64)(torch.rand(2, 3, 224, 113)).shape
+        torch.Size([2, 64, 55, 28])
+
+    Reference: transformers, modeling_perceiver.py, `Conv2DDownsample`.
+    """
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d rows columns"]:
+        """A quarter of the height and of the width, less one where they are even."""
+        x = F.relu(self.norm(self.convolution(F.pad(x, (3, 3, 3, 3)))))
+        return F.max_pool2d(x, kernel_size=3, stride=2)
+
+
 def _convolution(channels: int, dim: int, *, kernel: int, stride: int, bias: bool = True) -> nn.Conv2d:
     layer = nn.Conv2d(channels, dim, kernel, stride, bias=bias)
     init.fan_in_(layer.weight, channels * kernel * kernel)

@@ -1,5 +1,7 @@
-"""Models as files: safetensors and readable JSON, nothing that executes."""
+"""Models as files: safetensors and readable JSON, nothing that executes; and the weights that others published."""
 
+from perceiver_core.checkpoints import published
 from perceiver_core.checkpoints.folder import load, save
+from perceiver_core.checkpoints.of_transformers import hugging_face, to_hugging_face
 
-__all__ = ["load", "save"]
+__all__ = ["hugging_face", "load", "published", "save", "to_hugging_face"]

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from perceiver_core.positions import Positions
-from perceiver_core.positions.grid import check_axes
+from perceiver_core.positions.grid import check_axes, computing_dtype
 from perceiver_core.queries.choose import check_indices
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
@@ -22,6 +22,9 @@ class OnGrid(nn.Module):
     Args:
         grid: its size; None for the grid of the input.
         positions: position features over as many axes.
+        at_left: whether chosen points stand at -1 + 2 i / size along each axis, as those of the published multimodal
+            model do, and not where they stand on the whole grid, -1 + 2 i / (size - 1). Needs positions that take
+            points, such as `positions.Fourier`.
 
     Raises:
         ValueError: a grid of other axes than the positions have.
@@ -36,11 +39,11 @@ class OnGrid(nn.Module):
     Reference: Jaegle et al. 2022 (Perceiver IO), section 3.2; table 8 (queries by task).
     """
 
-    def __init__(self, grid: Sequence[int] | None, positions: Positions) -> None:
+    def __init__(self, grid: Sequence[int] | None, positions: Positions, *, at_left: bool = False) -> None:
         super().__init__()
         if grid is not None:
             check_axes(grid, positions.axes)
-        self.grid, self.positions = None if grid is None else tuple(grid), positions
+        self.grid, self.positions, self.at_left = None if grid is None else tuple(grid), positions, at_left
 
     @property
     def dim(self) -> int:
@@ -62,6 +65,8 @@ class OnGrid(nn.Module):
         like = (
             tokens.content if isinstance(tokens, Tokens) else torch.empty(0, device=None if at is None else at.device)
         )
+        if at is not None and self.at_left:
+            return self._at_left(at, grid, like)
         tables = self.positions.tables(grid, like)
         if at is None:
             features = sum(tables[1:], tables[0]).expand(*grid, -1).flatten(0, -2)
@@ -70,6 +75,15 @@ class OnGrid(nn.Module):
         places = _unraveled(at, grid)
         picked = [_at(table, places) for table in tables]
         features = sum(picked[1:], picked[0])
+        return features[None] if at.ndim == 1 else features
+
+    def _at_left(self, at: Tensor, grid: Sequence[int], like: Tensor) -> Tensor:
+        check_indices(at, torch.Size(grid).numel())
+        places = [
+            2 * place.to(computing_dtype(like)) / size - 1
+            for place, size in zip(_unraveled(at, grid), grid, strict=True)
+        ]
+        features: Tensor = self.positions(torch.stack(places, dim=-1)).to(like.dtype)  # type: ignore[operator]
         return features[None] if at.ndim == 1 else features
 
 

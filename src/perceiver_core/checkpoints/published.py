@@ -1,0 +1,213 @@
+"""The seven published Perceiver IO models, built from the configuration that transformers keeps beside their weights.
+
+transformers and the JAX code that the weights were trained with differ in four places. Which of them is followed is a
+choice of parts, `Numerics`: `TRANSFORMERS` gives what transformers gives; `DEEPMIND` what the weights were trained for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
+
+from torch import nn
+
+from perceiver_core import adapters, heads, positions, queries
+from perceiver_core.blocks import MLP, CrossAttend, LatentTransformer, MultiHeadAttention, SelfAttend
+from perceiver_core.decoder import Decoder
+from perceiver_core.encoder import Encoder
+from perceiver_core.models import PerceiverIO
+
+Config: TypeAlias = Mapping[str, Any]
+
+
+class Numerics(NamedTuple):
+    """Where transformers and the code that the weights were trained with differ.
+
+    Args:
+        activation: of all MLPs. DeepMind's GELU is the approximation by tanh, that of transformers exact.
+        stem: of the convolutional image classifier. DeepMind pads both of its strides, transformers the first.
+        residual: whether the decoder of the image classifier with learned positions adds its query to what it read.
+            DeepMind's does not.
+        transposed: whether the kernel of that stem lies in the file with rows and columns changed about, as
+            transformers' converter has left it in the published weights.
+    """
+
+    activation: nn.Module
+    stem: Callable[..., nn.Module]
+    residual: bool
+    transposed: bool
+
+
+TRANSFORMERS = Numerics(nn.GELU(), adapters.UnpaddedConvStem, residual=True, transposed=False)
+DEEPMIND = Numerics(nn.GELU("tanh"), adapters.ConvStem, residual=False, transposed=True)
+
+DEFAULTS = {
+    "num_latents": 256,
+    "d_latents": 1280,
+    "d_model": 768,
+    "num_blocks": 1,
+    "num_self_attends_per_block": 26,
+    "num_self_attention_heads": 8,
+    "num_cross_attention_heads": 8,
+    "qk_channels": None,
+    "v_channels": None,
+    "cross_attention_shape_for_attention": "kv",
+    "self_attention_widening_factor": 1,
+    "cross_attention_widening_factor": 1,
+    "hidden_act": "gelu",
+    "attention_probs_dropout_prob": 0.1,
+    "use_query_residual": True,
+    "vocab_size": 262,
+    "max_position_embeddings": 2048,
+    "image_size": 56,
+    "train_size": [368, 496],
+    "num_frames": 16,
+    "audio_samples_per_frame": 1920,
+    "samples_per_patch": 16,
+    "output_shape": [1, 16, 224, 224],
+    "output_num_channels": 512,
+    "_label_trainable_num_channels": 1024,
+    "num_labels": 2,
+}
+
+
+def masked_lm(c: Config, n: Numerics) -> PerceiverIO:
+    """Bytes, some of them masked, to a logit for every byte at every place."""
+    text = _text(c)
+    encoder = _encoder(text.dim, c, n)
+    ask = queries.Learned(c["max_position_embeddings"], text.dim)
+    attention = partial(MultiHeadAttention, qk_dim=256, v_dim=text.dim)
+    decoder = _decoder(encoder, ask, None, c, n, attention=attention, heads=8)
+    return PerceiverIO(text, encoder, ask, decoder, heads.TiedLogits)
+
+
+def sequence_classification(c: Config, n: Numerics) -> PerceiverIO:
+    """Bytes to a logit for each class."""
+    return _classifier(_text(c), c, n)
+
+
+def image_classification_learned(c: Config, n: Numerics) -> PerceiverIO:
+    """Pictures to classes: pixels projected, learned positions."""
+    where = positions.Projected(positions.Learned((c["image_size"],) * 2, 256), 256)
+    image = adapters.Image(3, positions=where, stem=partial(adapters.Project, dim=256))
+    return _classifier(image, c, n, residual=n.residual)
+
+
+def image_classification_fourier(c: Config, n: Numerics) -> PerceiverIO:
+    """Pictures to classes: pixels, Fourier features."""
+    return _classifier(adapters.Image(3, positions=positions.Fourier(2, 64, max_resolution=224)), c, n)
+
+
+def image_classification_convolutional(c: Config, n: Numerics) -> PerceiverIO:
+    """Pictures to classes: a convolution, Fourier features."""
+    where = positions.Fourier(2, 64, max_resolution=56)
+    return _classifier(adapters.Image(3, positions=where, stem=partial(n.stem, dim=64)), c, n)
+
+
+def optical_flow(c: Config, n: Numerics) -> PerceiverIO:
+    """Two frames to the flow from the first to the second, `b 2 h w`: across and down, in pixels over 20."""
+    size = tuple(c["train_size"])
+    pair = adapters.FramePair(positions=positions.Fourier(2, 64, max_resolution=size))
+    encoder = _encoder(pair.dim, c, n)
+    ask = queries.FromInputs(pair.dim)
+    return PerceiverIO(pair, encoder, ask, _decoder(encoder, ask, 2, c, n), heads.OnGrid(size, scale=0.01))
+
+
+def multimodal_autoencoding(c: Config, n: Numerics) -> PerceiverIO:
+    """Film, sound and label, the label never seen, to all three."""
+    patch, frames, side = c["samples_per_patch"], c["num_frames"], c["image_size"]
+    samples = frames * c["audio_samples_per_frame"]
+    sound = positions.Fourier(1, 192, max_resolution=samples)
+    film = positions.Fourier(3, 32, max_resolution=(frames, side, side))
+    everything = adapters.Multimodal(
+        {
+            "audio": adapters.Audio(patch, positions=sound),
+            "image": adapters.Video(positions=film, patch=(1, 4, 4)),
+            "label": adapters.Label(c["num_labels"]),
+        },
+        least=4,
+        hide={"audio": 0.0, "image": 0.0, "label": 1.0},
+    )
+    ask = queries.Multimodal(
+        {
+            "audio": queries.OnGrid((samples // patch,), sound, at_left=True),
+            "image": queries.OnGrid(c["output_shape"][1:], film, at_left=True),
+            "label": queries.Learned(1, c["_label_trainable_num_channels"]),
+        },
+        least=2,
+    )
+    encoder, dim = _encoder(everything.dim, c, n), c["output_num_channels"]
+    answers = {
+        "audio": heads.Samples(dim, patch),
+        "image": heads.Values(dim, 3),
+        "label": heads.Only(heads.Values(dim, c["num_labels"])),
+    }
+    return PerceiverIO(everything, encoder, ask, _decoder(encoder, ask, dim, c, n), heads.Multimodal(answers))
+
+
+MODELS: dict[str, Callable[[Config, Numerics], PerceiverIO]] = {
+    "PerceiverForMaskedLM": masked_lm,
+    "PerceiverForSequenceClassification": sequence_classification,
+    "PerceiverForImageClassificationLearned": image_classification_learned,
+    "PerceiverForImageClassificationFourier": image_classification_fourier,
+    "PerceiverForImageClassificationConvProcessing": image_classification_convolutional,
+    "PerceiverForOpticalFlow": optical_flow,
+    "PerceiverForMultimodalAutoencoding": multimodal_autoencoding,
+}
+
+
+def _text(c: Config) -> adapters.Ids:
+    where = positions.Indexed(c["max_position_embeddings"], c["d_model"])
+    return adapters.Ids(c["vocab_size"], c["d_model"], positions=where)
+
+
+def _classifier(adapter: Any, c: Config, n: Numerics, *, residual: bool = True) -> PerceiverIO:
+    """One learned query, one answer."""
+    encoder = _encoder(adapter.dim, c, n)
+    ask = queries.Learned(1, encoder.dim)
+    decoder = _decoder(encoder, ask, c["num_labels"], c, n, residual=residual)
+    return PerceiverIO(adapter, encoder, ask, decoder, heads.Only())
+
+
+def _encoder(width: int, c: Config, n: Numerics) -> Encoder:
+    dropout = c["attention_probs_dropout_prob"]
+    qk, v = c["qk_channels"], c["v_channels"]
+    reads = {"q": c["d_latents"], "kv": width}[c["cross_attention_shape_for_attention"]] if qk is None else qk
+    cross = partial(MultiHeadAttention, qk_dim=reads, v_dim=v, dropout=dropout)
+    own = partial(MultiHeadAttention, qk_dim=qk, v_dim=v, out_dim=None, dropout=dropout)
+    widening = c["cross_attention_widening_factor"], c["self_attention_widening_factor"]
+    mlps = [partial(MLP, widening=factor, activation=n.activation) for factor in widening]
+    read = partial(
+        CrossAttend,
+        heads=c["num_cross_attention_heads"],
+        attention=cross,
+        mlp=mlps[0],
+        residual=c["use_query_residual"],
+    )
+    process = partial(LatentTransformer, repeats=c["num_blocks"], block=partial(SelfAttend, attention=own, mlp=mlps[1]))
+    return Encoder(
+        width,
+        latents=c["num_latents"],
+        dim=c["d_latents"],
+        depth=c["num_self_attends_per_block"],
+        heads=c["num_self_attention_heads"],
+        read=read,
+        process=process,
+    )
+
+
+def _decoder(
+    encoder: Encoder,
+    ask: Any,
+    out: int | None,
+    c: Config,
+    n: Numerics,
+    *,
+    attention: Callable[..., nn.Module] = MultiHeadAttention,
+    heads: int = 1,
+    residual: bool = False,
+) -> Decoder:
+    attend = partial(attention, dropout=c["attention_probs_dropout_prob"])
+    read = partial(CrossAttend, attention=attend, mlp=partial(MLP, activation=n.activation), residual=residual)
+    return Decoder(encoder.dim, query_dim=ask.dim, out=out, heads=heads, read=read)
