@@ -8,8 +8,8 @@ them: it has to be read from the prefix, 23 notes back. The same model trained o
 Both read two motifs (the second only their end) and generate two more. Perceiver AR copies all of them; the other finds
 one note in 16, as many as there are notes.
 
-Reference: Hawthorne et al. 2022 (Perceiver AR); its published code has such a task, of 131,072 random ids the second half
-of which mirrors the first (google-research/perceiver-ar, experiment.py, `random_mirrored_131072`).
+Reference: Hawthorne et al. 2022 (Perceiver AR); its published code has such a task, of 131,072 random ids whose second
+half mirrors the first (google-research/perceiver-ar, experiment.py, `random_mirrored_131072`).
 """
 
 from __future__ import annotations
