@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from perceiver_core.positions import Rotary
+from perceiver_core.positions import Rotary, half_open, inclusive
 
 B, H, N, D, TURNED = 2, 3, 11, 13, 6
 
@@ -128,3 +128,58 @@ def test_positions_of_all_samples_at_once_are_those_of_each() -> None:
 def test_positions_of_another_shape_errors(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="positions must be n or b n with n=7"):
         Rotary(dim=4)(torch.randn(2, 3, 7, 6), torch.zeros(shape))
+
+
+def perceiver_ar_rotary(heads: Tensor, where: Tensor, longest: float) -> Tensor:
+    """Cosines and sines repeated for both channels of a pair, wavelengths from 1 to the longest, ends included."""
+    width = heads.shape[-1]
+    bands = width // 2
+    waves = longest ** ((2 / width) * torch.linspace(0, bands, bands, dtype=torch.float64))
+    radians = where[:, None] * (1 / waves).repeat_interleave(2)
+    crossed = torch.stack([-heads[..., 1::2], heads[..., ::2]], -1).flatten(-2)
+    return heads * radians.cos() + crossed * radians.sin()
+
+
+@pytest.mark.parametrize("dim", [2, TURNED, 12])
+def test_inclusive_exponents_are_those_of_perceiver_ars_code(dim: int) -> None:
+    heads, where = draw(B, H, N, D), torch.arange(N, dtype=torch.float64)
+    wanted = torch.cat([perceiver_ar_rotary(heads[..., :dim], where, 97.0), heads[..., dim:]], -1)
+    rotary = Rotary(dim, base=97.0, exponents=inclusive)
+    torch.testing.assert_close(rotary(heads, where), wanted, rtol=0.0, atol=1e-12)
+    assert (rotary(heads, where) - Rotary(dim, base=97.0)(heads, where)).abs().max() > 1e-3 or dim == 2
+
+
+def test_exponents_of_ones_own_and_their_ends() -> None:
+    like = torch.zeros((), dtype=torch.float64)
+    assert half_open(1, like).tolist() == inclusive(1, like).tolist() == [0.0]
+    assert inclusive(7, like).tolist()[-1] == 1.0 and half_open(7, like)[-1] < 1.0
+    assert inclusive(7, like).dtype == torch.float64
+    still = Rotary(TURNED, exponents=lambda pairs, like: torch.full((pairs,), torch.inf, dtype=like.dtype))
+    assert torch.equal(still(draw(B, H, N, D)), draw(B, H, N, D))
+
+
+def test_all_channels_are_turned_unless_told() -> None:
+    heads = draw(B, H, N, 12)
+    assert torch.equal(Rotary()(heads), Rotary(12)(heads))
+
+
+@pytest.mark.parametrize("rotary", [Rotary(TURNED), Rotary(TURNED, base=97.0, exponents=inclusive)])
+@pytest.mark.parametrize("queries, keys", [(1, 1), (1, N), (4, N), (N, N)])
+def test_queries_that_end_with_the_keys_meet_them_at_their_distance(rotary: Rotary, queries: int, keys: int) -> None:
+    x = draw(B, H, keys, D)
+    scores = rotary(x[:, :, keys - queries :]) @ rotary(x).mT
+    where = torch.arange(100, 100 + keys)
+    wanted = rotary(x[:, :, keys - queries :], where[keys - queries :]) @ rotary(x, where).mT
+    torch.testing.assert_close(scores, wanted, rtol=0.0, atol=1e-12)
+    longer = torch.cat([draw(B, H, 5, D, seed=1), x], 2)  # padding on the left
+    padded = (rotary(longer[:, :, -queries:]) @ rotary(longer).mT)[..., 5:]
+    torch.testing.assert_close(padded, scores, rtol=0.0, atol=1e-12)
+
+
+def test_odd_heads_and_bases_of_nothing_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"heads must be of an even width, channels are turned in pairs; got 13\. Give"
+    ):
+        Rotary()(draw(B, H, N, D))
+    with pytest.raises(ValueError, match=r"base must be above 0; got 0\.0"):
+        Rotary(4, base=0.0)
