@@ -17,17 +17,19 @@ from perceiver_core.blocks import (
     GEGLU,
     MLP,
     CrossAttend,
+    JointAttend,
     KeysValues,
     LatentTransformer,
     MultiHeadAttention,
     SelfAttend,
     SquaredReLU,
+    SwiGLU,
     paths,
 )
 from perceiver_core.checkpoints import load, save
 from perceiver_core.encoder import Encoder
 from perceiver_core.explain import Explanation, explain
-from perceiver_core.models import Perceiver
+from perceiver_core.models import Perceiver, Resampler
 from perceiver_core.recompute import recompute_activations
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
@@ -40,12 +42,15 @@ __all__ = [
     "CrossAttend",
     "Encoder",
     "Explanation",
+    "JointAttend",
     "KeysValues",
     "LatentTransformer",
     "MultiHeadAttention",
     "Perceiver",
+    "Resampler",
     "SelfAttend",
     "SquaredReLU",
+    "SwiGLU",
     "Tokens",
     "adapters",
     "attention",

@@ -108,6 +108,7 @@ class Sizes(NamedTuple):
     element: int  # bytes
     half: bool
     device: str
+    grouped: int = 1  # heads that share their keys and values
 
     @property
     def threads(self) -> int:
@@ -152,6 +153,7 @@ class Sizes(NamedTuple):
             element=dtype.itemsize,
             half=dtype.itemsize == 2,
             device=content.device.type,
+            grouped=getattr(attention, "heads", 1) // getattr(attention, "kv_heads", getattr(attention, "heads", 1)),
         )
 
 
@@ -182,8 +184,9 @@ def structured(s: Sizes, costs: Costs) -> Cost:
 
 
 def _ordinary(s: Sizes, costs: Costs, products: float, *, flops: float, moved: float) -> Cost:
-    kernel = 2.0 * s.batch * s.queries * s.n * s.made
-    wide = s.made > 2 * WIDEST * s.heads
+    together = s.made * s.grouped  # widths of all heads
+    kernel = 2.0 * s.batch * s.queries * s.n * together
+    wide = together > 2 * WIDEST * s.heads
     attention = (costs.attention_wide if wide else costs.attention_half) if s.half else costs.attention
     seconds = (
         flops / products / 1e9 + moved / costs.copy / 1e9 + kernel / attention / 1e9 + s.pairs * costs.softmax * 1e-9

@@ -2,5 +2,6 @@
 
 from perceiver_core.models import papers
 from perceiver_core.models.perceiver import Perceiver
+from perceiver_core.models.resampler import AllFrames, EachFrame, Resampler
 
-__all__ = ["Perceiver", "papers"]
+__all__ = ["AllFrames", "EachFrame", "Perceiver", "Resampler", "papers"]

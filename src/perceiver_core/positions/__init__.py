@@ -2,7 +2,7 @@
 
 from perceiver_core.positions.fourier import Fourier, FourierPerAxis, Gaussian, NeRF
 from perceiver_core.positions.grid import Positions, coordinates, grid_points
-from perceiver_core.positions.learned import Learned
+from perceiver_core.positions.learned import Learned, LearnedUpTo
 from perceiver_core.positions.rotary import Rotary
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "FourierPerAxis",
     "Gaussian",
     "Learned",
+    "LearnedUpTo",
     "NeRF",
     "Positions",
     "Rotary",
