@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from perceiver_core import MLP, JointAttend, MultiHeadAttention, Resampler, SwiGLU, positions
-from perceiver_core.models import AllFrames, EachFrame
+from perceiver_core.models import AllFrames, EachFrame, papers
 
 BATCH, N, LATENTS, DEPTH = 3, 17, 5, 2
 
@@ -138,6 +138,16 @@ class TestIdefics2:
             lambda value: self.renamed(their, value, projection),
             features(BATCH, N, 11),
         )
+
+    def test_the_size_of_the_paper_has_their_parameters(self, theirs):
+        config = theirs.Idefics2Config(
+            vision_config={"hidden_size": 1152},
+            text_config={"model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14_336},
+        )
+        config.perceiver_config.hidden_size = 4096
+        with torch.device("meta"):
+            their, our = theirs.Idefics2Connector(config), papers.idefics2_resampler()
+        assert [sum(p.numel() for p in model.parameters()) for model in (their, our)] == [743_219_200] * 2
 
 
 class TestIdefics1:

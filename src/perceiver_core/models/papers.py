@@ -5,11 +5,15 @@ Each is a short call to the parts. Parameter counts are tested.
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import nn
 
 from perceiver_core import adapters, heads, positions
+from perceiver_core.blocks import MLP, JointAttend, MultiHeadAttention, SwiGLU
 from perceiver_core.encoder import Encoder
 from perceiver_core.models.perceiver import Perceiver
+from perceiver_core.models.resampler import Resampler
 
 
 def imagenet(classes: int = 1000) -> Perceiver:
@@ -65,6 +69,38 @@ def modelnet40(classes: int = 40) -> Perceiver:
     """
     where = positions.Fourier(axes=3, bands=64, max_resolution=1120)
     return _perceiver(adapters.Points(positions=where), classes, reads=2)
+
+
+def idefics2_resampler(input_dim: int = 1152, dim: int = 4096, *, hidden: int = 14_336) -> Resampler:
+    """The connector of Idefics2-8b: a gated projection to the width of the text, 64 latents, 3 layers.
+
+    Args:
+        input_dim: the width of the vision encoder.
+        dim: the width of the text model.
+        hidden: the width inside the projection, which is that inside the text model's MLPs.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core.models import papers
+        >>> with torch.device("meta"):
+        ...     resampler = papers.idefics2_resampler()
+        >>> sum(p.numel() for p in resampler.parameters())
+        743219200
+
+    Reference: Laurençon et al. 2024 (Idefics2); the sizes are those of transformers' `Idefics2Config`.
+    """
+    norm, gated = partial(nn.RMSNorm, eps=1e-6), partial(MLP, activation=SwiGLU(), bias=False)
+    attention = partial(MultiHeadAttention, qk_dim=16 * 96, kv_heads=4, bias=False, out_bias=False)
+    return Resampler(
+        input_dim,
+        latents=64,
+        dim=dim,
+        depth=3,
+        heads=16,
+        project=partial(gated, hidden=hidden),
+        block=partial(JointAttend, norm=norm, attention=attention, mlp=partial(gated, widening=4)),
+        norm=norm,
+    )
 
 
 def _perceiver(adapter: adapters.Image | adapters.Audio | adapters.Points, classes: int, *, reads: int) -> Perceiver:
