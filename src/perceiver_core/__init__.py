@@ -17,9 +17,11 @@ from perceiver_core.blocks import (
     GEGLU,
     MLP,
     CrossAttend,
+    GroupedRead,
     JointAttend,
     KeysValues,
     LatentTransformer,
+    Level,
     MultiHeadAttention,
     SelfAttend,
     SquaredReLU,
@@ -29,7 +31,7 @@ from perceiver_core.blocks import (
 from perceiver_core.checkpoints import load, save
 from perceiver_core.encoder import Encoder
 from perceiver_core.explain import Explanation, explain
-from perceiver_core.models import Perceiver, Resampler
+from perceiver_core.models import HierarchicalPerceiver, Perceiver, Resampler
 from perceiver_core.recompute import recompute_activations
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
@@ -42,9 +44,12 @@ __all__ = [
     "CrossAttend",
     "Encoder",
     "Explanation",
+    "GroupedRead",
+    "HierarchicalPerceiver",
     "JointAttend",
     "KeysValues",
     "LatentTransformer",
+    "Level",
     "MultiHeadAttention",
     "Perceiver",
     "Resampler",

@@ -1,7 +1,16 @@
 """Whole models, each a page that reads like its paper's figure."""
 
 from perceiver_core.models import papers
+from perceiver_core.models.hierarchical import HierarchicalAutoencoder, HierarchicalPerceiver
 from perceiver_core.models.perceiver import Perceiver
 from perceiver_core.models.resampler import AllFrames, EachFrame, Resampler
 
-__all__ = ["AllFrames", "EachFrame", "Perceiver", "Resampler", "papers"]
+__all__ = [
+    "AllFrames",
+    "EachFrame",
+    "HierarchicalAutoencoder",
+    "HierarchicalPerceiver",
+    "Perceiver",
+    "Resampler",
+    "papers",
+]
