@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 from einops import rearrange, repeat
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -121,7 +121,7 @@ class GroupedRead(nn.Module):
         return rearrange(x, "(b g) z d -> b (g z) d", g=groups)
 
 
-def grouped(x: Float[Tensor, "b n c"], groups: int) -> Float[Tensor, "bg size c"]:
+def grouped(x: Shaped[Tensor, "b n c"], groups: int) -> Shaped[Tensor, "bg size c"]:
     """Stretches of equal size, each a sample of its own; the last ones are padded with zeros.
 
     Example:
