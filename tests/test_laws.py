@@ -269,6 +269,8 @@ ARGUMENTS = [
             "heads": 7,
             "qk_dim": 6,
             "v_dim": 6,
+            "kv_heads": 1,
+            "qk_norm": nn.LayerNorm,
             "out_dim": 5,
             "bias": False,
             "out_bias": False,
@@ -277,7 +279,12 @@ ARGUMENTS = [
             "kernel": lambda q, k, v, *, mask: reference(2 * q, k, v, mask=mask),
         },
     ),
-    (MLP, on(X), {"dim": DIM}, {"dim": 13, "widening": 2, "activation": nn.Tanh()}),
+    (
+        MLP,
+        on(X),
+        {"dim": DIM},
+        {"dim": 13, "out_dim": 5, "hidden": 11, "widening": 2, "activation": nn.Tanh(), "bias": False},
+    ),
     (
         SelfAttend,
         on(X),

@@ -28,18 +28,22 @@ from perceiver_core.blocks import (
     GEGLU,
     MLP,
     CrossAttend,
+    GroupedRead,
+    JointAttend,
     KeysValues,
     LatentTransformer,
+    Level,
     MultiHeadAttention,
     SelfAttend,
     SquaredReLU,
+    SwiGLU,
     paths,
 )
 from perceiver_core.checkpoints import load, save
 from perceiver_core.decoder import Decoder
 from perceiver_core.encoder import Encoder
 from perceiver_core.explain import Explanation, explain
-from perceiver_core.models import Perceiver, PerceiverAR, PerceiverIO, generate
+from perceiver_core.models import HierarchicalPerceiver, Perceiver, PerceiverAR, PerceiverIO, Resampler, generate
 from perceiver_core.recompute import recompute_activations
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
@@ -53,14 +57,20 @@ __all__ = [
     "Decoder",
     "Encoder",
     "Explanation",
+    "GroupedRead",
+    "HierarchicalPerceiver",
+    "JointAttend",
     "KeysValues",
     "LatentTransformer",
+    "Level",
     "MultiHeadAttention",
     "Perceiver",
     "PerceiverAR",
     "PerceiverIO",
+    "Resampler",
     "SelfAttend",
     "SquaredReLU",
+    "SwiGLU",
     "Tokens",
     "adapters",
     "attention",

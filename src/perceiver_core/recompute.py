@@ -9,12 +9,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from perceiver_core.allocator import return_freed_memory
-from perceiver_core.blocks import CrossAttend, SelfAttend
+from perceiver_core.blocks import CrossAttend, JointAttend, SelfAttend
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def recompute_activations(model: M, blocks: tuple[type[nn.Module], ...] = (CrossAttend, SelfAttend)) -> M:
+def recompute_activations(model: M, blocks: tuple[type[nn.Module], ...] = (CrossAttend, SelfAttend, JointAttend)) -> M:
     """Makes every block of a model compute its activations again in the backward pass, for memory.
 
     What is kept of a block is what goes into it: latents, and the tokens of a read. Where reads share weights, the

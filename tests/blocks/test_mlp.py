@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from perceiver_core import GEGLU, MLP, SquaredReLU
+from perceiver_core import GEGLU, MLP, SquaredReLU, SwiGLU
 
 DIM = 7
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -27,6 +27,11 @@ def gated(x):
     return values * erf_gelu(gates)
 
 
+def silu_gated(x):
+    values, gates = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
+    return values * gates / (1 + torch.exp(-gates))
+
+
 def squared_relu(x):
     return torch.where(x > 0, x * x, 0.0)
 
@@ -34,8 +39,14 @@ def squared_relu(x):
 @pytest.mark.parametrize("widening", [1, 3])
 @pytest.mark.parametrize(
     "activation, formula, inputs_per_output",
-    [(None, tanh_gelu, 1), (nn.GELU(), erf_gelu, 1), (GEGLU(), gated, 2), (SquaredReLU(), squared_relu, 1)],
-    ids=["default", "erf", "GEGLU", "SquaredReLU"],
+    [
+        (None, tanh_gelu, 1),
+        (nn.GELU(), erf_gelu, 1),
+        (GEGLU(), gated, 2),
+        (SwiGLU(), silu_gated, 2),
+        (SquaredReLU(), squared_relu, 1),
+    ],
+    ids=["default", "erf", "GEGLU", "SwiGLU", "SquaredReLU"],
 )
 def test_it_is_linear_activation_linear(widening, activation, formula, inputs_per_output):
     mlp = MLP(DIM, widening=widening, activation=activation).double()
@@ -47,6 +58,22 @@ def test_it_is_linear_activation_linear(widening, activation, formula, inputs_pe
     torch.testing.assert_close(mlp(x), hidden @ mlp.contract.weight.T + mlp.contract.bias, **EXACT)
     assert hidden.shape[-1] == DIM * widening
     assert mlp.expand.out_features == DIM * widening * inputs_per_output
+
+
+def test_widths_of_their_own_and_no_biases():
+    mlp = MLP(DIM, 3, hidden=11, activation=SwiGLU(), bias=False).double()
+    assert {name: tuple(weight.shape) for name, weight in mlp.named_parameters()} == {
+        "expand.weight": (22, DIM),
+        "contract.weight": (3, 11),
+    }
+    x = torch.randn(2, 5, DIM, dtype=torch.float64)
+    torch.testing.assert_close(mlp(x), silu_gated(x @ mlp.expand.weight.T) @ mlp.contract.weight.T, **EXACT)
+
+
+@pytest.mark.parametrize("sizes", [{"hidden": 0}, {"out_dim": 0}, {"widening": 0}])
+def test_sizes_must_be_positive(sizes):
+    with pytest.raises(ValueError, match=rf"{next(iter(sizes))} must be a whole number of at least 1; got 0"):
+        MLP(DIM, **sizes)
 
 
 def test_the_two_gelus_differ():

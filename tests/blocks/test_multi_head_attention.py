@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from perceiver_core import KeysValues, MultiHeadAttention
@@ -135,6 +136,70 @@ def test_the_map_has_the_weights_that_the_output_was_made_with():
     chosen = attention.attention_map(x, read, queries=[4, 1])
     torch.testing.assert_close(chosen, weights[:, :, [4, 1]], **EXACT)
     assert weights.masked_select(~present[:, None, None]).eq(0).all()
+
+
+class TestGroupedQueries:
+    SIZES = ((6, 2), (6, 1), (6, 6), (4, 2))
+
+    def pair(self, heads, kv_heads, **options):
+        """Grouped queries, and as many heads of keys and values, each with the weights of its group's."""
+        grouped = randomized(
+            MultiHeadAttention(DIM, INPUT_DIM, heads=heads, kv_heads=kv_heads, qk_dim=24, v_dim=36, **options)
+        )
+        alone = MultiHeadAttention(DIM, INPUT_DIM, heads=heads, qk_dim=24, v_dim=36, **options).double()
+        state = grouped.state_dict()
+        for name in ("key.weight", "key.bias", "value.weight", "value.bias"):
+            each = state[name].unflatten(0, (kv_heads, -1))
+            state[name] = each.repeat_interleave(heads // kv_heads, 0).flatten(0, 1)
+        alone.load_state_dict(state)
+        return grouped, alone
+
+    @pytest.mark.parametrize("kernel", [reference, sdpa, partial(chunked, chunk=5), user_kernel])
+    @pytest.mark.parametrize("heads, kv_heads", SIZES)
+    def test_heads_of_a_group_read_the_same(self, heads, kv_heads, kernel):
+        grouped, alone = self.pair(heads, kv_heads, kernel=kernel)
+        x, tokens = (each.requires_grad_() for each in arrays())
+        allowed = torch.rand(BATCH, heads, QUERIES, TOKENS, generator=torch.Generator().manual_seed(1)) < 0.6
+        allowed[..., 3] = True
+        read = grouped.keys_values(tokens)
+        assert read.keys.shape == (BATCH, kv_heads, TOKENS, 24 // heads)
+        assert read.values.shape == (BATCH, kv_heads, TOKENS, 36 // heads)
+        outs = grouped(x, read, mask=allowed), alone(x, alone.keys_values(tokens), mask=allowed)
+        torch.testing.assert_close(*outs, **EXACT)
+        gradients = [torch.autograd.grad(out.square().sum(), [x, tokens]) for out in outs]
+        torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+        maps = [each.attention_map(x, each.keys_values(tokens), queries=[4, 1]) for each in (grouped, alone)]
+        assert maps[0].shape == (BATCH, heads, 2, TOKENS)
+        torch.testing.assert_close(*maps, **EXACT)
+
+    @pytest.mark.parametrize("heads, kv_heads", SIZES)
+    def test_a_batch_of_one_serves_all(self, heads, kv_heads):
+        grouped, alone = self.pair(heads, kv_heads, rotary=Rotary(4))
+        x, tokens = arrays()
+        for some, read in ((x[:1], tokens), (x, tokens[:1])):
+            outs = [each(some, each.keys_values(read)) for each in (grouped, alone)]
+            torch.testing.assert_close(*outs, **EXACT)
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match="kv_heads must divide heads; got kv_heads=4, heads=6"):
+            MultiHeadAttention(DIM, heads=6, kv_heads=4, qk_dim=12)
+        with pytest.raises(ValueError, match="kv_heads must be a whole number of at least 1; got 0"):
+            MultiHeadAttention(DIM, heads=7, kv_heads=0)
+
+
+def test_queries_and_keys_are_normalized_head_by_head_before_they_turn():
+    attention = randomized(
+        MultiHeadAttention(DIM, INPUT_DIM, heads=3, qk_dim=18, qk_norm=nn.LayerNorm, rotary=Rotary(4))
+    )
+    x, tokens = arrays()
+    q, k = (
+        attention.rotary(F.layer_norm(made.unflatten(-1, (3, 6)).transpose(1, 2), (6,), norm.weight, norm.bias))
+        for made, norm in ((attention.query(x), attention.query_norm), (attention.key(tokens), attention.key_norm))
+    )
+    read = attention.keys_values(tokens)
+    torch.testing.assert_close(read.keys, k, **EXACT)
+    wanted = attention.output((reference(q, k, read.values)).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(attention(x, read), wanted, **EXACT)
 
 
 class TestRotary:

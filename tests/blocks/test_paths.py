@@ -88,6 +88,19 @@ class TestOneAnswer:
         paths.use(read, path)
         torch.testing.assert_close(outcome(read, x, tokens), wanted, **EXACT)
 
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_grouped_queries_and_norms_of_queries_and_keys(self, path, masked, monkeypatch):
+        if isinstance(path, Structured):
+            pytest.skip("it refuses them")
+        monkeypatch.setattr("perceiver_core.attention.factored.SLAB", 7)  # many tokens: others would be read in slabs
+        tokens, x = tokens_of((5, 13), masked=masked), queries()
+        read = read_of(tokens, heads=6, qk_dim=12, v_dim=18, kv_heads=2, qk_norm=nn.LayerNorm)
+        wanted = outcome(read, x, tokens)
+        weights = read.attention_map(x, tokens)
+        paths.use(read, path)
+        torch.testing.assert_close(outcome(read, x, tokens), wanted, **EXACT)
+        torch.testing.assert_close(read.attention_map(x, tokens), weights, **EXACT)
+
     def test_queries_that_all_samples_share(self, path):
         tokens, x = tokens_of((5, 13), batch=3), queries(batch=1)
         read = read_of(tokens)
@@ -240,10 +253,12 @@ class TestChoice:
             ({"kernel": partial(chunked, chunk=3)}, "was chosen"),
             ({"kernel": reference}, "the kernel reference was chosen"),
             ({"rotary": positions.Rotary(2)}, "rotary positions turn the keys"),
+            ({"qk_norm": nn.LayerNorm}, "the keys of each head are normalized"),
+            ({"kv_heads": 1}, "several heads share their keys and values"),
             ({"dropout": 0.5}, "attention weights are dropped in training"),
             ({"mask": masks.Causal()}, "the mask differs between queries"),
         ],
-        ids=["sdpa", "chunked", "reference", "rotary", "dropout", "causal"],
+        ids=["sdpa", "chunked", "reference", "rotary", "norm", "grouped", "dropout", "causal"],
     )
     def test_what_only_a_kernel_does(self, options, reason):
         tokens, mask = tokens_of((5, 13)), options.pop("mask", None)
@@ -509,6 +524,16 @@ def test_sizes_of_a_film_with_a_learned_table():
     tokens = Tokens(torch.randn(2, 5, 7, 3, 4), tables=(frames, learned))
     read = CrossAttend(19, 10)
     assert Sizes.of(read.request(tokens)).axes == (5, 21)
+
+
+def test_grouped_queries_save_projections_and_not_the_kernel():
+    tokens = tokens_of((5, 13))
+    cost = {}
+    for kv_heads in (6, 2):
+        request = read_of(tokens, heads=6, qk_dim=12, v_dim=18, kv_heads=kv_heads).request(tokens, queries=7)
+        assert (Sizes.of(request).made, Sizes.of(request).grouped) == (5 * kv_heads, 6 // kv_heads)
+        cost[kv_heads] = Dense().cost(request, Costs()).flops - 2 * 2 * 65 * tokens.dim * 5 * kv_heads
+    assert cost[6] == cost[2] == 2 * 2 * 7 * 65 * 30
 
 
 def test_the_command_prints_costs_that_can_be_used(monkeypatch, capsys):

@@ -1,17 +1,23 @@
-"""The blocks that hold weights: attention, MLP, cross-attend, self-attend, latent transformer."""
+"""The blocks that hold weights: attention, MLP, the kinds of reads and self-attends, latent transformer."""
 
 from perceiver_core.blocks.attention import KeysValues, MultiHeadAttention
 from perceiver_core.blocks.cross_attend import CrossAttend
+from perceiver_core.blocks.grouped_read import GroupedRead, Level
+from perceiver_core.blocks.joint_attend import JointAttend
 from perceiver_core.blocks.latent_transformer import LatentTransformer, SelfAttend
-from perceiver_core.blocks.mlp import GEGLU, MLP, SquaredReLU
+from perceiver_core.blocks.mlp import GEGLU, MLP, SquaredReLU, SwiGLU
 
 __all__ = [
     "GEGLU",
     "MLP",
     "CrossAttend",
+    "GroupedRead",
+    "JointAttend",
     "KeysValues",
     "LatentTransformer",
+    "Level",
     "MultiHeadAttention",
     "SelfAttend",
     "SquaredReLU",
+    "SwiGLU",
 ]

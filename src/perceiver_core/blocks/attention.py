@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
@@ -30,8 +30,8 @@ class KeysValues(NamedTuple):
         torch.Size([3, 7, 16])
     """
 
-    keys: Float[Tensor, "b h n d"]
-    values: Float[Tensor, "b h n e"]
+    keys: Float[Tensor, "b g n d"]
+    values: Float[Tensor, "b g n e"]
     mask: Mask | None = None
 
     def then(self, later: KeysValues) -> KeysValues:
@@ -49,15 +49,19 @@ class MultiHeadAttention(nn.Module):
         heads: how many heads; divides `qk_dim` and `v_dim`.
         qk_dim: the width of all heads' queries and keys together; `input_dim` unless given (the paper's choice).
         v_dim: the width of all heads' values together; `qk_dim` unless given.
+        kv_heads: how many heads the keys and values have; divides `heads`. As many unless given; with fewer,
+            neighboring heads of the queries read the same ones (grouped-query attention).
         out_dim: the width of the output; `dim` unless given.
         bias: whether the projections to queries, keys and values have biases.
         out_bias: whether the output projection has one.
         dropout: the rate at which attention weights are dropped in training.
+        qk_norm: makes a norm of each head's queries, and another of its keys, from the width of a head.
         rotary: turns queries and keys by their positions; see `positions.Rotary`.
         kernel: any `(q, k, v, *, mask) -> out` on `b h n d`.
 
     Raises:
-        ValueError: heads that do not divide a width; dropout with a kernel that has none.
+        ValueError: heads that do not divide a width; kv_heads that do not divide heads; dropout with a kernel that
+            has none.
 
     Example:
         >>> import torch
@@ -66,7 +70,8 @@ class MultiHeadAttention(nn.Module):
         >>> attention(torch.randn(2, 5, 1024), attention.keys_values(torch.randn(2, 50, 261))).shape
         torch.Size([2, 5, 1024])
 
-    Reference: Vaswani et al. 2017, section 3.2.2; the widths are those of deepmind-research/perceiver.
+    Reference: Vaswani et al. 2017, section 3.2.2; the widths are those of deepmind-research/perceiver. Grouped queries:
+    Ainslie et al. 2023, section 2.2. Norms of queries and keys: Dehghani et al. 2023, section 2.2.
     """
 
     def __init__(  # noqa: PLR0913 (each is a choice that published models make differently)
@@ -77,10 +82,12 @@ class MultiHeadAttention(nn.Module):
         heads: int = 8,
         qk_dim: int | None = None,
         v_dim: int | None = None,
+        kv_heads: int | None = None,
         out_dim: int | None = None,
         bias: bool = True,
         out_bias: bool = True,
         dropout: float = 0.0,
+        qk_norm: Callable[[int], nn.Module] = nn.Identity,
         rotary: nn.Module | None = None,
         kernel: Callable[..., Tensor] = fastest,
     ) -> None:
@@ -89,15 +96,22 @@ class MultiHeadAttention(nn.Module):
         qk_dim = input_dim if qk_dim is None else qk_dim
         v_dim = qk_dim if v_dim is None else v_dim
         out_dim = dim if out_dim is None else out_dim
+        kv_heads = heads if kv_heads is None else kv_heads
         checks.positive(dim=dim, input_dim=input_dim, heads=heads, qk_dim=qk_dim, v_dim=v_dim, out_dim=out_dim)
+        checks.positive(kv_heads=kv_heads)
         _check_heads(heads, qk_dim=qk_dim, v_dim=v_dim)
+        if heads % kv_heads:
+            raise ValueError(f"kv_heads must divide heads; got kv_heads={kv_heads}, heads={heads}")
+        head_dim, value_dim = qk_dim // heads, v_dim // heads
         _check_dropout(dropout, kernel)
         self.dim, self.input_dim, self.out_dim, self.heads = dim, input_dim, out_dim, heads
-        self.kv_dim, self.dropout, self.kernel = qk_dim + v_dim, dropout, kernel
+        self.kv_heads, self.kv_dim = kv_heads, kv_heads * (head_dim + value_dim)
+        self.dropout, self.kernel = dropout, kernel
         self.query = init.linear(dim, qk_dim, bias=bias)
-        self.key = init.linear(input_dim, qk_dim, bias=bias)
-        self.value = init.linear(input_dim, v_dim, bias=bias)
+        self.key = init.linear(input_dim, kv_heads * head_dim, bias=bias)
+        self.value = init.linear(input_dim, kv_heads * value_dim, bias=bias)
         self.output = init.linear(v_dim, out_dim, bias=out_bias)
+        self.query_norm, self.key_norm = qk_norm(head_dim), qk_norm(head_dim)
         self.rotary = nn.Identity() if rotary is None else rotary
 
     def keys_values(
@@ -114,8 +128,14 @@ class MultiHeadAttention(nn.Module):
             mask: which tokens are there, or who may attend to whom.
             positions: where each token stands, for `rotary`, if not one after the other up to the end.
         """
-        keys = self.turned(self._split(self.key(inputs)), positions)
-        return KeysValues(keys, self._split(self.value(inputs)), masks.of_tokens(mask))
+        keys, values = (_split(layer(inputs), self.kv_heads) for layer in (self.key, self.value))
+        return KeysValues(self.finish_keys(keys, positions), values, masks.of_tokens(mask))
+
+    def finish_keys(
+        self, keys: Float[Tensor, "b g n d"], positions: Shaped[Tensor, "*#b n"] | None = None
+    ) -> Float[Tensor, "b g n d"]:
+        """Projected keys as they are read: normalized, and turned by their positions."""
+        return self._turned(self.key_norm(keys), positions)
 
     def forward(
         self,
@@ -137,7 +157,7 @@ class MultiHeadAttention(nn.Module):
         if isinstance(read, FactoredKeysValues) and mask is None:
             out = attend(q, read).output
         else:
-            q, read = _of_one_batch(q, _formed(read, q.dtype))
+            q, read = _of_one_shape(q, _formed(read, q.dtype))
             dropout: dict[str, Any] = {"dropout": self.dropout} if self.training and self.dropout else {}
             out = self.kernel(q, read.keys, read.values, mask=masks.and_(read.mask, masks.of_tokens(mask)), **dropout)
         return self.output(rearrange(out, "b h m e -> b m (h e)"))
@@ -152,20 +172,23 @@ class MultiHeadAttention(nn.Module):
     ) -> Float[Tensor, "b h chosen n"]:
         """The attention weights of chosen queries; see `perceiver_core.attention.attention_map`."""
         q = self._queries(x)
-        q, read = _of_one_batch(q, _formed(read, q.dtype))
+        q, read = _of_one_shape(q, _formed(read, q.dtype))
         return attention_map(q, read.keys, mask=masks.and_(read.mask, masks.of_tokens(mask)), queries=queries)
 
-    def turned(self, heads: Float[Tensor, "b h n d"], positions: Tensor | None) -> Float[Tensor, "b h n d"]:
+    def _turned(self, heads: Tensor, positions: Tensor | None) -> Tensor:
         """Queries or keys, turned by their positions."""
         if positions is None or isinstance(self.rotary, nn.Identity):
-            return self.rotary(heads)
-        return self.rotary(heads, positions)
+            turned: Tensor = self.rotary(heads)
+        else:
+            turned = self.rotary(heads, positions)
+        return turned
 
     def _queries(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        return self.turned(self._split(self.query(x)), positions)
+        return self._turned(self.query_norm(_split(self.query(x), self.heads)), positions)
 
-    def _split(self, x: Tensor) -> Tensor:
-        return rearrange(x, "b n (h d) -> b h n d", h=self.heads)
+
+def _split(x: Tensor, heads: int) -> Tensor:
+    return rearrange(x, "b n (h d) -> b h n d", h=heads)
 
 
 def _formed(read: KeysValues | FactoredKeysValues, dtype: torch.dtype) -> KeysValues:
@@ -174,8 +197,11 @@ def _formed(read: KeysValues | FactoredKeysValues, dtype: torch.dtype) -> KeysVa
     return KeysValues(*read.formed(dtype), None if read.mask is None else masks.Padding(read.mask.flatten(1)))
 
 
-def _of_one_batch(q: Tensor, read: KeysValues) -> tuple[Tensor, KeysValues]:
-    """Queries, or keys and values, that have a batch of one serve all samples of the other."""
+def _of_one_shape(q: Tensor, read: KeysValues) -> tuple[Tensor, KeysValues]:
+    """Keys and values for every head of the queries; where either has a batch of one, it serves all samples."""
+    if (shared := q.shape[1] // read.keys.shape[1]) > 1:
+        keys, values = (repeat(x, "b g n d -> b (g shared) n d", shared=shared) for x in (read.keys, read.values))
+        read = read._replace(keys=keys, values=values)
     if q.shape[0] == 1:
         return q.expand(read.keys.shape[0], -1, -1, -1), read
     if read.keys.shape[0] == 1:

@@ -113,6 +113,7 @@ class Sizes(NamedTuple):
     element: int  # bytes
     half: bool
     device: str
+    grouped: int = 1  # heads that share their keys and values
 
     @property
     def threads(self) -> int:
@@ -157,6 +158,7 @@ class Sizes(NamedTuple):
             element=dtype.itemsize,
             half=dtype.itemsize == 2,
             device=content.device.type,
+            grouped=getattr(attention, "heads", 1) // getattr(attention, "kv_heads", getattr(attention, "heads", 1)),
         )
 
 
@@ -187,9 +189,10 @@ def structured(s: Sizes, costs: Costs) -> Cost:
 
 
 def _ordinary(s: Sizes, costs: Costs, products: float, *, flops: float, moved: float) -> Cost:
-    kernel = 2.0 * s.batch * s.queries * s.n * s.made
+    together = s.made * s.grouped  # widths of all heads
+    kernel = 2.0 * s.batch * s.queries * s.n * together
     attention = costs.attention_half if s.half else costs.attention
-    if s.half and s.made > 2 * WIDEST * s.heads:
+    if s.half and together > 2 * WIDEST * s.heads:
         busy = min(1.0, s.batch * s.heads * -(-s.queries // 32) / costs.blocks)
         attention = costs.attention_wide * busy
     seconds = (

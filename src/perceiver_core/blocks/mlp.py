@@ -34,6 +34,27 @@ class GEGLU(nn.Module):
 
 
 @register
+class SwiGLU(nn.Module):
+    """SiLU of one half of the channels gates the other: x * silu(gate). Halves the width.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core import SwiGLU
+        >>> SwiGLU()(torch.randn(2, 3, 16)).shape
+        torch.Size([2, 3, 8])
+
+    Reference: Shazeer 2020, equation 6; in the order [x, gate], as `GEGLU`.
+    """
+
+    inputs_per_output = 2
+
+    def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b half"]:
+        """One half of the channels, gated by the other."""
+        values, gates = x.chunk(2, dim=-1)
+        return values * F.silu(gates)
+
+
+@register
 class SquaredReLU(nn.Module):
     """relu(x)^2.
 
@@ -56,11 +77,14 @@ class MLP(nn.Module):
     """Linear, activation, linear.
 
     Args:
-        dim: the width in and out.
+        dim: the width in.
+        out_dim: the width out; `dim` unless given.
+        hidden: the width between the layers; `dim * widening` unless given.
         widening: hidden width / dim. 1 in DeepMind's published encoders, 4 in perceiver-pytorch.
         activation: any module, copied. `nn.GELU("tanh")` is what DeepMind's code computes, and the default;
             `nn.GELU()` (erf) is what Hugging Face and perceiver-pytorch compute. One that takes several
             channels for each it gives (`GEGLU`) says so in `inputs_per_output`.
+        bias: whether the linear layers have biases.
 
     Example:
         >>> import torch
@@ -69,16 +93,26 @@ class MLP(nn.Module):
         torch.Size([2, 3, 32])
     """
 
-    def __init__(self, dim: int, *, widening: int = 1, activation: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int | None = None,
+        *,
+        hidden: int | None = None,
+        widening: int = 1,
+        activation: nn.Module | None = None,
+        bias: bool = True,
+    ) -> None:
         super().__init__()
         checks.positive(dim=dim, widening=widening)
+        out_dim, hidden = dim if out_dim is None else out_dim, dim * widening if hidden is None else hidden
+        checks.positive(out_dim=out_dim, hidden=hidden)
         # A copy: the object in a `functools.partial` is the same for every block, its weights must not be.
         self.activation = nn.GELU("tanh") if activation is None else copy.deepcopy(activation)
-        hidden = dim * widening
-        self.expand = init.linear(dim, hidden * getattr(self.activation, "inputs_per_output", 1))
-        self.contract = init.linear(hidden, dim)
+        self.expand = init.linear(dim, hidden * getattr(self.activation, "inputs_per_output", 1), bias=bias)
+        self.contract = init.linear(hidden, out_dim, bias=bias)
 
-    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
         """Every vector by itself."""
         out: Tensor = self.contract(self.activation(self.expand(x)))
         return out

@@ -100,7 +100,7 @@ class Factored:
         if factored.large() and not _bound_to_kernel(request):
             return factored._replace(mask=_present(request, factored), form=True)
         keys, values = factored.formed(checks.product_dtype(factored.content))
-        return KeysValues(request.attention.turned(keys, request.positions), values, _mask(request))
+        return KeysValues(request.attention.finish_keys(keys, request.positions), values, _mask(request))
 
 
 @partial(register, name="paths.Structured")
@@ -108,8 +108,8 @@ class Factored:
 class Structured:
     """No keys and no values: see `attention.structured`.
 
-    For what `Factored` serves, with the default kernel and without rotary positions, dropout of attention weights
-    (in training) and masks of other things than tokens.
+    For what `Factored` serves, with the default kernel and without rotary positions, norms of the keys, grouped
+    queries, dropout of attention weights (in training) and masks of other things than tokens.
     """
 
     def why_not(self, request: Request) -> str:
@@ -256,7 +256,7 @@ def kernel_of(request: Request) -> Kernel | None:
     attention = request.attention
     if not isinstance(attention, MultiHeadAttention) or attention.kernel not in (fastest, sdpa):
         return None
-    key, value = (layer.weight.shape[0] // attention.heads for layer in (attention.key, attention.value))
+    key, value = (layer.weight.shape[0] // attention.kv_heads for layer in (attention.key, attention.value))
     content = request.tokens.content if isinstance(request.tokens, Tokens) else request.tokens
     return kernel_for(key, value, checks.product_dtype(content), content.device, _mask(request))
 
@@ -288,6 +288,10 @@ def _bound_to_kernel(request: Request) -> str:
         return f"the kernel {getattr(attention.kernel, '__name__', attention.kernel)} was chosen"
     if type(attention.rotary) is not nn.Identity:
         return "rotary positions turn the keys"
+    if type(attention.key_norm) is not nn.Identity:
+        return "the keys of each head are normalized"
+    if attention.kv_heads != attention.heads:
+        return "several heads share their keys and values"
     if attention.training and attention.dropout:
         return "attention weights are dropped in training"
     rules, tensors = masks.taken_apart(masks.of_tokens(request.mask))
@@ -325,7 +329,7 @@ def _factor(request: Request, path: Path) -> FactoredKeysValues:
     attention = request.attention
     parts = [(linear.weight, linear.bias) for linear in (attention.key, attention.value)]
     assert isinstance(request.tokens, Tokens)  # as `why_not` found
-    return factor(request.tokens, _norm(request.norm, request.tokens.content.dtype), *parts, heads=attention.heads)
+    return factor(request.tokens, _norm(request.norm, request.tokens.content.dtype), *parts, heads=attention.kv_heads)
 
 
 def _norm(norm: Any, dtype: torch.dtype) -> Norm | None:

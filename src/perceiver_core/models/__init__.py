@@ -2,8 +2,23 @@
 
 from perceiver_core.models import papers, sampling
 from perceiver_core.models.generate import generate, stream
+from perceiver_core.models.hierarchical import HierarchicalAutoencoder, HierarchicalPerceiver
 from perceiver_core.models.perceiver import Perceiver
 from perceiver_core.models.perceiver_ar import PerceiverAR
 from perceiver_core.models.perceiver_io import PerceiverIO
+from perceiver_core.models.resampler import AllFrames, EachFrame, Resampler
 
-__all__ = ["Perceiver", "PerceiverAR", "PerceiverIO", "generate", "papers", "sampling", "stream"]
+__all__ = [
+    "AllFrames",
+    "EachFrame",
+    "HierarchicalAutoencoder",
+    "HierarchicalPerceiver",
+    "Perceiver",
+    "PerceiverAR",
+    "PerceiverIO",
+    "Resampler",
+    "generate",
+    "papers",
+    "sampling",
+    "stream",
+]

@@ -10,10 +10,22 @@ from functools import partial
 from torch import nn
 
 from perceiver_core import adapters, heads, positions
-from perceiver_core.blocks import MLP, CrossAttend, LatentTransformer, MultiHeadAttention, SelfAttend, SquaredReLU
+from perceiver_core.blocks import (
+    MLP,
+    CrossAttend,
+    JointAttend,
+    LatentTransformer,
+    Level,
+    MultiHeadAttention,
+    SelfAttend,
+    SquaredReLU,
+    SwiGLU,
+)
 from perceiver_core.encoder import Encoder
+from perceiver_core.models.hierarchical import HierarchicalPerceiver
 from perceiver_core.models.perceiver import Perceiver
 from perceiver_core.models.perceiver_ar import PerceiverAR
+from perceiver_core.models.resampler import Resampler
 
 
 def imagenet(classes: int = 1000) -> Perceiver:
@@ -100,6 +112,67 @@ def perceiver_ar(vocabulary: int, *, context: int = 8192, latents: int = 1024, d
         process=partial(LatentTransformer, block=block),
         logits=heads.Logits,
     )
+
+
+def idefics2_resampler(input_dim: int = 1152, dim: int = 4096, *, hidden: int = 14_336) -> Resampler:
+    """The connector of Idefics2-8b: a gated projection to the width of the text, 64 latents, 3 layers.
+
+    Args:
+        input_dim: the width of the vision encoder.
+        dim: the width of the text model.
+        hidden: the width inside the projection, which is that inside the text model's MLPs.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core.models import papers
+        >>> with torch.device("meta"):
+        ...     resampler = papers.idefics2_resampler()
+        >>> sum(p.numel() for p in resampler.parameters())
+        743219200
+
+    Reference: Laurençon et al. 2024 (Idefics2); the sizes are those of transformers' `Idefics2Config`.
+    """
+    norm, gated = partial(nn.RMSNorm, eps=1e-6), partial(MLP, activation=SwiGLU(), bias=False)
+    attention = partial(MultiHeadAttention, qk_dim=16 * 96, kv_heads=4, bias=False, out_bias=False)
+    return Resampler(
+        input_dim,
+        latents=64,
+        dim=dim,
+        depth=3,
+        heads=16,
+        project=partial(gated, hidden=hidden),
+        block=partial(JointAttend, norm=norm, attention=attention, mlp=partial(gated, widening=4)),
+        norm=norm,
+    )
+
+
+def hip16(input_dim: int = 3, tokens: int = 224 * 224) -> HierarchicalPerceiver:
+    """HiP-16: 16, 4 and 1 groups, 18 self-attends over 256 latents in the middle, and back to 16 groups.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core.models import papers
+        >>> with torch.device("meta"):
+        ...     model = papers.hip16()
+        >>> model(torch.empty(1, 50176, 3, device="meta")).shape
+        torch.Size([1, 2048, 128])
+
+    Reference: Carreira et al. 2022 (Hierarchical Perceiver); deepmind/hierarchical_perceiver, `perceiver.py`,
+    `VARIANTS`.
+    """
+    levels = [
+        Level(16, latents=128, dim=128, depth=2, heads=4),
+        Level(4, latents=256, dim=256, depth=2, heads=8),
+        Level(1, latents=256, dim=512, depth=18, heads=16),
+        Level(1, latents=64, dim=1024, depth=2, heads=32),
+    ]
+    decode = [
+        Level(1, latents=256, dim=512, depth=1, heads=16),
+        Level(4, latents=256, dim=256, depth=1, heads=8),
+        Level(16, latents=128, dim=128, depth=1, heads=4),
+    ]
+    where = positions.Learned((tokens,), dim=32)
+    return HierarchicalPerceiver(input_dim, levels=levels, positions=where, decode=decode)
 
 
 def _perceiver(adapter: adapters.Image | adapters.Audio | adapters.Points, classes: int, *, reads: int) -> Perceiver:

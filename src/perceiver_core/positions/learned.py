@@ -1,4 +1,4 @@
-"""Learned positions: an array over a grid, resampled where the input has another size."""
+"""Learned positions: an array over a grid, resampled or cut where the input has another size."""
 
 from __future__ import annotations
 
@@ -57,3 +57,44 @@ class Learned(nn.Module):
         channels_first = torch.movedim(self.vectors, -1, 0)[None]
         resampled = F.interpolate(channels_first, size=tuple(grid), mode=_RESAMPLING[self.axes], align_corners=True)
         return (torch.movedim(resampled[0], 0, -1).to(like.dtype),)
+
+
+@register
+class LearnedUpTo(nn.Module):
+    """A learned vector for each place along one axis, up to a largest number of them: frames of a video, say.
+
+    A shorter input gets the first ones, as they are; where `Learned` would resample them all.
+
+    Args:
+        most: how many places there are vectors for.
+        dim: the width of a vector.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core.positions import LearnedUpTo
+        >>> LearnedUpTo(8, dim=32).tables((5,), like=torch.zeros(()))[0].shape
+        torch.Size([5, 32])
+
+    Reference: open_flamingo and flamingo-pytorch, `PerceiverResampler`.
+    """
+
+    def __init__(self, most: int, dim: int) -> None:
+        super().__init__()
+        checks.positive(most=most, dim=dim)
+        self.axes, self.dim = 1, dim
+        self.vectors = init.embedding(most, dim)
+
+    def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "n p"], ...]:
+        """The first vectors: one table.
+
+        Raises:
+            ValueError: more places than there are vectors.
+        """
+        check_axes(grid, self.axes)
+        most = self.vectors.shape[0]
+        if grid[0] > most:
+            raise ValueError(
+                f"there are vectors for at most {most} places; got {grid[0]}. Build LearnedUpTo with more, or take "
+                "Learned, which resamples"
+            )
+        return (self.vectors[: grid[0]].to(like.dtype),)
