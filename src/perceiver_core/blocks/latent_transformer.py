@@ -74,6 +74,7 @@ class LatentTransformer(nn.Module):
         depth: how many blocks; 0 passes the latents on.
         heads: attention heads.
         block: makes a block from (dim, heads=heads); `functools.partial` of `SelfAttend` sets the rest.
+        repeats: how often the blocks are gone through, with the same weights each time.
 
     Example:
         >>> import torch
@@ -83,17 +84,28 @@ class LatentTransformer(nn.Module):
         >>> LatentTransformer(32, depth=3, heads=4, block=block)(torch.randn(2, 5, 32)).shape
         torch.Size([2, 5, 32])
 
-    Reference: Jaegle et al. 2021 (Perceiver), section 3.1.
+    Reference: Jaegle et al. 2021 (Perceiver), section 3.1; repeats: Jaegle et al. 2022 (Perceiver IO), appendix E.
     """
 
-    def __init__(self, dim: int, *, depth: int, heads: int = 8, block: Callable[..., nn.Module] = SelfAttend) -> None:
+    def __init__(
+        self,
+        dim: int,
+        *,
+        depth: int,
+        heads: int = 8,
+        block: Callable[..., nn.Module] = SelfAttend,
+        repeats: int = 1,
+    ) -> None:
         super().__init__()
+        checks.positive(at_most=10_000, repeats=repeats)
+        self.repeats = repeats
         if not 0 <= depth <= 10_000:
             raise ValueError(f"depth must lie in 0 ... 10,000; got {depth}")
         self.blocks = nn.ModuleList(block(dim, heads=heads) for _ in range(depth))
 
     def forward(self, x: Float[Tensor, "b m d"], *, mask: Mask | None = None) -> Float[Tensor, "b m d"]:
         """The latents after every block."""
-        for block in self.blocks:
-            x = block(x, mask=mask)
+        for _ in range(self.repeats):
+            for block in self.blocks:
+                x = block(x, mask=mask)
         return x
