@@ -61,6 +61,7 @@ class MLP(nn.Module):
         activation: any module, copied. `nn.GELU("tanh")` is what DeepMind's code computes, and the default;
             `nn.GELU()` (erf) is what Hugging Face and perceiver-pytorch compute. One that takes several
             channels for each it gives (`GEGLU`) says so in `inputs_per_output`.
+        dropout: the rate at which the output is dropped in training.
 
     Example:
         >>> import torch
@@ -69,16 +70,20 @@ class MLP(nn.Module):
         torch.Size([2, 3, 32])
     """
 
-    def __init__(self, dim: int, *, widening: int = 1, activation: nn.Module | None = None) -> None:
+    def __init__(
+        self, dim: int, *, widening: int = 1, activation: nn.Module | None = None, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         checks.positive(dim=dim, widening=widening)
+        checks.probability(dropout=dropout)
         # A copy: the object in a `functools.partial` is the same for every block, its weights must not be.
         self.activation = nn.GELU("tanh") if activation is None else copy.deepcopy(activation)
         hidden = dim * widening
         self.expand = init.linear(dim, hidden * getattr(self.activation, "inputs_per_output", 1))
         self.contract = init.linear(hidden, dim)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         """Every vector by itself."""
-        out: Tensor = self.contract(self.activation(self.expand(x)))
+        out: Tensor = self.dropout(self.contract(self.activation(self.expand(x))))
         return out
