@@ -277,7 +277,7 @@ ARGUMENTS = [
             "kernel": lambda q, k, v, *, mask: reference(2 * q, k, v, mask=mask),
         },
     ),
-    (MLP, on(X), {"dim": DIM}, {"dim": 13, "widening": 2, "activation": nn.Tanh()}),
+    (MLP, on(X), {"dim": DIM}, {"dim": 13, "widening": 2, "activation": nn.Tanh(), "dropout": 0.5}),
     (
         SelfAttend,
         on(X),
@@ -312,7 +312,7 @@ ARGUMENTS = [
         LatentTransformer,
         on(X),
         {"dim": DIM, "depth": 1, "heads": 2},
-        {"dim": 8, "depth": 2, "heads": 7, "block": partial(SelfAttend, norm=nn.RMSNorm)},
+        {"dim": 8, "depth": 2, "heads": 7, "block": partial(SelfAttend, norm=nn.RMSNorm), "repeats": 2},
     ),
     (
         Encoder,
