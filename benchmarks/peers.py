@@ -24,60 +24,8 @@ def there(module: str) -> bool:
 def perceiver_pytorch(sizes: dict[str, Any]) -> dict[str, nn.Module]:
     """lucidrains/perceiver-pytorch's Perceiver of these sizes, its arguments by name; pictures `b h w c`."""
     theirs = importlib.import_module("perceiver_pytorch").Perceiver(**sizes)
-    with torch.device("meta"):  # its weights are theirs, the very tensors
-        ours = like_perceiver_pytorch(sizes)
-    encoder: Any = ours.encoder
-    ours.load_state_dict(_of_perceiver_pytorch(theirs, encoder.sharing.reads), assign=True)
+    ours = pc.checkpoints.lucidrains(theirs.state_dict(), **sizes)  # its weights are theirs, the very tensors
     return {"perceiver-pytorch": theirs, "ours": ours}
-
-
-def like_perceiver_pytorch(sizes: dict[str, Any]) -> pc.Perceiver:
-    """Our parts, put together as theirs are."""
-    where = pc.positions.FourierPerAxis(2, sizes["num_freq_bands"], max_frequency=sizes["max_freq"])
-    adapter = pc.adapters.Grid(3, positions=where)
-    mlp = partial(pc.MLP, widening=4, activation=pc.GEGLU())
-    # Their heads have a width of their own, and q, k, v no bias.
-    cross = partial(pc.MultiHeadAttention, qk_dim=sizes["cross_heads"] * sizes["cross_dim_head"], bias=False)
-    latent = partial(pc.MultiHeadAttention, qk_dim=sizes["latent_heads"] * sizes["latent_dim_head"], bias=False)
-    encoder = pc.Encoder(
-        adapter.dim,
-        latents=sizes["num_latents"],
-        dim=sizes["latent_dim"],
-        reads=sizes["depth"],
-        depth=sizes["self_per_cross_attn"],
-        heads=sizes["latent_heads"],
-        share=pc.sharing.all_but_first if sizes["weight_tie_layers"] else pc.sharing.none,
-        read=partial(pc.CrossAttend, heads=sizes["cross_heads"], attention=cross, mlp=mlp),
-        process=partial(pc.LatentTransformer, block=partial(pc.SelfAttend, attention=latent, mlp=mlp)),
-    )
-    return pc.Perceiver(adapter, encoder, pc.heads.Classify(encoder.dim, sizes["num_classes"]))
-
-
-def _of_perceiver_pytorch(model: Any, plan: tuple[int, ...]) -> Weights:
-    """Their weights under our names."""
-    found: Weights = {"encoder.latents": model.latents.detach()}
-
-    def attention(name: str, module: Any) -> None:
-        keys, values = module.to_kv.weight.detach().chunk(2)  # one matrix for both
-        found.update({f"{name}.key.weight": keys, f"{name}.value.weight": values})
-        found.update(_named(name, query=module.to_q, output=module.to_out))
-
-    def mlp(name: str, prenorm: Any) -> None:
-        found.update(_named(name, mlp_norm=prenorm.norm))
-        found.update(_named(f"{name}.mlp", expand=prenorm.fn.net[0], contract=prenorm.fn.net[2]))
-
-    for block, number in zip(model.layers, plan, strict=True):  # tied layers stand there once a step
-        read = f"encoder.reads.{number}"
-        found.update(_named(read, query_norm=block.cross_attn.norm, input_norm=block.cross_attn.norm_context))
-        attention(f"{read}.attention", block.cross_attn.fn)
-        mlp(read, block.cross_ff)
-        for index, (self_attention, feed_forward) in enumerate(block.self_attns):
-            own = f"encoder.transformers.{number}.blocks.{index}"
-            found.update(_named(own, norm=self_attention.norm))
-            attention(f"{own}.attention", self_attention.fn)
-            mlp(own, feed_forward)
-    found.update(_named("head", norm=model.to_logits[1], logits=model.to_logits[2]))
-    return found
 
 
 def transformers(sizes: dict[str, Any]) -> dict[str, nn.Module]:

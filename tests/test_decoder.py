@@ -90,7 +90,11 @@ def test_each_query_is_answered_by_itself():
 
 def test_one_set_of_queries_serves_all_samples():
     made, latents, queries = decoder(), drawn(3, 7, 13), drawn(1, 5, 11, seed=1)
-    torch.testing.assert_close(made(latents, queries), made(latents, queries.expand(3, -1, -1)), **EXACT)
+    wanted = made(latents, queries.expand(3, -1, -1))
+    torch.testing.assert_close(made(latents, queries), wanted, **EXACT)
+    torch.testing.assert_close(made(latents, queries[0]), wanted, **EXACT)
+    mask = torch.rand(3, 5) < 0.6
+    torch.testing.assert_close(made(latents, queries[0], mask=mask), made(latents, queries, mask=mask), **EXACT)
 
 
 def test_a_query_that_is_not_there_reads_nothing():
@@ -104,9 +108,9 @@ def test_a_query_that_is_not_there_reads_nothing():
 
 def test_a_dictionary_of_queries_gives_one_of_answers():
     made, latents = decoder(), drawn(2, 7, 13)
-    asked = {"flow": drawn(2, 5, 11, seed=1), "label": drawn(1, 1, 11, seed=2)}
+    asked = {"flow": drawn(2, 5, 11, seed=1), "label": drawn(1, 1, 11, seed=2), "sound": drawn(3, 11, seed=3)}
     answers = made(latents, asked)
-    assert list(answers) == ["flow", "label"]
+    assert list(answers) == ["flow", "label", "sound"]
     for name, queries in asked.items():
         torch.testing.assert_close(answers[name], made(latents, queries), **EXACT)
 
@@ -130,7 +134,8 @@ class TestRefusals:
         ("queries", "kind", "message"),
         [
             (torch.zeros(2, 5, 12).double(), ValueError, "11 features"),
-            (torch.zeros(5, 11).double(), ValueError, r"add a batch axis: queries\.unsqueeze\(0\)"),
+            (torch.zeros(11).double(), ValueError, r"3 axes \(b q e\); got shape \(11,\)"),
+            (torch.zeros(2, 2, 5, 11).double(), ValueError, r"3 axes \(b q e\)"),
             (torch.zeros(3, 5, 11).double(), ValueError, "batch of 1 or that of the latents, 2; got 3"),
             (torch.zeros(2, 5, 11).long(), TypeError, "floating point"),
             (torch.zeros(2, 5, 11), TypeError, "convert one"),

@@ -283,7 +283,15 @@ ARGUMENTS = [
         MLP,
         on(X),
         {"dim": DIM},
-        {"dim": 13, "out_dim": 5, "hidden": 11, "widening": 2, "activation": nn.Tanh(), "bias": False},
+        {
+            "dim": 13,
+            "out_dim": 5,
+            "hidden": 11,
+            "widening": 2,
+            "activation": nn.Tanh(),
+            "bias": False,
+            "dropout": 0.5,
+        },
     ),
     (
         SelfAttend,
@@ -319,7 +327,7 @@ ARGUMENTS = [
         LatentTransformer,
         on(X),
         {"dim": DIM, "depth": 1, "heads": 2},
-        {"dim": 8, "depth": 2, "heads": 7, "block": partial(SelfAttend, norm=nn.RMSNorm)},
+        {"dim": 8, "depth": 2, "heads": 7, "block": partial(SelfAttend, norm=nn.RMSNorm), "repeats": 2},
     ),
     (
         Encoder,

@@ -75,8 +75,8 @@ class Decoder(nn.Module):
 
         Args:
             latents: what is read.
-            queries: `b q e`, or `1 q e` where all samples are asked the same; or a dictionary of these, which gives a
-                dictionary of answers.
+            queries: `b q e`, or `1 q e` or `q e` where all samples are asked the same; or a dictionary of these, which
+                gives a dictionary of answers.
             mask: which queries are there, True = answer; the others read nothing. For tensors.
 
         Raises:
@@ -85,8 +85,9 @@ class Decoder(nn.Module):
         """
         if isinstance(queries, dict):
             return self._of_each(latents, queries)
-        checks.has_shape("queries", queries, "b q e", last=self.query_dim)
         checks.is_floating("queries", queries)
+        queries = _batched(queries)
+        checks.has_shape("queries", queries, "b q e", last=self.query_dim)
         checks.same_place("queries", queries, next(self.parameters()))
         if len(queries) not in (1, len(latents)):
             raise ValueError(
@@ -100,6 +101,7 @@ class Decoder(nn.Module):
         """All are asked at once and told apart afterwards."""
         if not queries:
             raise ValueError("queries must name a tensor at least; got an empty dictionary")
+        queries = {name: _batched(x) for name, x in queries.items()}
         batch = max(map(len, queries.values()))
         together = torch.cat([x.expand(batch, -1, -1) for x in queries.values()], dim=1)
         answers = self(latents, together).split([x.shape[1] for x in queries.values()], dim=1)
@@ -120,6 +122,10 @@ class Decoder(nn.Module):
     def _answer(self, latents: Tensor, queries: Tensor, mask: Tensor | None) -> Tensor:
         answers: Tensor = self.output(self.read(queries, latents, mask=None if mask is None else masks.Queries(mask)))
         return answers
+
+
+def _batched(queries: Tensor) -> Tensor:
+    return queries[None] if queries.ndim == 2 else queries
 
 
 def _pieces(queries: Tensor, mask: Tensor | None, chunk: int) -> Iterator[tuple[Tensor, Tensor | None]]:

@@ -77,3 +77,15 @@ def test_a_block_of_the_user():
 
     LatentTransformer(DIM, depth=2, heads=7, block=block)
     assert made == [(DIM, 7), (DIM, 7)]
+
+
+def test_repeats_go_through_the_same_blocks_again():
+    transformer = LatentTransformer(DIM, depth=2, heads=2, repeats=3).double()
+    assert len(transformer.blocks) == 2
+    x = latents()
+    for _ in range(3):
+        for block in transformer.blocks:
+            x = by_hand(block, x)
+    torch.testing.assert_close(transformer(latents()), x, **EXACT)
+    with pytest.raises(ValueError, match="repeats must be a whole number of at least 1"):
+        LatentTransformer(DIM, depth=2, repeats=0)

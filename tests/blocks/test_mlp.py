@@ -93,3 +93,15 @@ def test_initialization_has_unit_gain_and_no_bias():
     for layer in (mlp.expand, mlp.contract):
         assert layer.weight.std().item() * math.sqrt(layer.in_features) == pytest.approx(1, abs=0.02)
         assert layer.bias.eq(0).all()
+
+
+def test_dropout_of_the_output_is_for_training_only():
+    mlp, x = MLP(DIM, dropout=0.5), torch.ones(2, 5, DIM)
+    without = mlp.eval()(x)
+    torch.manual_seed(0)
+    some = mlp.train()(x)
+    dropped = some == 0
+    assert dropped.any() and not dropped.all()
+    torch.testing.assert_close(some[~dropped], 2 * without[~dropped])
+    with pytest.raises(ValueError, match=r"dropout must lie in \[0, 1\)"):
+        MLP(DIM, dropout=1.0)

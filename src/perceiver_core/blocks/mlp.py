@@ -85,6 +85,7 @@ class MLP(nn.Module):
             `nn.GELU()` (erf) is what Hugging Face and perceiver-pytorch compute. One that takes several
             channels for each it gives (`GEGLU`) says so in `inputs_per_output`.
         bias: whether the linear layers have biases.
+        dropout: the rate at which the output is dropped in training.
 
     Example:
         >>> import torch
@@ -102,17 +103,20 @@ class MLP(nn.Module):
         widening: int = 1,
         activation: nn.Module | None = None,
         bias: bool = True,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         checks.positive(dim=dim, widening=widening)
+        checks.probability(dropout=dropout)
         out_dim, hidden = dim if out_dim is None else out_dim, dim * widening if hidden is None else hidden
         checks.positive(out_dim=out_dim, hidden=hidden)
         # A copy: the object in a `functools.partial` is the same for every block, its weights must not be.
         self.activation = nn.GELU("tanh") if activation is None else copy.deepcopy(activation)
         self.expand = init.linear(dim, hidden * getattr(self.activation, "inputs_per_output", 1), bias=bias)
         self.contract = init.linear(hidden, out_dim, bias=bias)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
         """Every vector by itself."""
-        out: Tensor = self.contract(self.activation(self.expand(x)))
+        out: Tensor = self.dropout(self.contract(self.activation(self.expand(x))))
         return out

@@ -2,7 +2,8 @@
 
 from perceiver_core.checkpoints import published
 from perceiver_core.checkpoints.folder import load, save
+from perceiver_core.checkpoints.lucidrains import lucidrains
 from perceiver_core.checkpoints.of_haiku import deepmind
 from perceiver_core.checkpoints.of_transformers import hugging_face, to_hugging_face
 
-__all__ = ["deepmind", "hugging_face", "load", "published", "save", "to_hugging_face"]
+__all__ = ["deepmind", "hugging_face", "load", "lucidrains", "published", "save", "to_hugging_face"]
