@@ -67,6 +67,17 @@ def to_hugging_face(
 
     Raises:
         ValueError: a model that is not of that configuration.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from perceiver_core.checkpoints import hugging_face, to_hugging_face
+        >>> from perceiver_core.checkpoints.of_transformers import build
+        >>> config = {"architectures": ["PerceiverForOpticalFlow"], "num_latents": 5, "d_latents": 16}
+        >>> config |= {"num_self_attends_per_block": 1, "num_cross_attention_heads": 1, "train_size": [6, 8]}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     again = hugging_face(to_hugging_face(build(config), folder, config=config))
+        >>> again(torch.rand(1, 2, 3, 6, 8)).shape
+        torch.Size([1, 2, 6, 8])
     """
     folder = Path(folder)
     ours = dict(model.state_dict())
