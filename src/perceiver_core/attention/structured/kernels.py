@@ -55,19 +55,20 @@ def _product(
 
 
 @triton.jit
-def _content_of(
-    weights, x, n, at, CHANNELS: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr
+def _collected(
+    weights, vectors, stride, number, CHANNELS: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Sums over columns of content times weights: channels x queries."""
+    """Sums of content of columns, or of what queries have, times weights: channels x the last axis of the weights."""
     channel = tl.arange(0, PADDED)
     if PADDED < 16:
         sums = tl.zeros([PADDED, weights.shape[1]], weights.dtype)
         for k in tl.static_range(CHANNELS):
-            token = tl.load(x + k * n + at)
-            sums += tl.where(channel[:, None] == k, tl.sum(weights * token[:, None], 0)[None, :], 0.0)
+            vector = tl.load(vectors + k * stride + number)
+            sums += tl.where(channel[:, None] == k, tl.sum(weights * vector[:, None], 0)[None, :], 0.0)
     else:
-        token = tl.load(x + channel[:, None] * n + at[None, :], mask=(channel < CHANNELS)[:, None], other=0.0)
-        sums = tl.dot(token, weights, input_precision=PRECISION, out_dtype=weights.dtype)
+        place = vectors + channel[:, None] * stride + number[None, :]
+        vector = tl.load(place, mask=(channel < CHANNELS)[:, None], other=0.0)
+        sums = tl.dot(vector, weights, input_precision=PRECISION, out_dtype=weights.dtype)
     return sums
 
 
@@ -117,7 +118,7 @@ def forward(
             p = tl.exp2(score - start[None, :])
             total = total * shrink + tl.sum(p, 0)
             p *= scale[:, None]
-            got = got * shrink[None, :] + _content_of(p, x + at, n, step, CHANNELS, PADDED, PRECISION)
+            got = got * shrink[None, :] + _collected(p, x + at, n, step, CHANNELS, PADDED, PRECISION)
             sums = sums * shrink[None, :] + p
             # What the stretches before this one found in the row; nothing before the first.
             again = query * 0 + stretch > first
@@ -180,7 +181,7 @@ def backward_queries(
             if MASKED:
                 score += tl.load(hidden + at + step)[:, None]
             slope = tl.exp2(score - base[None, :]) * (gift * scale + offset[None, :]) * scale
-            got += _content_of(slope, x + at, n, step, CHANNELS, PADDED, PRECISION)
+            got += _collected(slope, x + at, n, step, CHANNELS, PADDED, PRECISION)
             sums += slope
             before = tl.load(d_rows + line + query, mask=query * 0 + stretch > first, other=0.0)
             tl.store(d_rows + line + query, before + tl.sum(slope, 0))
@@ -189,23 +190,6 @@ def backward_queries(
     channel = tl.arange(0, PADDED)[:, None]
     place = ((one * splits + split) * groups + group) * CHANNELS + channel
     tl.store(d_a + place * queries + query[None, :], got, mask=channel < CHANNELS)
-
-
-@triton.jit
-def _queries_of(
-    weights, a, queries, query, CHANNELS: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    """Sums over queries of what they have for content times weights: channels x columns."""
-    channel = tl.arange(0, PADDED)
-    if PADDED < 16:
-        sums = tl.zeros([PADDED, weights.shape[1]], weights.dtype)
-        for k in tl.static_range(CHANNELS):
-            asks = tl.load(a + k * queries + query)
-            sums += tl.where(channel[:, None] == k, tl.sum(weights * asks[:, None], 0)[None, :], 0.0)
-    else:
-        asks = tl.load(a + channel[:, None] * queries + query[None, :], mask=(channel < CHANNELS)[:, None], other=0.0)
-        sums = tl.dot(asks, weights, input_precision=PRECISION, out_dtype=weights.dtype)
-    return sums
 
 
 @triton.jit
@@ -275,8 +259,8 @@ def backward_tokens(
             slope = p * (gift * scale[None, :] + offset)
             d_score += tl.sum(slope * sums, 0)
             d_gift += tl.sum(p * gift, 0)
-            of_scores += _queries_of(slope, own, queries, query, CHANNELS, PADDED, PRECISION)
-            of_gifts += _queries_of(p, other, queries, query, CHANNELS, PADDED, PRECISION)
+            of_scores += _collected(slope, own, queries, query, CHANNELS, PADDED, PRECISION)
+            of_gifts += _collected(p, other, queries, query, CHANNELS, PADDED, PRECISION)
     channel = tl.arange(0, PADDED)[:, None]
     d_tokens = (of_scores * LN2 + of_gifts) * scale[None, :]
     place = d_x + (sample * CHANNELS + channel) * n + at[None, :]
