@@ -19,6 +19,7 @@ from benchmarks import (
     cuda_models,
     cuda_read,
     failures,
+    generation,
     machine,
     models,
     read,
@@ -37,6 +38,7 @@ BENCHMARKS: dict[str, ModuleType] = {
     "models": models,
     "scaling": scaling,
     "compile": compilation,
+    "generation": generation,
 }
 # On a GPU these have sizes and candidates of their own.
 ON_CUDA: dict[str, ModuleType] = {"attention": cuda_attention, "read": cuda_read, "models": cuda_models}

@@ -37,9 +37,20 @@ def encoder(model: pc.Encoder, *, tokens: int) -> int:
     total = 0
     for read_number, transformer_number in zip(model.sharing.reads, model.sharing.transformers, strict=True):
         total += read(reads[read_number], latents=latents, tokens=tokens)
-        for block in transformers[transformer_number].blocks:
-            total += 2 * latents * _weights(block) + _scores(block.attention, latents, latents)
+        total += transformer(transformers[transformer_number], latents=latents)
     return total
+
+
+def transformer(model: pc.LatentTransformer, *, latents: int) -> int:
+    """All self-attends of a latent transformer."""
+    blocks: Any = model.blocks
+    once = sum(2 * latents * _weights(block) + _scores(block.attention, latents, latents) for block in blocks)
+    return model.repeats * once
+
+
+def decoder(model: pc.Decoder, *, queries: int, latents: int) -> int:
+    """The read of a decoder and its output."""
+    return read(model.read, latents=queries, tokens=latents) + 2 * queries * _weights(model.output)
 
 
 def _weights(module: nn.Module) -> int:

@@ -29,6 +29,7 @@ class Entry(NamedTuple):
     candidates: tuple[str, ...]
     tasks: tuple[str, ...] = ("inference", "training")
     needs: str = "torch"  # a library
+    vocabulary: int | None = None  # of ids, where these are given
 
 
 README = {  # the sizes in perceiver-pytorch's README, with 64 bands and tied weights
@@ -76,9 +77,38 @@ def entries(*, toy: bool) -> list[Entry]:
             candidates=("transformers", "ours", "ours bfloat16"),
             needs="transformers",
         ),
+        *published(toy=toy),
         Entry("latent transformer", partial(thinking, toy=toy), (1, 3, 4, 5), ("ours", "ours bfloat16")),
         Entry("ImageNet", partial(imagenet, toy=toy), pictures, ("ours", "ours recomputing"), tasks=("training",)),
         Entry("AKOA", akoa, (2 if toy else 32, 1, 64, 64), ("ours", "ours bfloat16")),
+    ]
+
+
+def published(*, toy: bool) -> list[Entry]:
+    """Three models of transformers end to end, at their published sizes."""
+    sizes = peers.SMALL if toy else peers.PUBLISHED
+    shapes = {
+        "PerceiverForImageClassificationFourier": (1, 3, 20, 20) if toy else (1, 3, 224, 224),
+        "PerceiverForMaskedLM": (1, 12) if toy else (1, 2048),
+        "PerceiverForOpticalFlow": (1, 2, 3, 6, 8) if toy else (1, 2, 3, 368, 496),
+    }
+    names = {
+        "PerceiverForImageClassificationFourier": "transformers Fourier classifier",
+        "PerceiverForMaskedLM": "transformers masked LM",
+        "PerceiverForOpticalFlow": "transformers optical flow",
+    }
+    return [
+        Entry(
+            names[kind],
+            partial(peers.published, kind, sizes[kind]),
+            shape,
+            candidates=("transformers", "ours", "ours bfloat16"),
+            # A training step of their flow would need more than 50 GB.
+            tasks=("inference",) if "Flow" in kind else ("inference", "training"),
+            needs="transformers",
+            vocabulary=sizes[kind].get("vocab_size"),
+        )
+        for kind, shape in shapes.items()
     ]
 
 
@@ -141,11 +171,14 @@ def state(entry: Entry, device: str) -> State:
     """The models that an entry names, and what they are given."""
     torch.manual_seed(0)
     models = entry.models()
-    given = torch.randn(entry.shape)
+    given = torch.randn(entry.shape) if entry.vocabulary is None else torch.randint(entry.vocabulary, entry.shape)
     for name in entry.candidates:
         if name.endswith(" bfloat16"):
             models[name] = copy.deepcopy(models[name.removesuffix(" bfloat16")]).bfloat16()
-    return {name: (model.to(device), given.to(device, peers.latents(model).dtype)) for name, model in models.items()}
+    dtypes = {
+        name: peers.latents(model).dtype if given.is_floating_point() else given.dtype for name, model in models.items()
+    }
+    return {name: (model.to(device), given.to(device, dtypes[name])) for name, model in models.items()}
 
 
 @torch.no_grad()
@@ -170,9 +203,13 @@ def training(name: str, models: State, *, autocast: bool = False) -> Tensors:
 
 
 def _work(passes: int, models: State) -> Work:
-    """Of the encoder; adapters and heads do little."""
+    """Of encoder and decoder; adapters and heads do little."""
     model: Any
     model, given = models["ours"]
     with torch.no_grad():
-        tokens = model.adapter(given[:1]).n
-    return Work(flops=passes * len(given) * flops.encoder(model.encoder, tokens=tokens))
+        tokens = model.adapter(given[:1])
+        total = flops.encoder(model.encoder, tokens=tokens.n)
+        if isinstance(model, pc.PerceiverIO):
+            latents, queries = model.encoder.latents.shape[0], model.queries(tokens).shape[1]
+            total += flops.decoder(model.decoder, queries=queries, latents=latents)
+    return Work(flops=passes * len(given) * total)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import perceiver_core as pc
+from perceiver_core.checkpoints import of_transformers
+from perceiver_core.checkpoints.published import TRANSFORMERS
 
 Weights = dict[str, Tensor]
 
@@ -49,7 +50,7 @@ def transformers(sizes: dict[str, Any]) -> dict[str, nn.Module]:
     theirs = modeling.PerceiverModel(config, input_preprocessor=pixels)
     with torch.device("meta"):
         ours = like_transformers(sizes)
-    ours.load_state_dict(_of_transformers(theirs, sizes["depth"] * sizes["blocks"]), assign=True)
+    ours.load_state_dict(_of_trunk(theirs, sizes["depth"]), assign=True)
     return {"transformers": theirs, "ours": ours}
 
 
@@ -65,44 +66,77 @@ def like_transformers(sizes: dict[str, Any]) -> pc.Perceiver:
         depth=sizes["depth"],
         heads=sizes["heads"],
         read=partial(pc.CrossAttend, mlp=mlp),
-        process=partial(_again, sizes["blocks"], block=partial(pc.SelfAttend, mlp=mlp)),
+        process=partial(pc.LatentTransformer, repeats=sizes["blocks"], block=partial(pc.SelfAttend, mlp=mlp)),
     )
     return pc.Perceiver(adapter, encoder, pc.heads.Latents())
 
 
-def _again(times: int, dim: int, *, depth: int, heads: int, block: Callable[..., nn.Module]) -> nn.Module:
-    """A latent transformer whose blocks are run several times over."""
-    transformer = pc.LatentTransformer(dim, depth=depth, heads=heads, block=block)
-    transformer.blocks = nn.ModuleList([*transformer.blocks] * times)
-    return transformer
+def _of_trunk(model: nn.Module, depth: int) -> Weights:
+    """Their weights under our names, up to the latents."""
+    told = {"architectures": ["PerceiverForImageClassificationFourier"], "num_self_attends_per_block": depth}
+    weights, places = model.state_dict(), of_transformers.names(told)
+    trunk = ("perceiver.embeddings.", "perceiver.encoder.")
+    return {place: weights[name.removeprefix("perceiver.")] for name, place in places.items() if name.startswith(trunk)}
 
 
-def _of_transformers(model: Any, blocks: int) -> Weights:
-    """Their weights under our names."""
-    found: Weights = {"encoder.latents": model.embeddings.latents.detach()}
+IMAGE = {
+    "num_latents": 512,
+    "d_latents": 1024,
+    "num_blocks": 8,
+    "num_self_attends_per_block": 6,
+    "num_self_attention_heads": 8,
+    "num_cross_attention_heads": 1,
+    "num_labels": 1000,
+}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "PerceiverForImageClassificationFourier": IMAGE,
+    "PerceiverForMaskedLM": {"qk_channels": 256, "v_channels": 1280, "vocab_size": 262},
+    "PerceiverForOpticalFlow": {
+        "num_latents": 2048,
+        "d_latents": 512,
+        "num_self_attends_per_block": 24,
+        "num_self_attention_heads": 16,
+        "num_cross_attention_heads": 1,
+        "train_size": [368, 496],
+    },
+}
+LITTLE = {"num_latents": 5, "d_latents": 16, "num_self_attends_per_block": 2, "num_self_attention_heads": 2}
+LITTLE |= {"num_cross_attention_heads": 1}
+SMALL: dict[str, dict[str, Any]] = {
+    "PerceiverForImageClassificationFourier": LITTLE | {"num_labels": 3},
+    "PerceiverForMaskedLM": LITTLE | {"vocab_size": 11, "max_position_embeddings": 12, "d_model": 16},
+    "PerceiverForOpticalFlow": LITTLE | {"train_size": [6, 8]},
+}
 
-    def layer(name: str, module: Any, **norms: nn.Module) -> None:
-        attention = module.attention.self
-        found.update(_named(name, mlp_norm=module.layernorm, **norms))
-        found.update(_named(f"{name}.mlp", expand=module.mlp.dense1, contract=module.mlp.dense2))
-        places = {"query": attention.query, "key": attention.key, "value": attention.value}
-        found.update(_named(f"{name}.attention", output=module.attention.output.dense, **places))
 
-    read, selves = model.encoder.cross_attention, model.encoder.self_attends
-    norms = read.attention.self
-    layer("encoder.reads.0", read, query_norm=norms.layernorm1, input_norm=norms.layernorm2)
-    for index in range(blocks):
-        module = selves[index % len(selves)]
-        layer(f"encoder.transformers.0.blocks.{index}", module, norm=module.attention.self.layernorm1)
-    return found
+def published(kind: str, sizes: dict[str, Any]) -> dict[str, nn.Module]:
+    """One of transformers' Perceiver classes end to end, and ours with its weights."""
+    library = importlib.import_module("transformers")
+    modeling = importlib.import_module("transformers.models.perceiver.modeling_perceiver")
+    theirs = getattr(modeling, kind)(library.PerceiverConfig(**sizes, attention_probs_dropout_prob=0.0))
+    told = {**sizes, "attention_probs_dropout_prob": 0.0, "architectures": [kind]}
+    with torch.device("meta"):
+        ours = of_transformers.build(told)
+    of_transformers.fill(ours, theirs.state_dict(), told, TRANSFORMERS)
+    return {"transformers": Theirs(theirs, flow="Flow" in kind), "ours": ours}
 
 
-def _named(name: str, **modules: nn.Module) -> Weights:
-    return {
-        f"{name}.{place}.{kind}": parameter.detach()
-        for place, module in modules.items()
-        for kind, parameter in module.named_parameters()
-    }
+class Theirs(nn.Module):
+    """A model of transformers that takes what ours takes and gives what ours gives."""
+
+    def __init__(self, model: nn.Module, *, flow: bool) -> None:
+        super().__init__()
+        self.model, self.flow = model, flow
+
+    def forward(self, given: Tensor) -> Tensor:
+        """Its logits; of flow, of the frames' patches, and channels first."""
+        if not self.flow:
+            return self.model(inputs=given).logits  # type: ignore[no-any-return]
+        patches = _PAIR.patches(given).unflatten(-1, (2, 27)).permute(0, 3, 4, 1, 2)
+        return self.model(inputs=patches).logits.movedim(-1, 1)  # type: ignore[no-any-return]
+
+
+_PAIR = pc.adapters.FramePair(positions=None)
 
 
 def output(model: nn.Module, pictures: Tensor) -> Tensor:
