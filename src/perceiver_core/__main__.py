@@ -53,7 +53,7 @@ def _add_convert(command: argparse.ArgumentParser) -> None:
         help="what the source does not tell, as JSON or the path of a JSON file: of perceiver-pytorch's constructor, "
         "or of transformers' configuration",
     )  # fmt: skip
-    command.add_argument("--check", action="store_true", help="run the original model beside ours before writing")
+    command.add_argument("--check", action="store_true", help="run the original beside ours; write if they agree")
     command.set_defaults(run=_convert)
 
 

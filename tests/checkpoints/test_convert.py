@@ -93,6 +93,7 @@ def test_transformers_to_ours(theirs, tmp_path, monkeypatch, capsys):
     assert command(monkeypatch, theirs, tmp_path / "ours") == 0
     assert capsys.readouterr().out == f"written: {tmp_path / 'ours'}\n"
     assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert 'from_pretrained("ours")' in (tmp_path / "ours" / "README.md").read_text()
     same(pc.load(tmp_path / "ours"), hugging_face(theirs))
     assert command(monkeypatch, theirs, tmp_path / "deep", "--numerics", "deepmind") == 0
     same(pc.load(tmp_path / "deep"), hugging_face(theirs, numerics=published.DEEPMIND))
@@ -277,7 +278,7 @@ def test_a_failure_while_writing_leaves_nothing(theirs, tmp_path, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise OSError("the disk is full")
 
-    monkeypatch.setattr("perceiver_core.checkpoints.hub.card", fail)
+    monkeypatch.setattr("perceiver_core.checkpoints.convert.card", fail)
     with pytest.raises(OSError, match="full"):
         convert(Plan(str(theirs), tmp_path / "out"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from perceiver_core.checkpoints import beside, hub
-from perceiver_core.checkpoints.folder import load
+from perceiver_core.checkpoints.card import card
+from perceiver_core.checkpoints.folder import load, save
 from perceiver_core.checkpoints.lucidrains import lucidrains
 from perceiver_core.checkpoints.of_haiku import with_config
 from perceiver_core.checkpoints.of_transformers import (
@@ -96,7 +97,7 @@ def convert(plan: Plan) -> float | None:
     _check_plan(plan)
     found = _read(path, plan)
     with _all_or_nothing(plan.destination) as folder:
-        again = _written(found, plan.target, folder)
+        again = _written(found, plan, folder)
         if not plan.check:
             return None
         if plan.target == "transformers":
@@ -152,12 +153,13 @@ def _read(path: Path, plan: Plan) -> Found:
     return Found(load(path), plan.arguments, numerics)
 
 
-def _written(found: Found, target: str, folder: Path) -> nn.Module:
+def _written(found: Found, plan: Plan, folder: Path) -> nn.Module:
     """The model that a folder gives after one was written to it."""
-    if target == "transformers":
+    if plan.target == "transformers":
         to_hugging_face(found.model, folder, config=found.config, numerics=found.numerics)
         return hugging_face(folder, numerics=found.numerics)
-    again: nn.Module = load(hub.save_pretrained(found.model, folder))
+    again: nn.Module = load(save(found.model, folder))
+    (folder / hub.CARD).write_text(card(again, plan.destination.absolute().name), encoding="utf-8")
     return again
 
 
