@@ -113,12 +113,20 @@ def deepmind(path: str | PathLike[str], *, numerics: Numerics = DEEPMIND, **conf
         >>> from perceiver_core.checkpoints import deepmind
         >>> model = deepmind("imagenet_fourier_position_encoding.pystate")  # doctest: +SKIP
     """
-    theirs = translated(_arrays(Path(path)))
-    found = {**_config(theirs), **config}
+    return with_config(Path(path), numerics, config)[0]
+
+
+def with_config(path: Path, numerics: Numerics, told: Mapping[str, Any]) -> tuple[PerceiverIO, dict[str, Any]]:
+    """A model of DeepMind's code, and the configuration that transformers would have for it; see `deepmind`."""
+    theirs = translated(_arrays(path))
+    try:
+        config = {**_config(theirs), **told}
+    except KeyError as error:
+        raise ValueError(f"{path} must hold all of a published Perceiver IO; it lacks {error}") from error
     with torch.device("meta"):
-        model = of_transformers.build(found, numerics)
-    of_transformers.fill(model, theirs, found, numerics._replace(transposed=False))
-    return model.eval()
+        model = of_transformers.build(config, numerics)
+    of_transformers.fill(model, theirs, config, numerics._replace(transposed=False))
+    return model.eval(), config
 
 
 def translated(arrays: Mapping[str, Any]) -> dict[str, Tensor]:

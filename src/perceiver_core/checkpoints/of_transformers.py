@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from perceiver_core.checkpoints import hub
 from perceiver_core.checkpoints.published import DEFAULTS, MODELS, TRANSFORMERS, Numerics
 from perceiver_core.models import PerceiverIO
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, BINARY = "config.json", "model.safetensors", "pytorch_model.bin"
 STEM = "perceiver.input_preprocessor.convnet.conv.weight"
 
 
@@ -43,7 +45,7 @@ def hugging_face(name_or_folder: str | PathLike[str], *, numerics: Numerics = TR
         >>> from perceiver_core.checkpoints import hugging_face
         >>> model = hugging_face("deepmind/vision-perceiver-fourier")  # doctest: +SKIP
     """
-    folder = _folder(name_or_folder)
+    folder = hub.fetched(name_or_folder, (CONFIG, WEIGHTS, BINARY))
     config = read_config(folder)
     with torch.device("meta"):
         model = build(config, numerics)
@@ -272,28 +274,19 @@ def _tie(model: Any, config: Mapping[str, Any]) -> None:
         model.head.vectors = model.adapter.vectors
 
 
-def _folder(name_or_folder: str | PathLike[str]) -> Path:
-    folder = Path(name_or_folder)
-    if folder.is_dir():
-        return folder
-    if folder.exists() or len(folder.parts) > 2 or str(name_or_folder).startswith((".", "/", "~")):
-        raise FileNotFoundError(f"name_or_folder must be a folder, or a name on the hub; there is no folder {folder}")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise FileNotFoundError(
-            f"there is no folder {folder}; to fetch it from the hub, pip install perceiver-core[hub]"
-        ) from error
-    return Path(snapshot_download(str(name_or_folder), allow_patterns=[CONFIG, WEIGHTS, "pytorch_model.bin"]))
-
-
 def _tensors(folder: Path) -> dict[str, Tensor]:
     if (folder / WEIGHTS).is_file():
-        return load_file(folder / WEIGHTS)
-    binary = folder / "pytorch_model.bin"
+        try:
+            return load_file(folder / WEIGHTS)
+        except SafetensorError as error:
+            raise ValueError(f"{folder / WEIGHTS} is not a whole safetensors file: {error}. Copy it again") from error
+    binary = folder / BINARY
     if not binary.is_file():
         raise FileNotFoundError(f"{folder} must hold {WEIGHTS} or pytorch_model.bin; there is neither")
-    found = torch.load(binary, map_location="cpu", weights_only=True)  # tensors, and nothing that executes
+    try:
+        found = torch.load(binary, map_location="cpu", weights_only=True)  # tensors, and nothing that executes
+    except Exception as error:  # of many kinds, pickle's own among them
+        raise ValueError(f"{binary} is not a whole file of tensors alone: {error}") from error
     if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
         raise ValueError(f"{binary} must hold a dictionary of tensors")
     return found

@@ -1,0 +1,293 @@
+"""`python -m perceiver_core convert`: every source and target, what is refused, and that nothing is half written."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import perceiver_core as pc
+from perceiver_core.__main__ import main
+from perceiver_core.checkpoints import beside, hugging_face, of_transformers, published, to_hugging_face
+from perceiver_core.checkpoints.convert import Plan, convert
+from perceiver_core.checkpoints.origin import origin
+from tests.checkpoints.test_of_haiku import KINDS, SMALL, Haiku, original
+
+FOURIER = "PerceiverForImageClassificationFourier"
+CONV = "PerceiverForImageClassificationConvProcessing"
+LUCID = {
+    "num_freq_bands": 3, "depth": 2, "max_freq": 7.0, "num_latents": 5, "latent_dim": 12, "latent_heads": 2,
+    "latent_dim_head": 8, "cross_dim_head": 8, "num_classes": 3, "weight_tie_layers": False,
+}  # fmt: skip
+TOLD = {"num_blocks": 2, "num_self_attention_heads": 4}
+
+
+def configured(kind: str) -> dict[str, Any]:
+    return SMALL | KINDS[kind] | {"architectures": [kind], "model_type": "perceiver"}
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Path:
+    """A folder that transformers loads."""
+    torch.manual_seed(0)
+    return to_hugging_face(of_transformers.build(configured(FOURIER)), tmp_path / "theirs", config=configured(FOURIER))
+
+
+@pytest.fixture
+def arrays(tmp_path: Path) -> Path:
+    """A file of DeepMind's parameters."""
+    return haiku(FOURIER, tmp_path)
+
+
+def haiku(kind: str, folder: Path) -> Path:
+    found = Haiku(kind, original(kind)[1]).found
+    flat = {f"{scope}/{name}": array for scope, parameters in found.items() for name, array in parameters.items()}
+    np.savez(folder / "weights.npz", **flat)
+    return folder / "weights.npz"
+
+
+@pytest.fixture
+def lucid(tmp_path: Path) -> Path:
+    """A file of perceiver-pytorch's weights."""
+    library = pytest.importorskip("perceiver_pytorch")
+    torch.manual_seed(0)
+    save_file(library.Perceiver(**LUCID).state_dict(), tmp_path / "lucid.safetensors")
+    return tmp_path / "lucid.safetensors"
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """The exit status of the command."""
+    monkeypatch.setattr(sys, "argv", ["perceiver_core", "convert", *map(str, arguments)])
+    try:
+        main()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    return 0
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What the command says where it cannot do what is asked for, which leaves nothing behind."""
+    before = {path: path.stat().st_mtime_ns for path in Path(str(arguments[1])).parent.rglob("*")}
+    assert command(monkeypatch, *arguments) == 2
+    assert {path: path.stat().st_mtime_ns for path in Path(str(arguments[1])).parent.rglob("*")} == before
+    return capsys.readouterr().err
+
+
+def same(one: Any, other: Any) -> None:
+    torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0.0, atol=0.0)
+    assert str(one) == str(other)
+
+
+def pictures() -> Tensor:
+    return torch.randn(2, 3, 11, 13, generator=torch.Generator().manual_seed(1))
+
+
+def test_transformers_to_ours(theirs, tmp_path, monkeypatch, capsys):
+    assert command(monkeypatch, theirs, tmp_path / "ours") == 0
+    assert capsys.readouterr().out == f"written: {tmp_path / 'ours'}\n"
+    assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert 'from_pretrained("ours")' in (tmp_path / "ours" / "README.md").read_text()
+    same(pc.load(tmp_path / "ours"), hugging_face(theirs))
+    assert command(monkeypatch, theirs, tmp_path / "deep", "--numerics", "deepmind") == 0
+    same(pc.load(tmp_path / "deep"), hugging_face(theirs, numerics=published.DEEPMIND))
+
+
+def test_deepmind_to_ours(arrays, tmp_path, monkeypatch):
+    (tmp_path / "told.json").write_text(json.dumps(TOLD))
+    for given in (json.dumps(TOLD), tmp_path / "told.json"):
+        out = tmp_path / "made" / f"{len(str(given))}"
+        assert command(monkeypatch, arrays, out, "--arguments", given) == 0
+        same(pc.load(out), original(FOURIER)[0])
+
+
+def test_deepmind_to_transformers_and_back(tmp_path, monkeypatch):
+    path = haiku(CONV, tmp_path)
+    told = ["--to", "transformers", "--arguments", json.dumps(TOLD)]
+    assert command(monkeypatch, path, tmp_path / "theirs", *told) == 0
+    same(hugging_face(tmp_path / "theirs", numerics=published.DEEPMIND), original(CONV)[0])
+    assert json.loads((tmp_path / "theirs" / "config.json").read_text())["model_type"] == "perceiver"
+
+
+def test_perceiver_pytorch_to_ours(lucid, tmp_path, monkeypatch):
+    assert command(monkeypatch, lucid, tmp_path / "ours", "--arguments", json.dumps(LUCID)) == 0
+    same(pc.load(tmp_path / "ours"), pc.checkpoints.lucidrains(lucid, **LUCID))
+
+
+def test_ours_to_transformers(theirs, tmp_path, monkeypatch):
+    pc.save(hugging_face(theirs), tmp_path / "ours")
+    (tmp_path / "again").mkdir()  # an empty folder may be there
+    told = ["--to", "transformers", "--arguments", theirs / "config.json"]
+    assert command(monkeypatch, tmp_path / "ours", tmp_path / "again", *told) == 0
+    wanted, found = (load_file(folder / "model.safetensors") for folder in (theirs, tmp_path / "again"))
+    torch.testing.assert_close(found, wanted, rtol=0.0, atol=0.0)
+    assert json.loads((tmp_path / "again" / "config.json").read_text()) == configured(FOURIER)
+
+
+def test_a_name_on_the_hub_is_fetched(theirs, tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    asked = []
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, **told: asked.append((name, told)) or str(theirs))
+    monkeypatch.chdir(tmp_path)
+    assert command(monkeypatch, "me/perceiver", "ours") == 0
+    assert asked == [("me/perceiver", {"allow_patterns": ["config.json", "model.safetensors", "pytorch_model.bin"]})]
+    same(pc.load(tmp_path / "ours"), hugging_face(theirs))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_original_is_run_beside_ours(kind, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    theirs = to_hugging_face(of_transformers.build(configured(kind)), tmp_path / "theirs", config=configured(kind))
+    assert command(monkeypatch, theirs, tmp_path / "ours", "--check") == 0
+    said = capsys.readouterr().out
+    assert float(said.split("original: ")[1].split("\n")[0]) < 1e-4 and "written" in said
+    told = ["--check", "--to", "transformers", "--arguments", theirs / "config.json"]
+    assert command(monkeypatch, tmp_path / "ours", tmp_path / "again", *told) == 0
+
+
+def test_what_deepmind_wrote_is_checked_as_transformers_reads_it(arrays, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    told = ["--to", "transformers", "--numerics", "transformers", "--arguments", json.dumps(TOLD), "--check"]
+    assert command(monkeypatch, arrays, tmp_path / "theirs", *told) == 0
+
+
+def test_perceiver_pytorch_is_run_beside_ours(lucid, tmp_path, monkeypatch, capsys):
+    told = ["--arguments", json.dumps(LUCID), "--check"]
+    assert command(monkeypatch, lucid, tmp_path / "ours", *told) == 0
+    assert "largest difference" in capsys.readouterr().out
+    less = json.dumps({name: value for name, value in LUCID.items() if name != "depth"})
+    said = refused(monkeypatch, capsys, lucid, tmp_path / "more", "--check", "--arguments", less)
+    assert "arguments must be all that made their model" in said
+
+
+def test_perceiver_io_of_perceiver_pytorch_is_run_beside_ours(tmp_path, monkeypatch):
+    library = pytest.importorskip("perceiver_pytorch")
+    told = {"depth": 1, "dim": 7, "queries_dim": 11, "logits_dim": 3, "num_latents": 5, "latent_dim": 12}
+    save_file(library.PerceiverIO(**told).state_dict(), tmp_path / "io.safetensors")
+    arguments = ["--check", "--arguments", json.dumps(told)]
+    assert command(monkeypatch, tmp_path / "io.safetensors", tmp_path / "ours", *arguments) == 0
+
+
+@pytest.mark.parametrize("difference", [2e-4, float("nan")])
+def test_too_large_a_difference_writes_nothing(difference, theirs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(beside, "transformers", lambda folder, ours: difference)
+    assert command(monkeypatch, theirs, tmp_path / "ours", "--check") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
+    assert convert(Plan(str(theirs), tmp_path / "ours", check=True, tolerance=1.0)) is not None
+
+
+def test_a_difference_is_found(theirs, tmp_path):
+    pytest.importorskip("transformers")
+    ours = hugging_face(theirs)
+    with torch.no_grad():
+        ours.decoder.output.bias[1] += 0.25
+    assert beside.transformers(theirs, ours) == pytest.approx(0.25, abs=1e-4)
+
+
+@pytest.mark.parametrize("library", ["transformers", "perceiver_pytorch"])
+def test_errors_where_the_original_is_not_installed(library, theirs, lucid, tmp_path, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.split(".")[0] == library]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, library, None)
+    source = [theirs] if library == "transformers" else [lucid]
+    told = ["--arguments", json.dumps(LUCID)] * (library == "perceiver_pytorch")
+    said = refused(monkeypatch, capsys, *source, tmp_path / "out", "--check", *told)
+    assert f"--check runs the original model; pip install {library.replace('_', '-')}" in said
+
+
+REFUSED = {
+    "nowhere": (["nowhere.npz", "out"], "must be a folder, or owner/name on the hub"),
+    "a destination that is there": (["theirs", "full"], "destination must be a folder that is not there yet, or empty"),
+    "a destination that is a file": (["theirs", "junk.bin"], "destination must be a folder"),
+    "junk": (["junk.bin", "out"], "no safetensors file, no .npz and no pickle"),
+    "a zip file": (["file.pt", "out"], "read it by torch.load with weights_only=True"),
+    "other weights": (["other.safetensors", "out"], "holds weights of no known model"),
+    "weights without a configuration": (["theirs/model.safetensors", "out"], "give their folder"),
+    "a pickle of something else": (["bad.pystate", "out"], "is not a pickle of dictionaries and arrays"),
+    "another folder": (["other", "out"], "written neither by perceiver-core nor by transformers"),
+    "a folder without a configuration": (["full", "out"], "must hold config.json"),
+    "another kind than told": (["theirs", "out", "--from", "perceiver-pytorch"], "give the path of a safetensors file"),
+    "truncated weights": (["cut", "out"], "is not a whole safetensors file"),
+    "truncated weights of old": (["old", "out"], "is not a whole file of tensors alone"),
+    "half of the parameters": (["half.npz", "out"], "must hold all of a published Perceiver IO; it lacks"),
+    "arguments that are none": (["theirs", "out", "--arguments", "[3]"], "must be a JSON object"),
+    "arguments of another type": (["theirs", "out", "--arguments", "list.json"], "must be a JSON object; got a list"),
+    "arguments for transformers": (["theirs", "out", "--arguments", '{"a": 1}'], "config.json tells all"),
+    "ours to ours": (["ours", "out"], "is perceiver-core's already"),
+    "ours without a configuration": (["ours", "out", "--to", "transformers"], "arguments must be given"),
+    "ours of another kind": (
+        ["ours", "out", "--to", "transformers", "--arguments", json.dumps(configured("PerceiverForOpticalFlow"))],
+        "model must be of the configuration's kind",
+    ),
+    "ours of another size": (
+        ["ours", "out", "--to", "transformers", "--arguments", json.dumps(configured(FOURIER) | {"num_labels": 7})],
+        "must have shape",
+    ),
+    "a check of DeepMind's code": (["arrays.npz", "out", "--check"], "cannot run DeepMind's code"),
+    "a check with other numerics": (
+        ["theirs", "out", "--check", "--numerics", "deepmind"],
+        "give --numerics transformers",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused_leaves_nothing_behind(case, theirs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pc.save(hugging_face(theirs), tmp_path / "ours")
+    haiku(FOURIER, tmp_path).rename("arrays.npz")
+    with np.load("arrays.npz") as file:
+        np.savez("half.npz", **{name: file[name] for name in file.files if "pos_embs" not in name})
+    for name in ("full", "other", "cut", "old"):
+        Path(name).mkdir()
+    for name, text in (("full/x", "x"), ("other/config.json", "{}"), ("junk.bin", "junk"), ("list.json", "[3]")):
+        Path(name).write_text(text)
+    for name in ("cut", "old"):
+        Path(name, "config.json").write_bytes((theirs / "config.json").read_bytes())
+    Path("cut/model.safetensors").write_bytes((theirs / "model.safetensors").read_bytes()[:-100])
+    Path("old/pytorch_model.bin").write_bytes(b"\x80\x02}q")
+    Path("bad.pystate").write_bytes(b"\x80\x04junk")
+    torch.save({"x": torch.zeros(3)}, "file.pt")
+    save_file({"x": torch.zeros(3)}, "other.safetensors")
+    arguments, message = REFUSED[case]
+    assert message in " ".join(refused(monkeypatch, capsys, *arguments).split())
+
+
+def test_perceiver_pytorch_has_no_counterpart_in_transformers(lucid, tmp_path, monkeypatch, capsys):
+    for told in (["--to", "transformers"], ["--numerics", "deepmind"]):
+        said = refused(monkeypatch, capsys, lucid, tmp_path / "out", *told)
+        assert "no counterpart in transformers, and no choice of numerics" in said
+    said = refused(monkeypatch, capsys, lucid, tmp_path / "out", "--arguments", '{"max_freq": 7.0, "color": 3}')
+    assert "takes no ['color']" in said
+
+
+def test_errors_of_a_plan_name_what_is_known(theirs, tmp_path):
+    for name in ("kind", "target", "numerics"):
+        with pytest.raises(ValueError, match=rf"{name} must be one of \(.*\); got 'jax'"):
+            convert(Plan(str(theirs), tmp_path / "out", **{name: "jax"}))
+
+
+def test_a_failure_while_writing_leaves_nothing(theirs, tmp_path, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("perceiver_core.checkpoints.convert.card", fail)
+    with pytest.raises(OSError, match="full"):
+        convert(Plan(str(theirs), tmp_path / "out"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
+
+
+def test_what_is_there_says_whose_it_is(theirs, arrays, lucid, tmp_path):
+    ours = pc.save(hugging_face(theirs), tmp_path / "ours")
+    assert [origin(path) for path in (ours, theirs, arrays, lucid)] == [
+        "perceiver-core", "transformers", "deepmind", "perceiver-pytorch",
+    ]  # fmt: skip
+    with pytest.raises(FileNotFoundError, match="there is no file or folder"):
+        origin(tmp_path / "nowhere")
