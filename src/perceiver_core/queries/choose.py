@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from perceiver_core import checks
+
 
 def check_indices(at: Tensor, count: int) -> None:
     """Raises unless `at` are indices `q` or `b q`, on the CPU also unless they lie below `count`.
@@ -18,11 +20,7 @@ def check_indices(at: Tensor, count: int) -> None:
         raise TypeError(f"at must be indices, a tensor of whole numbers; got {getattr(at, 'dtype', type(at).__name__)}")
     if at.ndim not in (1, 2) or at.numel() == 0:
         raise ValueError(f"at must be q or b q indices, one at least; got shape {tuple(at.shape)}")
-    if at.device.type != "cpu" or torch.compiler.is_compiling():  # nothing waits for a GPU
-        return
-    least, most = int(at.min()), int(at.max())
-    if not 0 <= least <= most < count:
-        raise ValueError(f"at must lie in 0 ... {count - 1}; got {least} ... {most}")
+    checks.below("at", at, count)
 
 
 def chosen(queries: Float[Tensor, "#b n e"], at: Int[Tensor, "*b q"]) -> Float[Tensor, "#b q e"]:
