@@ -140,7 +140,7 @@ def test_maps_and_values_make_the_answer():
 
 
 def test_refused_maps():
-    with pytest.raises(TypeError, match="queries must be a torch.Tensor; got dict"):
+    with pytest.raises(TypeError, match=r"queries must be a torch\.Tensor; got dict"):
         decoder().attention_map(drawn(2, 7, 13), {"a": drawn(5, 11)})
     with pytest.raises(ValueError, match="11 features"):
         decoder().attention_map(drawn(2, 7, 13), drawn(5, 12))

@@ -162,8 +162,6 @@ class LatentTransformer(nn.Module):
         """
         known = []
         for number, block in enumerate([*self.blocks] * self.repeats):
-            x, read = block.extend(  # type: ignore[operator]
-                x, None if before is None else before[number], mask=mask, positions=positions
-            )
+            x, read = block.extend(x, None if before is None else before[number], mask=mask, positions=positions)
             known.append(read)
         return x, known
