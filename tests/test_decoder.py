@@ -115,6 +115,37 @@ def test_a_dictionary_of_queries_gives_one_of_answers():
         torch.testing.assert_close(answers[name], made(latents, queries), **EXACT)
 
 
+@pytest.mark.parametrize("heads", [1, 13])
+def test_attention_maps_are_those_of_the_read(heads):
+    made, latents, queries = decoder(heads=heads), drawn(2, 7, 13), drawn(5, 11, seed=1)
+    read = made.read
+    keys = read.attention.key(read.input_norm(latents)).unflatten(-1, (heads, -1)).transpose(1, 2)
+    asked = read.attention.query(read.query_norm(queries)).unflatten(-1, (heads, -1)).transpose(0, 1)
+    wanted = (asked @ keys.mT / (13 // heads) ** 0.5).softmax(-1)
+    found = made.attention_map(latents, queries)
+    assert found.shape == (2, heads, 5, 7)
+    torch.testing.assert_close(found, wanted, **EXACT)
+    torch.testing.assert_close(made.attention_map(latents, queries[3:4]), wanted[:, :, 3:4], **EXACT)
+    mask = torch.tensor([[True, False, True, True, False]] * 2)
+    found = made.attention_map(latents, queries, mask=mask)
+    torch.testing.assert_close(found, wanted * mask[:, None, :, None], **EXACT)
+
+
+def test_maps_and_values_make_the_answer():
+    made = decoder(read=partial(CrossAttend, residual=False, mlp=None), out=None)
+    latents, queries = drawn(2, 7, 13), drawn(2, 5, 11, seed=1)
+    values = made.read.attention.value(made.read.input_norm(latents))
+    wanted = made.read.attention.output(made.attention_map(latents, queries)[:, 0] @ values)
+    torch.testing.assert_close(made(latents, queries), wanted, **EXACT)
+
+
+def test_refused_maps():
+    with pytest.raises(TypeError, match=r"queries must be a torch\.Tensor; got dict"):
+        decoder().attention_map(drawn(2, 7, 13), {"a": drawn(5, 11)})
+    with pytest.raises(ValueError, match="11 features"):
+        decoder().attention_map(drawn(2, 7, 13), drawn(5, 12))
+
+
 def test_it_is_saved_and_loaded(tmp_path):
     made = Decoder(13, query_dim=11, out=3, heads=1, read=partial(CrossAttend, mlp=None), chunk=7)
     again = pc.load(pc.save(made, tmp_path))

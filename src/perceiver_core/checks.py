@@ -35,11 +35,21 @@ def ids(name: str, x: Tensor, vocabulary: int) -> None:
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise TypeError(f"{name} must be whole numbers; got {x.dtype}. Convert it: {name}.long()")
     has_shape(name, x, "b n")
+    below(name, x, vocabulary)
+
+
+def below(name: str, x: Tensor, count: int) -> None:
+    """Raises ValueError unless whole numbers lie in 0 ... count - 1; looked at as in `values`."""
     if (least_most := _seen(lambda: torch.stack(x.aminmax()).tolist(), x)) is None:
         return
     least, most = least_most
-    if least < 0 or most >= vocabulary:
-        raise ValueError(f"{name} must lie in 0 ... {vocabulary - 1}; got {least if least < 0 else most}")
+    if least < 0 or most >= count:
+        raise ValueError(f"{name} must lie in 0 ... {count - 1}; got {least if least < 0 else most}")
+
+
+def is_true(holds: Callable[[], Tensor], x: Tensor) -> bool:
+    """Whether something holds of the values of `x`; yes where they are not looked at, see `values`."""
+    return _seen(lambda: bool(holds()), x) is not False
 
 
 def padded_on_the_left(name: str, mask: Tensor) -> None:

@@ -85,6 +85,10 @@ class Decoder(nn.Module):
         """
         if isinstance(queries, dict):
             return self._of_each(latents, queries)
+        return self._answers(latents, self._checked(latents, queries, mask), mask)
+
+    def _checked(self, latents: Tensor, queries: Tensor, mask: Tensor | None) -> Tensor:
+        """Queries with a batch axis, that can be asked."""
         checks.is_floating("queries", queries)
         queries = _batched(queries)
         checks.has_shape("queries", queries, "b q e", last=self.query_dim)
@@ -95,7 +99,36 @@ class Decoder(nn.Module):
             )
         if mask is not None:
             checks.is_mask("mask", mask, (len(latents), queries.shape[1]))
-        return self._answers(latents, queries, mask)
+        return queries
+
+    def attention_map(
+        self,
+        latents: Float[Tensor, "b m d"],
+        queries: Float[Tensor, "#b q e"] | Float[Tensor, "q e"],
+        *,
+        mask: Bool[Tensor, "b q"] | None = None,
+    ) -> Float[Tensor, "b h q m"]:
+        """How much each query attends to each latent. For the weights of some queries, give these.
+
+        Args:
+            latents: as in `forward`.
+            queries: as in `forward`, a tensor.
+            mask: as in `forward`; the others attend to nothing.
+
+        Raises:
+            TypeError, ValueError: as in `forward`.
+
+        Example:
+            >>> import torch
+            >>> from perceiver_core import Decoder
+            >>> decoder = Decoder(32, query_dim=20, heads=4)
+            >>> decoder.attention_map(torch.randn(3, 7, 32), torch.randn(5, 20)).shape
+            torch.Size([3, 4, 5, 7])
+        """
+        queries = self._checked(latents, queries, mask)
+        allowed = None if mask is None else masks.Queries(mask)
+        weights: Tensor = self.read.attention_map(queries, latents, mask=allowed)
+        return weights
 
     def _of_each(self, latents: Tensor, queries: dict[str, Tensor]) -> dict[str, Tensor]:
         """All are asked at once and told apart afterwards."""

@@ -38,6 +38,7 @@ class Encoder(nn.Module):
             any scheme of `sharing`, or your own.
         read: makes a cross-attend from (dim, input_dim); `functools.partial` of `CrossAttend` sets the rest.
         process: makes a latent transformer from (dim, depth=depth, heads=heads).
+        drop: what becomes of the latents before they read, `DropLatents` for example; nothing unless given.
 
     Raises:
         ValueError: sizes below 1, or reads that share weights but not their input's width.
@@ -65,6 +66,7 @@ class Encoder(nn.Module):
         share: bool | sharing.Scheme = True,
         read: Callable[..., nn.Module] = CrossAttend,
         process: Callable[..., nn.Module] = LatentTransformer,
+        drop: nn.Module | None = None,
     ) -> None:
         super().__init__()
         checks.positive(latents=latents, dim=dim, heads=heads)
@@ -74,6 +76,7 @@ class Encoder(nn.Module):
         widths = _read_widths(input_dim, self.sharing)
         self.inputs = 1 if isinstance(input_dim, int) else len(input_dim)
         self.latents = init.embedding(latents, dim)
+        self.drop = nn.Identity() if drop is None else drop
         self.reads = nn.ModuleList(read(dim, width) for width in widths)
         self.transformers = nn.ModuleList(
             process(dim, depth=depth, heads=heads) for _ in set(self.sharing.transformers)
@@ -141,7 +144,7 @@ class Encoder(nn.Module):
 
     def _after(self, steps: int, given: list[Input], mask: Mask | None, kept: Memories) -> Tensor:
         """The latents after so many steps; `kept` holds what later ones will read again."""
-        x = self.latents.unsqueeze(0)  # the same for all samples until they have read
+        x: Tensor = self.drop(self.latents.unsqueeze(0))  # the same for all samples until they have read
         for step in range(steps):
             tokens, present = self._memory(step, given, mask, kept)
             x = self._transformer(step)(self._read(step)(x, tokens, mask=present))

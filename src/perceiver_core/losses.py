@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from perceiver_core import checks
+
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -20,9 +22,10 @@ def end_point_error(
     Args:
         flow: `b 2 h w`, or `b q 2` for some points.
         target: the true flow, of the same shape.
-        mask: where it is known; everywhere unless given.
+        mask: where it is known; everywhere unless given. What both hold elsewhere has no effect, NaN included.
 
     Raises:
+        TypeError: a mask that is not boolean.
         ValueError: tensors of different shapes, or a mask that leaves nothing.
 
     Example:
@@ -38,14 +41,16 @@ def end_point_error(
             f"flow and target must both be b 2 h w, or b q 2; got {tuple(flow.shape)} and {tuple(target.shape)}"
         )
     axis = 1 if flow.ndim == 4 else 2
+    difference = flow - target
+    if mask is not None:
+        checks.is_mask("mask", mask, difference.select(axis, 0).shape)
+        if not checks.is_true(mask.any, mask):
+            raise ValueError("mask must leave a point at least; got none")
+        difference = difference.where(mask.unsqueeze(axis), 0.0)
     # A length whose gradient at zero is zero, not NaN.
-    squares = (flow - target).square().sum(axis)
+    squares = difference.square().sum(axis)
     errors = torch.where(squares > 0, squares, 1.0).sqrt() * (squares > 0)
-    if mask is None:
-        return errors.mean()
-    if mask.shape != errors.shape:
-        raise ValueError(f"mask must have shape {tuple(errors.shape)}; got {tuple(mask.shape)}")
-    return (errors * mask).sum() / mask.sum()
+    return errors.mean() if mask is None else errors.sum() / mask.sum()
 
 
 def weighted(

@@ -8,6 +8,8 @@ Only registered names are ever called; nothing is imported, evaluated or unpickl
     {"name": name}                     the class or function itself
     {"same": path}                     the part that stands at an earlier path ("adapter.positions") once more
     {"dict": {key: ...}}               a dictionary; lists, numbers, strings, true, false and null are themselves
+
+A torch.Generator, which draws what is dropped in training, is written as null: chance is no part of a model.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
@@ -148,6 +151,7 @@ def describe(value: Any) -> Json:
 
 
 def _describe(value: Any, at: str, seen: dict[int, str]) -> Json:
+    value = None if isinstance(value, torch.Generator) else value
     if value is None or isinstance(value, (int, str)) or (isinstance(value, float) and math.isfinite(value)):
         return value
     if isinstance(value, (list, tuple)):

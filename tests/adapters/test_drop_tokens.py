@@ -56,3 +56,33 @@ def test_gradients_reach_what_is_left():
 def test_refused_rates(rate):
     with pytest.raises(ValueError, match=r"rate must lie in \[0, 1\)"):
         dropping(rate)
+
+
+def test_a_seed_says_which_stay():
+    x, where = torch.randn(2, 17, 3), pc.adapters.Grid(3, positions=None)
+    seeded = [
+        pc.adapters.DropTokens(where, rate=0.5, generator=torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)
+    ]
+    found = [adapter(x).content for adapter in seeded]
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    assert not torch.equal(seeded[0](x).content, found[0])  # drawn anew
+    state = torch.get_rng_state()
+    seeded[0](x)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_it_is_saved_without_its_generator(tmp_path):
+    grid = pc.adapters.Grid(3, positions=None)
+    adapter = pc.adapters.DropTokens(grid, rate=0.5, generator=torch.Generator().manual_seed(0))
+    again = pc.load(pc.save(adapter, tmp_path))
+    assert again.rate == 0.5 and again.generator is None
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("seeded", [False, True])
+def test_sizes_that_vary_compile(seeded):
+    generator = torch.Generator().manual_seed(0) if seeded else None
+    adapter = pc.adapters.DropTokens(pc.adapters.Grid(3, positions=None), rate=0.5, generator=generator)
+    compiled = torch.compile(adapter, dynamic=True, backend="aot_eager")
+    for n in (17, 23):
+        assert compiled(torch.randn(2, n, 3)).n == n // 2

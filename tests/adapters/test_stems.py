@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch.nn import functional as F
 
-from perceiver_core.adapters import ConvStem, Patches, Pixels, Project
+from perceiver_core.adapters import ConvStem, Patches, Pixels, Project, UnpaddedConvStem
 
 
 def test_pixels_pass():
@@ -114,3 +114,30 @@ class TestConvStem:
     def test_two_strides_round_up(self, size):
         shape = ConvStem(1, dim=2).eval()(torch.rand(1, 1, size, 2 * size + 1)).shape
         assert shape[-2:] == (math.ceil(size / 4), math.ceil((2 * size + 1) / 4))
+
+
+class TestUnpaddedConvStem:
+    @pytest.mark.parametrize(("height", "width"), [(16, 24), (17, 23), (5, 30)])
+    @pytest.mark.parametrize("training", [True, False])
+    def test_it_is_a_convolution_with_padding_of_three_and_a_pool_with_none(self, height, width, training):
+        torch.manual_seed(0)
+        stem = UnpaddedConvStem(3, dim=5).double().train(training)
+        with torch.no_grad():
+            stem.norm.weight.uniform_(0.5, 2)
+            stem.norm.running_mean.normal_()
+        statistics = stem.norm.running_mean.clone(), stem.norm.running_var.clone()
+        pictures = torch.randn(2, 3, height, width, dtype=torch.float64)
+        convolved = F.conv2d(pictures, stem.convolution.weight, stride=2, padding=3)
+        normed = F.batch_norm(convolved, *statistics, stem.norm.weight, stem.norm.bias, training)
+        wanted = F.max_pool2d(normed.relu(), 3, 2)
+        out = stem(pictures)
+        torch.testing.assert_close(out, wanted, rtol=1e-9, atol=1e-9)
+        assert out.shape[-2:] == tuple((math.ceil(size / 2) - 3) // 2 + 1 for size in (height, width))
+
+    def test_the_papers_picture(self):
+        assert UnpaddedConvStem(3)(torch.rand(1, 3, 224, 224)).shape == (1, 64, 55, 55)
+        assert UnpaddedConvStem(3).stride == (4, 4) and UnpaddedConvStem(3, dim=7).dim == 7
+
+    def test_it_has_the_weights_of_the_padded_one(self):
+        stem, padded = UnpaddedConvStem(3, dim=5), ConvStem(3, dim=5)
+        padded.load_state_dict(stem.state_dict())

@@ -89,3 +89,38 @@ def test_repeats_go_through_the_same_blocks_again():
     torch.testing.assert_close(transformer(latents()), x, **EXACT)
     with pytest.raises(ValueError, match="repeats must be a whole number of at least 1"):
         LatentTransformer(DIM, depth=2, repeats=0)
+
+
+@pytest.mark.parametrize(("depth", "repeats"), [(1, 1), (2, 3), (0, 2), (1, 5)])
+def test_repeats_equal_calls_in_a_row(depth, repeats):
+    torch.manual_seed(0)
+    once = LatentTransformer(14, depth=depth, heads=2).double()
+    torch.manual_seed(0)
+    often = LatentTransformer(14, depth=depth, heads=2, repeats=repeats).double()
+    assert once.state_dict().keys() == often.state_dict().keys()
+    x = torch.randn(2, 5, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[True] * 5, [True, True, False, False, True]])
+    wanted = x
+    for _ in range(repeats):
+        wanted = once(wanted, mask=mask)
+    torch.testing.assert_close(often(x, mask=mask), wanted)
+    if depth:
+        pairs = ((wanted, once), (often(x, mask=mask), often))
+        gradients = [torch.autograd.grad(out.square().sum(), list(made.parameters())) for out, made in pairs]
+        torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("repeats", [0, 1.5, 10_001])
+def test_refused_repeats(repeats):
+    with pytest.raises(ValueError, match="repeats must be"):
+        LatentTransformer(14, depth=1, repeats=repeats)
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_an_array_in_parts_goes_through_the_repeats_too(repeats):
+    transformer = LatentTransformer(DIM, depth=2, heads=2, repeats=repeats).double()
+    x, whole = latents(), transformer(latents(), mask=masks.Causal())
+    first, known = transformer.extend(x[:, :3], None, mask=masks.Causal())
+    last, known = transformer.extend(x[:, 3:], known, mask=masks.Causal())
+    torch.testing.assert_close(torch.cat([first, last], 1), whole, **EXACT)
+    assert len(known) == 2 * repeats

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import islice
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 import perceiver_core as pc
 from perceiver_core.models import sampling
 from perceiver_core.models.generate import _cached, _recomputed, _Stream, plan
+from perceiver_core.models.perceiver_ar import PROCESS
 from tests.models.test_perceiver_ar import (
     EXACT,
     LATENTS,
@@ -59,6 +61,11 @@ class TestCache:
     def test_it_changes_nothing(self, options, n, start, seed):
         model, prompt = model_of(**options), ids_of(n=n, seed=seed)
         cached, wanted = (logits_of(kind, model, prompt, 11, start=start, seed=seed) for kind in (_cached, _recomputed))
+        torch.testing.assert_close(cached, wanted, **EXACT)
+
+    def test_it_changes_nothing_where_blocks_are_gone_through_again(self):
+        model, prompt = model_of(process=partial(PROCESS, repeats=3)), ids_of()
+        cached, wanted = (logits_of(kind, model, prompt, 11) for kind in (_cached, _recomputed))
         torch.testing.assert_close(cached, wanted, **EXACT)
 
     @each_kind

@@ -22,6 +22,7 @@ class DropTokens(nn.Module):
     Args:
         adapter: makes the tokens.
         rate: the share of tokens that is dropped.
+        generator: draws which; PyTorch's own unless given. It is not saved.
 
     Example:
         >>> import torch
@@ -35,10 +36,10 @@ class DropTokens(nn.Module):
     `dropout_seq`.
     """
 
-    def __init__(self, adapter: nn.Module, *, rate: float) -> None:
+    def __init__(self, adapter: nn.Module, *, rate: float, generator: torch.Generator | None = None) -> None:
         super().__init__()
         checks.probability(rate=rate)
-        self.adapter, self.rate = adapter, rate
+        self.adapter, self.rate, self.generator = adapter, rate, generator
 
     @property
     def dim(self) -> int:
@@ -51,7 +52,8 @@ class DropTokens(nn.Module):
         if not self.training or not self.rate:
             return tokens
         content = tokens.dense()
-        order = torch.randn(content.shape[:2], device=content.device)
+        # Not torch.randn: with a generator it takes no sizes that torch.compile leaves open.
+        order = torch.empty(content.shape[:2], device=content.device).normal_(generator=self.generator)
         present = None if tokens.mask is None else tokens.mask.flatten(1)
         if present is not None:
             order = order.masked_fill(~present, -torch.inf)

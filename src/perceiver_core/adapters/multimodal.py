@@ -67,7 +67,8 @@ class Multimodal(nn.Module):
 
         Args:
             inputs: by name what each adapter takes; a kind that is not named is not there.
-            mask: by name what each adapter takes as its mask, or `b`, for which samples a kind is there.
+            mask: by name what each adapter takes as its mask, or `b`, for which samples a kind is there. What a tensor
+                of a kind holds for the others has no effect, NaN included.
 
         Raises:
             TypeError: inputs that are not a dictionary.
@@ -100,15 +101,20 @@ class Multimodal(nn.Module):
 
     def _of(self, name: str, given: Any, mask: Tensor | None) -> Tokens:
         """The tokens of one kind, flat and padded."""
-        adapter, samples = self.adapters[name], mask is not None and mask.ndim == 1
-        tokens: Tokens = adapter(given) if mask is None or samples else adapter(given, mask=mask)
+        adapter, samples = self.adapters[name], mask if isinstance(mask, Tensor) and mask.ndim == 1 else None
+        if samples is not None and isinstance(given, Tensor) and given.ndim:
+            checks.is_mask(f"mask[{name!r}]", samples, (len(given),))
+            given = given.masked_fill(~samples.reshape(-1, *[1] * (given.ndim - 1)), 0)
+        tokens: Tokens = adapter(given) if mask is None or samples is not None else adapter(given, mask=mask)
         x, there = tokens.dense(), tokens.flat_mask()
+        if isinstance(given, Tensor) and not given.is_floating_point():  # class numbers have no dtype to go by
+            x = x.to(self.padding[name].dtype)
         x = torch.cat([x, self.padding[name].to(x.dtype).expand(*x.shape[:-1], -1)], dim=-1)
         if name in self.hide and (self.training or self.hide[name] == 1):
             x = torch.where(self._drawn(self.hide[name], x.shape[:2], x)[..., None], self.hidden[name].to(x.dtype), x)
-        if samples and mask is not None:
-            checks.is_mask(f"mask[{name!r}]", mask, (len(x),))
-            there = _both(there, mask[:, None].expand(x.shape[:2]))
+        if samples is not None:
+            checks.is_mask(f"mask[{name!r}]", samples, (len(x),))
+            there = _both(there, samples[:, None].expand(x.shape[:2]))
         if self.training and self.drop.get(name, 0.0):
             kept = ~self._drawn(self.drop[name], (len(x), 1), x)
             there = _both(there, kept.expand(x.shape[:2]))

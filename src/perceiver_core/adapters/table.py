@@ -51,7 +51,8 @@ class Table(nn.Module):
             rows: `numbers`, `b n` floating point, and `categories`, `b k` whole numbers; the former alone as a tensor.
 
         Raises:
-            TypeError, ValueError: columns that are not there, of another number or kind, or beyond their categories.
+            TypeError, ValueError: columns that are not there, of another number or kind, infinite, or beyond their
+                categories; different numbers of rows.
         """
         given = {"numbers": rows} if isinstance(rows, Tensor) else dict(rows)
         wanted = {name for name, count in (("numbers", self.numbers), ("categories", len(self.categories))) if count}
@@ -62,6 +63,8 @@ class Table(nn.Module):
             parts.append(self._of_numbers(given["numbers"]))
         if self.categories:
             parts.append(self._of_categories(given["categories"]))
+        if len({len(content) for content, _ in parts}) > 1:
+            raise ValueError(f"rows must be as many of each kind; got {[len(content) for content, _ in parts]}")
         content, there = (torch.cat(x, dim=1) for x in zip(*parts, strict=True))
         return Tokens(content, mask=there)
 
@@ -69,7 +72,9 @@ class Table(nn.Module):
         checks.is_floating("numbers", numbers)
         checks.has_shape("numbers", numbers, "b n", last=self.numbers)
         there = ~numbers.isnan()
-        return numbers.nan_to_num(0.0)[..., None] * self.scales + self.offsets, there
+        numbers = numbers.where(there, 0.0)
+        checks.values("numbers", numbers)
+        return numbers[..., None] * self.scales + self.offsets, there
 
     def _of_categories(self, categories: Tensor) -> tuple[Tensor, Tensor]:
         checks.has_shape("categories", categories, "b k", last=len(self.categories))
@@ -78,7 +83,7 @@ class Table(nn.Module):
                 f"categories must be whole numbers; got {categories.dtype}. Convert them: categories.long()"
             )
         counts = torch.tensor(self.categories, device=categories.device)
-        if categories.device.type == "cpu" and bool(((categories >= counts) | (categories < -1)).any()):
+        if not checks.is_true(lambda: ((categories < counts) & (categories >= -1)).all(), categories):
             raise ValueError(
                 f"categories must lie in -1 ... {[count - 1 for count in self.categories]}, column by column"
             )

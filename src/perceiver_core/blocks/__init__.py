@@ -2,6 +2,8 @@
 
 from perceiver_core.blocks.attention import KeysValues, MultiHeadAttention
 from perceiver_core.blocks.cross_attend import CrossAttend
+from perceiver_core.blocks.drop_latents import DropLatents
+from perceiver_core.blocks.gates import GRUGate, TanhGate
 from perceiver_core.blocks.grouped_read import GroupedRead, Level
 from perceiver_core.blocks.joint_attend import JointAttend
 from perceiver_core.blocks.latent_transformer import LatentTransformer, SelfAttend
@@ -11,6 +13,8 @@ __all__ = [
     "GEGLU",
     "MLP",
     "CrossAttend",
+    "DropLatents",
+    "GRUGate",
     "GroupedRead",
     "JointAttend",
     "KeysValues",
@@ -20,4 +24,5 @@ __all__ = [
     "SelfAttend",
     "SquaredReLU",
     "SwiGLU",
+    "TanhGate",
 ]

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from perceiver_core import checks
 from perceiver_core.attention.factored import FactoredKeysValues
 from perceiver_core.attention.masks import Mask
+from perceiver_core.blocks import gates
 from perceiver_core.blocks.attention import KeysValues, MultiHeadAttention
 from perceiver_core.blocks.costs import Request
+from perceiver_core.blocks.gates import Residual
 from perceiver_core.blocks.mlp import MLP
 from perceiver_core.blocks.paths import Cheapest, Path, check_path
 from perceiver_core.registry import register
@@ -31,7 +33,8 @@ class CrossAttend(nn.Module):
             `MultiHeadAttention` sets the rest.
         mlp: makes the MLP from (dim); None for none.
         norm: makes a norm from a width.
-        residual: whether the queries are added to what they read. Perceiver IO's decoders mostly do not.
+        residual: whether the queries are added to what they read, which Perceiver IO's decoders mostly do not; or what
+            makes a gate in place of the sum from (dim), such as `GRUGate`.
         dropout: the rate at which what is added to the residual is dropped in training.
         path: how tokens are read; see `paths`. All paths give the same answer.
 
@@ -57,7 +60,7 @@ class CrossAttend(nn.Module):
         attention: Callable[..., nn.Module] = MultiHeadAttention,
         mlp: Callable[[int], nn.Module] | None = MLP,
         norm: Callable[[int], nn.Module] = nn.LayerNorm,
-        residual: bool = True,
+        residual: Residual = True,
         dropout: float = 0.0,
         path: Path = Cheapest(),  # noqa: B008 (it is a constant)
     ) -> None:
@@ -65,7 +68,8 @@ class CrossAttend(nn.Module):
         checks.positive(dim=dim, input_dim=input_dim)
         check_path(path)
         checks.probability(dropout=dropout)
-        self.dim, self.input_dim, self.residual, self.path = dim, input_dim, residual, path
+        self.dim, self.input_dim, self.path = dim, input_dim, path
+        self.residual = gates.made(residual, dim)
         self.query_norm, self.input_norm = norm(dim), norm(input_dim)
         self.attention = attention(dim, input_dim, heads=heads)
         self.mlp_norm = None if mlp is None else norm(dim)
@@ -141,7 +145,7 @@ class CrossAttend(nn.Module):
         read, mask = self._read(x, tokens, mask)
         where = {} if positions is None else {"positions": positions}  # a user's own attention need not know of them
         attended = self.dropout(self.attention(self.query_norm(x), read, mask=mask, **where))
-        x = x + attended if self.residual else attended
+        x = gates.joined(self.residual, x, attended)
         if self.mlp is None or self.mlp_norm is None:
             return x
         out: Tensor = x + self.dropout(self.mlp(self.mlp_norm(x)))

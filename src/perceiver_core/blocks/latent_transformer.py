@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from perceiver_core import checks
 from perceiver_core.attention.masks import Mask
+from perceiver_core.blocks import gates
 from perceiver_core.blocks.attention import KeysValues, MultiHeadAttention
+from perceiver_core.blocks.gates import Residual
 from perceiver_core.blocks.mlp import MLP
 from perceiver_core.registry import register
 
@@ -24,7 +26,8 @@ class SelfAttend(nn.Module):
         attention: makes the attention from (dim, heads=heads).
         mlp: makes the MLP from (dim).
         norm: makes a norm from a width.
-        residual: whether the array is added to what it read of itself.
+        residual: whether the array is added to what it read of itself; or what makes a gate in place of the sum from
+            (dim), such as `GRUGate`.
         dropout: the rate at which what is added to the residual is dropped in training.
 
     Example:
@@ -44,13 +47,13 @@ class SelfAttend(nn.Module):
         attention: Callable[..., nn.Module] = MultiHeadAttention,
         mlp: Callable[[int], nn.Module] = MLP,
         norm: Callable[[int], nn.Module] = nn.LayerNorm,
-        residual: bool = True,
+        residual: Residual = True,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
         checks.positive(dim=dim)
         checks.probability(dropout=dropout)
-        self.residual = residual
+        self.residual = gates.made(residual, dim)
         self.norm, self.attention = norm(dim), attention(dim, heads=heads)
         self.mlp_norm, self.mlp = norm(dim), mlp(dim)
         self.dropout = nn.Dropout(dropout)
@@ -86,7 +89,7 @@ class SelfAttend(nn.Module):
 
     def _after(self, x: Tensor, attended: Tensor) -> Tensor:
         attended = self.dropout(attended)
-        x = x + attended if self.residual else attended
+        x = gates.joined(self.residual, x, attended)
         out: Tensor = x + self.dropout(self.mlp(self.mlp_norm(x)))
         return out
 
@@ -146,7 +149,7 @@ class LatentTransformer(nn.Module):
     ) -> tuple[Float[Tensor, "b m d"], list[KeysValues]]:
         """The latents go on: what the next ones become, and for every block what later ones have to know.
 
-        Args are those of `SelfAttend.extend`, `before` being a list of one for each block.
+        Args are those of `SelfAttend.extend`, `before` being a list of one for each block, time after time.
 
         Example:
             >>> import torch
@@ -158,9 +161,7 @@ class LatentTransformer(nn.Module):
             >>> torch.testing.assert_close(torch.cat([first, last], 1), transformer(x, mask=masks.Causal()))
         """
         known = []
-        for number, block in enumerate(self.blocks):
-            x, read = block.extend(  # type: ignore[operator]
-                x, None if before is None else before[number], mask=mask, positions=positions
-            )
+        for number, block in enumerate([*self.blocks] * self.repeats):
+            x, read = block.extend(x, None if before is None else before[number], mask=mask, positions=positions)
             known.append(read)
         return x, known

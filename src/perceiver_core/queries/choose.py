@@ -1,10 +1,12 @@
-"""Some of the queries, by their indices."""
+"""Some of the queries, by their indices; and what takes points."""
 
 from __future__ import annotations
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+
+from perceiver_core import checks
 
 
 def check_indices(at: Tensor, count: int) -> None:
@@ -18,11 +20,15 @@ def check_indices(at: Tensor, count: int) -> None:
         raise TypeError(f"at must be indices, a tensor of whole numbers; got {getattr(at, 'dtype', type(at).__name__)}")
     if at.ndim not in (1, 2) or at.numel() == 0:
         raise ValueError(f"at must be q or b q indices, one at least; got shape {tuple(at.shape)}")
-    if at.device.type != "cpu" or torch.compiler.is_compiling():  # nothing waits for a GPU
-        return
-    least, most = int(at.min()), int(at.max())
-    if not 0 <= least <= most < count:
-        raise ValueError(f"at must lie in 0 ... {count - 1}; got {least} ... {most}")
+    checks.below("at", at, count)
+
+
+def check_takes_points(positions: object) -> None:
+    """Raises TypeError unless positions have dim and axes, and features of any point."""
+    forward = getattr(type(positions), "forward", None)
+    takes_them = callable(positions) and forward is not nn.Module.forward
+    if not takes_them or not hasattr(positions, "dim") or not hasattr(positions, "axes"):
+        raise TypeError(f"positions must have dim and axes and take points, as positions.Fourier; got {positions!r}")
 
 
 def chosen(queries: Float[Tensor, "#b n e"], at: Int[Tensor, "*b q"]) -> Float[Tensor, "#b q e"]:

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from perceiver_core import checks
+from perceiver_core.queries.choose import check_takes_points
 from perceiver_core.registry import register
 
 
@@ -28,10 +29,7 @@ class Coordinates(nn.Module):
 
     def __init__(self, positions: Any) -> None:
         super().__init__()
-        if not callable(positions) or not hasattr(positions, "dim") or not hasattr(positions, "axes"):
-            raise TypeError(
-                f"positions must have dim and axes and take points, as positions.Fourier; got {positions!r}"
-            )
+        check_takes_points(positions)
         self.positions = positions
 
     @property

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from perceiver_core.positions import Positions
 from perceiver_core.positions.grid import check_axes, computing_dtype
-from perceiver_core.queries.choose import check_indices
+from perceiver_core.queries.choose import check_indices, check_takes_points
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
@@ -27,6 +27,7 @@ class OnGrid(nn.Module):
             points, such as `positions.Fourier`.
 
     Raises:
+        TypeError: `at_left` of positions that take no points.
         ValueError: a grid of other axes than the positions have.
 
     Example:
@@ -41,6 +42,8 @@ class OnGrid(nn.Module):
 
     def __init__(self, grid: Sequence[int] | None, positions: Positions, *, at_left: bool = False) -> None:
         super().__init__()
+        if at_left:
+            check_takes_points(positions)
         if grid is not None:
             check_axes(grid, positions.axes)
         self.grid, self.positions, self.at_left = None if grid is None else tuple(grid), positions, at_left

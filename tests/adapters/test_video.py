@@ -1,0 +1,84 @@
+"""Films as blocks of frames and pixels: which pixel stands where, padding, positions, masks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import perceiver_core as pc
+from perceiver_core.adapters import Video
+
+
+def film(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("patch", [(1, 1, 1), (2, 3, 5), (5, 1, 2), (1, 7, 11), (6, 8, 13)], ids=str)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_token_is_its_block_padded_with_zeros(patch, channels):
+    frames, rows, columns = patch
+    films = film(2, 5, channels, 7, 11)
+    tokens = Video(channels, positions=None, patch=patch)(films)
+    grid = tuple(-(-size // step) for size, step in zip((5, 7, 11), patch, strict=True))
+    assert tokens.grid == grid and tokens.dim == channels * frames * rows * columns
+    whole = torch.zeros(2, grid[0] * frames, channels, grid[1] * rows, grid[2] * columns)
+    whole[:, :5, :, :7, :11] = films
+    for t, i, j in ((0, 0, 0), tuple(size - 1 for size in grid)):
+        block = whole[:, t * frames :, :, i * rows :, j * columns :][:, :frames, :, :rows, :columns]
+        torch.testing.assert_close(tokens.content[:, t, i, j], block.movedim(2, -1).flatten(1), rtol=0, atol=0)
+
+
+def test_of_one_frame_it_is_that_of_pictures():
+    pictures = film(2, 3, 7, 11)
+    wanted = pc.adapters.Image(3, positions=None, stem=lambda channels: pc.adapters.Patches(channels, size=(2, 4)))
+    found = Video(positions=None, patch=(1, 2, 4))(pictures[:, None])
+    torch.testing.assert_close(found.dense(), wanted(pictures).dense(), rtol=0, atol=0)
+
+
+def test_positions_are_those_of_blocks():
+    where = pc.positions.Fourier(axes=3, bands=2, max_resolution=(5, 7, 11))
+    video = Video(positions=where, patch=(2, 2, 3))
+    tokens = video(film(2, 5, 3, 7, 11))
+    assert tokens.dim == video.dim == 36 + where.dim
+    points = pc.positions.grid_points((3, 4, 4), like=tokens.content)
+    torch.testing.assert_close(tokens.positions(), where(points))
+
+
+def test_what_is_masked_has_no_effect():
+    video, films = Video(positions=None, patch=(1, 7, 11)), film(2, 5, 3, 7, 11)
+    there = torch.arange(5) < torch.tensor([[5], [2]])
+    films[1, 2:] = torch.nan
+    tokens = video(films, mask=there[:, :, None, None])
+    assert tokens.dense().isfinite().all() and torch.equal(tokens.flat_mask(), there)
+    torch.testing.assert_close(tokens.dense()[1, :2], video(films[1:, :2]).dense()[0])
+
+
+def test_gradients_reach_every_pixel():
+    films = film(1, 3, 2, 5, 7).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: Video(2, positions=None, patch=(2, 2, 2))(x).dense(), films)
+
+
+@pytest.mark.parametrize(
+    ("films", "kind", "message"),
+    [
+        (torch.zeros(2, 5, 3, 7), ValueError, r"films must have 5 axes \(b t c h w\)"),
+        (torch.zeros(2, 3, 5, 7, 11), ValueError, "films must have 3 channels in axis 2; got 5"),
+        (torch.zeros(2, 0, 3, 7, 11), ValueError, "films must not be empty"),
+        (torch.zeros(2, 5, 3, 7, 11).byte(), TypeError, "films must be floating point"),
+        (torch.full((1, 5, 3, 7, 11), torch.nan), ValueError, "films holds NaN"),
+    ],
+)
+def test_refused_films(films, kind, message):
+    with pytest.raises(kind, match=message):
+        Video(positions=None)(films)
+
+
+def test_refused_settings():
+    with pytest.raises(ValueError, match=r"patch must be \(frames, rows, columns\); got \(4, 4\)"):
+        Video(positions=None, patch=(4, 4))
+    with pytest.raises(ValueError, match="rows must be a whole number of at least 1; got 0"):
+        Video(positions=None, patch=(1, 0, 4))
+    with pytest.raises(ValueError, match="positions of Video must have 3 axes; got 2"):
+        Video(positions=pc.positions.Fourier(axes=2, bands=2, max_resolution=7))
+    with pytest.raises(ValueError, match=r"mask must have shape \(1, 5, 2, 3\)"):
+        Video(positions=None)(film(1, 5, 3, 7, 11), mask=torch.ones(1, 5, 7, 11, dtype=torch.bool))

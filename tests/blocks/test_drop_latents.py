@@ -1,0 +1,70 @@
+"""Latents are dropped in training: how many, which, and that the others do what they would do alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import perceiver_core as pc
+from perceiver_core import DropLatents, Encoder
+
+
+def encoder(drop: DropLatents | None = None, **options) -> Encoder:
+    torch.manual_seed(0)
+    return Encoder(10, latents=7, dim=14, depth=1, heads=2, drop=drop, **options).double()
+
+
+def seeded(rate: float, seed: int = 0) -> DropLatents:
+    return DropLatents(rate, generator=torch.Generator().manual_seed(seed))
+
+
+def tokens() -> torch.Tensor:
+    return torch.randn(2, 11, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("rate", "left"), [(0.0, 7), (0.1, 6), (0.5, 3), (0.99, 1)])
+def test_as_many_are_left_as_it_says_in_training(rate, left):
+    made = encoder(DropLatents(rate))
+    assert made.train()(tokens()).shape == (2, left, 14)
+    torch.testing.assert_close(made.eval()(tokens()), encoder()(tokens()))
+
+
+def test_what_is_left_is_what_fewer_latents_give():
+    made = encoder(seeded(0.5), reads=3)
+    kept = seeded(0.5)(torch.arange(7.0).view(1, 7, 1)).flatten().long()
+    assert (kept.diff() > 0).all()
+    fewer = Encoder(10, latents=3, dim=14, depth=1, heads=2, reads=3).double()
+    fewer.load_state_dict(made.state_dict() | {"latents": made.latents[kept].detach()})
+    torch.testing.assert_close(made(tokens()), fewer(tokens()))
+
+
+def test_gradients_reach_what_is_left_alone():
+    made = encoder(seeded(0.5))
+    made(tokens()).square().sum().backward()
+    assert made.latents.grad.any(1).sum() == 3
+    assert all(weight.grad is not None for weight in made.parameters())
+
+
+def test_every_latent_is_as_likely_to_stay_and_a_seed_says_which():
+    drop, latents = seeded(0.4), torch.arange(7.0).view(1, 7, 1)
+    drawn = [drop(latents).flatten().tolist() for _ in range(3000)]
+    counts = torch.tensor([kept for draw in drawn for kept in draw]).long().bincount(minlength=7)
+    torch.testing.assert_close(counts / 3000, torch.full((7,), 4 / 7), rtol=0, atol=0.04)
+    again, other = seeded(0.4), seeded(0.4, seed=1)
+    assert [again(latents).flatten().tolist() for _ in range(20)] == drawn[:20]
+    assert [other(latents).flatten().tolist() for _ in range(20)] != drawn[:20]
+
+
+def test_a_model_is_saved_with_its_rate(tmp_path):
+    again = pc.load(pc.save(encoder(seeded(0.5)).float(), tmp_path))
+    assert again.drop.rate == 0.5 and again.drop.generator is None
+
+
+def test_maps_of_a_model_in_evaluation_are_of_all_latents():
+    assert encoder(DropLatents(0.5)).eval().attention_map(tokens()).shape == (2, 1, 7, 11)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0])
+def test_refused_rates(rate):
+    with pytest.raises(ValueError, match=r"rate must lie in \[0, 1\)"):
+        DropLatents(rate)
