@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -13,7 +14,7 @@ from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
 
-@register
+@partial(register, name="adapters.Table")
 class Table(nn.Module):
     """Every column is a token: a number times a learned vector plus another, or a category's learned vector.
 
