@@ -11,11 +11,12 @@ from torch import Tensor
 
 from perceiver_core import checks
 
+Flow: TypeAlias = Float[Tensor, "b 2 h w"] | Float[Tensor, "b q 2"]
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 def end_point_error(
-    flow: Float[Tensor, "b 2 h w"], target: Float[Tensor, "b 2 h w"], mask: Bool[Tensor, "b h w"] | None = None
+    flow: Flow, target: Flow, mask: Bool[Tensor, "b h w"] | Bool[Tensor, "b q"] | None = None
 ) -> Float[Tensor, ""]:
     """The mean length of the difference between a flow and the true one, in the units of both, mostly pixels.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 class FlatMapping(dict[str, Any]):
@@ -23,12 +24,12 @@ class FlatMapping(dict[str, Any]):
         self.update(mapping)
 
 
-def _array(*_: Any) -> np.ndarray[Any, Any]:
+def _array(*_: Any) -> NDArray[Any]:
     """An empty array, which the pickle then fills."""
     return np.ndarray((0,), dtype=np.uint8)
 
 
-def _of_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray[Any, Any]:
+def _of_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> NDArray[Any]:
     return np.frombuffer(data, dtype).reshape(shape, order=order)
 
 
