@@ -28,6 +28,7 @@ from examples import _run
 FEWEST, MOST = 300, 450  # points of a cloud
 NOISE = 0.04  # of each coordinate, where the farthest point of a shape is 1 from its centroid
 STRAYS = 0.25  # up to this share of the points lie anywhere in the ball about the shape
+STEPS = 1500
 TRAIN, TEST = 0, 1  # what the seeds of a cloud begin with
 
 Draw = Callable[[np.random.Generator, int], np.ndarray]
@@ -192,7 +193,7 @@ def draw(clouds: Clouds, found: Tensor) -> Any:
     counts = torch.zeros(len(NAMES), len(NAMES), dtype=torch.int64)
     counts.index_put_((clouds.labels, found), torch.ones_like(found), accumulate=True)
     axes = right.subplots()
-    axes.imshow(counts.float().sqrt(), cmap="Blues")
+    axes.imshow(counts.float().sqrt().numpy(), cmap="Blues")
     for row, column in counts.nonzero().tolist():
         color = "white" if row == column else "black"
         axes.text(column, row, int(counts[row, column]), ha="center", va="center", fontsize=7, color=color)
@@ -206,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Trains, compares, draws, and writes the result."""
     run = _run.Run("point_clouds", __doc__, arguments)
     seen, unseen = generate(TRAIN, 200 if run.toy else 8000), generate(TEST, 100 if run.toy else 1000)
-    model = run.train("Perceiver", build(), partial(loss, clouds=seen), steps=5 if run.toy else 2500)
+    model = run.train("Perceiver", build(), partial(loss, clouds=seen), steps=3 if run.toy else STEPS)
     found = {
         "chance": unseen.labels[torch.randperm(len(unseen.labels), generator=torch.Generator().manual_seed(0))],
         "random forest, distances to the centroid": forest(from_centroid, seen, unseen),

@@ -152,15 +152,17 @@ def draw(words: Words, found: dict[str, Tensor]) -> Any:
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(2, 1.2))
     for axes, picture, word in zip(left.subplots(2, 5).flat, spectrogram(words.samples[:10]), WORDS, strict=True):
-        axes.imshow(picture, origin="lower", aspect="auto", cmap="magma", extent=(0, LENGTH / RATE, 0, RATE / 2000))
+        axes.imshow(
+            picture.numpy(), origin="lower", aspect="auto", cmap="magma", extent=(0, LENGTH / RATE, 0, RATE / 2000)
+        )
         axes.set_title(word, fontsize=10)
         axes.label_outer()
     left.supxlabel("seconds", fontsize=9)
     left.supylabel("kHz", fontsize=9)
     axes = right.subplots()
-    for i, (name, answer) in enumerate(found.items()):
-        right_share = [100 * (answer == words.labels)[words.labels == label].float().mean() for label in range(10)]
-        axes.scatter(np.arange(10) + 0.12 * (i - 1.5), right_share, s=22, label=name)
+    for row, (name, answer) in enumerate(found.items()):
+        right_share = [100 * (answer == words.labels)[words.labels == i].float().mean().item() for i in range(10)]
+        axes.scatter(np.arange(10) + 0.12 * (row - 1.5), right_share, s=22, label=name)
     axes.set_xticks(range(10), WORDS)
     axes.set(ylim=(0, 103), ylabel="recognized, % of test recordings")
     axes.grid(alpha=0.3)
@@ -183,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     right = {name: 100.0 * (answer == unseen.labels) for name, answer in found.items()}
     rows = _run.compare(right, ours="Perceiver, raw samples")
     print(_run.table(rows, "correct, %"))
-    sizes = {"train": len(seen.labels), "test": len(unseen.labels), "words": WORDS, "chance": 100 / len(WORDS)}
+    sizes = {"train": len(seen.labels), "test": len(unseen.labels), "words": list(WORDS), "chance": 100 / len(WORDS)}
     return run.finish(draw(unseen, found), data=sizes, accuracy=rows)
 
 
