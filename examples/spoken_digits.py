@@ -28,6 +28,7 @@ from examples import _run
 RATE = 8000  # samples a second
 LENGTH = 5120  # samples of a recording, 0.64 s
 STEPS = 1500
+NOISE = (-1.0, 0.0)  # the power of ten of its deviation, where the peak of the word is 1
 HOP, BINS = 80, 32  # of the spectrogram: samples between frames, bins up to 4 kHz
 TRAIN, TEST = 0, 1  # what the seeds of a recording begin with
 
@@ -65,7 +66,7 @@ def speak(rng: np.random.Generator, word: str) -> np.ndarray:
     spoken = (voiced + hiss * np.diff(rng.normal(size=long + 1))) * np.sin(np.pi * time) ** 0.3
     samples, onset = np.zeros(LENGTH), int(rng.integers(0, LENGTH - long + 1))
     samples[onset : onset + long] = spoken / np.abs(spoken).max()
-    samples += 10 ** rng.uniform(-2.0, -1.0) * rng.normal(size=LENGTH)
+    samples += 10 ** rng.uniform(*NOISE) * rng.normal(size=LENGTH)
     return (samples * rng.uniform(0.5, 1.0) / np.abs(samples).max()).astype(np.float32)
 
 
