@@ -176,10 +176,8 @@ def tested(model: nn.Module, data: Pictures) -> dict[str, Tensor]:
     """The test pictures: what is visible, what each method makes of it, what is there."""
     pictures, at = data.unseen, some(len(data.unseen), data.visible, SIDE**2)
     found = {name: interpolate(pictures, at, name) for name in ("nearest", "linear", "cubic", "spline")}
-    found |= {
-        "normal distribution": gaussian(data, pictures, at),
-        "Perceiver IO": complete(model, pictures, at, data.least),
-    }
+    found["normal distribution"] = gaussian(data, pictures, at)
+    found["Perceiver IO"] = complete(model, pictures, at, data.least)
     return {"visible": kept(torch.ones_like(pictures) / 2, pictures, at), **found, "truth": pictures}
 
 
