@@ -1,0 +1,41 @@
+"""The results that are kept are whole, and the page that shows them says what they say."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "examples.md").read_text()
+KEPT = sorted((ROOT / "examples" / "results").glob("*/result.json"))
+
+
+def rows(result):
+    """The rows of all tables of a result."""
+    tables = [result["accuracy"]] if "accuracy" in result else result["psnr"].values()
+    return [(name, row) for table in tables for name, row in table.items()]
+
+
+def test_there_is_a_result_for_each_script():
+    assert [path.parent.name for path in KEPT] == ["image_completion", "point_clouds", "spoken_digits"]
+
+
+@pytest.mark.parametrize("path", KEPT, ids=lambda path: path.parent.name)
+def test_a_kept_result_is_a_whole_run(path):
+    result, name = json.loads(path.read_text()), path.parent.name
+    assert not result["toy"]
+    assert result["command"] == f"python -m examples.{name} --out examples/results/{name}"
+    assert result["command"] in PAGE
+    assert all(model["steps"] == model["of"] for model in result["trained"].values())
+    assert path.with_name("picture.png").read_bytes().startswith(b"\x89PNG")
+    assert f"../examples/results/{name}/picture.png" in PAGE
+
+
+@pytest.mark.parametrize("path", KEPT, ids=lambda path: path.parent.name)
+def test_the_page_shows_what_was_found(path):
+    shown = re.findall(r"^\| (.*?) +\| +(-?[\d.]+) \| +(-?[\d.]+) to +(-?[\d.]+) \|$", PAGE, re.MULTILINE)
+    for name, row in rows(json.loads(path.read_text())):
+        assert (name, *(f"{row[key]:.2f}" for key in ("mean", "low", "high"))) in shown
