@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+Rows = Mapping[str, Mapping[str, float]]  # name: mean, low and high
+
 
 class Run:
     """One run of an example: its options, when it started, and what it leaves behind.
@@ -73,7 +75,7 @@ class Run:
         self.trained[what] = {"steps": done, "of": steps, "seconds": round(seconds, 1), "parameters": size}
         return average.module.eval()
 
-    def finish(self, figure: Any, **found: Any) -> dict[str, Any]:
+    def finish(self, figure: Any, *, tables: Mapping[str, Rows], **found: Any) -> dict[str, Any]:
         """Writes `result.json` and `picture.png`; what it wrote in the first."""
         result = {
             "command": self.command,
@@ -83,6 +85,7 @@ class Run:
             "toy": self.toy,
             "trained": self.trained,
             **found,
+            "tables": tables,
         }
         self.out.mkdir(parents=True, exist_ok=True)
         write(self.out / "picture.png", lambda path: figure.savefig(path, dpi=110, format="png"))
@@ -125,14 +128,17 @@ def interval(values: Tensor, *, resamples: int = 2000) -> dict[str, float]:
     return {"mean": values.mean().item(), "low": low, "high": high}
 
 
-def compare(scores: Mapping[str, Tensor], *, ours: str) -> dict[str, dict[str, float]]:
-    """An interval for each row of scores `n`, and, sample by sample, for ours less the best of the others."""
+def compare(scores: Mapping[str, Tensor], *, ours: str, best: Callable[..., str] = max) -> dict[str, dict[str, float]]:
+    """An interval for each row of scores `n`, and, sample by sample, for ours less the best of the others.
+
+    Which is the best, `max` says or, where less is better, `min`. Rows whose names begin with "Perceiver" are no others.
+    """
     rows = {name: interval(row) for name, row in scores.items()}
-    best = max((name for name in scores if not name.startswith("Perceiver")), key=lambda name: rows[name]["mean"])
-    return {**rows, f"{ours} less {best}": interval(scores[ours] - scores[best])}
+    other = best((name for name in scores if not name.startswith("Perceiver")), key=lambda name: rows[name]["mean"])
+    return {**rows, f"{ours} less {other}": interval(scores[ours] - scores[other])}
 
 
-def table(rows: Mapping[str, Mapping[str, float]], unit: str) -> str:
+def table(rows: Rows, unit: str) -> str:
     """Rows as a Markdown table."""
     cells = [(name, f"{row['mean']:.2f}", f"{row['low']:.2f} to {row['high']:.2f}") for name, row in rows.items()]
     cells = [("", unit, "95 % interval"), *cells]

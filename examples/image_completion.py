@@ -219,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         rows[kind] = _run.compare(scores, ours="Perceiver IO")
         print(f"{kind}\n{_run.table(rows[kind], 'dB')}")
         sizes[kind] = {"train": len(data.seen), "test": len(truth), "visible": data.visible, "pixels": SIDE**2}
-    return run.finish(draw(shown), data=sizes, psnr=rows)
+    return run.finish(draw(shown), tables=rows, data=sizes)
 
 
 if __name__ == "__main__":

@@ -219,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     rows = _run.compare(right, ours="Perceiver")
     print(_run.table(rows, "correct, %"))
     sizes = {"train": len(seen.labels), "test": len(unseen.labels), "classes": NAMES}
-    return run.finish(draw(unseen, found["Perceiver"]), data=sizes, accuracy=rows)
+    return run.finish(draw(unseen, found["Perceiver"]), tables={"correct, %": rows}, data=sizes)
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     rows = _run.compare(right, ours="Perceiver, raw samples")
     print(_run.table(rows, "correct, %"))
     sizes = {"train": len(seen.labels), "test": len(unseen.labels), "words": list(WORDS), "chance": 100 / len(WORDS)}
-    return run.finish(draw(unseen, found), data=sizes, accuracy=rows)
+    return run.finish(draw(unseen, found), tables={"correct, %": rows}, data=sizes)
 
 
 if __name__ == "__main__":

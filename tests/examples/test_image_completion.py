@@ -31,7 +31,7 @@ def test_a_toy_run_writes_its_result_and_picture(tmp_path):
     assert (tmp_path / "new" / "picture.png").read_bytes().startswith(b"\x89PNG")
     rows = {"nearest", "linear", "cubic", "spline", "normal distribution", "Perceiver IO"}
     for kind in ("digits", "photographs"):
-        assert set(result["psnr"][kind]) >= rows
+        assert set(result["tables"][kind]) >= rows
 
 
 def test_no_pixel_of_a_test_crop_is_in_a_training_crop():

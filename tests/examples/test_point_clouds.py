@@ -21,9 +21,9 @@ def test_a_toy_run_writes_its_result_and_picture(tmp_path, capsys):
     result = clouds.main(["--toy", "--out", str(tmp_path / "new")])
     assert result == json.loads((tmp_path / "new" / "result.json").read_text())
     assert (tmp_path / "new" / "picture.png").read_bytes().startswith(b"\x89PNG")
-    assert set(result["accuracy"]) >= {"chance", "Perceiver", "random forest, distances to the centroid"}
+    assert set(result["tables"]["correct, %"]) >= {"chance", "Perceiver", "random forest, distances to the centroid"}
     printed = capsys.readouterr().out
-    assert all(f"| {name} " in printed for name in result["accuracy"])
+    assert all(f"| {name} " in printed for name in result["tables"]["correct, %"])
 
 
 def test_labels_are_balanced_and_clouds_are_repeatable():

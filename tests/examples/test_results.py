@@ -15,8 +15,7 @@ KEPT = sorted((ROOT / "examples" / "results").glob("*/result.json"))
 
 def rows(result):
     """The rows of all tables of a result."""
-    tables = [result["accuracy"]] if "accuracy" in result else result["psnr"].values()
-    return [(name, row) for table in tables for name, row in table.items()]
+    return [(name, row) for table in result["tables"].values() for name, row in table.items()]
 
 
 def test_there_is_a_result_for_each_script():

@@ -30,6 +30,13 @@ def test_models_are_compared_sample_by_sample_with_the_best_of_the_others():
         assert value == pytest.approx(0.5)  # though the scores themselves vary
 
 
+def test_where_less_is_better_the_best_is_the_least():
+    rows = _run.compare(
+        {"poor": torch.full((5,), 3.0), "best": torch.ones(5), "Perceiver": torch.zeros(5)}, ours="Perceiver", best=min
+    )
+    assert rows["Perceiver less best"]["mean"] == -1
+
+
 def test_a_table_is_aligned():
     lines = _run.table({"a": {"mean": 1, "low": 0.5, "high": 100}, "longer": {"mean": 3, "low": 2, "high": 4}}, "dB")
     assert len({len(line) for line in lines.splitlines()}) == 1
@@ -66,7 +73,7 @@ def test_stopping_ends_training_and_not_the_run(tmp_path, capsys):
     assert "stopped after step 3 of 7" in capsys.readouterr().out
     assert not averaged.training
     assert (averaged.weight != before).any()
-    result = run.finish(_Figure(), found=2)
+    result = run.finish(_Figure(), tables={}, found=2)
     assert result == json.loads((tmp_path / "result.json").read_text())
     assert (result["trained"]["linear"]["steps"], result["trained"]["linear"]["of"]) == (3, 7)
     assert result["command"] == f"python -m examples.some_name --seed 3 --out {tmp_path.as_posix()}"

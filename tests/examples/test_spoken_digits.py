@@ -18,7 +18,7 @@ def test_a_toy_run_writes_its_result_and_picture(tmp_path):
     assert result == json.loads((tmp_path / "new" / "result.json").read_text())
     assert (tmp_path / "new" / "picture.png").read_bytes().startswith(b"\x89PNG")
     rows = {"logistic regression, mean spectrum", "Perceiver, raw samples", "Perceiver, spectrogram"}
-    assert set(result["accuracy"]) >= rows
+    assert set(result["tables"]["correct, %"]) >= rows
     assert set(result["trained"]) == {"Perceiver, raw samples", "Perceiver, spectrogram"}
 
 
