@@ -131,7 +131,7 @@ def interval(values: Tensor, *, resamples: int = 2000) -> dict[str, float]:
 def compare(scores: Mapping[str, Tensor], *, ours: str, best: Callable[..., str] = max) -> dict[str, dict[str, float]]:
     """An interval for each row of scores `n`, and, sample by sample, for ours less the best of the others.
 
-    Which is the best, `max` says or, where less is better, `min`. Rows whose names begin with "Perceiver" are no others.
+    Which is the best, `max` says or, where less is better, `min`. Rows named "Perceiver ..." are no others.
     """
     rows = {name: interval(row) for name, row in scores.items()}
     other = best((name for name in scores if not name.startswith("Perceiver")), key=lambda name: rows[name]["mean"])
