@@ -14,6 +14,7 @@ from torch import nn
 from perceiver_core import (
     GEGLU,
     MLP,
+    AttentionResidual,
     CrossAttend,
     DropLatents,
     Encoder,
@@ -328,7 +329,14 @@ ARGUMENTS = [
         LatentTransformer,
         on(X),
         {"dim": DIM, "depth": 1, "heads": 2},
-        {"dim": 8, "depth": 2, "heads": 7, "block": partial(SelfAttend, norm=nn.RMSNorm), "repeats": 2},
+        {
+            "dim": 8,
+            "depth": 2,
+            "heads": 7,
+            "block": partial(SelfAttend, norm=nn.RMSNorm),
+            "repeats": 2,
+            "pool": AttentionResidual,
+        },
     ),
     (
         Encoder,
@@ -345,6 +353,7 @@ ARGUMENTS = [
             "read": partial(CrossAttend, heads=3),
             "process": partial(LatentTransformer, block=partial(SelfAttend, dropout=0.5)),
             "drop": DropLatents(0.5),
+            "pool": AttentionResidual,
         },
     ),
     (heads.Classify, on(X), {"dim": DIM, "classes": 3}, {"dim": 13, "classes": 5, "norm": nn.Identity, "dropout": 0.5}),

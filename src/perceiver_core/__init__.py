@@ -27,6 +27,7 @@ from perceiver_core import (
 from perceiver_core.blocks import (
     GEGLU,
     MLP,
+    AttentionResidual,
     CrossAttend,
     DropLatents,
     GroupedRead,
@@ -56,6 +57,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GEGLU",
     "MLP",
+    "AttentionResidual",
     "CrossAttend",
     "Decoder",
     "DropLatents",

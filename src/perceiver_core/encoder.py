@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from perceiver_core import checks, init, sharing
 from perceiver_core.attention.masks import Mask
 from perceiver_core.blocks import CrossAttend, LatentTransformer
+from perceiver_core.blocks.attention_residual import Pool, onward
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
@@ -39,6 +40,8 @@ class Encoder(nn.Module):
         read: makes a cross-attend from (dim, input_dim); `functools.partial` of `CrossAttend` sets the rest.
         process: makes a latent transformer from (dim, depth=depth, heads=heads).
         drop: what becomes of the latents before they read, `DropLatents` for example; nothing unless given.
+        pool: makes, for each step, from (dim), what goes on from the latents before and after all steps so far, such as
+            `AttentionResidual`; steps that share a transformer share it. Unless given, those after the last go on.
 
     Raises:
         ValueError: sizes below 1, or reads that share weights but not their input's width.
@@ -67,6 +70,7 @@ class Encoder(nn.Module):
         read: Callable[..., nn.Module] = CrossAttend,
         process: Callable[..., nn.Module] = LatentTransformer,
         drop: nn.Module | None = None,
+        pool: Pool | None = None,
     ) -> None:
         super().__init__()
         checks.positive(latents=latents, dim=dim, heads=heads)
@@ -81,6 +85,8 @@ class Encoder(nn.Module):
         self.transformers = nn.ModuleList(
             process(dim, depth=depth, heads=heads) for _ in set(self.sharing.transformers)
         )
+        many = len(self.transformers)
+        self.pools = [None] * many if pool is None else nn.ModuleList(pool(dim) for _ in range(many))
 
     def forward(self, inputs: Input | Sequence[Input], *, mask: Mask | None = None) -> Float[Tensor, "b m d"]:
         """The latents after all reads.
@@ -145,9 +151,11 @@ class Encoder(nn.Module):
     def _after(self, steps: int, given: list[Input], mask: Mask | None, kept: Memories) -> Tensor:
         """The latents after so many steps; `kept` holds what later ones will read again."""
         x: Tensor = self.drop(self.latents.unsqueeze(0))  # the same for all samples until they have read
+        past = [x]
         for step in range(steps):
             tokens, present = self._memory(step, given, mask, kept)
-            x = self._transformer(step)(self._read(step)(x, tokens, mask=present))
+            after = self._transformer(step)(self._read(step)(x, tokens, mask=present))
+            x = onward(self.pools[self.sharing.transformers[step]], past, after)
         return x
 
     def _read(self, step: int) -> Any:  # a CrossAttend, or a user's own

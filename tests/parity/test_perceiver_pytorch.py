@@ -47,6 +47,9 @@ PERCEIVERS = {
     "video": {"input_axis": 3, "input_channels": 1, "self_per_cross_attn": 2},
     "no positions": {"fourier_encode_data": False, "input_channels": 11},
     "no head": {"final_classifier_head": False},
+    "inverted": {"inverted_cross_attn": True, "cross_heads": 2},
+    "attention residuals": {"attn_residual": True, "attn_residual_rank": 3, "depth": 3},
+    "attention residuals, tied": {"attn_residual": True, "depth": 3, "weight_tie_layers": True},
 }
 IO = {
     "depth": 3,
@@ -72,6 +75,9 @@ IOS = {
     "no logits, feed-forward, tied": {"logits_dim": None, "decoder_ff": True, "weight_tie_layers": True},
     "heads": {"cross_heads": 3, "latent_heads": 5},
     "widths": {"cross_dim_head": 2, "latent_dim_head": 9, "latent_dim": 22, "num_latents": 7, "queries_dim": 3},
+    "inverted": {"inverted_cross_attn": True},
+    "attention residuals": {"attn_residual": True, "attn_residual_rank": 3},
+    "attention residuals, tied": {"attn_residual": True, "weight_tie_layers": True},
 }
 SAID = (
     "max_freq",
@@ -80,6 +86,7 @@ SAID = (
     "cross_heads",
     "latent_heads",
     "fourier_encode_data",
+    "inverted_cross_attn",
 )  # not inferred
 
 
@@ -314,8 +321,8 @@ class TestRefusals:
             ({"final_classifier_head": False}, "final_classifier_head must be True"),
             ({"self_per_cross_attn": 2}, "self_per_cross_attn must be 1"),
             ({"ff_dropout": 1.5}, r"ff_dropout must lie in \[0, 1\)"),
-            ({"attn_residual": True}, "attn_residual must be False"),
-            ({"inverted_cross_attn": (False, True)}, "inverted_cross_attn must be False"),
+            ({"attn_residual": True}, r"attn_residual must be False, which the weights have \(attn_residuals"),
+            ({"inverted_cross_attn": (False, True)}, r"the same for all layers; got \(False, True\)"),
         ],
     )
     def test_refused_arguments_of_perceiver(self, changes, message):
@@ -349,9 +356,12 @@ class TestRefusals:
         with pytest.raises(TypeError, match=rf"{model} takes no \['dept'\]; it takes \['attn_"):
             lucidrains(state(made(model, config)), dept=3)
 
-    def test_refused_attention_residuals(self):
-        with pytest.raises(ValueError, match="attn_residual must be False"):
-            lucidrains(theirs.PerceiverIO(**IO, attn_residual=True).state_dict(), **IO)
+    def test_refused_attention_residuals_of_another_rank(self):
+        weights = theirs.PerceiverIO(**IO, attn_residual=True).state_dict()
+        with pytest.raises(ValueError, match="attn_residual_rank must be 64"):
+            lucidrains(weights, **IO, attn_residual_rank=32)
+        with pytest.raises(ValueError, match="attn_residual must be True"):
+            lucidrains(weights, **IO, attn_residual=False)
 
     @pytest.mark.parametrize(
         "lost", ["latents", "layers.1.cross_ff.fn.net.2.bias", "layers.0.cross_attn.fn.to_q.weight"]

@@ -1,6 +1,7 @@
 """The blocks that hold weights: attention, MLP, the kinds of reads and self-attends, latent transformer."""
 
 from perceiver_core.blocks.attention import KeysValues, MultiHeadAttention
+from perceiver_core.blocks.attention_residual import AttentionResidual
 from perceiver_core.blocks.cross_attend import CrossAttend
 from perceiver_core.blocks.drop_latents import DropLatents
 from perceiver_core.blocks.gates import GRUGate, TanhGate
@@ -12,6 +13,7 @@ from perceiver_core.blocks.mlp import GEGLU, MLP, SquaredReLU, SwiGLU
 __all__ = [
     "GEGLU",
     "MLP",
+    "AttentionResidual",
     "CrossAttend",
     "DropLatents",
     "GRUGate",

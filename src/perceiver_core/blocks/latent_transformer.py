@@ -11,6 +11,7 @@ from perceiver_core import checks
 from perceiver_core.attention.masks import Mask
 from perceiver_core.blocks import gates
 from perceiver_core.blocks.attention import KeysValues, MultiHeadAttention
+from perceiver_core.blocks.attention_residual import Pool, onward
 from perceiver_core.blocks.gates import Residual
 from perceiver_core.blocks.mlp import MLP
 from perceiver_core.registry import register
@@ -104,6 +105,8 @@ class LatentTransformer(nn.Module):
         heads: attention heads.
         block: makes a block from (dim, heads=heads); `functools.partial` of `SelfAttend` sets the rest.
         repeats: how often the blocks are gone through, with the same weights each time.
+        pool: makes, for each block, from (dim), what goes on from the latents before and after all blocks so far, such
+            as `AttentionResidual`; unless given, those after the last go on.
 
     Example:
         >>> import torch
@@ -124,6 +127,7 @@ class LatentTransformer(nn.Module):
         heads: int = 8,
         block: Callable[..., nn.Module] = SelfAttend,
         repeats: int = 1,
+        pool: Pool | None = None,
     ) -> None:
         super().__init__()
         checks.positive(at_most=10_000, repeats=repeats)
@@ -131,12 +135,14 @@ class LatentTransformer(nn.Module):
         if not 0 <= depth <= 10_000:
             raise ValueError(f"depth must lie in 0 ... 10,000; got {depth}")
         self.blocks = nn.ModuleList(block(dim, heads=heads) for _ in range(depth))
+        self.pools = [None] * depth if pool is None else nn.ModuleList(pool(dim) for _ in range(depth))
 
     def forward(self, x: Float[Tensor, "b m d"], *, mask: Mask | None = None) -> Float[Tensor, "b m d"]:
         """The latents after every block."""
+        past = [x]
         for _ in range(self.repeats):
-            for block in self.blocks:
-                x = block(x, mask=mask)
+            for block, pool in zip(self.blocks, self.pools, strict=True):
+                x = onward(pool, past, block(x, mask=mask))
         return x
 
     def extend(
@@ -160,8 +166,9 @@ class LatentTransformer(nn.Module):
             >>> last, known = transformer.extend(x[:, 4:], known)
             >>> torch.testing.assert_close(torch.cat([first, last], 1), transformer(x, mask=masks.Causal()))
         """
-        known = []
+        known, past = [], [x]
         for number, block in enumerate([*self.blocks] * self.repeats):
             x, read = block.extend(x, None if before is None else before[number], mask=mask, positions=positions)
+            x = onward(self.pools[number % len(self.pools)], past, x)
             known.append(read)
         return x, known

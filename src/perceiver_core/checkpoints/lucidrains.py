@@ -7,7 +7,7 @@ dropped in training.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +17,16 @@ from torch import Tensor
 from perceiver_core import checks, queries, sharing
 from perceiver_core import heads as answers
 from perceiver_core.adapters import DropTokens, Grid
-from perceiver_core.blocks import GEGLU, MLP, CrossAttend, LatentTransformer, MultiHeadAttention, SelfAttend
+from perceiver_core.attention import inverted
+from perceiver_core.blocks import (
+    GEGLU,
+    MLP,
+    AttentionResidual,
+    CrossAttend,
+    LatentTransformer,
+    MultiHeadAttention,
+    SelfAttend,
+)
 from perceiver_core.checkpoints.renamed import Source, Sources, both, fill, weights_of
 from perceiver_core.checkpoints.told import Told
 from perceiver_core.decoder import Decoder
@@ -64,14 +73,14 @@ def lucidrains(state_dict: Mapping[str, Tensor] | str | os.PathLike[str], **argu
         state_dict: of their model, of version 0.8 or newer; or the path of a safetensors file. Its tensors become the
             weights, without a copy.
         arguments: of their constructor, by name. Give `max_freq`, unless fourier_encode_data=False; `cross_heads`,
-            `latent_heads`, `input_channels` and `input_axis` where they are not their defaults; and rates of dropout to
-            train on. The others are read from the weights, and need not be given.
+            `latent_heads`, `input_channels`, `input_axis` and `inverted_cross_attn` where they are not their defaults;
+            and rates of dropout to train on. The others are read from the weights, and need not be given.
 
     Raises:
         FileNotFoundError: no such file.
         TypeError: an argument that their constructor does not have.
         ValueError: arguments that do not go with the weights; weights that are missing, unknown or of another shape;
-            `attn_residual` and `inverted_cross_attn`, which have no counterpart.
+            `inverted_cross_attn` that is not the same for all layers.
 
     Example:
         >>> import torch
@@ -97,7 +106,7 @@ def lucidrains(state_dict: Mapping[str, Tensor] | str | os.PathLike[str], **argu
             "state_dict must be that of perceiver_pytorch's Perceiver or PerceiverIO, version 0.8 or newer; its first "
             f"names are {list(weights)[:5]}. Where theirs is a part of a model, take off what stands before 'latents'"
         )
-    _check_arguments(layout.model, weights.keys(), arguments)
+    _check_arguments(layout.model, arguments)
     told = Told(weights, arguments)
     with torch.device("meta"):
         model, sources = (_perceiver if layout.model == "Perceiver" else _perceiver_io)(told, layout)
@@ -105,15 +114,10 @@ def lucidrains(state_dict: Mapping[str, Tensor] | str | os.PathLike[str], **argu
     return model.eval()
 
 
-def _check_arguments(model: str, names: Collection[str], arguments: dict[str, Any]) -> None:
+def _check_arguments(model: str, arguments: dict[str, Any]) -> None:
     if unknown := sorted(arguments.keys() - ARGUMENTS[model]):
         raise TypeError(f"perceiver_pytorch.{model} takes no {unknown}; it takes {sorted(ARGUMENTS[model])}")
     checks.probability(**{name: rate for name, rate in arguments.items() if "dropout" in name})
-    inverted = arguments.get("inverted_cross_attn", False)
-    if any(inverted) if isinstance(inverted, (tuple, list)) else inverted:
-        raise ValueError(f"inverted_cross_attn must be False, it has no counterpart here; got {inverted!r}")
-    if arguments.get("attn_residual") or any("attn_residuals." in name for name in names):
-        raise ValueError("attn_residual must be False, it has no counterpart here; this model has it")
 
 
 class _Parts(NamedTuple):
@@ -121,7 +125,9 @@ class _Parts(NamedTuple):
 
     heads: tuple[int, int]  # of reads, of self-attends
     read: partial[CrossAttend]
+    answer: partial[CrossAttend]  # the decoder's read, never inverted
     block: partial[SelfAttend]
+    pool: partial[AttentionResidual] | None
 
 
 def _parts(told: Told, layout: Layout, mlp: partial[MLP]) -> _Parts:
@@ -130,11 +136,32 @@ def _parts(told: Told, layout: Layout, mlp: partial[MLP]) -> _Parts:
     latent, latent_dim = told.heads("latent", thinks, 8) if thinks in told.weights else (1, 1)
     # Their heads have a width of their own; queries, keys and values no bias.
     attention = partial(MultiHeadAttention, bias=False, dropout=told.get("attn_dropout", 0.0))
+    cross_attention = partial(attention, qk_dim=cross_dim)
+    reads = partial(cross_attention, kernel=inverted) if _inverted(told) else cross_attention
     return _Parts(
         (cross, latent),
-        partial(CrossAttend, attention=partial(attention, qk_dim=cross_dim), mlp=mlp),
+        partial(CrossAttend, attention=reads, mlp=mlp),
+        partial(CrossAttend, attention=cross_attention, mlp=mlp, residual=False),
         partial(SelfAttend, attention=partial(attention, qk_dim=latent_dim), mlp=mlp),
+        _pool(told),
     )
+
+
+def _inverted(told: Told) -> bool:
+    """Whether latents compete for tokens, in all layers."""
+    of_layers = told.get("inverted_cross_attn", False)
+    found = {*of_layers} if isinstance(of_layers, (tuple, list)) else {of_layers}
+    if found not in ({True}, {False}):
+        raise ValueError(f"inverted_cross_attn must be True or False, the same for all layers; got {of_layers!r}")
+    return found == {True}
+
+
+def _pool(told: Told) -> partial[AttentionResidual] | None:
+    """What makes their attention residuals, if they have some."""
+    key = "attn_residuals.0.to_attn_logits.1.weight"
+    if not told.agreed("attn_residual", key in told.weights, key):
+        return None
+    return partial(AttentionResidual, rank=told.size("attn_residual_rank", key))
 
 
 def _perceiver(told: Told, layout: Layout) -> tuple[Perceiver, Sources]:
@@ -154,6 +181,7 @@ def _perceiver(told: Told, layout: Layout) -> tuple[Perceiver, Sources]:
         share=sharing.all_but_first if tied else sharing.none,
         read=partial(parts.read, heads=parts.heads[0]),
         process=partial(LatentTransformer, block=parts.block),
+        pool=parts.pool,
     )
     sources = {"encoder.latents": Source("latents")}
     for number in set(encoder.sharing.reads):  # which is also the number of the first layer that has these weights
@@ -161,6 +189,7 @@ def _perceiver(told: Told, layout: Layout) -> tuple[Perceiver, Sources]:
         sources |= _read(f"encoder.reads.{number}", read) | _mlp(f"encoder.reads.{number}", read_mlp)
         for index in range(thinks):
             sources |= _think(f"encoder.transformers.{number}.blocks.{index}", layout.think.format(number, index))
+        sources |= _residual(f"encoder.pools.{number}", number) if parts.pool else {}
     if not told.agreed("final_classifier_head", "to_logits.2.weight" in told.weights, "to_logits"):
         return Perceiver(adapter, encoder, answers.Latents()), sources
     head = answers.Classify(encoder.dim, told.size("num_classes", "to_logits.2.weight"))
@@ -184,12 +213,13 @@ def _perceiver_io(told: Told, layout: Layout) -> tuple[PerceiverIO, Sources]:
         depth=1 if tied else depth,
         heads=parts.heads[1],
         read=partial(parts.read, heads=parts.heads[0]),
-        process=partial(LatentTransformer, block=parts.block, repeats=depth if tied else 1),
+        process=partial(LatentTransformer, block=parts.block, repeats=depth if tied else 1, pool=parts.pool),
     )
     sources = {"encoder.latents": Source("latents")}
     sources |= _read("encoder.reads.0", layout.read) | _mlp("encoder.reads.0", layout.read_mlp)
     for index in range(1 if tied else depth):
         sources |= _think(f"encoder.transformers.0.blocks.{index}", layout.think.format(index, 0))
+        sources |= _residual(f"encoder.transformers.0.pools.{index}", index) if parts.pool else {}
     decoder, answered = _decoder(told, encoder.dim, parts)
     return PerceiverIO(adapter, encoder, queries.Given(decoder.query_dim), decoder), sources | answered
 
@@ -203,7 +233,7 @@ def _decoder(told: Told, dim: int, parts: _Parts) -> tuple[Decoder, Sources]:
         query_dim=told.size("queries_dim", "decoder_cross_attn.norm.weight"),
         out=told.agreed("logits_dim", out, "to_logits"),
         heads=parts.heads[0],
-        read=partial(parts.read, residual=False) if has_mlp else partial(parts.read, residual=False, mlp=None),
+        read=parts.answer if has_mlp else partial(parts.answer, mlp=None),
     )
     sources = _read("decoder.read", "decoder_cross_attn")
     sources |= _mlp("decoder.read", "decoder_ff") if has_mlp else {}
@@ -255,6 +285,11 @@ def _attention(ours: str, theirs: str) -> Sources:
         f"{ours}.value.weight": Source(f"{theirs}.to_kv.weight", 1, 2),
         **both(f"{ours}.output", f"{theirs}.to_out"),
     }
+
+
+def _residual(ours: str, layer: int) -> Sources:
+    names = enumerate(("norm", "project", "expand"))
+    return {f"{ours}.{name}.weight": Source(f"attn_residuals.{layer}.to_attn_logits.{i}.weight") for i, name in names}
 
 
 def _mlp(ours: str, theirs: str) -> Sources:

@@ -97,14 +97,14 @@ class Told:
     def _same(self, one: int, other: int) -> bool:
         for name, a in self.weights.items():
             if layer_of(name) == one:
-                b = self.weights.get(name.replace(f"layers.{one}.", f"layers.{other}.", 1))
+                b = self.weights.get(name.replace(f".{one}.", f".{other}.", 1))
                 if b is None or (a is not b and (a.dtype != b.dtype or not torch.equal(a, b))):
                     return False
         return True
 
 
 def layer_of(name: str) -> int:
-    """The number of the layer that a weight is in, `layers.{number}`; -1 for none.
+    """The number of the layer that a weight is in, `layers.{number}` or `attn_residuals.{number}`; -1 for none.
 
     Example:
         >>> from perceiver_core.checkpoints.told import layer_of
@@ -112,4 +112,4 @@ def layer_of(name: str) -> int:
         (3, -1)
     """
     parts = name.split(".")
-    return int(parts[1]) if parts[0] == "layers" and len(parts) > 2 and parts[1].isdecimal() else -1
+    return int(parts[1]) if parts[0] in ("layers", "attn_residuals") and len(parts) > 2 and parts[1].isdecimal() else -1

@@ -1,0 +1,107 @@
+"""Attention residuals: the formula, and where latent transformers and encoders put it."""
+
+from __future__ import annotations
+
+import weakref
+from functools import partial
+
+import pytest
+import torch
+
+import perceiver_core as pc
+from perceiver_core.attention import masks
+
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+Pool = partial(pc.AttentionResidual, rank=3)
+
+
+def arrays(count, *shape):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(count)]
+
+
+def test_the_formula_vector_by_vector():
+    pool, past = Pool(7).double(), arrays(3, 2, 5, 7)
+    wanted = torch.empty(2, 5, 7, dtype=torch.float64)
+    with torch.no_grad():
+        for b in range(2):
+            for m in range(5):
+                vectors = torch.stack([x[b, m] for x in past])
+                normed = vectors / (vectors.square().mean(1, keepdim=True) + torch.finfo(torch.float64).eps).sqrt()
+                logits = (normed * pool.norm.weight) @ pool.project.weight.T @ pool.expand.weight.T
+                wanted[b, m] = (logits.exp() / logits.exp().sum(0) * vectors).sum(0)
+    torch.testing.assert_close(pool(past), wanted, **EXACT)
+    assert torch.autograd.gradcheck(lambda *past: pool(past), arrays(3, 1, 2, 7))
+
+
+def test_one_array_is_itself():
+    (x,) = arrays(1, 2, 5, 7)
+    torch.testing.assert_close(Pool(7).double()([x]), x, **EXACT)
+
+
+def test_an_array_for_all_samples_meets_one_for_each():
+    pool, past = Pool(7).double(), [*arrays(1, 1, 5, 7), *arrays(2, 2, 5, 7)]
+    torch.testing.assert_close(pool(past), pool([past[0].expand(2, -1, -1), *past[1:]]), **EXACT)
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_each_block_goes_on_from_all_before_it(repeats):
+    (x,) = arrays(1, 2, 5, 12)
+    transformer = pc.LatentTransformer(12, depth=3, heads=2, pool=Pool, repeats=repeats).double()
+    past = [x]
+    now = x
+    for number in range(3 * repeats):
+        past.append(transformer.blocks[number % 3](now))
+        now = transformer.pools[number % 3](past)
+    torch.testing.assert_close(transformer(x), now, **EXACT)
+    assert len({id(p) for p in transformer.parameters()}) == sum(1 for _ in transformer.state_dict())
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_an_array_in_parts_is_the_whole(repeats):
+    (x,) = arrays(1, 2, 5, 12)
+    transformer = pc.LatentTransformer(12, depth=2, heads=2, pool=Pool, repeats=repeats).double()
+    first, known = transformer.extend(x[:, :3], None, mask=masks.Causal())
+    last, _ = transformer.extend(x[:, 3:], known, mask=masks.Causal())
+    torch.testing.assert_close(torch.cat([first, last], 1), transformer(x, mask=masks.Causal()), **EXACT)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_each_step_of_an_encoder_goes_on_from_all_before_it(share):
+    (tokens,) = arrays(1, 2, 11, 10)
+    encoder = pc.Encoder(10, latents=5, dim=12, reads=3, depth=1, heads=2, share=share, pool=Pool).double()
+    assert len(encoder.pools) == len(encoder.transformers)
+    past = [encoder.latents[None].expand(2, -1, -1)]
+    now = past[0]
+    for read, transformer in zip(encoder.sharing.reads, encoder.sharing.transformers, strict=True):
+        past.append(encoder.transformers[transformer](encoder.reads[read](now, tokens)))
+        now = encoder.pools[transformer](past)
+    torch.testing.assert_close(encoder(tokens), now, **EXACT)
+
+
+def test_a_model_with_it_is_saved_and_loaded(tmp_path):
+    encoder = pc.Encoder(
+        10, latents=5, dim=12, reads=2, depth=2, heads=2, pool=Pool, process=partial(pc.LatentTransformer, pool=Pool)
+    )
+    model = pc.Perceiver(pc.adapters.Grid(10, positions=None), encoder, pc.heads.Classify(12, classes=3)).eval()
+    points = torch.randn(2, 11, 10)
+    torch.testing.assert_close(pc.load(pc.save(model, tmp_path / "model"))(points), model(points))
+
+
+def test_without_it_nothing_is_kept():
+    """Outputs of earlier blocks must not outlive them in evaluation."""
+    transformer, seen = pc.LatentTransformer(12, depth=3, heads=2), []
+    for block in transformer.blocks:
+        block.register_forward_hook(lambda module, given, out: seen.append(weakref.ref(out)))
+    with torch.no_grad():
+        out = transformer(torch.randn(1, 5, 12))
+    alive = [there() for there in seen]
+    assert len(alive) == 3
+    assert alive[:2] == [None, None]
+    assert alive[2] is out
+
+
+@pytest.mark.parametrize("sizes", [{"dim": 0}, {"dim": 7, "rank": 0}])
+def test_errors_of_sizes(sizes):
+    with pytest.raises(ValueError, match="must be a whole number of at least 1"):
+        pc.AttentionResidual(**sizes)
