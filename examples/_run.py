@@ -48,9 +48,10 @@ class Run:
         *,
         steps: int,
         lr: float = 1e-3,
+        decay: float = 0.995,
     ) -> nn.Module:
         """The model with a running average of its weights in training. Control-C ends training, not the run."""
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.995))
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=0.1)
         start, done, recent = time.perf_counter(), 0, []
