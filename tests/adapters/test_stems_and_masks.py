@@ -79,9 +79,10 @@ def test_positions_of_another_kind_are_refused(positions: object) -> None:
         adapters.Points(positions=positions)
 
 
-def test_learned_positions_of_points_are_refused() -> None:
+@pytest.mark.parametrize("positions", [pc.positions.Learned((5, 7, 3), dim=4), pc.positions.Indexed(5, dim=4)])
+def test_learned_positions_of_points_are_refused(positions: object) -> None:
     with pytest.raises(TypeError, match="features of any point"):
-        adapters.Points(positions=pc.positions.Learned((5, 7, 3), dim=4))
+        adapters.Points(positions=positions)
 
 
 @pytest.mark.parametrize("size", [(2, 3, 5), [], (4,)])

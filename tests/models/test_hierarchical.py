@@ -296,7 +296,7 @@ class TestAround:
         torch.testing.assert_close(found, wanted, **EXACT)
 
     def small(self):
-        where = positions.LearnedUpTo(N, PLACES)
+        where = positions.Indexed(N, PLACES)
         return autoencoder(levels=[LEVELS[0], LEVELS[2]], decode=[Level(5, 3, 8, depth=1, heads=4)], positions=where)
 
     @pytest.mark.compile

@@ -44,7 +44,7 @@ def words(most: int = 11, **options) -> PerceiverIO:
     torch.manual_seed(0)
     text = adapters.Ids(13, dim=6, positions=positions.Indexed(most, dim=6))
     encoder = Encoder(text.dim, latents=5, dim=14, depth=1, heads=2)
-    ask = queries.OnGrid(None, positions.LearnedUpTo(most, dim=7))
+    ask = queries.OnGrid(None, positions.Indexed(most, dim=7))
     decoder = Decoder(encoder.dim, query_dim=ask.dim, out=6)
     return PerceiverIO(text, encoder, ask, decoder, heads.TiedLogits).double()
 

@@ -47,7 +47,7 @@ def resampler(**options):
 
 
 def video(**options):
-    return randomized(AllFrames(resampler(**options), times=positions.LearnedUpTo(4, WIDTH)))
+    return randomized(AllFrames(resampler(**options), times=positions.Indexed(4, WIDTH)))
 
 
 def features(*shape, dtype=torch.float64, seed=1):
@@ -133,7 +133,7 @@ class TestReading:
 class TestFrames:
     @pytest.mark.parametrize("masked", [False, True])
     def test_each_frame_is_read_alone(self, masked):
-        model = randomized(EachFrame(resampler(), times=positions.LearnedUpTo(4, WIDTH))).double()
+        model = randomized(EachFrame(resampler(), times=positions.Indexed(4, WIDTH))).double()
         x, mask = features(BATCH, FRAMES, N), there(BATCH, FRAMES, N) if masked else None
         out = model(x, mask=mask)
         for t in range(FRAMES):
@@ -165,19 +165,19 @@ class TestFrames:
 
     @pytest.mark.parametrize("wrapper", [EachFrame, AllFrames])
     def test_every_weight_gets_a_gradient_and_widths_are_known(self, wrapper):
-        model = wrapper(resampler(), times=positions.LearnedUpTo(FRAMES, WIDTH)).double()
+        model = wrapper(resampler(), times=positions.Indexed(FRAMES, WIDTH)).double()
         assert (model.input_dim, model.dim) == (WIDTH, DIM)
         model(features(BATCH, FRAMES, N)).square().sum().backward()
         assert [name for name, p in model.named_parameters() if p.grad is None or p.grad.eq(0).all()] == []
 
     def test_errors(self):
         with pytest.raises(TypeError, match="times must be positions such as"):
-            EachFrame(resampler(), times=positions.LearnedUpTo)
+            EachFrame(resampler(), times=positions.Indexed)
         with pytest.raises(ValueError, match=r"times must have one axis and the width of the features, 11, .* 13 wide"):
-            EachFrame(resampler(), times=positions.LearnedUpTo(4, 13))
+            EachFrame(resampler(), times=positions.Indexed(4, 13))
         with pytest.raises(ValueError, match="got 2 axes, 11 wide"):
             AllFrames(resampler(), times=positions.Learned((3, 5), WIDTH))
-        with pytest.raises(ValueError, match=r"there are vectors for at most 4 places; got 5\. Build LearnedUpTo with"):
+        with pytest.raises(ValueError, match=r"there are vectors for at most 4 places; got 5\. Build Indexed with"):
             video()(features(BATCH, 5, N, dtype=torch.float32))
         for wrapped in (video(), EachFrame(resampler())):
             with pytest.raises(ValueError, match=r"features must have 4 axes \(b t n c\).*features\.unsqueeze\(0\)"):

@@ -244,7 +244,7 @@ class TestFlamingo:
         torch.testing.assert_close(*given, rtol=0, atol=1e-8)
 
     def test_each_frame_is_flamingo_pytorchs(self):
-        ours = randomized(EachFrame(self.model(), times=positions.LearnedUpTo(7, self.WIDTH)))
+        ours = randomized(EachFrame(self.model(), times=positions.Indexed(7, self.WIDTH)))
 
         def formula(x_f):
             return self.resampled(ours.resampler, x_f + ours.times.vectors[: self.FRAMES, None])
@@ -252,7 +252,7 @@ class TestFlamingo:
         self.compare(ours, formula)
 
     def test_all_frames_is_the_papers_and_open_flamingos(self):
-        ours = randomized(AllFrames(self.model(), times=positions.LearnedUpTo(7, self.WIDTH)))
+        ours = randomized(AllFrames(self.model(), times=positions.Indexed(7, self.WIDTH)))
 
         def formula(x_f):
             x_f = x_f + ours.times.vectors[: self.FRAMES, None]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from perceiver_core.positions import Learned, LearnedUpTo, grid_points
+from perceiver_core.positions import Indexed, Learned, grid_points
 
 LIKE = torch.zeros((), dtype=torch.float64)
 
@@ -117,20 +117,18 @@ def test_empty_grids_and_widths_are_refused() -> None:
         Learned((5, 7), dim=0)
 
 
-class TestLearnedUpTo:
+class TestIndexed:
     def test_fewer_places_have_the_first_vectors(self) -> None:
-        where = LearnedUpTo(7, dim=3).double()
+        where = Indexed(7, dim=3).double()
         for size in (1, 5, 7):
             (table,) = where.tables((size,), LIKE)
             assert torch.equal(table, where.vectors[:size])
         assert (where.axes, where.dim, table.dtype) == (1, 3, torch.float64)
 
     def test_errors(self) -> None:
-        with pytest.raises(
-            ValueError, match=r"there are vectors for at most 7 places; got 11\. Build LearnedUpTo with"
-        ):
-            LearnedUpTo(7, dim=3).tables((11,), LIKE)
-        with pytest.raises(ValueError, match="most must be a whole number of at least 1; got 0"):
-            LearnedUpTo(0, dim=3)
+        with pytest.raises(ValueError, match=r"there are vectors for at most 7 places; got 11\. Build Indexed with"):
+            Indexed(7, dim=3).tables((11,), LIKE)
+        with pytest.raises(ValueError, match="length must be a whole number of at least 1; got 0"):
+            Indexed(0, dim=3)
         with pytest.raises(ValueError, match="grid must have"):
-            LearnedUpTo(7, dim=3).tables((3, 5), LIKE)
+            Indexed(7, dim=3).tables((3, 5), LIKE)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import perceiver_core as pc
 from perceiver_core import Tokens, queries
-from perceiver_core.positions import Fourier, Learned, LearnedUpTo, Projected
+from perceiver_core.positions import Fourier, Indexed, Learned, Projected
 from perceiver_core.queries import Coordinates, FromInputs, Multimodal, OnGrid
 
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -56,7 +56,7 @@ GRIDS = {
     "learned line": ((7,), Learned((7,), dim=4)),
     "learned picture": ((5, 7), Learned((5, 7), dim=4)),
     "learned film, resampled": ((2, 5, 3), Learned((3, 2, 2), dim=4)),
-    "up to": ((7,), LearnedUpTo(11, dim=4)),
+    "up to": ((7,), Indexed(11, dim=4)),
     "projected": ((5, 7), Projected(fourier(2), dim=4)),
 }
 
@@ -96,7 +96,7 @@ class TestOnGrid:
         assert where.vectors.grad[1, 1, 0] == 2
 
     def test_a_short_text_is_asked_at_its_own_places(self):
-        where = LearnedUpTo(11, dim=3)
+        where = Indexed(11, dim=3)
         tokens = pc.adapters.Ids(13, dim=5)(torch.zeros(2, 4, dtype=torch.long))
         assert torch.equal(OnGrid(None, where)(tokens)[0], where.vectors[:4])
 
@@ -182,6 +182,8 @@ def test_refused_settings():
         Coordinates(nn.Identity())
     with pytest.raises(TypeError, match=r"take points, as .*; got Learned"):
         Coordinates(Learned((5,), 3))
+    with pytest.raises(TypeError, match=r"take points, as .*; got Indexed"):
+        Coordinates(Indexed(5, 3))
     with pytest.raises(ValueError, match="count must be a whole number of at least 1; got 0"):
         queries.Learned(0, 3)
     with pytest.raises(ValueError, match="tokens must have 3 features"):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from perceiver_core import checks
-from perceiver_core.positions import Fourier, FourierPerAxis, Gaussian, Learned, NeRF
+from perceiver_core.positions import Fourier, FourierPerAxis, Gaussian, Indexed, Learned, NeRF
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
@@ -38,7 +38,11 @@ class Points(nn.Module):
         super().__init__()
         if features < 0:
             raise ValueError(f"features must be at least 0; got {features}")
-        if not isinstance(positions, nn.Module) or not hasattr(positions, "axes") or isinstance(positions, Learned):
+        if (
+            not isinstance(positions, nn.Module)
+            or not hasattr(positions, "axes")
+            or isinstance(positions, (Indexed, Learned))
+        ):
             raise TypeError(
                 f"positions of Points must give features of any point, as positions.Fourier(axes=3) does; "
                 f"got {positions!r}"

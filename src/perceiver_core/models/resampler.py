@@ -158,7 +158,7 @@ class EachFrame(nn.Module):
 
     Args:
         resampler: what reads the features of a frame.
-        times: positions along one axis that are added to the features of each frame; `positions.LearnedUpTo` or
+        times: positions along one axis that are added to the features of each frame; `positions.Indexed` or
             `positions.Learned`. None for frames that do not know when they are.
 
     Raises:
@@ -168,7 +168,7 @@ class EachFrame(nn.Module):
         >>> import torch
         >>> import perceiver_core as pc
         >>> from perceiver_core.models import EachFrame
-        >>> frames = EachFrame(pc.Resampler(48, latents=8, depth=2, heads=4), times=pc.positions.LearnedUpTo(5, dim=48))
+        >>> frames = EachFrame(pc.Resampler(48, latents=8, depth=2, heads=4), times=pc.positions.Indexed(5, dim=48))
         >>> frames(torch.randn(2, 3, 257, 48)).shape
         torch.Size([2, 3, 8, 48])
 
@@ -208,7 +208,7 @@ class AllFrames(nn.Module):
     Args:
         resampler: what reads the features of all frames.
         times: as those of `EachFrame`. The paper's are `positions.Learned((8,), dim)`, which are interpolated for
-            another number of frames; open_flamingo's are `positions.LearnedUpTo(most, dim)`.
+            another number of frames; open_flamingo's are `positions.Indexed(most, dim)`.
 
     Raises:
         TypeError, ValueError: times that are not positions of one axis and of the features' width.
@@ -252,7 +252,7 @@ def _check_times(times: Positions | None, resampler: nn.Module) -> None:
     if times is None:
         return
     if isinstance(times, type) or not isinstance(times, Positions):
-        raise TypeError(f"times must be positions such as positions.LearnedUpTo(8, dim); got {times!r}")
+        raise TypeError(f"times must be positions such as positions.Indexed(8, dim); got {times!r}")
     width = getattr(resampler, "input_dim", times.dim)
     if times.axes != 1 or times.dim != width:
         raise ValueError(

@@ -3,7 +3,7 @@
 from perceiver_core.positions.fourier import Fourier, FourierPerAxis, Gaussian, NeRF
 from perceiver_core.positions.grid import Positions, coordinates, grid_points
 from perceiver_core.positions.indexed import Indexed
-from perceiver_core.positions.learned import Learned, LearnedUpTo
+from perceiver_core.positions.learned import Learned
 from perceiver_core.positions.projected import Projected
 from perceiver_core.positions.rotary import Rotary, half_open, inclusive
 
@@ -13,7 +13,6 @@ __all__ = [
     "Gaussian",
     "Indexed",
     "Learned",
-    "LearnedUpTo",
     "NeRF",
     "Positions",
     "Projected",
