@@ -174,6 +174,17 @@ def positive(*, at_most: int | None = None, **sizes: int) -> None:
             raise ValueError(f"{name} must be at most {at_most}; got {size}")
 
 
+def part_of(n: int, share: float) -> int:
+    """The whole part of a share of n, and not one less where the product of floats falls short of a whole number.
+
+    Example:
+        >>> from perceiver_core import checks
+        >>> int(10 * (1 - 0.8)), checks.part_of(10, 1 - 0.8)
+        (1, 2)
+    """
+    return int(n * share + 1e-9)
+
+
 def probability(**rates: float) -> None:
     """Raises ValueError unless every named rate lies in [0, 1)."""
     for name, rate in rates.items():

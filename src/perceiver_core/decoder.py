@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -34,10 +34,11 @@ class Decoder(nn.Module):
             `residual=False`, the default, does not add the queries to what they read, as in all published decoders but
             those of the Fourier and convolutional image classifiers; `mlp=None` leaves the MLP out.
         chunk: how many queries are answered at once; all of them unless given. In training each chunk is computed
-            again in the backward pass, so that memory does not grow with the number of queries but for the answers.
+            again in the backward pass, so that memory does not grow with the number of queries but for these
+            themselves and the answers. (`torch.func` does not take gradients through what is computed again.)
 
     Raises:
-        ValueError: sizes below 1.
+        ValueError: sizes below 1; a chunk where queries compete, as with the kernel `attention.inverted`.
 
     Example:
         >>> import torch
@@ -67,9 +68,15 @@ class Decoder(nn.Module):
         self.out = query_dim if out is None else out
         self.read: Any = read(query_dim, dim, heads=heads)
         self.output = nn.Identity() if out is None else init.linear(query_dim, out)
+        if chunk is not None and _compete(self.read):
+            raise ValueError(f"chunk must be None where queries compete for what they read; got {chunk}")
 
     def forward(
-        self, latents: Float[Tensor, "b m d"], queries: Asked, *, mask: Bool[Tensor, "b q"] | None = None
+        self,
+        latents: Float[Tensor, "b m d"],
+        queries: Asked,
+        *,
+        mask: Any = None,  # b q, or a dictionary of these
     ) -> Asked:
         """An answer to each query.
 
@@ -77,14 +84,18 @@ class Decoder(nn.Module):
             latents: what is read.
             queries: `b q e`, or `1 q e` or `q e` where all samples are asked the same; or a dictionary of these, which
                 gives a dictionary of answers.
-            mask: which queries are there, True = answer; the others read nothing. For tensors.
+            mask: which queries are there, True = answer; the others read nothing. A dictionary of these for one of
+                queries, in which a kind that is not named is all there.
 
         Raises:
-            TypeError: queries that are not floating point, or not of the latents' dtype.
+            TypeError: queries that are not floating point, or not of the latents' dtype; a mask of another kind than
+                the queries.
             ValueError: queries of another width, batch or device; a mask of another shape.
         """
+        checks.is_floating("latents", latents)
+        checks.has_shape("latents", latents, "b m d", last=self.dim)
         if isinstance(queries, dict):
-            return self._of_each(latents, queries)
+            return self._of_each(latents, queries, mask)
         return self._answers(latents, self._checked(latents, queries, mask), mask)
 
     def _checked(self, latents: Tensor, queries: Tensor, mask: Tensor | None) -> Tensor:
@@ -130,14 +141,22 @@ class Decoder(nn.Module):
         weights: Tensor = self.read.attention_map(queries, latents, mask=allowed)
         return weights
 
-    def _of_each(self, latents: Tensor, queries: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _of_each(self, latents: Tensor, queries: dict[str, Tensor], mask: Any) -> dict[str, Tensor]:
         """All are asked at once and told apart afterwards."""
         if not queries:
             raise ValueError("queries must name a tensor at least; got an empty dictionary")
+        for name, x in queries.items():
+            checks.is_floating(f"queries[{name!r}]", x)
         queries = {name: _batched(x) for name, x in queries.items()}
-        batch = max(map(len, queries.values()))
+        batch = latents.shape[0] if any(x.shape[0] != 1 for x in queries.values()) else 1
+        for name, x in queries.items():
+            if x.shape[0] not in (1, batch):
+                raise ValueError(
+                    f"queries[{name!r}] must have a batch of 1 or that of the latents, {batch}; got {x.shape[0]}"
+                )
         together = torch.cat([x.expand(batch, -1, -1) for x in queries.values()], dim=1)
-        answers = self(latents, together).split([x.shape[1] for x in queries.values()], dim=1)
+        present = None if mask is None else _of_all(mask, queries, latents)
+        answers = self(latents, together, mask=present).split([x.shape[1] for x in queries.values()], dim=1)
         return dict(zip(queries, answers, strict=True))
 
     def _answers(self, latents: Tensor, queries: Tensor, mask: Tensor | None) -> Tensor:
@@ -155,6 +174,28 @@ class Decoder(nn.Module):
     def _answer(self, latents: Tensor, queries: Tensor, mask: Tensor | None) -> Tensor:
         answers: Tensor = self.output(self.read(queries, latents, mask=None if mask is None else masks.Queries(mask)))
         return answers
+
+
+def _compete(read: Any) -> bool:
+    kernel = getattr(getattr(read, "attention", None), "kernel", None)
+    while isinstance(kernel, partial):
+        kernel = kernel.func
+    return bool(getattr(kernel, "competes", False))
+
+
+def _of_all(mask: Any, queries: dict[str, Tensor], latents: Tensor) -> Tensor:
+    """The masks of all kinds, one after the other."""
+    if not isinstance(mask, Mapping):
+        raise TypeError(f"mask must be a dictionary by kind, as the queries are, {list(queries)}; got {mask!r:.80}")
+    if unknown := mask.keys() - queries.keys():
+        raise ValueError(f"mask names {sorted(unknown)}; the queries are {list(queries)}")
+    parts = []
+    for name, x in queries.items():
+        shape = (latents.shape[0], x.shape[1])
+        if name in mask:
+            checks.is_mask(f"mask[{name!r}]", mask[name], shape)
+        parts.append(mask[name] if name in mask else latents.new_ones(shape, dtype=torch.bool))
+    return torch.cat(parts, dim=1)
 
 
 def _batched(queries: Tensor) -> Tensor:

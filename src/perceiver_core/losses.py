@@ -1,4 +1,4 @@
-"""Losses that PyTorch does not have: of optical flow, and of several kinds of output at once."""
+"""Losses: of optical flow, of labels some of which do not count, and of several kinds of output at once."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from perceiver_core import checks
 
@@ -42,7 +43,8 @@ def end_point_error(
             f"flow and target must both be b 2 h w, or b q 2; got {tuple(flow.shape)} and {tuple(target.shape)}"
         )
     axis = 1 if flow.ndim == 4 else 2
-    difference = flow - target
+    wide = torch.promote_types(flow.dtype, torch.float32)  # the square of 300 pixels is too much for float16
+    difference = flow.to(wide) - target.to(wide)
     if mask is not None:
         checks.is_mask("mask", mask, difference.select(axis, 0).shape)
         if not checks.is_true(mask.any, mask):
@@ -54,8 +56,48 @@ def end_point_error(
     return errors.mean() if mask is None else errors.sum() / mask.sum()
 
 
+def cross_entropy(
+    logits: Float[Tensor, "b ... v"], labels: Int[Tensor, "b ..."], *, ignore: int = -100
+) -> Float[Tensor, ""]:
+    """The mean cross-entropy of labels, in nats: of classes `b v`, or of tokens `b q v`, the last axis the vocabulary.
+
+    Args:
+        logits: of each label.
+        labels: which it is; `ignore` where none is asked for, as in a masked language model where nothing was hidden.
+        ignore: the label that does not count.
+
+    Raises:
+        TypeError: labels that are not whole numbers.
+        ValueError: labels of another shape than the logits without their last axis, or none that counts.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core.losses import cross_entropy
+        >>> labels = torch.tensor([[2, -100, 0, -100]])
+        >>> round(cross_entropy(torch.zeros(1, 4, 262), labels).item(), 3)  # log 262
+        5.568
+
+    Reference: Devlin et al. 2019 (BERT), section 3.1; transformers counts -100 nowhere too.
+    """
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be whole numbers; got {labels.dtype}")
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"labels must have the shape of the logits without their last axis, {tuple(logits.shape[:-1])}; "
+            f"got {tuple(labels.shape)}"
+        )
+    if not checks.is_true(lambda: (labels != ignore).any(), labels):
+        raise ValueError(f"labels must hold one at least that is not {ignore}; got none")
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.to(wide).flatten(0, -2), labels.flatten().long(), ignore_index=ignore)
+
+
 def weighted(
-    outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor], losses: Mapping[str, tuple[Loss, float]]
+    outputs: Mapping[str, Tensor],
+    targets: Mapping[str, Tensor],
+    losses: Mapping[str, tuple[Loss, float]],
+    *,
+    masks: Mapping[str, Bool[Tensor, " b"]] | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """The losses of several kinds of output, added up.
 
@@ -63,20 +105,24 @@ def weighted(
         outputs: by name.
         targets: by name; kinds without a target cost nothing.
         losses: by name, a function of (output, target) and its weight.
+        masks: by name `b`, which samples have a target of a kind; all unless given. What a target holds for the others
+            has no effect, and a kind that no sample has costs nothing.
 
     Returns:
         The weighted sum, and by name each loss before its weight.
 
     Raises:
-        ValueError: targets without an output or without a loss, or none at all.
+        TypeError: a mask that is not boolean.
+        ValueError: targets without an output or without a loss, or none at all; floating-point targets of another
+            shape than their output, which PyTorch would stretch.
 
     Example:
         >>> import torch
         >>> from torch.nn import functional as F
-        >>> from perceiver_core.losses import weighted
+        >>> from perceiver_core.losses import cross_entropy, weighted
         >>> outputs = {"sound": torch.zeros(2, 9), "label": torch.zeros(2, 3)}
         >>> targets = {"sound": torch.ones(2, 9), "label": torch.tensor([0, 2])}
-        >>> total, each = weighted(outputs, targets, {"sound": (F.l1_loss, 1.0), "label": (F.cross_entropy, 0.5)})
+        >>> total, each = weighted(outputs, targets, {"sound": (F.l1_loss, 1.0), "label": (cross_entropy, 0.5)})
         >>> round(total.item(), 3), sorted(each)
         (1.549, ['label', 'sound'])
 
@@ -87,5 +133,23 @@ def weighted(
             raise ValueError(f"targets must have their {name}; there are none for {sorted(missing)}")
     if not targets:
         raise ValueError("targets must hold a kind at least; got none")
-    each = {name: losses[name][0](outputs[name], target) for name, target in targets.items()}
+    if unknown := (masks or {}).keys() - targets.keys():
+        raise ValueError(f"masks names {sorted(unknown)}; there are targets for {sorted(targets)}")
+    each = {
+        name: _of_kind(name, losses[name][0], outputs[name], target, (masks or {}).get(name))
+        for name, target in targets.items()
+    }
     return torch.stack([losses[name][1] * loss for name, loss in each.items()]).sum(), each
+
+
+def _of_kind(name: str, loss: Loss, output: Tensor, target: Tensor, there: Tensor | None) -> Tensor:
+    if target.is_floating_point() and target.shape != output.shape:
+        raise ValueError(
+            f"targets[{name!r}] must have the shape of its output, {tuple(output.shape)}; got {tuple(target.shape)}"
+        )
+    if there is None:
+        return loss(output, target)
+    checks.is_mask(f"masks[{name!r}]", there, (target.shape[0],))
+    if not there.any():
+        return 0.0 * output.sum()  # so that what made the output has a gradient, of zero
+    return loss(output[there], target[there])

@@ -16,8 +16,9 @@ from perceiver_core.tokens import Tokens
 class DropTokens(nn.Module):
     """An adapter whose tokens are in training a part of them only, drawn anew for each sample.
 
-    Of n tokens, (1 - rate) n are left, rounded down, one at least; of those that a mask leaves, the same share,
-    rounded up.
+    Of n tokens, (1 - rate) n are left, rounded down, one at least, in their order; of those that a mask leaves, the
+    same share, rounded up. Whatever goes by a token's number, `Rotary`, a causal mask or `queries.OnGrid(None, ...)`,
+    sees those that are left as neighbors: for tokens that carry their positions, or need none.
 
     Args:
         adapter: makes the tokens.
@@ -57,10 +58,13 @@ class DropTokens(nn.Module):
         present = None if tokens.mask is None else tokens.mask.flatten(1)
         if present is not None:
             order = order.masked_fill(~present, -torch.inf)
-        kept = order.topk(max(1, int((1 - self.rate) * tokens.n)), dim=1).indices  # those that are there come first
+        best = order.topk(
+            max(1, checks.part_of(tokens.n, 1 - self.rate)), dim=1
+        ).indices  # those that are there come first
+        kept, place = best.sort(1)
         content = content.gather(1, kept[..., None].expand(-1, -1, content.shape[-1]))
         if present is None:
             return Tokens(content)
-        share = ((1 - self.rate) * present.sum(1, keepdim=True)).ceil()
-        counts = torch.arange(kept.shape[1], device=kept.device) < share
-        return Tokens(content, mask=present.gather(1, kept) & counts)
+        share = ((1 - self.rate) * present.sum(1, keepdim=True).double() - 1e-9).ceil()
+        counted = place < share
+        return Tokens(content, mask=present.gather(1, kept) & counted)

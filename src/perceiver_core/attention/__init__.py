@@ -12,6 +12,7 @@ from perceiver_core.attention.fastest import fastest
 from perceiver_core.attention.inverted import inverted
 from perceiver_core.attention.reference import attention_map, reference
 from perceiver_core.attention.sdpa import sdpa
+from perceiver_core.attention.weights import weights_of
 from perceiver_core.attention.zero_token import with_zero_token
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "partial_attention",
     "reference",
     "sdpa",
+    "weights_of",
     "with_zero_token",
 ]

@@ -59,3 +59,6 @@ def inverted(
         shares = scores.masked_fill(~allowed, lowest).log_softmax(-2).masked_fill(~allowed, lowest)
         weights = shares.softmax(-1).masked_fill(~allowed, 0.0)
     return F.dropout(weights, dropout).to(v.dtype) @ v
+
+
+inverted.competes = True  # type: ignore[attr-defined] # what one query gets depends on which others ask

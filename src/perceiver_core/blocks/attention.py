@@ -12,7 +12,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from perceiver_core import checks, init
-from perceiver_core.attention import attention_map, fastest, masks
+from perceiver_core.attention import fastest, masks, weights_of
 from perceiver_core.attention.factored import FactoredKeysValues, attend
 from perceiver_core.attention.masks import Mask
 from perceiver_core.registry import register
@@ -170,10 +170,11 @@ class MultiHeadAttention(nn.Module):
         mask: Mask | None = None,
         queries: Any = None,
     ) -> Float[Tensor, "b h chosen n"]:
-        """The attention weights of chosen queries; see `perceiver_core.attention.attention_map`."""
+        """The weights that the kernel gives chosen queries; see `perceiver_core.attention.weights_of`."""
         q = self._queries(x)
         q, read = _of_one_shape(q, _formed(read, q.dtype))
-        return attention_map(q, read.keys, mask=masks.and_(read.mask, masks.of_tokens(mask)), queries=queries)
+        allowed = masks.and_(read.mask, masks.of_tokens(mask))
+        return weights_of(self.kernel, q, read.keys, mask=allowed, queries=queries)
 
     def _turned(self, heads: Tensor, positions: Tensor | None) -> Tensor:
         """Queries or keys, turned by their positions."""

@@ -35,6 +35,7 @@ class CrossAttend(nn.Module):
         norm: makes a norm from a width.
         residual: whether the queries are added to what they read, which Perceiver IO's decoders mostly do not; or what
             makes a gate in place of the sum from (dim), such as `GRUGate`.
+        mlp_residual: the same of what the MLP gives.
         dropout: the rate at which what is added to the residual is dropped in training.
         path: how tokens are read; see `paths`. All paths give the same answer.
 
@@ -61,6 +62,7 @@ class CrossAttend(nn.Module):
         mlp: Callable[[int], nn.Module] | None = MLP,
         norm: Callable[[int], nn.Module] = nn.LayerNorm,
         residual: Residual = True,
+        mlp_residual: Residual = True,
         dropout: float = 0.0,
         path: Path = Cheapest(),  # noqa: B008 (it is a constant)
     ) -> None:
@@ -70,6 +72,7 @@ class CrossAttend(nn.Module):
         checks.probability(dropout=dropout)
         self.dim, self.input_dim, self.path = dim, input_dim, path
         self.residual = gates.made(residual, dim)
+        self.mlp_residual = True if mlp is None else gates.made(mlp_residual, dim)
         self.query_norm, self.input_norm = norm(dim), norm(input_dim)
         self.attention = attention(dim, input_dim, heads=heads)
         self.mlp_norm = None if mlp is None else norm(dim)
@@ -148,8 +151,7 @@ class CrossAttend(nn.Module):
         x = gates.joined(self.residual, x, attended)
         if self.mlp is None or self.mlp_norm is None:
             return x
-        out: Tensor = x + self.dropout(self.mlp(self.mlp_norm(x)))
-        return out
+        return gates.joined(self.mlp_residual, x, self.dropout(self.mlp(self.mlp_norm(x))))
 
     def attention_map(
         self,

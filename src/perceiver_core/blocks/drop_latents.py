@@ -44,5 +44,5 @@ class DropLatents(nn.Module):
         if not self.training or not self.rate:
             return latents
         order = torch.empty(latents.shape[1], device=latents.device).normal_(generator=self.generator)
-        kept = order.topk(max(1, int((1 - self.rate) * latents.shape[1]))).indices
+        kept = order.topk(max(1, checks.part_of(latents.shape[1], 1 - self.rate))).indices
         return latents[:, kept.sort().values]

@@ -48,7 +48,9 @@ class GRUGate(nn.Module):
 
 @register
 class TanhGate(nn.Module):
-    """x + tanh(gate) read, with one learned gate, closed at first: a block that starts by doing nothing.
+    """x + tanh(gate) read, with one learned gate, closed at first.
+
+    As `residual` and as `mlp_residual` it makes a block that starts by doing nothing.
 
     Args:
         dim: the width of both, which does not matter.
@@ -75,7 +77,11 @@ class TanhGate(nn.Module):
 
 def made(residual: Residual, dim: int) -> bool | nn.Module:
     """What `joined` takes, from what a block was given."""
-    return residual if isinstance(residual, bool) else residual(dim)
+    if isinstance(residual, bool):
+        return residual
+    if isinstance(residual, nn.Module) or not callable(residual):
+        raise TypeError(f"residual must be True, False or what makes a gate from a width, as GRUGate; got {residual!r}")
+    return residual(dim)
 
 
 def joined(residual: bool | nn.Module, x: Float[Tensor, "#b m d"], read: Float[Tensor, "b m d"]) -> Tensor:

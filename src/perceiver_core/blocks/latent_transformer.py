@@ -29,6 +29,7 @@ class SelfAttend(nn.Module):
         norm: makes a norm from a width.
         residual: whether the array is added to what it read of itself; or what makes a gate in place of the sum from
             (dim), such as `GRUGate`.
+        mlp_residual: the same of what the MLP gives.
         dropout: the rate at which what is added to the residual is dropped in training.
 
     Example:
@@ -49,12 +50,13 @@ class SelfAttend(nn.Module):
         mlp: Callable[[int], nn.Module] = MLP,
         norm: Callable[[int], nn.Module] = nn.LayerNorm,
         residual: Residual = True,
+        mlp_residual: Residual = True,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
         checks.positive(dim=dim)
         checks.probability(dropout=dropout)
-        self.residual = gates.made(residual, dim)
+        self.residual, self.mlp_residual = gates.made(residual, dim), gates.made(mlp_residual, dim)
         self.norm, self.attention = norm(dim), attention(dim, heads=heads)
         self.mlp_norm, self.mlp = norm(dim), mlp(dim)
         self.dropout = nn.Dropout(dropout)
@@ -91,8 +93,7 @@ class SelfAttend(nn.Module):
     def _after(self, x: Tensor, attended: Tensor) -> Tensor:
         attended = self.dropout(attended)
         x = gates.joined(self.residual, x, attended)
-        out: Tensor = x + self.dropout(self.mlp(self.mlp_norm(x)))
-        return out
+        return gates.joined(self.mlp_residual, x, self.dropout(self.mlp(self.mlp_norm(x))))
 
 
 @register

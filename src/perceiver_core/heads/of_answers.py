@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from math import prod
+from typing import Any
 
 from einops import rearrange
 from jaxtyping import Float
@@ -80,56 +81,182 @@ class Samples(nn.Module):
     Args:
         dim: the width of an answer.
         patch: samples a piece.
+        channels: of the waveform; one has no axis for them, as `adapters.Audio` wants it.
 
     Example:
         >>> import torch
         >>> from perceiver_core import heads
         >>> heads.Samples(32, patch=16)(torch.randn(2, 60, 32)).shape
         torch.Size([2, 960])
+        >>> heads.Samples(32, patch=16, channels=2)(torch.randn(2, 60, 32)).shape
+        torch.Size([2, 2, 960])
 
     Reference: deepmind-research/perceiver/io_processors.py, `AudioPostprocessor`.
     """
 
-    def __init__(self, dim: int, patch: int) -> None:
+    def __init__(self, dim: int, patch: int, *, channels: int = 1) -> None:
         super().__init__()
-        checks.positive(dim=dim, patch=patch)
-        self.dim = dim
-        self.samples = init.linear(dim, patch)
+        checks.positive(dim=dim, patch=patch, channels=channels)
+        self.dim, self.channels = dim, channels
+        self.samples = init.linear(dim, channels * patch)
 
-    def forward(self, answers: Float[Tensor, "b q d"]) -> Float[Tensor, "b s"]:
+    def forward(self, answers: Float[Tensor, "b q d"]) -> Float[Tensor, "b *c s"]:
         """The pieces, one after the other."""
-        return rearrange(self.samples(answers), "b q patch -> b (q patch)")
+        checks.has_shape("answers", answers, "b q d", last=self.dim)
+        sound = rearrange(self.samples(answers), "b q (c patch) -> b c (q patch)", c=self.channels)
+        return sound[:, 0] if self.channels == 1 else sound
 
 
 @partial(register, name="heads.OnGrid")
 class OnGrid(nn.Module):
-    """An answer for every point of a grid, as an array with channels first: flow, pixels, depth.
+    """An answer for every point of a grid, as an array: flow, pixels, depth, frames of a film.
 
     Args:
-        grid: its size.
+        grid: its size; None for the one that was asked on, which a `PerceiverIO` says.
+        head: what is done to each answer first, such as `Values`.
         scale: a factor for all values. Perceiver IO's flow is a hundredth of what its decoder gives.
+        channels: which axis of the array the values are: 1 for `b c h w`, 2 for films `b t c h w`, -1 for the last.
+
+    Raises:
+        ValueError: an axis that the array has not.
 
     Example:
         >>> import torch
         >>> from perceiver_core import heads
         >>> flow = heads.OnGrid((5, 7), scale=0.01)
-        >>> flow(torch.randn(2, 35, 2)).shape, flow(torch.randn(2, 11, 2)).shape
+        >>> flow(torch.randn(2, 35, 2)).shape, flow(torch.randn(2, 11, 2), at=torch.arange(11)).shape
         (torch.Size([2, 2, 5, 7]), torch.Size([2, 11, 2]))
+        >>> film = heads.OnGrid((3, 5, 7), head=heads.Values(32, values=3), channels=2)
+        >>> film(torch.randn(2, 105, 32)).shape
+        torch.Size([2, 3, 3, 5, 7])
 
     Reference: deepmind-research/perceiver/perceiver.py, `FlowDecoder`.
     """
 
-    def __init__(self, grid: Sequence[int], *, scale: float = 1.0) -> None:
-        super().__init__()
-        checks.positive(**{f"grid[{i}]": size for i, size in enumerate(grid)})
-        self.grid, self.scale = tuple(grid), scale
+    sees_questions = True
 
-    def forward(self, answers: Float[Tensor, "b q c"]) -> Float[Tensor, "b ..."]:
-        """`b c *grid`; answers to some of the queries stay `b q c`."""
-        answers = answers * self.scale
-        if answers.shape[1] != prod(self.grid):
-            return answers
-        return answers.movedim(-1, 1).reshape(answers.shape[0], answers.shape[-1], *self.grid)
+    def __init__(
+        self, grid: Sequence[int] | None, *, head: nn.Module | None = None, scale: float = 1.0, channels: int = 1
+    ) -> None:
+        super().__init__()
+        if grid is not None:
+            checks.positive(**{f"grid[{i}]": size for i, size in enumerate(grid)})
+            _check_axis(channels, len(grid))
+        self.grid, self.scale, self.channels = None if grid is None else tuple(grid), scale, channels
+        self.head = nn.Identity() if head is None else head
+        if hasattr(self.head, "dim"):
+            self.dim = self.head.dim
+
+    def forward(
+        self, answers: Float[Tensor, "b q d"], *, at: Any = None, grid: Sequence[int] | None = None
+    ) -> Float[Tensor, "b ..."]:
+        """The array, or `b q c` for some of the points.
+
+        Args:
+            answers: one a point.
+            at: which points were asked for; all of the grid unless given.
+            grid: the one that was asked on, where that is known.
+
+        Raises:
+            ValueError: answers on another grid, or another number of them than it has points.
+        """
+        values: Tensor = self.head(answers) * self.scale
+        if at is not None:
+            return values
+        size = self._size(grid)
+        if values.ndim != 3 or values.shape[1] != prod(size):
+            raise ValueError(
+                f"answers must be b {prod(size)} c, one for each point of {size}, where `at` does not say which points "
+                f"were asked for; got shape {tuple(answers.shape)}"
+            )
+        return values.reshape(values.shape[0], *size, values.shape[-1]).movedim(-1, self.channels)
+
+    def _size(self, asked: Sequence[int] | None) -> tuple[int, ...]:
+        if asked is None and self.grid is None:
+            raise ValueError("grid must be given, to OnGrid or with the answers, where queries do not tell it")
+        if asked is not None and self.grid is not None and tuple(asked) != self.grid:
+            raise ValueError(
+                f"answers are on a grid {tuple(asked)}, and this head makes {self.grid}. Give it None to take any, "
+                "or ask on its grid: queries.OnGrid(grid, positions)"
+            )
+        size = tuple(asked) if self.grid is None and asked is not None else self.grid
+        assert size is not None
+        _check_axis(self.channels, len(size))
+        return size
+
+
+@partial(register, name="heads.Patches")
+class Patches(nn.Module):
+    """Every answer is a patch of a picture `b c h w`, or of a film `b t c h w`.
+
+    Args:
+        dim: the width of an answer.
+        grid: how many patches there are along each axis; None for the grid that was asked on.
+        size: how many pixels a patch has along each axis.
+        channels: of a pixel.
+
+    Raises:
+        ValueError: another number of axes than two or three.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core import heads
+        >>> pictures = heads.Patches(32, grid=(4, 5), size=(2, 3), channels=3)
+        >>> pictures(torch.randn(2, 20, 32)).shape
+        torch.Size([2, 3, 8, 15])
+        >>> some = torch.tensor([0, 19])
+        >>> pictures(torch.randn(2, 2, 32), at=some).shape, pictures.cut(torch.rand(2, 3, 8, 15))[:, some].shape
+        (torch.Size([2, 2, 18]), torch.Size([2, 2, 18]))
+
+    Reference: Jaegle et al. 2022 (Perceiver IO), section 4.3, reads films as patches; deepmind-research/perceiver,
+    io_processors.py, `reverse_space_to_depth`.
+    """
+
+    sees_questions = True
+
+    def __init__(self, dim: int, *, grid: Sequence[int] | None, size: Sequence[int], channels: int = 3) -> None:
+        super().__init__()
+        checks.positive(dim=dim, channels=channels, **{f"size[{i}]": n for i, n in enumerate(size)})
+        if len(size) not in (2, 3):
+            raise ValueError(f"size must have two axes, of pictures, or three, of films; got {tuple(size)}")
+        if grid is not None and len(grid) != len(size):
+            raise ValueError(f"grid must have as many axes as size, {len(size)}; got {tuple(grid)}")
+        self.dim, self.size, self.channels = dim, tuple(size), channels
+        values = Values(dim, channels * prod(size))
+        self.patches = OnGrid(grid, head=values, channels=-1)
+
+    def forward(
+        self, answers: Float[Tensor, "b q d"], *, at: Any = None, grid: Sequence[int] | None = None
+    ) -> Float[Tensor, "b ..."]:
+        """The pictures or films; or for some of the patches, in the layout of `cut`, their pixels."""
+        found: Tensor = self.patches(answers, at=at, grid=grid)
+        return found if at is not None else self._joined(found)
+
+    def _joined(self, patches: Tensor) -> Tensor:
+        sizes = dict(zip("tpq"[-len(self.size) :], self.size, strict=True))
+        if len(self.size) == 2:
+            return rearrange(patches, "b h w (p q c) -> b c (h p) (w q)", **sizes, c=self.channels)
+        return rearrange(patches, "b f h w (t p q c) -> b (f t) c (h p) (w q)", **sizes, c=self.channels)
+
+    def cut(self, pixels: Float[Tensor, "b ..."]) -> Float[Tensor, "b n values"]:
+        """Pictures or films as patches, one a query: what answers to some of them are to be compared with.
+
+        Raises:
+            ValueError: pixels that are no whole number of patches, or of another number of channels or axes.
+        """
+        axes = len(self.size)
+        letters = "b c h w" if axes == 2 else "b t c h w"
+        checks.has_shape("pixels", pixels, letters)
+        sides = pixels.shape[2:] if axes == 2 else (pixels.shape[1], *pixels.shape[3:])
+        if pixels.shape[-3] != self.channels or any(n % of for n, of in zip(sides, self.size, strict=True)):
+            raise ValueError(
+                f"pixels must be {letters} of {self.channels} channels and whole patches {self.size}; "
+                f"got shape {tuple(pixels.shape)}"
+            )
+        sizes = dict(zip("tpq"[-axes:], self.size, strict=True))
+        if axes == 2:
+            return rearrange(pixels, "b c (h p) (w q) -> b (h w) (p q c)", **sizes)
+        return rearrange(pixels, "b (f t) c (h p) (w q) -> b (f h w) (t p q c)", **sizes)
 
 
 @partial(register, name="heads.Multimodal")
@@ -163,3 +290,8 @@ class Multimodal(nn.Module):
         if unknown := answers.keys() - self.heads.keys():
             raise ValueError(f"answers name {sorted(unknown)}; there are heads for {list(self.heads)}")
         return {name: self.heads[name](answer) for name, answer in answers.items()}
+
+
+def _check_axis(channels: int, axes: int) -> None:
+    if channels != -1 and not 1 <= channels <= axes + 1:
+        raise ValueError(f"channels must be an axis of an array b ... of {axes} axes and one for them; got {channels}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from perceiver_core.models.perceiver import check_module, check_widths
 from perceiver_core.registry import register
@@ -64,15 +64,19 @@ class PerceiverIO(nn.Module):
         check_widths("decoder", decoder, "out", "head", head, "dim")
         self.adapter, self.encoder, self.queries, self.decoder, self.head = adapter, encoder, queries, decoder, head
 
-    def forward(self, inputs: Any, *, mask: Any = None, at: Any = None, query_mask: Tensor | None = None) -> Any:
+    def forward(self, inputs: Any, *, mask: Any = None, at: Any = None, query_mask: Any = None) -> Any:
         """An output for each query.
 
         Args:
             inputs: what the adapter takes.
             mask: which tokens are there, True = attend, in the shape that the adapter says.
             at: which queries, as `queries` says; all unless given. A loss on some of the outputs needs only these.
-            query_mask: `b q`, which queries are there, True = answer.
+            query_mask: `b q`, which queries are there, True = answer; a dictionary of these where queries are one.
         """
         tokens = self.adapter(inputs) if mask is None else self.adapter(inputs, mask=mask)
         asked = self.queries(tokens, at=at)
-        return self.head(self.decoder(self.encoder(tokens), asked, mask=query_mask))
+        answers = self.decoder(self.encoder(tokens), asked, mask=query_mask)
+        if not getattr(self.head, "sees_questions", False):
+            return self.head(answers)
+        grid_of = getattr(self.queries, "grid_of", None)
+        return self.head(answers, at=at, grid=None if grid_of is None else grid_of(tokens))

@@ -32,6 +32,10 @@ class FromInputs(nn.Module):
         checks.positive(dim=dim)
         self.dim = dim
 
+    def grid_of(self, tokens: Tokens | Tensor) -> tuple[int, ...] | None:
+        """The grid of the tokens."""
+        return tuple(tokens.grid) if isinstance(tokens, Tokens) else None
+
     def forward(
         self, tokens: Tokens | Float[Tensor, "b n c"], *, at: Int[Tensor, "*b q"] | None = None
     ) -> Float[Tensor, "b q e"]:

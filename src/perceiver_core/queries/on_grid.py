@@ -20,7 +20,8 @@ class OnGrid(nn.Module):
     """The position features of every point of a grid, the last axis fastest. Those of chosen points alone are made.
 
     Args:
-        grid: its size; None for the grid of the input.
+        grid: its size; None for the grid of the input. Places are those of the grid, whatever a mask hides: pad texts
+            on the right, where `adapters.Ids` counts as this does.
         positions: position features over as many axes.
         at_left: whether chosen points stand at -1 + 2 i / size along each axis, as those of the published multimodal
             model do, and not where they stand on the whole grid, -1 + 2 i / (size - 1). Needs positions that take
@@ -53,6 +54,10 @@ class OnGrid(nn.Module):
         """The width of a query."""
         return self.positions.dim
 
+    def grid_of(self, tokens: Tokens | None = None) -> tuple[int, ...] | None:
+        """The grid that is asked on: its own, or that of the input."""
+        return self.grid or (tuple(tokens.grid) if isinstance(tokens, Tokens) else None)
+
     def forward(
         self, tokens: Tokens | None = None, *, at: Int[Tensor, "*b q"] | None = None
     ) -> Float[Tensor, "#b q e"]:
@@ -62,7 +67,7 @@ class OnGrid(nn.Module):
             tokens: those of the input, for their grid, dtype and device.
             at: which points; see `queries`.
         """
-        grid = self.grid or (tokens.grid if isinstance(tokens, Tokens) else None)
+        grid = self.grid_of(tokens)
         if grid is None:
             raise ValueError("tokens must be Tokens, whose grid is asked for; or build OnGrid with a grid of its own")
         like = (
