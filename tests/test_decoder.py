@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import perceiver_core as pc
-from perceiver_core import CrossAttend, Decoder
+from perceiver_core import CrossAttend, Decoder, MultiHeadAttention
+from perceiver_core.attention import inverted
 from tests.memory import Kept
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
@@ -115,6 +116,36 @@ def test_a_dictionary_of_queries_gives_one_of_answers():
         torch.testing.assert_close(answers[name], made(latents, queries), **EXACT)
 
 
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_masks_of_each_kind(chunk):
+    made = decoder(read=partial(CrossAttend, residual=False, mlp=None), out=None, chunk=chunk)
+    latents, asked = drawn(2, 7, 13), {"flow": drawn(2, 5, 11, seed=1), "label": drawn(1, 1, 11, seed=2)}
+    there = torch.tensor([[True, False, True, True, False], [False] * 5])
+    answers = made(latents, asked, mask={"flow": there})
+    for name, mask in (("flow", there), ("label", None)):
+        torch.testing.assert_close(answers[name], made(latents, asked[name], mask=mask), **EXACT)
+    with pytest.raises(ValueError, match=r"mask names \['film'\]; the queries are \['flow', 'label'\]"):
+        made(latents, asked, mask={"film": there})
+    with pytest.raises(ValueError, match=r"mask\['flow'\] must have shape \(2, 5\)"):
+        made(latents, asked, mask={"flow": there[:, :4]})
+    with pytest.raises(TypeError, match="mask must be a dictionary by kind, as the queries are"):
+        made(latents, asked, mask=there)
+
+
+def test_one_question_for_all_samples_and_masks_of_each():
+    made, latents, asked = decoder(), drawn(2, 7, 13), {"flow": drawn(5, 11, seed=1)}
+    there = torch.tensor([[True, False, True, True, False], [True] * 5])
+    found = made(latents, asked, mask={"flow": there})["flow"]
+    torch.testing.assert_close(found, made(latents, asked["flow"], mask=there), **EXACT)
+
+
+def test_queries_that_compete_are_asked_at_once():
+    slots = partial(CrossAttend, attention=partial(MultiHeadAttention, kernel=partial(inverted)))
+    assert Decoder(13, query_dim=11, read=slots).chunk is None
+    with pytest.raises(ValueError, match="chunk must be None where queries compete for what they read; got 3"):
+        Decoder(13, query_dim=11, read=slots, chunk=3)
+
+
 @pytest.mark.parametrize("heads", [1, 13])
 def test_attention_maps_are_those_of_the_read(heads):
     made, latents, queries = decoder(heads=heads), drawn(2, 7, 13), drawn(5, 11, seed=1)
@@ -171,11 +202,18 @@ class TestRefusals:
             (torch.zeros(2, 5, 11).long(), TypeError, "floating point"),
             (torch.zeros(2, 5, 11), TypeError, "convert one"),
             ({}, ValueError, "empty dictionary"),
+            ({"a": None}, TypeError, r"queries\['a'\] must be"),
+            ({"a": torch.zeros(3, 5, 11).double()}, ValueError, r"queries\['a'\] must have a batch of 1 or"),
         ],
     )
     def test_refused_queries(self, queries, kind, message):
         with pytest.raises(kind, match=message):
             decoder()(drawn(2, 7, 13), queries)
+
+    @pytest.mark.parametrize("shape", [(7, 13), (2, 7, 12)])
+    def test_refused_latents(self, shape):
+        with pytest.raises(ValueError, match="latents must have"):
+            decoder()(drawn(*shape), drawn(5, 11))
 
     def test_refused_masks(self):
         with pytest.raises(ValueError, match=r"mask must have shape \(2, 5\)"):

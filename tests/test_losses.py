@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perceiver_core.losses import end_point_error, weighted
+from perceiver_core.losses import cross_entropy, end_point_error, weighted
 
 SHAPES = [(2, 2, 5, 7), (1, 2, 1, 1), (2, 11, 2), (3, 1, 2)]
 
@@ -106,3 +106,71 @@ class TestWeighted:
     def test_refused_kinds(self, outputs, targets, losses, message):
         with pytest.raises(ValueError, match=message):
             weighted(outputs, targets, losses)
+
+    def test_samples_without_a_kind_do_not_count(self):
+        outputs = {"sound": drawn(3, 7).requires_grad_(), "label": drawn(3, 5, seed=1).requires_grad_()}
+        sound = drawn(3, 7, seed=2)
+        sound[1] = torch.nan
+        there = torch.tensor([True, False, True])
+        targets, losses = (
+            {"sound": sound, "label": torch.tensor([0, 2, 4])},
+            {
+                "sound": (F.l1_loss, 2.0),
+                "label": (cross_entropy, 1.0),
+            },
+        )
+        total, each = weighted(outputs, targets, losses, masks={"sound": there})
+        torch.testing.assert_close(each["sound"], (outputs["sound"] - sound)[there].abs().mean())
+        torch.testing.assert_close(each["label"], F.cross_entropy(outputs["label"], targets["label"]))
+        total.backward()
+        assert (outputs["sound"].grad[1] == 0).all()
+        assert (outputs["sound"].grad[[0, 2]] != 0).all()
+
+    def test_a_kind_that_no_sample_has_costs_nothing(self):
+        output = drawn(2, 7).requires_grad_()
+        none = torch.zeros(2, dtype=torch.bool)
+        total, _ = weighted(
+            {"a": output}, {"a": torch.full((2, 7), torch.nan)}, {"a": (F.l1_loss, 1.0)}, masks={"a": none}
+        )
+        total.backward()
+        assert total == 0
+        assert (output.grad == 0).all()
+
+    def test_refused_targets_and_masks(self):
+        losses = {"a": (F.l1_loss, 1.0)}
+        with pytest.raises(ValueError, match=r"targets\['a'\] must have the shape of its output, \(2, 1, 5\)"):
+            weighted({"a": torch.zeros(2, 1, 5)}, {"a": torch.zeros(2, 5)}, losses)
+        with pytest.raises(ValueError, match=r"masks names \['b'\]; there are targets for \['a'\]"):
+            weighted({"a": torch.zeros(2)}, {"a": torch.zeros(2)}, losses, masks={"b": torch.ones(2).bool()})
+        with pytest.raises(TypeError, match=r"masks\['a'\] must be a boolean tensor"):
+            weighted({"a": torch.zeros(2)}, {"a": torch.zeros(2)}, losses, masks={"a": torch.ones(2)})
+
+
+class TestCrossEntropy:
+    @pytest.mark.parametrize("shape", [(5,), (2, 7), (2, 3, 5), (4, 4)])
+    def test_the_mean_over_labels_that_count(self, shape):
+        logits = drawn(*shape, 4).requires_grad_()
+        labels = torch.randint(4, shape, generator=torch.Generator().manual_seed(0))
+        labels.view(-1)[1::3] = -100
+        counted = labels != -100
+        wanted = -logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0][counted].mean()
+        found = cross_entropy(logits, labels)
+        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(*(torch.autograd.grad(x, logits)[0] for x in (found, wanted)))
+
+    def test_half_precision_is_added_up_in_single(self):
+        logits, labels = torch.randn(2, 3000, 11).bfloat16(), torch.randint(11, (2, 3000))
+        torch.testing.assert_close(cross_entropy(logits, labels), cross_entropy(logits.float(), labels))
+
+    def test_refused_labels(self):
+        with pytest.raises(TypeError, match=r"labels must be whole numbers; got torch.float32"):
+            cross_entropy(torch.zeros(2, 5), torch.zeros(2))
+        with pytest.raises(ValueError, match=r"without their last axis, \(2, 5\); got \(2, 4\)"):
+            cross_entropy(torch.zeros(2, 5, 4), torch.zeros(2, 4).long())
+        with pytest.raises(ValueError, match="one at least that is not -100; got none"):
+            cross_entropy(torch.zeros(2, 5), torch.tensor([-100, -100]))
+
+
+def test_long_flows_in_half_precision():
+    flow = torch.full((1, 2, 3, 5), 300.0, dtype=torch.float16)
+    assert end_point_error(flow, torch.zeros_like(flow)).item() == pytest.approx(300 * 2**0.5)

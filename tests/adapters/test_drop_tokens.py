@@ -86,3 +86,11 @@ def test_sizes_that_vary_compile(seeded):
     compiled = torch.compile(adapter, dynamic=True, backend="aot_eager")
     for n in (17, 23):
         assert compiled(torch.randn(2, n, 3)).n == n // 2
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_is_left_stands_in_its_order(masked):
+    adapter = pc.adapters.DropTokens(pc.adapters.Grid(channels=1, positions=None), rate=0.4).train()
+    x, mask = torch.arange(50.0)[None, :, None].expand(3, -1, -1), torch.rand(3, 50) < 0.7 if masked else None
+    left = adapter(x, mask=mask)
+    assert (left.content[..., 0].diff() > 0).all()

@@ -68,3 +68,14 @@ def test_maps_of_a_model_in_evaluation_are_of_all_latents():
 def test_refused_rates(rate):
     with pytest.raises(ValueError, match=r"rate must lie in \[0, 1\)"):
         DropLatents(rate)
+
+
+def test_floats_that_fall_short_of_a_whole_number_round_to_it():
+    from fractions import Fraction
+
+    from perceiver_core import checks
+
+    for percent in range(100):
+        for n in range(1, 513):
+            wanted = int(n * (1 - Fraction(percent, 100)))
+            assert checks.part_of(n, 1 - percent / 100) == wanted, (percent, n)

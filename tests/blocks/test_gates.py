@@ -115,3 +115,33 @@ def test_under_autocast(gate, dtype):
         out = read(torch.randn(1, 5, 13), torch.randn(2, 11, 10))
     assert out.shape == (2, 5, 13) and out.isfinite().all()
     out.float().sum().backward()
+
+
+@pytest.mark.parametrize("gate", [GRUGate, TanhGate])
+def test_the_mlp_has_a_gate_too(gate):
+    x, tokens = drawn(2, 5, 13), drawn(2, 11, 10, seed=1)
+    read, own = shaken(CrossAttend(13, 10, mlp_residual=gate)), shaken(SelfAttend(13, heads=1, mlp_residual=gate))
+    after = x + read.attention(read.query_norm(x), read.keys_values(tokens))
+    wanted = read.mlp_residual(after, read.mlp(read.mlp_norm(after)))
+    torch.testing.assert_close(read(x, tokens), wanted, **EXACT)
+    after = x + own.attention(own.norm(x), own.attention.keys_values(own.norm(x)))
+    torch.testing.assert_close(own(x), own.mlp_residual(after, own.mlp(own.mlp_norm(after))), **EXACT)
+
+
+def test_without_the_sum_an_mlp_replaces():
+    x, read = drawn(2, 5, 13), shaken(CrossAttend(13, 10, mlp_residual=False))
+    tokens = drawn(2, 11, 10, seed=1)
+    after = x + read.attention(read.query_norm(x), read.keys_values(tokens))
+    torch.testing.assert_close(read(x, tokens), read.mlp(read.mlp_norm(after)), **EXACT)
+
+
+def test_both_gates_closed_change_nothing():
+    x, tokens = torch.randn(2, 5, 13), torch.randn(2, 11, 10)
+    block = CrossAttend(13, 10, residual=TanhGate, mlp_residual=TanhGate)
+    assert torch.equal(block(x, tokens), x)
+
+
+@pytest.mark.parametrize("residual", ["gate", GRUGate(13)])
+def test_refused_residuals(residual):
+    with pytest.raises(TypeError, match="residual must be True, False or what makes a gate from a width"):
+        CrossAttend(13, 10, residual=residual)

@@ -89,6 +89,61 @@ def test_chunks_change_nothing(chunk):
     torch.testing.assert_close(*found, **EXACT)
 
 
+class TestAnswersOnAGrid:
+    @staticmethod
+    def model(head, *, ask=None):
+        flat = pictures()
+        return PerceiverIO(flat.adapter, flat.encoder, ask or flat.queries, flat.decoder, head).double()
+
+    @pytest.mark.parametrize("size", [(5, 7), (7, 5), (1, 1), (2, 11)])
+    def test_the_grid_of_the_input(self, size):
+        x, flat = drawn(2, 3, *size), pictures()
+        found = self.model(heads.OnGrid(None))(x)
+        torch.testing.assert_close(found, flat(x).mT.unflatten(2, size), **EXACT)
+
+    def test_all_points_in_another_order_stay_a_list(self):
+        x, at = drawn(2, 3, *GRID), torch.randperm(35, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(self.model(heads.OnGrid(GRID))(x, at=at), pictures()(x)[:, at], **EXACT)
+
+    def test_another_orientation_is_refused(self):
+        with pytest.raises(ValueError, match=r"answers are on a grid \(7, 5\), and this head makes \(5, 7\)"):
+            self.model(heads.OnGrid(GRID))(drawn(1, 3, 7, 5))
+        image = pictures().adapter
+        copying = PerceiverIO(
+            image,
+            pictures().encoder,
+            queries.FromInputs(image.dim),
+            Decoder(14, query_dim=image.dim, out=2),
+            heads.OnGrid(GRID),
+        ).double()
+        assert copying(drawn(1, 3, *GRID)).shape == (1, 2, 5, 7)
+        with pytest.raises(ValueError, match="answers are on a grid"):
+            copying(drawn(1, 3, 7, 5))
+
+    def test_pictures_are_made_of_patches(self):
+        flat = pictures()
+        head = heads.Patches(2, grid=None, size=(2, 3), channels=1)
+        model, x = self.model(head), drawn(2, 3, *GRID)
+        assert model(x).shape == (2, 1, 10, 21)
+        at = torch.tensor([3, 11])
+        torch.testing.assert_close(model(x, at=at), head.cut(model(x))[:, at], **EXACT)
+        torch.testing.assert_close(head.cut(model(x)), head.patches.head(flat(x)), **EXACT)
+
+    def test_each_kind_has_its_grid(self):
+        made = several()
+        ask = queries.Multimodal(
+            {"map": queries.OnGrid((2, 3), positions.Learned((2, 3), 4)), "label": queries.Learned(1, 3)}
+        )
+        decoder = Decoder(14, query_dim=ask.dim, out=2)
+        each = heads.Multimodal({"map": heads.OnGrid((2, 3)), "label": heads.Only()})
+        model = PerceiverIO(made.adapter, made.encoder, ask, decoder, each).double()
+        given = {"sound": drawn(2, 21)}
+        whole, some = model(given), model(given, at={"map": torch.arange(6).flip(0)})
+        assert whole["map"].shape == (2, 2, 2, 3)
+        torch.testing.assert_close(some["map"].flip(1), whole["map"].flatten(2).mT, **EXACT)
+        assert model(given, query_mask={"map": torch.ones(2, 6).bool()})["label"].shape == (2, 2)
+
+
 def test_masked_pixels_have_no_effect():
     model, x = pictures(), drawn(2, 3, *GRID)
     mask = torch.rand(2, *GRID, generator=torch.Generator().manual_seed(0)) < 0.5

@@ -103,7 +103,7 @@ class Samples(nn.Module):
     def forward(self, answers: Float[Tensor, "b q d"]) -> Float[Tensor, "b *c s"]:
         """The pieces, one after the other."""
         checks.has_shape("answers", answers, "b q d", last=self.dim)
-        sound = rearrange(self.samples(answers), "b q (c patch) -> b c (q patch)", c=self.channels)
+        sound = rearrange(self.samples(answers), "b q (patch c) -> b c (q patch)", c=self.channels)
         return sound[:, 0] if self.channels == 1 else sound
 
 
@@ -277,19 +277,38 @@ class Multimodal(nn.Module):
     Reference: deepmind-research/perceiver/io_processors.py, `MultimodalPostprocessor`.
     """
 
+    sees_questions = True
+
     def __init__(self, heads: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.heads = nn.ModuleDict(heads)
 
-    def forward(self, answers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def forward(
+        self,
+        answers: Mapping[str, Tensor],
+        *,
+        at: Mapping[str, Any] | None = None,
+        grid: Mapping[str, Sequence[int] | None] | None = None,
+    ) -> dict[str, Tensor]:
         """An output for each kind that was asked for.
+
+        Args:
+            answers: by name.
+            at: by name which queries were asked, as a head such as `OnGrid` wants to know.
+            grid: by name the grid that was asked on, where that is known.
 
         Raises:
             ValueError: a kind that there is no head for.
         """
         if unknown := answers.keys() - self.heads.keys():
             raise ValueError(f"answers name {sorted(unknown)}; there are heads for {list(self.heads)}")
-        return {name: self.heads[name](answer) for name, answer in answers.items()}
+        outputs = {}
+        for name, answer in answers.items():
+            head = self.heads[name]
+            sees = getattr(head, "sees_questions", False)
+            more = {"at": (at or {}).get(name), "grid": (grid or {}).get(name)} if sees else {}
+            outputs[name] = head(answer, **more)
+        return outputs
 
 
 def _check_axis(channels: int, axes: int) -> None:
