@@ -1,6 +1,7 @@
 """Adapters: raw tensors to `Tokens`. Each knows the width of its tokens (`.dim`)."""
 
 from perceiver_core.adapters.audio import Audio, Spectrogram
+from perceiver_core.adapters.bytes import Bytes
 from perceiver_core.adapters.drop_tokens import DropTokens
 from perceiver_core.adapters.flow import FramePair
 from perceiver_core.adapters.grid import Grid
@@ -16,6 +17,7 @@ from perceiver_core.adapters.video import Video
 
 __all__ = [
     "Audio",
+    "Bytes",
     "ConvStem",
     "DropTokens",
     "FramePair",
