@@ -22,8 +22,11 @@ akoa: $(VENV)/.installed-akoa ## train and test the knee laterality example, res
 test docs: export OMP_NUM_THREADS ?= 1
 
 test: $(VENV)/.installed-dev $(VENV)/.installed-akoa ## run the tests with coverage, then again with shapes checked
-	$(RUN) -m pytest --cov --cov-report=term-missing:skip-covered $(TESTS)
-	$(RUN) -m pytest -q $(SHAPES) $(TESTS)
+	$(RUN) -m pytest $(WORKERS) --cov --cov-report=term-missing:skip-covered $(TESTS)
+	$(RUN) -m pytest $(WORKERS) -q $(SHAPES) $(TESTS)
+
+# A process for each core, four at most: each takes some gigabytes with the models of full size.
+WORKERS := -n auto --maxprocesses 4 --dist worksteal
 
 # Left out: tests of refusals, where jaxtyping would speak before the library does, and torch.compile, which cannot
 # trace through the checks.
