@@ -19,7 +19,8 @@ def rows(result):
 
 
 def test_there_is_a_result_for_each_script():
-    assert [path.parent.name for path in KEPT] == ["image_completion", "point_clouds", "spoken_digits"]
+    scripts = ["image_completion", "point_clouds", "spoken_digits", "video_and_sound"]
+    assert [path.parent.name for path in KEPT] == scripts
 
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.parent.name)
