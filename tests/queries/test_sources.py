@@ -149,6 +149,12 @@ class TestMultimodal:
         torch.testing.assert_close(asked["label"], whole["label"], **EXACT)
         torch.testing.assert_close(asked["places"], whole["places"][0][at], **EXACT)
 
+    def test_nothing_of_a_kind(self):
+        source = Multimodal({"label": queries.Learned(3, 5), "places": OnGrid((5, 7), fourier(2))})
+        asked = source(at={"places": torch.zeros(0, dtype=torch.long)})
+        assert list(asked) == ["label"]
+        torch.testing.assert_close(asked["label"], source()["label"], **EXACT)
+
 
 AT = torch.tensor([0])
 REFUSED = {

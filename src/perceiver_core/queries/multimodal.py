@@ -51,7 +51,8 @@ class Multimodal(nn.Module):
 
         Args:
             tokens: those of the input, for sources that look at them.
-            at: by name, which queries; all of a source that is not named. An empty list asks nothing of it.
+            at: by name, which queries; all of a source that is not named. An empty tensor asks nothing of it, which
+                is then left out.
 
         Raises:
             ValueError: a name that there is not.
@@ -59,8 +60,13 @@ class Multimodal(nn.Module):
         chosen = dict(at or {})
         if unknown := chosen.keys() - self.sources.keys():
             raise ValueError(f"at names {sorted(unknown)}; the sources are {sorted(self.sources)}")
-        return {name: self._padded(name, source(tokens, at=chosen.get(name))) for name, source in self.sources.items()}
+        asked = {name: source for name, source in self.sources.items() if not _is_nothing(chosen.get(name))}
+        return {name: self._padded(name, source(tokens, at=chosen.get(name))) for name, source in asked.items()}
 
     def _padded(self, name: str, asked: Tensor) -> Tensor:
         vector = self.padding[name].to(asked.dtype)
         return torch.cat([asked, vector.expand(*asked.shape[:-1], -1)], dim=-1)
+
+
+def _is_nothing(at: Tensor | None) -> bool:
+    return isinstance(at, Tensor) and at.numel() == 0
