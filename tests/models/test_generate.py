@@ -286,6 +286,7 @@ class TestGenerate:
         )
         assert found.tolist() == [[5], [5]] and found.dtype == torch.long
 
+    @pytest.mark.compile
     def test_a_compiled_model(self):
         model, prompt = model_of(), ids_of()
         found = pc.generate(torch.compile(model, backend="eager"), prompt, max_new_tokens=7)
