@@ -9,11 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import perceiver_core as pc
 from perceiver_core.models import sampling
 from perceiver_core.models.generate import _cached, _recomputed, _Stream, plan
 from perceiver_core.models.perceiver_ar import PROCESS
+from tests.memory import Kept
 from tests.models.test_perceiver_ar import (
     EXACT,
     LATENTS,
@@ -25,12 +27,13 @@ from tests.models.test_perceiver_ar import (
     model_of,
     padding,
     seeds,
+    turning,
 )
 
 
-def logits_of(kind, model, prompt, steps, *, start=2, mask=None, seed=0):
+def logits_of(kind, model, prompt, steps, *, start=2, mask=None, seed=0, context=None):
     """The logits of so many new ids, the ids being drawn."""
-    so_far, found, generator = _Stream(model, prompt, mask, start), [], torch.Generator().manual_seed(seed)
+    so_far, found, generator = _Stream(model, prompt, mask, start, context), [], torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for logits in islice(kind(so_far), steps):
             found.append(logits)
@@ -99,6 +102,90 @@ class TestCache:
         model.process.blocks[1].attention.query.register_forward_hook(lambda _, x, __: made.append(x[0].shape[1]))
         pc.generate(model, ids_of(), max_new_tokens=9, start=2)
         assert made == [2, 1, 1, 1, 2, 1, 1, 1, 2]
+
+
+def continued(model, ids, steps, *, context, start, mask=None):
+    """The most likely ids, the model being given the last tokens alone, every time."""
+    mask, prompt = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask, ids.shape[1]
+    for latents in islice(plan(model.latents, start), steps):
+        logits = model(ids[:, -context:], mask=mask[:, -context:], latents=latents)[:, -1]
+        ids = torch.cat([ids, logits.argmax(-1)[:, None]], 1)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+    return ids[:, prompt:]
+
+
+class TestContext:
+    @each_kind
+    @few
+    @given(n=st.integers(1, 13), context=st.integers(1, 15), start=st.integers(1, LATENTS), seed=seeds)
+    def test_logits_are_those_of_the_last_tokens_alone(self, options, n, context, start, seed):
+        model, prompt = model_of(**options), ids_of(n=n, seed=seed)
+        cached, recomputed = (
+            logits_of(kind, model, prompt, 17, start=start, seed=seed, context=context)
+            for kind in (_cached, _recomputed)
+        )
+        drawn, ids = torch.Generator().manual_seed(seed), prompt
+        for step, latents in enumerate(islice(plan(LATENTS, start), 17)):
+            wanted = model(ids[:, -context:], latents=latents)[:, -1]
+            torch.testing.assert_close(recomputed[:, step], wanted, **EXACT)
+            torch.testing.assert_close(cached[:, step], wanted, **EXACT)
+            ids = torch.cat([ids, torch.randint(VOCABULARY, (2,), generator=drawn)[:, None]], 1)
+
+    @each_kind
+    @few
+    @given(
+        lengths=st.lists(st.integers(1, 13), min_size=2, max_size=3),
+        context=st.integers(1, 17),
+        start=st.integers(1, LATENTS),
+        seed=seeds,
+    )
+    def test_ids_of_padded_batches_are_those_of_each_prompt_alone(self, options, lengths, context, start, seed):
+        model, prompt, mask = model_of(**options), ids_of(len(lengths), seed=seed), padding(*lengths)
+        wanted = continued(model, prompt, 11, context=context, start=start, mask=mask)
+        for cache in (True, False):
+            asked = {"max_new_tokens": 11, "context": context, "start": start, "cache": cache}
+            assert torch.equal(pc.generate(model, prompt, mask=mask, **asked), wanted)
+        for row, length, found in zip(prompt, lengths, wanted, strict=True):
+            assert torch.equal(pc.generate(model, row[None, 13 - length :], **asked)[0], found)
+
+    @pytest.mark.parametrize("n", [3, 8, 13])
+    @pytest.mark.parametrize("cache", [True, False])
+    def test_it_is_what_positions_allow_unless_given(self, n, cache):
+        model = model_of(**turning(None), embed=pc.adapters.Ids(19, 28, positions=pc.positions.Indexed(8, 28)))
+        found = pc.generate(model, ids_of(n=n), max_new_tokens=12, cache=cache)
+        assert torch.equal(found, continued(model, ids_of(n=n), 12, context=8, start=2))
+
+    @each_kind
+    def test_one_that_is_not_reached_changes_nothing(self, options):
+        model, prompt = model_of(**options), ids_of()
+        found = pc.generate(model, prompt, max_new_tokens=9, context=21)
+        assert torch.equal(found, pc.generate(model, prompt, max_new_tokens=9))
+
+    def test_streams_and_stop_ids(self):
+        model, prompt = model_of(), ids_of()
+        free = pc.generate(model, prompt, max_new_tokens=15, context=7)
+        assert torch.equal(torch.stack([*pc.models.stream(model, prompt, max_new_tokens=15, context=7)], 1), free)
+        stop = int(free[0, 4])
+        found = pc.generate(model, prompt, max_new_tokens=15, context=7, stop=stop)
+        for row, whole in zip(found, free, strict=True):
+            until = (whole == stop).nonzero()
+            end = int(until[0]) + 1 if len(until) else 15
+            assert torch.equal(row[:end], whole[: min(end, len(row))]) and (row[end:] == stop).all()
+
+    def test_nothing_is_read_again_before_it_is_reached(self):
+        model, made = model_of(), []
+        model.read.attention.key.register_forward_hook(lambda _, given, __: made.append(given[0].shape[1]))
+        pc.generate(model, ids_of(), max_new_tokens=6, context=16)
+        assert made == [13, 1, 1, 1, 16, 16]
+
+    @each_kind
+    @pytest.mark.parametrize("cache", [True, False])
+    def test_memory_is_bounded(self, options, cache):
+        model = model_of(**options)
+        with Kept() as kept:
+            steps = pc.models.stream(model, ids_of(), max_new_tokens=70, mask=padding(13, 4), context=17, cache=cache)
+            after = [kept.bytes for _ in steps]
+        assert max(after[-20:]) <= max(after[10:30])
 
 
 class TestGenerate:
@@ -188,6 +275,23 @@ class TestGenerate:
         model = model_of(**POSITIONS["learned"])
         assert pc.generate(model, ids_of(n=98), max_new_tokens=4).shape == (2, 4)
 
+    @pytest.mark.parametrize("stop", [5, [5], (5, 7), {5, 7}, range(5, 8), b"\x05"])
+    def test_stop_is_an_id_or_several(self, stop):
+        found = pc.generate(
+            model_of(),
+            ids_of(),
+            max_new_tokens=5,
+            stop=stop,
+            choose=lambda x, _: torch.tensor([5, 5], dtype=torch.int32),
+        )
+        assert found.tolist() == [[5], [5]] and found.dtype == torch.long
+
+    @pytest.mark.compile
+    def test_a_compiled_model(self):
+        model, prompt = model_of(), ids_of()
+        found = pc.generate(torch.compile(model, backend="eager"), prompt, max_new_tokens=7)
+        assert torch.equal(found, pc.generate(model, prompt, max_new_tokens=7))
+
     def test_half_precision_and_small_integers(self):
         found = pc.generate(
             model_of().bfloat16(), ids_of().to(torch.uint8), max_new_tokens=7, choose=sampling.Sample(0.5)
@@ -203,6 +307,19 @@ class TestSampling:
             found = sampling.Sample(temperature).probabilities(self.LOGITS)
             torch.testing.assert_close(found, (self.LOGITS / temperature).softmax(-1), **EXACT)
         assert (sampling.Sample(1e-4).probabilities(self.LOGITS)[0] == torch.tensor([0, 1, 0, 0, 0])).all()
+
+    @pytest.mark.parametrize("temperature", [1e-4, 1e-39, 1e-60, 5e-324])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+    def test_towards_temperature_zero_the_most_likely_ids_win(self, temperature, dtype):
+        logits = torch.cat([self.LOGITS, -1e4 * self.LOGITS, self.LOGITS.log()]).to(dtype)  # also with -inf
+        logits = logits.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+        wanted = (logits == logits.amax(-1, keepdim=True)).to(dtype if dtype == torch.float64 else torch.float32)
+        wanted = wanted / wanted.sum(-1, keepdim=True)
+        for options in ({}, {"top_p": 0.999}, {"top_k": 5}):
+            choose = sampling.Sample(temperature, **options)
+            torch.testing.assert_close(choose.probabilities(logits), wanted)
+            drawn = choose(logits, torch.Generator().manual_seed(0))
+            assert (wanted.gather(1, drawn[:, None]) > 0).all()
 
     def test_top_k(self):
         found = sampling.Sample(top_k=2).probabilities(self.LOGITS)
@@ -249,6 +366,12 @@ class TestSampling:
         with pytest.raises(ValueError, match=message):
             sampling.Sample(**options)
 
+    def test_errors_of_what_is_no_number(self):
+        for name in ("temperature", "top_p"):
+            for wrong in ("1", None):
+                with pytest.raises(TypeError, match=f"{name} must be a number; got {wrong!r}"):
+                    sampling.Sample(**{name: wrong})
+
 
 class TestErrors:
     @pytest.mark.parametrize(
@@ -274,6 +397,21 @@ class TestErrors:
             ({"stop": [3, 19]}, ValueError, r"stop must be ids of the vocabulary, 0 \.\.\. 18; got 19"),
             ({"stop": [-1]}, ValueError, r"stop must be ids of the vocabulary, 0 \.\.\. 18; got -1"),
             ({"stop": ["end"]}, ValueError, r"stop must be ids of the vocabulary, 0 \.\.\. 18; got 'end'"),
+            ({"stop": 19}, ValueError, r"stop must be ids of the vocabulary, 0 \.\.\. 18; got 19"),
+            ({"stop": True}, ValueError, r"stop must be ids of the vocabulary, 0 \.\.\. 18; got True"),
+            ({"stop": "end"}, TypeError, "stop must be an id or a collection of ids; got 'end'"),
+            ({"stop": None}, TypeError, "stop must be an id or a collection of ids; got None"),
+            ({"stop": 3.0}, TypeError, r"stop must be an id or a collection of ids; got 3\.0"),
+            ({"context": 0}, ValueError, "context must be a whole number of at least 1; got 0"),
+            ({"context": "8"}, ValueError, "context must be a whole number of at least 1; got '8'"),
+            (
+                {"choose": sampling.Sample},
+                TypeError,
+                r"choose must be a function of logits.*; got the class Sample\. Make one: Sample\(\)",
+            ),
+            ({"choose": "greedy"}, TypeError, "choose must be a function of logits and a generator.*; got 'greedy'"),
+            ({"choose": None}, TypeError, "choose must be a function of logits and a generator.*; got NoneType"),
+            ({"generator": 3}, TypeError, r"generator must be a torch\.Generator; got 3"),
         ],
     )
     def test_come_with_the_call(self, options, error, message):
@@ -283,14 +421,41 @@ class TestErrors:
             with pytest.raises(error, match=message):
                 call(model_of(), prompt, **options)
 
+    @pytest.mark.parametrize(
+        "choose, error, message",
+        [
+            (lambda x, _: x.argmax(-1, keepdim=True), ValueError, r"one id a sample, shape \(2,\); got \(2, 1\)"),
+            (lambda x, _: x.argmax(), ValueError, r"one id a sample, shape \(2,\); got \(\)"),
+            (lambda x, _: x.amax(-1), TypeError, r"ids, whole numbers; got torch\.float64"),
+            (lambda x, _: x[:, 0] > 0, TypeError, r"ids, whole numbers; got torch\.bool"),
+            (lambda x, _: x.argmax(-1).tolist(), TypeError, r"a torch\.Tensor of ids; got list"),
+        ],
+    )
+    def test_of_what_choose_gives(self, choose, error, message):
+        with pytest.raises(error, match=f"choose must give {message}"):
+            pc.generate(model_of(), ids_of(), max_new_tokens=1, choose=choose)
+
+    def test_of_chosen_ids_outside_the_vocabulary(self):
+        for wrong in (19, -1):
+            with pytest.raises(ValueError, match=rf"what choose gives must lie in 0 \.\.\. 18; got {wrong}"):
+                pc.generate(model_of(), ids_of(), max_new_tokens=1, choose=lambda x, _, w=wrong: torch.tensor([3, w]))
+
+    def test_of_what_is_no_model(self):
+        linear = nn.Linear(28, 19).eval()
+        for model, message in (
+            (linear, "got Linear without vocabulary, latents, embed"),
+            (pc.PerceiverAR, "got the class PerceiverAR without vocabulary"),
+            ("model", "got 'model' without vocabulary"),
+        ):
+            with pytest.raises(TypeError, match=f"model must be a PerceiverAR, or have what it has; {message}"):
+                pc.generate(model, ids_of(), max_new_tokens=3)
+
     def test_of_training_mode(self):
         with pytest.raises(
             ValueError, match=r"model must be in evaluation mode, without dropout; call model\.eval\(\)"
         ):
             pc.generate(model_of().train(), ids_of(), max_new_tokens=3)
 
-    def test_of_more_tokens_than_positions(self):
-        with pytest.raises(
-            ValueError, match=r"prompt and max_new_tokens must leave at most 101 tokens to read.*; got 102"
-        ):
-            pc.generate(model_of(**POSITIONS["learned"]), ids_of(n=98), max_new_tokens=5)
+    def test_of_a_context_longer_than_positions(self):
+        with pytest.raises(ValueError, match="context must be at most 101, as many as there are positions; got 102"):
+            pc.generate(model_of(**POSITIONS["learned"]), ids_of(), max_new_tokens=5, context=102)

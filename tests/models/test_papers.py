@@ -52,6 +52,12 @@ def test_parameters(make, input_dim, classes, reads, shape):
     assert model.encoder.sharing.steps == reads
 
 
+def test_perceiver_ar_reads_with_as_many_heads_as_it_processes():
+    """`get_config` of its published code: num_cross_attend_heads and num_transformer_heads are 16."""
+    model = on_no_device(papers.perceiver_ar, 11)
+    assert [part.attention.heads for part in (model.read, *model.process.blocks)] == [16] * 13
+
+
 def test_the_imagenet_model_has_the_size_that_the_paper_states():
     assert count(on_no_device(papers.imagenet)) == 44_912_254  # "44.9 million"
 

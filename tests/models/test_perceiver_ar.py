@@ -133,6 +133,25 @@ class TestMathematics:
         assert [len(cost) for cost in costs] == [LATENTS, 3, 1]
         torch.testing.assert_close(model.loss(ids, mask=given), torch.cat(costs).mean(), **EXACT)
 
+    @each_kind
+    def test_loss_counts_no_sample_of_one_id(self, options):
+        model, ids, lengths = model_of(**options), ids_of(4), torch.tensor([13, 1, 4, 1])
+        there, more = padding(*lengths), lengths > 1
+        torch.testing.assert_close(model.loss(ids, mask=there), model.loss(ids[more], mask=there[more]), **EXACT)
+
+    def test_loss_with_samples_of_one_id_and_prefix_dropout(self):
+        model, ids, there = model_of(prefix_dropout=0.5, latents=2).train(), ids_of(3), padding(1, 13, 1)
+        model.loss(ids, mask=there).backward()
+        assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+    def test_loss_of_samples_of_one_id_has_no_gradient_in_what_they_hold(self):
+        ids, there, gradients = ids_of(3), padding(1, 6, 1), []
+        for given_ids in (ids, ids.where(torch.tensor([[False], [True], [False]]), (ids + 1) % VOCABULARY)):
+            model = model_of(logits=pc.heads.Logits)
+            model.loss(given_ids, mask=there).backward()
+            gradients.append([parameter.grad for parameter in model.parameters()])
+        torch.testing.assert_close(*gradients, **EXACT)
+
     def test_loss_where_nothing_counts_is_zero(self):
         found = next_id_loss(torch.randn(2, 3, 7), torch.zeros(2, 5, dtype=torch.long), mask=padding(1, 1, n=5))
         assert found == 0
@@ -440,6 +459,17 @@ class TestErrors:
             ValueError, match=r"ids must be at least 2 long, one to read and one to foresee; got \(2, 1\)"
         ):
             model_of().loss(ids_of(n=1))
+
+    def test_of_loss_without_a_next_id_in_any_sample(self):
+        message = "mask must leave a sample 2 ids at least, one to read and one to foresee; all have 1"
+        for n in (2, 13):
+            with pytest.raises(ValueError, match=message):
+                model_of().loss(ids_of(n=n), mask=padding(1, 1, n=n))
+
+    def test_of_masks_of_a_loss(self):
+        for wrong in (padding(4, 9).flip(1), padding(4, 9) ^ padding(1, 0), padding(4, 0)):
+            with pytest.raises(ValueError, match=r"mask must be False for padding on the left.*Move padding to the"):
+                model_of().loss(ids_of(), mask=wrong)
 
     def test_of_sizes_and_rates(self):
         for options, message in (

@@ -125,6 +125,13 @@ class TestIndexed:
             assert torch.equal(table, where.vectors[:size])
         assert (where.axes, where.dim, table.dtype) == (1, 3, torch.float64)
 
+    def test_indices_that_have_no_vector(self) -> None:
+        where = Indexed(7, dim=3)
+        assert where(torch.tensor([[6, 0]])).shape == (1, 2, 3)
+        for wrong in (7, -1):
+            with pytest.raises(ValueError, match=rf"positions must lie in 0 \.\.\. 6; got {wrong}"):
+                where(torch.tensor([[3, wrong]]))
+
     def test_errors(self) -> None:
         with pytest.raises(ValueError, match=r"there are vectors for at most 7 places; got 11\. Build Indexed with"):
             Indexed(7, dim=3).tables((11,), LIKE)

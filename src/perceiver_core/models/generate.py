@@ -4,11 +4,14 @@ Each new token is one more latent, so its keys and values join those that are ke
 the window moves: only the last `start` tokens are latents, computed anew, and their number grows again, while what the
 read made of the tokens stays, which depends on no latent. This plan is followed with a cache and without, so both give
 the same logits.
+
+Once the sequence is longer than the `context` that is to be read, every id moves what is read by one, and nothing kept
+is of use: latents have read a token that is there no longer. Then all is computed anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import cycle
 from typing import Any, NamedTuple, TypeAlias
 
@@ -30,8 +33,9 @@ def generate(  # noqa: PLR0913 (what to go on from, how far, and how)
     max_new_tokens: int,
     mask: Bool[Tensor, "b n"] | None = None,
     choose: Choice = greedy,
-    stop: Sequence[int] = (),
+    stop: int | Collection[int] = (),
     start: int | None = None,
+    context: int | None = None,
     cache: bool = True,
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, "b t"]:
@@ -39,12 +43,16 @@ def generate(  # noqa: PLR0913 (what to go on from, how far, and how)
 
     Args:
         model: in evaluation mode.
-        prompt: whole numbers, one at least.
+        prompt: whole numbers, one at least; longer than `context`, its end is read.
         max_new_tokens: how many ids to generate, at most.
         mask: which tokens of the prompt are there, True = attend; shorter prompts are padded on the left.
         choose: from logits `b v` and the generator to ids `b`: `sampling.greedy`, `sampling.Sample`, or your own.
-        stop: ids that end a sample. A sample that has ended repeats that id until all have.
+        stop: the id, or ids, that end a sample. A sample that has ended repeats that id until all have.
         start: how many tokens are latents when a window starts, at most; half of the model's latents unless given.
+        context: how many of the last tokens are read, at most: of a longer sequence what a model would make of its end
+            alone, positions counted from there. As many as the model has positions for unless given; all where these
+            have no end (`positions.Rotary`). Memory is bounded by it. Beyond it, an id costs what it does without a
+            cache: a read of `context` tokens, and the latents.
         cache: whether keys and values are kept. Without, everything is computed again for every id, to the same result.
         generator: what `choose` draws from.
 
@@ -52,9 +60,11 @@ def generate(  # noqa: PLR0913 (what to go on from, how far, and how)
         The new ids; fewer than `max_new_tokens` if all samples ended before.
 
     Raises:
-        TypeError: a prompt that is not of whole numbers.
+        TypeError: a prompt, or what `choose` gives, that is not of whole numbers; a model, `choose`, `stop` or
+            generator that is none.
         ValueError: an empty prompt, ids outside the vocabulary, a mask of another shape or padded elsewhere, numbers
-            out of range, more tokens than the model has positions for, a model in training mode.
+            out of range, a context of more tokens than the model has positions for, a model in training mode; not one
+            id a sample from `choose`.
 
     Example:
         >>> import torch
@@ -67,8 +77,19 @@ def generate(  # noqa: PLR0913 (what to go on from, how far, and how)
     Reference: google-research/perceiver-ar, sample_utils.py, `reset_memory`: there too a full window is computed anew
     with half of its latents.
     """
-    options = {"mask": mask, "choose": choose, "stop": stop, "start": start, "cache": cache, "generator": generator}
-    return torch.stack(list(stream(model, prompt, max_new_tokens=max_new_tokens, **options)), dim=1)  # type: ignore[arg-type]
+    steps = stream(
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        mask=mask,
+        choose=choose,
+        stop=stop,
+        start=start,
+        context=context,
+        cache=cache,
+        generator=generator,
+    )
+    return torch.stack(list(steps), dim=1)
 
 
 def stream(  # noqa: PLR0913 (as above)
@@ -78,14 +99,15 @@ def stream(  # noqa: PLR0913 (as above)
     max_new_tokens: int,
     mask: Bool[Tensor, "b n"] | None = None,
     choose: Choice = greedy,
-    stop: Sequence[int] = (),
+    stop: int | Collection[int] = (),
     start: int | None = None,
+    context: int | None = None,
     cache: bool = True,
     generator: torch.Generator | None = None,
 ) -> Iterator[Int[Tensor, " b"]]:
     """The ids that follow a prompt, one step at a time, each as soon as it is there.
 
-    Args and errors, which come with the call, are those of `generate`.
+    Args and errors, which come with the call but for those of what `choose` gives, are those of `generate`.
 
     Example:
         >>> import torch
@@ -94,14 +116,18 @@ def stream(  # noqa: PLR0913 (as above)
         >>> for ids in pc.models.stream(model, torch.tensor([[1, 2, 3]]), max_new_tokens=5):
         ...     assert ids.shape == (1,)
     """
+    _check_parts(model, choose, generator)
     start = max(1, model.latents // 2) if start is None else start
-    _check(model, prompt, mask, max_new_tokens, stop, start)
+    ends = _ids_of(stop, model.vocabulary)
+    context = _check_numbers(model, prompt, mask, max_new_tokens, start, context)
     logits = _cached if cache else _recomputed
 
     def chosen(found: Tensor) -> Tensor:
-        return choose(found, generator)
+        ids = choose(found, generator)
+        _check_chosen(ids, found)
+        return ids
 
-    return _stream(logits, _Stream(model, prompt.long(), mask, start), max_new_tokens, chosen, tuple(stop))
+    return _stream(logits, _Stream(model, prompt.long(), mask, start, context), max_new_tokens, chosen, ends)
 
 
 def plan(latents: int, start: int) -> Iterator[int]:
@@ -119,28 +145,35 @@ def plan(latents: int, start: int) -> Iterator[int]:
 
 
 class _Stream:
-    """What has been said so far."""
+    """What has been said so far, as much of it as is read."""
 
-    def __init__(self, model: PerceiverAR, ids: Tensor, mask: Tensor | None, start: int) -> None:
-        self.model, self.ids, self.mask, self.prompt = model, ids, mask, ids.shape[1]
-        self.plan = plan(model.latents, start)
+    def __init__(
+        self, model: PerceiverAR, ids: Tensor, mask: Tensor | None, start: int, context: int | None = None
+    ) -> None:
+        last = slice(0 if context is None else -context, None)
+        self.model, self.context = model, context
+        self.ids, self.mask = ids[:, last], None if mask is None else mask[:, last]
+        self.plan, self.first = plan(model.latents, start), self.ids.shape[1]
+        self.moved = False  # whether a token that was read before is so no longer
 
     def append(self, ids: Int[Tensor, " b"]) -> None:
-        self.ids = torch.cat([self.ids, ids[:, None]], 1)
+        self.moved = self.ids.shape[1] == self.context
+        kept = slice(int(self.moved), None)
+        self.ids = torch.cat([self.ids[:, kept], ids[:, None]], 1)
         if self.mask is not None:
-            self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), 1)], 1)
+            self.mask = torch.cat([self.mask[:, kept], self.mask.new_ones(len(ids), 1)], 1)
 
     def present(self, last: int) -> Tensor | None:
         """Which of the last tokens are there."""
         return None if self.mask is None else self.mask[:, -last:]
 
     def where(self, last: int) -> Tensor:
-        """Where the last tokens stand, the last of the prompt being at 0."""
-        now = self.ids.shape[1] - self.prompt
+        """Where the last tokens stand, the last of those read first being at 0."""
+        now = self.ids.shape[1] - self.first
         return torch.arange(now - last + 1, now + 1, device=self.ids.device)
 
     def tokens(self, last: int) -> Tensor:
-        """The last tokens, embedded at their places."""
+        """The last tokens, embedded at their places among those that are read."""
         n, there = self.ids.shape[1], self.present(last)
         index = torch.arange(n - last, n, device=self.ids.device)
         if self.mask is not None:
@@ -181,14 +214,17 @@ def _recomputed(so_far: _Stream) -> Iterator[Float[Tensor, "b v"]]:
 
 
 def _cached(so_far: _Stream) -> Iterator[Float[Tensor, "b v"]]:
-    """The same logits, from what is kept: all tokens are read once, and latents computed once a window."""
+    """The same logits, from what is kept: all tokens are read once, and latents computed once a window.
+
+    Where the first token is no longer read, nothing is: latents have read it, and positions are counted anew.
+    """
     model: Any = so_far.model
     memory: _Memory | None = None
     before = 0
     for planned in so_far.plan:
-        n = so_far.ids.shape[1]
+        n, memory = so_far.ids.shape[1], None if so_far.moved else memory
         latents, fresh = min(planned, n), memory is None or planned <= before  # or a window starts
-        asking, unread = (latents if fresh else 1), (so_far.prompt if memory is None else 1)
+        asking, unread = (latents if fresh else 1), (n if memory is None else 1)
         x = so_far.tokens(max(asking, unread))
         new = model.read.keys_values(x[:, -unread:], positions=so_far.where(unread), queries=asking)
         tokens = new if memory is None else memory.tokens.then(new)
@@ -208,23 +244,67 @@ def _mask(so_far: _Stream, queries: int, keys: int) -> masks.Mask | None:
     return None if present is None else masks.Padding(present)
 
 
-def _check(
-    model: PerceiverAR, prompt: Tensor, mask: Tensor | None, max_new_tokens: int, stop: Sequence[int], start: int
-) -> None:
+NEEDED = ("vocabulary", "latents", "embed", "tokens", "read", "process", "answer", "training")
+
+
+def _check_parts(model: PerceiverAR, choose: Choice, generator: torch.Generator | None) -> None:
+    lacking = [name for name in NEEDED if not hasattr(model, name)]
+    if lacking:
+        raise TypeError(
+            f"model must be a PerceiverAR, or have what it has; got {_named(model)} without {', '.join(lacking)}"
+        )
+    if model.training:
+        raise ValueError("model must be in evaluation mode, without dropout; call model.eval()")
+    if isinstance(choose, type) or not callable(choose):
+        hint = f". Make one: {choose.__name__}()" if isinstance(choose, type) else ""
+        raise TypeError(
+            "choose must be a function of logits and a generator, such as sampling.greedy or sampling.Sample(); "
+            f"got {_named(choose)}{hint}"
+        )
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator must be a torch.Generator; got {generator!r}. Make one: torch.Generator().manual_seed(3)"
+        )
+
+
+def _ids_of(stop: int | Collection[int], vocabulary: int) -> tuple[int, ...]:
+    if isinstance(stop, str) or not isinstance(stop, (int, Iterable)):
+        raise TypeError(f"stop must be an id or a collection of ids; got {stop!r}")
+    ids = (stop,) if isinstance(stop, int) else tuple(stop)
+    for number in ids:
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < vocabulary:
+            raise ValueError(f"stop must be ids of the vocabulary, 0 ... {vocabulary - 1}; got {number!r}")
+    return ids
+
+
+def _check_numbers(
+    model: PerceiverAR, prompt: Tensor, mask: Tensor | None, max_new_tokens: int, start: int, context: int | None
+) -> int | None:
+    """Gives the context, which is what the model has positions for unless it was given."""
     checks.ids("prompt", prompt, model.vocabulary)
     if mask is not None:
         checks.is_mask("mask", mask, prompt.shape)
         checks.padded_on_the_left("mask", mask)
     checks.positive(max_new_tokens=max_new_tokens)
     checks.positive(at_most=model.latents, start=start)
-    for number in stop:
-        if not isinstance(number, int) or not 0 <= number < model.vocabulary:
-            raise ValueError(f"stop must be ids of the vocabulary, 0 ... {model.vocabulary - 1}; got {number!r}")
-    longest, asked = getattr(model.embed, "length", None), prompt.shape[1] + max_new_tokens - 1
-    if longest is not None and asked > longest:
-        raise ValueError(
-            f"prompt and max_new_tokens must leave at most {longest} tokens to read, as many as there are positions; "
-            f"got {asked}. Give the end of the prompt, or fewer max_new_tokens"
-        )
-    if model.training:
-        raise ValueError("model must be in evaluation mode, without dropout; call model.eval()")
+    longest: int | None = getattr(model.embed, "length", None)
+    if context is None:
+        return longest
+    checks.positive(context=context)
+    if longest is not None and context > longest:
+        raise ValueError(f"context must be at most {longest}, as many as there are positions; got {context}")
+    return context
+
+
+def _check_chosen(ids: Tensor, logits: Float[Tensor, "b v"]) -> None:
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"choose must give a torch.Tensor of ids; got {_named(ids)}")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"choose must give ids, whole numbers; got {ids.dtype}")
+    if ids.shape != logits.shape[:1]:
+        raise ValueError(f"choose must give one id a sample, shape {tuple(logits.shape[:1])}; got {tuple(ids.shape)}")
+    checks.below("what choose gives", ids, logits.shape[1])
+
+
+def _named(x: object) -> str:
+    return f"the class {x.__name__}" if isinstance(x, type) else repr(x) if isinstance(x, str) else type(x).__name__

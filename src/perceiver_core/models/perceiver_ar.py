@@ -40,8 +40,9 @@ class PerceiverAR(nn.Module):
         embed: ids to tokens, with `dim` and `vocabulary`; see `adapters.Ids`.
         latents: how many of the last tokens are latents, at most.
         depth: how many self-attends follow the read.
-        heads: heads of these.
-        read: makes the cross-attend from (dim, dim).
+        heads: heads of these, and of nothing else.
+        read: makes the cross-attend from (dim, dim), with heads of its own: one, as `CrossAttend` has unless told. For
+            eight write `read=partial(perceiver_ar.READ, heads=8)`, as below.
         process: makes the latent transformer from (dim, depth=depth, heads=heads).
         norm: makes the norm before the logits from a width.
         logits: makes what gives logits from `embed`: `heads.TiedLogits`, `heads.Logits`, or your own.
@@ -61,6 +62,14 @@ class PerceiverAR(nn.Module):
         >>> text = torch.tensor([list(b"a long context, read by its end")])
         >>> model(text).shape, model.loss(text).shape
         (torch.Size([1, 8, 256]), torch.Size([]))
+
+    The same with four heads in the read too, as published models have:
+
+        >>> from functools import partial
+        >>> from perceiver_core.models import perceiver_ar
+        >>> embed, read = pc.adapters.Ids(vocabulary=256, dim=32), partial(perceiver_ar.READ, heads=4)
+        >>> pc.PerceiverAR(embed, latents=8, depth=2, heads=4, read=read).read.attention.heads
+        4
 
     Reference: Hawthorne et al. 2022, "General-purpose, long-context autoregressive modeling with Perceiver AR"; prefix
     dropout as in krasserm/perceiver-io, perceiver/model/core/modules.py, `PerceiverAR`.
@@ -129,18 +138,24 @@ class PerceiverAR(nn.Module):
 
         Args:
             ids: at least two of a sample, the last of which is read by none.
-            mask: which tokens are there; padding on the left.
+            mask: which tokens are there; padding on the left. A sample of one id alone counts nowhere.
             generator: what prefix dropout draws from.
 
         Raises:
-            ValueError: sequences of one id, which leave nothing to foresee.
+            ValueError: sequences of one id, which leave nothing to foresee; a mask padded elsewhere, or that leaves
+                no sample more than one.
         """
         checks.ids("ids", ids, self.vocabulary)
         if ids.shape[1] < 2:
             raise ValueError(f"ids must be at least 2 long, one to read and one to foresee; got {tuple(ids.shape)}")
+        before = None
         if mask is not None:
             checks.is_mask("mask", mask, ids.shape)
-        before = None if mask is None else mask[:, :-1]
+            checks.padded_on_the_left("mask", mask)
+            if not checks.is_true(mask[:, -2].any, mask):
+                raise ValueError("mask must leave a sample 2 ids at least, one to read and one to foresee; all have 1")
+            # A sample of one id has none to read: it reads padding, to give what counts nowhere.
+            before = torch.cat([mask[:, :-2], torch.ones_like(mask[:, :1])], 1)
         return next_id_loss(self(ids[:, :-1], mask=before, generator=generator), ids, mask=mask)
 
     def tokens(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import TypeAlias
 
 import torch
@@ -37,6 +38,7 @@ class Sample:
         top_p: only the fewest most likely ids that have this probability together, of those that `top_k` leaves.
 
     Raises:
+        TypeError: a temperature or top_p that is no number.
         ValueError: a temperature of 0 or below, a top_k below 1, a top_p outside (0, 1].
 
     Example:
@@ -54,6 +56,9 @@ class Sample:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p"):
+            if not isinstance(given := getattr(self, name), Real):
+                raise TypeError(f"{name} must be a number; got {given!r}")
         if not 0 < self.temperature < float("inf"):
             raise ValueError(
                 f"temperature must be above 0 and finite; got {self.temperature!r}. For the most likely id use greedy"
@@ -69,7 +74,10 @@ class Sample:
 
     def probabilities(self, logits: Float[Tensor, "b v"]) -> Float[Tensor, "b v"]:
         """The probability of each id to be drawn, in float32 at least."""
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        # Differences to the largest may overflow to -inf, as logits could to inf; the least number stands for those
+        # below it, which would be zero.
+        wide = (wide - wide.amax(-1, keepdim=True)) / max(self.temperature, torch.finfo(wide.dtype).tiny)
         ranked, ids = wide.sort(dim=-1, descending=True, stable=True)
         shares = ranked[..., : self.top_k].softmax(-1)
         if self.top_p < 1:

@@ -42,7 +42,12 @@ class Indexed(nn.Module):
         self.vectors = init.embedding(length, dim)
 
     def forward(self, positions: Int[Tensor, "*b n"]) -> Float[Tensor, "*b n d"]:
-        """The vectors at these indices, from 0."""
+        """The vectors at these indices, from 0.
+
+        Raises:
+            ValueError: indices below 0, or for which there are no vectors; looked at on a CPU, in eager mode.
+        """
+        checks.below("positions", positions, self.length)
         return F.embedding(positions, self.vectors)
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "n p"], ...]:
