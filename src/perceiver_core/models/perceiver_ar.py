@@ -230,7 +230,7 @@ def kept_of_prefix(
     """
     # Not torch.rand: with a generator it takes no sizes that torch.compile leaves open.
     order = torch.empty(batch, prefix, device=device).uniform_(generator=generator).argsort(1)
-    return order[:, int(prefix * rate) :].sort(1).values
+    return order[:, checks.part_of(prefix, rate) :].sort(1).values
 
 
 def next_id_loss(
