@@ -19,7 +19,13 @@ def rows(result):
 
 
 def test_there_is_a_result_for_each_script():
-    assert [path.parent.name for path in KEPT] == ["image_completion", "point_clouds", "spoken_digits"]
+    assert [path.parent.name for path in KEPT] == [
+        "byte_language",
+        "image_completion",
+        "masked_language",
+        "point_clouds",
+        "spoken_digits",
+    ]
 
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.parent.name)
