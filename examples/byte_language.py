@@ -38,7 +38,7 @@ def build() -> pc.PerceiverAR:
     return pc.PerceiverAR(_text.Near(256, 192, back=7), latents=LATENTS, depth=3, heads=3, read=read)
 
 
-def loss(model: nn.Module, text: Tensor, batch: int = 8) -> Tensor:
+def loss(model: Any, text: Tensor, batch: int = 8) -> Tensor:
     """The cross-entropy in windows drawn at random, half of which are shorter than the longest."""
     length = CONTEXT if torch.rand(()) < 0.5 else int(torch.randint(LATENTS, CONTEXT, ()))
     return model.loss(text[torch.randint(len(text) - length, (batch, 1)) + torch.arange(length + 1)])
@@ -88,13 +88,13 @@ def by_position(model: nn.Module, text: Tensor) -> tuple[Tensor, Tensor]:
     return torch.arange(1, CONTEXT + 1).view(-1, 8).double().mean(1), torch.cat(costs).view(-1, 8).mean(1)
 
 
-def write_on(model: nn.Module, text: Tensor, count: int) -> dict[str, str]:
+def write_on(model: Any, text: Tensor, count: int) -> dict[str, str]:
     """Held-out bytes, and how the model goes on."""
     content = text.numpy().tobytes()
     end = max(content.find(PROMPT, CONTEXT), CONTEXT) + len(PROMPT)
     prompt = torch.tensor([list(content[end - CONTEXT : end])])
-    options = {"choose": pc.models.sampling.Sample(temperature=0.6), "generator": torch.Generator().manual_seed(0)}
-    ids = pc.generate(model, prompt, max_new_tokens=count, cache=False, **options)
+    choose, generator = pc.models.sampling.Sample(temperature=0.6), torch.Generator().manual_seed(0)
+    ids = pc.generate(model, prompt, max_new_tokens=count, choose=choose, cache=False, generator=generator)
     return {"prompt": readable(prompt[0]), "new": readable(ids[0])}
 
 

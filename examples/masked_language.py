@@ -29,7 +29,7 @@ LONGEST = 256  # bytes of a window
 MASK = 256  # the id after those of the bytes
 IGNORED = -100  # the label of what is not masked, as in transformers
 SHARE = 0.15
-STEPS = 2400
+STEPS = 2000
 AROUND = (-1, 1, -2, 2)  # what the counts look at, nearest first
 
 
@@ -105,8 +105,8 @@ def spell(axes: Any, ids: Tensor, labels: Tensor, guesses: Tensor, wide: int = 8
     lines = -(-ids.shape[1] // wide)
     for row, (window, truth) in enumerate(zip(said, labels, strict=True)):
         for place, (byte, label) in enumerate(zip(window.tolist(), truth.tolist(), strict=True)):
-            y, x = divmod(place, wide)
-            y = 2 * (y + row * (lines + 0.5))
+            line, x = divmod(place, wide)
+            y = 2 * (line + row * (lines + 0.5))
             style = {"family": "monospace", "fontsize": 9, "ha": "center", "va": "center", "parse_math": False}
             character = chr(byte) if 32 <= byte < 127 else marks.get(chr(byte), "\ufffd")
             if label == IGNORED:
