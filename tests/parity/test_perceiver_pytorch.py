@@ -403,7 +403,7 @@ class TestRefusals:
             lucidrains(weights | {"latents": torch.zeros(5)}, **PERCEIVER)
 
     def test_refused_models(self):
-        with pytest.raises(TypeError, match=r"got Perceiver\. Of a model, give model\.state_dict\(\)"):
+        with pytest.raises(TypeError, match=r"got Perceiver\. Give model\.state_dict\(\)"):
             lucidrains(made("Perceiver", PERCEIVER), **PERCEIVER)
         with pytest.raises(TypeError, match="got NoneType"):
             lucidrains(None)

@@ -101,10 +101,7 @@ def lucidrains(state_dict: Mapping[str, Tensor] | str | os.PathLike[str], **argu
     Reference: lucidrains/perceiver-pytorch 0.11.0, `perceiver_pytorch.py` and `perceiver_io.py`.
     """
     if not isinstance(state_dict, (Mapping, str, os.PathLike)):
-        raise TypeError(
-            f"state_dict must be a dictionary of tensors or the path of a file; got {type(state_dict).__name__}. "
-            "Of a model, give model.state_dict()"
-        )
+        raise TypeError(f"state_dict must be one, or a path; got {type(state_dict).__name__}. Give model.state_dict()")
     weights = weights_of(state_dict)
     layout = next((names for names in LAYOUTS if f"{names.read.format(0)}.norm_context.weight" in weights), None)
     if layout is None:
@@ -254,10 +251,7 @@ def _grid(told: Told, key: str) -> Grid:
     axes, channels, highest = told.get("input_axis", 2), told.get("input_channels", 3), told.get("max_freq", None)
     checks.positive(input_axis=axes, input_channels=channels)
     if isinstance(highest, bool) or not isinstance(highest, (int, float)) or not 0 < highest < math.inf:
-        raise ValueError(
-            "max_freq must be given, a positive number, as it was to their model: weights do not tell it; "
-            f"got {highest!r}"
-        )
+        raise ValueError(f"max_freq must be given, a positive number, since weights do not tell it; got {highest!r}")
     bands = told.get("num_freq_bands", max(1, (width - channels - axes) // (2 * axes)))
     checks.positive(num_freq_bands=bands)
     made = channels + axes * (2 * bands + 1)
