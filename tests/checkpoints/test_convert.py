@@ -219,6 +219,10 @@ REFUSED = {
     "half of the parameters": (["half.npz", "out"], "must hold all of a published Perceiver IO; it lacks"),
     "arguments that are none": (["theirs", "out", "--arguments", "[3]"], "must be a JSON object"),
     "arguments of another type": (["theirs", "out", "--arguments", "list.json"], "must be a JSON object; got a list"),
+    "arguments that are misspelled": (
+        ["arrays.npz", "out", "--arguments", '{"num_self_attention_headz": 4}'],
+        "has no ['num_self_attention_headz']",
+    ),
     "arguments for transformers": (["theirs", "out", "--arguments", '{"a": 1}'], "config.json tells all"),
     "ours to ours": (["ours", "out"], "is perceiver-core's already"),
     "ours without a configuration": (["ours", "out", "--to", "transformers"], "arguments must be given"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 import sys
 import types
@@ -15,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from perceiver_core.checkpoints import deepmind, published, restricted
+from perceiver_core.checkpoints import deepmind, published
 from perceiver_core.checkpoints.of_transformers import build, fill, names
 
 SMALL = {
@@ -202,63 +201,133 @@ def test_the_published_pickle(kind: str, tmp_path: Path, monkeypatch: pytest.Mon
     same(kind, tmp_path / "it.pystate")
 
 
-class Harm:
-    def __reduce__(self) -> Any:
-        return print, ("executed",)
-
-
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-@pytest.mark.parametrize(
-    "holds", [Harm(), {"a": [Harm()]}, np.array([Harm()], dtype=object)], ids=["it", "deep", "array"]
-)
-def test_pickles_that_execute_are_refused(
-    holds: Any, protocol: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "it"
-    path.write_bytes(pickle.dumps(holds, protocol))
-    with pytest.raises(ValueError, match="may run code"):
-        deepmind(path)
-    assert "executed" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("data", [b"", b"junk", pickle.dumps([1, 2])[:-3], b"cos\nsystem\n(S'true'\ntR."])
-def test_what_is_no_such_pickle_is_refused(data: bytes, tmp_path: Path) -> None:
-    (tmp_path / "it").write_bytes(data)
-    with pytest.raises(ValueError, match=r"pickle|may run code|dictionary"):
-        deepmind(tmp_path / "it")
-
-
-def test_arrays_and_dictionaries_are_read(tmp_path: Path) -> None:
-    held = {
-        "a": np.arange(6.0).reshape(2, 3),
-        "b": [1, "two", None, np.float32(3.5)],
-        "c": {"d": np.ones((), np.int64)},
-    }
-    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
-        (tmp_path / "it").write_bytes(pickle.dumps(held, protocol))
-        found = restricted.read(tmp_path / "it")
-        np.testing.assert_array_equal(found["a"], held["a"])
-        assert found["b"] == held["b"] and found["c"]["d"] == 1
-
-
-def test_references_to_elsewhere_are_refused(tmp_path: Path) -> None:
-    class Referring(pickle.Pickler):
-        def persistent_id(self, obj: Any) -> Any:
-            return "elsewhere" if obj == 7 else None
-
-    buffer = io.BytesIO()
-    Referring(buffer).dump({"a": 7})
-    (tmp_path / "it").write_bytes(buffer.getvalue())
-    with pytest.raises(ValueError, match="outside itself"):
-        restricted.read(tmp_path / "it")
-
-
 def test_unknown_parameters_are_named(tmp_path: Path) -> None:
     np.savez(tmp_path / "w.npz", **{"resnet/conv/w": np.zeros((3, 3, 3, 8))})
     with pytest.raises(ValueError, match="resnet/conv/w is no parameter of a published Perceiver IO"):
         deepmind(tmp_path / "w.npz")
     with pytest.raises(FileNotFoundError, match="there is none at"):
         deepmind(tmp_path / "nowhere.npz")
+
+
+FOURIER = "PerceiverForImageClassificationFourier"
+LATENTS = "perceiver_encoder/~/trainable_position_encoding/pos_embs"
+WIDEN = "perceiver_encoder/~/self_attention/mlp/linear/w"
+OWN = {"num_blocks": 2, "num_self_attention_heads": 4}
+
+
+def parameters(kind: str = FOURIER) -> dict[str, Any]:
+    found = Haiku(kind, original(kind)[1]).found
+    return {f"{scope}/{name}": array for scope, parameters in found.items() for name, array in parameters.items()}
+
+
+@pytest.mark.parametrize("name", ["OK.NPZ", "it", "it.pystate"])
+def test_an_npz_is_known_by_what_it_holds(name: str, tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "it.npz", **parameters())
+    (tmp_path / "it.npz").rename(tmp_path / name)
+    same(FOURIER, tmp_path / name)
+
+
+def test_a_pickle_is_known_by_what_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "it.npz").write_bytes(pickle.dumps(Haiku(FOURIER, original(FOURIER)[1]).found))
+    same(FOURIER, tmp_path / "it.npz")
+    (tmp_path / "it.npz").write_bytes(pickle.dumps([1, 2]))
+    with pytest.raises(ValueError, match=r"it.npz must hold a dictionary of parameters by scope; it is of type list"):
+        deepmind(tmp_path / "it.npz")
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickles_of_all_protocols(protocol: int, tmp_path: Path) -> None:
+    found = Haiku(FOURIER, original(FOURIER)[1]).found
+    (tmp_path / "it").write_bytes(pickle.dumps({"params": found, "state": {}}, protocol))
+    same(FOURIER, tmp_path / "it")
+
+
+@pytest.mark.parametrize("write", ["npz", "pickle"])
+def test_bytes_in_the_other_order_are_turned_about(write: str, tmp_path: Path) -> None:
+    turned = {name: array.astype(">f4") for name, array in parameters().items()}
+    if write == "npz":
+        np.savez(tmp_path / "it", **turned)
+        (tmp_path / "it.npz").rename(tmp_path / "it")
+    else:
+        (tmp_path / "it").write_bytes(pickle.dumps({n.rpartition("/")[0]: {} for n in turned} | nested(turned)))
+    same(FOURIER, tmp_path / "it")
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for name, array in flat.items():
+        scope, _, parameter = name.rpartition("/")
+        found.setdefault(scope, {})[parameter] = array
+    return found
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "whole numbers": (
+        {LATENTS: np.zeros((5, 16), np.int32)},
+        "pos_embs must be of floating point numbers; it is of int32",
+    ),
+    "complex numbers": ({LATENTS: np.zeros((5, 16), np.complex64)}, "floating point numbers; it is of complex64"),
+    "mixed": (
+        {LATENTS: np.zeros((5, 16), np.float64)},
+        "must be of one dtype; .* is of float(32|64), .* of float(32|64)",
+    ),
+    "no latents": ({LATENTS: np.zeros((5, 0), np.float32)}, r"pos_embs must not be empty; its shape is \(5, 0\)"),
+    "latents of one axis": ({LATENTS: np.zeros(5, np.float32)}, r"latents must have 2 axes; its shape is \(5,\)"),
+    "a matrix without axes": ({WIDEN: np.zeros((), np.float32)}, r"dense1.weight must have 2 axes; its shape is \(\)"),
+    "a wider layer": ({WIDEN: np.zeros((16, 32), np.float32)}, "must have shape"),
+    "two names for one": (
+        {LATENTS.replace("perceiver_", ""): np.zeros((5, 16), np.float32)},
+        f"{LATENTS} and {LATENTS.replace('perceiver_', '')} are the same parameter",
+    ),
+    "a block more": (
+        {WIDEN.replace("attention", "attention_7"): np.zeros((16, 16), np.float32)},
+        r"lacks \[.*, and has \['perceiver.encoder.self_attends.7.mlp.dense1.weight'\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("write", ["npz", "pickle"])
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_named_before_anything_is_read(
+    case: str, write: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes, message = WRONG[case]
+    if write == "npz":
+        np.savez(tmp_path / "it.npz", **(parameters() | changes))
+    else:
+        (tmp_path / "it.npz").write_bytes(pickle.dumps(nested(parameters() | changes)))
+    monkeypatch.setattr(torch, "from_numpy", lambda _: pytest.fail("something was read"))
+    with pytest.raises(ValueError, match=rf"it.npz.*{message}"):
+        deepmind(tmp_path / "it.npz", **OWN)
+
+
+@pytest.mark.parametrize(
+    "holds, message",
+    [
+        ({"params": [1]}, "by scope; params is of type list"),
+        ({"params": None}, "by scope; params is of type NoneType"),
+        ({"params": {}, "state": None}, "by scope; state is of type NoneType"),
+        ({"params": {"embed": [1]}}, "by scope; embed is of type list"),
+        ({"embed": {"embeddings": "text"}}, "must hold arrays; embed/embeddings is of type str"),
+        ({"embed": {"embeddings": {"w": 1}}}, "must hold arrays; embed/embeddings is of type dict"),
+        ({"a/b": {"c": np.ones(1)}, "a": {"b/c": np.ones(1)}}, "must hold a/b/c once"),
+        ({"a" * 600: {"b" * 600: np.ones(1)}}, "under a name of 1000 letters at most"),
+        (3, "by scope; it is of type int"),
+    ],
+)
+def test_pickles_of_something_else_are_refused(holds: Any, message: str, tmp_path: Path) -> None:
+    (tmp_path / "it").write_bytes(pickle.dumps(holds))
+    with pytest.raises(ValueError, match=message):
+        deepmind(tmp_path / "it")
+
+
+def test_misspelled_names_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "it.npz", **parameters())
+    with pytest.raises(
+        TypeError, match=r"no \['num_self_attention_headz'\]; it has \['_label.*'num_self_attention_heads'"
+    ):
+        deepmind(tmp_path / "it.npz", num_self_attention_headz=4)
+    deepmind(tmp_path / "it.npz", model_type="perceiver", layer_norm_eps=1e-12, id2label={"0": "cat"}, **OWN)
 
 
 def test_wrong_weights_are_named() -> None:

@@ -154,6 +154,16 @@ def test_outputs_and_gradients_of_perceiver_io(changes, batched, masked):
     agree(our, their, config, outs, [data, asked])
 
 
+def test_flat_masks():
+    """Theirs takes them too; ours asks for the shape of the grid."""
+    their = made("Perceiver", PERCEIVER)
+    our, data = lucidrains(state(their), **PERCEIVER), torch.randn(2, 5, 7, 3, dtype=torch.float64)
+    mask = torch.rand(2, 35) < 0.6
+    torch.testing.assert_close(our(data, mask=mask.view(data.shape[:-1])), their(data, mask=mask), rtol=0, atol=1e-9)
+    with pytest.raises(ValueError, match=r"mask must have shape \(2, 5, 7\), one value a token; got \(2, 35\)"):
+        our(data, mask=mask)
+
+
 def test_latents_of_perceiver_io():
     their = made("PerceiverIO", IO)
     our, data = lucidrains(state(their), **IO), torch.randn(2, 19, 11, dtype=torch.float64)
@@ -303,6 +313,10 @@ class TestRefusals:
         "changes, message",
         [
             ({"max_freq": None}, "max_freq must be given"),
+            ({"max_freq": float("nan")}, "max_freq must be given, a positive number.*got nan"),
+            ({"max_freq": float("inf")}, "max_freq must be given, a positive number.*got inf"),
+            ({"max_freq": True}, "max_freq must be given, a positive number.*got True"),
+            ({"max_freq": 0.0}, "max_freq must be given, a positive number.*got 0.0"),
             ({"num_freq_bands": 4}, r"num_freq_bands=4 \+ 1\) must be 17, .*norm_context.weight.*; got 21"),
             ({"input_axis": 1}, r"input_axis=1 x .* must be 17"),
             ({"input_channels": 5}, r"input_channels=5 \+ .* must be 17"),
@@ -387,6 +401,12 @@ class TestRefusals:
             lucidrains(weights, **PERCEIVER)
         with pytest.raises(ValueError, match=r"latents must have 2 axes at least .* its shape is \(5,\)"):
             lucidrains(weights | {"latents": torch.zeros(5)}, **PERCEIVER)
+
+    def test_refused_models(self):
+        with pytest.raises(TypeError, match=r"got Perceiver\. Give model\.state_dict\(\)"):
+            lucidrains(made("Perceiver", PERCEIVER), **PERCEIVER)
+        with pytest.raises(TypeError, match="got NoneType"):
+            lucidrains(None)
 
     def test_refused_state_dicts(self, tmp_path):
         with pytest.raises(ValueError, match=r"first names are \['module.latents'"):

@@ -6,6 +6,7 @@ dropped in training.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from functools import partial
@@ -78,7 +79,7 @@ def lucidrains(state_dict: Mapping[str, Tensor] | str | os.PathLike[str], **argu
 
     Raises:
         FileNotFoundError: no such file.
-        TypeError: an argument that their constructor does not have.
+        TypeError: a model rather than its state dict; an argument that their constructor does not have.
         ValueError: arguments that do not go with the weights; weights that are missing, unknown or of another shape;
             `inverted_cross_attn` that is not the same for all layers.
 
@@ -99,6 +100,8 @@ def lucidrains(state_dict: Mapping[str, Tensor] | str | os.PathLike[str], **argu
 
     Reference: lucidrains/perceiver-pytorch 0.11.0, `perceiver_pytorch.py` and `perceiver_io.py`.
     """
+    if not isinstance(state_dict, (Mapping, str, os.PathLike)):
+        raise TypeError(f"state_dict must be one, or a path; got {type(state_dict).__name__}. Give model.state_dict()")
     weights = weights_of(state_dict)
     layout = next((names for names in LAYOUTS if f"{names.read.format(0)}.norm_context.weight" in weights), None)
     if layout is None:
@@ -247,8 +250,8 @@ def _grid(told: Told, key: str) -> Grid:
         return Grid(told.agreed("input_channels", width, key), positions=None)
     axes, channels, highest = told.get("input_axis", 2), told.get("input_channels", 3), told.get("max_freq", None)
     checks.positive(input_axis=axes, input_channels=channels)
-    if not isinstance(highest, (int, float)) or highest <= 0:
-        raise ValueError(f"max_freq must be given, as it was to their model: weights do not tell it; got {highest!r}")
+    if isinstance(highest, bool) or not isinstance(highest, (int, float)) or not 0 < highest < math.inf:
+        raise ValueError(f"max_freq must be given, a positive number, since weights do not tell it; got {highest!r}")
     bands = told.get("num_freq_bands", max(1, (width - channels - axes) // (2 * axes)))
     checks.positive(num_freq_bands=bands)
     made = channels + axes * (2 * bands + 1)

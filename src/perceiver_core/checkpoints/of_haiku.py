@@ -1,95 +1,38 @@
-"""Weights of DeepMind's own Perceiver IO checkpoints: Haiku's names and layouts, in our models.
+"""Weights of DeepMind's own Perceiver IO checkpoints in our models.
 
-Their names are translated to those of transformers, whose table (`of_transformers.names`) knows ours.
+Their names are translated to those of transformers (`haiku_names`), whose table (`of_transformers.names`) knows ours.
+What a file says of its arrays is compared with what the model needs before any of them is made.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from perceiver_core.checkpoints import of_transformers, restricted
-from perceiver_core.checkpoints.published import DEEPMIND, Numerics
+from perceiver_core.checkpoints import of_transformers
+from perceiver_core.checkpoints.haiku_files import opened
+from perceiver_core.checkpoints.haiku_names import STATE, laid_out, place_of
+from perceiver_core.checkpoints.held import Held
+from perceiver_core.checkpoints.published import DEEPMIND, DEFAULTS, Numerics
 from perceiver_core.models import PerceiverIO
 
-# Scopes and parameters as Haiku names them, and what transformers calls them. The first that fits is taken.
-SCOPES = [
-    (r"^embed/embeddings$", "input_preprocessor.embeddings.weight"),
-    (r"^trainable_position_encoding/pos_embs$", "input_preprocessor.position_embeddings.weight"),
-    (r"^image_preprocessor/~/conv2_d/", "input_preprocessor.convnet_1x1."),
-    (
-        r"^image_preprocessor/~_build_network_inputs/trainable_position_encoding/pos_embs$",
-        "input_preprocessor.position_embeddings.position_embeddings",
-    ),
-    (
-        r"^image_preprocessor/~_build_network_inputs/position_encoding_projector/linear/",
-        "input_preprocessor.positions_projection.",
-    ),
-    (r"^image_preprocessor/~/conv2_d_downsample/~/conv/", "input_preprocessor.convnet.conv."),
-    (
-        r"^image_preprocessor/~/conv2_d_downsample/~/batchnorm/~/mean_ema/average$",
-        "input_preprocessor.convnet.batchnorm.running_mean",
-    ),
-    (
-        r"^image_preprocessor/~/conv2_d_downsample/~/batchnorm/~/var_ema/average$",
-        "input_preprocessor.convnet.batchnorm.running_var",
-    ),
-    (r"^image_preprocessor/~/conv2_d_downsample/~/batchnorm/", "input_preprocessor.convnet.batchnorm."),
-    (r"^image_preprocessor/patches_linear/", "input_preprocessor.conv_after_patches."),
-    (r"^multimodal_preprocessor/(\w+)_mask_token/pos_embs$", r"input_preprocessor.mask.\1"),
-    (r"^multimodal_preprocessor/(\w+)_padding/pos_embs$", r"input_preprocessor.padding.\1"),
-    (r"^multimodal_decoder/~decoder_query/(\w+)_padding/pos_embs$", r"decoder.padding.\1"),
-    (r"^(?:multimodal|flow|classification)_decoder/~/basic_decoder/output/", "decoder.decoder.final_layer."),
-    (
-        r"^(?:multimodal|flow|classification)_decoder/~/basic_decoder/cross_attention/",
-        "decoder.decoder.decoding_cross_attention/",
-    ),
-    (
-        r"^classification_decoder/~/basic_decoder/~/trainable_position_encoding/pos_embs$",
-        "decoder.decoder.output_position_encodings.position_embeddings",
-    ),
-    (
-        r"^basic_decoder/~/trainable_position_encoding/pos_embs$",
-        "decoder.output_position_encodings.position_embeddings",
-    ),
-    (r"^basic_decoder/cross_attention/", "decoder.decoding_cross_attention/"),
-    (r"^embedding_decoder/bias$", "embedding_decoder.bias"),
-    (r"^projection_postprocessor/linear/", "output_postprocessor.modalities.image.classifier."),
-    (r"^classification_postprocessor/linear/", "output_postprocessor.modalities.label.classifier."),
-    (r"^audio_postprocessor/linear/", "output_postprocessor.modalities.audio.classifier."),
-    (r"^(?:perceiver_)?encoder/~/trainable_position_encoding/pos_embs$", "embeddings.latents"),
-    (r"^(?:perceiver_)?encoder/~/cross_attention/", "encoder.cross_attention/"),
-    (r"^(?:perceiver_)?encoder/~/self_attention/", "encoder.self_attends.0/"),
-    (r"^(?:perceiver_)?encoder/~/self_attention_(\d+)/", r"encoder.self_attends.\1/"),
-]
-LAYERS = {
-    "attention/linear": "attention.self.query",
-    "attention/linear_1": "attention.self.key",
-    "attention/linear_2": "attention.self.value",
-    "attention/linear_3": "attention.output.dense",
-    "mlp/linear": "mlp.dense1",
-    "mlp/linear_1": "mlp.dense2",
-}
-CROSS = {"layer_norm": "attention.self.layernorm1", "layer_norm_1": "attention.self.layernorm2"}
-CROSS |= {"layer_norm_2": "layernorm"}
-SELF = {"layer_norm": "attention.self.layernorm1", "layer_norm_1": "layernorm"}
-PARTS = {"w": "weight", "b": "bias", "scale": "weight", "offset": "bias"}
-STATE = re.compile(r"/~/(mean|var)_ema/(hidden|counter)$")  # of a running mean while it is computed
-
+MULTIMODAL = "PerceiverForMultimodalAutoencoding"
 # What shapes do not tell: heads of self-attends and of the read, how often the blocks are gone through.
 HEADS = {
     "PerceiverForMaskedLM": (8, 8, 1),
     "PerceiverForOpticalFlow": (16, 1, 1),
-    "PerceiverForMultimodalAutoencoding": (8, 1, 1),
+    MULTIMODAL: (8, 1, 1),
 }
 IMAGE = (8, 1, 8)
+# What a configuration of transformers says beside what models are made of.
+BESIDE = {"architectures", "model_type", "id2label", "label2id", "layer_norm_eps", "initializer_range"}
+BESIDE |= {"transformers_version", "torch_dtype", "dtype", "_name_or_path"}
 
 
 def deepmind(path: str | PathLike[str], *, numerics: Numerics = DEEPMIND, **config: Any) -> PerceiverIO:
@@ -97,7 +40,7 @@ def deepmind(path: str | PathLike[str], *, numerics: Numerics = DEEPMIND, **conf
 
     Args:
         path: a file of Haiku's parameters: an `.npz` of arrays named `scope/parameter`, or the published pickle, of
-            which nothing but dictionaries and arrays is read.
+            which nothing but dictionaries and arrays is read. Its name does not matter.
         numerics: what the model computes; see `published.Numerics`.
         config: what shapes do not tell, by transformers' names, where it is not as published: numbers of heads,
             `num_blocks`, sizes of pictures.
@@ -107,6 +50,7 @@ def deepmind(path: str | PathLike[str], *, numerics: Numerics = DEEPMIND, **conf
 
     Raises:
         FileNotFoundError: no such file.
+        TypeError: a name in `config` that transformers' configuration does not have.
         ValueError: a file that holds anything else, or parameters of another model.
 
     Example:
@@ -118,92 +62,107 @@ def deepmind(path: str | PathLike[str], *, numerics: Numerics = DEEPMIND, **conf
 
 def with_config(path: Path, numerics: Numerics, told: Mapping[str, Any]) -> tuple[PerceiverIO, dict[str, Any]]:
     """A model of DeepMind's code, and the configuration that transformers would have for it; see `deepmind`."""
-    theirs = translated(_arrays(path))
-    try:
-        config = {**_config(theirs), **told}
-    except KeyError as error:
-        raise ValueError(f"{path} must hold all of a published Perceiver IO; it lacks {error}") from error
-    with torch.device("meta"):
-        model = of_transformers.build(config, numerics)
-    of_transformers.fill(model, theirs, config, numerics._replace(transposed=False))
+    if unknown := sorted(told.keys() - DEFAULTS.keys() - BESIDE):
+        raise TypeError(f"a configuration of Perceiver IO has no {unknown}; it has {sorted(DEFAULTS)}")
+    numerics = numerics._replace(transposed=False)
+    with opened(path) as arrays, _saying(path):
+        places = _places(arrays)
+        shapes = _all({place: _shape(place, arrays[name]) for place, name in places.items()})
+        config = {**_config(shapes), **told}
+        _check_names(shapes, config)
+        with torch.device("meta"):
+            model = of_transformers.build(config, numerics)
+        of_transformers.fill(model, shapes, config, numerics)  # refuses what does not fit, before anything is read
+        tensors = {place: laid_out(place, torch.from_numpy(arrays[name].read())) for place, name in places.items()}
+        of_transformers.fill(model, _all(tensors), config, numerics)
     return model.eval(), config
 
 
-def translated(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Haiku's parameters under the names and in the layouts of transformers.
+@contextmanager
+def _saying(path: Path) -> Iterator[None]:
+    """Errors that say which file they are about."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{path} must hold all of a published Perceiver IO; it lacks {error}") from error
+    except ValueError as error:
+        raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from error
 
-    Args:
-        arrays: by `scope/parameter`.
+
+def _places(arrays: Mapping[str, Held]) -> dict[str, str]:
+    """The names in a file by what transformers calls them.
 
     Raises:
-        ValueError: a name that no published model has.
+        ValueError: a name that no published model has, or two names for one place.
     """
-    found = {}
-    for name, array in arrays.items():
+    found: dict[str, str] = {}
+    for name in arrays:
         if STATE.search(name):
             continue
-        place = _name(name)
-        found[place] = _laid_out(place, torch.from_numpy(np.ascontiguousarray(array)))
+        place = place_of(name)
+        if place in found:
+            raise ValueError(f"{found[place]} and {name} are the same parameter; leave one of them")
+        found[place] = name
+    if _kind(found) == MULTIMODAL:  # its label decoder's query stands where classifiers have theirs
+        own = "decoder.output_position_encodings.position_embeddings"
+        found[f"perceiver.decoder.modalities.label.{own}"] = found.pop(f"perceiver.decoder.{own}")
+    _check_numbers({name: arrays[name] for name in found.values()})
+    return found
+
+
+def _check_numbers(arrays: Mapping[str, Held]) -> None:
+    """Raises ValueError unless all are of one floating dtype, and none is empty."""
+    first: tuple[str, str] | None = None
+    for name, held in arrays.items():
+        dtype = held.dtype.name  # whatever the order of its bytes
+        if held.dtype.kind != "f":
+            raise ValueError(f"{name} must be of floating point numbers; it is of {dtype}")
+        if 0 in held.shape:
+            raise ValueError(f"{name} must not be empty; its shape is {held.shape}")
+        first = first or (name, dtype)
+        if dtype != first[1]:
+            raise ValueError(f"all parameters must be of one dtype; {first[0]} is of {first[1]}, {name} of {dtype}")
+
+
+def _check_names(theirs: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Raises ValueError where `fill` would, before a model is built of as many layers as a file names."""
+    places = of_transformers.names(config)
+    missing, unknown = sorted(places.keys() - theirs.keys()), sorted(theirs.keys() - places.keys())
+    if missing or unknown:
+        raise ValueError(f"it must hold all of a published Perceiver IO; it lacks {missing[:5]}, and has {unknown[:5]}")
+
+
+def _shape(place: str, held: Held) -> Tensor:
+    """A tensor without values."""
+    dtype = getattr(torch, held.dtype.name)
+    return laid_out(place, torch.empty(held.shape, dtype=dtype, device="meta"))
+
+
+def _all(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With what PyTorch counts and Haiku does not."""
     if any(".batchnorm." in place for place in found):
         found["perceiver.input_preprocessor.convnet.batchnorm.num_batches_tracked"] = torch.tensor(0)
     return found
 
 
-def _name(name: str) -> str:
-    for pattern, place in SCOPES:
-        new, count = re.subn(pattern, place, name)
-        if not count:
-            continue
-        if "attention/" in new or "self_attends" in new:
-            new = _of_layer(new)
-        head, _, part = new.rpartition(".")
-        full = f"{head}.{PARTS.get(part, part)}"
-        if name.startswith("classification_decoder") and full.endswith("position_embeddings"):
-            return f"perceiver.{full}"
-        return full if full.startswith("embedding_decoder") else f"perceiver.{full}"
-    raise ValueError(f"{name} is no parameter of a published Perceiver IO")
-
-
-def _of_layer(name: str) -> str:
-    """`block/scope/parameter` of an attention layer."""
-    block, _, rest = name.partition("/")
-    scope, _, part = rest.rpartition("/")
-    known = LAYERS | (SELF if "self_attends" in block else CROSS)
-    if scope not in known:
-        raise ValueError(f"{name} is no parameter of a published Perceiver IO")
-    return f"{block}.{known[scope]}.{part}"
-
-
-def _laid_out(place: str, tensor: Tensor) -> Tensor:
-    """Matrices `in out` and kernels `h w in out` as PyTorch has them; statistics without axes of one."""
-    if ".batchnorm." in place:
-        return tensor.flatten()
-    if not place.endswith("weight") or "embeddings" in place:
-        return tensor
-    return tensor.permute(3, 2, 0, 1) if tensor.ndim == 4 else tensor.mT if tensor.ndim == 2 else tensor
-
-
-def _kind(theirs: Mapping[str, Tensor]) -> str:
+def _kind(theirs: Container[str]) -> str:
     """Which model parameters are of, by its input."""
     marks = {
         "embeddings.weight": "PerceiverForMaskedLM",
         "convnet_1x1.weight": "PerceiverForImageClassificationLearned",
         "convnet.conv.weight": "PerceiverForImageClassificationConvProcessing",
         "conv_after_patches.weight": "PerceiverForOpticalFlow",
-        "mask.label": "PerceiverForMultimodalAutoencoding",
+        "mask.label": MULTIMODAL,
     }
     there = [kind for mark, kind in marks.items() if f"perceiver.input_preprocessor.{mark}" in theirs]
     return there[0] if there else "PerceiverForImageClassificationFourier"
 
 
-def _config(theirs: dict[str, Tensor]) -> dict[str, Any]:
+def _config(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
     """The configuration that shapes and the published sizes tell."""
     kind = _kind(theirs)
-    if kind == "PerceiverForMultimodalAutoencoding":  # its label decoder's query stands where classifiers have theirs
-        label = theirs.pop("perceiver.decoder.decoder.output_position_encodings.position_embeddings")
-        theirs["perceiver.decoder.modalities.label.decoder.output_position_encodings.position_embeddings"] = label
     heads, cross, blocks = HEADS.get(kind, IMAGE)
-    latents, dim = theirs["perceiver.embeddings.latents"].shape
+    latents, dim = _sizes(theirs, "perceiver.embeddings.latents", 2)
     own = "perceiver.encoder.self_attends"
     config = {
         "architectures": [kind],
@@ -214,50 +173,42 @@ def _config(theirs: dict[str, Tensor]) -> dict[str, Any]:
         "num_self_attention_heads": heads,
         "num_cross_attention_heads": cross,
         "attention_probs_dropout_prob": 0.0,
-        "self_attention_widening_factor": len(theirs[f"{own}.0.mlp.dense1.weight"]) // dim,
+        "self_attention_widening_factor": _sizes(theirs, f"{own}.0.mlp.dense1.weight", 2)[0] // dim,
     }
     read = "perceiver.encoder.cross_attention"
-    config["cross_attention_widening_factor"] = len(theirs[f"{read}.mlp.dense1.weight"]) // dim
+    config["cross_attention_widening_factor"] = _sizes(theirs, f"{read}.mlp.dense1.weight", 2)[0] // dim
     return config | _of_inputs(kind, theirs)
 
 
 def _of_inputs(kind: str, theirs: Mapping[str, Tensor]) -> dict[str, Any]:
     adapter, final = "perceiver.input_preprocessor", "perceiver.decoder.decoder.final_layer.weight"
+
+    def rows(name: str) -> int:
+        return _sizes(theirs, name, 2)[0]
+
     if kind == "PerceiverForMaskedLM":
-        vocabulary, width = theirs[f"{adapter}.embeddings.weight"].shape
+        vocabulary, width = _sizes(theirs, f"{adapter}.embeddings.weight", 2)
         own = "perceiver.encoder.self_attends.0.attention.self"
         return {
             "vocab_size": vocabulary,
             "d_model": width,
-            "max_position_embeddings": len(theirs[f"{adapter}.position_embeddings.weight"]),
-            "qk_channels": len(theirs[f"{own}.query.weight"]),
-            "v_channels": len(theirs[f"{own}.value.weight"]),
+            "max_position_embeddings": rows(f"{adapter}.position_embeddings.weight"),
+            "qk_channels": rows(f"{own}.query.weight"),
+            "v_channels": rows(f"{own}.value.weight"),
         }
     if kind == "PerceiverForImageClassificationLearned":
-        points = len(theirs[f"{adapter}.position_embeddings.position_embeddings"])
-        return {"image_size": round(points**0.5), "num_labels": len(theirs[final])}
-    if kind == "PerceiverForMultimodalAutoencoding":
+        points = rows(f"{adapter}.position_embeddings.position_embeddings")
+        return {"image_size": round(points**0.5), "num_labels": rows(final)}
+    if kind == MULTIMODAL:
         outputs = "perceiver.output_postprocessor.modalities"
-        labels = len(theirs[f"{outputs}.label.classifier.weight"])
-        patch = len(theirs[f"{outputs}.audio.classifier.weight"])
-        return {"num_labels": labels, "samples_per_patch": patch, "output_num_channels": len(theirs[final])}
-    return {} if kind == "PerceiverForOpticalFlow" else {"num_labels": len(theirs[final])}
+        labels, patch = (rows(f"{outputs}.{of}.classifier.weight") for of in ("label", "audio"))
+        return {"num_labels": labels, "samples_per_patch": patch, "output_num_channels": rows(final)}
+    return {} if kind == "PerceiverForOpticalFlow" else {"num_labels": rows(final)}
 
 
-def _arrays(path: Path) -> dict[str, Any]:
-    """All arrays of a file by `scope/parameter`."""
-    if not path.is_file():
-        raise FileNotFoundError(f"path must be a file of Haiku's parameters; there is none at {path}")
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    found = restricted.read(path)
-    if not isinstance(found, Mapping):
-        raise ValueError(f"{path} must hold a dictionary; it holds a {type(found).__name__}")
-    flat: dict[str, Any] = {}
-    for part in (found["params"], found.get("state", {})) if "params" in found else (found,):
-        for scope, parameters in part.items():
-            if not isinstance(parameters, Mapping):
-                raise ValueError(f"{path} must hold parameters by scope; {scope} is a {type(parameters).__name__}")
-            flat |= {f"{scope}/{name}": array for name, array in parameters.items()}
-    return flat
+def _sizes(theirs: Mapping[str, Tensor], name: str, axes: int) -> tuple[int, ...]:
+    """The shape of a parameter, which has to have so many axes."""
+    shape = tuple(theirs[name].shape)
+    if len(shape) != axes:
+        raise ValueError(f"{name} must have {axes} axes; its shape is {shape}")
+    return shape
