@@ -10,7 +10,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from perceiver_core import checks, init
+from perceiver_core import checks, init, kinds
 from perceiver_core.registry import register
 
 
@@ -60,6 +60,11 @@ class Only(nn.Module):
     def __init__(self, head: nn.Module | None = None) -> None:
         super().__init__()
         self.head = nn.Identity() if head is None else head
+
+    @property
+    def dim(self) -> int | None:
+        """The width of an answer; None where the head does not say it."""
+        return getattr(self.head, "dim", None)
 
     def forward(self, answers: Float[Tensor, "b 1 d"]) -> Float[Tensor, "b values"]:
         """The answer to the only query.
@@ -139,6 +144,10 @@ class Multimodal(nn.Module):
     Args:
         heads: by name, as the queries are named.
 
+    Raises:
+        TypeError: heads that are not modules.
+        ValueError: no heads, a name that a module cannot have, or heads of different widths (`.dim`).
+
     Example:
         >>> import torch
         >>> from perceiver_core import heads
@@ -152,7 +161,12 @@ class Multimodal(nn.Module):
 
     def __init__(self, heads: Mapping[str, nn.Module]) -> None:
         super().__init__()
+        kinds.check("heads", heads, "a head")
         self.heads = nn.ModuleDict(heads)
+        widths = {name: head.dim for name, head in heads.items() if isinstance(getattr(head, "dim", None), int)}
+        if len(set(widths.values())) > 1:
+            raise ValueError(f"heads must take answers of one width, as a decoder gives them; they take {widths}")
+        self.dim = next(iter(widths.values()), None)
 
     def forward(self, answers: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """An output for each kind that was asked for.
@@ -162,4 +176,4 @@ class Multimodal(nn.Module):
         """
         if unknown := answers.keys() - self.heads.keys():
             raise ValueError(f"answers name {sorted(unknown)}; there are heads for {list(self.heads)}")
-        return {name: self.heads[name](answer) for name, answer in answers.items()}
+        return {name: kinds.call("answers", name, self.heads[name], answer) for name, answer in answers.items()}
