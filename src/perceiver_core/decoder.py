@@ -93,7 +93,7 @@ class Decoder(nn.Module):
         queries = _batched(queries)
         checks.has_shape("queries", queries, "b q e", last=self.query_dim)
         checks.same_place("queries", queries, next(self.parameters()))
-        if len(queries) not in (1, len(latents)):
+        if queries.shape[0] not in (1, latents.shape[0]):
             raise ValueError(
                 f"queries must have a batch of 1 or that of the latents, {len(latents)}; got {len(queries)}"
             )
@@ -135,7 +135,7 @@ class Decoder(nn.Module):
         if not queries:
             raise ValueError("queries must name a tensor at least; got an empty dictionary")
         queries = {name: _batched(x) for name, x in queries.items()}
-        batch = max(map(len, queries.values()))
+        batch = max(x.shape[0] for x in queries.values())
         together = torch.cat([x.expand(batch, -1, -1) for x in queries.values()], dim=1)
         answers = self(latents, together).split([x.shape[1] for x in queries.values()], dim=1)
         return dict(zip(queries, answers, strict=True))
