@@ -40,8 +40,8 @@ class Label(nn.Module):
         self.dtype = torch.get_default_dtype()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Label:
-        # What `.to()` and `.double()` call. A buffer that is not saved could not be loaded, one that is would be a weight
-        # more than published models have.
+        # What `.to()` and `.double()` call. A buffer that is not saved could not be loaded, and one that is would be a
+        # weight more than published models have.
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
