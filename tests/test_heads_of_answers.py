@@ -145,6 +145,13 @@ def test_each_kind_has_its_head():
     assert list(head({"label": answers(1)})) == ["label"]
 
 
+def test_they_say_how_wide_an_answer_is():
+    assert Multimodal({"a": Only(Values(DIM, 3)), "b": OnGrid((5, 7)), "c": Samples(DIM, 3)}).dim == DIM
+    assert Only(Values(DIM, 3)).dim == DIM and Only().dim is None and Multimodal({"a": Only()}).dim is None
+    text = pc.adapters.Ids(vocabulary=11, dim=DIM)
+    assert pc.heads.Logits(text).dim == pc.heads.TiedLogits(text).dim == DIM
+
+
 @pytest.mark.parametrize(
     "head", [Values(DIM, 3), Only(), Only(Values(DIM, 3)), Samples(DIM, 3), OnGrid((1, 1), scale=2.0)], ids=repr
 )
@@ -161,6 +168,12 @@ def test_refused_answers_and_sizes():
         Only()(answers(3))
     with pytest.raises(ValueError, match=r"answers name \['smell'\]; there are heads for \['label'\]"):
         Multimodal({"label": Only()})({"smell": answers(1)})
+    with pytest.raises(ValueError, match=r"answers\['label'\]: answers must be one a sample"):
+        Multimodal({"label": Only()})({"label": answers(3)})
+    with pytest.raises(ValueError, match="heads must name a head at least; got none"):
+        Multimodal({})
+    with pytest.raises(ValueError, match=r"heads must take answers of one width.*; they take {'a': 13, 'b': 5}"):
+        Multimodal({"a": Values(DIM, 3), "b": Only(Values(5, 3)), "c": Only()})
     with pytest.raises(ValueError, match="values must be a whole number of at least 1; got 0"):
         Values(DIM, 0)
     with pytest.raises(ValueError, match="patch must be a whole number of at least 1; got 0"):

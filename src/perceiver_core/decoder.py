@@ -104,7 +104,7 @@ class Decoder(nn.Module):
         queries = _batched(queries)
         checks.has_shape("queries", queries, "b q e", last=self.query_dim)
         checks.same_place("queries", queries, next(self.parameters()))
-        if len(queries) not in (1, len(latents)):
+        if queries.shape[0] not in (1, latents.shape[0]):
             raise ValueError(
                 f"queries must have a batch of 1 or that of the latents, {len(latents)}; got {len(queries)}"
             )

@@ -7,6 +7,7 @@ the grid is the position of every token, so a 224 x 224 picture carries two tabl
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -30,6 +31,8 @@ class Tokens:
         content: `b *grid c`.
         tables: each `*g p` where every axis of `g` is that of the grid or 1; all of one width `p`.
         mask: `b *grid`, True = attend. What masked tokens hold has no effect, NaN included.
+        kinds: of tokens that were put together from several kinds, those of each kind by its name, on their own grid,
+            and None for a kind that is not there; see `adapters.Multimodal`. A reader does not look at them.
 
     Raises:
         TypeError: content that is not floating point, a mask that is not boolean.
@@ -47,6 +50,7 @@ class Tokens:
     content: Float[Tensor, "b *grid c"]
     tables: tuple[Float[Tensor, "... p"], ...] = ()
     mask: Bool[Tensor, " b *grid"] | None = None
+    kinds: Mapping[str, Tokens | None] | None = None
 
     def __post_init__(self) -> None:
         checks.is_floating("content", self.content)

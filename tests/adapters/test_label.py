@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
+import perceiver_core as pc
 from perceiver_core.adapters import Label
 
 
@@ -28,6 +31,21 @@ def test_class_numbers_under_vmap_and_on_no_device():
     found = torch.vmap(lambda number: Label(7)(number).content)(numbers)
     assert torch.equal(found[:, 0, 0], torch.eye(7)[[3, 6]])
     assert Label(7)(torch.zeros(2, dtype=torch.long, device="meta")).content.shape == (2, 1, 7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_class_numbers_take_the_dtype_of_the_model(dtype, tmp_path):
+    encoder = pc.Encoder(7, latents=3, dim=8, depth=1, heads=1)
+    model = pc.Perceiver(Label(7), encoder, pc.heads.Classify(8, 2)).to(dtype)
+    assert model(torch.tensor([3, 0])).dtype == model.adapter(torch.tensor([3])).content.dtype == dtype
+    assert copy.deepcopy(model)(torch.tensor([3, 0])).dtype == dtype and not model.adapter.state_dict()
+    again = pc.load(pc.save(model, tmp_path)).to(dtype)
+    torch.testing.assert_close(again(torch.tensor([3, 0])), model(torch.tensor([3, 0])))
+
+
+def test_a_list_of_labels_is_refused():
+    with pytest.raises(TypeError, match=r"labels must be a torch\.Tensor; got list"):
+        Label(7)([1, 2])
 
 
 @pytest.mark.parametrize(

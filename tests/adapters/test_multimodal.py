@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -90,18 +91,124 @@ def test_a_table_may_be_absent_too():
     assert tokens.mask.tolist() == [[False] * 3 + [True]] * 2
 
 
-def test_a_sample_that_loses_all_its_kinds_is_finite():
-    both = made(drop={"sound": 1.0, "set": 1.0, "label": 1.0})
-    tokens = both.train()(inputs())
-    assert not tokens.mask.any()
+@pytest.mark.parametrize("holds", [torch.nan, torch.inf])
+def test_rows_of_an_absent_table_are_not_looked_at(holds):
+    both = Multimodal({"row": Table(2, (3,), dim=5), "label": Label(7)}).double()
+    rows = {"numbers": drawn(2, 2), "categories": torch.tensor([[1], [2]])}
+    labels, masks = torch.tensor([1, 2]), {"row": torch.tensor([True, False])}
+    wanted = both({"row": rows, "label": labels}, mask=masks)
+    rows["numbers"][1], rows["categories"][1] = holds, 99
+    found = both({"row": rows, "label": labels}, mask=masks)
+    assert found.mask.tolist() == wanted.mask.tolist() == [[True] * 4, [False] * 3 + [True]]
+    torch.testing.assert_close(found.dense(), wanted.dense(), **EXACT)
+
+
+def fourier(axes: int) -> pc.positions.Fourier:
+    return pc.positions.Fourier(axes=axes, bands=2, max_resolution=7)
+
+
+RAGGED = {
+    "points": (lambda: pc.adapters.Points(2, positions=fourier(3)), lambda: drawn(3, 7, 5), (3, 7)),
+    "sound": (lambda: Audio(patch=3, positions=fourier(1)), lambda: drawn(3, 20), (3, 7)),
+    "picture": (lambda: pc.adapters.Image(3, positions=fourier(2)), lambda: drawn(3, 3, 5, 7), (3, 5, 7)),
+    "film": (
+        lambda: pc.adapters.Video(3, positions=fourier(3), patch=(1, 2, 2)),
+        lambda: drawn(3, 2, 3, 4, 6),
+        (3, 2, 2, 3),
+    ),
+    "frames": (lambda: pc.adapters.FramePair(positions=fourier(2), dim=5), lambda: drawn(3, 2, 3, 5, 7), (3, 5, 7)),
+    "text": (
+        lambda: pc.adapters.Ids(11, 5, positions=pc.positions.Indexed(7, 5)),
+        lambda: torch.arange(21).view(3, 7) % 11,
+        (3, 7),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", RAGGED)
+def test_a_ragged_kind_may_be_absent_in_some_samples(kind):
+    make, draw, shape = RAGGED[kind]
+    torch.manual_seed(0)
+    both, given, labels = Multimodal({kind: make(), "label": Label(13)}).double(), draw(), torch.arange(3)
+    read = encoder(both.dim)
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.6
+    mask[1] = False
+    given[1] = 0 if kind == "text" else torch.nan
+    tokens = both({kind: given, "label": labels}, mask={kind: mask})
+    assert torch.equal(tokens.mask[:, :-1], mask.flatten(1)) and tokens.mask[:, -1].all()
+    found, there = read(tokens), torch.tensor([True, False, True])
+    torch.testing.assert_close(found[1:2], read(both({"label": labels[1:2]})), **EXACT)
+    wanted = read(both({kind: given[there], "label": labels[there]}, mask={kind: mask[there]}))
+    torch.testing.assert_close(found[there], wanted, **EXACT)
+
+
+def test_a_sample_without_any_kind_is_finite():
+    both, there = made(drop={"sound": 0.5}), torch.tensor([True, False, True, True, True])
+    masks = {"sound": there, "label": there, "set": there[:, None].expand(-1, 11)}
+    tokens = both.train()(inputs(), mask=masks)
+    assert not tokens.mask[1].any() and tokens.mask[there].any(1).all()
     assert encoder(both.dim)(tokens).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_class_numbers_take_the_dtype_of_the_model(dtype):
+def test_all_kinds_take_the_dtype_of_the_model(dtype):
     both = made().to(dtype)
     assert both({"label": torch.tensor([3, 5])}).content.dtype == dtype
-    assert both({"label": torch.tensor([3]), "set": torch.randn(1, 2, 5).to(dtype)}).content.dtype == dtype
+    assert both({"label": torch.tensor([3]), "set": torch.randn(1, 2, 5)}).content.dtype == dtype
+    table = Multimodal({"row": Table(2, dim=5), "set": Grid(5, positions=None)}).to(dtype)
+    tokens = table({"row": torch.randn(2, 2), "set": torch.randn(2, 3, 5).to(dtype)})
+    assert tokens.content.dtype == tokens.kinds["row"].content.dtype == dtype
+    assert encoder(table.dim).to(dtype)(tokens).isfinite().all()
+
+
+def test_kinds_of_several_dtypes_meet_under_autocast():
+    torch.manual_seed(0)
+    picture = pc.adapters.Image(3, positions=None, stem=partial(pc.adapters.Patches, size=2))
+    text, row = pc.adapters.Ids(11, 5), Table(2, dim=5)
+    both = Multimodal({"text": text, "row": row, "label": Label(3), "picture": picture})
+    read = encoder(both.dim).float()
+    given = {"text": torch.arange(6).view(2, 3), "row": torch.randn(2, 2), "label": torch.tensor([0, 2])}
+    given["picture"] = torch.rand(2, 3, 4, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = read(both(given))
+    torch.testing.assert_close(found.float(), read(both(given)), rtol=0.05, atol=0.05)
+
+
+class TestKinds:
+    """What each kind was before all were put together."""
+
+    def both(self, **options) -> Multimodal:
+        torch.manual_seed(0)
+        picture = pc.adapters.Image(3, positions=fourier(2))
+        text = pc.adapters.Ids(11, 6, positions=pc.positions.Indexed(9, 6))
+        return Multimodal({"picture": picture, "text": text, "label": Label(3)}, **options).double()
+
+    def given(self) -> dict[str, Tensor]:
+        return {"picture": drawn(2, 3, 5, 7), "text": torch.arange(18).view(2, 9) % 11}
+
+    def test_they_have_their_own_grids_masks_and_tables(self):
+        both, given, mask = self.both(), self.given(), torch.arange(9) < torch.tensor([[9], [4]])
+        tokens = both(given, mask={"text": mask})
+        assert list(tokens.kinds) == ["picture", "text", "label"] and tokens.kinds["label"] is None
+        picture, text = tokens.kinds["picture"], tokens.kinds["text"]
+        assert picture.grid == (5, 7) and picture.mask is None and text.grid == (9,) and torch.equal(text.mask, mask)
+        torch.testing.assert_close(picture.dense(), both.adapters["picture"](given["picture"]).dense(), **EXACT)
+        wanted = both.adapters["text"](given["text"], mask=mask)
+        torch.testing.assert_close(text.dense(), wanted.dense(), **EXACT)
+
+    def test_what_is_hidden_or_dropped_does_not_show(self):
+        chance = torch.Generator().manual_seed(0)
+        both = self.both(hide={"picture": 0.5}, drop={"text": 0.5}, generator=chance).train()
+        tokens, given = both(self.given()), self.given()
+        hidden = (tokens.content[:, :35] == both.hidden["picture"]).all(-1).view(2, 5, 7)
+        assert hidden.any() and not hidden.all()
+        content = given["picture"].movedim(1, -1).masked_fill(hidden[..., None], 0)
+        torch.testing.assert_close(tokens.kinds["picture"].content, content, **EXACT)
+        assert torch.equal(tokens.kinds["text"].mask, tokens.mask[:, 35:])
+
+    def test_a_label_that_is_always_hidden_is_zeros(self):
+        both = self.both(hide={"label": 1.0}).eval()
+        assert not both({"label": torch.tensor([1, 2])}).kinds["label"].dense().any()
 
 
 class TestHiding:
@@ -154,6 +261,41 @@ class TestDropping:
         assert torch.equal(found[0].mask, found[1].mask) and torch.equal(found[0].content, found[1].content)
         assert not torch.equal(found[0].content, found[2].content)
 
+    def test_each_sample_keeps_a_kind_at_least(self):
+        """Of a and b at 0.5 each, both are drawn in a quarter of the samples; half of these keep a."""
+        both = Multimodal(
+            {"a": Label(3), "b": Label(2)}, drop={"a": 0.5, "b": 0.5}, generator=torch.Generator().manual_seed(7)
+        )
+        numbers = torch.zeros(10_000, dtype=torch.long)
+        mask = both.train()({"a": numbers, "b": numbers}).mask
+        assert mask.any(1).all()
+        torch.testing.assert_close(mask.double().mean(0), torch.full((2,), 0.625).double(), rtol=0, atol=0.015)
+        assert abs(mask.all(1).double().mean() - 0.25) < 0.015
+
+    @pytest.mark.parametrize("rates", [(1.0, 1.0, 1.0), (0.9, 0.5, 1.0)])
+    def test_what_is_kept_is_one_that_is_there(self, rates):
+        names = ("a", "b", "c")
+        both = Multimodal(
+            {name: Label(3) for name in names},
+            drop=dict(zip(names, rates, strict=True)),
+            generator=torch.Generator().manual_seed(7),
+        )
+        there = torch.rand(10_000, 3, generator=torch.Generator().manual_seed(1)) < 0.5
+        numbers = torch.zeros(10_000, dtype=torch.long)
+        mask = both.train()(dict.fromkeys(names, numbers), mask=dict(zip(names, there.T, strict=True))).mask
+        assert torch.equal(mask.any(1), there.any(1)) and not (mask & ~there).any()
+        if rates == (1.0,) * 3:  # one of those that are there, each as likely
+            assert (mask.sum(1) == there.any(1)).all()
+            shares = mask[there.all(1)].double().mean(0)
+            torch.testing.assert_close(shares, torch.full((3,), 1 / 3).double(), rtol=0, atol=0.05)
+
+    def test_always_hidden_kinds_do_not_count(self):
+        both = made(drop={"sound": 0.5, "set": 0.5, "label": 0.5}, hide={"label": 1.0})
+        given = {name: x[:1].expand(500, *x.shape[1:]) for name, x in inputs().items()}
+        mask = both.train()(given).mask
+        assert mask[:, :18].any(1).all() and not mask[:, 18].all()
+        assert both({"label": torch.arange(9)}).mask.all()  # there is nothing else to keep
+
 
 def test_it_is_saved_without_its_generator(tmp_path):
     both = Multimodal(adapters(), drop={"set": 0.5}, hide={"label": 1.0}, generator=torch.Generator().manual_seed(7))
@@ -162,6 +304,37 @@ def test_it_is_saved_without_its_generator(tmp_path):
     given = {name: x.float() if x.is_floating_point() else x for name, x in inputs().items()}
     torch.testing.assert_close(again.eval()(given).content, both.eval()(given).content)
     assert copy.deepcopy(both).generator is not None
+
+
+@pytest.mark.parametrize("name", ["values", "keys", "items", "type", "training", "to", "half", "a.b", "", "copy"])
+def test_names_that_a_module_cannot_have_are_refused(name):
+    for make, argument in (
+        (Multimodal, "adapters"), (pc.queries.Multimodal, "sources"), (pc.heads.Multimodal, "heads"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"{argument} must not have the name '{name}'"):
+            make({name: Label(3)})
+
+
+def test_dictionaries_of_other_things_are_refused():
+    for make, argument in (
+        (Multimodal, "adapters"), (pc.queries.Multimodal, "sources"), (pc.heads.Multimodal, "heads"),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=f"{argument} must be a dictionary by kind; got list"):
+            make([Label(3)])
+        with pytest.raises(TypeError, match=rf"{argument}\['a'\] must be a module; got type. Build it first"):
+            make({"a": Label})
+        with pytest.raises(TypeError, match=f"{argument} must have names for keys; got 3"):
+            make({3: Label(3)})
+
+
+@pytest.mark.compile
+def test_it_compiles_with_drops_and_masks():
+    both = made(drop={"sound": 1.0}, hide={"set": 1.0}).train()
+    masks = {"set": torch.arange(11) < torch.tensor([[11], [0], [1], [7], [2]])}
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    found, wanted = compiled(inputs(), mask=masks), both(inputs(), mask=masks)
+    torch.testing.assert_close(found.dense(), wanted.dense(), **EXACT)
+    assert torch.equal(found.mask, wanted.mask) and found.kinds["set"].grid == (11,)
 
 
 class TestRefusals:
@@ -185,6 +358,12 @@ class TestRefusals:
                 {"label": torch.zeros(2).long()}, {"label": torch.ones(2)},
                 TypeError, r"mask\['label'\] must be a boolean tensor",
             ),
+            (
+                {"set": torch.zeros(2, 3, 5)}, {"set": torch.ones(3, 3).bool()},
+                ValueError, r"mask\['set'\] must have shape \(2, 3\)",
+            ),
+            ({"set": torch.zeros(2, 3, 4)}, None, ValueError, r"inputs\['set'\]: array must have 5 channels"),
+            ({"label": [1, 2]}, None, TypeError, r"inputs\['label'\]: labels must be a torch.Tensor; got list"),
         ],
     )  # fmt: skip
     def test_refused_inputs(self, given, mask, kind, message):

@@ -67,6 +67,9 @@ def test_it_is_saved_and_loaded(tmp_path):
         ({"categories": torch.tensor([[0, -2]])}, ValueError, r"categories must lie in -1"),
         ({"categories": torch.zeros(1, 2)}, TypeError, "categories must be whole numbers"),
         ({"categories": torch.zeros(1, 3, dtype=torch.long)}, ValueError, "categories must have 2 features"),
+        ({"categories": [[0, 1]]}, TypeError, "categories must be a torch.Tensor; got list"),
+        ({"categories": torch.zeros(1, 2).bool()}, TypeError, "categories must be whole numbers; got torch.bool"),
+        ({"numbers": [0.0]}, TypeError, "numbers must be a torch.Tensor; got list"),
         ({"numbers": torch.zeros(1, 2)}, ValueError, "numbers must have 3 features"),
         ({"numbers": torch.zeros(1, 3).long()}, TypeError, "numbers must be floating point"),
         ({"numbers": torch.tensor([[0.0, torch.inf, NAN]] * 2)}, ValueError, "numbers holds NaN or infinite"),
@@ -79,7 +82,14 @@ def test_refused_rows(change, kind, message):
         Table(numbers=3, categories=(2, 5), dim=7)(rows() | change)
 
 
+def test_a_list_of_rows_is_refused():
+    with pytest.raises(TypeError, match=r"rows must be a dictionary with \['numbers'\]; got list"):
+        Table(numbers=2, dim=3)([1, 2])
+
+
 def test_refused_settings():
+    with pytest.raises(TypeError, match=r"categories must be how many each column has, as \(3, 7\); got 3"):
+        Table(categories=3, dim=3)
     with pytest.raises(ValueError, match="numbers and categories must name a column at least; got 0"):
         Table(dim=3)
     with pytest.raises(ValueError, match=r"categories\[1\] must be a whole number of at least 1; got 0"):

@@ -40,6 +40,21 @@ def several(**options) -> PerceiverIO:
     return PerceiverIO(both, encoder, ask, decoder, heads.Multimodal(each)).double()
 
 
+def captions(**options) -> PerceiverIO:
+    """Both kinds are asked at the places of the input."""
+    torch.manual_seed(0)
+    text = adapters.Ids(13, dim=6, positions=positions.Indexed(11, dim=6))
+    picture = adapters.Image(3, positions=positions.Fourier(axes=2, bands=3, max_resolution=GRID))
+    both = adapters.Multimodal({"text": text, "picture": picture}, **options)
+    encoder = Encoder(both.dim, latents=5, dim=14, depth=1, heads=2)
+    ask = queries.Multimodal(
+        {"picture": queries.FromInputs(picture.dim), "text": queries.OnGrid(None, positions.Indexed(11, dim=7))}
+    )
+    decoder = Decoder(encoder.dim, query_dim=ask.dim, out=6)
+    each = {"text": heads.TiedLogits(text), "picture": heads.Values(6, 3)}
+    return PerceiverIO(both, encoder, ask, decoder, heads.Multimodal(each)).double()
+
+
 def words(most: int = 11, **options) -> PerceiverIO:
     torch.manual_seed(0)
     text = adapters.Ids(13, dim=6, positions=positions.Indexed(most, dim=6))
@@ -144,6 +159,27 @@ class TestAnswersOnAGrid:
         assert model(given, query_mask={"map": torch.ones(2, 6).bool()})["label"].shape == (2, 2)
 
 
+def test_each_kind_is_laid_out_on_its_own_grid():
+    torch.manual_seed(0)
+    image = adapters.Image(3, positions=positions.Fourier(axes=2, bands=2, max_resolution=7))
+    both = adapters.Multimodal(
+        {"image": image, "depth": adapters.Grid(2, positions=positions.Fourier(axes=2, bands=1))}
+    )
+    ask = queries.Multimodal({"image": queries.OnGrid(None, image.positions), "depth": queries.FromInputs(8)})
+    each = {
+        "image": heads.OnGrid(None, head=heads.Values(13, 3)),
+        "depth": heads.OnGrid(None, head=heads.Values(13, 1)),
+    }
+    decoder = Decoder(14, query_dim=ask.dim, out=13)
+    model = PerceiverIO(
+        both, Encoder(both.dim, latents=5, dim=14, heads=2), ask, decoder, heads.Multimodal(each)
+    ).double()
+    found = model({"image": drawn(2, 3, 5, 7), "depth": drawn(2, 3, 2, 2)})
+    assert {name: tuple(x.shape) for name, x in found.items()} == {"image": (2, 3, 5, 7), "depth": (2, 1, 3, 2)}
+    alone = model({"image": drawn(2, 3, 5, 7)}, at={"depth": []})
+    assert {name: tuple(x.shape) for name, x in alone.items()} == {"image": (2, 3, 5, 7)}
+
+
 def test_masked_pixels_have_no_effect():
     model, x = pictures(), drawn(2, 3, *GRID)
     mask = torch.rand(2, *GRID, generator=torch.Generator().manual_seed(0)) < 0.5
@@ -202,6 +238,72 @@ class TestSeveralKinds:
         wanted = model(given)["label"]
         torch.testing.assert_close(model(given | {"label": torch.tensor([1, 2, 4])})["label"], wanted, **EXACT)
 
+    @pytest.mark.parametrize("unasked", ["sound", "label"])
+    def test_a_kind_that_is_not_asked_for_has_no_output(self, unasked):
+        model = several()
+        found, wanted = model(self.given(), at={unasked: []}), model(self.given())
+        wanted.pop(unasked)
+        assert found.keys() == wanted.keys()
+        torch.testing.assert_close(found, wanted, **EXACT)
+
+    def test_at_must_be_by_kind(self):
+        with pytest.raises(TypeError, match=r"at must be a dictionary by kind, of \['sound', 'label'\]; got Tensor"):
+            several()(self.given(), at=torch.tensor([0]))
+
+
+class TestPlacesOfTheInputs:
+    """A text and a picture of any size, each answered at its own places."""
+
+    def given(self, words: int = 9) -> dict[str, Tensor]:
+        return {"text": torch.arange(2 * words).view(2, words) % 13, "picture": drawn(2, 3, 5, 7)}
+
+    def test_an_answer_for_each_place_of_each_kind(self):
+        for words, size in ((9, (5, 7)), (4, (3, 1))):
+            found = captions()({"text": self.given(words)["text"], "picture": drawn(2, 3, *size)})
+            assert found["text"].shape == (2, words, 13) and found["picture"].shape == (2, size[0] * size[1], 3)
+
+    def test_queries_are_those_of_a_model_of_the_text_alone(self):
+        model, alone, given = captions(), words(), self.given()
+        mask = torch.arange(9) < torch.tensor([[9], [4]])
+        with torch.no_grad():
+            model.queries.sources["text"].positions.vectors.copy_(alone.queries.positions.vectors)
+        asked = model.queries(model.adapter(given, mask={"text": mask}))["text"]
+        wanted = alone.queries(alone.adapter(given["text"], mask=mask))
+        torch.testing.assert_close(asked[..., :7], wanted, **EXACT)
+        padding = model.queries.padding["text"]
+        torch.testing.assert_close(asked[..., 7:], padding.expand_as(asked[..., 7:]), **EXACT)
+
+    def test_the_picture_is_asked_by_what_it_holds(self):
+        model, given = captions(), self.given()
+        asked = model.queries(model.adapter(given))["picture"]
+        width = model.adapter.adapters["picture"].dim
+        torch.testing.assert_close(asked[..., :width], model.adapter.adapters["picture"](given["picture"]).dense())
+
+    def test_padding_behind_the_text_changes_nothing(self):
+        model, given = captions(), self.given()
+        mask = torch.arange(9) < torch.tensor([[4], [4]])
+        found = model(given, mask={"text": mask})
+        wanted = model(given | {"text": given["text"][:, :4]})
+        torch.testing.assert_close(found["text"][:, :4], wanted["text"], **EXACT)
+        torch.testing.assert_close(found["picture"], wanted["picture"], **EXACT)
+
+    def test_a_hidden_picture_is_not_told_by_its_queries(self):
+        model, given = captions(hide={"picture": 1.0}), self.given()
+        wanted = model(given)
+        torch.testing.assert_close(model(given | {"picture": drawn(2, 3, 5, 7, seed=3)}), wanted, **EXACT)
+
+    def test_a_kind_that_is_not_there_must_be_left_unasked(self):
+        model, given = captions(), self.given()
+        given.pop("text")
+        with pytest.raises(ValueError, match=r"queries\['text'\] ask at the places of an input that is not there"):
+            model(given)
+        assert list(model(given, at={"text": []})) == ["picture"]
+
+    def test_gradients_are_those_of_finite_differences(self):
+        model, x = captions(), drawn(2, 3, 1, 2).requires_grad_()
+        text = torch.tensor([[1, 2, 3], [4, 5, 6]])
+        assert torch.autograd.gradcheck(lambda x: tuple(model({"text": text, "picture": x}).values()), x)
+
 
 class TestWords:
     def test_shorter_texts_than_the_longest_and_labels_that_are_left_out(self):
@@ -255,13 +357,14 @@ def test_training_in_half_precision_is_finite(dtype):
     assert losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize("make", [pictures, several, words])
+@pytest.mark.parametrize("make", [pictures, several, captions, words])
 def test_it_is_saved_and_loaded(make, tmp_path):
     model = make().float()
     again = pc.load(pc.save(model, tmp_path))
     x = {
         pictures: drawn(2, 3, *GRID).float(),
         several: {"sound": drawn(2, 21).float(), "label": torch.tensor([1, 2])},
+        captions: {"text": torch.tensor([[1, 2, 3]]), "picture": drawn(1, 3, *GRID).float()},
         words: torch.tensor([[1, 2, 3]]),
     }[make]
     torch.testing.assert_close(again(x), model(x))
@@ -296,6 +399,34 @@ class TestRefusals:
         with pytest.raises(TypeError, match=f"{name} must be a module; got function. Build it first"):
             PerceiverIO(**{**self.parts(), name: lambda x: x})
 
+    @pytest.mark.parametrize("embed", [heads.Logits, heads.TiedLogits])
+    def test_refused_widths_of_logits(self, embed):
+        text = adapters.Ids(13, dim=3)
+        with pytest.raises(ValueError, match="head must take what decoder gives: 5 wide; it takes 3"):
+            PerceiverIO(**{**self.parts(), "adapter": text, "head": embed})
+
+    def test_refused_widths_of_a_head_of_several(self):
+        for head in (heads.Only(heads.Values(7, 2)), heads.Multimodal({"a": heads.Only(heads.Values(7, 2))})):
+            with pytest.raises(ValueError, match="head must take what decoder gives: 5 wide; it takes 7"):
+                PerceiverIO(**{**self.parts(), "head": head})
+
+    @pytest.mark.parametrize(
+        "head", [heads.Only, heads.Latents, heads.Values, heads.OnGrid, heads.Multimodal, nn.Identity, "logits"]
+    )
+    def test_refused_classes_of_heads(self, head):
+        with pytest.raises(TypeError, match="head must be a module, or make one from the adapter"):
+            PerceiverIO(**{**self.parts(), "head": head})
+
+    def test_heads_are_named_as_queries_are(self):
+        two = queries.Multimodal({"a": queries.Learned(2, 2), "b": queries.Learned(1, 2)})
+        given = {**self.parts(), "queries": two}
+        each = {name: heads.Values(5, 2) for name in ("a", "b", "c")}
+        model = PerceiverIO(**{**given, "head": heads.Multimodal(each)})
+        assert list(model(torch.zeros(1, 2, 3))) == ["a", "b"]
+        each.pop("b")
+        with pytest.raises(ValueError, match=r"a head for each kind of queries; it has none for \['b'\]"):
+            PerceiverIO(**{**given, "head": heads.Multimodal(each)})
+
     def test_refused_masks_of_queries(self):
         with pytest.raises(ValueError, match=r"mask must have shape \(2, 35\)"):
             pictures()(drawn(2, 3, *GRID), query_mask=torch.ones(2, 34, dtype=torch.bool))
@@ -320,3 +451,77 @@ def test_it_is_exported():
     model, x, at = pictures(), drawn(2, 3, *GRID), torch.tensor([3, 11])
     program = torch.export.export(model, (x,), {"at": at})
     torch.testing.assert_close(program.module()(x, at=at), model(x, at=at), **EXACT)
+
+
+@pytest.mark.compile
+def test_places_of_several_inputs_compile():
+    model, given = captions(), {"text": torch.arange(8).view(2, 4), "picture": drawn(2, 3, *GRID)}
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(given), model(given), **EXACT)
+    at = {"text": [], "picture": torch.tensor([3, 11])}
+    torch.testing.assert_close(compiled(given, at=at), model(given, at=at), **EXACT)
+
+
+def varying(batch: int) -> dict[str, dict[str, Tensor]]:
+    """Inputs of a batch for each model that is exported."""
+    rows = {"numbers": drawn(batch, 2), "categories": torch.arange(2 * batch).view(batch, 2) % 3}
+    return {
+        "several": {"sound": drawn(batch, 21), "label": torch.arange(batch) % 11},
+        "captions": {"text": torch.arange(4 * batch).view(batch, 4) % 13, "picture": drawn(batch, 3, *GRID)},
+        "rows": {"rows": rows, "label": torch.arange(batch) % 11},
+    }
+
+
+def rows() -> PerceiverIO:
+    torch.manual_seed(0)
+    both = adapters.Multimodal({"rows": adapters.Table(2, (3, 4), dim=7), "label": adapters.Label(11)})
+    encoder = Encoder(both.dim, latents=5, dim=14, depth=1, heads=2)
+    ask = queries.Learned(3, 6)
+    return PerceiverIO(both, encoder, ask, Decoder(encoder.dim, query_dim=ask.dim, out=13)).double()
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("make", [several, captions, rows])
+def test_several_kinds_are_exported_for_any_batch(make):
+    model, batch = make().eval(), torch.export.Dim("batch")
+
+    def first_axis(x):
+        return {name: first_axis(value) for name, value in x.items()} if isinstance(x, dict) else {0: batch}
+
+    given = varying(3)[make.__name__]
+    program = torch.export.export(model, (given,), dynamic_shapes={"inputs": first_axis(given)})
+    for size in (2, 3, 7):
+        given = varying(size)[make.__name__]
+        torch.testing.assert_close(program.module()(given), model(given), **EXACT)
+
+
+@pytest.mark.compile
+def test_masks_and_points_of_several_kinds_are_exported_for_any_batch():
+    model, batch = captions().eval(), torch.export.Dim("batch")
+
+    def arguments(size: int) -> tuple[Tensor, ...]:
+        text = torch.arange(4) < torch.arange(size)[:, None]
+        return (
+            varying(size)["captions"],
+            {"text": text, "picture": torch.arange(size) % 2 == 0},
+            {"picture": torch.arange(2 * size).view(size, 2)},
+        )
+
+    kinds = {"text": {0: batch}, "picture": {0: batch}}
+    shapes = {"inputs": kinds, "mask": kinds, "at": {"picture": {0: batch}}}
+    given, mask, at = arguments(3)
+    program = torch.export.export(model, (given,), {"mask": mask, "at": at}, dynamic_shapes=shapes)
+    for size in (2, 3, 7):
+        given, mask, at = arguments(size)
+        torch.testing.assert_close(program.module()(given, mask=mask, at=at), model(given, mask=mask, at=at), **EXACT)
+
+
+@pytest.mark.compile
+def test_queries_of_each_sample_are_exported_for_any_batch():
+    model, batch = pictures().eval(), torch.export.Dim("batch")
+    at = torch.tensor([[3, 11], [0, 1], [2, 5]])
+    shapes = {"inputs": {0: batch}, "at": {0: batch}}
+    program = torch.export.export(model, (drawn(3, 3, *GRID),), {"at": at}, dynamic_shapes=shapes)
+    for size in (2, 5):
+        x, at = drawn(size, 3, *GRID), torch.arange(2 * size).view(size, 2)
+        torch.testing.assert_close(program.module()(x, at=at), model(x, at=at), **EXACT)

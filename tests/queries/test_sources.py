@@ -149,11 +149,46 @@ class TestMultimodal:
         torch.testing.assert_close(asked["label"], whole["label"], **EXACT)
         torch.testing.assert_close(asked["places"], whole["places"][0][at], **EXACT)
 
-    def test_nothing_of_a_kind(self):
+    @pytest.mark.parametrize("empty", [[], (), torch.zeros(0).long(), torch.zeros(2, 0).long()], ids=repr)
+    def test_nothing_is_asked_of_a_kind_that_is_given_nothing(self, empty):
         source = Multimodal({"label": queries.Learned(3, 5), "places": OnGrid((5, 7), fourier(2))})
-        asked = source(at={"places": torch.zeros(0, dtype=torch.long)})
+        asked = source(at={"places": empty})
         assert list(asked) == ["label"]
         torch.testing.assert_close(asked["label"], source()["label"], **EXACT)
+        assert list(source(at={"places": None})) == ["label", "places"]
+        with pytest.raises(ValueError, match=r"at must leave something to ask; .* all of \['label', 'places'\]"):
+            source(at={"places": empty, "label": empty})
+
+    def test_a_source_of_the_name_of_a_kind_looks_at_this_kind(self):
+        picture, text = Tokens(drawn(2, 5, 7, 3)), Tokens(drawn(2, 9, 4))
+        both = Tokens(drawn(2, 44, 6), kinds={"picture": picture, "text": text, "sound": None})
+        source = Multimodal(
+            {
+                "picture": OnGrid(None, fourier(2)),
+                "text": FromInputs(4),
+                "sound": queries.Learned(2, 3),
+                "all": FromInputs(6),
+            }
+        )
+        asked = source(both, at={"picture": torch.tensor([34])})
+        torch.testing.assert_close(asked["picture"][..., : fourier(2).dim], OnGrid((5, 7), fourier(2))()[:, 34:])
+        torch.testing.assert_close(asked["text"][..., :4], text.dense(), **EXACT)
+        torch.testing.assert_close(asked["all"][..., :6], both.dense(), **EXACT)
+
+    @pytest.mark.parametrize("source", [OnGrid(None, fourier(1)), FromInputs(3)], ids=lambda one: type(one).__name__)
+    def test_places_of_a_kind_that_is_not_there_cannot_be_asked_for(self, source):
+        tokens = Tokens(drawn(2, 5, 3), kinds={"sound": None, "text": Tokens(drawn(2, 5, 3))})
+        both = Multimodal({"sound": source, "text": FromInputs(3)})
+        with pytest.raises(ValueError, match=r"queries\['sound'\] ask at the places of an input that is not there"):
+            both(tokens)
+        assert list(both(tokens, at={"sound": []})) == ["text"]
+
+    def test_batches_must_meet(self):
+        source = Multimodal({"a": queries.Given(3), "b": queries.Given(3), "c": queries.Given(3)})
+        at = {"a": drawn(1, 5, 3), "b": drawn(2, 5, 3), "c": drawn(2, 4, 3)}
+        assert {name: len(asked) for name, asked in source(at=at).items()} == {"a": 1, "b": 2, "c": 2}
+        with pytest.raises(ValueError, match=r"queries must have one batch size, .*; got {'a': 1, 'b': 2, 'c': 3}"):
+            source(at=at | {"c": drawn(3, 4, 3)})
 
 
 AT = torch.tensor([0])
@@ -171,6 +206,9 @@ REFUSED = {
     "no points": (Coordinates(fourier(2)), None, ValueError, "at must be points in"),
     "points of three": (Coordinates(fourier(2)), torch.zeros(5, 3), ValueError, "at must be q 2 or b q 2"),
     "whole points": (Coordinates(fourier(2)), torch.zeros(5, 2).long(), TypeError, "at must be floating point"),
+    "no dictionary": (Multimodal({"a": queries.Learned(3, 2)}), AT, TypeError, r"by kind, of \['a'\]; got Tensor"),
+    "an empty tensor": (Multimodal({"a": queries.Learned(3, 2)}), AT[:0], TypeError, "at must be a dictionary by kind"),
+    "far in a kind": (Multimodal({"a": queries.Learned(3, 2)}), {"a": AT + 3}, ValueError, r"queries\['a'\]: at must"),
     "another kind": (Multimodal({"a": queries.Learned(3, 2)}), {"b": AT}, ValueError, r"at names \['b'\]"),
 }
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perceiver_core import checks, init
+from perceiver_core.positions import Fourier, FourierPerAxis, Gaussian, NeRF
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
@@ -23,6 +24,7 @@ class Ids(nn.Module):
             models that turn queries and keys (`positions.Rotary`).
 
     Raises:
+        TypeError: positions that take no indices.
         ValueError: positions of another width.
 
     Example:
@@ -36,6 +38,10 @@ class Ids(nn.Module):
     def __init__(self, vocabulary: int, dim: int, *, positions: nn.Module | None = None) -> None:
         super().__init__()
         checks.positive(vocabulary=vocabulary, dim=dim)
+        if positions is not None and not _takes_indices(positions):
+            raise TypeError(
+                f"positions must be a module from indices to vectors, as positions.Indexed; got {positions!r}"
+            )
         if positions is not None and getattr(positions, "dim", dim) != dim:
             raise ValueError(f"positions must be dim={dim} wide, they are added; got {positions.dim}")
         self.vocabulary, self.dim = vocabulary, dim
@@ -84,3 +90,8 @@ class Ids(nn.Module):
         if mask is None:
             return torch.arange(ids.shape[1], device=ids.device)
         return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def _takes_indices(positions: object) -> bool:
+    takes_points = isinstance(positions, (Fourier, FourierPerAxis, NeRF, Gaussian))
+    return isinstance(positions, nn.Module) and type(positions).forward is not nn.Module.forward and not takes_points

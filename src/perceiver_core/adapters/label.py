@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
@@ -15,6 +17,9 @@ from perceiver_core.tokens import Tokens
 @register
 class Label(nn.Module):
     """Class numbers `b`, or probabilities of classes `b classes`, to a token each.
+
+    Class numbers become tokens of the dtype that the adapter was last converted to, `.double()` for example: it has no
+    weights to go by, so a file does not say it. Probabilities keep theirs.
 
     Args:
         classes: how many; the width of the token.
@@ -32,16 +37,29 @@ class Label(nn.Module):
         super().__init__()
         checks.positive(classes=classes)
         self.dim = classes
+        self.dtype = torch.get_default_dtype()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Label:
+        # What `.to()` and `.double()` call. A buffer that is not saved could not be loaded, and one that is would be a
+        # weight more than published models have.
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def forward(self, labels: Shaped[Tensor, " b *classes"]) -> Tokens:
         """The tokens.
 
         Raises:
+            TypeError: labels that are not a tensor.
             ValueError: another shape, or class numbers that there are not.
         """
+        if not isinstance(labels, Tensor):
+            raise TypeError(
+                f"labels must be a torch.Tensor; got {type(labels).__name__}. Convert it: torch.as_tensor(...)"
+            )
         if labels.is_floating_point():
             checks.has_shape("labels", labels, "b classes", last=self.dim)
             return Tokens(labels[:, None])
         checks.has_shape("labels", labels, "b")
         checks.below("labels", labels, self.dim)
-        return Tokens(F.one_hot(labels.long(), self.dim)[:, None].to(torch.get_default_dtype()))
+        return Tokens(F.one_hot(labels.long(), self.dim)[:, None].to(self.dtype))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perceiver_core import checks, init
+from perceiver_core import checks, init, kinds
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
@@ -17,15 +17,23 @@ from perceiver_core.tokens import Tokens
 class Multimodal(nn.Module):
     """A dictionary of inputs to tokens of one width, one kind after the other in the order of the adapters.
 
-    Tokens of each kind are written out and padded by a learned vector of its own, which also tells kinds apart.
+    Tokens of each kind are written out and padded by a learned vector of its own, which also tells kinds apart. They
+    take the dtype of that vector. What each kind was before, on its own grid, stays in `Tokens.kinds`, where
+    `queries.Multimodal` finds it; there hidden tokens are zeros, and so are those of a kind that was dropped.
 
     Args:
         adapters: by name.
         least: how many learned channels the widest kind has.
         hide: by name, the rate at which tokens of a kind are replaced by a learned vector in training, each by itself.
             Those of rate 1 are always replaced, in evaluation too: a kind that is only answered, never seen.
-        drop: by name, the rate at which a kind is not there for a sample in training.
+        drop: by name, the rate at which a kind is not there for a sample in training. A sample that would lose all its
+            kinds keeps one of them, each as likely as the others, so that with two kinds of rate 0.5 each is dropped at
+            a rate of 0.375. Always hidden kinds say nothing and do not count, unless a sample has no others.
         generator: draws what is hidden and dropped; PyTorch's own unless given. It is not saved.
+
+    Raises:
+        TypeError: adapters that are not modules.
+        ValueError: no adapters, a name that a module cannot have, rates of other kinds or outside [0, 1].
 
     Example:
         >>> import torch
@@ -50,8 +58,7 @@ class Multimodal(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        if not adapters:
-            raise ValueError("adapters must name an adapter at least; got none")
+        kinds.check("adapters", adapters, "an adapter")
         checks.positive(least=least)
         self.adapters, self.least = nn.ModuleDict(adapters), least
         self.hide, self.drop, self.generator = dict(hide or {}), dict(drop or {}), generator
@@ -67,26 +74,30 @@ class Multimodal(nn.Module):
 
         Args:
             inputs: by name what each adapter takes; a kind that is not named is not there.
-            mask: by name what each adapter takes as its mask, or `b`, for which samples a kind is there. What a tensor
-                of a kind holds for the others has no effect, NaN included.
+            mask: by name what each adapter takes as its mask, where a sample may have no token, or `b`, for which
+                samples a kind is there. What tensors of a kind hold for the other samples has no effect, NaN included.
 
         Raises:
             TypeError: inputs that are not a dictionary.
             ValueError: names that there are not, no kind at all, or kinds of different batch sizes.
+            TypeError, ValueError: what an adapter raises, with the name of its kind before it.
         """
         self._check(inputs, mask)
-        parts = {name: self._of(name, inputs[name], (mask or {}).get(name)) for name in self.adapters if name in inputs}
-        batches = {name: len(tokens.content) for name, tokens in parts.items()}
-        if len(set(batches.values())) > 1:
+        masks = mask or {}
+        made = {name: self._made(name, inputs[name], masks.get(name)) for name in self.adapters if name in inputs}
+        batches = {name: tokens.content.shape[0] for name, tokens in made.items()}
+        first = next(iter(batches.values()))
+        if any(batch != first for batch in batches.values()):
             raise ValueError(f"inputs must have one batch size; got {batches}")
-        content = torch.cat([tokens.content for tokens in parts.values()], dim=1)
-        if all(tokens.mask is None for tokens in parts.values()):
-            return Tokens(content)
-        there = [
-            content.new_ones(t.content.shape[:2], dtype=torch.bool) if t.mask is None else t.mask
-            for t in parts.values()
-        ]
-        return Tokens(content, mask=torch.cat(there, dim=1))
+        made = self._dropped(made)
+        parts, each = [], dict.fromkeys(self.adapters)
+        for name, tokens in made.items():
+            content, each[name] = self._padded(name, tokens)
+            parts.append(content)
+        content = torch.cat(parts, dim=1)
+        if all(tokens.mask is None for tokens in made.values()):
+            return Tokens(content, kinds=each)
+        return Tokens(content, mask=torch.cat([_there(tokens) for tokens in made.values()], dim=1), kinds=each)
 
     def _check(self, inputs: Any, mask: Any) -> None:
         for name, given in (("inputs", inputs), ("mask", {} if mask is None else mask)):
@@ -99,33 +110,88 @@ class Multimodal(nn.Module):
         if not inputs:
             raise ValueError(f"inputs must hold a kind at least, of {list(self.adapters)}; got none")
 
-    def _of(self, name: str, given: Any, mask: Tensor | None) -> Tokens:
-        """The tokens of one kind, flat and padded."""
-        adapter, samples = self.adapters[name], mask if isinstance(mask, Tensor) and mask.ndim == 1 else None
-        if samples is not None and isinstance(given, Tensor) and given.ndim:
-            checks.is_mask(f"mask[{name!r}]", samples, (len(given),))
-            given = given.masked_fill(~samples.reshape(-1, *[1] * (given.ndim - 1)), 0)
-        tokens: Tokens = adapter(given) if mask is None or samples is not None else adapter(given, mask=mask)
-        x, there = tokens.dense(), tokens.flat_mask()
-        if isinstance(given, Tensor) and not given.is_floating_point():  # class numbers have no dtype to go by
-            x = x.to(self.padding[name].dtype)
-        x = torch.cat([x, self.padding[name].to(x.dtype).expand(*x.shape[:-1], -1)], dim=-1)
-        if name in self.hide and (self.training or self.hide[name] == 1):
-            x = torch.where(self._drawn(self.hide[name], x.shape[:2], x)[..., None], self.hidden[name].to(x.dtype), x)
-        if samples is not None:
-            checks.is_mask(f"mask[{name!r}]", samples, (len(x),))
-            there = _both(there, samples[:, None].expand(x.shape[:2]))
-        if self.training and self.drop.get(name, 0.0):
-            kept = ~self._drawn(self.drop[name], (len(x), 1), x)
-            there = _both(there, kept.expand(x.shape[:2]))
-        return Tokens(x, mask=there)
+    def _made(self, name: str, given: Any, mask: Any) -> Tokens:
+        """The tokens of one kind, on their own grid."""
+        adapter, samples, options = self.adapters[name], None, {}
+        if mask is not None and not isinstance(mask, Mapping):
+            said = f"mask[{name!r}]"
+            checks.is_mask(said, mask)
+            samples = mask.flatten(1).any(1) if mask.ndim > 1 else mask
+            given = _without(given, samples, said, mask.shape[1:])
+            if mask.ndim > 1:  # adapters want a token of each sample; that of the others is taken away again below
+                options["mask"] = mask | ~_over(samples, mask)
+        elif mask is not None:
+            options["mask"] = mask
+        tokens: Tokens = kinds.call("inputs", name, adapter, given, **options)
+        content = tokens.content.to(self.padding[name].dtype)
+        if samples is None:
+            return Tokens(content, tokens.tables, tokens.mask, tokens.kinds)
+        checks.is_mask(f"mask[{name!r}]", samples, content.shape[:1])
+        return _only(Tokens(content, tokens.tables, tokens.mask, tokens.kinds), samples)
+
+    def _dropped(self, made: dict[str, Tokens]) -> dict[str, Tokens]:
+        """Without the kinds that training takes away from each sample."""
+        rates = [self.drop.get(name, 0.0) for name in made]
+        if not self.training or not any(rates):
+            return made
+        there = torch.stack([_there(tokens).any(1) for tokens in made.values()], dim=1)  # b kinds
+        seen = there & torch.tensor([self.hide.get(name, 0.0) < 1 for name in made], device=there.device)
+        seen = torch.where(seen.any(1, keepdim=True), seen, there)
+        kept = torch.stack([~self._drawn(rate, there.shape[:1], there) for rate in rates], dim=1)
+        lost = ~(kept & seen).any(1, keepdim=True)
+        chances = torch.empty(there.shape, device=there.device).uniform_(generator=self.generator)
+        one = chances.masked_fill(~seen, -1.0).argmax(1, keepdim=True)
+        kept = kept | (lost & torch.zeros_like(kept).scatter(1, one, True))
+        return {
+            name: _only(tokens, kept[:, i]) if rates[i] else tokens for i, (name, tokens) in enumerate(made.items())
+        }
+
+    def _padded(self, name: str, tokens: Tokens) -> tuple[Tensor, Tokens]:
+        """The tokens of one kind as a list of the width of all, and on their grid, some of them hidden."""
+        x = tokens.dense()
+        x = torch.cat([x, self.padding[name].expand(*x.shape[:-1], -1)], dim=-1)
+        if name not in self.hide or not (self.training or self.hide[name] == 1):
+            return x, tokens
+        hidden = self._drawn(self.hide[name], x.shape[:2], x)
+        x = torch.where(hidden[..., None], self.hidden[name].to(x.dtype), x)
+        content = tokens.content.masked_fill(hidden.reshape(tokens.content.shape[:-1]).unsqueeze(-1), 0.0)
+        return x, Tokens(content, tokens.tables, tokens.mask)
 
     def _drawn(self, rate: float, shape: Any, like: Tensor) -> Tensor:
-        return torch.rand(tuple(shape), generator=self.generator, device=like.device) < rate
+        # Not torch.rand: with a generator it takes no sizes that torch.compile leaves open.
+        return torch.empty(tuple(shape), device=like.device).uniform_(generator=self.generator) < rate
 
 
-def _both(one: Tensor | None, other: Tensor) -> Tensor:
-    return other if one is None else one & other
+def _over(samples: Tensor, like: Tensor) -> Tensor:
+    """One value a sample, with axes to go with `like`."""
+    return samples.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _without(given: Any, samples: Tensor, name: str, more: Any) -> Any:
+    """An input with zeros for the samples that are not there; `more` are the other axes of the mask that says so."""
+    if isinstance(given, Mapping):
+        return {key: _without(value, samples, name, more) for key, value in given.items()}
+    if not isinstance(given, Tensor) or not given.ndim:
+        return given
+    if samples.shape[0] != given.shape[0]:
+        raise ValueError(
+            f"{name} must have shape {(given.shape[0], *more)}, a row a sample; got {(samples.shape[0], *more)}"
+        )
+    return given.masked_fill(~_over(samples, given), 0)
+
+
+def _there(tokens: Tokens) -> Tensor:
+    """Which tokens are there, `b n`."""
+    flat = tokens.flat_mask()
+    return tokens.content.new_ones((tokens.content.shape[0], tokens.n), dtype=torch.bool) if flat is None else flat
+
+
+def _only(tokens: Tokens, samples: Tensor) -> Tokens:
+    """Tokens that are there in some samples only."""
+    full = tokens.content.shape[:-1]
+    there = samples.reshape(-1, *[1] * (len(full) - 1)).expand(full)
+    mask = there if tokens.mask is None else tokens.mask & there
+    return Tokens(tokens.content, tokens.tables, mask, tokens.kinds)
 
 
 def _check_rates(name: str, rates: Mapping[str, float], adapters: nn.ModuleDict) -> None:

@@ -38,6 +38,8 @@ class Table(nn.Module):
 
     def __init__(self, numbers: int = 0, categories: Sequence[int] = (), *, dim: int) -> None:
         super().__init__()
+        if not isinstance(categories, Sequence):
+            raise TypeError(f"categories must be how many each column has, as (3, 7); got {categories!r}")
         if numbers < 0 or (numbers == 0 and not categories):
             raise ValueError(f"numbers and categories must name a column at least; got {numbers} and {categories!r}")
         checks.positive(dim=dim, **{f"categories[{i}]": count for i, count in enumerate(categories)})
@@ -55,8 +57,10 @@ class Table(nn.Module):
             TypeError, ValueError: columns that are not there, of another number or kind, infinite, or beyond their
                 categories; different numbers of rows.
         """
-        given = {"numbers": rows} if isinstance(rows, Tensor) else dict(rows)
         wanted = {name for name, count in (("numbers", self.numbers), ("categories", len(self.categories))) if count}
+        if not isinstance(rows, (Tensor, Mapping)):
+            raise TypeError(f"rows must be a dictionary with {sorted(wanted)}; got {type(rows).__name__}")
+        given = {"numbers": rows} if isinstance(rows, Tensor) else dict(rows)
         if given.keys() != wanted:
             raise ValueError(f"rows must have {sorted(wanted)}; got {sorted(given)}")
         parts = []
@@ -64,8 +68,9 @@ class Table(nn.Module):
             parts.append(self._of_numbers(given["numbers"]))
         if self.categories:
             parts.append(self._of_categories(given["categories"]))
-        if len({len(content) for content, _ in parts}) > 1:
-            raise ValueError(f"rows must be as many of each kind; got {[len(content) for content, _ in parts]}")
+        counts = [content.shape[0] for content, _ in parts]
+        if counts[0] != counts[-1]:
+            raise ValueError(f"rows must be as many of each kind; got {counts}")
         content, there = (torch.cat(x, dim=1) for x in zip(*parts, strict=True))
         return Tokens(content, mask=there)
 
@@ -78,8 +83,12 @@ class Table(nn.Module):
         return numbers[..., None] * self.scales + self.offsets, there
 
     def _of_categories(self, categories: Tensor) -> tuple[Tensor, Tensor]:
+        if not isinstance(categories, Tensor):
+            raise TypeError(
+                f"categories must be a torch.Tensor; got {type(categories).__name__}. Convert it: torch.as_tensor(...)"
+            )
         checks.has_shape("categories", categories, "b k", last=len(self.categories))
-        if categories.is_floating_point():
+        if categories.is_floating_point() or categories.dtype == torch.bool:
             raise TypeError(
                 f"categories must be whole numbers; got {categories.dtype}. Convert them: categories.long()"
             )

@@ -11,7 +11,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from perceiver_core import checks, init
+from perceiver_core import checks, init, kinds
 from perceiver_core.registry import register
 
 
@@ -61,6 +61,11 @@ class Only(nn.Module):
     def __init__(self, head: nn.Module | None = None) -> None:
         super().__init__()
         self.head = nn.Identity() if head is None else head
+
+    @property
+    def dim(self) -> int | None:
+        """The width of an answer; None where the head does not say it."""
+        return getattr(self.head, "dim", None)
 
     def forward(self, answers: Float[Tensor, "b 1 d"]) -> Float[Tensor, "b values"]:
         """The answer to the only query.
@@ -266,6 +271,10 @@ class Multimodal(nn.Module):
     Args:
         heads: by name, as the queries are named.
 
+    Raises:
+        TypeError: heads that are not modules.
+        ValueError: no heads, a name that a module cannot have, or heads of different widths (`.dim`).
+
     Example:
         >>> import torch
         >>> from perceiver_core import heads
@@ -281,7 +290,12 @@ class Multimodal(nn.Module):
 
     def __init__(self, heads: Mapping[str, nn.Module]) -> None:
         super().__init__()
+        kinds.check("heads", heads, "a head")
         self.heads = nn.ModuleDict(heads)
+        widths = {name: head.dim for name, head in heads.items() if isinstance(getattr(head, "dim", None), int)}
+        if len(set(widths.values())) > 1:
+            raise ValueError(f"heads must take answers of one width, as a decoder gives them; they take {widths}")
+        self.dim = next(iter(widths.values()), None)
 
     def forward(
         self,
@@ -307,7 +321,7 @@ class Multimodal(nn.Module):
             head = self.heads[name]
             sees = getattr(head, "sees_questions", False)
             more = {"at": (at or {}).get(name), "grid": (grid or {}).get(name)} if sees else {}
-            outputs[name] = head(answer, **more)
+            outputs[name] = kinds.call("answers", name, head, answer, **more)
         return outputs
 
 

@@ -29,8 +29,8 @@ class Logits(nn.Module):
 
     def __init__(self, embed: nn.Module) -> None:
         super().__init__()
-        dim, vocabulary = _of_vocabulary(embed)
-        self.logits = init.linear(dim, vocabulary)
+        self.dim, vocabulary = _of_vocabulary(embed)
+        self.logits = init.linear(self.dim, vocabulary)
 
     def forward(self, latents: Float[Tensor, "b m d"]) -> Float[Tensor, "b m vocabulary"]:
         """One logit an id."""
@@ -58,7 +58,7 @@ class TiedLogits(nn.Module):
 
     def __init__(self, embed: nn.Module) -> None:
         super().__init__()
-        _, vocabulary = _of_vocabulary(embed)
+        self.dim, vocabulary = _of_vocabulary(embed)
         vectors = getattr(embed, "vectors", None)
         if not isinstance(vectors, nn.Parameter):
             raise TypeError(f"embed must have vectors to tie to; {type(embed).__name__} has none. Use heads.Logits")

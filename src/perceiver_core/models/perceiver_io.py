@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+from perceiver_core.heads import Multimodal as Answered
 from perceiver_core.models.perceiver import check_module, check_widths
+from perceiver_core.queries import Multimodal as Asked
 from perceiver_core.registry import register
 
 
@@ -27,8 +30,8 @@ class PerceiverIO(nn.Module):
             `nn.Identity()` unless given.
 
     Raises:
-        TypeError: a part that is not a module.
-        ValueError: parts whose widths do not meet.
+        TypeError: a part that is not a module, a class of heads that makes none from an adapter.
+        ValueError: parts whose widths do not meet, a kind of queries that there is no head for.
 
     Example:
         >>> import torch
@@ -53,15 +56,17 @@ class PerceiverIO(nn.Module):
         head: nn.Module | Callable[[nn.Module], nn.Module] | None = None,
     ) -> None:
         super().__init__()
-        head = nn.Identity() if head is None else head
-        head = head if isinstance(head, nn.Module) else head(adapter)
-        parts = {"adapter": adapter, "encoder": encoder, "queries": queries, "decoder": decoder, "head": head}
+        check_module("adapter", adapter)
+        head = nn.Identity() if head is None else _made(head, adapter)
+        parts = {"encoder": encoder, "queries": queries, "decoder": decoder, "head": head}
         for name, part in parts.items():
             check_module(name, part)
         check_widths("adapter", adapter, "dim", "encoder", encoder, "input_dim")
         check_widths("encoder", encoder, "dim", "decoder", decoder, "dim")
         check_widths("queries", queries, "dim", "decoder", decoder, "query_dim")
         check_widths("decoder", decoder, "out", "head", head, "dim")
+        if isinstance(queries, Asked) and isinstance(head, Answered):
+            check_kinds(queries, head)
         self.adapter, self.encoder, self.queries, self.decoder, self.head = adapter, encoder, queries, decoder, head
 
     def forward(self, inputs: Any, *, mask: Any = None, at: Any = None, query_mask: Any = None) -> Any:
@@ -80,3 +85,37 @@ class PerceiverIO(nn.Module):
             return self.head(answers)
         grid_of = getattr(self.queries, "grid_of", None)
         return self.head(answers, at=at, grid=None if grid_of is None else grid_of(tokens))
+
+
+def check_kinds(queries: Asked, head: Answered) -> None:
+    """Raises ValueError unless there is a head for each kind that is asked for."""
+    if missing := [kind for kind in queries.sources if kind not in head.heads]:
+        raise ValueError(f"head must have a head for each kind of queries; it has none for {missing}")
+
+
+def _made(head: Any, adapter: nn.Module) -> nn.Module:
+    """The head, or what it makes from the adapter.
+
+    Raises:
+        TypeError: it makes none, a class that wants something else among them.
+    """
+    if isinstance(head, nn.Module):
+        return head
+    what = f"head must be a module, or make one from the adapter, as heads.TiedLogits does; {_name(head)}"
+    if isinstance(head, type) and _required(head) != 1:
+        raise TypeError(f"{what} is made from other things. Build it first")
+    try:
+        made: nn.Module = head(adapter)
+    except TypeError as error:
+        raise TypeError(f"{what}: {error}") from error
+    return made
+
+
+def _required(of: type) -> int:
+    """How many arguments a class must be given."""
+    every = inspect.signature(of).parameters.values()
+    return sum(one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD) for one in every)
+
+
+def _name(thing: object) -> str:
+    return getattr(thing, "__name__", repr(thing))

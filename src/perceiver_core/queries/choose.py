@@ -37,4 +37,4 @@ def chosen(queries: Float[Tensor, "#b n e"], at: Int[Tensor, "*b q"]) -> Float[T
     check_indices(at, queries.shape[1])
     if at.ndim == 1:
         return queries[:, at]
-    return queries.expand(len(at), -1, -1).gather(1, at[..., None].expand(-1, -1, queries.shape[-1]))
+    return queries.expand(at.shape[0], -1, -1).gather(1, at[..., None].expand(-1, -1, queries.shape[-1]))

@@ -10,19 +10,28 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from perceiver_core import checks, init
+from perceiver_core import checks, init, kinds
+from perceiver_core.queries.from_inputs import FromInputs
+from perceiver_core.queries.on_grid import OnGrid
 from perceiver_core.registry import register
+from perceiver_core.tokens import Tokens
 
 
 @partial(register, name="queries.Multimodal")
 class Multimodal(nn.Module):
     """A dictionary of sources of queries; what it asks is a dictionary, all of one width.
 
-    Each kind is padded by a learned vector of its own, which also tells the decoder what kind is asked for.
+    Each kind is padded by a learned vector of its own, which also tells the decoder what kind is asked for. A source
+    that is named as a kind of the input (`adapters.Multimodal`) looks at the tokens of this kind, on their own grid;
+    others look at all of them.
 
     Args:
         sources: by name.
         least: how many learned channels the widest kind has.
+
+    Raises:
+        TypeError: sources that are not modules.
+        ValueError: no sources, or a name that a module cannot have.
 
     Example:
         >>> import torch
@@ -36,37 +45,80 @@ class Multimodal(nn.Module):
 
     def __init__(self, sources: Mapping[str, nn.Module], *, least: int = 2) -> None:
         super().__init__()
-        if not sources:
-            raise ValueError("sources must name a source of queries at least; got none")
+        kinds.check("sources", sources, "a source of queries")
         checks.positive(least=least)
         self.sources, self.least = nn.ModuleDict(sources), least
         widths = {name: int(source.dim) for name, source in self.sources.items()}  # type: ignore[arg-type]
         self.dim = max(widths.values()) + least
         self.padding = nn.ParameterDict({name: init.embedding(self.dim - width) for name, width in widths.items()})
 
-    def forward(
-        self, tokens: Any = None, *, at: Mapping[str, Tensor] | None = None
-    ) -> dict[str, Float[Tensor, "#b q e"]]:
+    def forward(self, tokens: Any = None, *, at: Mapping[str, Any] | None = None) -> dict[str, Float[Tensor, "#b q e"]]:
         """What each source asks.
 
         Args:
             tokens: those of the input, for sources that look at them.
-            at: by name, which queries; all of a source that is not named. An empty tensor asks nothing of it, which
-                is then left out.
+            at: by name, which queries; all of a source that is not named. A source that is given an empty list or
+                tensor is not asked, and what is asked has no entry for it.
 
         Raises:
-            ValueError: a name that there is not.
+            TypeError: `at` that is not a dictionary.
+            ValueError: a name that there is not, no source that is asked, queries of different batch sizes, or a source
+                that asks at the places of a kind that is not there.
+            TypeError, ValueError: what a source raises, with its name before it.
         """
-        chosen = dict(at or {})
-        if unknown := chosen.keys() - self.sources.keys():
+        chosen = self._chosen(at)
+        asked = {}
+        for name, source in self.sources.items():
+            if not _is_empty(chosen.get(name)):
+                queries = kinds.call("queries", name, source, self._seen(name, tokens), at=chosen.get(name))
+                asked[name] = self._padded(name, queries)
+        if not asked:
+            raise ValueError(f"at must leave something to ask; it is empty for all of {list(self.sources)}")
+        batches = {name: queries.shape[0] for name, queries in asked.items()}
+        many = [batch for batch in batches.values() if batch != 1]
+        if any(batch != many[0] for batch in many):
+            raise ValueError(f"queries must have one batch size, or a batch of 1; got {batches}")
+        return asked
+
+    def grid_of(self, tokens: Any = None) -> dict[str, tuple[int, ...] | None]:
+        """By name the grid that a source asks on, for those that ask on one."""
+        return {
+            name: source.grid_of(self._seen(name, tokens))
+            for name, source in self.sources.items()
+            if isinstance(source, (FromInputs, OnGrid)) and not self._has_no_places(name, tokens)
+        }
+
+    def _chosen(self, at: Any) -> Mapping[str, Any]:
+        at = {} if at is None else at
+        if not isinstance(at, Mapping):
+            raise TypeError(f"at must be a dictionary by kind, of {list(self.sources)}; got {type(at).__name__}")
+        if unknown := at.keys() - self.sources.keys():
             raise ValueError(f"at names {sorted(unknown)}; the sources are {sorted(self.sources)}")
-        asked = {name: source for name, source in self.sources.items() if not _is_nothing(chosen.get(name))}
-        return {name: self._padded(name, source(tokens, at=chosen.get(name))) for name, source in asked.items()}
+        return at
+
+    def _seen(self, name: str, tokens: Any) -> Any:
+        """What a source looks at: the kind of its name, if there is one."""
+        if self._has_no_places(name, tokens):
+            raise ValueError(
+                f"queries[{name!r}] ask at the places of an input that is not there. Ask nothing of it, "
+                f"at={{{name!r}: []}}, or give it"
+            )
+        of_each = tokens.kinds if isinstance(tokens, Tokens) and tokens.kinds is not None else {}
+        kind = of_each.get(name)
+        return tokens if kind is None else kind
+
+    def _has_no_places(self, name: str, tokens: Any) -> bool:
+        """Whether a source asks at the places of a kind that is not there."""
+        of_each = tokens.kinds if isinstance(tokens, Tokens) and tokens.kinds is not None else {}
+        if name not in of_each or of_each[name] is not None:
+            return False
+        source = self.sources[name]
+        return isinstance(source, FromInputs) or (isinstance(source, OnGrid) and source.grid is None)
 
     def _padded(self, name: str, asked: Tensor) -> Tensor:
         vector = self.padding[name].to(asked.dtype)
         return torch.cat([asked, vector.expand(*asked.shape[:-1], -1)], dim=-1)
 
 
-def _is_nothing(at: Tensor | None) -> bool:
-    return isinstance(at, Tensor) and at.numel() == 0
+def _is_empty(at: Any) -> bool:
+    return at.numel() == 0 if isinstance(at, Tensor) else isinstance(at, (list, tuple)) and not at
