@@ -191,6 +191,17 @@ def test_a_difference_is_found(theirs, tmp_path):
     assert beside.transformers(theirs, ours) == pytest.approx(0.25, abs=1e-4)
 
 
+def test_a_check_of_text_hides_tokens_anywhere(tmp_path):
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    kind = "PerceiverForMaskedLM"
+    theirs = to_hugging_face(of_transformers.build(configured(kind)), tmp_path / "theirs", config=configured(kind))
+    ours = hugging_face(theirs)
+    assert beside.transformers(theirs, ours) < 1e-4
+    ours.adapter.count_hidden = False
+    assert beside.transformers(theirs, ours) > 1e-3
+
+
 @pytest.mark.parametrize("library", ["transformers", "perceiver_pytorch"])
 def test_errors_where_the_original_is_not_installed(library, theirs, lucid, tmp_path, monkeypatch, capsys):
     for name in [name for name in sys.modules if name.split(".")[0] == library]:

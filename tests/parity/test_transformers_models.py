@@ -143,6 +143,19 @@ def test_outputs_and_gradients_are_theirs(kind: str, tmp_path: Any) -> None:
         torch.testing.assert_close(got.reshape(parameter.shape), gradient, rtol=1e-8, atol=1e-8, msg=name)
 
 
+@pytest.mark.parametrize("text", ["PerceiverForMaskedLM", "PerceiverForSequenceClassification"])
+def test_text_under_any_mask(text: str, tmp_path: Any) -> None:
+    model = reference(text)
+    model.save_pretrained(tmp_path)
+    ours = hugging_face(tmp_path)
+    length = model.config.max_position_embeddings
+    ids = torch.randint(model.config.vocab_size, (4, length), generator=torch.Generator().manual_seed(1))
+    places = torch.arange(length)
+    mask = torch.stack([places < 9, places >= 9, (places < 5) | (places > 11), places % 3 == 1])
+    wanted = model(inputs=ids, attention_mask=mask.long()).logits
+    torch.testing.assert_close(ours(ids, mask=mask), wanted, rtol=1e-9, atol=1e-9)
+
+
 def config_of(folder: Any) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
 

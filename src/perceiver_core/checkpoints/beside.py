@@ -94,8 +94,10 @@ def _inputs(kind: str, config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """A sample, as transformers takes it and as ours do."""
     if kind in ("PerceiverForMaskedLM", "PerceiverForSequenceClassification"):
         length = config.max_position_embeddings
-        ids = torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
-        mask = torch.arange(length)[None] < length - length // 4
+        ids = torch.randint(config.vocab_size, (3, length), generator=torch.Generator().manual_seed(0))
+        places, quarter = torch.arange(length), -(-length // 4)
+        hidden = [places >= length - quarter, places < quarter, (places >= quarter) & (places < 2 * quarter)]
+        mask = ~torch.stack(hidden)  # padding on the right, on the left, a gap
         return {"inputs": ids, "attention_mask": mask.long()}, {"inputs": ids, "mask": mask}
     if kind == "PerceiverForOpticalFlow":
         frames = _drawn(1, 2, 3, *config.train_size)

@@ -159,7 +159,7 @@ MODELS: dict[str, Callable[[Config, Numerics], PerceiverIO]] = {
 
 def _text(c: Config) -> adapters.Ids:
     where = positions.Indexed(c["max_position_embeddings"], c["d_model"])
-    return adapters.Ids(c["vocab_size"], c["d_model"], positions=where)
+    return adapters.Ids(c["vocab_size"], c["d_model"], positions=where, count_hidden=True)
 
 
 def _classifier(adapter: Any, c: Config, n: Numerics, *, residual: bool = True) -> PerceiverIO:
