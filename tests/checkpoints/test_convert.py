@@ -108,11 +108,20 @@ def test_deepmind_to_ours(arrays, tmp_path, monkeypatch):
 
 
 def test_deepmind_to_transformers_and_back(tmp_path, monkeypatch):
-    path = haiku(CONV, tmp_path)
     told = ["--to", "transformers", "--arguments", json.dumps(TOLD)]
-    assert command(monkeypatch, path, tmp_path / "theirs", *told) == 0
-    same(hugging_face(tmp_path / "theirs", numerics=published.DEEPMIND), original(CONV)[0])
-    assert json.loads((tmp_path / "theirs" / "config.json").read_text())["model_type"] == "perceiver"
+    assert command(monkeypatch, haiku(FOURIER, tmp_path), tmp_path / "theirs", *told) == 0
+    same(hugging_face(tmp_path / "theirs"), original(FOURIER)[0])
+    same(hugging_face(tmp_path / "theirs", numerics=published.DEEPMIND), original(FOURIER)[0])
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    assert config["model_type"] == "perceiver" and config["hidden_act"] == "gelu_pytorch_tanh"
+
+
+@pytest.mark.parametrize("kind", [CONV, "PerceiverForImageClassificationLearned"])
+def test_what_transformers_has_no_word_for_is_written_as_it_computes_alone(kind, tmp_path, monkeypatch, capsys):
+    path = haiku(kind, tmp_path)
+    told = ["--to", "transformers", "--arguments", json.dumps(TOLD)]
+    assert "no word for what this model computes" in refused(monkeypatch, capsys, path, tmp_path / "theirs", *told)
+    assert command(monkeypatch, path, tmp_path / "theirs", *told, "--numerics", "transformers") == 0
 
 
 def test_perceiver_pytorch_to_ours(lucid, tmp_path, monkeypatch):
@@ -127,7 +136,8 @@ def test_ours_to_transformers(theirs, tmp_path, monkeypatch):
     assert command(monkeypatch, tmp_path / "ours", tmp_path / "again", *told) == 0
     wanted, found = (load_file(folder / "model.safetensors") for folder in (theirs, tmp_path / "again"))
     torch.testing.assert_close(found, wanted, rtol=0.0, atol=0.0)
-    assert json.loads((tmp_path / "again" / "config.json").read_text()) == configured(FOURIER)
+    wanted = configured(FOURIER) | {"hidden_act": "gelu", "dtype": "float32"}
+    assert json.loads((tmp_path / "again" / "config.json").read_text()) == wanted
 
 
 def test_a_name_on_the_hub_is_fetched(theirs, tmp_path, monkeypatch):
@@ -136,8 +146,14 @@ def test_a_name_on_the_hub_is_fetched(theirs, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "snapshot_download", lambda name, **told: asked.append((name, told)) or str(theirs))
     monkeypatch.chdir(tmp_path)
     assert command(monkeypatch, "me/perceiver", "ours") == 0
-    assert asked == [("me/perceiver", {"allow_patterns": ["config.json", "model.safetensors", "pytorch_model.bin"]})]
+    safe = ["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
+    assert asked == [("me/perceiver", {"allow_patterns": ["config.json", *safe]})]
     same(pc.load(tmp_path / "ours"), hugging_face(theirs))
+    torch.save(load_file(theirs / "model.safetensors"), theirs / "pytorch_model.bin")
+    (theirs / "model.safetensors").unlink()
+    same(hugging_face("me/perceiver"), pc.load(tmp_path / "ours"))
+    old = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"]
+    assert asked[2:] == [("me/perceiver", {"allow_patterns": ["config.json", *old]})]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -235,11 +251,11 @@ REFUSED = {
     "ours without a configuration": (["ours", "out", "--to", "transformers"], "arguments must be given"),
     "ours of another kind": (
         ["ours", "out", "--to", "transformers", "--arguments", json.dumps(configured("PerceiverForOpticalFlow"))],
-        "model must be of the configuration's kind",
+        "adapter is Image of ['channels', 'positions'], not FramePair of ['positions']",
     ),
     "ours of another size": (
         ["ours", "out", "--to", "transformers", "--arguments", json.dumps(configured(FOURIER) | {"num_labels": 7})],
-        "must have shape",
+        "decoder.out is 3, not 7",
     ),
     "a check of DeepMind's code": (["arrays.npz", "out", "--check"], "cannot run DeepMind's code"),
     "a check with other numerics": (

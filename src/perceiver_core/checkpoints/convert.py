@@ -11,19 +11,13 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from perceiver_core.checkpoints import beside, hub
+from perceiver_core.checkpoints import beside, files, hub
 from perceiver_core.checkpoints.card import card
+from perceiver_core.checkpoints.files import CONFIG
 from perceiver_core.checkpoints.folder import load, save
 from perceiver_core.checkpoints.lucidrains import lucidrains
 from perceiver_core.checkpoints.of_haiku import with_config
-from perceiver_core.checkpoints.of_transformers import (
-    BINARY,
-    CONFIG,
-    WEIGHTS,
-    hugging_face,
-    read_config,
-    to_hugging_face,
-)
+from perceiver_core.checkpoints.of_transformers import hugging_face, read_config, to_hugging_face
 from perceiver_core.checkpoints.origin import KINDS, origin
 from perceiver_core.checkpoints.published import DEEPMIND, TRANSFORMERS, Numerics
 
@@ -92,7 +86,7 @@ def convert(plan: Plan) -> float | None:
     if plan.destination.exists() and not (plan.destination.is_dir() and not any(plan.destination.iterdir())):
         raise ValueError(f"destination must be a folder that is not there yet, or empty; {plan.destination} is there")
     path = Path(plan.source)
-    path = path if path.exists() else hub.fetched(plan.source, (CONFIG, WEIGHTS, BINARY))
+    path = path if path.exists() else files.fetched(plan.source)
     plan = plan._replace(kind=plan.kind or origin(path))
     _check_plan(plan)
     found = _read(path, plan)
