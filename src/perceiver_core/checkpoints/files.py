@@ -50,7 +50,8 @@ def fetched(name_or_folder: str | PathLike[str]) -> Path:
         >>> files.fetched("deepmind/vision-perceiver-fourier")  # doctest: +SKIP
     """
     folder = hub.fetched(name_or_folder, (CONFIG, *_patterns(WEIGHTS)))
-    if folder == Path(name_or_folder) or any((folder / f"{WEIGHTS}{end}").is_file() for end in ("", INDEX)):
+    there = any((folder / f"{WEIGHTS}{end}").is_file() for end in ("", INDEX))
+    if there or folder == Path(name_or_folder) or not (folder / CONFIG).is_file():
         return folder
     return hub.fetched(name_or_folder, (CONFIG, *_patterns(BINARY)))
 
