@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import perceiver_core as pc
 from perceiver_core.blocks import paths
 from perceiver_core.checkpoints import files, folder, hugging_face, published, to_hugging_face
+from perceiver_core.checkpoints.convert import Plan, convert
 from perceiver_core.checkpoints.of_transformers import build
 from tests.checkpoints.test_of_haiku import KINDS, SMALL
 
@@ -87,6 +88,8 @@ def test_shards(end: str, theirs: Path) -> None:
     whole = hugging_face(theirs)
     places = sharded(theirs, end)
     same(hugging_face(theirs), whole)
+    convert(Plan(str(theirs), theirs.parent / "ours"))
+    same(pc.load(theirs.parent / "ours"), whole)
     file = places[LATENTS]
     index(theirs, end, places | {"more": file})
     refused(theirs, str(theirs / file), "it lacks ['more']")
@@ -245,6 +248,7 @@ VALUES: dict[str, tuple[Any, str]] = {
     "d_latents": ("16", "d_latents as a whole number from 1 to 2147483647; got '16'"),
     "d_latents as a fraction": (16.0, "got 16.0"),
     "num_blocks": (True, "num_blocks as a whole number"),
+    "num_self_attends_per_block": (-1, "as a whole number from 0 to"),
     "train_size": (5, "train_size as 2 whole numbers from 1 to 2147483647; got 5"),
     "output_shape": ([1, "a", 2, 3], "output_shape as 4 whole numbers"),
     "use_query_residual": ("no", "use_query_residual as one of (True, False); got 'no'"),

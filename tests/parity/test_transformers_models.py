@@ -183,6 +183,12 @@ def test_activations(activation: str, tmp_path: Any) -> None:
         agree(model, kind, tmp_path / f"{kind}_again")
 
 
+def test_no_self_attends(kind: str, tmp_path: Any) -> None:
+    model = reference(kind, num_self_attends_per_block=0)
+    model.save_pretrained(tmp_path)
+    agree(model, kind, tmp_path)
+
+
 def test_weights_in_several_files(kind: str, tmp_path: Any) -> None:
     model = reference(kind)
     model.save_pretrained(tmp_path, max_shard_size="20KB")

@@ -40,6 +40,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "use_query_residual": (True, False),
 }
 LARGEST = 2**31 - 1
+LEAST = {"num_self_attends_per_block": 0}  # 1 unless it stands here
 
 
 def filled_in(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,8 +78,9 @@ def _trouble(name: str, value: Any) -> str:
         return "" if fits else f"{LISTS[name]} whole numbers from 1 to {LARGEST}"
     if value is None and DEFAULTS[name] is None:
         return ""
-    return "" if _is_size(value) else f"a whole number from 1 to {LARGEST}"
+    least = LEAST.get(name, 1)
+    return "" if _is_size(value, least) else f"a whole number from {least} to {LARGEST}"
 
 
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 1 <= value <= LARGEST
+def _is_size(value: Any, least: int = 1) -> bool:
+    return type(value) is int and least <= value <= LARGEST
