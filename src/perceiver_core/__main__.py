@@ -60,8 +60,8 @@ def _add_convert(command: argparse.ArgumentParser) -> None:
 def _arguments(text: str) -> dict[str, Any]:
     """JSON, or what is in a file of it."""
     try:
-        found = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text())
-    except (OSError, ValueError) as error:
+        found = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
+    except (OSError, RecursionError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"must be a JSON object, or the path of a file of one: {error}") from error
     if not isinstance(found, dict):
         raise argparse.ArgumentTypeError(f"must be a JSON object; got a {type(found).__name__}")
@@ -76,7 +76,7 @@ def _convert(parser: argparse.ArgumentParser, options: argparse.Namespace) -> No
     except (ImportError, OSError, TypeError, ValueError) as error:
         parser.error(str(error))
     if difference is not None:
-        print(f"largest difference from the original: {difference:.3g}")  # noqa: T201 (it is a command)
+        print(f"largest difference from the original: {difference:.3g} standard deviations of its output")  # noqa: T201
         if not difference <= plan.tolerance:
             sys.exit(f"that is above {plan.tolerance:g}, so nothing was written")
     print(f"written: {options.destination}")  # noqa: T201

@@ -1,12 +1,16 @@
-"""Ids: positions that take no indices are refused when the adapter is built."""
+"""Ids: which positions serve, and which one each token has where a mask hides some."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 
 from perceiver_core import positions
-from perceiver_core.adapters import Ids
+from perceiver_core.adapters import Bytes, Ids
+
+IDS = torch.tensor([[3, 1, 4, 1, 5]])
+MASKS = {"left": [0, 0, 1, 1, 1], "right": [1, 1, 1, 0, 0], "gap": [1, 0, 1, 0, 1]}
 
 
 @pytest.mark.parametrize(
@@ -27,3 +31,18 @@ def test_positions_that_take_no_indices_are_refused(where):
 @pytest.mark.parametrize("where", [positions.Indexed(7, 6), nn.Embedding(7, 6)])
 def test_positions_that_take_indices_serve(where):
     assert Ids(11, 6, positions=where).positions is where
+
+
+def places(text, mask):
+    """The positions at which tokens that are there stand."""
+    mask = torch.tensor([mask], dtype=torch.bool)
+    added = text(IDS, mask=mask).content - text.vectors[IDS]
+    return torch.cdist(added, text.positions.vectors).argmin(-1)[mask].tolist()
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_tokens_that_are_hidden_count_where_it_is_asked_for(name):
+    where, all_places = positions.Indexed(5, 6), [i for i, there in enumerate(MASKS[name]) if there]
+    assert places(Ids(7, 6, positions=where), MASKS[name]) == [0, 1, 2]
+    assert places(Ids(7, 6, positions=where, count_hidden=True), MASKS[name]) == all_places
+    assert places(Bytes(6, positions=where, count_hidden=True), MASKS[name]) == all_places

@@ -108,11 +108,20 @@ def test_deepmind_to_ours(arrays, tmp_path, monkeypatch):
 
 
 def test_deepmind_to_transformers_and_back(tmp_path, monkeypatch):
-    path = haiku(CONV, tmp_path)
     told = ["--to", "transformers", "--arguments", json.dumps(TOLD)]
-    assert command(monkeypatch, path, tmp_path / "theirs", *told) == 0
-    same(hugging_face(tmp_path / "theirs", numerics=published.DEEPMIND), original(CONV)[0])
-    assert json.loads((tmp_path / "theirs" / "config.json").read_text())["model_type"] == "perceiver"
+    assert command(monkeypatch, haiku(FOURIER, tmp_path), tmp_path / "theirs", *told) == 0
+    same(hugging_face(tmp_path / "theirs"), original(FOURIER)[0])
+    same(hugging_face(tmp_path / "theirs", numerics=published.DEEPMIND), original(FOURIER)[0])
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    assert config["model_type"] == "perceiver" and config["hidden_act"] == "gelu_pytorch_tanh"
+
+
+@pytest.mark.parametrize("kind", [CONV, "PerceiverForImageClassificationLearned"])
+def test_what_transformers_has_no_word_for_is_written_as_it_computes_alone(kind, tmp_path, monkeypatch, capsys):
+    path = haiku(kind, tmp_path)
+    told = ["--to", "transformers", "--arguments", json.dumps(TOLD)]
+    assert "no word for what this model computes" in refused(monkeypatch, capsys, path, tmp_path / "theirs", *told)
+    assert command(monkeypatch, path, tmp_path / "theirs", *told, "--numerics", "transformers") == 0
 
 
 def test_perceiver_pytorch_to_ours(lucid, tmp_path, monkeypatch):
@@ -127,7 +136,8 @@ def test_ours_to_transformers(theirs, tmp_path, monkeypatch):
     assert command(monkeypatch, tmp_path / "ours", tmp_path / "again", *told) == 0
     wanted, found = (load_file(folder / "model.safetensors") for folder in (theirs, tmp_path / "again"))
     torch.testing.assert_close(found, wanted, rtol=0.0, atol=0.0)
-    assert json.loads((tmp_path / "again" / "config.json").read_text()) == configured(FOURIER)
+    wanted = configured(FOURIER) | {"hidden_act": "gelu", "dtype": "float32"}
+    assert json.loads((tmp_path / "again" / "config.json").read_text()) == wanted
 
 
 def test_a_name_on_the_hub_is_fetched(theirs, tmp_path, monkeypatch):
@@ -136,8 +146,14 @@ def test_a_name_on_the_hub_is_fetched(theirs, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "snapshot_download", lambda name, **told: asked.append((name, told)) or str(theirs))
     monkeypatch.chdir(tmp_path)
     assert command(monkeypatch, "me/perceiver", "ours") == 0
-    assert asked == [("me/perceiver", {"allow_patterns": ["config.json", "model.safetensors", "pytorch_model.bin"]})]
+    safe = ["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
+    assert asked == [("me/perceiver", {"allow_patterns": ["config.json", *safe]})]
     same(pc.load(tmp_path / "ours"), hugging_face(theirs))
+    torch.save(load_file(theirs / "model.safetensors"), theirs / "pytorch_model.bin")
+    (theirs / "model.safetensors").unlink()
+    same(hugging_face("me/perceiver"), pc.load(tmp_path / "ours"))
+    old = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"]
+    assert asked[2:] == [("me/perceiver", {"allow_patterns": ["config.json", *old]})]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -147,7 +163,8 @@ def test_the_original_is_run_beside_ours(kind, tmp_path, monkeypatch, capsys):
     theirs = to_hugging_face(of_transformers.build(configured(kind)), tmp_path / "theirs", config=configured(kind))
     assert command(monkeypatch, theirs, tmp_path / "ours", "--check") == 0
     said = capsys.readouterr().out
-    assert float(said.split("original: ")[1].split("\n")[0]) < 1e-4 and "written" in said
+    assert float(said.split("original: ")[1].split(" standard deviations of its output\n")[0]) < 1e-9
+    assert "written" in said and torch.get_default_dtype() == torch.float32
     told = ["--check", "--to", "transformers", "--arguments", theirs / "config.json"]
     assert command(monkeypatch, tmp_path / "ours", tmp_path / "again", *told) == 0
 
@@ -156,6 +173,8 @@ def test_what_deepmind_wrote_is_checked_as_transformers_reads_it(arrays, tmp_pat
     pytest.importorskip("transformers")
     told = ["--to", "transformers", "--numerics", "transformers", "--arguments", json.dumps(TOLD), "--check"]
     assert command(monkeypatch, arrays, tmp_path / "theirs", *told) == 0
+    told = ["--to", "transformers", "--arguments", json.dumps(TOLD), "--check"]  # DeepMind's GELU has a name there
+    assert command(monkeypatch, arrays, tmp_path / "deep", *told) == 0
 
 
 def test_perceiver_pytorch_is_run_beside_ours(lucid, tmp_path, monkeypatch, capsys):
@@ -185,14 +204,47 @@ def test_too_large_a_difference_writes_nothing(difference, theirs, tmp_path, mon
 
 def test_a_difference_is_found(theirs, tmp_path):
     pytest.importorskip("transformers")
-    ours = hugging_face(theirs)
+    ours = hugging_face(theirs).double().requires_grad_(False)
+    picture = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    deviation = ours(picture.double()).std(correction=0)
     with torch.no_grad():
         ours.decoder.output.bias[1] += 0.25
-    assert beside.transformers(theirs, ours) == pytest.approx(0.25, abs=1e-4)
+    assert beside.transformers(theirs, ours) == pytest.approx(0.25 / float(deviation), rel=0.05)
+
+
+def test_a_difference_of_small_outputs_is_found(tmp_path):
+    """Flow is a hundredth of what the decoder gives."""
+    pytest.importorskip("transformers")
+    told = configured("PerceiverForOpticalFlow")
+    torch.manual_seed(0)
+    theirs = to_hugging_face(of_transformers.build(told), tmp_path / "theirs", config=told)
+    ours = hugging_face(theirs)
+    assert beside.transformers(theirs, ours) < 1e-9
+    for attention in (block.attention for block in ours.encoder.transformers[0].blocks):
+        attention.heads = attention.kv_heads = 2
+    assert beside.transformers(theirs, ours) > 1e-4
+
+
+def test_one_value_alone_has_no_deviation():
+    one = torch.tensor([[4.0]])
+    assert beside._difference(one, one + 2.0) == 0.5 and beside._difference(0 * one, one) == 4.0
+    assert np.isnan(beside._difference({"a": one, "b": one}, {"a": one, "b": one * float("nan")}))
+
+
+def test_a_check_of_text_hides_tokens_anywhere(tmp_path):
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    kind = "PerceiverForMaskedLM"
+    theirs = to_hugging_face(of_transformers.build(configured(kind)), tmp_path / "theirs", config=configured(kind))
+    ours = hugging_face(theirs)
+    assert beside.transformers(theirs, ours) < 1e-9
+    ours.adapter.count_hidden = False
+    assert beside.transformers(theirs, ours) > 1e-3
 
 
 @pytest.mark.parametrize("library", ["transformers", "perceiver_pytorch"])
 def test_errors_where_the_original_is_not_installed(library, theirs, lucid, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("perceiver_core.checkpoints.convert._read", lambda *_: pytest.fail("read before it was sought"))
     for name in [name for name in sys.modules if name.split(".")[0] == library]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, library, None)
@@ -228,11 +280,11 @@ REFUSED = {
     "ours without a configuration": (["ours", "out", "--to", "transformers"], "arguments must be given"),
     "ours of another kind": (
         ["ours", "out", "--to", "transformers", "--arguments", json.dumps(configured("PerceiverForOpticalFlow"))],
-        "model must be of the configuration's kind",
+        "adapter is Image of ['channels', 'positions'], not FramePair of ['positions']",
     ),
     "ours of another size": (
         ["ours", "out", "--to", "transformers", "--arguments", json.dumps(configured(FOURIER) | {"num_labels": 7})],
-        "must have shape",
+        "decoder.out is 3, not 7",
     ),
     "a check of DeepMind's code": (["arrays.npz", "out", "--check"], "cannot run DeepMind's code"),
     "a check with other numerics": (
@@ -240,6 +292,71 @@ REFUSED = {
         "give --numerics transformers",
     ),
 }
+
+
+def test_a_link_to_where_a_folder_can_be_is_followed(theirs, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    for place in ("empty", "not_there"):
+        link = tmp_path / f"link_to_{place}"
+        link.symlink_to(tmp_path / place)
+        assert command(monkeypatch, theirs, link) == 0
+        assert link.is_symlink()
+        same(pc.load(tmp_path / place), hugging_face(theirs))
+
+
+PLACES = {
+    "loop": "is a link to itself",
+    "file/inner": "destination must be in a folder that can be written to",
+    "link_to_full": "is there",
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_destination_that_cannot_be_is_refused_before_the_work(place, theirs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "perceiver_core.checkpoints.convert._read", lambda *_: pytest.fail("read before it was refused")
+    )
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "link_to_full").symlink_to(theirs)
+    assert command(monkeypatch, theirs, tmp_path / place) == 2
+    assert PLACES[place] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), AttributeError("x"), RecursionError("x"), MemoryError("x"), EOFError()]
+)
+def test_a_reader_that_runs_into_something_says_so(error, theirs, tmp_path, monkeypatch, capsys):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("perceiver_core.checkpoints.convert._read", fail)
+    said = " ".join(refused(monkeypatch, capsys, theirs, tmp_path / "out").split())
+    assert f"theirs cannot be read ({type(error).__name__}: {error})" in said
+
+
+BAD: dict[str, tuple[dict[str, bytes], str]] = {
+    "a zip file of nothing": ({"x.npz": b"PK\x05\x06" + b"\0" * 18}, "x.npz"),
+    "a broken zip file": ({"x.npz": b"PK\x03\x04" + b"\0" * 40 + b"PK\x05\x06" + b"\1" * 18}, "x.npz"),
+    "an empty pickle": ({"x.pystate": b"\x80\x02}q\x00X\x06\x00\x00\x00paramsq\x01Ns."}, "x.pystate"),
+    "architectures": ({"x/config.json": b'{"architectures": {"a": 1}}', "x/model.safetensors": b""}, "x"),
+    "a deep configuration": ({"x/config.json": b"[" * 200_000}, "x"),
+    "no UTF-8": ({"x/config.json": b"\xff\xfe{}"}, "x"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_no_bad_input_ends_in_a_traceback(case, tmp_path, monkeypatch, capsys):
+    contents, source = BAD[case]
+    for name, content in contents.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    assert "error: " in refused(monkeypatch, capsys, tmp_path / source, tmp_path / "out")
+
+
+def test_arguments_that_are_no_json(theirs, tmp_path, monkeypatch, capsys):
+    for text in ('{"a":' * 100_000, "x" * 5000, str(tmp_path), "nowhere.json"):
+        assert "must be a JSON object" in refused(monkeypatch, capsys, theirs, tmp_path / "out", "--arguments", text)
 
 
 @pytest.mark.parametrize("case", REFUSED)

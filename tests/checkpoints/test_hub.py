@@ -105,6 +105,12 @@ def test_a_folder_needs_no_hub(kind: str, tmp_path: Path, no_hub: None) -> None:
     assert f"A {type(made).__name__} with" in (folder / "README.md").read_text()
 
 
+def test_a_folder_has_no_revisions(tmp_path: Path, no_hub: None) -> None:
+    folder = save_pretrained(model(), tmp_path)
+    with pytest.raises(ValueError, match="revision is of a repository on the hub"):
+        from_pretrained(folder, revision="v1")
+
+
 def test_a_card_that_is_there_stays(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("mine")
     save_pretrained(model(), tmp_path)
@@ -204,7 +210,7 @@ def test_errors_of_a_folder_that_is_not_there_ask_no_hub(name: str, hub: Hub) ->
 def test_transformers_models_come_from_the_hub_too(hub: Hub) -> None:
     with pytest.raises(FileNotFoundError, match=r"must hold config\.json"):
         hugging_face("me/theirs")
-    files = ["config.json", "model.safetensors", "pytorch_model.bin"]
+    files = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
     assert hub.asked == [("snapshot_download", "me/theirs", {"allow_patterns": files})]
 
 

@@ -143,6 +143,73 @@ def test_outputs_and_gradients_are_theirs(kind: str, tmp_path: Any) -> None:
         torch.testing.assert_close(got.reshape(parameter.shape), gradient, rtol=1e-8, atol=1e-8, msg=name)
 
 
+@pytest.mark.parametrize("text", ["PerceiverForMaskedLM", "PerceiverForSequenceClassification"])
+def test_text_under_any_mask(text: str, tmp_path: Any) -> None:
+    model = reference(text)
+    model.save_pretrained(tmp_path)
+    ours = hugging_face(tmp_path)
+    length = model.config.max_position_embeddings
+    ids = torch.randint(model.config.vocab_size, (4, length), generator=torch.Generator().manual_seed(1))
+    places = torch.arange(length)
+    mask = torch.stack([places < 9, places >= 9, (places < 5) | (places > 11), places % 3 == 1])
+    wanted = model(inputs=ids, attention_mask=mask.long()).logits
+    torch.testing.assert_close(ours(ids, mask=mask), wanted, rtol=1e-9, atol=1e-9)
+
+
+def agree(model: nn.Module, kind: str, folder: Any) -> None:
+    """The same outputs as ours, from what transformers writes."""
+    ours = hugging_face(folder)
+    given, own = their_inputs(kind, model)
+    wanted = flat(model(**given).logits)
+    wanted = [wanted[0].movedim(-1, 1)] if kind == "PerceiverForOpticalFlow" else wanted
+    torch.testing.assert_close(flat(ours(**own)), wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_reads_as_wide_as_their_queries(kind: str, tmp_path: Any) -> None:
+    widths = {"cross_attention_shape_for_attention": "q", "qk_channels": None, "v_channels": None}
+    model = reference(kind, **widths)
+    model.save_pretrained(tmp_path)
+    agree(model, kind, tmp_path)
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish"])
+def test_activations(activation: str, tmp_path: Any) -> None:
+    for kind in ("PerceiverForImageClassificationFourier", "PerceiverForOpticalFlow"):
+        model = reference(kind, hidden_act=activation)
+        model.save_pretrained(tmp_path / kind)
+        agree(model, kind, tmp_path / kind)
+        ours = hugging_face(tmp_path / kind)
+        to_hugging_face(ours, tmp_path / f"{kind}_again", config=model.config)
+        agree(model, kind, tmp_path / f"{kind}_again")
+
+
+def test_no_self_attends(kind: str, tmp_path: Any) -> None:
+    model = reference(kind, num_self_attends_per_block=0)
+    model.save_pretrained(tmp_path)
+    agree(model, kind, tmp_path)
+
+
+def test_weights_in_several_files(kind: str, tmp_path: Any) -> None:
+    model = reference(kind)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    agree(model, kind, tmp_path)
+
+
+def test_what_deepmind_computes_is_written_by_its_activation(tmp_path: Any) -> None:
+    kind = "PerceiverForImageClassificationFourier"
+    model = reference(kind)
+    model.save_pretrained(tmp_path / "theirs")
+    deep = pc.checkpoints.published.DEEPMIND
+    ours = hugging_face(tmp_path / "theirs", numerics=deep)
+    to_hugging_face(ours, tmp_path / "ours", config=tmp_path / "theirs", numerics=deep)
+    again = getattr(theirs, kind).from_pretrained(tmp_path / "ours").eval()
+    assert {parameter.dtype for parameter in again.parameters()} == {torch.float64}
+    given, own = their_inputs(kind, model)
+    torch.testing.assert_close(ours(**own), again(**given).logits, rtol=1e-9, atol=1e-9)
+    assert (again(**given).logits - model(**given).logits).abs().max() > 1e-6
+
+
 def config_of(folder: Any) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
 

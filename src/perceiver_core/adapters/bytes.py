@@ -22,6 +22,7 @@ class Bytes(Ids):
     Args:
         dim: the width of a token.
         positions: as those of `Ids`.
+        count_hidden: as that of `Ids`.
 
     Example:
         >>> import torch
@@ -39,8 +40,8 @@ class Bytes(Ids):
     PAD, BOS, EOS, MASK, CLS, SEP = range(6)
     SPECIAL = 6
 
-    def __init__(self, dim: int, *, positions: nn.Module | None = None) -> None:
-        super().__init__(self.SPECIAL + 256, dim, positions=positions)
+    def __init__(self, dim: int, *, positions: nn.Module | None = None, count_hidden: bool = False) -> None:
+        super().__init__(self.SPECIAL + 256, dim, positions=positions, count_hidden=count_hidden)
 
     @classmethod
     def encode(

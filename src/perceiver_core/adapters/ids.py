@@ -22,6 +22,9 @@ class Ids(nn.Module):
         dim: the width of a vector.
         positions: a module from indices `b n` to vectors `b n d`, such as `positions.Indexed`; none unless given, for
             models that turn queries and keys (`positions.Rotary`).
+        count_hidden: whether tokens that a mask hides have places too, so that a token's place is its place in the
+            array (models of DeepMind's Perceiver IO); unless so, the first token that is there is the first, however
+            much padding there is before it (Perceiver AR).
 
     Raises:
         TypeError: positions that take no indices.
@@ -35,7 +38,9 @@ class Ids(nn.Module):
         torch.Size([1, 5, 32])
     """
 
-    def __init__(self, vocabulary: int, dim: int, *, positions: nn.Module | None = None) -> None:
+    def __init__(
+        self, vocabulary: int, dim: int, *, positions: nn.Module | None = None, count_hidden: bool = False
+    ) -> None:
         super().__init__()
         checks.positive(vocabulary=vocabulary, dim=dim)
         if positions is not None and not _takes_indices(positions):
@@ -46,7 +51,7 @@ class Ids(nn.Module):
             raise ValueError(f"positions must be dim={dim} wide, they are added; got {positions.dim}")
         self.vocabulary, self.dim = vocabulary, dim
         self.vectors = init.embedding(vocabulary, dim)
-        self.positions = positions
+        self.positions, self.count_hidden = positions, count_hidden
 
     @property
     def length(self) -> int | None:
@@ -64,7 +69,7 @@ class Ids(nn.Module):
 
         Args:
             ids: whole numbers of any integer dtype.
-            mask: which tokens are there, True = attend. Positions count those that are there.
+            mask: which tokens are there, True = attend. Positions count these, unless `count_hidden`.
             positions: the index of each token in its sequence, `n` or `b n`, if not counted from the first on.
 
         Raises:
@@ -87,7 +92,7 @@ class Ids(nn.Module):
                 f"ids must be at most {self.length} long, as many as there are positions; got {ids.shape[1]}. Give the "
                 "last ones, or make more positions"
             )
-        if mask is None:
+        if mask is None or self.count_hidden:
             return torch.arange(ids.shape[1], device=ids.device)
         return (mask.long().cumsum(1) - 1).clamp(min=0)
 

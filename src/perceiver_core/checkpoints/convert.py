@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -11,19 +12,13 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from perceiver_core.checkpoints import beside, hub
+from perceiver_core.checkpoints import beside, files, hub
 from perceiver_core.checkpoints.card import card
+from perceiver_core.checkpoints.files import CONFIG
 from perceiver_core.checkpoints.folder import load, save
 from perceiver_core.checkpoints.lucidrains import lucidrains
 from perceiver_core.checkpoints.of_haiku import with_config
-from perceiver_core.checkpoints.of_transformers import (
-    BINARY,
-    CONFIG,
-    WEIGHTS,
-    hugging_face,
-    read_config,
-    to_hugging_face,
-)
+from perceiver_core.checkpoints.of_transformers import hugging_face, read_config, to_hugging_face
 from perceiver_core.checkpoints.origin import KINDS, origin
 from perceiver_core.checkpoints.published import DEEPMIND, TRANSFORMERS, Numerics
 
@@ -41,8 +36,9 @@ class Plan(NamedTuple):
         target: whose files are written, one of `TARGETS`.
         numerics: one of `NUMERICS`; those of the source unless given.
         arguments: what the source does not tell: of perceiver-pytorch's constructor; of transformers' configuration.
-        check: whether the original model is run beside ours.
-        tolerance: the largest difference between their outputs with which anything is written.
+        check: whether the original model is run beside ours, in float64.
+        tolerance: the largest difference between their outputs, in standard deviations of the original's, with which
+            anything is written.
     """
 
     source: str
@@ -52,7 +48,7 @@ class Plan(NamedTuple):
     numerics: str | None = None
     arguments: Mapping[str, Any] = {}
     check: bool = False
-    tolerance: float = 1e-4
+    tolerance: float = 1e-6
 
 
 class Found(NamedTuple):
@@ -67,8 +63,8 @@ def convert(plan: Plan) -> float | None:
     """Does what a plan says.
 
     Returns:
-        The largest difference from the original model where that was asked for. Above the tolerance, or where it is no
-        number, nothing was written.
+        The largest difference from the original model where that was asked for, in standard deviations of its output.
+        Above the tolerance, or where it is no number, nothing was written.
 
     Raises:
         FileNotFoundError: no such source.
@@ -89,26 +85,58 @@ def convert(plan: Plan) -> float | None:
         ...     load(Path(folder) / "ours").encoder.latents.shape
         torch.Size([5, 16])
     """
-    if plan.destination.exists() and not (plan.destination.is_dir() and not any(plan.destination.iterdir())):
-        raise ValueError(f"destination must be a folder that is not there yet, or empty; {plan.destination} is there")
-    path = Path(plan.source)
-    path = path if path.exists() else hub.fetched(plan.source, (CONFIG, WEIGHTS, BINARY))
-    plan = plan._replace(kind=plan.kind or origin(path))
-    _check_plan(plan)
-    found = _read(path, plan)
-    with _all_or_nothing(plan.destination) as folder:
+    destination = _free(plan.destination)
+    with _understood(f"{plan.source} cannot be read"):
+        path = Path(plan.source)
+        path = path if path.exists() else files.fetched(plan.source)
+        plan = plan._replace(kind=plan.kind or origin(path))
+        _check_plan(plan)
+        found = _read(path, plan)
+    with _all_or_nothing(destination) as folder:
         again = _written(found, plan, folder)
         if not plan.check:
             return None
-        if plan.target == "transformers":
-            difference = beside.transformers(folder, found.model)
-        elif plan.kind == "transformers":
-            difference = beside.transformers(path, again)
-        else:
-            difference = beside.perceiver_pytorch(path, plan.arguments, again)
+        with _understood(f"the original of {plan.source} cannot be run"):
+            if plan.target == "transformers":
+                difference = beside.transformers(folder, found.model)
+            elif plan.kind == "transformers":
+                difference = beside.transformers(path, again)
+            else:
+                difference = beside.perceiver_pytorch(path, plan.arguments, again)
         if not difference <= plan.tolerance:
             shutil.rmtree(folder)
     return difference
+
+
+def _free(destination: Path) -> Path:
+    """Where a destination leads, if a folder can be put there.
+
+    Raises:
+        ValueError: something is there, or no folder can be made.
+    """
+    try:
+        place = destination.resolve()
+    except RuntimeError as error:  # before Python 3.13
+        raise ValueError(f"destination must lead to a folder; {destination} is a link to itself") from error
+    if place.is_symlink():
+        raise ValueError(f"destination must lead to a folder; {destination} is a link to itself")
+    if place.exists() and not (place.is_dir() and not any(place.iterdir())):
+        raise ValueError(f"destination must be a folder that is not there yet, or empty; {destination} is there")
+    above = next(folder for folder in place.parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"destination must be in a folder that can be written to; {above} is none")
+    return place
+
+
+@contextmanager
+def _understood(what: str) -> Iterator[None]:
+    """Whatever a file of another kind than it seems makes a reader run into, in words."""
+    try:
+        yield
+    except (ImportError, OSError, ValueError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{what} ({type(error).__name__}: {error})") from error
 
 
 def _check_plan(plan: Plan) -> None:
@@ -136,8 +164,9 @@ def _check_plan(plan: Plan) -> None:
         return
     if plan.kind == "deepmind" and plan.target == "perceiver-core":
         raise ValueError("--check cannot run DeepMind's code; it checks what is written --to transformers")
-    if plan.kind != "perceiver-pytorch" and numerics != "transformers":
+    if plan.kind == "transformers" and plan.target == "perceiver-core" and numerics != "transformers":
         raise ValueError("--check runs transformers, which differs by its numerics: give --numerics transformers")
+    beside.library("perceiver-pytorch" if plan.kind == "perceiver-pytorch" else "transformers")
 
 
 def _read(path: Path, plan: Plan) -> Found:
@@ -166,7 +195,6 @@ def _written(found: Found, plan: Plan, folder: Path) -> nn.Module:
 @contextmanager
 def _all_or_nothing(destination: Path) -> Iterator[Path]:
     """A folder beside the destination, which takes its place at the end; not where there is an error, or it is gone."""
-    destination = destination.absolute()
     destination.parent.mkdir(parents=True, exist_ok=True)
     folder = destination.with_name(f"{destination.name}.{secrets.token_hex(8)}.partial")
     folder.mkdir()

@@ -33,7 +33,7 @@ _TORCH_NAMES = {
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
     "U64": "uint64", "U32": "uint32", "U16": "uint16",
 }  # fmt: skip
-_Kinds = dict[str, tuple[tuple[int, ...], torch.dtype]]  # the shape and dtype of each tensor
+Kinds = dict[str, tuple[tuple[int, ...], torch.dtype]]  # the shape and dtype of each tensor
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
@@ -68,22 +68,22 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     folder = Path(folder)
     config = {"library": "perceiver_core", "format": FORMAT, "model": registry.describe(model)}
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
-    tensors = _tensors(model)
+    tensors = tensors_of(model)
     built = _build(_parse(text, f"the {CONFIG} of {type(model).__name__}"), len(tensors))
-    different = _changes(built, model) or _differences(_kinds(_tensors(built)), _kinds(tensors))
+    different = changes_of(built, model) or misfits(kinds_of(tensors_of(built)), kinds_of(tensors))
     if different:
         raise ValueError(
             f"{type(model).__name__} is no longer what its constructor made: {different}. "
             "Replace whole parts (model.head = ...), or register a part whose constructor makes this"
         )
-    values = {name: tensor.detach().cpu().contiguous() for name, tensor in _with_values(tensors).items()}
+    values = {name: tensor.detach().cpu().contiguous() for name, tensor in with_values(tensors).items()}
     folder.mkdir(parents=True, exist_ok=True)
     files: dict[Path, Callable[[Path], object]] = {
         folder / WEIGHTS: lambda path: save_file(values, path, metadata={"format": "pt"})
     }
     if not (folder / CONFIG).is_file() or (folder / CONFIG).read_bytes() != text.encode():
         files[folder / CONFIG] = lambda path: path.write_bytes(text.encode())
-    _replace(files)
+    write_all(files)
     return folder
 
 
@@ -122,9 +122,9 @@ def load(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") 
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            found = {name: (tuple(s.get_shape()), _dtype(s.get_dtype())) for name, s in slices.items()}
+            found = {name: (tuple(s.get_shape()), dtype_named(s.get_dtype())) for name, s in slices.items()}
             model = _build(description, len(found))
-            different = _differences(_kinds(_tensors(model)), found)
+            different = misfits(kinds_of(tensors_of(model)), found)
             if different:
                 raise ValueError(f"{folder / WEIGHTS} does not fit {CONFIG}: {different}. Copy both from one save")
             # A copy: what is read is a view of the file, which somebody may overwrite.
@@ -208,7 +208,7 @@ def _first_names(model: nn.Module) -> dict[str, str]:
     return {name: first.setdefault(id(tensor), name) for name, tensor in model.state_dict(keep_vars=True).items()}
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of a model's state, each under its first name."""
     state = model.state_dict(keep_vars=True)
     for name, value in state.items():
@@ -217,7 +217,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: state[name] for name, first in _first_names(model).items() if name == first}
 
 
-def _with_values(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def with_values(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors, if they have values, and no two of them the same memory."""
     ends: list[tuple[str, int, int, str]] = []
     for name, tensor in tensors.items():
@@ -237,11 +237,12 @@ def _with_values(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _kinds(tensors: dict[str, Tensor]) -> _Kinds:
+def kinds_of(tensors: dict[str, Tensor]) -> Kinds:
+    """The shape and dtype of each."""
     return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
-def _changes(made: nn.Module, now: nn.Module) -> str:
+def changes_of(made: nn.Module, now: nn.Module) -> str:
     """What has been done to a model that its constructor calls do not know of, in a line; empty if nothing."""
     was = {path: registry.settings(module) for path, module in made.named_modules(remove_duplicate=False)}
     is_ = {path: registry.settings(module) for path, module in now.named_modules(remove_duplicate=False)}
@@ -261,7 +262,7 @@ def _changes(made: nn.Module, now: nn.Module) -> str:
     return "; ".join(found[:5])
 
 
-def _differences(wanted: _Kinds, found: _Kinds) -> str:
+def misfits(wanted: Kinds, found: Kinds) -> str:
     """What does not fit, in a line; empty if all does. Floating point types may differ (half precision weights)."""
     missing = sorted(wanted.keys() - found.keys())
     unknown = sorted(found.keys() - wanted.keys())
@@ -276,14 +277,15 @@ def _differences(wanted: _Kinds, found: _Kinds) -> str:
     return "; ".join(parts)
 
 
-def _dtype(name: str) -> torch.dtype:
+def dtype_named(name: str) -> torch.dtype:
+    """The dtype that safetensors calls so."""
     if name not in _TORCH_NAMES:
         raise ValueError(f"{WEIGHTS} holds values of type {name}, which no part has")
     dtype: torch.dtype = getattr(torch, _TORCH_NAMES[name])
     return dtype
 
 
-def _replace(files: dict[Path, Callable[[Path], object]]) -> None:
+def write_all(files: dict[Path, Callable[[Path], object]]) -> None:
     """Writes files in full under other names, then puts each in its place; leaves none of those names behind."""
     written = {path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial"): path for path in files}
     try:

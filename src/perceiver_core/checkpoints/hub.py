@@ -72,7 +72,7 @@ def from_pretrained(
 
     Raises:
         FileNotFoundError: no such folder and no huggingface_hub, or a file missing.
-        ValueError: files that `load` refuses.
+        ValueError: files that `load` refuses; a revision of a folder.
 
     Example:
         >>> import tempfile
@@ -158,6 +158,7 @@ def fetched(name_or_folder: str | PathLike[str], files: Sequence[str], **options
 
     Raises:
         FileNotFoundError: no such folder, and no name on the hub, or no huggingface_hub.
+        ValueError: a revision of a folder.
 
     Example:
         >>> from perceiver_core.checkpoints.hub import fetched
@@ -165,6 +166,10 @@ def fetched(name_or_folder: str | PathLike[str], files: Sequence[str], **options
     """
     folder = Path(name_or_folder)
     if folder.is_dir():
+        if options.get("revision") is not None:
+            raise ValueError(
+                f"revision is of a repository on the hub; {folder} is a folder, which has none. Leave revision out"
+            )
         return folder
     if folder.exists() or len(folder.parts) != 2 or str(name_or_folder).startswith((".", "/", "~")):
         raise FileNotFoundError(f"name_or_folder must be a folder, or owner/name on the hub; there is none at {folder}")

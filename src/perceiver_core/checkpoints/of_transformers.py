@@ -7,30 +7,36 @@ some, are refused.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from perceiver_core.checkpoints import hub
-from perceiver_core.checkpoints.published import DEFAULTS, MODELS, TRANSFORMERS, Numerics
+from perceiver_core import registry
+from perceiver_core.checkpoints.configuration import filled_in
+from perceiver_core.checkpoints.files import CONFIG, WEIGHTS, fetched, read_json, weights_in
+from perceiver_core.checkpoints.folder import Kinds, changes_of, kinds_of, misfits, tensors_of, with_values, write_all
+from perceiver_core.checkpoints.published import ACTIVATIONS, MODELS, TRANSFORMERS, Numerics
 from perceiver_core.models import PerceiverIO
 
-CONFIG, WEIGHTS, BINARY = "config.json", "model.safetensors", "pytorch_model.bin"
 STEM = "perceiver.input_preprocessor.convnet.conv.weight"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def hugging_face(name_or_folder: str | PathLike[str], *, numerics: Numerics = TRANSFORMERS) -> PerceiverIO:
     """A model of transformers' Perceiver classes, with its weights.
 
+    What the configuration asks for is held against the weights before a model is made.
+
     Args:
         name_or_folder: a folder that transformers wrote (`config.json`, and `model.safetensors` or
-            `pytorch_model.bin`), or a name on the Hugging Face hub, for which huggingface_hub has to be installed.
+            `pytorch_model.bin`, either in one file or in several with an index), or a name on the Hugging Face hub, for
+            which huggingface_hub has to be installed.
         numerics: `published.TRANSFORMERS`, what transformers computes; `published.DEEPMIND`, what the weights were
             trained for; see `published.Numerics`.
 
@@ -45,30 +51,45 @@ def hugging_face(name_or_folder: str | PathLike[str], *, numerics: Numerics = TR
         >>> from perceiver_core.checkpoints import hugging_face
         >>> model = hugging_face("deepmind/vision-perceiver-fourier")  # doctest: +SKIP
     """
-    folder = hub.fetched(name_or_folder, (CONFIG, WEIGHTS, BINARY))
+    folder = fetched(name_or_folder)
     config = read_config(folder)
-    with torch.device("meta"):
+    with _named(folder / CONFIG):
+        depth = _filled_in(config)["num_self_attends_per_block"]
+    weights = weights_in(folder)
+    with _named(weights.path):
+        if depth > len(weights.kinds):
+            raise ValueError(f"{CONFIG} has num_self_attends_per_block={depth}; there are {len(weights.kinds)} weights")
+        _check_names(config, weights.kinds)
+    with _named(folder / CONFIG), torch.device("meta"):
         model = build(config, numerics)
-    fill(model, _tensors(folder), config, numerics)
+    with _named(weights.path):
+        _check_kinds(model, config, weights.kinds)
+        fill(model, weights.read(), config, numerics)
     return model.eval()
 
 
 def to_hugging_face(
-    model: nn.Module, folder: str | PathLike[str], *, config: Mapping[str, Any], numerics: Numerics = TRANSFORMERS
+    model: nn.Module,
+    folder: str | PathLike[str],
+    *,
+    config: Mapping[str, Any] | str | PathLike[str],
+    numerics: Numerics = TRANSFORMERS,
 ) -> Path:
-    """Writes a model so that transformers loads it.
+    """Writes a model so that transformers loads it, and computes the same.
 
     Args:
         model: one that `hugging_face` gave, or `build`; trained since, maybe.
-        folder: where to; made if it is not there.
-        config: what `config.json` of the original holds, a dictionary: `read_config` reads it.
+        folder: where to; made if it is not there. What is there is replaced as `save` does it.
+        config: what `config.json` of the original holds: a dictionary, a configuration of transformers, or the path of
+            that file or its folder. The activation and the dtype are written as the model has them.
         numerics: those that the model was made with.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: a model that is not of that configuration.
+        ValueError: a model that is not of that configuration, or one that transformers has no word for, as are
+            DeepMind's numerics of two image classifiers. Nothing is written then.
 
     Example:
         >>> import tempfile, torch
@@ -81,21 +102,31 @@ def to_hugging_face(
         >>> again(torch.rand(1, 2, 3, 6, 8)).shape
         torch.Size([1, 2, 6, 8])
     """
-    folder = Path(folder)
-    ours = dict(model.state_dict())
-    theirs = {}
-    for name, place in names(config).items():
-        if place not in ours:
-            raise ValueError(f"model must be of the configuration's kind, {_kind(config)}; it has no {place}")
-        theirs[name] = _as_theirs(name, ours.pop(place), numerics).detach().cpu().contiguous().clone()
-    if more := ours.keys() - set(names(config).values()) - _aliases(config):
-        raise ValueError(f"model must be of the configuration's kind, {_kind(config)}; it also has {sorted(more)[:5]}")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    folder, config = Path(folder), _as_dictionary(config)
+    _check_described(model, config, numerics)
+    state = with_values(tensors_of(model))
+    dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    if len(dtypes) != 1 or not dtypes <= set(FLOATS):
+        raise ValueError(
+            f"model must have weights of one floating point dtype; got {sorted(map(str, dtypes))}. "
+            "Convert it: model.float()"
+        )
+    theirs = {name: _as_theirs(name, state[place], numerics) for name, place in names(config).items()}
+    theirs = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in theirs.items()}
+    written = _as_transformers_computes(config, numerics) | {"dtype": str(dtypes.pop()).removeprefix("torch.")}
+    try:
+        text = json.dumps(written, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"config must hold what JSON has words for: {error}") from error
     folder.mkdir(parents=True, exist_ok=True)
-    weights, text = folder / f"{WEIGHTS}.partial", folder / f"{CONFIG}.partial"
-    save_file(theirs, weights, {"format": "pt"})
-    text.write_text(json.dumps(dict(config), indent=2) + "\n")
-    weights.replace(folder / WEIGHTS)
-    text.replace(folder / CONFIG)
+    write_all(
+        {
+            folder / WEIGHTS: lambda path: save_file(theirs, path, {"format": "pt"}),
+            folder / CONFIG: lambda path: path.write_text(text, encoding="utf-8"),
+        }
+    )
     return folder
 
 
@@ -109,31 +140,105 @@ def read_config(folder: str | PathLike[str]) -> dict[str, Any]:
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"name_or_folder must hold {CONFIG}; there is none in {folder}")
-    config = json.loads(path.read_text())
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold a dictionary; got {type(config).__name__}")
-    return config
+    return read_json(path)
 
 
 def build(config: Mapping[str, Any], numerics: Numerics = TRANSFORMERS) -> PerceiverIO:
-    """The model of a configuration, with weights of its own."""
-    return MODELS[_kind(config)](_filled_in(config), numerics)
+    """The model of a configuration, with weights of its own.
+
+    Raises:
+        ValueError: a configuration of nothing that there is.
+    """
+    kind, told = _kind(config), _filled_in(config)
+    try:
+        return MODELS[kind](told, numerics)
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"config makes no {kind}: {error}") from error
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Says in an error which file it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _as_dictionary(config: Any) -> dict[str, Any]:
+    """What a configuration says, whatever it comes as."""
+    if isinstance(config, (str, PathLike)):
+        path = Path(config)
+        return read_config(path) if path.is_dir() or not path.exists() else read_json(path)
+    if not isinstance(config, Mapping) and hasattr(config, "to_dict"):
+        config = config.to_dict()
+    if not isinstance(config, Mapping):
+        raise ValueError(
+            f"config must be a dictionary, a configuration of transformers or the path of {CONFIG}; "
+            f"got {type(config).__name__}"
+        )
+    return dict(config)
+
+
+def _check_described(model: nn.Module, config: Mapping[str, Any], numerics: Numerics) -> None:
+    """Raises ValueError unless a configuration makes this model, here and in transformers."""
+    with torch.device("meta"):
+        made, theirs = build(config, numerics), build(_as_transformers_computes(config, numerics))
+    wanted, found = registry.describe(made), registry.describe(model)
+    different = _difference(wanted, found) or changes_of(made, model)
+    different = different or misfits(kinds_of(tensors_of(made)), kinds_of(tensors_of(model)))
+    if different:
+        raise ValueError(
+            f"model must be the {_kind(config)} that config and numerics make: {different}. Give what it was made with"
+        )
+    different = _difference(registry.describe(theirs), found)
+    if not different and numerics.transposed and STEM in names(config):
+        different = "the kernel of its stem is turned"
+    if different:
+        raise ValueError(
+            f"transformers has no word for what this model computes: {different}. Load the original with "
+            "numerics=published.TRANSFORMERS to write what transformers computes"
+        )
+
+
+def _as_transformers_computes(config: Mapping[str, Any], numerics: Numerics) -> dict[str, Any]:
+    """A configuration that says of a choice of numerics what transformers has words for."""
+    written = {"model_type": "perceiver", **config}
+    written.pop("torch_dtype", None)  # its name before it was dtype
+    if _filled_in(config)["hidden_act"] == "gelu":
+        told, known = registry.describe(numerics.activation), {"gelu": TRANSFORMERS.activation, **ACTIVATIONS}
+        found = [name for name, activation in known.items() if registry.describe(activation) == told]
+        written["hidden_act"] = (found or ["gelu"])[0]
+    return written
+
+
+def _difference(wanted: Any, found: Any, at: str = "") -> str:
+    """The first difference between two descriptions, in words; empty if there is none."""
+    if isinstance(wanted, dict) and isinstance(found, dict) and wanted.keys() == found.keys():
+        inside = (_difference(wanted[key], found[key], f"{at}.{key}".lstrip(".")) for key in wanted)
+        return next(filter(None, inside), "")
+    if isinstance(wanted, list) and isinstance(found, list) and len(wanted) == len(found):
+        return _difference(dict(enumerate(wanted)), dict(enumerate(found)), at)
+    return "" if wanted == found else f"{at or 'it'} is {_short(found)}, not {_short(wanted)}"
+
+
+def _short(description: Any) -> str:
+    if isinstance(description, dict) and len(description) > 1:
+        first = next((description[kind] for kind in ("part", "partial") if kind in description), None)
+        return f"{first or 'a dictionary'} of {sorted(description.keys() - {'part', 'partial'})}"
+    return f"{description!r:.80}"
 
 
 def _kind(config: Mapping[str, Any]) -> str:
-    kinds = config.get("architectures") or []
-    if len(kinds) != 1 or kinds[0] not in MODELS:
-        raise ValueError(f"config must name one of {list(MODELS)} as its architecture; got {kinds}")
+    kinds = config.get("architectures")
+    if not isinstance(kinds, (list, tuple)) or len(kinds) != 1 or kinds[0] not in list(MODELS):
+        raise ValueError(f"config must name one of {list(MODELS)} as its architectures, in a list; got {kinds!r:.80}")
     return str(kinds[0])
 
 
 def _filled_in(config: Mapping[str, Any]) -> dict[str, Any]:
-    """With the defaults of transformers for what is not said."""
-    labels = {} if "num_labels" in config or "id2label" not in config else {"num_labels": len(config["id2label"])}
-    found = {**DEFAULTS, **config, **labels}
-    if found["hidden_act"] != "gelu":
-        raise ValueError(f"config must have hidden_act gelu, as all published models; got {found['hidden_act']!r}")
-    return found
+    _kind(config)
+    return filled_in(config)
 
 
 def names(config: Mapping[str, Any]) -> dict[str, str]:
@@ -230,24 +335,55 @@ def fill(model: nn.Module, theirs: Mapping[str, Tensor], config: Mapping[str, An
     """Gives a model the tensors of a file.
 
     Raises:
-        ValueError: tensors that are missing, of another shape, or that there is no place for.
+        ValueError: tensors that are missing, of another shape or dtype, or that there is no place for.
     """
-    places = names(config)
-    missing, unknown = sorted(places.keys() - theirs.keys()), sorted(theirs.keys() - places.keys())
-    if missing or unknown:
-        raise ValueError(f"the weights are not those of {_kind(config)}: missing {missing[:5]}, unknown {unknown[:5]}")
+    kinds = kinds_of(dict(theirs))
+    _check_names(config, kinds)
+    _check_kinds(model, config, kinds)
     wanted = model.state_dict()
-    found = {}
-    for name, place in places.items():
-        tensor = _turned(name, theirs[name], numerics)
-        tensor = tensor.reshape(wanted[place].shape) if _same_but_axes(tensor, wanted[place]) else tensor
-        if tensor.shape != wanted[place].shape:
-            raise ValueError(f"{name} must have shape {tuple(wanted[place].shape)}; got {tuple(theirs[name].shape)}")
-        found[place] = tensor.clone()
+    found = {
+        place: _turned(name, theirs[name], numerics).detach().reshape(wanted[place].shape).clone()
+        for name, place in names(config).items()
+    }
     for alias in _aliases(config):
         found[alias] = found["adapter.vectors"]
     model.load_state_dict(found, assign=True)
     _tie(model, config)
+
+
+def _check_names(config: Mapping[str, Any], found: Kinds) -> None:
+    """Raises ValueError unless a file has the names of a configuration's weights, all of them and no others."""
+    places = names(config)
+    missing, unknown = sorted(places.keys() - found.keys()), sorted(found.keys() - places.keys())
+    if missing or unknown:
+        marked = bool(found) and all(name.startswith("module.") for name in found)
+        hint = ". Take off the module. at the start of all names, which DataParallel puts there" if marked else ""
+        raise ValueError(
+            f"the weights are not those of {_kind(config)}: missing {missing[:5]}, unknown {unknown[:5]}{hint}"
+        )
+
+
+def _check_kinds(model: nn.Module, config: Mapping[str, Any], found: Kinds) -> None:
+    """Raises ValueError unless weights have the shapes of a model's in transformers, and one dtype."""
+    state = model.state_dict()
+    first = ""
+    for name, place in names(config).items():
+        shape, dtype = found[name]
+        wanted = _as_theirs(name, torch.empty_like(state[place], device="meta"), TRANSFORMERS)
+        if shape != wanted.shape:
+            raise ValueError(f"{name} must have shape {tuple(wanted.shape)}; got {shape}")
+        if not wanted.is_floating_point():
+            if dtype != wanted.dtype:
+                raise ValueError(f"{name} must be of {wanted.dtype}; got {dtype}")
+            continue
+        first = first or name
+        if dtype not in FLOATS:
+            raise ValueError(f"{name} must be of a floating point dtype, one of {FLOATS}; got {dtype}")
+        if dtype != found[first][1]:
+            raise ValueError(
+                f"{name} must be of the dtype of the other weights, {found[first][1]} ({first}); got {dtype}. "
+                "Convert them to one"
+            )
 
 
 def _as_theirs(name: str, tensor: Tensor, numerics: Numerics) -> Tensor:
@@ -264,29 +400,6 @@ def _turned(name: str, tensor: Tensor, numerics: Numerics) -> Tensor:
     return tensor.mT if name == STEM and numerics.transposed else tensor
 
 
-def _same_but_axes(one: Tensor, other: Tensor) -> bool:
-    """Whether two shapes differ in how axes are put together: positions of a grid, vectors with an axis of one."""
-    return one.numel() == other.numel() and one.shape[-1:] == other.shape[-1:]
-
-
 def _tie(model: Any, config: Mapping[str, Any]) -> None:
     if _kind(config) == "PerceiverForMaskedLM":
         model.head.vectors = model.adapter.vectors
-
-
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    if (folder / WEIGHTS).is_file():
-        try:
-            return load_file(folder / WEIGHTS)
-        except SafetensorError as error:
-            raise ValueError(f"{folder / WEIGHTS} is not a whole safetensors file: {error}. Copy it again") from error
-    binary = folder / BINARY
-    if not binary.is_file():
-        raise FileNotFoundError(f"{folder} must hold {WEIGHTS} or pytorch_model.bin; there is neither")
-    try:
-        found = torch.load(binary, map_location="cpu", weights_only=True)  # tensors, and nothing that executes
-    except Exception as error:  # of many kinds, pickle's own among them
-        raise ValueError(f"{binary} is not a whole file of tensors alone: {error}") from error
-    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
-        raise ValueError(f"{binary} must hold a dictionary of tensors")
-    return found

@@ -25,7 +25,8 @@ class Numerics(NamedTuple):
     """Where transformers and the code that the weights were trained with differ.
 
     Args:
-        activation: of all MLPs. DeepMind's GELU is the approximation by tanh, that of transformers exact.
+        activation: of all MLPs, where the configuration has "gelu". DeepMind's is the approximation by tanh, that of
+            transformers exact.
         stem: of the convolutional image classifier. DeepMind pads both of its strides, transformers the first.
         residual: whether the decoder of the image classifier with learned positions adds its query to what it read.
             DeepMind's does not.
@@ -42,33 +43,13 @@ class Numerics(NamedTuple):
 TRANSFORMERS = Numerics(nn.GELU(), adapters.UnpaddedConvStem, residual=True, transposed=False)
 DEEPMIND = Numerics(nn.GELU("tanh"), adapters.ConvStem, residual=False, transposed=True)
 
-DEFAULTS = {
-    "num_latents": 256,
-    "d_latents": 1280,
-    "d_model": 768,
-    "num_blocks": 1,
-    "num_self_attends_per_block": 26,
-    "num_self_attention_heads": 8,
-    "num_cross_attention_heads": 8,
-    "qk_channels": None,
-    "v_channels": None,
-    "cross_attention_shape_for_attention": "kv",
-    "self_attention_widening_factor": 1,
-    "cross_attention_widening_factor": 1,
-    "hidden_act": "gelu",
-    "attention_probs_dropout_prob": 0.1,
-    "use_query_residual": True,
-    "vocab_size": 262,
-    "max_position_embeddings": 2048,
-    "image_size": 56,
-    "train_size": [368, 496],
-    "num_frames": 16,
-    "audio_samples_per_frame": 1920,
-    "samples_per_patch": 16,
-    "output_shape": [1, 16, 224, 224],
-    "output_num_channels": 512,
-    "_label_trainable_num_channels": 1024,
-    "num_labels": 2,
+# What a configuration names; "gelu" is a choice of numerics.
+ACTIVATIONS = {
+    "gelu_pytorch_tanh": nn.GELU("tanh"),
+    "gelu_new": nn.GELU("tanh"),
+    "relu": nn.ReLU(),
+    "silu": nn.SiLU(),
+    "swish": nn.SiLU(),
 }
 
 
@@ -77,8 +58,7 @@ def masked_lm(c: Config, n: Numerics) -> PerceiverIO:
     text = _text(c)
     encoder = _encoder(text.dim, c, n)
     ask = queries.Learned(c["max_position_embeddings"], text.dim)
-    attention = partial(MultiHeadAttention, qk_dim=256, v_dim=text.dim)
-    decoder = _decoder(encoder, ask, None, c, n, attention=attention, heads=8)
+    decoder = _decoder(encoder, ask, None, c, n, widths={"qk_dim": 256, "v_dim": text.dim}, heads=8)
     return PerceiverIO(text, encoder, ask, decoder, heads.TiedLogits)
 
 
@@ -159,7 +139,7 @@ MODELS: dict[str, Callable[[Config, Numerics], PerceiverIO]] = {
 
 def _text(c: Config) -> adapters.Ids:
     where = positions.Indexed(c["max_position_embeddings"], c["d_model"])
-    return adapters.Ids(c["vocab_size"], c["d_model"], positions=where)
+    return adapters.Ids(c["vocab_size"], c["d_model"], positions=where, count_hidden=True)
 
 
 def _classifier(adapter: Any, c: Config, n: Numerics, *, residual: bool = True) -> PerceiverIO:
@@ -177,7 +157,7 @@ def _encoder(width: int, c: Config, n: Numerics) -> Encoder:
     cross = partial(MultiHeadAttention, qk_dim=reads, v_dim=v, dropout=dropout)
     own = partial(MultiHeadAttention, qk_dim=qk, v_dim=v, out_dim=None, dropout=dropout)
     widening = c["cross_attention_widening_factor"], c["self_attention_widening_factor"]
-    mlps = [partial(MLP, widening=factor, activation=n.activation) for factor in widening]
+    mlps = [partial(MLP, widening=factor, activation=_activation(c, n)) for factor in widening]
     read = partial(
         CrossAttend,
         heads=c["num_cross_attention_heads"],
@@ -204,10 +184,17 @@ def _decoder(
     c: Config,
     n: Numerics,
     *,
-    attention: Callable[..., nn.Module] = MultiHeadAttention,
+    widths: Mapping[str, int] | None = None,
     heads: int = 1,
     residual: bool = False,
 ) -> Decoder:
-    attend = partial(attention, dropout=c["attention_probs_dropout_prob"])
-    read = partial(CrossAttend, attention=attend, mlp=partial(MLP, activation=n.activation), residual=residual)
+    by_shape = {"kv": {}, "q": {"qk_dim": ask.dim}}[c["cross_attention_shape_for_attention"]]
+    widths = by_shape if widths is None else widths
+    attend = partial(MultiHeadAttention, dropout=c["attention_probs_dropout_prob"], **widths)
+    mlp = partial(MLP, activation=_activation(c, n))
+    read = partial(CrossAttend, attention=attend, mlp=mlp, residual=residual)
     return Decoder(encoder.dim, query_dim=ask.dim, out=out, heads=heads, read=read)
+
+
+def _activation(c: Config, n: Numerics) -> nn.Module:
+    return n.activation if c["hidden_act"] == "gelu" else ACTIVATIONS[c["hidden_act"]]

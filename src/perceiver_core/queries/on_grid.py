@@ -20,8 +20,8 @@ class OnGrid(nn.Module):
     """The position features of every point of a grid, the last axis fastest. Those of chosen points alone are made.
 
     Args:
-        grid: its size; None for the grid of the input. Places are those of the grid, whatever a mask hides: pad texts
-            on the right, where `adapters.Ids` counts as this does.
+        grid: its size; None for the grid of the input. Places are those of the grid, whatever a mask hides, as those of
+            `adapters.Ids(count_hidden=True)` are.
         positions: position features over as many axes.
         at_left: whether chosen points stand at -1 + 2 i / size along each axis, as those of the published multimodal
             model do, and not where they stand on the whole grid, -1 + 2 i / (size - 1). Needs positions that take
