@@ -273,7 +273,8 @@ class TestAttentionMap:
             ),
         )
         made.attention_map(array(), read=read)
-        assert kernel.calls == latent_kernel.calls == read % 4
+        assert kernel.calls == read % 4 + 1  # and once for the weights it gives
+        assert latent_kernel.calls == read % 4
 
     def test_masked_tokens_get_no_attention(self):
         mask = torch.rand(BATCH, 3, 7, generator=torch.Generator().manual_seed(1)) < 0.6

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from perceiver_core.checkpoints import of_transformers
+from perceiver_core.checkpoints.configuration import DEFAULTS
 from perceiver_core.checkpoints.haiku_files import opened
 from perceiver_core.checkpoints.haiku_names import STATE, laid_out, place_of
 from perceiver_core.checkpoints.held import Held
-from perceiver_core.checkpoints.published import DEEPMIND, DEFAULTS, Numerics
+from perceiver_core.checkpoints.published import DEEPMIND, Numerics
 from perceiver_core.models import PerceiverIO
 
 MULTIMODAL = "PerceiverForMultimodalAutoencoding"
