@@ -139,9 +139,14 @@ def compare(scores: Mapping[str, Tensor], *, ours: str, best: Callable[..., str]
     return {**rows, f"{ours} less {other}": interval(scores[ours] - scores[other])}
 
 
+def said(x: float) -> str:
+    """A number to two digits, without a minus before zero."""
+    return f"{round(x, 2) + 0.0:.2f}"
+
+
 def table(rows: Rows, unit: str) -> str:
     """Rows as a Markdown table."""
-    cells = [(name, f"{row['mean']:.2f}", f"{row['low']:.2f} to {row['high']:.2f}") for name, row in rows.items()]
+    cells = [(name, said(row["mean"]), f"{said(row['low'])} to {said(row['high'])}") for name, row in rows.items()]
     cells = [("", unit, "95 % interval"), *cells]
     wide = [max(len(line[column]) for line in cells) for column in range(3)]
     lines = [f"| {name:<{wide[0]}} | {mean:>{wide[1]}} | {span:>{wide[2]}} |" for name, mean, span in cells]

@@ -7,7 +7,7 @@ movements. So each kind says something of the others, and something that they do
     python -m examples.video_and_sound --out examples/results/video_and_sound
 
 One Perceiver IO reads blocks of pixels, raw samples and the label, each left out at times in training, and answers all
-three. A step of training asks for a quarter of the blocks and half of the sound. The baselines are the mean, a
+three. A step of training asks for half of the blocks and half of the sound. The baselines are the mean, a
 principal component analysis (PCA) that keeps as many numbers of a clip as the latents hold, ridge and logistic
 regression, and the training clip that is nearest by what is given.
 

@@ -31,7 +31,10 @@ def ids(name: str, x: Tensor, vocabulary: int) -> None:
         ValueError: another shape, no ids at all, or ids outside the vocabulary.
     """
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}. Convert it: torch.as_tensor(...)")
+        raise TypeError(
+            f"{name} must be a torch.Tensor; got {type(x).__name__}. Convert it: torch.as_tensor(...) of numbers, "
+            "adapters.Bytes.encode(...) of texts"
+        )
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise TypeError(f"{name} must be whole numbers; got {x.dtype}. Convert it: {name}.long()")
     has_shape(name, x, "b n")
@@ -58,7 +61,7 @@ def padded_on_the_left(name: str, mask: Tensor) -> None:
     if ends:
         raise ValueError(
             f"{name} must be False for padding on the left, then True to the end, a token at least; "
-            f"it is not in samples {ends[:10]}. Move padding to the front"
+            f"it is not in samples {ends[:10]}. Move padding to the front, as Bytes.encode(..., left=True) has it"
         )
 
 
@@ -97,6 +100,12 @@ def is_mask(name: str, mask: Tensor, shape: Sequence[int] | None = None) -> None
         raise ValueError(f"{name} must have shape {tuple(shape)}, one value a token; got {tuple(mask.shape)}")
 
 
+def leaves_a_token(mask: Tensor) -> None:
+    """Raises ValueError if a mask `b *grid` leaves a sample no token; looked at as in `values`."""
+    if empty := _seen(lambda: torch.where(~mask.flatten(1).any(1))[0].tolist(), mask):
+        raise ValueError(f"mask leaves no token to attend to in samples {empty[:10]}; drop them or unmask a token")
+
+
 def values(name: str, x: Tensor, mask: Tensor | None = None) -> None:
     """Raises ValueError if a sample has no token left, or a token that is attended to is NaN or infinite.
 
@@ -110,8 +119,9 @@ def values(name: str, x: Tensor, mask: Tensor | None = None) -> None:
     """
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return
+    if mask is not None:
+        leaves_a_token(mask)
     try:
-        empty = [] if mask is None else torch.where(~mask.flatten(1).any(1))[0].tolist()
         # A sum is one pass without a temporary; it is finite only if all terms are, barring overflow.
         bad = not bool(x.sum(dtype=torch.float64).isfinite())
         if bad:
@@ -119,8 +129,6 @@ def values(name: str, x: Tensor, mask: Tensor | None = None) -> None:
             bad = not bool(looked_at.isfinite().all())
     except RuntimeError:  # torch.func transforms and fake tensors have no values to look at
         return
-    if empty:
-        raise ValueError(f"mask leaves no token to attend to in samples {empty[:10]}; drop them or unmask a token")
     if bad:
         raise ValueError(f"{name} holds NaN or infinite values; clean it, or mask those tokens")
 

@@ -351,7 +351,8 @@ def _name(thing: Callable[..., Any], at: str) -> str:
 def _unregistered(thing: object, at: str) -> str:
     return (
         f"{at or 'the model'} is {_label(thing)}, which is not registered. "
-        "Put @perceiver_core.register above its definition and make the model again"
+        "Put @perceiver_core.register above its definition and make the model again; a class that is not yours, into a "
+        "module of yours"
     )
 
 

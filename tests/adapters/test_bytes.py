@@ -62,12 +62,23 @@ def test_padding_changes_nothing(tmp_path):
     torch.testing.assert_close(pc.load(pc.save(model, tmp_path))(ids, mask=mask), model(ids, mask=mask))
 
 
+def test_a_text_that_is_missing_is_masked():
+    ids, mask = Bytes.encode(["a cat", ""])
+    assert mask.tolist() == [[True] * 5, [False] * 5]
+    with pytest.raises(ValueError, match=r"mask leaves no token to attend to in samples \[1\]"):
+        Bytes(8)(ids, mask=mask)
+    both = pc.adapters.Multimodal({"text": Bytes(8), "label": pc.adapters.Label(3)})
+    assert both({"text": ids, "label": torch.tensor([0, 2])}, mask={"text": mask}).mask[1].tolist() == [False] * 5 + [
+        True
+    ]
+
+
 @pytest.mark.parametrize(
     ("texts", "options", "kind", "message"),
     [
         ([b"bytes"], {}, TypeError, "texts must be strings; got bytes"),
-        ([""], {}, ValueError, "texts must have a character each, or ends=True"),
-        ([], {"ends": True}, ValueError, "texts must have a character each"),
+        ([""], {}, ValueError, "texts must have a character at least, or ends=True"),
+        ([], {"ends": True}, ValueError, "texts must have a character at least"),
         (["a"], {"most": 0}, ValueError, "most must be a whole number of at least 1"),
     ],
 )

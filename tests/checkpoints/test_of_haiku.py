@@ -327,7 +327,13 @@ def test_misspelled_names_are_refused(tmp_path: Path) -> None:
         TypeError, match=r"no \['num_self_attention_headz'\]; it has \['_label.*'num_self_attention_heads'"
     ):
         deepmind(tmp_path / "it.npz", num_self_attention_headz=4)
-    deepmind(tmp_path / "it.npz", model_type="perceiver", layer_norm_eps=1e-12, id2label={"0": "cat", "1": "dog", "2": "owl"}, **OWN)
+    deepmind(
+        tmp_path / "it.npz",
+        model_type="perceiver",
+        layer_norm_eps=1e-12,
+        id2label={"0": "cat", "1": "dog", "2": "owl"},
+        **OWN,
+    )
 
 
 def test_wrong_weights_are_named() -> None:

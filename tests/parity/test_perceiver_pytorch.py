@@ -154,7 +154,7 @@ def test_outputs_and_gradients_of_perceiver_io(changes, batched, masked):
     agree(our, their, config, outs, [data, asked])
 
 
-def test_flat_masks():
+def test_flat_masks_must_be_reshaped():
     """Theirs takes them too; ours asks for the shape of the grid."""
     their = made("Perceiver", PERCEIVER)
     our, data = lucidrains(state(their), **PERCEIVER), torch.randn(2, 5, 7, 3, dtype=torch.float64)

@@ -57,7 +57,7 @@ class Bytes(Ids):
 
         Raises:
             TypeError: texts that are not strings.
-            ValueError: a text without any token.
+            ValueError: no text that has a token. One without, "" beside others, is masked: it is not there.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         if wrong := [type(text).__name__ for text in texts if not isinstance(text, str)]:
@@ -67,8 +67,8 @@ class Bytes(Ids):
         room = None if most is None else max(0, most - 2 * ends)
         rows = [[cls.SPECIAL + byte for byte in text.encode()[:room]] for text in texts]
         rows = [[cls.CLS, *row, cls.SEP] if ends else row for row in rows]
-        if not rows or not all(rows):
-            raise ValueError(f"texts must have a character each, or ends=True; got {texts!r:.80}")
+        if not any(rows):
+            raise ValueError(f"texts must have a character at least, or ends=True; got {texts!r:.80}")
         width = max(map(len, rows))
         gaps = [[cls.PAD] * (width - len(row)) for row in rows]
         ids = torch.tensor([gap + row if left else row + gap for row, gap in zip(rows, gaps, strict=True)])

@@ -74,11 +74,13 @@ class Ids(nn.Module):
 
         Raises:
             TypeError: ids that are not whole numbers, a mask that is not boolean.
-            ValueError: ids outside the vocabulary or another shape, a sequence longer than there are positions.
+            ValueError: ids outside the vocabulary or another shape, a sequence longer than there are positions, a mask
+                that leaves a sample no token.
         """
         checks.ids("ids", ids, self.vocabulary)
         if mask is not None:
             checks.is_mask("mask", mask, ids.shape)
+            checks.leaves_a_token(mask)
         content = F.embedding(ids.long(), self.vectors)
         if self.positions is not None:
             if positions is None:

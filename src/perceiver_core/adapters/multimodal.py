@@ -97,7 +97,9 @@ class Multimodal(nn.Module):
         content = torch.cat(parts, dim=1)
         if all(tokens.mask is None for tokens in made.values()):
             return Tokens(content, kinds=each)
-        return Tokens(content, mask=torch.cat([_there(tokens) for tokens in made.values()], dim=1), kinds=each)
+        there = torch.cat([_there(tokens) for tokens in made.values()], dim=1)
+        checks.leaves_a_token(there)
+        return Tokens(content, mask=there, kinds=each)
 
     def _check(self, inputs: Any, mask: Any) -> None:
         for name, given in (("inputs", inputs), ("mask", {} if mask is None else mask)):

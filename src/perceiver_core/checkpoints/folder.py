@@ -145,7 +145,10 @@ def _parse(text: str | bytes, source: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{source} is not valid JSON: {error}. Copy it again") from error
     if not isinstance(config, dict) or config.get("library") != "perceiver_core" or "model" not in config:
-        raise ValueError(f"{source} was not written by perceiver_core.save; give load a folder that was")
+        raise ValueError(
+            f"{source} was not written by perceiver_core.save; give load a folder that was, and one of transformers to "
+            "checkpoints.hugging_face"
+        )
     written = config.get("format")
     if type(written) is not int or written != FORMAT:
         raise ValueError(

@@ -44,7 +44,7 @@ def save_pretrained(model: nn.Module, folder: str | PathLike[str]) -> Path:
     """
     folder = save(model, folder)
     if not (folder / CARD).exists():
-        (folder / CARD).write_text(card(model, folder.resolve().name), encoding="utf-8")
+        (folder / CARD).write_text(card(model, f"path/to/{folder.resolve().name}"), encoding="utf-8")
     return folder
 
 

@@ -72,7 +72,7 @@ def to_hugging_face(
     model: nn.Module,
     folder: str | PathLike[str],
     *,
-    config: Mapping[str, Any] | str | PathLike[str],
+    config: Any,
     numerics: Numerics = TRANSFORMERS,
 ) -> Path:
     """Writes a model so that transformers loads it, and computes the same.
@@ -232,7 +232,12 @@ def _short(description: Any) -> str:
 def _kind(config: Mapping[str, Any]) -> str:
     kinds = config.get("architectures")
     if not isinstance(kinds, (list, tuple)) or len(kinds) != 1 or kinds[0] not in list(MODELS):
-        raise ValueError(f"config must name one of {list(MODELS)} as its architectures, in a list; got {kinds!r:.80}")
+        ours = (
+            ". It is one of perceiver_core.save: give it to load" if config.get("library") == "perceiver_core" else ""
+        )
+        raise ValueError(
+            f"config must name one of {list(MODELS)} as its architectures, in a list; got {kinds!r:.80}{ours}"
+        )
     return str(kinds[0])
 
 

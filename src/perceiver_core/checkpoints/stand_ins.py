@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ NDARRAY: Name = ("numpy", "ndarray")
 RECONSTRUCT: set[Name] = {(f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")}
 
 
+@runtime_checkable
 class Counts(Protocol):
     """How large a file is, and how much of its text has become bytes."""
 
