@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from perceiver_core import checks, init
 from perceiver_core.attention import masks
+from perceiver_core.attention.weights import unwrapped
 from perceiver_core.blocks import CrossAttend
 from perceiver_core.registry import register
 
@@ -178,9 +179,7 @@ class Decoder(nn.Module):
 
 def _compete(read: Any) -> bool:
     kernel = getattr(getattr(read, "attention", None), "kernel", None)
-    while isinstance(kernel, partial):
-        kernel = kernel.func
-    return bool(getattr(kernel, "competes", False))
+    return bool(getattr(unwrapped(kernel), "competes", False))
 
 
 def _of_all(mask: Any, queries: dict[str, Tensor], latents: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +17,13 @@ from perceiver_core.attention.reference import attention_map, reference
 from perceiver_core.attention.sdpa import sdpa
 
 SOFTMAX = (fastest, sdpa, chunked, reference)
+
+
+def unwrapped(kernel: Any) -> Any:
+    """The function that `functools.partial` was given, or what is no partial itself."""
+    while isinstance(kernel, partial):
+        kernel = kernel.func
+    return kernel
 
 
 def weights_of(
@@ -46,10 +54,7 @@ def weights_of(
         >>> q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 11, 8), torch.randn(2, 4, 11, 5)
         >>> torch.testing.assert_close(weights_of(inverted, q, k) @ v, inverted(q, k, v))
     """
-    plain = kernel
-    while isinstance(plain, partial):
-        plain = plain.func
-    if plain in SOFTMAX:
+    if unwrapped(kernel) in SOFTMAX:
         return attention_map(q, k, mask=mask, queries=queries)
     rows = slice(None) if queries is None else torch.as_tensor(queries, device=q.device).reshape(-1)
     keys = torch.arange(k.shape[-2], device=k.device)

@@ -103,13 +103,12 @@ class Multimodal(nn.Module):
                 f"queries[{name!r}] ask at the places of an input that is not there. Ask nothing of it, "
                 f"at={{{name!r}: []}}, or give it"
             )
-        of_each = tokens.kinds if isinstance(tokens, Tokens) and tokens.kinds is not None else {}
-        kind = of_each.get(name)
+        kind = _kinds(tokens).get(name)
         return tokens if kind is None else kind
 
     def _has_no_places(self, name: str, tokens: Any) -> bool:
         """Whether a source asks at the places of a kind that is not there."""
-        of_each = tokens.kinds if isinstance(tokens, Tokens) and tokens.kinds is not None else {}
+        of_each = _kinds(tokens)
         if name not in of_each or of_each[name] is not None:
             return False
         source = self.sources[name]
@@ -118,6 +117,11 @@ class Multimodal(nn.Module):
     def _padded(self, name: str, asked: Tensor) -> Tensor:
         vector = self.padding[name].to(asked.dtype)
         return torch.cat([asked, vector.expand(*asked.shape[:-1], -1)], dim=-1)
+
+
+def _kinds(tokens: Any) -> Mapping[str, Tokens | None]:
+    """What the input has of each kind; nothing where it is not of several."""
+    return (tokens.kinds or {}) if isinstance(tokens, Tokens) else {}
 
 
 def _is_empty(at: Any) -> bool:
