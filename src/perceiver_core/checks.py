@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -143,14 +143,19 @@ def _seen(look: Callable[[], T], x: Tensor) -> T | None:
         return None
 
 
-def same_place(name: str, x: Tensor, weight: Tensor) -> None:
-    """Raises unless `x` can meet `weight`: same device and, outside autocast, same dtype."""
+def matches_weight(name: str, x: Tensor, layer: object) -> None:
+    """Raise unless `x` can be multiplied with the weight of `layer`: same device and, outside autocast, same dtype.
+
+    A weight that is no plain tensor on a real device (quantized, sharded, offloaded, absent) is not compared.
+    """
+    weight = getattr(layer, "weight", layer)
+    if type(weight) not in (Tensor, nn.Parameter) or weight.device.type == "meta" or not weight.is_floating_point():
+        return
     if x.device != weight.device:
         raise ValueError(
             f"{name} is on {x.device}, the model on {weight.device}; move one: {name}.to({str(weight.device)!r})"
         )
-    converts = autocasting(x.device) and torch.float64 not in (x.dtype, weight.dtype)
-    if x.dtype != weight.dtype and not converts:
+    if x.dtype != weight.dtype and not (autocasting(x.device) and torch.float64 not in (x.dtype, weight.dtype)):
         raise TypeError(
             f"{name} is {x.dtype}, the model {weight.dtype}; "
             f"convert one ({name}.to({weight.dtype})), or use torch.autocast"

@@ -1,56 +1,60 @@
-"""The encoder: a learned latent array reads the input and thinks about it, `reads` times over."""
+"""Encoder: a learned latent array reads the input several times, each time followed by a latent transformer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from perceiver_core import checks, init, sharing
-from perceiver_core.attention.masks import Mask
 from perceiver_core.blocks import CrossAttend, LatentTransformer
-from perceiver_core.blocks.attention_residual import Pool, onward
+from perceiver_core.blocks.attention_residual import Aggregate, aggregate_states
+from perceiver_core.blocks.factory import build
+from perceiver_core.masks import Mask
+from perceiver_core.reads import AttentionCapture, SharedMemory
+from perceiver_core.reads.strategy import QueryIndices
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
 Input: TypeAlias = Tokens | Tensor
-Memories: TypeAlias = dict[tuple[int, int], Any]
-"""What reads made of their inputs, by the number of the read's weights and that of the input."""
+ReadKey: TypeAlias = tuple[int, int]
+"""Index of the weights of a read, and index of its input."""
 
 
 @register
 class Encoder(nn.Module):
     """Latents read the input, attend to each other, read again, ...
 
-        for each step:  latents = read(latents, input);  latents = transformer(latents)
+        for each step:  latents = cross_attention(latents, input);  latents = latent_transformer(latents)
 
-    Where steps share the weights of their read, keys and values of the input are computed once.
+    Keys and values of the input are computed once for all steps that share the weights of their cross-attention.
 
     Args:
-        input_dim: the width of the input's tokens; one for each read where reads have different inputs.
-        latents: how many latents.
-        dim: their width.
-        reads: how many times the input is read.
-        depth: how many self-attends follow each read.
-        heads: heads of these.
-        share: which steps share weights: True for the paper's scheme (`sharing.paper`), False for none, or
-            any scheme of `sharing`, or your own.
-        read: makes a cross-attend from (dim, input_dim); `functools.partial` of `CrossAttend` sets the rest.
-        process: makes a latent transformer from (dim, depth=depth, heads=heads).
-        drop: what becomes of the latents before they read, `DropLatents` for example; nothing unless given.
-        pool: makes, for each step, from (dim), what goes on from the latents before and after all steps so far, such as
-            `AttentionResidual`; steps that share a transformer share it. Unless given, those after the last go on.
+        input_dim: Width of the input's tokens; one per read where reads have different inputs.
+        num_latents: Number of latent vectors.
+        dim: Width of the latents.
+        num_reads: Number of cross-attentions to the input.
+        depth: Number of self-attention blocks after each read.
+        num_heads: Number of attention heads of these blocks.
+        share: Weight sharing between steps: True for the paper's scheme (`sharing.paper`), False for none, or a
+            function such as those of `sharing`.
+        cross_attention: Factory `(dim, input_dim) -> module`; `functools.partial` of `CrossAttend` sets the rest.
+        latent_transformer: Factory `(dim, depth=depth, num_heads=num_heads) -> module`.
+        latent_dropout: Module applied to the latents before the first read, such as `DropLatents`; none by default.
+        aggregate: Factory `dim -> module` that combines the outputs of all steps so far, such as `AttentionResidual`;
+            steps that share a latent transformer share it. By default the last output is used.
 
     Raises:
-        ValueError: sizes below 1, or reads that share weights but not their input's width.
+        ValueError: Sizes below 1, or reads that share weights but not the width of their input.
 
     Example:
         >>> import torch
         >>> from functools import partial
         >>> from perceiver_core import CrossAttend, Encoder
-        >>> encoder = Encoder(10, latents=7, dim=32, reads=3, depth=2, heads=4, read=partial(CrossAttend, heads=2))
+        >>> read = partial(CrossAttend, num_heads=2)
+        >>> encoder = Encoder(10, num_latents=7, dim=32, num_reads=3, depth=2, num_heads=4, cross_attention=read)
         >>> encoder(torch.randn(2, 50, 10)).shape
         torch.Size([2, 7, 32])
 
@@ -61,153 +65,158 @@ class Encoder(nn.Module):
         self,
         input_dim: int | Sequence[int],
         *,
-        latents: int,
+        num_latents: int,
         dim: int,
-        reads: int = 1,
+        num_reads: int = 1,
         depth: int = 6,
-        heads: int = 8,
+        num_heads: int = 8,
         share: bool | sharing.Scheme = True,
-        read: Callable[..., nn.Module] = CrossAttend,
-        process: Callable[..., nn.Module] = LatentTransformer,
-        drop: nn.Module | None = None,
-        pool: Pool | None = None,
+        cross_attention: Callable[..., nn.Module] = CrossAttend,
+        latent_transformer: Callable[..., nn.Module] = LatentTransformer,
+        latent_dropout: nn.Module | None = None,
+        aggregate: Aggregate | None = None,
     ) -> None:
         super().__init__()
-        checks.positive(latents=latents, dim=dim, heads=heads)
-        checks.positive(at_most=10_000, reads=reads)
-        self.dim, self.sharing = dim, _plan(share, reads)
+        checks.positive(num_latents=num_latents, dim=dim, num_heads=num_heads)
+        checks.positive(at_most=10_000, num_reads=num_reads)
+        self.dim, self.sharing = dim, _sharing(share, num_reads)
         self.input_dim = input_dim if isinstance(input_dim, int) else tuple(input_dim)
+        self.num_inputs = 1 if isinstance(input_dim, int) else len(input_dim)
         widths = _read_widths(input_dim, self.sharing)
-        self.inputs = 1 if isinstance(input_dim, int) else len(input_dim)
-        self.latents = init.embedding(latents, dim)
-        self.drop = nn.Identity() if drop is None else drop
-        self.reads = nn.ModuleList(read(dim, width) for width in widths)
+        self.latents = init.embedding(num_latents, dim)
+        self.latent_dropout = nn.Identity() if latent_dropout is None else latent_dropout
+        self.reads = nn.ModuleList(build(cross_attention, dim, width) for width in widths)
+        num_transformers = len(set(self.sharing.transformers))
         self.transformers = nn.ModuleList(
-            process(dim, depth=depth, heads=heads) for _ in set(self.sharing.transformers)
+            build(latent_transformer, dim, depth=depth, num_heads=num_heads) for _ in range(num_transformers)
         )
-        many = len(self.transformers)
-        self.pools = [None] * many if pool is None else nn.ModuleList(pool(dim) for _ in range(many))
+        self.aggregates = (
+            None if aggregate is None else nn.ModuleList(build(aggregate, dim) for _ in range(num_transformers))
+        )
 
-    def forward(self, inputs: Input | Sequence[Input], *, mask: Mask | None = None) -> Float[Tensor, "b m d"]:
-        """The latents after all reads.
+    def forward(
+        self,
+        inputs: Input | Sequence[Input],
+        *,
+        mask: Mask | None = None,
+        capture: AttentionCapture | None = None,
+    ) -> Float[Tensor, "b m d"]:
+        """Return the latents after all steps.
 
         Args:
-            inputs: tokens, or a tensor `b n c`, which every read reads; or one of these for each read.
-            mask: who may attend to whom, beside the tokens' own mask; see `attention.masks`.
+            inputs: Tokens or a tensor `b n c` for all reads, or a sequence of one per read.
+            mask: Attention mask besides the tokens' own; see `masks`.
+            capture: Receives the attention weights of one read, after which the latents are returned.
 
         Raises:
-            TypeError, ValueError: inputs of another width, dtype, device or number.
+            TypeError, ValueError: Inputs of another width, dtype, device or number.
         """
-        return self._after(self.sharing.steps, self._given(inputs), mask, {})
+        given = self._inputs(inputs)
+        keys = self._read_keys(given)
+        captured = -1 if capture is None else _index(capture.read, len(keys))
+        caches: dict[ReadKey, SharedMemory] = {}
+        x: Tensor = self.latent_dropout(self.latents.unsqueeze(0))  # a batch of 1 until the first read
+        states = [x]
+        for step, key in enumerate(keys):
+            options: dict[str, object] = {"mask": mask}
+            tokens: object = given[key[1]]
+            if step == captured:
+                options["capture"] = capture
+            if key in caches and (memory := caches[key].memory) is not None:
+                tokens, options["mask"] = memory, None
+            elif key in keys[step + 1 :] and getattr(self.reads[key[0]], "accepts_cache", False):
+                # Inputs used once are not cached, so that a read may compute their keys and values again.
+                caches[key] = options["cache"] = SharedMemory(num_queries=x.shape[1] * keys.count(key))
+            if key not in keys[step + 1 :]:
+                caches.pop(key, None)
+            x = self.reads[key[0]](x, tokens, **options)
+            if step == captured:
+                return x
+            number = self.sharing.transformers[step]
+            x = self.transformers[number](x)
+            if self.aggregates is not None:
+                x = aggregate_states(self.aggregates[number], states, x)
+        return x
 
     def attention_map(
         self,
         inputs: Input | Sequence[Input],
         *,
         read: int = -1,
-        queries: int | Sequence[int] | Tensor | None = None,
+        queries: QueryIndices = None,
         mask: Mask | None = None,
     ) -> Float[Tensor, "b h chosen n"]:
-        """How much chosen latents attend to each token in one read; the other reads stay on their kernel.
+        """Return the attention weights of one read; the other reads keep their kernel.
 
         Args:
-            inputs: as in `forward`.
-            read: which read, from 0; negative numbers count from the last.
-            queries: which latents, by index; all of them unless given.
-            mask: as in `forward`.
+            inputs: As in `forward`.
+            read: Index of the read; negative indices count from the last.
+            queries: Indices of the latents whose weights are returned; all of them by default.
+            mask: As in `forward`.
 
         Raises:
-            ValueError: a read that there is not.
+            ValueError: An index out of range.
 
         Example:
             >>> import torch
             >>> from perceiver_core import Encoder
-            >>> encoder = Encoder(10, latents=7, dim=32, reads=3, depth=1, heads=4)
+            >>> encoder = Encoder(10, num_latents=7, dim=32, num_reads=3, depth=1, num_heads=4)
             >>> encoder.attention_map(torch.randn(2, 50, 10), read=0, queries=[0, 6]).shape
             torch.Size([2, 1, 2, 50])
         """
-        steps = self.sharing.steps
-        if not -steps <= read < steps:
-            raise ValueError(f"read must lie in {-steps} ... {steps - 1}; got {read}")
-        given = self._given(inputs)
-        kept: Memories = {}
-        x = self._after(read % steps, given, mask, kept)
-        tokens, present = self._memory(read % steps, given, mask, kept)
-        return self._read(read % steps).attention_map(x, tokens, mask=present, queries=queries)
+        capture = AttentionCapture(read, queries)
+        self(inputs, mask=mask, capture=capture)
+        return capture.result()
 
-    def _given(self, inputs: Input | Sequence[Input]) -> list[Input]:
-        """The input of all reads, or that of each."""
-        if not isinstance(inputs, (Tokens, Tensor, Sequence)):
+    def _inputs(self, inputs: Input | Sequence[Input]) -> list[Input]:
+        """Return the input of all reads, or one per read."""
+        if isinstance(inputs, (Tokens, Tensor)):
+            given: list[Input] = [inputs]
+        elif isinstance(inputs, Sequence):
+            given = list(inputs)
+        else:
             raise TypeError(f"inputs must be Tokens, a tensor b n c, or a list of these; got {type(inputs).__name__}")
-        given = [inputs] if isinstance(inputs, (Tokens, Tensor)) else list(inputs)
-        if len(given) != self.inputs:
-            wanted = "one for all reads" if self.inputs == 1 else f"one for each of {self.inputs} reads"
-            raise ValueError(f"inputs must be {wanted}; got {len(given)}")
-        batches = [_batch(tokens) for tokens in given]
-        if any(batch != batches[0] for batch in batches[1:]):
-            raise ValueError(f"inputs of all reads must have one batch size; got {batches}")
+        if len(given) != self.num_inputs:
+            expected = "one for all reads" if self.num_inputs == 1 else f"one for each of {self.num_inputs} reads"
+            raise ValueError(f"inputs must be {expected}; got {len(given)}")
+        if len(given) > 1:
+            batches = [(x.content if isinstance(x, Tokens) else x).shape[0] for x in given]
+            if any(batch != batches[0] for batch in batches[1:]):
+                raise ValueError(f"inputs of all reads must have one batch size; got {batches}")
         return given
 
-    def _after(self, steps: int, given: list[Input], mask: Mask | None, kept: Memories) -> Tensor:
-        """The latents after so many steps; `kept` holds what later ones will read again."""
-        x: Tensor = self.drop(self.latents.unsqueeze(0))  # the same for all samples until they have read
-        past = [x]
-        for step in range(steps):
-            tokens, present = self._memory(step, given, mask, kept)
-            after = self._transformer(step)(self._read(step)(x, tokens, mask=present))
-            x = onward(self.pools[self.sharing.transformers[step]], past, after)
-        return x
-
-    def _read(self, step: int) -> Any:  # a CrossAttend, or a user's own
-        return self.reads[self.sharing.reads[step]]
-
-    def _transformer(self, step: int) -> nn.Module:
-        return self.transformers[self.sharing.transformers[step]]
-
-    def _memory(self, step: int, given: list[Input], mask: Mask | None, kept: Memories) -> tuple[Any, Mask | None]:
-        """What a step reads, and the mask to read it with.
-
-        What is read once with some weights stays tokens, whose keys and values are the read's own business (to
-        compute again, say). What is read again becomes keys and values, kept while a later step needs them.
-        """
-        # An input that is given twice is the same input: the first place it stands in is its name.
-        first = [min(i for i, other in enumerate(given) if other is tokens) for tokens in given]
-        wanted = [(number, first[i % len(given)]) for i, number in enumerate(self.sharing.reads)]
-        key, again = wanted[step], wanted[step] in wanted[step + 1 :]
-        if key not in kept and not again:
-            return given[key[1]], mask
-        if key not in kept:
-            read, more = self._read(step), {}
-            if isinstance(read, CrossAttend):  # a read of the user's own need not ask how many will read
-                more = {"queries": len(self.latents) * wanted.count(key)}
-            kept[key] = read.keys_values(given[key[1]], mask=mask, **more)
-        return (kept[key] if again else kept.pop(key)), None
+    def _read_keys(self, given: list[Input]) -> list[ReadKey]:
+        """Return the weights and the input of each step; an input that occurs twice has its first index."""
+        first = [min(i for i, other in enumerate(given) if other is x) for x in given]
+        return [(number, first[step % len(given)]) for step, number in enumerate(self.sharing.reads)]
 
 
-def _plan(share: bool | sharing.Scheme, reads: int) -> sharing.Sharing:
+def _index(read: int, num_reads: int) -> int:
+    if not -num_reads <= read < num_reads:
+        raise ValueError(f"read must lie in {-num_reads} ... {num_reads - 1}; got {read}")
+    return read % num_reads
+
+
+def _sharing(share: bool | sharing.Scheme, num_reads: int) -> sharing.Sharing:
     scheme = {True: sharing.paper, False: sharing.none}[share] if isinstance(share, bool) else share
     if not callable(scheme):
-        raise TypeError(f"share must be True, False or a scheme such as sharing.all_; got {share!r}")
-    plan = scheme(reads)
-    if plan.steps != reads:
-        raise ValueError(f"share must plan for reads={reads} steps; it planned {plan.steps}")
+        raise TypeError(f"share must be True, False or a function such as sharing.all_; got {share!r}")
+    plan = scheme(num_reads)
+    if plan.steps != num_reads:
+        raise ValueError(f"share must plan num_reads={num_reads} steps; it planned {plan.steps}")
     return plan
 
 
 def _read_widths(input_dim: int | Sequence[int], plan: sharing.Sharing) -> list[int]:
-    """The input width of each set of read weights."""
+    """Return the input width of each set of read weights."""
     widths = [input_dim] * plan.steps if isinstance(input_dim, int) else list(input_dim)
     if len(widths) != plan.steps:
         raise ValueError(f"input_dim must be one width, or one for each of {plan.steps} reads; got {input_dim}")
-    of: dict[int, int] = {}
+    by_number: dict[int, int] = {}
     for step, number in enumerate(plan.reads):
-        if of.setdefault(number, widths[step]) != widths[step]:
+        if by_number.setdefault(number, widths[step]) != widths[step]:
             raise ValueError(
                 f"reads that share weights must read inputs of one width; read {step} reads {widths[step]}, "
-                f"an earlier one {of[number]}. Choose share=sharing.none, or project the inputs to one width"
+                f"an earlier one {by_number[number]}. Choose share=sharing.none, or project the inputs to one width"
             )
-    return list(of.values())
-
-
-def _batch(tokens: Input) -> int:
-    return (tokens.content if isinstance(tokens, Tokens) else tokens).shape[0]
+    return list(by_number.values())

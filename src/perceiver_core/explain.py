@@ -1,52 +1,54 @@
-"""What a model's reads do: which path each takes, what that costs, and why."""
+"""Report of a model's reads: the strategy that each takes, its predicted cost, and the reasons."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
-from perceiver_core.blocks.costs import Cost, Costs, Request, Sizes
-from perceiver_core.blocks.paths import Cheapest, Dense, Factored, Path, Structured, kernel_of, reads_of
+from perceiver_core import checks
+from perceiver_core.kernels import fastest, sdpa
+from perceiver_core.kernels.sdpa import Kernel, kernel_for
+from perceiver_core.reads import Auto, Cost, Dense, Factored, Machine, ReadContext, Sizes, Strategy, Structured
+from perceiver_core.reads.source import recorded_reads
 
 
 @dataclass(frozen=True)
-class Explained:
-    """One read. Where several share what they read, it is explained once, for the queries of all of them.
+class ReadExplanation:
+    """One read of a model. Reads that share their memory are reported once, for the queries of all of them.
 
     Args:
-        read: its name in the model.
-        sizes: who reads what; see `costs.Sizes`.
-        path: the path that it takes.
-        cost: what that path takes for the forward pass, predicted, on one thread or the whole GPU.
-        why: what the other paths would take, or why they cannot.
+        read: Name of the module.
+        sizes: Sizes of the read; see `reads.Sizes`.
+        strategy: Strategy taken.
+        cost: Predicted cost of its forward pass, on one thread or the whole GPU.
+        why: Predicted time of each other strategy, or the reason why it cannot compute the read.
     """
 
     read: str
     sizes: Sizes
-    path: Path
+    strategy: Strategy
     cost: Cost
     why: str
 
 
-class Explanation(tuple[Explained, ...]):
-    """All reads of a model in the order in which they happen; printed, a table.
+class ReadExplanations(tuple[ReadExplanation, ...]):
+    """The reads of a model in the order in which they happen; prints as a table.
 
     Example:
         >>> import torch
         >>> import perceiver_core as pc
-        >>> encoder = pc.Encoder(10, latents=7, dim=32, reads=2, depth=1, heads=4, share=False)
-        >>> [read.read for read in pc.explain(encoder, torch.randn(2, 50, 10))]
+        >>> encoder = pc.Encoder(10, num_latents=7, dim=32, num_reads=2, depth=1, num_heads=4, share=False)
+        >>> [read.read for read in pc.explain_reads(encoder, torch.randn(2, 50, 10))]
         ['reads.0', 'reads.1']
     """
 
     def __str__(self) -> str:
-        """A table with one row a read."""
-        head = ("read", "queries", "tokens", "path", "GFLOP", "MB", "ms", "why")
+        """Return a table with one row per read."""
+        head = ("read", "queries", "tokens", "strategy", "GFLOP", "MB", "ms", "why")
         rows = [head, *(_row(read) for read in self)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(head) - 1)]
         lines = [
@@ -57,80 +59,52 @@ class Explanation(tuple[Explained, ...]):
     __repr__ = __str__
 
 
-def explain(model: nn.Module, *inputs: Any, **named: Any) -> Explanation:
-    """Runs a model once and says which path each of its reads takes, what that costs, and why.
+def explain_reads(model: nn.Module, *inputs: object, **options: object) -> ReadExplanations:
+    """Run a model once and report the strategy that each of its reads takes, its predicted cost, and the reasons.
 
-    A compiled model is explained as it runs without torch.compile, where a small input may take another path.
-
-    FLOPs, bytes and milliseconds are those of the cost model: of the forward pass, and on as many threads as PyTorch
-    uses, or one GPU. On CUDA it also says which of PyTorch's kernels a read by `Dense` has. `paths.use` makes reads
-    take another path.
+    FLOPs, bytes and milliseconds are those of the cost model, for the forward pass on the current number of threads or
+    on one GPU. On CUDA the report names PyTorch's kernel for a dense read. `reads.set_strategy` changes the strategy.
+    A compiled model is explained as it runs without torch.compile, under which a small input may take another strategy.
 
     Args:
-        model: whatever holds reads: a `Perceiver`, an `Encoder`, your own.
-        inputs: what it is called with.
-        named: what it is called with by name.
+        model: Module with reads: a `Perceiver`, an `Encoder`, a `Decoder`, or your own.
+        inputs: Arguments of the model's forward.
+        options: Keyword arguments of the model's forward.
 
     Returns:
-        One entry a read; printed, a table.
+        One entry per read; prints as a table.
 
     Raises:
-        ValueError: a model that reads nothing.
+        ValueError: A model that makes no reads.
 
     Example:
         >>> import torch
         >>> import perceiver_core as pc
-        >>> from perceiver_core.blocks import paths
-        >>> image = pc.adapters.Image(channels=3, positions=pc.positions.Fourier(axes=2, bands=64, max_resolution=96))
-        >>> encoder = pc.Encoder(image.dim, latents=256, dim=64, depth=1, heads=4)
-        >>> model = pc.Perceiver(image, encoder, pc.heads.Latents())
-        >>> paths.use(model, paths.Factored())
-        >>> [read] = pc.explain(model, torch.rand(1, 3, 96, 64))
-        >>> read.read, read.path, read.sizes.queries, read.sizes.axes
+        >>> positions = pc.positions.Fourier(num_axes=2, num_bands=64, max_resolution=96)
+        >>> image = pc.adapters.Image(3, positions=positions)
+        >>> encoder = pc.Encoder(image.dim, num_latents=256, dim=64, depth=1, num_heads=4)
+        >>> model = pc.Perceiver(image, encoder, pc.heads.Identity())
+        >>> pc.reads.set_strategy(model, pc.reads.Factored())
+        >>> [read] = pc.explain_reads(model, torch.rand(1, 3, 96, 64))
+        >>> read.read, read.strategy, read.sizes.num_queries, read.sizes.axes
         ('encoder.reads.0', Factored(), 256, (96, 64))
     """
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps; explained as it runs without
-    requests: list[tuple[str, Path, Request]] = []
-    with _listening(model, requests), _statistics_at_rest(model), torch.random.fork_rng(devices=[]), torch.no_grad():
-        model(*inputs, **named)
-    return Explanation(_explained(*request) for request in requests)
-
-
-@dataclass
-class _Listener:
-    """A path that takes another one, and remembers what it was asked."""
-
-    name: str
-    path: Path
-    requests: list[tuple[str, Path, Request]]
-
-    def read(self, request: Request) -> Any:
-        self.requests.append((self.name, self.path, request))
-        return self.path.read(request)
-
-    def why_not(self, request: Request) -> str:
-        return self.path.why_not(request)
-
-    def cost(self, request: Request, costs: Costs) -> Cost:
-        return self.path.cost(request, costs)
+    model = getattr(model, "_orig_mod", model)  # the module inside torch.compile's wrapper
+    names = {id(part): name.rpartition(".")[0] for name, part in model.named_modules()}
+    with recorded_reads() as reads, _frozen_statistics(model), torch.random.fork_rng(devices=[]), torch.no_grad():
+        model(*inputs, **options)
+    if not reads:
+        raise ValueError(
+            f"model must make reads (CrossAttend), which have a strategy; {type(model).__name__} made none"
+        )
+    return ReadExplanations(
+        _explanation(names.get(id(context.attention), ""), strategy, context) for context, strategy in reads
+    )
 
 
 @contextmanager
-def _listening(model: nn.Module, requests: list[tuple[str, Path, Request]]) -> Iterator[None]:
-    reads = reads_of(model)
-    taken = {name: read.path for name, read in reads.items()}
-    try:
-        for name, read in reads.items():
-            read.path = _Listener(name, taken[name], requests)
-        yield
-    finally:
-        for name, read in reads.items():
-            read.path = taken[name]
-
-
-@contextmanager
-def _statistics_at_rest(model: nn.Module) -> Iterator[None]:
-    """A look at a model in training must not move its running means."""
+def _frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Keep the running statistics of norms as they are while a model in training mode is run."""
     moving = [part for part in model.modules() if part.training and hasattr(part, "running_mean")]
     try:
         for part in moving:
@@ -141,43 +115,58 @@ def _statistics_at_rest(model: nn.Module) -> Iterator[None]:
             part.training = True
 
 
-def _explained(name: str, path: Path, request: Request) -> Explained:
-    choice = path if isinstance(path, Cheapest) else Cheapest(of=[path])
-    taken = choice.choose(request)
-    others = [other for other in (Structured(), Factored(), Dense()) if other != taken]
-    sizes = Sizes.of(request)
-    costs = choice.costs_for(sizes.device)
-    why = [_reason(other, request, costs, allowed=other in choice.of) for other in others]
-    why = [*([] if choice is path else ["forced"]), *_kernel(taken, request), *why]
-    return Explained(name, sizes, taken, taken.cost(request, costs), "; ".join(why))
+def _explanation(name: str, strategy: Strategy, context: ReadContext) -> ReadExplanation:
+    choice = strategy if isinstance(strategy, Auto) else Auto(strategies=[strategy])
+    decision = choice.choose(context)
+    others = [other for other in (Structured(), Factored(), Dense()) if other != decision.strategy]
+    forced = [] if choice is strategy else ["forced"]
+    reasons = [
+        _reason(other, context, decision.sizes, decision.machine, allowed=other in choice.strategies)
+        for other in others
+    ]
+    why = "; ".join([*forced, *_kernel_note(decision.strategy, context), *reasons])
+    return ReadExplanation(name, decision.sizes, decision.strategy, decision.cost, why)
 
 
-def _kernel(path: Path, request: Request) -> list[str]:
-    """Which kernel a path has on CUDA, where that depends on what it is given."""
-    on_cuda = Sizes.of(request).device == "cuda" and not isinstance(path, Structured)
-    kernel = kernel_of(request) if on_cuda else None
+def _reason(strategy: Strategy, context: ReadContext, sizes: Sizes, machine: Machine, *, allowed: bool) -> str:
+    if reason := strategy.why_not(context):
+        return f"{_name(strategy)} cannot: {reason}"
+    if isinstance(strategy, Structured) and (missing := strategy.missing(context)):
+        return f"{_name(strategy)} is slow here: {missing}"
+    return f"{_name(strategy)} {_milliseconds(strategy.cost(sizes, machine), sizes)} ms" + (
+        "" if allowed else " (not allowed)"
+    )
+
+
+def _kernel_note(strategy: Strategy, context: ReadContext) -> list[str]:
+    """Return the kernel of a read on CUDA, where it depends on the inputs."""
+    if context.content.device.type != "cuda" or isinstance(strategy, Structured):
+        return []
+    kernel = sdpa_kernel_of(context)
     return [] if kernel is None else [f"by the {kernel.name} kernel" + (f" ({kernel.why})" if kernel.why else "")]
 
 
-def _reason(path: Path, request: Request, costs: Costs, *, allowed: bool) -> str:
-    if reason := path.why_not(request):
-        return f"{_name(path)} cannot: {reason}"
-    if isinstance(path, Structured) and (missing := path.missing(request)):
-        return f"{_name(path)} is not fast here: {missing}"
-    took = _milliseconds(path.cost(request, costs), Sizes.of(request))
-    return f"{_name(path)} {took} ms" + ("" if allowed else " (not allowed)")
+def sdpa_kernel_of(context: ReadContext) -> Kernel | None:
+    """Return PyTorch's kernel for the keys and values of a read; None for other attention kernels."""
+    attention = context.attention
+    if attention.kernel not in (fastest, sdpa):
+        return None
+    key, value = attention.key, attention.value
+    widths = [int(layer.weight.shape[0]) // attention.num_kv_heads for layer in (key, value)]  # type: ignore[union-attr]
+    content = context.content
+    return kernel_for(*widths, checks.product_dtype(content), content.device, context.whole_mask())
 
 
-def _row(read: Explained) -> tuple[str, ...]:
+def _row(read: ReadExplanation) -> tuple[str, ...]:
     s = read.sizes
-    tokens = f"{s.batch} x {' x '.join(map(str, s.axes))} x ({s.channels} + {s.width - s.channels})"
+    tokens = f"{s.batch} x {' x '.join(map(str, s.axes))} x ({s.num_channels} + {s.token_dim - s.num_channels})"
     cost = (f"{read.cost.flops / 1e9:.3g}", f"{read.cost.bytes / 1e6:.3g}", _milliseconds(read.cost, s))
-    return (read.read or "(itself)", str(s.queries), tokens, _name(read.path), *cost, read.why)
+    return (read.read or "(itself)", str(s.num_queries), tokens, _name(read.strategy), *cost, read.why)
 
 
-def _name(path: Path) -> str:
-    return type(path).__name__
+def _name(strategy: Strategy) -> str:
+    return type(strategy).__name__
 
 
 def _milliseconds(cost: Cost, sizes: Sizes) -> str:
-    return f"{1000 * cost.seconds / sizes.threads:.3g}"
+    return f"{1000 * cost.seconds / sizes.num_threads:.3g}"

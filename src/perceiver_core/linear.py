@@ -1,8 +1,8 @@
-"""Linear layers whose float32 products on a CPU are made by the faster of the two libraries that PyTorch carries.
+"""Linear layers that use oneDNN in eager mode for large float32 products on a CPU, where it is faster than MKL.
 
-PyTorch multiplies float32 matrices on x86 by MKL, which on other processors than Intel's gets half of what they can do
-with AVX-512. oneDNN, which PyTorch has for convolutions and for bfloat16, gets twice as much there; it is called by the
-operator by which torch.compile calls it. Both add up in float32. Elsewhere it is `nn.functional.linear`.
+PyTorch multiplies float32 matrices on x86 with MKL, which reaches half the AVX-512 throughput of processors other than
+Intel's. oneDNN, which PyTorch uses for convolutions and bfloat16, is twice as fast there; it is called by the operator
+that torch.compile uses. Both accumulate in float32. Elsewhere a layer is `nn.functional.linear`.
 """
 
 from __future__ import annotations
@@ -19,18 +19,17 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from perceiver_core import checks
 
-LITTLE = 2**22  # multiplications below which MKL starts sooner
-NARROW = 16  # columns and terms below which oneDNN has nothing to fill its vectors with
-DEEP = 8  # terms of a sum for each row or column of the result, beyond which MKL shares work out better
+MIN_PRODUCTS = 2**22  # multiplications below which MKL starts sooner
+MIN_WIDTH = 16  # columns and terms below which oneDNN cannot fill its vectors
+MAX_DEPTH = 8  # terms of a sum per row or column of the result, above which MKL distributes work better
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`: the same weights, the same results to rounding, faster where `takes_onednn` says so.
+    """`nn.Linear` with the same weights and, up to rounding, the same results; faster where `uses_onednn` is true.
 
-    It is not of the very type `nn.Linear`, which `torch.ao.quantization.quantize_dynamic` looks for, nor can
-    `torch.jit.script` compile it.
+    Its type is not `nn.Linear` itself, which `torch.ao.quantization.quantize_dynamic` looks for, and
+    `torch.jit.script` cannot compile it.
 
     Example:
         >>> import torch
@@ -40,31 +39,36 @@ class Linear(nn.Linear):
     """
 
     def forward(self, input: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
-        """`input @ weight.T + bias`."""
+        """Return `input @ weight.T + bias`."""
         weight, bias = self.weight, self.bias  # once: each may be computed
-        if not takes_onednn(input, weight, bias):
+        if not uses_onednn(input, weight, bias):
             return F.linear(input, weight, bias)
         rows = input.reshape(-1, weight.shape[1])
         out: Tensor = _Product.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
         return out.reshape(*input.shape[:-1], weight.shape[0])
 
 
-def takes_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether `Linear` has oneDNN multiply these: in eager mode, in float32, on a CPU where it is faster, and much.
+def uses_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Tell whether `Linear` uses oneDNN: in eager mode, for a large float32 product on a CPU where it is faster.
 
-    Not while something looks on that knows PyTorch's ordinary operators alone: torch.compile, torch.export,
-    torch.func, a trace, or a mode such as FlopCounterMode.
+    It does not under anything that knows PyTorch's ordinary operators only: torch.compile, torch.export, torch.func,
+    tracing, or a mode such as FlopCounterMode.
     """
-    if torch.compiler.is_compiling() or not is_faster() or not _ordinary(x, weight, bias):
+    if torch.compiler.is_compiling() or (type(x) is not Tensor and type(x) is not nn.Parameter):
         return False
-    if not x.numel() or not x.ndim:
+    if not x.ndim or weight.ndim != 2:
         return False
-    fits = weight.ndim == 2 and x.shape[-1] == weight.shape[1] and (bias is None or bias.shape == weight.shape[:1])
-    return fits and _is_much(x.numel() // x.shape[-1], *weight.shape)
+    columns, terms = weight.shape
+    numel = x.numel()
+    if numel * columns < MIN_PRODUCTS or min(columns, terms) < MIN_WIDTH:
+        return False
+    if x.shape[-1] != terms or terms > MAX_DEPTH * max(numel // terms, columns):
+        return False
+    return (bias is None or bias.shape == weight.shape[:1]) and is_faster() and _are_plain(x, weight, bias)
 
 
 def is_faster() -> bool:
-    """Whether oneDNN is known to multiply float32 matrices faster than MKL here: AVX-512 without Intel's name on it."""
+    """Tell whether oneDNN is known to multiply float32 matrices faster than MKL here: AVX-512, not made by Intel."""
     return _is_faster() and bool(torch.backends.mkldnn.enabled)
 
 
@@ -75,16 +79,16 @@ def _is_faster() -> bool:
 
 
 def _vendor() -> str:
-    """Who made the processor."""
+    """Return the maker of the processor; Intel where it is unknown, for which MKL is kept."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line for line in lines if line.startswith("vendor_id")), "Intel, for all that is known")
+    return next((line for line in lines if line.startswith("vendor_id")), "Intel")
 
 
 class _Product(torch.autograd.Function):
-    """a @ b.T + bias. Its gradients are such products too, so it can be differentiated again."""
+    """a @ b.T + bias. Its gradients are such products too, so it is twice differentiable."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
@@ -92,31 +96,31 @@ class _Product(torch.autograd.Function):
         for_a, for_b, _ = ctx.needs_input_grad
         ctx.save_for_backward(a if for_b else None, b if for_a else None)
         bias = None if bias is None else bias.contiguous()
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(_laid_out(a), _laid_out(b), bias, "none", [], "")
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(_without_gaps(a), _without_gaps(b), bias, "none", [], "")
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         if gradient is None:
             return None, None, None
-        (a, b), wanted = ctx.saved_tensors, ctx.needs_input_grad
+        (a, b), needed = ctx.saved_tensors, ctx.needs_input_grad
         return (
-            _product(gradient, b.t()) if wanted[0] else None,
-            _product(gradient.t(), a.t()) if wanted[1] else None,
-            gradient.sum(0) if wanted[2] else None,
+            _product(gradient, b.t()) if needed[0] else None,
+            _product(gradient.t(), a.t()) if needed[1] else None,
+            gradient.sum(0) if needed[2] else None,
         )
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b.T` by the faster library, or as anybody who looks on expects."""
-    if not _ordinary(a, b) or not _is_much(a.shape[0], *b.shape):
+    """Return `a @ b.T` by the faster library, or by PyTorch's ordinary operator where `uses_onednn` is false."""
+    if not _are_plain(a, b) or not _is_large(a.shape[0], *b.shape):
         return a @ b.t()
     out: Tensor = _Product.apply(a, b, None)  # type: ignore[no-untyped-call]
     return out
 
 
-def _ordinary(*tensors: Tensor | None) -> bool:
-    """Whether these are plain float32 matrices on a CPU, and nothing stands between them and their operators."""
+def _are_plain(*tensors: Tensor | None) -> bool:
+    """Tell whether these are plain float32 matrices on a CPU, and nothing intercepts their operators."""
     for x in tensors:
         if x is None:
             continue
@@ -124,18 +128,18 @@ def _ordinary(*tensors: Tensor | None) -> bool:
             return False
         if x.device.type != "cpu" or x.dtype != torch.float32:
             return False
-    if checks.autocasting(torch.device("cpu")) or torch._C._get_tracing_state() is not None:
+    if torch.is_autocast_enabled("cpu") or torch._C._get_tracing_state() is not None:
         return False
     if _get_current_dispatch_mode() is not None or torch._C._len_torch_function_stack():
         return False
     return torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
 
 
-def _laid_out(x: Tensor) -> Tensor:
-    """A matrix without gaps, by rows or by columns: with others oneDNN takes hundreds of times as long."""
+def _without_gaps(x: Tensor) -> Tensor:
+    """Return a matrix without gaps, by rows or by columns: others take oneDNN hundreds of times as long."""
     return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()
 
 
-def _is_much(rows: int, columns: int, terms: int) -> bool:
-    wide = min(columns, terms) >= NARROW and terms <= DEEP * max(rows, columns)
-    return wide and rows * columns * terms >= LITTLE
+def _is_large(rows: int, columns: int, terms: int) -> bool:
+    wide = min(columns, terms) >= MIN_WIDTH and terms <= MAX_DEPTH * max(rows, columns)
+    return wide and rows * columns * terms >= MIN_PRODUCTS

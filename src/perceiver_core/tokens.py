@@ -1,8 +1,7 @@
-"""Tokens: what an adapter hands to a reader.
+"""Tokens: output of an adapter and input of a read.
 
-Unusual here: positions are not concatenated to the content. They stay a few small tables, whose sum over
-the grid is the position of every token, so a 224 x 224 picture carries two tables of 224 rows instead of
-50,176 feature vectors for each sample of the batch.
+Positions are not concatenated to the content. They stay a few small tables, whose sum over the grid gives the position
+features of every token, so a 224 x 224 image carries two tables of 224 rows instead of 50,176 feature vectors per sample.
 """
 
 from __future__ import annotations
@@ -22,84 +21,92 @@ from perceiver_core import checks
 class Tokens:
     """A batch of tokens on a grid: content, position tables, mask.
 
-    The position features of a token are the *sum* of its entries in `tables`, each of which broadcasts
-    over the grid. Tables of separable features (Fourier, one axis each) fill disjoint columns, so their
-    sum is the concatenation of the paper; a learned array is one table over the whole grid. The vector
-    that a token is read as is `[content, positions]`.
+    The position features of a token are the *sum* of its entries in `position_tables`, each of which broadcasts over
+    the grid. Tables of separable features (Fourier, one per axis) fill disjoint columns, so their sum is the
+    concatenation of the paper; a learned array is one table over the whole grid. Materialized, a token is the vector
+    `[content, positions]`.
 
     Args:
-        content: `b *grid c`.
-        tables: each `*g p` where every axis of `g` is that of the grid or 1; all of one width `p`.
-        mask: `b *grid`, True = attend. What masked tokens hold has no effect, NaN included.
-        kinds: of tokens that were put together from several kinds, those of each kind by its name, on their own grid,
-            and None for a kind that is not there; see `adapters.Multimodal`. A reader does not look at them.
+        content: Content features, `b *grid c`.
+        position_tables: Tables `*g p`, where every axis of `g` is that of the grid or 1; all of the same width `p`.
+        mask: Valid tokens, `b *grid`, True = attend. The values of masked tokens have no effect, NaN included.
+        modalities: Tokens of each modality by name, on their own grid, or None for an absent modality, where these
+            tokens join several modalities; see `adapters.Multimodal`. Reads do not use it.
 
     Raises:
-        TypeError: content that is not floating point, a mask that is not boolean.
-        ValueError: an empty grid, tables that do not broadcast over it, a mask of another shape.
+        TypeError: Content that is not floating point, a mask that is not boolean.
+        ValueError: An empty grid, tables that do not broadcast over it, a mask of another shape.
 
     Example:
         >>> import torch
         >>> from perceiver_core import Tokens
         >>> rows, columns = torch.randn(5, 1, 6), torch.randn(1, 7, 6)
-        >>> tokens = Tokens(torch.randn(2, 5, 7, 3), tables=(rows, columns))
-        >>> tokens.grid, tokens.dim, tokens.dense().shape
+        >>> tokens = Tokens(torch.randn(2, 5, 7, 3), position_tables=(rows, columns))
+        >>> tokens.grid, tokens.dim, tokens.materialize().shape
         ((5, 7), 9, torch.Size([2, 35, 9]))
     """
 
     content: Float[Tensor, "b *grid c"]
-    tables: tuple[Float[Tensor, "... p"], ...] = ()
+    position_tables: tuple[Float[Tensor, "... p"], ...] = ()
     mask: Bool[Tensor, " b *grid"] | None = None
-    kinds: Mapping[str, Tokens | None] | None = None
+    modalities: Mapping[str, Tokens | None] | None = None
 
     def __post_init__(self) -> None:
-        checks.is_floating("content", self.content)
-        if self.content.ndim < 3:
-            raise ValueError(f"content must have at least 3 axes (b *grid c); got shape {tuple(self.content.shape)}")
-        checks.not_empty("content", self.content)
-        for table in self.tables:
-            self._check_table(table)
+        content = self.content
+        if not isinstance(content, Tensor) or not content.is_floating_point():
+            checks.is_floating("content", content)
+        if content.ndim < 3:
+            raise ValueError(f"content must have at least 3 axes (b *grid c); got shape {tuple(content.shape)}")
+        if 0 in content.shape:
+            checks.not_empty("content", content)
+        if self.position_tables:
+            self._check_tables()
         if self.mask is not None:
-            checks.is_mask("mask", self.mask, self.content.shape[:-1])
+            checks.is_mask("mask", self.mask, content.shape[:-1])
 
-    def _check_table(self, table: Tensor) -> None:
-        fits = table.ndim == len(self.grid) + 1 and all(
-            size in (1, full) for size, full in zip(table.shape[:-1], self.grid, strict=True)
-        )
-        if not fits or table.shape[-1] != self.tables[0].shape[-1]:
-            raise ValueError(
-                f"each table must broadcast over the grid {self.grid} and have one width; "
-                f"got shapes {[tuple(t.shape) for t in self.tables]}"
-            )
+    def _check_tables(self) -> None:
+        grid = self.content.shape[1:-1]
+        width = self.position_tables[0].shape[-1]
+        for table in self.position_tables:
+            *sizes, own_width = table.shape
+            if (
+                len(sizes) != len(grid)
+                or own_width != width
+                or any(size not in (1, full) for size, full in zip(sizes, grid, strict=True))
+            ):
+                raise ValueError(
+                    f"each table must broadcast over the grid {tuple(grid)} and have one width; "
+                    f"got shapes {[tuple(t.shape) for t in self.position_tables]}"
+                )
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """The size of each grid axis."""
+        """Size of each grid axis."""
         return tuple(self.content.shape[1:-1])
 
     @property
-    def n(self) -> int:
-        """How many tokens a sample has."""
-        return prod(self.grid)
+    def num_tokens(self) -> int:
+        """Number of tokens per sample."""
+        return prod(self.content.shape[1:-1])
 
     @property
     def dim(self) -> int:
-        """The width of a token: content and positions."""
-        return self.content.shape[-1] + (self.tables[0].shape[-1] if self.tables else 0)
+        """Width of a token: content and positions."""
+        return self.content.shape[-1] + (self.position_tables[0].shape[-1] if self.position_tables else 0)
 
     def positions(self) -> Float[Tensor, "*grid p"] | None:
-        """The position features of every token, or None where there are no tables."""
-        if not self.tables:
+        """Return the position features of every token, or None without position tables."""
+        if not self.position_tables:
             return None
-        total = sum(self.tables[1:], start=self.tables[0])
-        return total.expand(*self.grid, total.shape[-1])
+        total = sum(self.position_tables[1:], start=self.position_tables[0])
+        return total.expand(*self.content.shape[1:-1], total.shape[-1])
 
     def flat_mask(self) -> Bool[Tensor, "b n"] | None:
-        """The mask with the grid flattened."""
+        """Return the mask with the grid flattened."""
         return None if self.mask is None else self.mask.flatten(1)
 
-    def dense(self) -> Float[Tensor, "b n dim"]:
-        """All tokens written out, masked ones as zeros in their content."""
+    def materialize(self) -> Float[Tensor, "b n dim"]:
+        """Return all tokens written out, with the content of masked tokens set to zero."""
         content = self.content
         if self.mask is not None:
             content = content.masked_fill(~self.mask.unsqueeze(-1), 0.0)

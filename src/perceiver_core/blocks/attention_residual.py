@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from perceiver_core import checks, init
 from perceiver_core.registry import register
 
-Pool: TypeAlias = Callable[[int], nn.Module]
-"""Makes, from a width, what goes on from several arrays: (arrays of one shape) -> array."""
+Aggregate: TypeAlias = Callable[[int], nn.Module]
+"""Factory `dim -> module` that combines arrays of one shape: `(arrays) -> array`."""
 
 
 @register
@@ -56,10 +56,10 @@ class AttentionResidual(nn.Module):
         return (weights * past).sum(-2)
 
 
-def onward(pool: nn.Module | None, past: list[Tensor], x: Float[Tensor, "b m d"]) -> Float[Tensor, "b m d"]:
-    """What goes on after a block that has made x: x itself, or what a pool makes of the past and of it."""
-    if pool is None:
-        return x
-    past.append(x)
-    out: Tensor = pool(past)
-    return out
+def aggregate_states(
+    aggregate: nn.Module, states: list[Tensor], x: Float[Tensor, "b m d"]
+) -> Float[Tensor, "b m d"]:
+    """Append the output of a block to the states before it, and return what `aggregate` makes of all."""
+    states.append(x)
+    combined: Tensor = aggregate(states)
+    return combined

@@ -1,169 +1,157 @@
-"""Cross-attend: an array of queries reads tokens. One read of the encoder, or the decoder's."""
+"""Cross-attend: queries read tokens. A read of the encoder, or of the decoder."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from perceiver_core import checks
-from perceiver_core.attention.factored import FactoredKeysValues
-from perceiver_core.attention.masks import Mask
+from perceiver_core import checks, masks
 from perceiver_core.blocks import gates
-from perceiver_core.blocks.attention import KeysValues, MultiHeadAttention
-from perceiver_core.blocks.costs import Request
+from perceiver_core.blocks.factory import build
 from perceiver_core.blocks.gates import Residual
 from perceiver_core.blocks.mlp import MLP
-from perceiver_core.blocks.paths import Cheapest, Path, check_path
+from perceiver_core.blocks.multi_head_attention import MultiHeadAttention
+from perceiver_core.masks import Mask
+from perceiver_core.reads import Auto, Memory, ReadContext, Source, Strategy, check_strategy
+from perceiver_core.reads.source import AttentionCapture, Cache
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
 
 @register
 class CrossAttend(nn.Module):
-    """x + attention(norm(x), norm(tokens)), then x + mlp(norm(x)).
+    """Cross-attention and MLP, each after a norm: x + attention(norm(x), norm(tokens)), then x + mlp(norm(x)).
 
     Args:
-        dim: the width of the queries.
-        input_dim: the width of the tokens.
-        heads: attention heads; one in the paper.
-        attention: makes the attention from (dim, input_dim, heads=heads); `functools.partial` of
-            `MultiHeadAttention` sets the rest.
-        mlp: makes the MLP from (dim); None for none.
-        norm: makes a norm from a width.
-        residual: whether the queries are added to what they read, which Perceiver IO's decoders mostly do not; or what
-            makes a gate in place of the sum from (dim), such as `GRUGate`.
-        mlp_residual: the same of what the MLP gives.
-        dropout: the rate at which what is added to the residual is dropped in training.
-        path: how tokens are read; see `paths`. All paths give the same answer.
+        dim: Width of the queries.
+        input_dim: Width of the tokens.
+        num_heads: Number of attention heads; 1 in the paper.
+        attention: Factory `(dim, input_dim, num_heads=num_heads) -> module`; `functools.partial` of
+            `MultiHeadAttention` sets the rest. A module of your own is called with the normalized queries and tokens,
+            `(x, inputs, *, mask)`.
+        mlp: Factory `dim -> module`; None for no MLP.
+        norm: Factory `width -> module` of the three norms.
+        residual: Whether the queries are added to the output of attention, which most decoders of Perceiver IO leave
+            out; or a factory `dim -> module` of a gate in place of the sum, such as `GRUGate`.
+        mlp_residual: The same for the MLP.
+        dropout: Rate at which the outputs of attention and MLP are dropped in training.
+        strategy: Way to compute the read; see `reads`. All give the same result.
 
     Example:
         >>> import torch
         >>> from functools import partial
         >>> from perceiver_core import CrossAttend, MultiHeadAttention
-        >>> read = CrossAttend(32, 10, heads=4, attention=partial(MultiHeadAttention, qk_dim=16, v_dim=24))
+        >>> read = CrossAttend(32, 10, num_heads=4, attention=partial(MultiHeadAttention, qk_dim=16, v_dim=24))
         >>> read(torch.randn(2, 5, 32), torch.randn(2, 50, 10)).shape
         torch.Size([2, 5, 32])
 
     Reference: Jaegle et al. 2021 (Perceiver), section 3.1; deepmind-research/perceiver/perceiver.py, `CrossAttention`.
     """
 
-    changes_no_result = ("path",)
+    changes_no_result = ("strategy",)
+    accepts_cache = True
 
     def __init__(  # noqa: PLR0913 (each is a part or a choice that published models make differently)
         self,
         dim: int,
         input_dim: int,
         *,
-        heads: int = 1,
+        num_heads: int = 1,
         attention: Callable[..., nn.Module] = MultiHeadAttention,
         mlp: Callable[[int], nn.Module] | None = MLP,
         norm: Callable[[int], nn.Module] = nn.LayerNorm,
         residual: Residual = True,
         mlp_residual: Residual = True,
         dropout: float = 0.0,
-        path: Path = Cheapest(),  # noqa: B008 (it is a constant)
+        strategy: Strategy = Auto(),  # noqa: B008 (it is a constant)
     ) -> None:
         super().__init__()
         checks.positive(dim=dim, input_dim=input_dim)
-        check_path(path)
+        check_strategy(strategy)
         checks.probability(dropout=dropout)
-        self.dim, self.input_dim, self.path = dim, input_dim, path
-        self.residual = gates.made(residual, dim)
-        self.mlp_residual = True if mlp is None else gates.made(mlp_residual, dim)
-        self.query_norm, self.input_norm = norm(dim), norm(input_dim)
-        self.attention = attention(dim, input_dim, heads=heads)
-        self.mlp_norm = None if mlp is None else norm(dim)
-        self.mlp = None if mlp is None else mlp(dim)
+        self.dim, self.input_dim, self.strategy = dim, input_dim, strategy
+        self.residual = gates.from_option(residual, dim)
+        self.mlp_residual = True if mlp is None else gates.from_option(mlp_residual, dim)
+        self.query_norm, self.input_norm = build(norm, dim), build(norm, input_dim)
+        self.attention = build(attention, dim, input_dim, num_heads=num_heads)
+        self.mlp_norm = None if mlp is None else build(norm, dim)
+        self.mlp = None if mlp is None else build(mlp, dim)
         self.dropout = nn.Dropout(dropout)
-
-    def keys_values(
-        self,
-        tokens: Tokens | Float[Tensor, "b n c"],
-        *,
-        mask: Mask | None = None,
-        queries: int = 512,
-        positions: Shaped[Tensor, "*#b n"] | None = None,
-    ) -> KeysValues | FactoredKeysValues:
-        """Keys and values of tokens, to read them more than once.
-
-        Args:
-            tokens: what is read.
-            mask: who may attend to whom, beside the tokens' own mask.
-            queries: how many will read them, over all reads; what is quickest depends on it.
-            positions: where each token stands, for `rotary`, if not one after the other up to the end.
-
-        Raises:
-            TypeError: tokens that are not floating point, or not of the model's dtype.
-            ValueError: tokens of another width, rank or device.
-        """
-        return self.path.read(self.request(tokens, mask=mask, queries=queries, positions=positions))
-
-    def request(
-        self,
-        tokens: Tokens | Float[Tensor, "b n c"],
-        *,
-        mask: Mask | None = None,
-        queries: int = 512,
-        positions: Tensor | None = None,
-    ) -> Request:
-        """What `path` is asked for."""
-        x = tokens.content if isinstance(tokens, Tokens) else tokens
-        checks.is_floating("tokens", x)
-        if isinstance(tokens, Tokens):
-            if tokens.dim != self.input_dim:
-                raise ValueError(
-                    f"tokens must be {self.input_dim} wide, content and positions together; got {tokens.dim} "
-                    f"({x.shape[-1]} of content)"
-                )
-        else:
-            checks.has_shape("tokens", x, "b n c", last=self.input_dim)
-        checks.same_place("tokens", x, next(self.parameters()))
-        return Request(self.input_norm, self.attention, tokens, mask, queries, positions)
-
-    def _read(self, x: Tensor, tokens: Any, mask: Mask | None) -> tuple[Any, Mask | None]:
-        """What the attention reads, and the mask that is not in it yet."""
-        if isinstance(tokens, (KeysValues, FactoredKeysValues)):
-            return tokens, mask
-        return self.path.read(self.request(tokens, mask=mask, queries=x.shape[1])), None
 
     def forward(
         self,
         x: Float[Tensor, "#b m d"],
-        tokens: Tokens | Float[Tensor, "b n c"] | KeysValues | FactoredKeysValues,
+        tokens: Tokens | Float[Tensor, "b n c"] | Memory,
         *,
         mask: Mask | None = None,
         positions: Shaped[Tensor, "*#b m"] | None = None,
+        token_positions: Shaped[Tensor, "*#b n"] | None = None,
+        cache: Cache | None = None,
+        capture: AttentionCapture | None = None,
     ) -> Float[Tensor, "b m d"]:
-        """What the queries have become after reading.
+        """Return the queries after reading the tokens.
 
         Args:
-            x: the queries; a batch of one asks the same of all samples.
-            tokens: what they read; keys and values where these are shared by several reads.
-            mask: who may attend to whom, beside the tokens' own mask.
-            positions: where each query stands, for `rotary`, if not one after the other up to the end.
+            x: Queries; a batch of 1 serves all samples.
+            tokens: Tokens, a tensor, or the memory that an earlier call stored in a cache.
+            mask: Attention mask besides the tokens' own: valid tokens `b n`, a tensor `b h q k`, or a rule of `masks`.
+            positions: Positions of the queries for rotary embeddings; consecutive by default, the last one being 0.
+            token_positions: Positions of the tokens for rotary embeddings, likewise.
+            cache: Cache that stores the memory for later calls; see `reads.SharedMemory` and `reads.KeysValuesCache`.
+            capture: Receives the attention weights.
+
+        Raises:
+            TypeError: Tokens that are not floating point, or not of the model's dtype.
+            ValueError: Tokens of another width, rank or device.
         """
-        read, mask = self._read(x, tokens, mask)
-        where = {} if positions is None else {"positions": positions}  # a user's own attention need not know of them
-        attended = self.dropout(self.attention(self.query_norm(x), read, mask=mask, **where))
-        x = gates.joined(self.residual, x, attended)
+        options: dict[str, object] = {} if positions is None else {"positions": positions}
+        if capture is not None:
+            options["capture"] = capture
+            capture.grid = tokens.grid if isinstance(tokens, Tokens) else None
+        inputs: object = tokens
+        if isinstance(tokens, (Tokens, Tensor)):
+            token_mask, mask = (None, mask) if cache is not None and cache.appends else (mask, None)
+            num_queries = x.shape[1] if cache is None or cache.num_queries is None else cache.num_queries
+            self._check(tokens)
+            source = Source(tokens, self.input_norm, self.strategy, token_mask, token_positions, num_queries)
+            if getattr(self.attention, "accepts_source", False):
+                inputs = source
+                if cache is not None:
+                    options["cache"] = cache
+            else:
+                inputs, mask = source.normalized(), masks.and_(source.whole_mask(), masks.from_token_mask(mask))
+        attended = self.dropout(self.attention(self.query_norm(x), inputs, mask=mask, **options))
+        x = gates.combine(self.residual, x, attended)
         if self.mlp is None or self.mlp_norm is None:
             return x
-        return gates.joined(self.mlp_residual, x, self.dropout(self.mlp(self.mlp_norm(x))))
+        return gates.combine(self.mlp_residual, x, self.dropout(self.mlp(self.mlp_norm(x))))
 
-    def attention_map(
-        self,
-        x: Float[Tensor, "#b m d"],
-        tokens: Tokens | Float[Tensor, "b n c"] | KeysValues | FactoredKeysValues,
-        *,
-        mask: Mask | None = None,
-        queries: Any = None,
-    ) -> Float[Tensor, "b h chosen n"]:
-        """The weights with which chosen queries attend to each token."""
-        read, mask = self._read(x, tokens, mask)
-        weights: Tensor = self.attention.attention_map(  # type: ignore[operator]
-            self.query_norm(x), read, mask=mask, queries=queries
-        )
-        return weights
+    def read_context(
+        self, tokens: Tokens | Float[Tensor, "b n c"], *, mask: Mask | None = None, num_queries: int = 512
+    ) -> ReadContext:
+        """Return the context from which a strategy is chosen for a read of these tokens.
+
+        Args:
+            tokens: As in `forward`.
+            mask: As in `forward`.
+            num_queries: Number of queries.
+        """
+        self._check(tokens)
+        source = Source(tokens, self.input_norm, self.strategy, mask, num_queries=num_queries)
+        return source.context(self.attention)  # type: ignore[arg-type]
+
+    def _check(self, tokens: Tokens | Tensor) -> None:
+        """Raise unless the tokens can be normalized and projected."""
+        content = tokens.content if isinstance(tokens, Tokens) else tokens
+        if not isinstance(content, Tensor) or not content.is_floating_point():
+            checks.is_floating("tokens", content)
+        if not isinstance(tokens, Tokens):
+            checks.has_shape("tokens", content, "b n c", last=self.input_dim)
+        elif tokens.dim != self.input_dim:
+            raise ValueError(
+                f"tokens must be {self.input_dim} wide, content and positions together; got {tokens.dim} "
+                f"({content.shape[-1]} of content)"
+            )
+        checks.matches_weight("tokens", content, getattr(self.attention, "key", None))

@@ -75,7 +75,7 @@ class TanhGate(nn.Module):
         return x + self.gate.tanh() * read
 
 
-def made(residual: Residual, dim: int) -> bool | nn.Module:
+def from_option(residual: Residual, dim: int) -> bool | nn.Module:
     """What `joined` takes, from what a block was given."""
     if isinstance(residual, bool):
         return residual
@@ -84,7 +84,7 @@ def made(residual: Residual, dim: int) -> bool | nn.Module:
     return residual(dim)
 
 
-def joined(residual: bool | nn.Module, x: Float[Tensor, "#b m d"], read: Float[Tensor, "b m d"]) -> Tensor:
+def combine(residual: bool | nn.Module, x: Float[Tensor, "#b m d"], read: Float[Tensor, "b m d"]) -> Tensor:
     """The array and what it has read: their sum, the latter alone, or what a gate makes of them."""
     if isinstance(residual, bool):
         return x + read if residual else read

@@ -1,74 +1,100 @@
-"""Perceiver AR: the last tokens of a long sequence read all of it, causally, and say what comes next."""
+"""Perceiver AR: the last tokens of a long sequence attend causally to all of it, and predict the next token."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perceiver_core import checks
-from perceiver_core.attention import masks
-from perceiver_core.attention.masks import Mask
+from perceiver_core import checks, masks
 from perceiver_core.blocks import CrossAttend, LatentTransformer, MultiHeadAttention, SelfAttend
+from perceiver_core.blocks.factory import build
 from perceiver_core.heads import TiedLogits
+from perceiver_core.masks import Mask
 from perceiver_core.positions import Rotary
+from perceiver_core.random_draws import RepeatableDraws
+from perceiver_core.reads import KeysValuesCache
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
-TURNED = partial(MultiHeadAttention, rotary=Rotary())  # it holds nothing, so all layers may have the same
-READ = partial(CrossAttend, attention=TURNED)
-PROCESS = partial(LatentTransformer, block=partial(SelfAttend, attention=TURNED))
+ROTARY_ATTENTION = partial(MultiHeadAttention, rotary=Rotary())
+CROSS_ATTENTION = partial(CrossAttend, attention=ROTARY_ATTENTION)
+LATENT_TRANSFORMER = partial(LatentTransformer, block=partial(SelfAttend, attention=ROTARY_ATTENTION))
+
+
+class DecodingStep(NamedTuple):
+    """State of cached generation that a forward pass continues from.
+
+    Args:
+        indices: Index of each given token among the tokens that are attended to, for position embeddings.
+        positions: Position of each given token for rotary embeddings.
+        num_new: Number of the last tokens whose keys and values are not cached yet.
+        mask: Attention mask from the latents to all tokens so far.
+        latent_mask: Attention mask from the latents to all latents so far.
+        cache: Keys and values of the tokens in the cross-attention.
+        latent_caches: Keys and values of the latents in each layer of the latent transformer.
+    """
+
+    indices: Int[Tensor, "*#b n"]
+    positions: Int[Tensor, " n"]
+    num_new: int
+    mask: Mask | None
+    latent_mask: Mask | None
+    cache: KeysValuesCache
+    latent_caches: Sequence[KeysValuesCache]
 
 
 @register
 class PerceiverAR(nn.Module):
-    """The next id at each of the last tokens, from all tokens up to it.
+    """Autoregressive model: logits of the next token at each of the last tokens, from all tokens up to it.
 
-        x       = embed(ids)                            b n d
-        latents = read(last m of x, x, causal)          b m d
-        latents = transformer(latents, causal)          b m d
-        logits  = logits(norm(latents))                 b m vocabulary
+        x       = embedding(ids)                                    b n d
+        latents = cross_attention(last m of x, x, causal)           b m d
+        latents = latent_transformer(latents, causal)               b m d
+        logits  = head(norm(latents))                               b m vocab_size
 
-    The cost in the length of the context is that of one read. Sequences shorter than `latents` have a latent a token.
+    The cost grows with the context by that of one read. A sequence shorter than `num_latents` has one latent per token.
 
     Args:
-        embed: ids to tokens, with `dim` and `vocabulary`; see `adapters.Ids`.
-        latents: how many of the last tokens are latents, at most.
-        depth: how many self-attends follow the read.
-        heads: heads of these, and of nothing else.
-        read: makes the cross-attend from (dim, dim), with heads of its own: one, as `CrossAttend` has unless told. For
-            eight write `read=partial(perceiver_ar.READ, heads=8)`, as below.
-        process: makes the latent transformer from (dim, depth=depth, heads=heads).
-        norm: makes the norm before the logits from a width.
-        logits: makes what gives logits from `embed`: `heads.TiedLogits`, `heads.Logits`, or your own.
-        prefix_dropout: the share of the tokens before the latents that a sample does not read in training, drawn anew
-            each time: exactly so many, rounded down.
+        embedding: Adapter of token ids, with `dim` and `vocab_size`; see `adapters.TokenEmbedding`.
+        num_latents: Maximum number of the last tokens that are latents.
+        depth: Number of self-attention blocks after the read.
+        num_heads: Number of attention heads of these blocks, not of the read.
+        cross_attention: Factory `(dim, dim) -> module` of the read, which has its own number of heads, 1 by default.
+            For eight heads write `cross_attention=partial(perceiver_ar.CROSS_ATTENTION, num_heads=8)`.
+        latent_transformer: Factory `(dim, depth=depth, num_heads=num_heads) -> module`.
+        norm: Factory `dim -> module` of the norm before the head.
+        head: Factory `embedding -> module` of the logits: `heads.TiedLogits`, `heads.Logits`, or your own.
+        prefix_dropout: Share of the tokens before the latents that each sample leaves out in training, drawn anew each
+            time: exactly this share, rounded down.
 
-    Unless given, `read` and `process` turn queries and keys by their positions (`positions.Rotary`, all channels).
-    Parts that do not need an `embed` with positions.
+    By default, `cross_attention` and `latent_transformer` rotate queries and keys by their positions
+    (`positions.Rotary`, all channels). Modules that do not need an `embedding` with positions.
 
     Raises:
-        ValueError: sizes below 1, a rate outside [0, 1).
+        ValueError: Sizes below 1, a rate outside [0, 1).
 
     Example:
         >>> import torch
         >>> import perceiver_core as pc
-        >>> model = pc.PerceiverAR(pc.adapters.Ids(vocabulary=256, dim=32), latents=8, depth=2, heads=4)
+        >>> embedding = pc.adapters.TokenEmbedding(vocab_size=256, dim=32)
+        >>> model = pc.PerceiverAR(embedding, num_latents=8, depth=2, num_heads=4)
         >>> text = torch.tensor([list(b"a long context, read by its end")])
         >>> model(text).shape, model.loss(text).shape
         (torch.Size([1, 8, 256]), torch.Size([]))
 
-    The same with four heads in the read too, as published models have:
+    With four heads in the read too, as in published models:
 
         >>> from functools import partial
         >>> from perceiver_core.models import perceiver_ar
-        >>> embed, read = pc.adapters.Ids(vocabulary=256, dim=32), partial(perceiver_ar.READ, heads=4)
-        >>> pc.PerceiverAR(embed, latents=8, depth=2, heads=4, read=read).read.attention.heads
+        >>> read = partial(perceiver_ar.CROSS_ATTENTION, num_heads=4)
+        >>> model = pc.PerceiverAR(embedding, num_latents=8, depth=2, num_heads=4, cross_attention=read)
+        >>> model.cross_attention.attention.num_heads
         4
 
     Reference: Hawthorne et al. 2022, "General-purpose, long-context autoregressive modeling with Perceiver AR"; prefix
@@ -77,55 +103,67 @@ class PerceiverAR(nn.Module):
 
     def __init__(  # noqa: PLR0913 (each is a number or a part of the figure)
         self,
-        embed: nn.Module,
+        embedding: nn.Module,
         *,
-        latents: int,
+        num_latents: int,
         depth: int = 6,
-        heads: int = 8,
-        read: Callable[..., nn.Module] = READ,
-        process: Callable[..., nn.Module] = PROCESS,
+        num_heads: int = 8,
+        cross_attention: Callable[..., nn.Module] = CROSS_ATTENTION,
+        latent_transformer: Callable[..., nn.Module] = LATENT_TRANSFORMER,
         norm: Callable[[int], nn.Module] = nn.LayerNorm,
-        logits: Callable[[nn.Module], nn.Module] = TiedLogits,
+        head: Callable[[nn.Module], nn.Module] = TiedLogits,
         prefix_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        checks.positive(latents=latents, heads=heads)
+        checks.positive(num_latents=num_latents, num_heads=num_heads)
         checks.probability(prefix_dropout=prefix_dropout)
-        self.embed, self.latents, self.prefix_dropout = embed, latents, prefix_dropout
-        self.logits = logits(embed)  # says what an adapter lacks
-        self.dim: int = embed.dim  # type: ignore[assignment]
-        self.vocabulary: int = embed.vocabulary  # type: ignore[assignment]
-        self.read = read(self.dim, self.dim)
-        self.process = process(self.dim, depth=depth, heads=heads)
-        self.norm = norm(self.dim)
+        self.embedding, self.num_latents, self.prefix_dropout = embedding, num_latents, prefix_dropout
+        self.head = build(head, embedding)  # raises if the adapter has no dim or vocab_size
+        self.dim: int = embedding.dim  # type: ignore[assignment]
+        self.vocab_size: int = embedding.vocab_size  # type: ignore[assignment]
+        self.cross_attention = build(cross_attention, self.dim, self.dim)
+        self.latent_transformer = build(latent_transformer, self.dim, depth=depth, num_heads=num_heads)
+        self.norm = build(norm, self.dim)
+        self._draws = RepeatableDraws()
 
     def forward(
         self,
         ids: Shaped[Tensor, "b n"],
         *,
         mask: Bool[Tensor, "b n"] | None = None,
-        latents: int | None = None,
+        num_latents: int | None = None,
         generator: torch.Generator | None = None,
-    ) -> Float[Tensor, "b m vocabulary"]:
-        """Logits of the id after each of the last m tokens.
+        step: DecodingStep | None = None,
+    ) -> Float[Tensor, "b m vocab_size"]:
+        """Return the logits of the token after each of the last m tokens.
 
         Args:
-            ids: whole numbers.
-            mask: which tokens are there, True = attend; shorter sequences are padded on the left. Where a latent is
-                padding its logits mean nothing.
-            latents: how many of the last tokens are latents; the constructor's unless given.
-            generator: what prefix dropout draws from.
+            ids: Token ids.
+            mask: Valid tokens, True = attend; shorter sequences are padded on the left. Logits at padding are
+                meaningless.
+            num_latents: Maximum number of the last tokens that are latents; the constructor's by default.
+            generator: Random generator of prefix dropout.
+            step: Cached keys and values of earlier tokens, to which `ids` are added; the logits are those after the
+                last token alone. See `generate`.
 
         Raises:
-            TypeError, ValueError: ids or a mask that cannot be read; see `adapters.Ids`.
+            TypeError, ValueError: Invalid ids or mask; see `adapters.TokenEmbedding`.
         """
-        if latents is not None:
-            checks.positive(latents=latents)
-        x, m = self.tokens(ids, mask=mask), self.latents if latents is None else latents
-        read, allowed = self._memory(x, mask, m, generator)
-        z = self.read(x[:, -m:], read, mask=allowed)
-        z = self.process(z, mask=causal(None if mask is None else mask[:, -m:]))
-        return self.answer(z)
+        if num_latents is not None:
+            checks.positive(num_latents=num_latents)
+        m = self.num_latents if num_latents is None else num_latents
+        options = {} if step is None else {"positions": step.indices}
+        embedded: Tokens = self.embedding(ids, mask=mask, **options)
+        x = embedded.materialize()  # padding is zero
+        if step is not None:
+            return self._continue(x, m, step)
+        if mask is not None:
+            checks.padded_on_the_left("mask", mask)
+        tokens, valid, positions = self._drop_prefix(x, mask, m, generator)
+        options = {} if positions is None else {"token_positions": positions}
+        latents = self.cross_attention(x[:, -m:], tokens, mask=causal(valid), **options)
+        latents = self.latent_transformer(latents, mask=causal(None if mask is None else mask[:, -m:]))
+        return self.head(self.norm(latents))
 
     def loss(
         self,
@@ -134,84 +172,69 @@ class PerceiverAR(nn.Module):
         mask: Bool[Tensor, "b n"] | None = None,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, ""]:
-        """The cross-entropy of the last m ids, each given all before it; see `next_id_loss`.
+        """Return the cross-entropy of the last m tokens, each given all before it; see `next_token_loss`.
 
         Args:
-            ids: at least two of a sample, the last of which is read by none.
-            mask: which tokens are there; padding on the left. A sample of one id alone counts nowhere.
-            generator: what prefix dropout draws from.
+            ids: At least two token ids per sample; the last one is predicted only.
+            mask: Valid tokens; padding on the left. A sample of one token does not count.
+            generator: Random generator of prefix dropout.
 
         Raises:
-            ValueError: sequences of one id, which leave nothing to foresee; a mask padded elsewhere, or that leaves
-                no sample more than one.
+            ValueError: Sequences of one token; a mask padded elsewhere, or with one valid token in every sample.
         """
-        checks.ids("ids", ids, self.vocabulary)
+        checks.ids("ids", ids, self.vocab_size)
         if ids.shape[1] < 2:
-            raise ValueError(f"ids must be at least 2 long, one to read and one to foresee; got {tuple(ids.shape)}")
+            raise ValueError(f"ids must be at least 2 long, one to read and one to predict; got {tuple(ids.shape)}")
         before = None
         if mask is not None:
             checks.is_mask("mask", mask, ids.shape)
             checks.padded_on_the_left("mask", mask)
             if not checks.is_true(mask[:, -2].any, mask):
-                raise ValueError("mask must leave a sample 2 ids at least, one to read and one to foresee; all have 1")
-            # A sample of one id has none to read: it reads padding, to give what counts nowhere.
+                raise ValueError("mask must leave 2 tokens in a sample, one to read and one to predict; all have 1")
+            # A sample of one token has none to read: it reads padding, and its loss does not count.
             before = torch.cat([mask[:, :-2], torch.ones_like(mask[:, :1])], 1)
-        return next_id_loss(self(ids[:, :-1], mask=before, generator=generator), ids, mask=mask)
+        return next_token_loss(self(ids[:, :-1], mask=before, generator=generator), ids, mask=mask)
 
-    def tokens(
-        self,
-        ids: Shaped[Tensor, "b n"],
-        *,
-        mask: Bool[Tensor, "b n"] | None = None,
-        positions: Int[Tensor, "*#b n"] | None = None,
-    ) -> Float[Tensor, "b n d"]:
-        """What is read: ids embedded, padding as zeros.
+    def _continue(self, x: Tensor, num_latents: int, step: DecodingStep) -> Tensor:
+        """Return the logits after the last token, from cached keys and values and those of the new tokens."""
+        positions = step.positions[-num_latents:]
+        latents = self.cross_attention(
+            x[:, -num_latents:],
+            x[:, -step.num_new :],
+            mask=step.mask,
+            positions=positions,
+            token_positions=step.positions[-step.num_new :],
+            cache=step.cache,
+        )
+        latents = self.latent_transformer(
+            latents, mask=step.latent_mask, positions=positions, caches=step.latent_caches
+        )
+        return self.head(self.norm(latents[:, -1:]))
 
-        Args:
-            ids: whole numbers.
-            mask: which tokens are there.
-            positions: the index of each in its sequence, where these are a part of it.
-        """
-        where = {} if positions is None else {"positions": positions}
-        made: Tokens = self.embed(ids, mask=mask, **where)
-        if mask is not None and positions is None:
-            checks.padded_on_the_left("mask", mask)
-        return made.dense()
+    def _drop_prefix(
+        self, x: Tensor, mask: Tensor | None, num_latents: int, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the tokens that are read, which of them are valid, and their positions where some are left out.
 
-    def answer(self, latents: Float[Tensor, "b m d"]) -> Float[Tensor, "b m vocabulary"]:
-        """Logits from latents."""
-        logits: Tensor = self.logits(self.norm(latents))
-        return logits
-
-    def _memory(
-        self, x: Tensor, mask: Tensor | None, latents: int, generator: torch.Generator | None
-    ) -> tuple[Any, Mask | None]:
-        """What is read, and the mask to read it with: all tokens, or keys and values of those that training keeps.
-
-        No token behind the first latent is left out, so that "causal", counted from the end, means the same.
+        No token after the first latent is left out, so a causal mask, counted from the end, means the same.
         """
         n = x.shape[1]
-        if not self.training or not self.prefix_dropout or n <= latents:
-            return x, causal(mask)
-        kept = kept_of_prefix(len(x), n - latents, self.prefix_dropout, device=x.device, generator=generator)
-        last = torch.arange(n - latents, n, device=x.device).expand(len(x), -1)
-        at = torch.cat([kept, last], dim=1)
-        present = None if mask is None else mask.gather(1, at)
-        left = x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))
-        read = self.read.keys_values(  # type: ignore[operator]
-            left, mask=causal(present), queries=latents, positions=at - (n - 1)
-        )
-        return read, None
+        if not self.training or not self.prefix_dropout or n <= num_latents:
+            return x, mask, None
+        draw = self._draws.generator(generator)
+        prefix = kept_prefix(len(x), n - num_latents, self.prefix_dropout, device=x.device, generator=draw)
+        last = torch.arange(n - num_latents, n, device=x.device).expand(len(x), -1)
+        kept = torch.cat([prefix, last], dim=1)
+        tokens = x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
+        return tokens, None if mask is None else mask.gather(1, kept), kept - (n - 1)
 
 
-def causal(present: Bool[Tensor, "b n"] | None) -> Mask:
-    """Attend to no later position, and to no padding."""
-    mask = masks.and_(masks.Causal(), None if present is None else masks.Padding(present))
-    assert mask is not None
-    return mask
+def causal(valid: Bool[Tensor, "b n"] | None) -> Mask:
+    """Return a causal mask that also leaves out padding."""
+    return masks.Causal() if valid is None else masks.And((masks.Causal(), masks.Padding(valid)))
 
 
-def kept_of_prefix(
+def kept_prefix(
     batch: int,
     prefix: int,
     rate: float,
@@ -219,13 +242,13 @@ def kept_of_prefix(
     device: torch.device | None = None,
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, "b kept"]:
-    """For each sample which tokens of a prefix are kept when the share `rate` of them, rounded down, is left out.
+    """Draw for each sample the tokens of a prefix that are kept when a share `rate`, rounded down, is left out.
 
-    Any subset of that size is as likely as any other. Indices come in order.
+    All subsets of this size are equally likely. Indices are in ascending order.
 
     Example:
-        >>> from perceiver_core.models.perceiver_ar import kept_of_prefix
-        >>> kept_of_prefix(2, 7, 0.5).shape
+        >>> from perceiver_core.models.perceiver_ar import kept_prefix
+        >>> kept_prefix(2, 7, 0.5).shape
         torch.Size([2, 4])
     """
     # Not torch.rand: with a generator it takes no sizes that torch.compile leaves open.
@@ -233,26 +256,26 @@ def kept_of_prefix(
     return order[:, checks.part_of(prefix, rate) :].sort(1).values
 
 
-def next_id_loss(
-    logits: Float[Tensor, "b m vocabulary"],
+def next_token_loss(
+    logits: Float[Tensor, "b m vocab_size"],
     ids: Shaped[Tensor, "b n"],
     *,
     mask: Bool[Tensor, "b n"] | None = None,
 ) -> Float[Tensor, ""]:
-    """The mean cross-entropy of the last m ids; logits are those of all but the last id of the same sequence.
+    """Return the mean cross-entropy of the last m tokens, from the logits for all but the last token of the sequence.
 
-    Padding counts nowhere, nor does the first id of a sample, which nothing foretells.
+    Padding does not count, nor does the first token of a sample, which has no context.
 
     Example:
         >>> import torch
-        >>> from perceiver_core.models.perceiver_ar import next_id_loss
-        >>> next_id_loss(torch.zeros(2, 3, 11), torch.zeros(2, 7, dtype=torch.long))
+        >>> from perceiver_core.models.perceiver_ar import next_token_loss
+        >>> next_token_loss(torch.zeros(2, 3, 11), torch.zeros(2, 7, dtype=torch.long))
         tensor(2.3979)
     """
     m = logits.shape[1]
-    wanted = ids[:, -m:].long()
+    targets = ids[:, -m:].long()
     if mask is None:
-        return F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     counted = mask[:, -m:] & mask[:, -m - 1 : -1]
-    losses = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return losses.where(counted.flatten(), 0.0).sum() / counted.sum().clamp(min=1)

@@ -1,9 +1,8 @@
-"""Masks: who may attend to whom. True = attend.
+"""Attention masks, True = attend: boolean tensors and rules.
 
-A mask is a boolean tensor that broadcasts to `b h q k`, or a function of query and key positions, which need not
-be written out whole: a kernel asks for the block it works on, `chunked` for a piece at a time, the others for all
-of it. Positions count from the end of the sequence (the last is -1), so a few queries at the end of a long input
-(Perceiver AR) line up with its keys.
+A mask is a boolean tensor that broadcasts to `b h q k`, or a rule: a function of query and key positions. A rule need
+not be materialized whole: `chunked` evaluates it one chunk at a time, the other kernels at once. Positions count from the
+end of the sequence (the last is -1), so a few queries at the end of a long input (Perceiver AR) align with its keys.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ Mask: TypeAlias = Tensor | Rule
 
 @dataclass(frozen=True, eq=False)
 class Padding:
-    """Attend to keys that are there.
+    """Key-padding mask: attend to valid keys only.
 
     Args:
-        keys: `b n`, True where the key is a token, False where it is padding.
+        keys: `b n`, True for a valid key, False for padding.
 
     Example:
         >>> import torch
-        >>> from perceiver_core.attention import masks
-        >>> masks.dense(masks.Padding(torch.tensor([[True, True, False]])), queries=2, keys=3).shape
+        >>> from perceiver_core import masks
+        >>> masks.materialize(masks.Padding(torch.tensor([[True, True, False]])), queries=2, keys=3).shape
         torch.Size([1, 1, 1, 3])
     """
 
@@ -42,16 +41,16 @@ class Padding:
         _check_axes("keys", self.keys)
 
     def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, "b 1 1 #k"]:
-        """The block of the mask for these positions."""
+        """Return the block of the mask for these positions."""
         return block(self.keys[:, None, None, :], queries, keys)
 
 
 @dataclass(frozen=True, eq=False)
 class Queries:
-    """Let only these queries attend; the others give zeros.
+    """Query mask: only valid queries attend; the output of the others is zero.
 
     Args:
-        queries: `b q`, True where the query is wanted.
+        queries: `b q`, True for a valid query.
     """
 
     queries: Bool[Tensor, "b q"]
@@ -60,32 +59,32 @@ class Queries:
         _check_axes("queries", self.queries)
 
     def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, "b 1 #q 1"]:
-        """The block of the mask for these positions."""
+        """Return the block of the mask for these positions."""
         return block(self.queries[:, None, :, None], queries, keys)
 
 
 @dataclass(frozen=True)
 class Causal:
-    """Attend to no later position. With fewer queries than keys, the last ones line up.
+    """Causal mask: attend to no later position. With fewer queries than keys, the last ones align.
 
     Example:
-        >>> from perceiver_core.attention import masks
-        >>> masks.dense(masks.Causal(), queries=2, keys=3).int().tolist()
+        >>> from perceiver_core import masks
+        >>> masks.materialize(masks.Causal(), queries=2, keys=3).int().tolist()
         [[1, 1, 0], [1, 1, 1]]
     """
 
     def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, "q k"]:
-        """The block of the mask for these positions."""
+        """Return the block of the mask for these positions."""
         return keys[None, :] <= queries[:, None]
 
 
 @dataclass(frozen=True)
 class Window:
-    """Attend to positions from `before` earlier to `after` later, itself included.
+    """Sliding window: attend to positions from `before` earlier to `after` later, inclusive.
 
     Example:
-        >>> from perceiver_core.attention import masks
-        >>> masks.dense(masks.Window(before=1, after=0), queries=3, keys=3).int().tolist()
+        >>> from perceiver_core import masks
+        >>> masks.materialize(masks.Window(before=1, after=0), queries=3, keys=3).int().tolist()
         [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
     """
 
@@ -93,19 +92,19 @@ class Window:
     after: int
 
     def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, "q k"]:
-        """The block of the mask for these positions."""
+        """Return the block of the mask for these positions."""
         ahead = keys[None, :] - queries[:, None]
         return (ahead >= -self.before) & (ahead <= self.after)
 
 
 @dataclass(frozen=True, eq=False)
 class And:
-    """What all masks allow; `and_` makes one."""
+    """Intersection of masks; see `and_`."""
 
     masks: tuple[Mask, ...]
 
     def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, " ..."]:
-        """The block of the mask for these positions."""
+        """Return the block of the mask for these positions."""
         allowed = block(self.masks[0], queries, keys)
         for mask in self.masks[1:]:
             allowed = allowed & block(mask, queries, keys)
@@ -114,12 +113,12 @@ class And:
 
 @dataclass(frozen=True, eq=False)
 class Or:
-    """What any mask allows; `or_` makes one."""
+    """Union of masks; see `or_`."""
 
     masks: tuple[Mask, ...]
 
     def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, " ..."]:
-        """The block of the mask for these positions."""
+        """Return the block of the mask for these positions."""
         allowed = block(self.masks[0], queries, keys)
         for mask in self.masks[1:]:
             allowed = allowed | block(mask, queries, keys)
@@ -127,12 +126,12 @@ class Or:
 
 
 def and_(*masks: Mask | None) -> Mask | None:
-    """Attend where all masks allow it. None stands for "everything"; all None gives None.
+    """Return the intersection of masks. None allows everything; without other masks the result is None.
 
     Example:
-        >>> from perceiver_core.attention import masks
+        >>> from perceiver_core import masks
         >>> band = masks.and_(masks.Causal(), masks.Window(before=1, after=1))
-        >>> masks.dense(band, queries=3, keys=3).int().tolist()
+        >>> masks.materialize(band, queries=3, keys=3).int().tolist()
         [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
     """
     given = tuple(mask for mask in masks if mask is not None)
@@ -140,12 +139,12 @@ def and_(*masks: Mask | None) -> Mask | None:
 
 
 def or_(*masks: Mask) -> Mask:
-    """Attend where any mask allows it.
+    """Return the union of masks.
 
     Example:
-        >>> from perceiver_core.attention import masks
+        >>> from perceiver_core import masks
         >>> either = masks.or_(masks.Window(0, 0), masks.Window(-1, 1))
-        >>> masks.dense(either, queries=3, keys=3).int().tolist()
+        >>> masks.materialize(either, queries=3, keys=3).int().tolist()
         [[1, 1, 0], [0, 1, 1], [0, 0, 1]]
     """
     if not masks:
@@ -154,15 +153,15 @@ def or_(*masks: Mask) -> Mask:
 
 
 def positions(size: int, device: torch.device | None = None) -> Int[Tensor, " n"]:
-    """The positions of `size` tokens, counted from the end: -size ... -1."""
+    """Return the positions of `size` tokens, counted from the end: -size ... -1."""
     return torch.arange(-size, 0, device=device)
 
 
 def block(mask: Mask, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, " ..."]:
-    """The part of a mask for some queries and keys, given by their positions; broadcasts to `b h q k`.
+    """Return the part of a mask for queries and keys at these positions; it broadcasts to `b h q k`.
 
     Raises:
-        TypeError: a mask that is not boolean.
+        TypeError: A mask that is not boolean.
     """
     if not isinstance(mask, Tensor):
         allowed = mask(queries, keys)
@@ -175,11 +174,11 @@ def block(mask: Mask, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bo
     return mask[..., rows[:, None], columns]
 
 
-def dense(mask: Mask, *, queries: int, keys: int, device: torch.device | None = None) -> Bool[Tensor, " ..."]:
-    """The whole mask for so many queries and keys; broadcasts to `b h q k`.
+def materialize(mask: Mask, *, queries: int, keys: int, device: torch.device | None = None) -> Bool[Tensor, " ..."]:
+    """Return the whole mask as a tensor that broadcasts to `b h q k`.
 
     Raises:
-        TypeError: a mask that is not boolean.
+        TypeError: A mask that is not boolean.
     """
     if not isinstance(mask, Tensor):
         return block(mask, positions(queries, device), positions(keys, device))
@@ -187,15 +186,15 @@ def dense(mask: Mask, *, queries: int, keys: int, device: torch.device | None = 
     return mask
 
 
-def fits(mask: Mask, q: Tensor, k: Tensor) -> None:
-    """Raises unless a mask can be laid over `q` and `k`, on the same device.
+def check_broadcast(mask: Mask, q: Tensor, k: Tensor) -> None:
+    """Raise unless a mask broadcasts to the scores of `q` and `k`, on the same device.
 
     Raises:
-        TypeError: a tensor that is not boolean.
-        ValueError: a tensor that does not broadcast to `b h q k`, or lies on another device.
+        TypeError: A tensor that is not boolean.
+        ValueError: A tensor that does not broadcast to `b h q k`, or is on another device.
     """
     wanted = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    for tensor, shape in _tensors(mask, wanted):
+    for tensor, shape in _shaped_tensors(mask, wanted):
         checks.is_mask("mask", tensor)
         if tensor.device != q.device:
             raise ValueError(f"mask is on {tensor.device}, the queries on {q.device}; move one: .to({str(q.device)!r})")
@@ -212,8 +211,8 @@ def _check_axes(name: str, mask: Tensor) -> None:
         raise ValueError(f"{name} must have 2 axes, one row a sample; got shape {tuple(mask.shape)}")
 
 
-def taken_apart(mask: Mask | None) -> tuple[tuple[Rule, ...], tuple[Tensor, ...]]:
-    """A mask as rules and tensors that all have to allow: what hides in `Padding`, `Queries` and `And` comes out."""
+def split(mask: Mask | None) -> tuple[tuple[Rule, ...], tuple[Tensor, ...]]:
+    """Split a mask into rules and tensors whose intersection it is; `Padding`, `Queries` and `And` are unpacked."""
     if mask is None:
         return (), ()
     if isinstance(mask, Tensor):
@@ -223,25 +222,25 @@ def taken_apart(mask: Mask | None) -> tuple[tuple[Rule, ...], tuple[Tensor, ...]
     if isinstance(mask, Queries):
         return (), (mask.queries[:, None, :, None],)
     if isinstance(mask, And):
-        parts = [taken_apart(part) for part in mask.masks]
+        parts = [split(part) for part in mask.masks]
         return tuple(r for rules, _ in parts for r in rules), tuple(t for _, tensors in parts for t in tensors)
     return (mask,), ()
 
 
-def of_tokens(mask: Mask | None) -> Mask | None:
-    """A mask as modules take it: a tensor of two axes says which tokens are there, `b n`.
+def from_token_mask(mask: Mask | None) -> Mask | None:
+    """Return the mask that a module was given, with a tensor `b n` of valid tokens as `Padding`.
 
     Raises:
-        ValueError: a tensor of other than two or four axes, which could mean several things.
+        ValueError: A tensor of other than two or four axes, which would be ambiguous.
     """
     if not isinstance(mask, Tensor) or mask.ndim == 4:
         return mask
     if mask.ndim != 2:
-        raise ValueError(f"mask must be b n (which tokens are there) or b h q k; got shape {tuple(mask.shape)}")
+        raise ValueError(f"mask must be b n (valid tokens) or b h q k; got shape {tuple(mask.shape)}")
     return Padding(mask)
 
 
-def _tensors(mask: Mask, shape: tuple[int, int, int, int]) -> list[tuple[Tensor, tuple[int, ...]]]:
+def _shaped_tensors(mask: Mask, shape: tuple[int, int, int, int]) -> list[tuple[Tensor, tuple[int, ...]]]:
     batch, _, queries, keys = shape
     if isinstance(mask, Tensor):
         return [(mask, shape)]
@@ -250,5 +249,5 @@ def _tensors(mask: Mask, shape: tuple[int, int, int, int]) -> list[tuple[Tensor,
     if isinstance(mask, Queries):
         return [(mask.queries, (batch, queries))]
     if isinstance(mask, (And, Or)):
-        return [pair for part in mask.masks for pair in _tensors(part, shape)]
+        return [pair for part in mask.masks for pair in _shaped_tensors(part, shape)]
     return []

@@ -1,0 +1,63 @@
+"""Calls of factories: arguments that make the parts of a block, such as `attention=` or `norm=`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+from torch import nn
+
+from perceiver_core.sharing import Shared
+
+T = TypeVar("T")
+
+
+def build(factory: Callable[..., T], *args: object, **kwargs: object) -> T:
+    """Call a factory so that it makes new parts: modules inside a `functools.partial` are copied for each call.
+
+    A module in `sharing.Shared` is not copied: all blocks have the same.
+
+    Example:
+        >>> from functools import partial
+        >>> import perceiver_core as pc
+        >>> from perceiver_core.blocks.factory import build
+        >>> attention = partial(pc.MultiHeadAttention, rotary=pc.positions.Rotary())
+        >>> first, second = build(attention, 16), build(attention, 16)
+        >>> first.rotary is second.rotary
+        False
+        >>> rotary = pc.positions.Rotary()
+        >>> attention = partial(pc.MultiHeadAttention, rotary=pc.sharing.Shared(rotary))
+        >>> build(attention, 16).rotary is build(attention, 16).rotary is rotary
+        True
+    """
+    if not isinstance(factory, partial):
+        return factory(*args, **kwargs)
+    renewed: partial[T] = _renewed(factory, unwrap=True)
+    return renewed(*args, **kwargs)
+
+
+def _renewed(value: Any, *, unwrap: bool) -> Any:
+    """Return a value with every module in it copied.
+
+    `Shared` modules are unwrapped where they reach the factory that is called now, and stay wrapped in the factories
+    that it is given.
+    """
+    if isinstance(value, nn.Module):
+        return copy.deepcopy(value)
+    if isinstance(value, Shared):
+        return value.module if unwrap else value
+    if isinstance(value, partial):
+        args = [_renewed_argument(item, unwrap=unwrap) for item in value.args]
+        keywords = {name: _renewed_argument(item, unwrap=unwrap) for name, item in value.keywords.items()}
+        return partial(value.func, *args, **keywords)
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return type(value)(_renewed(item, unwrap=unwrap) for item in value)
+    if isinstance(value, dict):
+        return {key: _renewed(item, unwrap=unwrap) for key, item in value.items()}
+    return value
+
+
+def _renewed_argument(value: Any, *, unwrap: bool) -> Any:
+    return _renewed(value, unwrap=unwrap and not isinstance(value, partial))

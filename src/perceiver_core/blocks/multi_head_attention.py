@@ -1,0 +1,160 @@
+"""Multi-head attention: projections to heads, attention to a memory of keys and values, a projection back."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+from einops import rearrange
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from perceiver_core import checks, init, masks
+from perceiver_core.blocks.factory import build
+from perceiver_core.kernels import fastest
+from perceiver_core.masks import Mask
+from perceiver_core.reads.dense import project, rotate
+from perceiver_core.reads.source import AttentionCapture, Cache
+from perceiver_core.reads.strategy import AttentionInput
+from perceiver_core.registry import register
+
+
+@register
+class MultiHeadAttention(nn.Module):
+    """Multi-head attention with separate widths for queries and keys, for values and for the output.
+
+    Args:
+        dim: Width of the queries' input.
+        input_dim: Width of the keys' and values' input; `dim` by default.
+        num_heads: Number of heads; divides `qk_dim` and `v_dim`.
+        qk_dim: Total width of the queries, and of the keys, of all heads; `input_dim` by default (the paper's choice).
+        v_dim: Total width of the values of all heads; `qk_dim` by default.
+        num_kv_heads: Number of key-value heads; divides `num_heads` and equals it by default. With fewer, neighboring
+            query heads share one (grouped-query attention).
+        out_dim: Width of the output; `dim` by default.
+        bias: Whether the projections to queries, keys and values have biases.
+        out_bias: Whether the output projection has a bias.
+        dropout: Rate at which attention weights are dropped in training.
+        qk_norm: Factory `head_dim -> module` of the norms of each head's queries and keys.
+        rotary: Rotary embedding of queries and keys; see `positions.Rotary`.
+        kernel: Attention kernel `(q, k, v, *, mask) -> out` on `b h n d`; see `kernels`.
+
+    Raises:
+        ValueError: `num_heads` that does not divide a width; `num_kv_heads` that does not divide `num_heads`; dropout
+            with a kernel that has none.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core import MultiHeadAttention
+        >>> attention = MultiHeadAttention(1024, 261, num_heads=1)
+        >>> attention(torch.randn(2, 5, 1024), torch.randn(2, 50, 261)).shape
+        torch.Size([2, 5, 1024])
+
+    Reference: Vaswani et al. 2017, section 3.2.2; the widths are those of deepmind-research/perceiver. Grouped queries:
+    Ainslie et al. 2023, section 2.2. Norms of queries and keys: Dehghani et al. 2023, section 2.2.
+    """
+
+    accepts_source = True  # takes a reads.Source, and so forms keys and values in its own forward
+
+    def __init__(  # noqa: PLR0913 (each is a choice that published models make differently)
+        self,
+        dim: int,
+        input_dim: int | None = None,
+        *,
+        num_heads: int = 8,
+        qk_dim: int | None = None,
+        v_dim: int | None = None,
+        num_kv_heads: int | None = None,
+        out_dim: int | None = None,
+        bias: bool = True,
+        out_bias: bool = True,
+        dropout: float = 0.0,
+        qk_norm: Callable[[int], nn.Module] = nn.Identity,
+        rotary: nn.Module | None = None,
+        kernel: Callable[..., Tensor] = fastest,
+    ) -> None:
+        super().__init__()
+        input_dim = dim if input_dim is None else input_dim
+        qk_dim = input_dim if qk_dim is None else qk_dim
+        v_dim = qk_dim if v_dim is None else v_dim
+        out_dim = dim if out_dim is None else out_dim
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        checks.positive(dim=dim, input_dim=input_dim, num_heads=num_heads, qk_dim=qk_dim, v_dim=v_dim, out_dim=out_dim)
+        checks.positive(num_kv_heads=num_kv_heads)
+        _check_heads(num_heads, qk_dim=qk_dim, v_dim=v_dim)
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads must divide num_heads; got num_kv_heads={num_kv_heads}, num_heads={num_heads}"
+            )
+        head_dim, value_dim = qk_dim // num_heads, v_dim // num_heads
+        _check_dropout(dropout, kernel)
+        self.dim, self.input_dim, self.out_dim, self.num_heads = dim, input_dim, out_dim, num_heads
+        self.num_kv_heads, self.kv_dim = num_kv_heads, num_kv_heads * (head_dim + value_dim)
+        self.dropout, self.kernel = dropout, kernel
+        self.query = init.linear(dim, qk_dim, bias=bias)
+        self.key = init.linear(input_dim, num_kv_heads * head_dim, bias=bias)
+        self.value = init.linear(input_dim, num_kv_heads * value_dim, bias=bias)
+        self.output = init.linear(v_dim, out_dim, bias=out_bias)
+        self.query_norm, self.key_norm = build(qk_norm, head_dim), build(qk_norm, head_dim)
+        self.rotary = nn.Identity() if rotary is None else rotary
+
+    def forward(
+        self,
+        x: Float[Tensor, "#b m d"],
+        inputs: Float[Tensor, "b n c"] | AttentionInput | None = None,
+        *,
+        mask: Mask | None = None,
+        positions: Shaped[Tensor, "*#b m"] | None = None,
+        cache: Cache | None = None,
+        capture: AttentionCapture | None = None,
+    ) -> Float[Tensor, "b m o"]:
+        """Return the output of attention from `x` to `inputs`.
+
+        Args:
+            x: Input of the queries; a batch of 1 serves all samples.
+            inputs: Input of the keys and values; a `reads.Source` or a memory (`reads.KeysValues`) in place of a
+                tensor; `x` by default (self-attention).
+            mask: Attention mask: valid tokens `b n`, a tensor `b h q k`, or a rule of `masks`.
+            positions: Positions of `x` for rotary embeddings; consecutive by default, the last one being 0.
+            cache: Cache to which the keys and values are added.
+            capture: Receives the attention weights.
+        """
+        if inputs is None:
+            memory = project(self, x, positions)
+        else:
+            memory = project(self, inputs) if isinstance(inputs, Tensor) else inputs.memory(self)
+        if cache is not None:
+            memory = cache.update(memory)
+        q = self.query_norm(rearrange(self.query(x), "b n (h d) -> b h n d", h=self.num_heads))
+        q = rotate(self.rotary, q, positions)
+        if mask is not None:
+            mask = masks.from_token_mask(mask)
+        if capture is not None:
+            capture.weights = memory.attention_map(q, self.kernel, mask=mask, queries=capture.queries)
+        out = memory.attend(q, self.kernel, mask=mask, dropout=self.dropout if self.training else 0.0)
+        return self.output(rearrange(out, "b h m e -> b m (h e)"))
+
+
+def _check_heads(num_heads: int, **widths: int) -> None:
+    for name, width in widths.items():
+        if width % num_heads:
+            raise ValueError(
+                f"num_heads must divide {name}; got num_heads={num_heads}, {name}={width}. Choose another number of "
+                f"heads, or set the width: attention=partial(MultiHeadAttention, "
+                f"{name}={-(-width // num_heads) * num_heads}). By default qk_dim is input_dim, which in self-attention "
+                "is dim, and v_dim is qk_dim"
+            )
+
+
+def _check_dropout(dropout: float, kernel: Callable[..., Tensor]) -> None:
+    checks.probability(dropout=dropout)
+    try:
+        parameters = inspect.signature(kernel).parameters.values()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"kernel must be a function (q, k, v, *, mask); wrap {kernel!r} in one") from error
+    takes_it = any(p.name == "dropout" or p.kind is p.VAR_KEYWORD for p in parameters)
+    if dropout and not takes_it:
+        raise ValueError(
+            f"dropout={dropout} needs a kernel that takes `dropout`; {getattr(kernel, '__name__', kernel)} does not. "
+            "Use kernel=sdpa, or drop from the residual instead"
+        )

@@ -1,0 +1,119 @@
+"""The default strategy of a read: the fastest that can compute it, by predicted cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+from perceiver_core.reads.dense import Dense
+from perceiver_core.reads.factored import Factored
+from perceiver_core.reads.machine import DEFAULTS, MEASURED_CPU, Machine
+from perceiver_core.reads.strategy import Cost, Memory, ReadContext, Sizes, Strategy, check_strategy
+from perceiver_core.reads.structured import Structured
+from perceiver_core.registry import register
+
+MATERIALIZED_BYTES = 2**30  # a CPU read that would write out more is not dense where another strategy computes it
+
+
+class Decision(NamedTuple):
+    """The strategy that `Auto` takes for a read, and what it was chosen from.
+
+    Args:
+        strategy: Strategy taken.
+        sizes: Sizes of the read.
+        machine: Machine constants from which costs were predicted.
+    """
+
+    strategy: Strategy
+    sizes: Sizes
+    machine: Machine
+
+    @property
+    def cost(self) -> Cost:
+        """Predicted cost of the strategy taken."""
+        return self.strategy.cost(self.sizes, self.machine)
+
+
+@partial(register, name="reads.Auto")
+@dataclass(frozen=True)
+class Auto:
+    """Take the fastest of several strategies on a CPU or CUDA GPU, by predicted cost; on other devices `Dense`.
+
+    On a CPU, `Dense` is not taken where it would write out more than a gibibyte and another strategy can compute the
+    read: the others process a large input in slabs. On a GPU, `Factored` is not taken where another strategy can compute
+    the read: its slabs are made for CPU caches.
+
+    Args:
+        strategies: Strategies to choose from; one that is left out is never taken.
+        machine: Machine constants; those of `reads.machine` for the device by default.
+
+    Raises:
+        TypeError: A strategy that is none.
+        ValueError: No strategies; or (in `choose`) none that can compute a read.
+
+    Example:
+        >>> import perceiver_core as pc
+        >>> read = pc.CrossAttend(32, 10, strategy=pc.reads.Auto([pc.reads.Factored(), pc.reads.Dense()]))
+        >>> read.strategy.strategies
+        [Factored(), Dense()]
+    """
+
+    strategies: Sequence[Strategy] = (Structured(), Factored(), Dense())
+    machine: Machine | None = None
+
+    def __post_init__(self) -> None:
+        if not self.strategies:
+            raise ValueError("strategies must name at least one; got none. reads.Dense() computes every read")
+        for strategy in self.strategies:
+            check_strategy(strategy)
+
+    def why_not(self, context: ReadContext) -> str:
+        """Return why none of the strategies can compute a read; empty if one can."""
+        reasons = [strategy.why_not(context) for strategy in self.strategies]
+        return "" if "" in reasons else "; ".join(reasons)
+
+    def cost(self, sizes: Sizes, machine: Machine) -> Cost:
+        """Return the least cost of the strategies."""
+        return min((strategy.cost(sizes, machine) for strategy in self.strategies), key=lambda cost: cost.seconds)
+
+    def choose(self, context: ReadContext) -> Decision:
+        """Return the decision for a read.
+
+        Raises:
+            ValueError: None of the strategies can compute it.
+        """
+        sizes = Sizes.of(context)
+        machine = self.machine or DEFAULTS.get(sizes.device, MEASURED_CPU)
+        able = [strategy for strategy in self.strategies if not strategy.why_not(context)]
+        if not able:
+            raise ValueError(
+                f"no strategy of {list(self.strategies)} can compute this read: {self.why_not(context)}. "
+                "Add reads.Dense()"
+            )
+        if len(able) > 1:
+            able = _preferred(able, sizes)
+        if len(able) > 1:
+            able.sort(key=lambda strategy: strategy.cost(sizes, machine).seconds)
+        best = able[0]
+        if len(able) > 1 and isinstance(best, Structured) and best.missing(context):
+            best = able[1]
+        return Decision(best, sizes, machine)
+
+    def prepare(self, context: ReadContext) -> Memory:
+        """Return the memory that the chosen strategy makes."""
+        return self.choose(context).strategy.prepare(context)
+
+
+def _preferred(able: list[Strategy], sizes: Sizes) -> list[Strategy]:
+    """Leave out strategies that are never the best choice on a device, or take too much memory."""
+    if sizes.device not in DEFAULTS:
+        preferred = [strategy for strategy in able if isinstance(strategy, Dense)]  # PyTorch's own kernels
+    elif sizes.device == "cuda":
+        preferred = [strategy for strategy in able if isinstance(strategy, (Structured, Dense))]
+    elif sizes.materialized_bytes > MATERIALIZED_BYTES:
+        preferred = [strategy for strategy in able if not isinstance(strategy, Dense)]
+    else:
+        return able
+    return preferred or able

@@ -1,0 +1,65 @@
+"""Grid axes as reads see them: one position table per axis; axes that a table spans jointly are merged into one."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from perceiver_core.tokens import Tokens
+
+
+def merged_axes(tokens: Tokens) -> tuple[int, ...]:
+    """Return the grid with axes that a position table spans jointly merged.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core import Tokens
+        >>> from perceiver_core.reads.axes import merged_axes
+        >>> frames, learned = torch.randn(5, 1, 1, 6), torch.randn(1, 7, 3, 6)
+        >>> merged_axes(Tokens(torch.randn(2, 5, 7, 3, 4), (frames, learned)))
+        (5, 21)
+    """
+    grid = tokens.grid
+    return tuple([prod(grid[first : last + 1]) for first, last in _groups(_spans(tokens), len(grid))])
+
+
+def axis_tables(tokens: Tokens, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[Float[Tensor, "size p"], ...]]:
+    """Return the merged axes, and for each the sum of the position tables that vary along it.
+
+    Without position tables there are none.
+    """
+    grid, spans = tokens.grid, _spans(tokens)
+    groups = _groups(spans, len(grid))
+    axes = tuple([prod(grid[first : last + 1]) for first, last in groups])
+    if not spans:
+        return axes, ()
+    width = tokens.position_tables[0].shape[-1]
+    sums: list[Tensor | None] = [None] * len(groups)
+    for table, span in zip(tokens.position_tables, spans, strict=True):
+        number = next(i for i, (first, last) in enumerate(groups) if first <= span[0] <= last)
+        first, last = groups[number]
+        shape = [size if first <= axis <= last else 1 for axis, size in enumerate(grid)]
+        # A single table of an axis is not copied: along a line it is as large as the input.
+        own = table.to(dtype).expand(*shape, width).reshape(-1, width)
+        earlier = sums[number]
+        sums[number] = own if earlier is None else earlier + own
+    zeros = tokens.content.new_zeros(1, width, dtype=dtype)
+    return axes, tuple([zeros.expand(size, width) if x is None else x for size, x in zip(axes, sums, strict=True)])
+
+
+def _spans(tokens: Tokens) -> list[tuple[int, int]]:
+    """Return the first and last axis along which each table varies; axis 0 for a constant table."""
+    spans = []
+    for table in tokens.position_tables:
+        varying = [axis for axis, size in enumerate(table.shape[:-1]) if size != 1]
+        spans.append((varying[0], varying[-1]) if varying else (0, 0))
+    return spans
+
+
+def _groups(spans: list[tuple[int, int]], num_axes: int) -> list[tuple[int, int]]:
+    """Return the first and last axis of each group of axes that some table spans jointly."""
+    starts = [axis for axis in range(num_axes) if all(not first < axis <= last for first, last in spans)]
+    return [(start, end - 1) for start, end in zip(starts, [*starts[1:], num_axes], strict=True)]

@@ -1,0 +1,135 @@
+"""Dense reads: tokens are written out, normalized and projected to keys and values; then any kernel attends to these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from perceiver_core import masks
+from perceiver_core.kernels import kernel_attention_map
+from perceiver_core.masks import Mask
+from perceiver_core.reads.machine import Machine
+from perceiver_core.reads.strategy import Attention, Cost, Kernel, QueryIndices, ReadContext, Sizes, kernel_cost
+from perceiver_core.registry import register
+from perceiver_core.tokens import Tokens
+
+
+class KeysValues(NamedTuple):
+    """Keys and values of an input; a `Memory`.
+
+    Args:
+        keys: `b g n d`, of g key-value heads.
+        values: `b g n e`.
+        mask: Attention mask of these keys.
+
+    Example:
+        >>> import torch
+        >>> import perceiver_core as pc
+        >>> memory = pc.reads.KeysValues(torch.randn(3, 2, 50, 8), torch.randn(3, 2, 50, 5))
+        >>> memory.attend(torch.randn(3, 2, 7, 8), pc.kernels.sdpa).shape
+        torch.Size([3, 2, 7, 5])
+    """
+
+    keys: Float[Tensor, "b g n d"]
+    values: Float[Tensor, "b g n e"]
+    mask: Mask | None = None
+
+    def attend(
+        self, q: Float[Tensor, "#b h q d"], kernel: Kernel, *, mask: Mask | None = None, dropout: float = 0.0
+    ) -> Float[Tensor, "b h q e"]:
+        """Return the attention output of every head.
+
+        Args:
+            q: Queries; a batch of 1 serves all samples, and so do keys and values of a batch of 1.
+            kernel: Attention kernel.
+            mask: Attention mask besides that of the memory.
+            dropout: Rate at which the kernel drops attention weights.
+        """
+        q, keys, values = _broadcast(q, self.keys, self.values)
+        mask = self.mask if mask is None else masks.and_(self.mask, mask)
+        return kernel(q, keys, values, mask=mask, dropout=dropout) if dropout else kernel(q, keys, values, mask=mask)
+
+    def attention_map(
+        self,
+        q: Float[Tensor, "#b h q d"],
+        kernel: Kernel,
+        *,
+        mask: Mask | None = None,
+        queries: QueryIndices = None,
+    ) -> Float[Tensor, "b h chosen n"]:
+        """Return the weights that the kernel gives selected queries; see `kernels.kernel_attention_map`."""
+        q, keys, _ = _broadcast(q, self.keys, self.values)
+        return kernel_attention_map(kernel, q, keys, mask=masks.and_(self.mask, mask), queries=queries)
+
+    def memory(self, attention: Attention) -> KeysValues:
+        """Return this memory: it is ready to be attended to."""
+        return self
+
+    def append(self, later: KeysValues) -> KeysValues:
+        """Return these keys and values followed by later ones, without masks: each mask covered its own keys only."""
+        return KeysValues(torch.cat([self.keys, later.keys], 2), torch.cat([self.values, later.values], 2))
+
+
+def _broadcast(q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Repeat key-value heads for the query heads that share them, and expand a batch of 1 on either side."""
+    if (group_size := q.shape[1] // keys.shape[1]) > 1:
+        keys, values = (repeat(x, "b g n d -> b (g s) n d", s=group_size) for x in (keys, values))
+    if q.shape[0] == 1:
+        return q.expand(keys.shape[0], -1, -1, -1), keys, values
+    if keys.shape[0] == 1:
+        return q, keys.expand(q.shape[0], -1, -1, -1), values.expand(q.shape[0], -1, -1, -1)
+    return q, keys, values
+
+
+@partial(register, name="reads.Dense")
+@dataclass(frozen=True)
+class Dense:
+    """Write out, normalize and project all tokens to keys and values. Computes every read.
+
+    Example:
+        >>> import torch
+        >>> import perceiver_core as pc
+        >>> read = pc.CrossAttend(32, 10, strategy=pc.reads.Dense())
+        >>> read(torch.randn(2, 5, 32), torch.randn(2, 50, 10)).shape
+        torch.Size([2, 5, 32])
+    """
+
+    def why_not(self, context: ReadContext) -> str:
+        """Return an empty string: there is no read that this strategy cannot compute."""
+        return ""
+
+    def cost(self, sizes: Sizes, machine: Machine) -> Cost:
+        """Return the cost of concatenating, normalizing and projecting tokens, and of the kernel."""
+        per_token = sizes.batch * sizes.num_tokens
+        moved = per_token * (6 * sizes.token_dim + sizes.kv_dim) * sizes.element_size
+        matmul = machine.matmul_half if sizes.half else machine.linear
+        return kernel_cost(sizes, machine, matmul, flops=2 * per_token * sizes.token_dim * sizes.kv_dim, moved=moved)
+
+    def prepare(self, context: ReadContext) -> KeysValues:
+        """Return the keys and values of all tokens."""
+        tokens = context.tokens
+        inputs = context.norm(tokens.materialize() if isinstance(tokens, Tokens) else tokens)
+        return project(context.attention, inputs, context.positions)._replace(mask=context.whole_mask())
+
+
+def project(attention: Attention, inputs: Tensor, positions: Tensor | None = None) -> KeysValues:
+    """Return the keys and values of an input `b n c`: linear projections, key norm, rotary embedding."""
+    heads = attention.num_kv_heads
+    keys = rearrange(attention.key(inputs), "b n (h d) -> b h n d", h=heads)
+    values = rearrange(attention.value(inputs), "b n (h d) -> b h n d", h=heads)
+    return KeysValues(rotate(attention.rotary, attention.key_norm(keys), positions), values)
+
+
+def rotate(rotary: nn.Module, heads: Tensor, positions: Tensor | None) -> Tensor:
+    """Apply a rotary embedding to queries or keys `b h n d`; nn.Identity stands for none."""
+    if positions is None or type(rotary) is nn.Identity:
+        rotated: Tensor = rotary(heads)
+    else:
+        rotated = rotary(heads, positions)
+    return rotated

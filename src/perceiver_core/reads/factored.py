@@ -1,0 +1,179 @@
+"""Factored reads: keys and values are formed from the content and one table per grid axis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from perceiver_core import checks, masks
+from perceiver_core.kernels import PartialAttention, fastest, partial_attention
+from perceiver_core.kernels.fastest import uses_chunks
+from perceiver_core.linear import Linear
+from perceiver_core.reads import slabs
+from perceiver_core.reads.factored_keys_values import AttendSlab, FactoredKeysValues, Norm, factor
+from perceiver_core.reads.dense import KeysValues, rotate
+from perceiver_core.reads.machine import Machine
+from perceiver_core.reads.strategy import Cost, ReadContext, Sizes, check_able, kernel_cost
+from perceiver_core.registry import register
+from perceiver_core.tokens import Tokens
+
+# An RMSNorm without eps takes that of float32 in half precision, in which it computes; PyTorch 2.6 took that of the half
+# precision dtype, which nearly flattens numbers as small as this one.
+RMS_NORM_USES_HALF_EPS = bool(
+    nn.functional.rms_norm(torch.full((1,), 2.0**-10, dtype=torch.bfloat16, device="cpu"), (1,)) < 0.5
+)
+
+
+@partial(register, name="reads.Factored")
+@dataclass(frozen=True)
+class Factored:
+    """Form keys and values from the content and one projected table per axis; tokens are never written out.
+
+    Computes reads of `Tokens` through a LayerNorm, an RMSNorm or no norm, and plain linear projections.
+
+    Example:
+        >>> import torch
+        >>> import perceiver_core as pc
+        >>> image = pc.adapters.Image(3, positions=pc.positions.Fourier(num_axes=2, num_bands=4, max_resolution=16))
+        >>> read = pc.CrossAttend(32, image.dim, strategy=pc.reads.Factored())
+        >>> read(torch.randn(2, 5, 32), image(torch.rand(2, 3, 13, 17))).shape
+        torch.Size([2, 5, 32])
+    """
+
+    def why_not(self, context: ReadContext) -> str:
+        """Return the reason why norm and projections of the input cannot be factored."""
+        return why_not_factored(context)
+
+    def cost(self, sizes: Sizes, machine: Machine) -> Cost:
+        """Return the cost of projecting the content and, once per batch, the tables, of their sum, and of the kernel."""
+        per_token = sizes.batch * sizes.num_tokens
+        table_products = sum(sizes.axes) * (sizes.token_dim - sizes.num_channels)
+        flops = 2 * sizes.kv_dim * (per_token * sizes.num_channels + table_products)
+        moved = per_token * (4 * sizes.kv_dim + sizes.num_channels) * 4
+        cost = kernel_cost(sizes, machine, machine.matmul, flops=flops, moved=moved)
+        return cost._replace(seconds=cost.seconds + machine.start * 1e-6)
+
+    def prepare(self, context: ReadContext) -> KeysValues | FactoredKeysValues:
+        """Return the keys and values of all tokens; of a large input, those of one slab at a time if the kernel allows."""
+        check_able(self, why_not_factored(context))
+        attention = context.attention
+        limit = max(1, min(slabs.TOKENS, slabs.FORMED_NUMBERS // attention.kv_dim))
+        memory = factored(context, attend_slab, limit)
+        if _is_large(memory) and not needs_kernel(context):
+            return memory._replace(mask=token_mask(context, memory))
+        formed = memory.form(checks.product_dtype(memory.content))
+        keys = rotate(attention.rotary, attention.key_norm(formed.keys), context.positions)
+        return KeysValues(keys, formed.values, context.whole_mask())
+
+
+def attend_slab(q: Tensor, memory: FactoredKeysValues) -> PartialAttention:
+    """Return attention over the formed keys and values of a slab."""
+    keys, values, mask = memory.form(q.dtype)
+    half = uses_chunks(q, keys.shape[-2])
+    q = q.expand(keys.shape[0], *q.shape[1:])
+    return partial_attention(q, keys, values, mask=mask, half_precision_matmul=half)
+
+
+def _is_large(memory: FactoredKeysValues) -> bool:
+    """Tell whether there are more tokens than a slab may have."""
+    if torch.compiler.is_compiling():  # comparing sizes would specialize the graph to them
+        return False
+    limit = memory.tokens_per_slab * slabs.factor_for(memory.content.device)
+    return memory.content.shape[0] * prod(memory.grid) > limit
+
+
+def why_not_factored(context: ReadContext) -> str:
+    """Return the reason why norm and projections of the input cannot be factored; empty if they can."""
+    if not isinstance(context.tokens, Tokens):
+        return "the input is a tensor, whose positions are mixed with its content; give Tokens"
+    norm, key, value = context.norm, context.attention.key, context.attention.value
+    if type(norm) not in (nn.LayerNorm, nn.RMSNorm, nn.Identity):
+        return f"the norm is a {type(norm).__name__}, not a LayerNorm, RMSNorm or Identity"
+    if type(key) not in (nn.Linear, Linear) or type(value) not in (nn.Linear, Linear):
+        return "a projection to keys or values is not a plain nn.Linear"
+    for part in (norm, key, value):
+        state = part.__dict__
+        if (
+            state["_forward_hooks"]
+            or state["_forward_pre_hooks"]
+            or state["_backward_hooks"]
+            or state["_backward_pre_hooks"]
+        ):
+            return "the norm or a projection to keys or values has a hook, which expects it to be called"
+        if "forward" in state:
+            return "the forward of the norm or of a projection to keys or values was replaced"
+    if type(key.weight) not in _PLAIN or type(value.weight) not in _PLAIN:
+        return f"a projection has weights of type {type(key.weight).__name__}, not plain tensors"
+    return ""
+
+
+_PLAIN = (nn.Parameter, Tensor)
+
+
+def needs_kernel(context: ReadContext) -> str:
+    """Return the reason why only an attention kernel on formed keys and values computes a read; empty if none does."""
+    attention = context.attention
+    if attention.kernel is not fastest:
+        return f"the kernel {getattr(attention.kernel, '__name__', attention.kernel)} was chosen"
+    if type(attention.rotary) is not nn.Identity:
+        return "rotary positions rotate the keys"
+    if type(attention.key_norm) is not nn.Identity:
+        return "the keys of each head are normalized"
+    if attention.num_kv_heads != attention.num_heads:
+        return "several heads share their keys and values"
+    if attention.training and attention.dropout:
+        return "attention weights are dropped in training"
+    if context.mask is not None:
+        rules, tensors = masks.split(masks.from_token_mask(context.mask))
+        if rules or any(_per_query(mask) for mask in tensors):
+            return "the mask differs between queries"
+    return ""
+
+
+def _per_query(mask: Tensor) -> bool:
+    return mask.ndim < 2 or mask.shape[-2] != 1 or (mask.ndim > 2 and mask.shape[-3] != 1)
+
+
+def factored(context: ReadContext, attend_slab: AttendSlab, tokens_per_slab: int) -> FactoredKeysValues:
+    """Return the factored keys and values of a read that `why_not_factored` has no objection to."""
+    tokens, attention = context.tokens, context.attention
+    assert isinstance(tokens, Tokens)
+    key, value = attention.key, attention.value
+    return factor(
+        tokens,
+        _norm_constants(context.norm, tokens.content.dtype),
+        (key.weight, key.bias),
+        (value.weight, value.bias),
+        num_heads=attention.num_kv_heads,
+        attend_slab=attend_slab,
+        tokens_per_slab=tokens_per_slab,
+    )
+
+
+def token_mask(context: ReadContext, memory: FactoredKeysValues) -> Tensor | None:
+    """Return the tokens' own mask combined with the mask besides it, as one tensor `b *grid`."""
+    valid = memory.mask
+    if context.mask is None:
+        return valid
+    _, tensors = masks.split(masks.from_token_mask(context.mask))
+    batch, num_tokens = memory.content.shape[0], prod(memory.grid)
+    like = memory.content.new_empty(()).expand(batch, 1, num_tokens, 1)
+    for mask in tensors:
+        masks.check_broadcast(mask, like, like)
+        more = mask.expand(batch, 1, 1, num_tokens).reshape(batch, *memory.grid)
+        valid = more if valid is None else valid & more
+    return valid
+
+
+def _norm_constants(norm: nn.Module, dtype: torch.dtype) -> Norm | None:
+    if isinstance(norm, nn.LayerNorm):
+        return Norm(norm.eps, norm.weight, norm.bias)
+    if isinstance(norm, nn.RMSNorm):
+        like = dtype if RMS_NORM_USES_HALF_EPS else torch.promote_types(dtype, torch.float32)
+        eps = torch.finfo(like).eps if norm.eps is None else norm.eps
+        return Norm(eps, norm.weight, None, center=False)
+    return None

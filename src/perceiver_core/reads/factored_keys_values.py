@@ -1,0 +1,256 @@
+"""Keys and values as sums of a content term and one term per grid axis, times a scale.
+
+Layer norm and projection of a token `x = [content, positions]`, whose positions are a sum of one table per axis,
+distribute over these parts exactly. With W the projection matrix times the norm's weight, its rows centered because
+the norm subtracts the mean, and r = 1 / standard deviation:
+
+    key = r (W_content content + sum_axes W_positions table[i_axis]) + constant           and likewise for the value
+
+So a table is projected once instead of once per token and sample, tokens are never concatenated, and a structured read
+needs neither keys nor values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from math import prod
+from typing import NamedTuple, TypeAlias
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from perceiver_core import checks, masks
+from perceiver_core.kernels import PartialAttention
+from perceiver_core.masks import Mask
+from perceiver_core.reads import slabs
+from perceiver_core.reads.dense import KeysValues
+from perceiver_core.reads.slabs import Slab
+from perceiver_core.reads.strategy import Attention, Kernel, QueryIndices
+from perceiver_core.reads.axes import axis_tables
+from perceiver_core.tokens import Tokens
+
+
+class Norm(NamedTuple):
+    """Constants of a layer norm (`center=True`) or an RMS norm, without its module."""
+
+    eps: float = 0.0
+    weight: Float[Tensor, " p"] | None = None
+    bias: Float[Tensor, " p"] | None = None
+    center: bool = True
+
+
+class Projection(NamedTuple):
+    """Projection to keys or values, split into the columns of the content, those of the positions, and a constant."""
+
+    content: Float[Tensor, "h d c"]
+    positions: Float[Tensor, "h d p"]
+    constant: Float[Tensor, "h 1 d"]
+
+
+class FactoredKeysValues(NamedTuple):
+    """Keys and values of tokens on a grid in factored form; a `Memory`.
+
+    Args:
+        content: Content of the tokens.
+        tables: One position table per grid axis.
+        mask: Valid tokens, True = attend.
+        norm: Norm before the projections.
+        keys: Projection to keys.
+        values: Projection to values.
+        attend_slab: Attention of queries to a slab of these, `reads.structured.attend_slab` or
+            `reads.factored.attend_slab`.
+        tokens_per_slab: Number of tokens, over the batch, that a slab may have.
+    """
+
+    content: Float[Tensor, "b *grid c"]
+    tables: tuple[Float[Tensor, "size p"], ...]
+    mask: Bool[Tensor, " b *grid"] | None
+    norm: Norm | None
+    keys: Projection
+    values: Projection
+    attend_slab: AttendSlab
+    tokens_per_slab: int
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Size of each axis."""
+        return tuple(self.content.shape[1:-1])
+
+    def memory(self, attention: Attention) -> FactoredKeysValues:
+        """Return this memory: it is ready to be attended to."""
+        return self
+
+    def attend(
+        self, q: Float[Tensor, "#b h q d"], kernel: Kernel, *, mask: Mask | None = None, dropout: float = 0.0
+    ) -> Float[Tensor, "b h q e"]:
+        """Return the attention output of every head, computed slab by slab where the input is large.
+
+        With a mask besides its own, or dropout, keys and values are formed and the kernel is used.
+        """
+        if mask is not None or dropout:
+            return self.form(q.dtype).attend(q, kernel, mask=mask, dropout=dropout)
+        return self.attend_with_lse(q).output
+
+    def attend_with_lse(self, q: Float[Tensor, "#b h q d"]) -> PartialAttention:
+        """Return the attention output and the log-sum-exp of the scores, by which results over parts merge."""
+        memory = self.for_batch(q.shape[0]) if self.content.shape[0] == 1 and q.shape[0] != 1 else self
+        attended = slabs.attend(q, memory)
+        return PartialAttention(attended.output.to(q.dtype), attended.lse)
+
+    def attention_map(
+        self,
+        q: Float[Tensor, "#b h q d"],
+        kernel: Kernel,
+        *,
+        mask: Mask | None = None,
+        queries: QueryIndices = None,
+    ) -> Float[Tensor, "b h chosen n"]:
+        """Return the attention weights of selected queries, from formed keys."""
+        return self.form(q.dtype).attention_map(q, kernel, mask=mask, queries=queries)
+
+    def planes(self) -> Float[Tensor, "b c *grid"]:
+        """Return the content channels-first, zero at masked tokens, in the dtype of the computation."""
+        content = self.content if self.mask is None else self.content.masked_fill(~self.mask.unsqueeze(-1), 0.0)
+        planes = content.movedim(-1, 1).to(self.keys.content.dtype)
+        if self.norm is not None and self.norm.center and not self.tables:
+            planes = planes - planes.mean(1, keepdim=True)  # the result is the same, but large means lose digits
+        return planes
+
+    def scale(self, planes: Tensor) -> Float[Tensor, " b *grid"]:
+        """Return the factor of the norm at each token: 1 / standard deviation, or 1 / root mean square."""
+        if self.norm is None:
+            return planes.new_ones(planes.shape[0], *planes.shape[2:])
+        channels, width = self.keys.content.shape[-1], self.tables[0].shape[-1] if self.tables else 0
+        mean = planes.sum(1, keepdim=True) / channels if self.norm.center else planes.new_zeros(())
+        squares = (planes - mean).square().sum(1)
+        if width:
+            position_squares, position_mean = _position_moments(self.tables, center=self.norm.center)
+            squares = squares + position_squares
+            if self.norm.center:  # Chan et al. 1979: squared deviations of two groups around their common mean
+                between = (mean.squeeze(1) - position_mean).square()
+                squares = squares + (channels * width / (channels + width)) * between
+        return (squares / (channels + width) + self.norm.eps).rsqrt()
+
+    def for_batch(self, batch: int) -> FactoredKeysValues:
+        """Return the same with a batch of 1 expanded to `batch` samples."""
+        content, mask = self.content, self.mask
+        return self._replace(
+            content=content.expand(batch, *content.shape[1:]),
+            mask=None if mask is None else mask.expand(batch, *mask.shape[1:]),
+        )
+
+    def slab(self, slab: Slab) -> FactoredKeysValues:
+        """Return the part of a slab."""
+        axis, start, length = slab
+        cut = [table.narrow(0, start, length) if i == axis else table for i, table in enumerate(self.tables)]
+        return self._replace(
+            content=self.content.narrow(axis + 1, start, length),
+            tables=tuple(cut),
+            mask=None if self.mask is None else self.mask.narrow(axis + 1, start, length),
+        )
+
+    def project_tables(self, part: Projection) -> list[Float[Tensor, "h size d"]]:
+        """Return the tables projected: the terms that keys or values have for each index along each axis."""
+        if not self.tables:
+            heads, width, _ = part.content.shape
+            return [part.content.new_zeros(heads, size, width) for size in self.grid]
+        return [table @ part.positions.mT for table in self.tables]
+
+    def form(self, dtype: torch.dtype) -> KeysValues:
+        """Return the keys and values of all tokens, with their mask."""
+        heads = self.keys.content.shape[0]
+        with checks.full_precision(self.content.device):
+            planes = self.planes()
+            scale, content = self.scale(planes).flatten(1).unsqueeze(-1), planes.flatten(2).mT
+            keys, values = (self._form(part, content, scale).to(dtype) for part in (self.keys, self.values))
+        keys, values = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (keys, values))
+        return KeysValues(keys, values, None if self.mask is None else masks.Padding(self.mask.flatten(1)))
+
+    def _form(self, part: Projection, content: Tensor, scale: Tensor) -> Float[Tensor, "b n hd"]:
+        tables = [rearrange(table, "h size d -> size (h d)") for table in self.project_tables(part)]
+        terms = [_broadcastable(table, [axis], len(tables)) for axis, table in enumerate(tables)]
+        positions = sum(terms[1:], start=terms[0]).expand(*self.grid, -1).flatten(0, -2)  # shared by the batch
+        weight, batch = part.content.flatten(0, 1).mT, content.shape[0]
+        sums = torch.baddbmm(positions.expand(batch, -1, -1), content, weight.expand(batch, -1, -1))
+        return torch.addcmul(part.constant.flatten(), sums, scale)
+
+
+AttendSlab: TypeAlias = Callable[[Tensor, FactoredKeysValues], PartialAttention]
+"""Attention of queries to a slab of factored keys and values."""
+
+
+def factor(
+    tokens: Tokens,
+    norm: Norm | None,
+    key: tuple[Float[Tensor, "k p"], Float[Tensor, " k"] | None],
+    value: tuple[Float[Tensor, "v p"], Float[Tensor, " v"] | None],
+    *,
+    num_heads: int,
+    attend_slab: AttendSlab,
+    tokens_per_slab: int = slabs.TOKENS,
+) -> FactoredKeysValues:
+    """Return keys and values of tokens in factored form.
+
+    Args:
+        tokens: Content `b *grid c` and position tables.
+        norm: Norm before the projections; None for none.
+        key: Weight and bias of the projection to the keys of all heads.
+        value: Weight and bias of the projection to the values of all heads.
+        num_heads: Number of heads.
+        attend_slab: See `FactoredKeysValues`.
+        tokens_per_slab: See `FactoredKeysValues`.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core import Tokens
+        >>> from perceiver_core.reads import factor, structured
+        >>> from perceiver_core.reads.factored_keys_values import Norm
+        >>> tokens = Tokens(torch.randn(2, 5, 7, 3), (torch.randn(5, 1, 6), torch.randn(1, 7, 6)))
+        >>> weights = torch.randn(16, 9), torch.randn(16)
+        >>> memory = factor(tokens, Norm(1e-5), weights, weights, num_heads=4, attend_slab=structured.attend_slab)
+        >>> memory.attend_with_lse(torch.randn(2, 4, 11, 4)).output.shape
+        torch.Size([2, 4, 11, 4])
+    """
+    wide = torch.promote_types(tokens.content.dtype, torch.float32)
+    grid, tables = axis_tables(tokens, wide)
+    content = tokens.content.reshape(tokens.content.shape[0], *grid, tokens.content.shape[-1])
+    mask = None if tokens.mask is None else tokens.mask.reshape(content.shape[:-1])
+    # From the weights, whose sizes are constants even where torch.compile leaves those of the content open.
+    channels = key[0].shape[-1] - (tables[0].shape[-1] if tables else 0)
+    with checks.full_precision(content.device):
+        keys, values = (_split(channels, norm, weight.to(wide), bias, num_heads) for weight, bias in (key, value))
+    return FactoredKeysValues(content, tables, mask, norm, keys, values, attend_slab, tokens_per_slab)
+
+
+def _split(channels: int, norm: Norm | None, weight: Tensor, bias: Tensor | None, heads: int) -> Projection:
+    """Fold a norm into the linear layer after it, and split the result by columns."""
+    constant = weight.new_zeros(weight.shape[0]) if bias is None else bias.to(weight.dtype)
+    if norm is not None:
+        if norm.bias is not None:
+            constant = constant + weight @ norm.bias.to(weight.dtype)
+        if norm.weight is not None:
+            weight = weight * norm.weight.to(weight.dtype)
+        if norm.center:
+            weight = weight - weight.mean(-1, keepdim=True)
+    weight = weight.reshape(heads, -1, weight.shape[-1])
+    return Projection(weight[..., :channels], weight[..., channels:], constant.reshape(heads, 1, -1))
+
+
+def _position_moments(tables: Sequence[Tensor], *, center: bool) -> tuple[Tensor, Tensor]:
+    """Return at every grid point the sum of squared position features, around their mean if `center`, and this mean."""
+    means = [table.mean(-1, keepdim=True) if center else table.new_zeros(table.shape[0], 1) for table in tables]
+    centered = [table - mean for table, mean in zip(tables, means, strict=True)]
+    count = len(tables)
+    squares = [_broadcastable(x.square().sum(-1), [axis], count) for axis, x in enumerate(centered)]
+    for first, second in combinations(range(count), 2):
+        squares.append(_broadcastable(2 * centered[first] @ centered[second].mT, [first, second], count))
+    mean = [_broadcastable(mean.squeeze(-1), [axis], count) for axis, mean in enumerate(means)]
+    return sum(squares[1:], squares[0]), sum(mean[1:], mean[0])
+
+
+def _broadcastable(x: Tensor, axes: list[int], count: int) -> Tensor:
+    """Insert axes of size 1, so that a tensor over some axes of a grid broadcasts over all `count` of them."""
+    return x[tuple([slice(None) if axis in axes else None for axis in range(count)])]

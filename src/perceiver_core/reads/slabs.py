@@ -1,0 +1,113 @@
+"""Reads of a large input slab by slab along its longest axis, in memory that does not grow with the input.
+
+Partial results merge exactly (`kernels.merge`). The backward pass computes each slab again.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from perceiver_core.kernels import PartialAttention, merge
+
+if TYPE_CHECKING:
+    from perceiver_core.reads.factored_keys_values import AttendSlab, FactoredKeysValues
+
+TOKENS = 2**20  # tokens of a slab, over the batch
+FORMED_NUMBERS = 2**25  # numbers in the keys and values of a slab
+ENTRIES = 2**22  # queries x indices along the axis that is cut
+GPU_FACTOR = 64  # larger slabs on a GPU, where they need not fit into caches
+
+
+class Slab(NamedTuple):
+    """A range of indices along one grid axis."""
+
+    axis: int
+    start: int
+    length: int
+
+
+def attend(q: Float[Tensor, "#b h q d"], memory: FactoredKeysValues) -> PartialAttention:
+    """Return attention over factored keys and values, and the log-sum-exp of the scores."""
+    slabs = _slabs(q, memory)
+    if len(slabs) == 1:
+        return memory.attend_slab(q, memory)
+    leaves, spec = tree_flatten((q, memory))
+    return PartialAttention(*_InSlabs.apply(memory.attend_slab, slabs, spec, *leaves))
+
+
+def factor_for(device: torch.device) -> int:
+    """Return the factor by which slabs are larger than on a CPU."""
+    return 1 if device.type == "cpu" else GPU_FACTOR
+
+
+def _slabs(q: Tensor, memory: FactoredKeysValues) -> list[Slab]:
+    """Return one slab, or several along the longest axis where the input is large."""
+    grid = memory.grid
+    if torch.compiler.is_compiling():  # comparing sizes would specialize the graph to them
+        return [Slab(0, 0, grid[0])]
+    axis = max(range(len(grid)), key=grid.__getitem__)
+    size, factor = grid[axis], factor_for(memory.content.device)
+    by_tokens = memory.tokens_per_slab * factor * size // (memory.content.shape[0] * prod(grid))
+    by_entries = ENTRIES * factor // max(1, prod(q.shape[1:3]))
+    step = max(1, min(by_tokens, by_entries))
+    return [Slab(axis, start, min(step, size - start)) for start in range(0, size, step)]
+
+
+class _InSlabs(torch.autograd.Function):
+    """Attention slab by slab; each slab is computed again in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, attend_slab: AttendSlab, slabs: list[Slab], spec: TreeSpec, *leaves: Any
+    ) -> tuple[Tensor, Tensor]:
+        q, memory = tree_unflatten(leaves, spec)
+        merged = attend_slab(q, memory.slab(slabs[0]))
+        for slab in slabs[1:]:
+            merged = merge(merged, attend_slab(q, memory.slab(slab)))
+        ctx.attend_slab, ctx.slabs, ctx.spec = attend_slab, slabs, spec
+        ctx.others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        ctx.save_for_backward(*merged, *(leaf if isinstance(leaf, Tensor) else None for leaf in leaves))
+        return merged.output, merged.lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_output: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+        output, lse, *tensors = ctx.saved_tensors
+        leaves = [other if tensor is None else tensor for tensor, other in zip(tensors, ctx.others, strict=True)]
+        needed = [i for i, needs_gradient in enumerate(ctx.needs_input_grad[3:]) if needs_gradient]
+        totals = {i: torch.zeros_like(leaves[i]) for i in needed}
+        q, memory = tree_unflatten(leaves, ctx.spec)
+        for slab in ctx.slabs:
+            inputs, spec = tree_flatten((q, memory.slab(slab)))
+            for i in needed:
+                inputs[i] = inputs[i].detach().requires_grad_()
+            with torch.enable_grad():
+                part = ctx.attend_slab(*tree_unflatten(inputs, spec))
+            share = (part.lse.detach() - lse).exp().masked_fill(lse == -torch.inf, 0.0)
+            d_part = share.unsqueeze(-1) * d_output
+            d_part_lse = share * (d_output * (part.output.detach() - output)).sum(-1) + share * d_lse
+            gradients = torch.autograd.grad(
+                tuple(part),
+                [inputs[i] for i in needed],
+                (d_part.to(part.output.dtype), d_part_lse),
+                allow_unused=True,
+            )
+            for i, gradient in zip(needed, gradients, strict=True):
+                if gradient is not None:
+                    _accumulate(totals[i], gradient, slab)
+        return (None, None, None, *(totals.get(i) for i in range(len(leaves))))
+
+
+def _accumulate(total: Tensor, gradient: Tensor, slab: Slab) -> None:
+    """Add the gradient of a slab's part, which is shorter along one axis, or of something all slabs share."""
+    for dim, (size, full) in enumerate(zip(gradient.shape, total.shape, strict=True)):
+        if size != full:
+            total = total.narrow(dim, slab.start, slab.length)
+    total += gradient

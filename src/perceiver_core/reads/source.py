@@ -1,0 +1,191 @@
+"""Input of a read on its way from a block to its attention, and what may travel with it: caches and captured weights."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Protocol
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from perceiver_core.masks import Mask
+from perceiver_core.reads.dense import KeysValues
+from perceiver_core.reads.strategy import (
+    Attention,
+    Memory,
+    QueryIndices,
+    ReadContext,
+    Strategy,
+    combined_mask,
+)
+from perceiver_core.tokens import Tokens
+
+
+class Source(NamedTuple):
+    """Input of an attention module whose keys and values are not formed yet.
+
+    The attention module calls `memory` inside its own forward, so its weights are used nowhere else.
+
+    Args:
+        tokens: Input, `Tokens` or a tensor `b n c`.
+        norm: Norm applied to it.
+        strategy: Way to form, or not to form, keys and values.
+        mask: Attention mask besides the tokens' own.
+        positions: Positions of the tokens for rotary embeddings; consecutive by default, the last one being 0.
+        num_queries: Total number of queries of all reads that will share the memory.
+    """
+
+    tokens: Tokens | Float[Tensor, "b n c"]
+    norm: nn.Module
+    strategy: Strategy
+    mask: Mask | None = None
+    positions: Tensor | None = None
+    num_queries: int = 512
+
+    def normalized(self) -> Float[Tensor, "b n c"]:
+        """Return all tokens written out and normalized."""
+        tokens = self.tokens
+        normalized: Tensor = self.norm(tokens.materialize() if isinstance(tokens, Tokens) else tokens)
+        return normalized
+
+    def whole_mask(self) -> Mask | None:
+        """Return the tokens' own mask combined with the mask besides it."""
+        return combined_mask(self.tokens, self.mask)
+
+    def context(self, attention: Attention) -> ReadContext:
+        """Return the read that `attention` is to make."""
+        return ReadContext(attention, self.norm, self.tokens, self.mask, self.positions, self.num_queries)
+
+    def memory(self, attention: Attention) -> Memory:
+        """Return the memory that the strategy makes for `attention`."""
+        context = self.context(attention)
+        if _recording is not None and _recording.thread == threading.get_ident():
+            _recording.reads.append((context, self.strategy))
+        return self.strategy.prepare(context)
+
+
+class Cache(Protocol):
+    """Carries a memory from one call of a read to later calls."""
+
+    appends: ClassVar[bool]
+    num_queries: int | None
+
+    def update(self, memory: Memory) -> Memory:
+        """Store the memory of a call's input, and return the memory that its queries attend to."""
+        ...
+
+
+class SharedMemory:
+    """Cache of a memory that several reads with the same weights share: `read(x, tokens, cache=cache)` stores it, and
+    `read(x, cache.memory)` attends to it again.
+
+    The memory is passed to the later reads as their input, so each call does the same when activation checkpointing
+    runs it again.
+
+    Args:
+        num_queries: Total number of queries of these reads, from which the strategy is chosen.
+
+    Example:
+        >>> import torch
+        >>> import perceiver_core as pc
+        >>> read, cache = pc.CrossAttend(32, 10), pc.reads.SharedMemory(num_queries=10)
+        >>> x = read(torch.randn(2, 5, 32), torch.randn(2, 50, 10), cache=cache)
+        >>> read(x, cache.memory).shape
+        torch.Size([2, 5, 32])
+    """
+
+    appends = False
+
+    def __init__(self, num_queries: int | None = None) -> None:
+        self.num_queries = num_queries
+        self.memory: Memory | None = None
+
+    def update(self, memory: Memory) -> Memory:
+        """Store the first memory, and return the one given."""
+        if self.memory is None:
+            self.memory = memory
+        return memory
+
+
+class KeysValuesCache:
+    """Growing cache of keys and values, for sequences that are generated token by token.
+
+    Each call appends the keys and values of its input; its queries attend to all. A mask covers all of them.
+
+    Example:
+        >>> import torch
+        >>> import perceiver_core as pc
+        >>> block, cache, x = pc.SelfAttend(32, num_heads=4), pc.reads.KeysValuesCache(), torch.randn(1, 5, 32)
+        >>> first = block(x[:, :4], mask=pc.masks.Causal(), cache=cache)
+        >>> last = block(x[:, 4:], cache=cache)
+        >>> torch.testing.assert_close(torch.cat([first, last], 1), block(x, mask=pc.masks.Causal()))
+    """
+
+    appends = True
+    num_queries: int | None = None
+
+    def __init__(self) -> None:
+        self.memory: KeysValues | None = None
+
+    def update(self, memory: Memory) -> KeysValues:
+        """Append keys and values, and return all.
+
+        Raises:
+            TypeError: A memory that is not of formed keys and values.
+        """
+        if not isinstance(memory, KeysValues):
+            raise TypeError(
+                f"a growing cache takes formed keys and values; got {type(memory).__name__}. Use strategy=reads.Dense()"
+            )
+        self.memory = memory if self.memory is None else self.memory.append(memory)
+        return self.memory
+
+
+@dataclass
+class AttentionCapture:
+    """Attention weights of one read, filled in while a model runs: pass it as `capture=` to the model.
+
+    Args:
+        read: Index of the read, or of a resampler's layer; negative indices count from the last.
+        queries: Indices of the queries whose weights are captured; all of them by default.
+        weights: Captured weights, `b h chosen n`.
+        grid: Grid of the tokens, if they have one.
+    """
+
+    read: int = -1
+    queries: QueryIndices = None
+    weights: Float[Tensor, "b h chosen n"] | None = None
+    grid: tuple[int, ...] | None = None
+
+    def result(self) -> Float[Tensor, "b h chosen n"]:
+        """Return the captured weights.
+
+        Raises:
+            RuntimeError: The model ran without the read.
+        """
+        if self.weights is None:
+            raise RuntimeError("no attention weights were captured: the model did not pass `capture` to the read")
+        return self.weights
+
+
+@dataclass
+class _Recording:
+    thread: int
+    reads: list[tuple[ReadContext, Strategy]]
+
+
+_recording: _Recording | None = None
+
+
+@contextmanager
+def recorded_reads() -> Iterator[list[tuple[ReadContext, Strategy]]]:
+    """Collect, in the order in which they happen, the reads that this thread prepares, with their strategies."""
+    global _recording  # noqa: PLW0603 (a read cannot be passed a listener through modules of other libraries)
+    before, _recording = _recording, _Recording(threading.get_ident(), [])
+    try:
+        yield _recording.reads
+    finally:
+        _recording = before

@@ -1,0 +1,257 @@
+"""Protocols of a read: a strategy turns the input of an attention module into a memory, which queries attend to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from perceiver_core import checks, masks
+from perceiver_core.kernels.varlen import WIDEST
+from perceiver_core.masks import Mask
+from perceiver_core.reads.machine import Machine
+from perceiver_core.reads.axes import merged_axes
+from perceiver_core.tokens import Tokens
+
+Kernel: TypeAlias = Callable[..., Tensor]
+"""An attention kernel: `(q, k, v, *, mask) -> out`, see `kernels`."""
+QueryIndices: TypeAlias = "int | Sequence[int] | Int[Tensor, ' chosen'] | None"
+
+
+class AttentionInput(Protocol):
+    """Input of an attention module: a `Source`, whose keys and values it forms, or a `Memory` that an earlier read made."""
+
+    def memory(self, attention: Attention) -> Memory:
+        """Return the memory for an attention module, which calls this in its own forward."""
+        ...
+
+
+class Memory(AttentionInput, Protocol):
+    """Keys and values of an input, formed or factored, that queries can attend to."""
+
+    def attend(
+        self, q: Float[Tensor, "#b h q d"], kernel: Kernel, *, mask: Mask | None = None, dropout: float = 0.0
+    ) -> Float[Tensor, "b h q e"]:
+        """Return the attention output of every head; `mask` applies besides the mask of the memory."""
+        ...
+
+    def attention_map(
+        self,
+        q: Float[Tensor, "#b h q d"],
+        kernel: Kernel,
+        *,
+        mask: Mask | None = None,
+        queries: QueryIndices = None,
+    ) -> Float[Tensor, "b h chosen n"]:
+        """Return the attention weights of selected queries."""
+        ...
+
+
+class Attention(Protocol):
+    """The parts of an attention module that form keys and values; `MultiHeadAttention` has them."""
+
+    num_heads: int
+    num_kv_heads: int
+    kv_dim: int
+    dropout: float
+    training: bool
+    kernel: Kernel
+    key: nn.Module
+    value: nn.Module
+    key_norm: nn.Module
+    rotary: nn.Module
+
+
+class ReadContext(NamedTuple):
+    """One read to be made.
+
+    Args:
+        attention: Module whose projections form keys and values.
+        norm: Norm applied to the input before these projections.
+        tokens: Input of the read, `Tokens` or a tensor `b n c`.
+        mask: Attention mask besides the tokens' own.
+        positions: Positions of the tokens for rotary embeddings; by default consecutive, the last one being 0.
+        num_queries: Total number of queries of all reads that will share the memory.
+    """
+
+    attention: Attention
+    norm: nn.Module
+    tokens: Tokens | Float[Tensor, "b n c"]
+    mask: Mask | None = None
+    positions: Tensor | None = None
+    num_queries: int = 512
+
+    @property
+    def content(self) -> Tensor:
+        """The tokens' content, or the input tensor itself."""
+        return self.tokens.content if isinstance(self.tokens, Tokens) else self.tokens
+
+    def whole_mask(self) -> Mask | None:
+        """Return the tokens' own mask combined with the mask besides it."""
+        return combined_mask(self.tokens, self.mask)
+
+
+def combined_mask(tokens: Tokens | Tensor, mask: Mask | None) -> Mask | None:
+    """Return the mask of `tokens`, if they have one, combined with another mask."""
+    if mask is not None:
+        mask = masks.from_token_mask(mask)
+    if not isinstance(tokens, Tokens) or tokens.mask is None:
+        return mask
+    own = masks.Padding(tokens.mask.flatten(1))
+    return own if mask is None else masks.and_(own, mask)
+
+
+class Cost(NamedTuple):
+    """Predicted cost of a read's forward pass, for the whole batch.
+
+    Args:
+        flops: Floating point operations.
+        bytes: Bytes read and written.
+        seconds: Time on one CPU thread, or on the whole GPU.
+    """
+
+    flops: float
+    bytes: float
+    seconds: float
+
+
+class Sizes(NamedTuple):
+    """Sizes of a read, which determine its cost.
+
+    Args:
+        batch: Number of samples.
+        num_tokens: Number of tokens per sample.
+        token_dim: Width of a token, content and positions.
+        num_channels: Width of its content.
+        axes: Sizes of the grid axes; axes that one position table spans jointly are merged.
+        num_heads: Number of query heads.
+        kv_dim: Width of a token's keys and values together.
+        num_queries: Number of queries of all reads that share the memory.
+        element_size: Bytes per element.
+        device: Device type.
+        group_size: Number of query heads that share a key-value head.
+    """
+
+    batch: int
+    num_tokens: int
+    token_dim: int
+    num_channels: int
+    axes: tuple[int, ...]
+    num_heads: int
+    kv_dim: int
+    num_queries: int
+    element_size: int
+    device: str
+    group_size: int = 1
+
+    @property
+    def num_threads(self) -> int:
+        """Number of units that share the work: CPU threads, or one GPU."""
+        return torch.get_num_threads() if self.device == "cpu" else 1
+
+    @property
+    def pairs(self) -> int:
+        """Number of attention scores: queries times tokens, over heads and samples."""
+        return self.batch * self.num_heads * self.num_queries * self.num_tokens
+
+    @property
+    def half(self) -> bool:
+        """Whether the read computes in a dtype of 16 bits."""
+        return self.element_size == 2
+
+    @property
+    def materialized_bytes(self) -> int:
+        """Bytes of all tokens, of the normalized tokens, and of their keys and values."""
+        return self.batch * self.num_tokens * (2 * self.token_dim + self.kv_dim) * self.element_size
+
+    @classmethod
+    def of(cls, context: ReadContext) -> Sizes:
+        """Return the sizes of a read.
+
+        Under torch.compile the batch and the grid are replaced by typical sizes: a decision that depended on the real
+        ones would specialize the graph to them.
+        """
+        tokens, attention = context.tokens, context.attention
+        if isinstance(tokens, Tokens):
+            content, token_dim = tokens.content, tokens.dim
+            axes = merged_axes(tokens)
+        else:
+            content, token_dim, axes = tokens, tokens.shape[-1], tuple(tokens.shape[1:-1])
+        batch, device = content.shape[0], content.device.type
+        if torch.compiler.is_compiling():
+            batch = 1 if device == "cpu" else 16
+            axes = (65_536,) if len(axes) == 1 else (256,) * len(axes)
+        return cls(
+            batch=batch,
+            num_tokens=prod(axes),
+            token_dim=token_dim,
+            num_channels=content.shape[-1],
+            axes=axes,
+            num_heads=attention.num_heads,
+            kv_dim=attention.kv_dim,
+            num_queries=context.num_queries,
+            element_size=checks.product_dtype(content).itemsize,
+            device=device,
+            group_size=attention.num_heads // attention.num_kv_heads,
+        )
+
+
+@runtime_checkable
+class Strategy(Protocol):
+    """A way to compute a read. All strategies give the same result; they differ in time and memory."""
+
+    def why_not(self, context: ReadContext) -> str:
+        """Return the reason why this strategy cannot compute a read; empty if it can."""
+        ...
+
+    def cost(self, sizes: Sizes, machine: Machine) -> Cost:
+        """Return the predicted cost."""
+        ...
+
+    def prepare(self, context: ReadContext) -> Memory:
+        """Return the memory that the queries attend to."""
+        ...
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Raise unless `strategy` is an instance of a strategy, not its class.
+
+    Raises:
+        TypeError: Anything else.
+    """
+    if isinstance(strategy, type) or not isinstance(strategy, Strategy):
+        shown = strategy.__name__ if isinstance(strategy, type) else repr(strategy)
+        raise TypeError(f"strategy must be an object such as reads.Dense() or reads.Auto(); got {shown}")
+
+
+def check_able(strategy: Strategy, reason: str) -> None:
+    """Raise ValueError if there is a reason why a strategy cannot compute a read."""
+    if reason:
+        raise ValueError(f"{strategy} cannot compute this read: {reason}. Choose another strategy, such as reads.Auto()")
+
+
+def kernel_cost(sizes: Sizes, machine: Machine, matmul: float, *, flops: float, moved: float) -> Cost:
+    """Return the cost of forming keys and values, and of an attention kernel over them.
+
+    Args:
+        sizes: Sizes of the read.
+        machine: Machine constants.
+        matmul: Throughput at which keys and values are formed, in GFLOP/s.
+        flops: Operations that form them.
+        moved: Bytes moved while forming them.
+    """
+    kv_width = sizes.kv_dim * sizes.group_size  # over all query heads
+    kernel = 2.0 * sizes.batch * sizes.num_queries * sizes.num_tokens * kv_width
+    attention = machine.attention_half if sizes.half else machine.attention
+    if sizes.half and kv_width > 2 * WIDEST * sizes.num_heads:
+        blocks = sizes.batch * sizes.num_heads * -(-sizes.num_queries // 32)
+        attention = machine.attention_wide * min(1.0, blocks / machine.blocks)
+    seconds = 1e-9 * (
+        flops / matmul + moved / machine.copy + kernel / attention + sizes.pairs * machine.softmax
+    )
+    written = sizes.batch * sizes.num_tokens * sizes.kv_dim * sizes.element_size
+    return Cost(flops + kernel, moved + written, seconds)

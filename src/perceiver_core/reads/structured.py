@@ -1,0 +1,92 @@
+"""Structured reads of a grid: exact attention that forms neither keys nor values; see `kernels.grid`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from perceiver_core import checks
+from perceiver_core.kernels import PartialAttention
+from perceiver_core.kernels.grid import missing_kernel, read_grid
+from perceiver_core.reads import slabs
+from perceiver_core.reads.factored import factored, needs_kernel, token_mask, why_not_factored
+from perceiver_core.reads.factored_keys_values import FactoredKeysValues
+from perceiver_core.reads.machine import SHORT_ROW, Machine
+from perceiver_core.reads.strategy import Cost, ReadContext, Sizes, check_able
+from perceiver_core.registry import register
+
+
+@partial(register, name="reads.Structured")
+@dataclass(frozen=True)
+class Structured:
+    """Compute scores and outputs from the content and one table per axis, without keys and values.
+
+    Computes the reads of `Factored` with the default kernel only; no rotary embeddings, key norms, grouped queries,
+    attention dropout in training, or masks other than key-padding masks.
+
+    Example:
+        >>> import torch
+        >>> import perceiver_core as pc
+        >>> image = pc.adapters.Image(3, positions=pc.positions.Fourier(num_axes=2, num_bands=4, max_resolution=16))
+        >>> read = pc.CrossAttend(32, image.dim, strategy=pc.reads.Structured())
+        >>> read(torch.randn(2, 5, 32), image(torch.rand(2, 3, 13, 17))).shape
+        torch.Size([2, 5, 32])
+    """
+
+    def why_not(self, context: ReadContext) -> str:
+        """Return the reason why a structured read does not compute this one."""
+        return why_not_factored(context) or needs_kernel(context)
+
+    def cost(self, sizes: Sizes, machine: Machine) -> Cost:
+        """Return the cost with the compiled loop: products with queries and tables, and some work per query and token."""
+        s, indices = sizes, sum(sizes.axes)
+        table_products = indices * (s.token_dim - s.num_channels)
+        products = 2 * s.kv_dim * (s.batch * s.num_queries * (s.num_channels + indices) + table_products)
+        # Score terms and sums for each index along each axis, each copied once; content and scale.
+        moved = 4.0 * (
+            8 * s.batch * s.num_heads * s.num_queries * indices + 4 * s.batch * s.num_tokens * (s.num_channels + 1)
+        )
+        per_pair = machine.pair + machine.channel * s.num_channels * (1 + SHORT_ROW / s.axes[-1])
+        seconds = machine.start * 1e-6
+        seconds += 1e-9 * (products / machine.matmul + moved / machine.copy + s.pairs * per_pair)
+        return Cost(products + s.pairs * (4 * s.num_channels + 2 * len(s.axes) + 16), moved, seconds)
+
+    def missing(self, context: ReadContext) -> str:
+        """Return the reason why the compiled loop is unavailable; empty if it is available, compiled now if need be.
+
+        Without it a structured read runs in plain PyTorch: in little memory, but slowly.
+        """
+        return missing_kernel(context.content.device, context.content.shape[-1])
+
+    def prepare(self, context: ReadContext) -> FactoredKeysValues:
+        """Return the keys and values in factored form."""
+        check_able(self, self.why_not(context))
+        memory = factored(context, attend_slab, slabs.TOKENS)
+        return memory if context.mask is None else memory._replace(mask=token_mask(context, memory))
+
+
+def attend_slab(q: Tensor, memory: FactoredKeysValues) -> PartialAttention:
+    """Return attention over a slab by a structured read, exact for the keys and values of the factored form."""
+    keys, values = memory.keys, memory.values
+    with checks.full_precision(q.device):
+        planes = memory.planes()
+        scaled = q.to(planes.dtype) * q.shape[-1] ** -0.5
+        read = read_grid(
+            scaled @ keys.content,
+            torch.cat([scaled @ table.mT for table in memory.project_tables(keys)], dim=-1),
+            planes,
+            memory.scale(planes),
+            memory.mask,
+        )
+        output = read.content @ values.content.mT
+        output = output + read.marginals @ torch.cat(memory.project_tables(values), dim=1) + values.constant
+        # The constant of the keys adds the same to all scores of a query: it changes their log-sum-exp, no weight.
+        shift = scaled @ keys.constant.mT
+        output = output + 0.0 * shift  # its gradient is zero, not absent
+        if memory.mask is not None:
+            empty = (read.lse == -torch.inf).unsqueeze(-1)
+            output, shift = output.masked_fill(empty, 0.0), shift.masked_fill(empty, 0.0)
+        return PartialAttention(output, read.lse + shift.squeeze(-1))
