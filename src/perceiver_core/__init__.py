@@ -5,26 +5,30 @@
 Example:
     >>> import torch
     >>> import perceiver_core as pc
-    >>> audio = pc.adapters.Audio(patch=16, positions=pc.positions.Fourier(axes=1, bands=8, max_resolution=64))
-    >>> encoder = pc.Encoder(audio.dim, latents=8, dim=32, depth=2, heads=4)
-    >>> model = pc.Perceiver(audio, encoder, pc.heads.Regress(encoder.dim, values=1))
+    >>> where = pc.positions.Fourier(num_axes=1, num_bands=8, max_resolution=64)
+    >>> audio = pc.adapters.Audio(patch_size=16, positions=where)
+    >>> encoder = pc.Encoder(audio.dim, num_latents=8, dim=32, depth=2, num_heads=4)
+    >>> model = pc.Perceiver(audio, encoder, pc.heads.Regression(encoder.dim, num_outputs=1))
     >>> model(torch.randn(3, 999)).shape
     torch.Size([3, 1])
 """
 
 from perceiver_core import (
     adapters,
-    attention,
     checkpoints,
     heads,
+    kernels,
     losses,
+    masks,
     models,
     positions,
     queries,
+    reads,
     registry,
     sharing,
     visualize,
 )
+from perceiver_core.activation_checkpointing import checkpoint_activations
 from perceiver_core.blocks import (
     GEGLU,
     MLP,
@@ -42,14 +46,12 @@ from perceiver_core.blocks import (
     SquaredReLU,
     SwiGLU,
     TanhGate,
-    paths,
 )
 from perceiver_core.checkpoints import load, save
 from perceiver_core.decoder import Decoder
 from perceiver_core.encoder import Encoder
-from perceiver_core.explain import Explanation, explain
+from perceiver_core.explain import ReadExplanations, explain_reads
 from perceiver_core.models import HierarchicalPerceiver, Perceiver, PerceiverAR, PerceiverIO, Resampler, generate
-from perceiver_core.recompute import recompute_activations
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
@@ -63,7 +65,6 @@ __all__ = [
     "Decoder",
     "DropLatents",
     "Encoder",
-    "Explanation",
     "GRUGate",
     "GroupedRead",
     "HierarchicalPerceiver",
@@ -75,6 +76,7 @@ __all__ = [
     "Perceiver",
     "PerceiverAR",
     "PerceiverIO",
+    "ReadExplanations",
     "Resampler",
     "SelfAttend",
     "SquaredReLU",
@@ -82,18 +84,19 @@ __all__ = [
     "TanhGate",
     "Tokens",
     "adapters",
-    "attention",
+    "checkpoint_activations",
     "checkpoints",
-    "explain",
+    "explain_reads",
     "generate",
     "heads",
+    "kernels",
     "load",
     "losses",
+    "masks",
     "models",
-    "paths",
     "positions",
     "queries",
-    "recompute_activations",
+    "reads",
     "register",
     "registry",
     "save",

@@ -87,7 +87,7 @@ def has_channels(name: str, x: Tensor, axis: int, channels: int) -> None:
     if x.shape[axis] != channels:
         raise ValueError(
             f"{name} must have {channels} channels in axis {axis}; got {x.shape[axis]} (shape {tuple(x.shape)}). "
-            f"Build the adapter with channels={x.shape[axis]}, or move the channel axis"
+            f"Build the adapter with num_channels={x.shape[axis]}, or move the channel axis"
         )
 
 

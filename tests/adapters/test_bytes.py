@@ -53,8 +53,10 @@ def test_long_texts_are_cut(most, ends, wanted):
 
 def test_padding_changes_nothing(tmp_path):
     torch.manual_seed(0)
-    text = Bytes(dim=12, positions=pc.positions.Indexed(50, 12))
-    model = pc.Perceiver(text, pc.Encoder(12, latents=5, dim=14, depth=1, heads=2), pc.heads.Classify(14, 3)).double()
+    text = Bytes(dim=12, positions=pc.positions.LearnedEmbedding(50, 12))
+    model = pc.Perceiver(
+        text, pc.Encoder(12, num_latents=5, dim=14, depth=1, num_heads=2), pc.heads.Classification(14, 3)
+    ).double()
     model.eval()
     ids, mask = text.encode(["short", "a longer one"])
     alone = model(text.encode("short")[0])
@@ -67,7 +69,7 @@ def test_a_text_that_is_missing_is_masked():
     assert mask.tolist() == [[True] * 5, [False] * 5]
     with pytest.raises(ValueError, match=r"mask leaves no token to attend to in samples \[1\]"):
         Bytes(8)(ids, mask=mask)
-    both = pc.adapters.Multimodal({"text": Bytes(8), "label": pc.adapters.Label(3)})
+    both = pc.adapters.Multimodal({"text": Bytes(8), "label": pc.adapters.OneHotLabel(3)})
     assert both({"text": ids, "label": torch.tensor([0, 2])}, mask={"text": mask}).mask[1].tolist() == [False] * 5 + [
         True
     ]

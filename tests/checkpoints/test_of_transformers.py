@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import perceiver_core as pc
-from perceiver_core.blocks import paths
+from perceiver_core import reads
 from perceiver_core.checkpoints import files, folder, hugging_face, published, to_hugging_face
 from perceiver_core.checkpoints.convert import Plan, convert
 from perceiver_core.checkpoints.of_transformers import build
@@ -267,8 +267,8 @@ def test_values_of_a_configuration(case: str, theirs: Path) -> None:
 def test_labels_that_are_not_said_are_two(tmp_path: Path) -> None:
     config = configured(FOURIER) | {"num_labels": 2}
     path = to_hugging_face(made(FOURIER, num_labels=2), tmp_path / "two", config=config)
-    assert hugging_face(reconfigured(path, id2label=None)).decoder.out == 2
-    assert hugging_face(reconfigured(path, id2label={"0": "a", "1": "b"}, num_labels=7)).decoder.out == 2
+    assert hugging_face(reconfigured(path, id2label=None)).decoder.out_dim == 2
+    assert hugging_face(reconfigured(path, id2label={"0": "a", "1": "b"}, num_labels=7)).decoder.out_dim == 2
 
 
 def test_sizes_that_overflow(tmp_path: Path) -> None:
@@ -347,7 +347,7 @@ def test_a_model_that_was_changed(tmp_path: Path) -> None:
 
 def test_a_path_changes_no_result(tmp_path: Path) -> None:
     model = made(FOURIER)
-    paths.use(model, paths.Dense())
+    reads.set_strategy(model, reads.Dense())
     same(hugging_face(to_hugging_face(model, tmp_path, config=configured(FOURIER))), model)
 
 

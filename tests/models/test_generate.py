@@ -14,7 +14,7 @@ from torch import nn
 import perceiver_core as pc
 from perceiver_core.models import sampling
 from perceiver_core.models.generate import _cached, _recomputed, _Stream, plan
-from perceiver_core.models.perceiver_ar import PROCESS
+from perceiver_core.models.perceiver_ar import LATENT_TRANSFORMER
 from tests.memory import Kept
 from tests.models.test_perceiver_ar import (
     EXACT,
@@ -67,7 +67,7 @@ class TestCache:
         torch.testing.assert_close(cached, wanted, **EXACT)
 
     def test_it_changes_nothing_where_blocks_are_gone_through_again(self):
-        model, prompt = model_of(process=partial(PROCESS, repeats=3)), ids_of()
+        model, prompt = model_of(process=partial(LATENT_TRANSFORMER, repeats=3)), ids_of()
         cached, wanted = (logits_of(kind, model, prompt, 11) for kind in (_cached, _recomputed))
         torch.testing.assert_close(cached, wanted, **EXACT)
 
@@ -100,7 +100,7 @@ class TestCache:
         model, made = model_of(), []
         model.process.blocks[1].register_forward_hook(lambda *_: made.append("whole"))
         model.process.blocks[1].attention.query.register_forward_hook(lambda _, x, __: made.append(x[0].shape[1]))
-        pc.generate(model, ids_of(), max_new_tokens=9, start=2)
+        pc.generate(model, ids_of(), max_new_tokens=9, num_initial_latents=2)
         assert made == [2, 1, 1, 1, 2, 1, 1, 1, 2]
 
 
@@ -143,7 +143,7 @@ class TestContext:
         model, prompt, mask = model_of(**options), ids_of(len(lengths), seed=seed), padding(*lengths)
         wanted = continued(model, prompt, 11, context=context, start=start, mask=mask)
         for cache in (True, False):
-            asked = {"max_new_tokens": 11, "context": context, "start": start, "cache": cache}
+            asked = {"max_new_tokens": 11, "context_length": context, "num_initial_latents": start, "use_cache": cache}
             assert torch.equal(pc.generate(model, prompt, mask=mask, **asked), wanted)
         for row, length, found in zip(prompt, lengths, wanted, strict=True):
             assert torch.equal(pc.generate(model, row[None, 13 - length :], **asked)[0], found)
@@ -151,22 +151,26 @@ class TestContext:
     @pytest.mark.parametrize("n", [3, 8, 13])
     @pytest.mark.parametrize("cache", [True, False])
     def test_it_is_what_positions_allow_unless_given(self, n, cache):
-        model = model_of(**turning(None), embed=pc.adapters.Ids(19, 28, positions=pc.positions.Indexed(8, 28)))
-        found = pc.generate(model, ids_of(n=n), max_new_tokens=12, cache=cache)
+        model = model_of(
+            **turning(None), embed=pc.adapters.TokenEmbedding(19, 28, positions=pc.positions.LearnedEmbedding(8, 28))
+        )
+        found = pc.generate(model, ids_of(n=n), max_new_tokens=12, use_cache=cache)
         assert torch.equal(found, continued(model, ids_of(n=n), 12, context=8, start=2))
 
     @each_kind
     def test_one_that_is_not_reached_changes_nothing(self, options):
         model, prompt = model_of(**options), ids_of()
-        found = pc.generate(model, prompt, max_new_tokens=9, context=21)
+        found = pc.generate(model, prompt, max_new_tokens=9, context_length=21)
         assert torch.equal(found, pc.generate(model, prompt, max_new_tokens=9))
 
     def test_streams_and_stop_ids(self):
         model, prompt = model_of(), ids_of()
-        free = pc.generate(model, prompt, max_new_tokens=15, context=7)
-        assert torch.equal(torch.stack([*pc.models.stream(model, prompt, max_new_tokens=15, context=7)], 1), free)
+        free = pc.generate(model, prompt, max_new_tokens=15, context_length=7)
+        assert torch.equal(
+            torch.stack([*pc.models.stream(model, prompt, max_new_tokens=15, context_length=7)], 1), free
+        )
         stop = int(free[0, 4])
-        found = pc.generate(model, prompt, max_new_tokens=15, context=7, stop=stop)
+        found = pc.generate(model, prompt, max_new_tokens=15, context_length=7, stop_ids=stop)
         for row, whole in zip(found, free, strict=True):
             until = (whole == stop).nonzero()
             end = int(until[0]) + 1 if len(until) else 15
@@ -175,7 +179,7 @@ class TestContext:
     def test_nothing_is_read_again_before_it_is_reached(self):
         model, made = model_of(), []
         model.read.attention.key.register_forward_hook(lambda _, given, __: made.append(given[0].shape[1]))
-        pc.generate(model, ids_of(), max_new_tokens=6, context=16)
+        pc.generate(model, ids_of(), max_new_tokens=6, context_length=16)
         assert made == [13, 1, 1, 1, 16, 16]
 
     @each_kind
@@ -183,7 +187,9 @@ class TestContext:
     def test_memory_is_bounded(self, options, cache):
         model = model_of(**options)
         with Kept() as kept:
-            steps = pc.models.stream(model, ids_of(), max_new_tokens=70, mask=padding(13, 4), context=17, cache=cache)
+            steps = pc.models.stream(
+                model, ids_of(), max_new_tokens=70, mask=padding(13, 4), context_length=17, use_cache=cache
+            )
             after = [kept.bytes for _ in steps]
         assert max(after[-20:]) <= max(after[10:30])
 
@@ -193,15 +199,15 @@ class TestGenerate:
     @pytest.mark.parametrize("cache", [True, False])
     def test_a_padded_batch_is_each_prompt_alone(self, options, cache):
         model, prompt, lengths = model_of(**options), ids_of(4), (13, 2, 1, 7)
-        together = pc.generate(model, prompt, max_new_tokens=17, mask=padding(*lengths), cache=cache)
+        together = pc.generate(model, prompt, max_new_tokens=17, mask=padding(*lengths), use_cache=cache)
         assert together.shape == (4, 17) and together.dtype == torch.long
         for row, length, found in zip(prompt, lengths, together, strict=True):
-            alone = pc.generate(model, row[None, 13 - length :], max_new_tokens=17, cache=cache)[0]
+            alone = pc.generate(model, row[None, 13 - length :], max_new_tokens=17, use_cache=cache)[0]
             assert torch.equal(found, alone)
 
     def test_greedy_is_the_most_likely_id_every_time(self):
         model, ids = model_of(), ids_of(1, 3)
-        found = pc.generate(model, ids, max_new_tokens=4, start=LATENTS)
+        found = pc.generate(model, ids, max_new_tokens=4, num_initial_latents=LATENTS)
         for step in range(4):
             assert found[0, step] == model(ids)[0, -1].argmax()
             ids = torch.cat([ids, found[:, step : step + 1]], 1)
@@ -224,7 +230,7 @@ class TestGenerate:
     def test_nothing_is_recorded_for_gradients_and_grad_mode_comes_back(self):
         model = model_of()
         steps = pc.models.stream(
-            model, ids_of(), max_new_tokens=3, choose=lambda x, _: x.argmax(-1) + int(x.requires_grad)
+            model, ids_of(), max_new_tokens=3, sampler=lambda x, _: x.argmax(-1) + int(x.requires_grad)
         )
         for ids in steps:
             assert torch.is_grad_enabled() and not ids.requires_grad
@@ -236,9 +242,9 @@ class TestGenerate:
                 model,
                 prompt,
                 max_new_tokens=12,
-                choose=sampling.Sample(),
+                sampler=sampling.Sample(),
                 generator=torch.Generator().manual_seed(seed),
-                cache=cache,
+                use_cache=cache,
             )
             for seed, cache in ((1, True), (1, False), (2, True))
         )
@@ -251,14 +257,14 @@ class TestGenerate:
         def choose(logits, generator):
             return script[:, next(steps)]
 
-        found = pc.generate(model_of(), ids_of(), max_new_tokens=5, choose=choose, stop=[5, 7])
+        found = pc.generate(model_of(), ids_of(), max_new_tokens=5, sampler=choose, stop_ids=[5, 7])
         assert found.tolist() == [[3, 5, 5, 5], [2, 2, 2, 7]]
 
     def test_a_sample_that_goes_on_does_not_mind_one_that_ended(self):
         model, prompt = model_of(), ids_of(2)
         free = pc.generate(model, prompt, max_new_tokens=9)
         stop = int(free[0, 1])
-        found = pc.generate(model, prompt, max_new_tokens=9, stop=[stop])
+        found = pc.generate(model, prompt, max_new_tokens=9, stop_ids=[stop])
         until = (free[1] == stop).nonzero()
         end = int(until[0]) + 1 if len(until) else 9
         assert torch.equal(found[1, :end], free[1, :end])
@@ -267,7 +273,7 @@ class TestGenerate:
     def test_a_stop_id_in_the_prompt_ends_nothing(self):
         prompt = ids_of()
         found = pc.generate(
-            model_of(), prompt, max_new_tokens=5, stop=[int(prompt[0, -1])], choose=lambda x, _: x.argmin(-1)
+            model_of(), prompt, max_new_tokens=5, stop_ids=[int(prompt[0, -1])], sampler=lambda x, _: x.argmin(-1)
         )
         assert found.shape[1] >= 1
 
@@ -281,8 +287,8 @@ class TestGenerate:
             model_of(),
             ids_of(),
             max_new_tokens=5,
-            stop=stop,
-            choose=lambda x, _: torch.tensor([5, 5], dtype=torch.int32),
+            stop_ids=stop,
+            sampler=lambda x, _: torch.tensor([5, 5], dtype=torch.int32),
         )
         assert found.tolist() == [[5], [5]] and found.dtype == torch.long
 
@@ -294,7 +300,7 @@ class TestGenerate:
 
     def test_half_precision_and_small_integers(self):
         found = pc.generate(
-            model_of().bfloat16(), ids_of().to(torch.uint8), max_new_tokens=7, choose=sampling.Sample(0.5)
+            model_of().bfloat16(), ids_of().to(torch.uint8), max_new_tokens=7, sampler=sampling.Sample(0.5)
         )
         assert found.shape == (2, 7)
 
@@ -433,12 +439,12 @@ class TestErrors:
     )
     def test_of_what_choose_gives(self, choose, error, message):
         with pytest.raises(error, match=f"choose must give {message}"):
-            pc.generate(model_of(), ids_of(), max_new_tokens=1, choose=choose)
+            pc.generate(model_of(), ids_of(), max_new_tokens=1, sampler=choose)
 
     def test_of_chosen_ids_outside_the_vocabulary(self):
         for wrong in (19, -1):
             with pytest.raises(ValueError, match=rf"what choose gives must lie in 0 \.\.\. 18; got {wrong}"):
-                pc.generate(model_of(), ids_of(), max_new_tokens=1, choose=lambda x, _, w=wrong: torch.tensor([3, w]))
+                pc.generate(model_of(), ids_of(), max_new_tokens=1, sampler=lambda x, _, w=wrong: torch.tensor([3, w]))
 
     def test_of_what_is_no_model(self):
         linear = nn.Linear(28, 19).eval()
@@ -458,4 +464,4 @@ class TestErrors:
 
     def test_of_a_context_longer_than_positions(self):
         with pytest.raises(ValueError, match="context must be at most 101, as many as there are positions; got 102"):
-            pc.generate(model_of(**POSITIONS["learned"]), ids_of(), max_new_tokens=5, context=102)
+            pc.generate(model_of(**POSITIONS["learned"]), ids_of(), max_new_tokens=5, context_length=102)

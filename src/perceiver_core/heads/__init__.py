@@ -1,19 +1,26 @@
-"""Heads: what turns latents, or the answers of a decoder, into an output."""
+"""Heads: map the latents of an encoder, or the outputs of a decoder, to the output of the model."""
 
-from perceiver_core.heads.of_answers import Multimodal, OnGrid, Only, Patches, Samples, Values
-from perceiver_core.heads.of_latents import Classify, Latents, Regress
-from perceiver_core.heads.of_tokens import Logits, TiedLogits
+from perceiver_core.heads.classification import Classification
+from perceiver_core.heads.grid import Grid
+from perceiver_core.heads.identity import Identity
+from perceiver_core.heads.linear import Linear
+from perceiver_core.heads.logits import Logits, TiedLogits
+from perceiver_core.heads.multimodal import Multimodal
+from perceiver_core.heads.regression import Regression
+from perceiver_core.heads.single_query import SingleQuery
+from perceiver_core.heads.unpatchify import Unpatchify
+from perceiver_core.heads.waveform import Waveform
 
 __all__ = [
-    "Classify",
-    "Latents",
+    "Classification",
+    "Grid",
+    "Identity",
+    "Linear",
     "Logits",
     "Multimodal",
-    "OnGrid",
-    "Only",
-    "Patches",
-    "Regress",
-    "Samples",
+    "Regression",
+    "SingleQuery",
     "TiedLogits",
-    "Values",
+    "Unpatchify",
+    "Waveform",
 ]

@@ -23,7 +23,7 @@ from perceiver_core.tokens import Tokens
 FLAMINGO = partial(
     JointAttend,
     attention=partial(MultiHeadAttention, bias=False, out_bias=False),
-    mlp=partial(MLP, widening=4, activation=SquaredReLU(), bias=False),
+    mlp=partial(MLP, widening_factor=4, activation=SquaredReLU(), bias=False),
 )
 """The paper's layer; without biases, as all published code has it."""
 
@@ -32,19 +32,19 @@ FLAMINGO = partial(
 class Resampler(nn.Module):
     """Latents read the features and each other in one softmax, `depth` times over.
 
-        features = project(features)
+        features = projection(features)
         for each layer:  latents = layer(latents, [features, latents])
         answer = norm(latents)
 
     Args:
         input_dim: the width of the features.
-        latents: how many vectors a sample becomes.
+        num_latents: how many vectors a sample becomes.
         dim: their width; `input_dim` unless given.
         depth: how many layers, each with its own weights.
-        heads: attention heads of a layer.
-        project: makes what brings features to the width of the latents, from (input_dim, dim); a linear layer where
+        num_heads: attention heads of a layer.
+        projection: makes what brings features to the width of the latents, from (input_dim, dim); a linear layer where
             these differ, and nothing where they do not, unless given.
-        block: makes a layer from (dim, heads=heads); `functools.partial` of `JointAttend` sets the rest.
+        block: makes a layer from (dim, num_heads=num_heads); `functools.partial` of `JointAttend` sets the rest.
         norm: makes the norm of what comes out, from its width.
 
     Raises:
@@ -53,7 +53,7 @@ class Resampler(nn.Module):
     Example:
         >>> import torch
         >>> import perceiver_core as pc
-        >>> resampler = pc.Resampler(48, latents=8, dim=32, depth=2, heads=4)
+        >>> resampler = pc.Resampler(48, num_latents=8, dim=32, depth=2, num_heads=4)
         >>> resampler(torch.randn(2, 257, 48)).shape
         torch.Size([2, 8, 32])
 
@@ -64,24 +64,24 @@ class Resampler(nn.Module):
         self,
         input_dim: int,
         *,
-        latents: int = 64,
+        num_latents: int = 64,
         dim: int | None = None,
         depth: int = 6,
-        heads: int = 8,
-        project: Callable[[int, int], nn.Module] | None = None,
+        num_heads: int = 8,
+        projection: Callable[[int, int], nn.Module] | None = None,
         block: Callable[..., nn.Module] = FLAMINGO,
         norm: Callable[[int], nn.Module] = nn.LayerNorm,
     ) -> None:
         super().__init__()
         dim = input_dim if dim is None else dim
-        checks.positive(input_dim=input_dim, latents=latents, dim=dim, heads=heads)
+        checks.positive(input_dim=input_dim, num_latents=num_latents, dim=dim, num_heads=num_heads)
         checks.positive(at_most=10_000, depth=depth)
-        if project is None:
-            project = nn.Identity if dim == input_dim else init.linear
+        if projection is None:
+            projection = nn.Identity if dim == input_dim else init.linear
         self.input_dim, self.dim = input_dim, dim
-        self.latents = init.embedding(latents, dim)
-        self.project = project(input_dim, dim)
-        self.layers = nn.ModuleList(block(dim, heads=heads) for _ in range(depth))
+        self.latents = init.embedding(num_latents, dim)
+        self.projection = projection(input_dim, dim)
+        self.layers = nn.ModuleList(block(dim, num_heads=num_heads) for _ in range(depth))
         self.norm = norm(dim)
 
     def forward(
@@ -140,45 +140,46 @@ class Resampler(nn.Module):
         if isinstance(features, Tokens):
             if mask is not None:
                 raise ValueError("mask must be that of the tokens where these are Tokens; make them with it")
-            mask, features = features.flat_mask(), features.dense()
+            mask, features = features.flat_mask(), features.materialize()
         checks.is_floating("features", features)
         checks.has_shape("features", features, "b n c", last=self.input_dim)
         checks.same_place("features", features, self.latents)
         if mask is not None:
             checks.is_mask("mask", mask, features.shape[:-1])
             features = features.masked_fill(~mask.unsqueeze(-1), 0.0)
-        return self.project(features), mask
+        return self.projection(features), mask
 
 
 @register
 class EachFrame(nn.Module):
     """Frames by themselves: each becomes so many vectors as an image does.
 
-        b t n c  --add times-->  (b t) n c  --each-->  b t m d
+        b t n c  --add frame positions-->  (b t) n c  --each-->  b t m d
 
     Args:
         resampler: what reads the features of a frame.
-        times: positions along one axis that are added to the features of each frame; `positions.Indexed` or
-            `positions.Learned`. None for frames that do not know when they are.
+        frame_positions: positions along one axis that are added to the features of each frame;
+            `positions.LearnedEmbedding` or `positions.LearnedGrid`. None for frames that do not know when they are.
 
     Raises:
-        TypeError, ValueError: times that are not positions of one axis and of the features' width.
+        TypeError, ValueError: frame positions that are not positions of one axis and of the features' width.
 
     Example:
         >>> import torch
         >>> import perceiver_core as pc
         >>> from perceiver_core.models import EachFrame
-        >>> frames = EachFrame(pc.Resampler(48, latents=8, depth=2, heads=4), times=pc.positions.Indexed(5, dim=48))
+        >>> resampler = pc.Resampler(48, num_latents=8, depth=2, num_heads=4)
+        >>> frames = EachFrame(resampler, frame_positions=pc.positions.LearnedEmbedding(5, dim=48))
         >>> frames(torch.randn(2, 3, 257, 48)).shape
         torch.Size([2, 3, 8, 48])
 
     Reference: flamingo-pytorch, `PerceiverResampler`.
     """
 
-    def __init__(self, resampler: nn.Module, *, times: Positions | None = None) -> None:
+    def __init__(self, resampler: nn.Module, *, frame_positions: Positions | None = None) -> None:
         super().__init__()
-        _check_times(times, resampler)
-        self.resampler, self.times = resampler, times
+        _check_frame_positions(frame_positions, resampler)
+        self.resampler, self.frame_positions = resampler, frame_positions
         self.input_dim, self.dim = getattr(resampler, "input_dim", None), getattr(resampler, "dim", None)
 
     def forward(
@@ -191,9 +192,9 @@ class EachFrame(nn.Module):
             mask: which of them are there; a frame without any is read as one of no features.
 
         Raises:
-            TypeError, ValueError: what the resampler does not take; more frames than there are times.
+            TypeError, ValueError: what the resampler does not take; more frames than there are frame positions.
         """
-        features = _at_their_times(features, mask, self.times)
+        features = _with_frame_positions(features, mask, self.frame_positions)
         flat = None if mask is None else rearrange(mask, "b t n -> (b t) n")
         out: Tensor = self.resampler(rearrange(features, "b t n c -> (b t) n c"), mask=flat)
         return rearrange(out, "(b t) m d -> b t m d", b=features.shape[0])
@@ -203,31 +204,32 @@ class EachFrame(nn.Module):
 class AllFrames(nn.Module):
     """All frames at once: a video becomes so many vectors as an image does.
 
-        b t n c  --add times-->  b (t n) c  --resampler-->  b m d
+        b t n c  --add frame positions-->  b (t n) c  --resampler-->  b m d
 
     Args:
         resampler: what reads the features of all frames.
-        times: as those of `EachFrame`. The paper's are `positions.Learned((8,), dim)`, which are interpolated for
-            another number of frames; open_flamingo's are `positions.Indexed(most, dim)`.
+        frame_positions: as those of `EachFrame`. The paper's are `positions.LearnedGrid((8,), dim)`, which are
+            interpolated for another number of frames; open_flamingo's are `positions.LearnedEmbedding(most, dim)`.
 
     Raises:
-        TypeError, ValueError: times that are not positions of one axis and of the features' width.
+        TypeError, ValueError: frame positions that are not positions of one axis and of the features' width.
 
     Example:
         >>> import torch
         >>> import perceiver_core as pc
         >>> from perceiver_core.models import AllFrames
-        >>> video = AllFrames(pc.Resampler(48, latents=8, depth=2, heads=4), times=pc.positions.Learned((8,), dim=48))
+        >>> resampler = pc.Resampler(48, num_latents=8, depth=2, num_heads=4)
+        >>> video = AllFrames(resampler, frame_positions=pc.positions.LearnedGrid((8,), dim=48))
         >>> video(torch.randn(2, 30, 17, 48)).shape
         torch.Size([2, 8, 48])
 
     Reference: Alayrac et al. 2022 (Flamingo), appendix A.1.1.
     """
 
-    def __init__(self, resampler: nn.Module, *, times: Positions | None) -> None:
+    def __init__(self, resampler: nn.Module, *, frame_positions: Positions | None) -> None:
         super().__init__()
-        _check_times(times, resampler)
-        self.resampler, self.times = resampler, times
+        _check_frame_positions(frame_positions, resampler)
+        self.resampler, self.frame_positions = resampler, frame_positions
         self.input_dim, self.dim = getattr(resampler, "input_dim", None), getattr(resampler, "dim", None)
 
     def forward(
@@ -240,35 +242,37 @@ class AllFrames(nn.Module):
             mask: which of them are there; of a shorter video, say, the frames behind its end are not.
 
         Raises:
-            TypeError, ValueError: what the resampler does not take; more frames than there are times.
+            TypeError, ValueError: what the resampler does not take; more frames than there are frame positions.
         """
-        features = _at_their_times(features, mask, self.times)
+        features = _with_frame_positions(features, mask, self.frame_positions)
         flat = None if mask is None else rearrange(mask, "b t n -> b (t n)")
         out: Tensor = self.resampler(rearrange(features, "b t n c -> b (t n) c"), mask=flat)
         return out
 
 
-def _check_times(times: Positions | None, resampler: nn.Module) -> None:
-    if times is None:
+def _check_frame_positions(frame_positions: Positions | None, resampler: nn.Module) -> None:
+    if frame_positions is None:
         return
-    if isinstance(times, type) or not isinstance(times, Positions):
-        raise TypeError(f"times must be positions such as positions.Indexed(8, dim); got {times!r}")
-    width = getattr(resampler, "input_dim", times.dim)
-    if times.axes != 1 or times.dim != width:
+    if isinstance(frame_positions, type) or not isinstance(frame_positions, Positions):
+        raise TypeError(
+            f"frame_positions must be positions such as positions.LearnedEmbedding(8, dim); got {frame_positions!r}"
+        )
+    width = getattr(resampler, "input_dim", frame_positions.dim)
+    if frame_positions.num_axes != 1 or frame_positions.dim != width:
         raise ValueError(
-            f"times must have one axis and the width of the features, {width}, to which they are added; "
-            f"got {times.axes} axes, {times.dim} wide"
+            f"frame_positions must have one axis and the width of the features, {width}, to which they are added; "
+            f"got {frame_positions.num_axes} axes, {frame_positions.dim} wide"
         )
 
 
-def _at_their_times(features: Tensor, mask: Tensor | None, times: Positions | None) -> Tensor:
+def _with_frame_positions(features: Tensor, mask: Tensor | None, frame_positions: Positions | None) -> Tensor:
     """Features with the position of their frame added."""
     checks.is_floating("features", features)
-    width = None if times is None else times.dim
+    width = None if frame_positions is None else frame_positions.dim
     checks.has_shape("features", features, "b t n c", last=width)
     if mask is not None:
         checks.is_mask("mask", mask, features.shape[:-1])
-    if times is None:
+    if frame_positions is None:
         return features
-    tables = times.tables((features.shape[1],), like=features)
+    tables = frame_positions.tables((features.shape[1],), like=features)
     return features + sum(tables[1:], start=tables[0]).unsqueeze(-2)

@@ -1,0 +1,26 @@
+"""Identity: the latents themselves are the output."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from perceiver_core.registry import register
+
+
+@partial(register, name="heads.Identity")
+class Identity(nn.Module):
+    """No head: the latents themselves.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core.heads import Identity
+        >>> Identity()(torch.randn(2, 7, 32)).shape
+        torch.Size([2, 7, 32])
+    """
+
+    def forward(self, latents: Float[Tensor, "b m d"]) -> Float[Tensor, "b m d"]:
+        """What came."""
+        return latents

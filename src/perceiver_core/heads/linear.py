@@ -1,0 +1,38 @@
+"""Linear projection of every decoder output."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from perceiver_core import checks, init
+from perceiver_core.registry import register
+
+
+@partial(register, name="heads.Linear")
+class Linear(nn.Module):
+    """A linear layer: channels of a pixel, logits of a token.
+
+    Args:
+        dim: the width of an answer.
+        out_dim: how many it becomes.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core import heads
+        >>> heads.Linear(32, out_dim=3)(torch.randn(2, 50, 32)).shape
+        torch.Size([2, 50, 3])
+    """
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__()
+        checks.positive(dim=dim, out_dim=out_dim)
+        self.dim = dim
+        self.values = init.linear(dim, out_dim)
+
+    def forward(self, answers: Float[Tensor, "b q d"]) -> Float[Tensor, "b q values"]:
+        """The values of each answer."""
+        values: Tensor = self.values(answers)
+        return values
