@@ -282,7 +282,7 @@ class TestSteppingAside:
 def test_little_work_and_deep_sums_are_left_to_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "is_faster", lambda: True)
     taken = {
-        (rows, inner, columns): linear.takes_onednn(torch.empty(rows, inner), torch.empty(columns, inner))
+        (rows, inner, columns): linear.uses_onednn(torch.empty(rows, inner), torch.empty(columns, inner))
         for rows, inner, columns in [
             *[(64, 64, 64), (256, 512, 512), (4, 1024, 1024), (64, 50_000, 64), (2**21, 3, 1)],
         ]

@@ -123,7 +123,7 @@ def test_a_block_is_a_part_of_the_whole(mask: Mask) -> None:
 
 @pytest.mark.parametrize("mask", ALL.values(), ids=ALL.keys())
 def test_what_fits_is_let_through(mask: Mask) -> None:
-    masks.fits(mask, torch.empty(B, H, Q, D), torch.empty(B, H, K, D))
+    masks.check_broadcast(mask, torch.empty(B, H, Q, D), torch.empty(B, H, K, D))
 
 
 class Largest(TorchDispatchMode):
@@ -161,7 +161,7 @@ def test_a_block_of_a_tensor_reads_no_more_than_the_block() -> None:
 )
 def test_what_does_not_fit_is_refused(mask: Mask, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        masks.fits(mask, torch.empty(B, H, Q, D), torch.empty(B, H, K, D))
+        masks.check_broadcast(mask, torch.empty(B, H, Q, D), torch.empty(B, H, K, D))
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_what_does_not_fit_is_refused(mask: Mask, message: str) -> None:
 )
 def test_a_mask_on_another_device_is_refused(mask: Mask) -> None:
     with pytest.raises(ValueError, match=r"mask is on meta, the queries on cpu; move one: .to\('cpu'\)"):
-        masks.fits(mask, torch.empty(B, H, Q, D), torch.empty(B, H, K, D))
+        masks.check_broadcast(mask, torch.empty(B, H, Q, D), torch.empty(B, H, K, D))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.uint8], ids=str)
@@ -181,7 +181,7 @@ def test_a_mask_that_is_not_boolean_is_refused(dtype: torch.dtype) -> None:
     q, k = torch.empty(B, H, Q, D), torch.empty(B, H, K, D)
     rows, columns = masks.positions(Q), masks.positions(K)
     for use in (
-        lambda: masks.fits(mask, q, k),
+        lambda: masks.check_broadcast(mask, q, k),
         lambda: masks.materialize(mask, queries=Q, keys=K),
         lambda: masks.block(mask, rows, columns),
         lambda: masks.materialize(lambda q, k: mask, queries=Q, keys=K),

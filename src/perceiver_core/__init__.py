@@ -38,7 +38,6 @@ from perceiver_core.blocks import (
     GroupedRead,
     GRUGate,
     JointAttend,
-    KeysValues,
     LatentTransformer,
     Level,
     MultiHeadAttention,
@@ -50,8 +49,9 @@ from perceiver_core.blocks import (
 from perceiver_core.checkpoints import load, save
 from perceiver_core.decoder import Decoder
 from perceiver_core.encoder import Encoder
-from perceiver_core.explain import ReadExplanations, explain_reads
+from perceiver_core.explain import ReadExplanation, ReadExplanations, explain_reads
 from perceiver_core.models import HierarchicalPerceiver, Perceiver, PerceiverAR, PerceiverIO, Resampler, generate
+from perceiver_core.reads import KeysValues
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
@@ -76,6 +76,7 @@ __all__ = [
     "Perceiver",
     "PerceiverAR",
     "PerceiverIO",
+    "ReadExplanation",
     "ReadExplanations",
     "Resampler",
     "SelfAttend",

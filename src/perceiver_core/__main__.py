@@ -13,8 +13,8 @@ import torch
 
 from perceiver_core.checkpoints.convert import NUMERICS, TARGETS, Plan, convert
 from perceiver_core.checkpoints.origin import KINDS
-from perceiver_core.reads import measure
-from perceiver_core.reads.costs import USUAL
+from perceiver_core.reads.calibration import calibrate
+from perceiver_core.reads.machine import DEFAULTS
 
 
 def main() -> None:
@@ -32,12 +32,12 @@ def main() -> None:
 def _costs(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Prints what was measured beside what is used, and the call that makes a model use it."""
     device = options.device.split(":")[0]
-    if device not in USUAL or (device == "cuda" and not torch.cuda.is_available()):
+    if device not in DEFAULTS or (device == "cuda" and not torch.cuda.is_available()):
         parser.error(f"--device must be cpu, or cuda where PyTorch finds a GPU; got {options.device}")
-    found = measure.costs(device=options.device)
+    found = calibrate(device=options.device)
     print(f"{'':16} {'measured':>10} {'in use':>10}")  # noqa: T201 (it is a command)
     for name, value in asdict(found).items():
-        print(f"{name:16} {value:10.3g} {getattr(USUAL[device], name):10.3g}")  # noqa: T201
+        print(f"{name:16} {value:10.3g} {getattr(DEFAULTS[device], name):10.3g}")  # noqa: T201
     numbers = ", ".join(f"{name}={value:.3g}" for name, value in asdict(found).items())
     print(f"\nreads.set_strategy(model, reads.Auto(machine=reads.Machine({numbers})))")  # noqa: T201
 

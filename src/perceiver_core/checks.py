@@ -91,6 +91,16 @@ def has_channels(name: str, x: Tensor, axis: int, channels: int) -> None:
         )
 
 
+def channels_first(name: str, x: Tensor, axes: str, num_channels: int, *, channel_axis: int = 1) -> None:
+    """Raise unless `x` is floating point with the axes of `axes` ("b c h w"), none empty, and `num_channels` channels."""
+    if isinstance(x, Tensor) and x.is_floating_point() and x.ndim == len(axes.split()) and 0 not in x.shape:
+        if x.shape[channel_axis] == num_channels:
+            return
+    is_floating(name, x)
+    has_shape(name, x, axes)
+    has_channels(name, x, channel_axis, num_channels)
+
+
 def is_mask(name: str, mask: Tensor, shape: Sequence[int] | None = None) -> None:
     """Raises unless `mask` is boolean and, where one is given, has exactly `shape`."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:

@@ -41,7 +41,12 @@ class Linear(nn.Linear):
     def forward(self, input: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
         """Return `input @ weight.T + bias`."""
         weight, bias = self.weight, self.bias  # once: each may be computed
-        if not uses_onednn(input, weight, bias):
+        if (
+            type(input) is not Tensor
+            or torch.compiler.is_compiling()
+            or input.numel() * weight.shape[0] < MIN_PRODUCTS
+            or not uses_onednn(input, weight, bias)
+        ):
             return F.linear(input, weight, bias)
         rows = input.reshape(-1, weight.shape[1])
         out: Tensor = _Product.apply(rows, weight, bias)  # type: ignore[no-untyped-call]

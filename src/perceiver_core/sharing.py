@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from torch import nn
+
 from perceiver_core import checks
 from perceiver_core.registry import register
 
@@ -46,6 +48,27 @@ class Sharing:
     def steps(self) -> int:
         """How many steps there are."""
         return len(self.reads)
+
+
+@register
+@dataclass(frozen=True)
+class Shared:
+    """A module inside a `functools.partial` that all blocks made from it share; without it each block has a copy.
+
+    Args:
+        module: The shared module.
+
+    Example:
+        >>> from functools import partial
+        >>> import perceiver_core as pc
+        >>> attention = partial(pc.MultiHeadAttention, rotary=pc.sharing.Shared(pc.positions.Rotary()))
+        >>> block = partial(pc.SelfAttend, attention=attention)
+        >>> first, second = pc.LatentTransformer(16, depth=2, num_heads=4, block=block).blocks
+        >>> first.attention.rotary is second.attention.rotary
+        True
+    """
+
+    module: nn.Module
 
 
 Scheme: TypeAlias = Callable[[int], Sharing]

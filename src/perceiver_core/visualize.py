@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from perceiver_core import checks
 from perceiver_core.models import Perceiver
 from perceiver_core.positions import Positions
+from perceiver_core.reads import AttentionCapture
 from perceiver_core.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -60,18 +61,17 @@ def attention_map(
         >>> pc.visualize.attention_map(model, torch.rand(2, 3, 13, 17), queries=[0, 5]).shape
         torch.Size([2, 1, 2, 13, 17])
     """
+    capture = AttentionCapture(read, queries)
+    options = {} if mask is None else {"mask": mask}
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        tokens = model.adapter(inputs) if mask is None else model.adapter(inputs, mask=mask)
-        weights: Tensor = model.encoder.attention_map(tokens, read=read, queries=queries)  # type: ignore[operator]
+        model(inputs, capture=capture, **options)
     finally:
         for module, training in modes.items():
             module.training = training
-    seen = tokens[read] if isinstance(tokens, (list, tuple)) else tokens
-    if not isinstance(seen, Tokens):
-        return weights
-    return weights.reshape(*weights.shape[:-1], *seen.grid)
+    weights = capture.result()
+    return weights if capture.grid is None else weights.reshape(*weights.shape[:-1], *capture.grid)
 
 
 def overlay(

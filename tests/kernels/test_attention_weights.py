@@ -9,7 +9,7 @@ import torch
 
 import perceiver_core as pc
 from perceiver_core import masks
-from perceiver_core.kernels import add_zero_attn, chunked, fastest, inverted, reference, sdpa, weights_of
+from perceiver_core.kernels import add_zero_attn, chunked, fastest, inverted, reference, sdpa, kernel_attention_map
 
 EXACT = {"rtol": 1e-10, "atol": 1e-11}
 
@@ -44,9 +44,9 @@ def inputs(queries=5, keys=11):
 def test_values_add_up_by_them(kernel, masked, keys, block):
     q, k, v = inputs(keys=keys)
     mask = masks.Padding(torch.arange(keys) < torch.tensor([[keys], [max(1, keys - 4)]])) if masked else None
-    found = weights_of(kernel, q, k, mask=mask, block=block)
+    found = kernel_attention_map(kernel, q, k, mask=mask, block=block)
     torch.testing.assert_close(found @ v, kernel(q, k, v, mask=mask), **EXACT)
-    chosen = weights_of(kernel, q, k, mask=mask, queries=[4, 0], block=block)
+    chosen = kernel_attention_map(kernel, q, k, mask=mask, queries=[4, 0], block=block)
     torch.testing.assert_close(chosen, found[:, :, [4, 0]], **EXACT)
 
 
@@ -63,5 +63,5 @@ def test_maps_of_parts_are_those_of_their_kernel(kernel):
 
 def test_a_zero_token_takes_its_share():
     q, k, _ = inputs()
-    assert (weights_of(add_zero_attn, q, k).sum(-1) < 1).all()
-    torch.testing.assert_close(weights_of(inverted, q, k).sum(-1), torch.ones(2, 3, 5).double())
+    assert (kernel_attention_map(add_zero_attn, q, k).sum(-1) < 1).all()
+    torch.testing.assert_close(kernel_attention_map(inverted, q, k).sum(-1), torch.ones(2, 3, 5).double())

@@ -105,7 +105,7 @@ def test_bfloat16_goes_to_chunked_where_there_are_units_for_it(
     inputs = qkv(torch.bfloat16)
     equal(fastest(*inputs, mask=mask), (halves if units else sdpa)(*inputs, mask=mask))
     assert taken == ["chunked" if units else "sdpa"]
-    assert module.takes_products(inputs[0], K) == units
+    assert module.uses_chunks(inputs[0], K) == units
 
 
 @pytest.mark.usefixtures("units")
@@ -116,7 +116,7 @@ def test_dropout_goes_to_sdpa(taken: list[str]) -> None:
         torch.manual_seed(0)
         found.append(kernel(*inputs, dropout=0.5))
     equal(*found)
-    assert taken == ["sdpa"] and not module.takes_products(inputs[0], K, dropout=0.5)
+    assert taken == ["sdpa"] and not module.uses_chunks(inputs[0], K, dropout=0.5)
     assert (found[0] - sdpa(*inputs)).abs().max() > 1e-2  # which did drop
 
 

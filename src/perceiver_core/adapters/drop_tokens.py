@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_core import checks
+from perceiver_core.random_draws import RepeatableDraws
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
@@ -41,6 +42,7 @@ class DropTokens(nn.Module):
         super().__init__()
         checks.probability(rate=rate)
         self.adapter, self.rate, self.generator = adapter, rate, generator
+        self._draws = RepeatableDraws()
 
     @property
     def dim(self) -> int:
@@ -54,7 +56,7 @@ class DropTokens(nn.Module):
             return tokens
         content = tokens.materialize()
         # Not torch.randn: with a generator it takes no sizes that torch.compile leaves open.
-        order = torch.empty(content.shape[:2], device=content.device).normal_(generator=self.generator)
+        order = torch.empty(content.shape[:2], device=content.device).normal_(generator=self._draws.generator(self.generator))
         present = None if tokens.mask is None else tokens.mask.flatten(1)
         if present is not None:
             order = order.masked_fill(~present, -torch.inf)

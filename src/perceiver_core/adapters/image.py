@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from perceiver_core import checks
 from perceiver_core.adapters.grid import check_axes, grid_tokens, token_dim
 from perceiver_core.adapters.stems import Pixels
+from perceiver_core.blocks.factory import build
 from perceiver_core.positions import Positions
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
@@ -42,7 +43,7 @@ class Image(nn.Module):
         checks.positive(num_channels=num_channels)
         check_axes("Image", positions, 2)
         self.num_channels, self.positions = num_channels, positions
-        self.stem = stem(num_channels)
+        self.stem = build(stem, num_channels)
 
     @property
     def dim(self) -> int:
@@ -63,16 +64,14 @@ class Image(nn.Module):
             TypeError: pictures that are not floating point.
             ValueError: another rank or number of channels, an empty picture, NaN, a mask of another shape.
         """
-        checks.is_floating("pictures", pictures)
-        checks.has_shape("pictures", pictures, "b c h w")
-        checks.has_channels("pictures", pictures, 1, self.num_channels)
-        for weight in self.stem.parameters():
-            checks.same_place("pictures", pictures, weight)
-            break
+        checks.channels_first("pictures", pictures, "b c h w", self.num_channels)
+        if (convolution := getattr(self.stem, "convolution", None)) is not None:
+            checks.matches_weight("pictures", pictures, convolution)
         pixels = None if mask is None else self._pixels(mask, pictures)
         if pixels is not None:
             pictures = pictures.masked_fill(~pixels.unsqueeze(1), 0.0)
-        checks.values("pictures", pictures.movedim(1, -1), pixels)  # before a batch norm keeps what it saw
+        if type(self.stem) is not Pixels:  # whose output is the image, checked below
+            checks.values("pictures", pictures.movedim(1, -1), pixels)  # before a batch norm updates its statistics
         content = self.stem(pictures).movedim(1, -1)
         return grid_tokens("pictures", content, self.positions, mask)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_core import checks, init, modalities
+from perceiver_core.random_draws import RepeatableDraws
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
@@ -63,11 +64,8 @@ class Multimodal(nn.Module):
         modalities.check("adapters", adapters, "an adapter")
         checks.positive(min_modality_channels=min_modality_channels)
         self.adapters, self.min_modality_channels = nn.ModuleDict(adapters), min_modality_channels
-        self.token_mask_rate, self.modality_dropout, self.generator = (
-            dict(token_mask_rate or {}),
-            dict(modality_dropout or {}),
-            generator,
-        )
+        self.token_mask_rate, self.modality_dropout = dict(token_mask_rate or {}), dict(modality_dropout or {})
+        self.generator, self._draws = generator, RepeatableDraws()
         for name, rates in (("token_mask_rate", self.token_mask_rate), ("modality_dropout", self.modality_dropout)):
             _check_rates(name, rates, self.adapters)
         widths = {name: int(adapter.dim) for name, adapter in self.adapters.items()}  # type: ignore[arg-type]
@@ -147,7 +145,7 @@ class Multimodal(nn.Module):
         seen = torch.where(seen.any(1, keepdim=True), seen, there)
         kept = torch.stack([~self._drawn(rate, there.shape[:1], there) for rate in rates], dim=1)
         lost = ~(kept & seen).any(1, keepdim=True)
-        chances = torch.empty(there.shape, device=there.device).uniform_(generator=self.generator)
+        chances = torch.empty(there.shape, device=there.device).uniform_(generator=self._draws.generator(self.generator))
         one = chances.masked_fill(~seen, -1.0).argmax(1, keepdim=True)
         kept = kept | (lost & torch.zeros_like(kept).scatter(1, one, True))
         return {
@@ -167,7 +165,7 @@ class Multimodal(nn.Module):
 
     def _drawn(self, rate: float, shape: Any, like: Tensor) -> Tensor:
         # Not torch.rand: with a generator it takes no sizes that torch.compile leaves open.
-        return torch.empty(tuple(shape), device=like.device).uniform_(generator=self.generator) < rate
+        return torch.empty(tuple(shape), device=like.device).uniform_(generator=self._draws.generator(self.generator)) < rate
 
 
 def _over(samples: Tensor, like: Tensor) -> Tensor:

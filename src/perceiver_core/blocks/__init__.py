@@ -1,4 +1,4 @@
-"""The blocks that hold weights: attention, MLP, the kinds of reads and self-attends, latent transformer."""
+"""Modules with weights: attention, MLP, cross-attends, self-attends, latent transformer."""
 
 from perceiver_core.blocks.attention_residual import AttentionResidual
 from perceiver_core.blocks.cross_attend import CrossAttend
@@ -10,7 +10,6 @@ from perceiver_core.blocks.latent_transformer import LatentTransformer
 from perceiver_core.blocks.mlp import GEGLU, MLP, SquaredReLU, SwiGLU
 from perceiver_core.blocks.multi_head_attention import MultiHeadAttention
 from perceiver_core.blocks.self_attend import SelfAttend
-from perceiver_core.reads.keys_values import KeysValues
 
 __all__ = [
     "GEGLU",
@@ -21,7 +20,6 @@ __all__ = [
     "GRUGate",
     "GroupedRead",
     "JointAttend",
-    "KeysValues",
     "LatentTransformer",
     "Level",
     "MultiHeadAttention",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from perceiver_core.blocks.multi_head_attention import MultiHeadAttention
 from perceiver_core.masks import Mask
 from perceiver_core.reads import Auto, Memory, ReadContext, Source, Strategy, check_strategy
 from perceiver_core.reads.source import AttentionCapture, Cache
+from perceiver_core.reads.strategy import Attention
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
@@ -123,10 +125,11 @@ class CrossAttend(nn.Module):
             else:
                 inputs, mask = source.normalized(), masks.and_(source.whole_mask(), masks.from_token_mask(mask))
         attended = self.dropout(self.attention(self.query_norm(x), inputs, mask=mask, **options))
-        x = gates.combine(self.residual, x, attended)
+        x = x + attended if self.residual is True else gates.combine(self.residual, x, attended)
         if self.mlp is None or self.mlp_norm is None:
             return x
-        return gates.combine(self.mlp_residual, x, self.dropout(self.mlp(self.mlp_norm(x))))
+        out = self.dropout(self.mlp(self.mlp_norm(x)))
+        return x + out if self.mlp_residual is True else gates.combine(self.mlp_residual, x, out)
 
     def read_context(
         self, tokens: Tokens | Float[Tensor, "b n c"], *, mask: Mask | None = None, num_queries: int = 512
@@ -139,8 +142,8 @@ class CrossAttend(nn.Module):
             num_queries: Number of queries.
         """
         self._check(tokens)
-        source = Source(tokens, self.input_norm, self.strategy, mask, num_queries=num_queries)
-        return source.context(self.attention)  # type: ignore[arg-type]
+        attention = cast(Attention, self.attention)
+        return ReadContext(attention, self.input_norm, tokens, mask, num_queries=num_queries)
 
     def _check(self, tokens: Tokens | Tensor) -> None:
         """Raise unless the tokens can be normalized and projected."""

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from perceiver_core import checks
+from perceiver_core.random_draws import RepeatableDraws
 from perceiver_core.registry import register
 
 
@@ -38,11 +39,12 @@ class DropLatents(nn.Module):
         super().__init__()
         checks.probability(rate=rate)
         self.rate, self.generator = rate, generator
+        self._draws = RepeatableDraws()
 
     def forward(self, latents: Float[Tensor, "b m d"]) -> Float[Tensor, "b kept d"]:
         """Some of the latents in training, all otherwise."""
         if not self.training or not self.rate:
             return latents
-        order = torch.empty(latents.shape[1], device=latents.device).normal_(generator=self.generator)
+        order = torch.empty(latents.shape[1], device=latents.device).normal_(generator=self._draws.generator(self.generator))
         kept = order.topk(max(1, checks.part_of(latents.shape[1], 1 - self.rate))).indices
         return latents[:, kept.sort().values]

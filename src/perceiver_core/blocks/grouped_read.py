@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from perceiver_core import checks, init
 from perceiver_core.blocks.cross_attend import CrossAttend
+from perceiver_core.blocks.factory import build
 from perceiver_core.blocks.latent_transformer import LatentTransformer
 from perceiver_core.blocks.mlp import MLP
 from perceiver_core.blocks.self_attend import SelfAttend
@@ -96,8 +97,8 @@ class GroupedRead(nn.Module):
         self.input_dim, self.dim, self.level = input_dim, level.dim, level
         self.latents = init.embedding(level.num_groups, level.num_latents, level.dim)
         self.skip = nn.Identity() if skip_dim in (None, level.dim) else init.linear(skip_dim, level.dim)
-        self.cross_attention = cross_attention(level.dim, input_dim)
-        self.latent_transformer = latent_transformer(level.dim, depth=level.depth, num_heads=level.num_heads)
+        self.cross_attention = build(cross_attention, level.dim, input_dim)
+        self.latent_transformer = build(latent_transformer, level.dim, depth=level.depth, num_heads=level.num_heads)
 
     def forward(
         self,

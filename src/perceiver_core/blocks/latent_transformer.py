@@ -93,8 +93,7 @@ class LatentTransformer(nn.Module):
         """
         options: dict[str, object] = {} if positions is None else {"positions": positions}
         states = [x]
-        for layer in range(self.num_layers):
-            number = layer % len(self.blocks)
+        for layer, number in enumerate(list(range(len(self.blocks))) * self.num_repeats):
             if caches is not None:
                 options["cache"] = caches[layer]
             x = self.blocks[number](x, mask=mask, **options)

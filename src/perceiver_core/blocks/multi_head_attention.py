@@ -126,7 +126,7 @@ class MultiHeadAttention(nn.Module):
         if cache is not None:
             memory = cache.update(memory)
         q = self.query_norm(rearrange(self.query(x), "b n (h d) -> b h n d", h=self.num_heads))
-        q = rotate(self.rotary, q, positions)
+        q = self.rotary(q) if positions is None else rotate(self.rotary, q, positions)
         if mask is not None:
             mask = masks.from_token_mask(mask)
         if capture is not None:

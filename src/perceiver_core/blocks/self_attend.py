@@ -83,5 +83,7 @@ class SelfAttend(nn.Module):
         options: dict[str, object] = {} if positions is None else {"positions": positions}
         if cache is not None:
             options["cache"] = cache
-        x = gates.combine(self.residual, x, self.dropout(self.attention(self.norm(x), mask=mask, **options)))
-        return gates.combine(self.mlp_residual, x, self.dropout(self.mlp(self.mlp_norm(x))))
+        attended = self.dropout(self.attention(self.norm(x), mask=mask, **options))
+        x = x + attended if self.residual is True else gates.combine(self.residual, x, attended)
+        out = self.dropout(self.mlp(self.mlp_norm(x)))
+        return x + out if self.mlp_residual is True else gates.combine(self.mlp_residual, x, out)

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from perceiver_core import checks, init
+from perceiver_core.blocks.factory import build
 from perceiver_core.registry import register
 
 
@@ -42,7 +43,7 @@ class Classification(nn.Module):
         checks.positive(dim=dim, num_classes=num_classes)
         checks.probability(dropout=dropout)
         self.dim = dim
-        self.norm, self.dropout = norm(dim), nn.Dropout(dropout)
+        self.norm, self.dropout = build(norm, dim), nn.Dropout(dropout)
         self.logits = init.linear(dim, num_classes)
 
     def forward(self, latents: Float[Tensor, "b m d"]) -> Float[Tensor, "b classes"]:

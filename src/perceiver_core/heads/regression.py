@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from perceiver_core import checks, init
+from perceiver_core.blocks.factory import build
 from perceiver_core.registry import register
 
 
@@ -40,7 +41,7 @@ class Regression(nn.Module):
         checks.positive(dim=dim, num_outputs=num_outputs)
         checks.probability(dropout=dropout)
         self.dim = dim
-        self.norm, self.dropout = norm(dim), nn.Dropout(dropout)
+        self.norm, self.dropout = build(norm, dim), nn.Dropout(dropout)
         self.values = init.linear(dim, num_outputs)
 
     def forward(self, latents: Float[Tensor, "b m d"]) -> Float[Tensor, "b values"]:

@@ -6,8 +6,7 @@ can drop attention weights. `fastest` is the default and chooses, `sdpa` is PyTo
 in which queries compete for keys, and `add_zero_attn`, by which they may attend to nothing.
 """
 
-from perceiver_core import masks
-from perceiver_core.kernels.attention_weights import weights_of
+from perceiver_core.kernels.attention_weights import kernel_attention_map
 from perceiver_core.kernels.chunked import PartialAttention, chunked, merge, partial_attention
 from perceiver_core.kernels.fastest import fastest
 from perceiver_core.kernels.inverted import inverted
@@ -22,10 +21,9 @@ __all__ = [
     "chunked",
     "fastest",
     "inverted",
-    "masks",
     "merge",
     "partial_attention",
     "reference",
     "sdpa",
-    "weights_of",
+    "kernel_attention_map",
 ]

@@ -26,7 +26,7 @@ def unwrapped(kernel: Any) -> Any:
     return kernel
 
 
-def weights_of(
+def kernel_attention_map(
     kernel: Callable[..., Tensor],
     q: Float[Tensor, "b h q d"],
     k: Float[Tensor, "b h k d"],
@@ -50,9 +50,9 @@ def weights_of(
 
     Example:
         >>> import torch
-        >>> from perceiver_core.kernels import inverted, weights_of
+        >>> from perceiver_core.kernels import inverted, kernel_attention_map
         >>> q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 11, 8), torch.randn(2, 4, 11, 5)
-        >>> torch.testing.assert_close(weights_of(inverted, q, k) @ v, inverted(q, k, v))
+        >>> torch.testing.assert_close(kernel_attention_map(inverted, q, k) @ v, inverted(q, k, v))
     """
     if unwrapped(kernel) in SOFTMAX:
         return attention_map(q, k, mask=mask, queries=queries)

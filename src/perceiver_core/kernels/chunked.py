@@ -89,8 +89,8 @@ def partial_attention(
     """
     checks.positive(chunk_size=chunk_size)
     if mask is not None:
-        masks.fits(mask, q, k)
-    rules, tensors = masks.taken_apart(mask)
+        masks.check_broadcast(mask, q, k)
+    rules, tensors = masks.split(mask)
     products = q.dtype if half_precision_matmul else torch.promote_types(q.dtype, torch.float32)
     return PartialAttention(*_Partial.apply(q, k, v, rules, (chunk_size, products), *tensors))  # type: ignore[no-untyped-call]
 

@@ -39,13 +39,13 @@ def fastest(
         >>> q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 11, 8), torch.randn(2, 4, 11, 5)
         >>> torch.testing.assert_close(fastest(q, k, v), reference(q, k, v))
     """
-    if takes_products(q, k.shape[-2], dropout=dropout):
+    if uses_chunks(q, k.shape[-2], dropout=dropout):
         half = (x.to(torch.bfloat16) for x in (q, k, v))
         return chunked(*half, mask=mask, chunk_size=PIECE, half_precision_matmul=True)
     return sdpa(q, k, v, mask=mask, dropout=dropout)
 
 
-def takes_products(q: Tensor, keys: int, *, dropout: float = 0.0) -> bool:
+def uses_chunks(q: Tensor, keys: int, *, dropout: float = 0.0) -> bool:
     """Whether `fastest` takes `chunked` for these queries and so many keys.
 
     Not for little work, which PyTorch's kernel starts sooner. Nor under torch.compile and torch.export: the choice

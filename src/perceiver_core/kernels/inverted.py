@@ -53,7 +53,7 @@ def inverted(
     if mask is None:
         weights = scores.log_softmax(-2).softmax(-1)
     else:
-        masks.fits(mask, q, k)
+        masks.check_broadcast(mask, q, k)
         allowed = masks.materialize(mask, queries=q.shape[-2], keys=k.shape[-2], device=q.device)
         lowest = torch.finfo(wide).min
         shares = scores.masked_fill(~allowed, lowest).log_softmax(-2).masked_fill(~allowed, lowest)

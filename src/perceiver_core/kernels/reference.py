@@ -77,7 +77,7 @@ def attention_map(
         torch.Size([2, 4, 2, 11])
     """
     if mask is not None:
-        masks.fits(mask, q, k)
+        masks.check_broadcast(mask, q, k)
     rows = masks.positions(q.shape[-2], q.device)
     if queries is not None:
         chosen = torch.as_tensor(queries, device=q.device).reshape(-1)

@@ -42,17 +42,19 @@ def sdpa(
         >>> q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 11, 8), torch.randn(2, 4, 11, 5)
         >>> torch.testing.assert_close(sdpa(q, k, v), reference(q, k, v))
     """
-    if checks.autocasting(q.device):
+    device_type = q.device.type
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         # Autocast converts inside the kernel; the widths are seen before that, so convert here.
-        dtype = torch.get_autocast_dtype(q.device.type)
+        dtype = torch.get_autocast_dtype(device_type)
         q, k, v = (x.to(dtype) if x.dtype == torch.float32 else x for x in (q, k, v))
     scale, value_width = q.shape[-1] ** -0.5, v.shape[-1]
-    width = fused_width(q.shape[-1], value_width, q.device)
-    q, k, v = (_widen(x, width) for x in (q, k, v))
+    if q.shape[-1] != value_width or device_type == "cuda":
+        width = fused_width(q.shape[-1], value_width, q.device)
+        q, k, v = (_widen(x, width) for x in (q, k, v))
     if mask is None or (isinstance(mask, masks.Causal) and q.shape[-2] == k.shape[-2]):
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=mask is not None, scale=scale)
         return out[..., :value_width]
-    masks.fits(mask, q, k)
+    masks.check_broadcast(mask, q, k)
     if not dropout and varlen.takes(q):
         if isinstance(mask, masks.Causal) and q.shape[-2] < k.shape[-2]:
             return varlen.attend_causally(q, k, v, scale=scale)[..., :value_width]

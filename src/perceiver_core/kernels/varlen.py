@@ -45,7 +45,7 @@ def present(mask: Mask) -> Bool[Tensor, "#b n"] | None:
         >>> present(masks.Padding(there)), present(masks.Causal())
         (tensor([[ True, False]]), None)
     """
-    rules, tensors = masks.taken_apart(mask)
+    rules, tensors = masks.split(mask)
     if rules or not tensors or any(x.ndim != 4 or x.shape[1] != 1 or x.shape[2] != 1 for x in tensors):
         return None
     allowed = tensors[0]

@@ -58,7 +58,7 @@ def add_zero_attn(
 
 def _beside(mask: Mask, q: Tensor, k: Tensor) -> Mask:
     """The mask with a first key that all may attend to."""
-    masks.fits(mask, q, k)
+    masks.check_broadcast(mask, q, k)
     if isinstance(mask, masks.Padding):
         return masks.Padding(F.pad(mask.keys, (1, 0), value=True))
     allowed = masks.materialize(mask, queries=q.shape[-2], keys=k.shape[-2], device=q.device)

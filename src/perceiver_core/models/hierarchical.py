@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from perceiver_core import checks, init
 from perceiver_core.blocks import CrossAttend, GroupedRead, Level
+from perceiver_core.blocks.factory import build
 from perceiver_core.blocks.grouped_read import LATENT_TRANSFORMER, grouped
 from perceiver_core.positions import Positions
 from perceiver_core.registry import register
@@ -115,26 +116,19 @@ class HierarchicalPerceiver(nn.Module):
             x = level(x, skip=skip)
         return x
 
-    def places(self, inputs: Tokens | Float[Tensor, "b n c"]) -> Float[Tensor, "n p"]:
-        """The position features of every token."""
-        grid, like = (inputs.grid, inputs.content) if isinstance(inputs, Tokens) else (inputs.shape[1:-1], inputs)
-        tables = self.positions.tables(tuple(grid), like=like)
-        total = sum(tables[1:], start=tables[0])
-        return total.expand(*grid, total.shape[-1]).flatten(0, -2)
-
     def _embedded(self, inputs: Tokens | Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Tokens with their positions added, and which of them are there."""
         x = inputs.materialize() if isinstance(inputs, Tokens) else inputs
         checks.is_floating("inputs", x)
         checks.has_shape("inputs", x, "b n c", last=self.input_dim)
-        checks.same_place("inputs", x, self.embed.weight)
+        checks.matches_weight("inputs", x, self.embed)
         if mask is not None:
             checks.is_mask("mask", mask, x.shape[:-1])
         if isinstance(inputs, Tokens) and inputs.mask is not None:
             mask = inputs.flat_mask() if mask is None else mask & inputs.mask.flatten(1)
         if mask is not None:
             x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
-        return self.embed(x) + self.places(inputs), mask
+        return self.embed(x) + token_positions(self.positions, inputs), mask
 
 
 @register
@@ -172,7 +166,7 @@ class HierarchicalAutoencoder(nn.Module):
         super().__init__()
         self.perceiver = perceiver
         width = perceiver.positions.dim
-        self.cross_attention = cross_attention(width, perceiver.dim, residual=False)
+        self.cross_attention = build(cross_attention, width, perceiver.dim, residual=False)
         self.output = init.linear(width, perceiver.input_dim if output_dim is None else output_dim)
 
     def forward(
@@ -185,13 +179,21 @@ class HierarchicalAutoencoder(nn.Module):
             mask: likewise.
         """
         groups, latents = self.perceiver.level.num_groups, self.perceiver(inputs, mask=mask)
-        places = self.perceiver.places(inputs)
-        queries = repeat(grouped(places.unsqueeze(0), groups), "g n p -> (b g) n p", b=latents.shape[0])
+        positions = token_positions(self.perceiver.positions, inputs)
+        queries = repeat(grouped(positions.unsqueeze(0), groups), "g n p -> (b g) n p", b=latents.shape[0])
         answers = self.cross_attention(queries, rearrange(latents, "b (g z) d -> (b g) z d", g=groups))
         out: Tensor = rearrange(self.output(answers), "(b g) n o -> b (g n) o", g=groups)
         return F.pad(
-            out, (0, 0, 0, places.shape[0] - out.shape[1])
+            out, (0, 0, 0, positions.shape[0] - out.shape[1])
         )  # cut off; a slice would bind a graph to its strides
+
+
+def token_positions(positions: Positions, inputs: Tokens | Float[Tensor, "b n c"]) -> Float[Tensor, "n p"]:
+    """Return the position features of every token."""
+    grid, like = (inputs.grid, inputs.content) if isinstance(inputs, Tokens) else (inputs.shape[1:-1], inputs)
+    tables = positions.tables(tuple(grid), like=like)
+    total = sum(tables[1:], start=tables[0])
+    return total.expand(*grid, total.shape[-1]).flatten(0, -2)
 
 
 def _opposites(levels: Sequence[Level], decode: Sequence[Level]) -> list[Level]:

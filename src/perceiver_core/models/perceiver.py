@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from perceiver_core.reads import AttentionCapture
 from perceiver_core.registry import register
 
 
@@ -46,16 +48,19 @@ class Perceiver(nn.Module):
         check_widths("encoder", encoder, "dim", "head", head, "dim")
         self.adapter, self.encoder, self.head = adapter, encoder, head
 
-    def forward(self, inputs: Any, *, mask: Any = None) -> Tensor:
-        """The head's answer.
+    def forward(
+        self, inputs: Any, *, mask: Any = None, capture: AttentionCapture | None = None
+    ) -> Float[Tensor, "b ..."]:
+        """Return the output of the head.
 
         Args:
-            inputs: what the adapter takes: pictures `b c h w`, samples `b s`, points `b n f`, ...
-            mask: which tokens are there, True = attend, in the shape that the adapter says.
+            inputs: Input of the adapter: images `b c h w`, audio `b s`, points `b n f`, ...
+            mask: Valid tokens, True = attend, in the shape that the adapter documents.
+            capture: Receives the attention weights of one read of the encoder.
         """
         tokens = self.adapter(inputs) if mask is None else self.adapter(inputs, mask=mask)
-        answer: Tensor = self.head(self.encoder(tokens))
-        return answer
+        latents = self.encoder(tokens) if capture is None else self.encoder(tokens, capture=capture)
+        return self.head(latents)
 
 
 def check_module(name: str, part: nn.Module) -> None:

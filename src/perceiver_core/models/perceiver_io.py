@@ -11,6 +11,7 @@ from torch import nn
 from perceiver_core.heads import Multimodal as Answered
 from perceiver_core.models.perceiver import check_module, check_widths
 from perceiver_core.queries import Multimodal as Asked
+from perceiver_core.reads import AttentionCapture
 from perceiver_core.registry import register
 
 
@@ -70,23 +71,33 @@ class PerceiverIO(nn.Module):
             check_modalities(queries, head)
         self.adapter, self.encoder, self.queries, self.decoder, self.head = adapter, encoder, queries, decoder, head
 
-    def forward(self, inputs: Any, *, mask: Any = None, query_inputs: Any = None, query_mask: Any = None) -> Any:
-        """An output for each query.
+    def forward(
+        self,
+        inputs: Any,
+        *,
+        mask: Any = None,
+        query_inputs: Any = None,
+        query_mask: Any = None,
+        capture: AttentionCapture | None = None,
+    ) -> Any:
+        """Return an output for each query.
 
         Args:
-            inputs: what the adapter takes.
-            mask: which tokens are there, True = attend, in the shape that the adapter says.
-            query_inputs: what the query module takes: indices, points or queries; all queries unless given. A loss on
-                some of the outputs needs only these.
-            query_mask: `b q`, which queries are there, True = answer; a dictionary of these where queries are one.
+            inputs: Input of the adapter.
+            mask: Valid tokens, True = attend, in the shape that the adapter documents.
+            query_inputs: Input of the query module: indices, points or query vectors; all queries by default. A loss
+                on some of the outputs needs only these.
+            query_mask: Valid queries `b q`, True = decode; a dictionary of masks where the queries are a dictionary.
+            capture: Receives the attention weights of one read of the encoder.
         """
         tokens = self.adapter(inputs) if mask is None else self.adapter(inputs, mask=mask)
         queries = self.queries(tokens, query_inputs)
-        answers = self.decoder(self.encoder(tokens), queries, mask=query_mask)
+        latents = self.encoder(tokens) if capture is None else self.encoder(tokens, capture=capture)
+        outputs = self.decoder(latents, queries, mask=query_mask)
         if not getattr(self.head, "needs_query_layout", False):
-            return self.head(answers)
+            return self.head(outputs)
         grid_of = getattr(self.queries, "grid_of", None)
-        return self.head(answers, query_inputs=query_inputs, grid=None if grid_of is None else grid_of(tokens))
+        return self.head(outputs, query_inputs=query_inputs, grid=None if grid_of is None else grid_of(tokens))
 
 
 def check_modalities(queries: Asked, head: Answered) -> None:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
-
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from perceiver_core import checks, init
 from perceiver_core.blocks import MLP, JointAttend, MultiHeadAttention, SquaredReLU
+from perceiver_core.blocks.factory import build
 from perceiver_core.positions import Positions
+from perceiver_core.reads import AttentionCapture
+from perceiver_core.reads.strategy import QueryIndices
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
@@ -80,28 +81,35 @@ class Resampler(nn.Module):
             projection = nn.Identity if dim == input_dim else init.linear
         self.input_dim, self.dim = input_dim, dim
         self.latents = init.embedding(num_latents, dim)
-        self.projection = projection(input_dim, dim)
-        self.layers = nn.ModuleList(block(dim, num_heads=num_heads) for _ in range(depth))
-        self.norm = norm(dim)
+        self.projection = build(projection, input_dim, dim)
+        self.layers = nn.ModuleList(build(block, dim, num_heads=num_heads) for _ in range(depth))
+        self.norm = build(norm, dim)
 
     def forward(
-        self, features: Tokens | Float[Tensor, "b n c"], *, mask: Bool[Tensor, "b n"] | None = None
+        self,
+        features: Tokens | Float[Tensor, "b n c"],
+        *,
+        mask: Bool[Tensor, "b n"] | None = None,
+        capture: AttentionCapture | None = None,
     ) -> Float[Tensor, "b m d"]:
-        """The latents after all layers.
+        """Return the latents after all layers.
 
         Args:
-            features: of a vision encoder, say; or tokens, whose own mask is the one that counts.
-            mask: which features are there. What others hold has no effect, NaN included. Where none is there the
-                latents have themselves.
+            features: Features, for example of a vision encoder; or `Tokens`, with their own mask.
+            mask: Valid features. The values of the others have no effect, NaN included. In a sample without valid
+                features the latents attend to each other only.
+            capture: Receives the attention weights of one layer.
 
         Raises:
-            TypeError: features of another dtype, a mask that is not boolean.
-            ValueError: features of another width, rank or device, a mask of another shape.
+            TypeError: Features of another dtype, a mask that is not boolean.
+            ValueError: Features of another width, rank or device, a mask of another shape.
         """
-        features, mask = self._given(features, mask)
-        x = self.latents.unsqueeze(0)  # the same for all samples until they have read
-        for layer in self.layers:
-            x = layer(x, features, mask=mask)
+        features, mask = self._project(features, mask)
+        x = self.latents.unsqueeze(0)  # a batch of 1 until the first layer
+        captured = None if capture is None else range(len(self.layers))[capture.read]
+        for number, layer in enumerate(self.layers):
+            options = {"capture": capture} if number == captured else {}
+            x = layer(x, features, mask=mask, **options)
         return self.norm(x)
 
     def attention_map(
@@ -110,40 +118,35 @@ class Resampler(nn.Module):
         *,
         mask: Bool[Tensor, "b n"] | None = None,
         layer: int = -1,
-        queries: Any = None,
+        queries: QueryIndices = None,
     ) -> Float[Tensor, "b h chosen n_and_m"]:
-        """How much chosen latents attend, in one layer, to each feature and, after these, to each latent.
+        """Return the attention weights of one layer on each feature and, after these, on each latent.
 
         Args:
-            features: as in `forward`.
-            mask: as in `forward`.
-            layer: which layer, from 0; negative numbers count from the last.
-            queries: which latents, by index; all of them unless given.
+            features: As in `forward`.
+            mask: As in `forward`.
+            layer: Index of the layer; negative indices count from the last.
+            queries: Indices of the latents whose weights are returned; all of them by default.
 
         Raises:
-            ValueError: a layer that there is not.
+            ValueError: An index out of range.
         """
         depth = len(self.layers)
         if not -depth <= layer < depth:
             raise ValueError(f"layer must lie in {-depth} ... {depth - 1}; got {layer}")
-        features, mask = self._given(features, mask)
-        x = self.latents.unsqueeze(0)
-        for earlier in self.layers[: layer % depth]:
-            x = earlier(x, features, mask=mask)
-        weights: Tensor = self.layers[layer].attention_map(  # type: ignore[operator]
-            x, features, mask=mask, queries=queries
-        )
-        return weights
+        capture = AttentionCapture(layer, queries)
+        self(features, mask=mask, capture=capture)
+        return capture.result()
 
-    def _given(self, features: Tokens | Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Features at the width of the latents, and which of them are there."""
+    def _project(self, features: Tokens | Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return features as wide as the latents, and their mask."""
         if isinstance(features, Tokens):
             if mask is not None:
                 raise ValueError("mask must be that of the tokens where these are Tokens; make them with it")
             mask, features = features.flat_mask(), features.materialize()
         checks.is_floating("features", features)
         checks.has_shape("features", features, "b n c", last=self.input_dim)
-        checks.same_place("features", features, self.latents)
+        checks.matches_weight("features", features, self.projection)
         if mask is not None:
             checks.is_mask("mask", mask, features.shape[:-1])
             features = features.masked_fill(~mask.unsqueeze(-1), 0.0)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from perceiver_core import checks
 
-Choice: TypeAlias = Callable[[Tensor, torch.Generator | None], Tensor]
+Sampler: TypeAlias = Callable[[Tensor, torch.Generator | None], Tensor]
 
 
 def greedy(logits: Float[Tensor, "b v"], generator: torch.Generator | None = None) -> Int[Tensor, " b"]:

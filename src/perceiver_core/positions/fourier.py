@@ -221,8 +221,8 @@ def _check_sizes(num_axes: int, **features: int) -> None:
 
 
 def linear_bands(highest: float, bands: int, like: Tensor) -> Float[Tensor, " bands"]:
-    """Frequencies evenly spaced from 1 to `highest`, ends included."""
-    return torch.linspace(1.0, highest, bands, device=like.device, dtype=computing_dtype(like))
+    """Return frequencies evenly spaced from 1 to `highest`, ends included, in the dtype of `like`."""
+    return torch.linspace(1.0, highest, bands, device=like.device, dtype=like.dtype)
 
 
 def per_axis(name: str, value: float | Sequence[float], axes: int) -> tuple[float, ...]:

@@ -74,11 +74,14 @@ def separable_features(features: Features, points: Tensor) -> Float[Tensor, "*b 
 def separable_tables(features: Features, grid: Sequence[int], like: Tensor) -> tuple[Tensor, ...]:
     """One table an axis, `1 .. size .. 1 p`, zero in the columns of the other axes: their sum is the features."""
     tables = []
+    num_axes, dtype = len(grid), computing_dtype(like)
     for axis, size in enumerate(grid):
-        groups = features(coordinates(size, like.device, computing_dtype(like)), axis)
-        others = len(grid) - 1 - axis
+        groups = features(coordinates(size, like.device, dtype), axis)
+        others = num_axes - 1 - axis
         own = torch.cat([F.pad(g, (axis * g.shape[-1], others * g.shape[-1])) for g in groups], dim=-1)
-        tables.append(own.to(like.dtype).reshape(*(size if a == axis else 1 for a in range(len(grid))), own.shape[-1]))
+        shape = [1] * num_axes
+        shape[axis] = size
+        tables.append(own.to(like.dtype).reshape(*shape, own.shape[-1]))
     return tuple(tables)
 
 

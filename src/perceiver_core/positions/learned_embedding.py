@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -62,4 +63,5 @@ class LearnedEmbedding(nn.Module):
                 f"there are vectors for at most {self.length} places; got {grid[0]}. Build LearnedEmbedding with more, "
                 "or take LearnedGrid, which resamples"
             )
-        return (self.vectors[: grid[0]].to(like.dtype),)
+        table: Tensor = self(torch.arange(grid[0], device=like.device))
+        return (table.to(like.dtype),)

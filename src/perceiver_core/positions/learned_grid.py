@@ -50,10 +50,15 @@ class LearnedGrid(nn.Module):
         self.vectors = init.embedding(*grid, dim)
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "*grid p"], ...]:
-        """The array at the size of `grid`: one table."""
+        """Return the array at the size of `grid`: one table."""
+        table: Tensor = self(grid, like)
+        return (table,)
+
+    def forward(self, grid: Sequence[int], like: Tensor) -> Float[Tensor, "*grid p"]:
+        """Return the array at the size of `grid`, in the dtype of `like`."""
         check_axes(grid, self.num_axes)
         if tuple(grid) == tuple(self.vectors.shape[:-1]):
-            return (self.vectors.to(like.dtype),)
+            return self.vectors.to(like.dtype, copy=True)  # no module returns its own parameter
         channels_first = torch.movedim(self.vectors, -1, 0)[None]
         resampled = F.interpolate(channels_first, size=tuple(grid), mode=_RESAMPLING[self.num_axes], align_corners=True)
-        return (torch.movedim(resampled[0], 0, -1).to(like.dtype),)
+        return torch.movedim(resampled[0], 0, -1).to(like.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -39,8 +40,15 @@ class Projected(nn.Module):
         self.project = init.linear(positions.dim, dim)
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "... p"], ...]:
-        """The tables projected; the bias is in the first."""
-        tables = self.positions.tables(grid, like)
-        weight, bias = self.project.weight.to(like.dtype), self.project.bias.to(like.dtype)
-        first, *others = [table @ weight.mT for table in tables]
-        return (first + bias, *others)
+        """Return the tables projected; the bias is in the first."""
+        tables: tuple[Tensor, ...] = self(grid, like)
+        return tables
+
+    def forward(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "... p"], ...]:
+        """Return the tables projected; the bias is in the first."""
+        first, *others = (table.to(self.project.weight.dtype) for table in self.positions.tables(grid, like))
+        projected = [self.project(first)]
+        if others:
+            bias = self.project(torch.zeros_like(first).flatten(0, -2)[:1])
+            projected += [self.project(table) - bias for table in others]
+        return tuple(table.to(like.dtype) for table in projected)

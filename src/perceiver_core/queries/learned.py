@@ -38,5 +38,6 @@ class Learned(nn.Module):
         self.vectors = init.embedding(num_queries, dim)
 
     def forward(self, tokens: Any = None, query_indices: Int[Tensor, "*b q"] | None = None) -> Float[Tensor, "#b q e"]:
-        """The vectors; `tokens` do not matter."""
-        return self.vectors[None] if query_indices is None else chosen(self.vectors[None], query_indices)
+        """Return the query vectors, or those of `query_indices`; `tokens` are not used."""
+        vectors = self.vectors[None]
+        return vectors.clone() if query_indices is None else chosen(vectors, query_indices)

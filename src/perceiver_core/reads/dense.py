@@ -51,7 +51,9 @@ class KeysValues(NamedTuple):
             mask: Attention mask besides that of the memory.
             dropout: Rate at which the kernel drops attention weights.
         """
-        q, keys, values = _broadcast(q, self.keys, self.values)
+        keys, values = self.keys, self.values
+        if q.shape[:2] != keys.shape[:2]:
+            q, keys, values = _broadcast(q, keys, values)
         mask = self.mask if mask is None else masks.and_(self.mask, mask)
         return kernel(q, keys, values, mask=mask, dropout=dropout) if dropout else kernel(q, keys, values, mask=mask)
 
@@ -123,13 +125,13 @@ def project(attention: Attention, inputs: Tensor, positions: Tensor | None = Non
     heads = attention.num_kv_heads
     keys = rearrange(attention.key(inputs), "b n (h d) -> b h n d", h=heads)
     values = rearrange(attention.value(inputs), "b n (h d) -> b h n d", h=heads)
-    return KeysValues(rotate(attention.rotary, attention.key_norm(keys), positions), values)
+    keys = attention.key_norm(keys)
+    return KeysValues(attention.rotary(keys) if positions is None else rotate(attention.rotary, keys, positions), values)
 
 
-def rotate(rotary: nn.Module, heads: Tensor, positions: Tensor | None) -> Tensor:
-    """Apply a rotary embedding to queries or keys `b h n d`; nn.Identity stands for none."""
-    if positions is None or type(rotary) is nn.Identity:
-        rotated: Tensor = rotary(heads)
-    else:
-        rotated = rotary(heads, positions)
+def rotate(rotary: nn.Module, heads: Tensor, positions: Tensor) -> Tensor:
+    """Apply a rotary embedding at given positions to queries or keys `b h n d`; nn.Identity stands for none."""
+    if type(rotary) is nn.Identity:
+        return heads
+    rotated: Tensor = rotary(heads, positions)
     return rotated

@@ -66,7 +66,8 @@ class Factored:
         if _is_large(memory) and not needs_kernel(context):
             return memory._replace(mask=token_mask(context, memory))
         formed = memory.form(checks.product_dtype(memory.content))
-        keys = rotate(attention.rotary, attention.key_norm(formed.keys), context.positions)
+        keys, positions = attention.key_norm(formed.keys), context.positions
+        keys = attention.rotary(keys) if positions is None else rotate(attention.rotary, keys, positions)
         return KeysValues(keys, formed.values, context.whole_mask())
 
 

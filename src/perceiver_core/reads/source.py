@@ -55,13 +55,9 @@ class Source(NamedTuple):
         """Return the tokens' own mask combined with the mask besides it."""
         return combined_mask(self.tokens, self.mask)
 
-    def context(self, attention: Attention) -> ReadContext:
-        """Return the read that `attention` is to make."""
-        return ReadContext(attention, self.norm, self.tokens, self.mask, self.positions, self.num_queries)
-
     def memory(self, attention: Attention) -> Memory:
         """Return the memory that the strategy makes for `attention`."""
-        context = self.context(attention)
+        context = ReadContext(attention, self.norm, self.tokens, self.mask, self.positions, self.num_queries)
         if _recording is not None and _recording.thread == threading.get_ident():
             _recording.reads.append((context, self.strategy))
         return self.strategy.prepare(context)

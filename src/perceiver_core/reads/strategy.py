@@ -133,6 +133,7 @@ class Sizes(NamedTuple):
         num_queries: Number of queries of all reads that share the memory.
         element_size: Bytes per element.
         device: Device type.
+        half: Whether the read computes in a dtype of 16 bits.
         group_size: Number of query heads that share a key-value head.
     """
 
@@ -146,6 +147,7 @@ class Sizes(NamedTuple):
     num_queries: int
     element_size: int
     device: str
+    half: bool = False
     group_size: int = 1
 
     @property
@@ -157,11 +159,6 @@ class Sizes(NamedTuple):
     def pairs(self) -> int:
         """Number of attention scores: queries times tokens, over heads and samples."""
         return self.batch * self.num_heads * self.num_queries * self.num_tokens
-
-    @property
-    def half(self) -> bool:
-        """Whether the read computes in a dtype of 16 bits."""
-        return self.element_size == 2
 
     @property
     def materialized_bytes(self) -> int:
@@ -181,7 +178,7 @@ class Sizes(NamedTuple):
             axes = merged_axes(tokens)
         else:
             content, token_dim, axes = tokens, tokens.shape[-1], tuple(tokens.shape[1:-1])
-        batch, device = content.shape[0], content.device.type
+        batch, device, element_size = content.shape[0], content.device.type, checks.product_dtype(content).itemsize
         if torch.compiler.is_compiling():
             batch = 1 if device == "cpu" else 16
             axes = (65_536,) if len(axes) == 1 else (256,) * len(axes)
@@ -194,8 +191,9 @@ class Sizes(NamedTuple):
             num_heads=attention.num_heads,
             kv_dim=attention.kv_dim,
             num_queries=context.num_queries,
-            element_size=checks.product_dtype(content).itemsize,
+            element_size=element_size,
             device=device,
+            half=element_size == 2,
             group_size=attention.num_heads // attention.num_kv_heads,
         )
 
@@ -244,10 +242,10 @@ def kernel_cost(sizes: Sizes, machine: Machine, matmul: float, *, flops: float, 
         flops: Operations that form them.
         moved: Bytes moved while forming them.
     """
-    kv_width = sizes.kv_dim * sizes.group_size  # over all query heads
+    kv_width, half = sizes.kv_dim * sizes.group_size, sizes.half  # width over all query heads
     kernel = 2.0 * sizes.batch * sizes.num_queries * sizes.num_tokens * kv_width
-    attention = machine.attention_half if sizes.half else machine.attention
-    if sizes.half and kv_width > 2 * WIDEST * sizes.num_heads:
+    attention = machine.attention_half if half else machine.attention
+    if half and kv_width > 2 * WIDEST * sizes.num_heads:
         blocks = sizes.batch * sizes.num_heads * -(-sizes.num_queries // 32)
         attention = machine.attention_wide * min(1.0, blocks / machine.blocks)
     seconds = 1e-9 * (

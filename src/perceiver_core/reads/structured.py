@@ -42,7 +42,7 @@ class Structured:
 
     def cost(self, sizes: Sizes, machine: Machine) -> Cost:
         """Return the cost with the compiled loop: products with queries and tables, and some work per query and token."""
-        s, indices = sizes, sum(sizes.axes)
+        s, indices, pairs = sizes, sum(sizes.axes), sizes.pairs
         table_products = indices * (s.token_dim - s.num_channels)
         products = 2 * s.kv_dim * (s.batch * s.num_queries * (s.num_channels + indices) + table_products)
         # Score terms and sums for each index along each axis, each copied once; content and scale.
@@ -51,15 +51,16 @@ class Structured:
         )
         per_pair = machine.pair + machine.channel * s.num_channels * (1 + SHORT_ROW / s.axes[-1])
         seconds = machine.start * 1e-6
-        seconds += 1e-9 * (products / machine.matmul + moved / machine.copy + s.pairs * per_pair)
-        return Cost(products + s.pairs * (4 * s.num_channels + 2 * len(s.axes) + 16), moved, seconds)
+        seconds += 1e-9 * (products / machine.matmul + moved / machine.copy + pairs * per_pair)
+        return Cost(products + pairs * (4 * s.num_channels + 2 * len(s.axes) + 16), moved, seconds)
 
     def missing(self, context: ReadContext) -> str:
         """Return the reason why the compiled loop is unavailable; empty if it is available, compiled now if need be.
 
         Without it a structured read runs in plain PyTorch: in little memory, but slowly.
         """
-        return missing_kernel(context.content.device, context.content.shape[-1])
+        content = context.content
+        return missing_kernel(content.device, content.shape[-1])
 
     def prepare(self, context: ReadContext) -> FactoredKeysValues:
         """Return the keys and values in factored form."""

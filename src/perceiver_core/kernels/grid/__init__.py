@@ -1,5 +1,6 @@
-"""Exact reads of a position-encoded grid that form no keys and no values."""
+"""Exact attention reads of a position-encoded grid, computed without keys and values."""
 
-from perceiver_core.kernels.grid.operator import GridRead, read_grid
+from perceiver_core.kernels.grid.interface import GridFallbackWarning
+from perceiver_core.kernels.grid.operator import GridRead, missing_kernel, read_grid
 
-__all__ = ["GridRead", "read_grid"]
+__all__ = ["GridFallbackWarning", "GridRead", "missing_kernel", "read_grid"]

@@ -1,4 +1,7 @@
-"""Reads of a grid in plain PyTorch, a slab of its first axis at a time: for any device, and without a compiler."""
+"""Reference backend of `read_grid` in plain PyTorch, for any device and without a compiler.
+
+It walks the grid in slabs of the first axis, so that memory does not grow with queries times tokens.
+"""
 
 from __future__ import annotations
 
@@ -8,106 +11,109 @@ from math import prod
 import torch
 from torch import Tensor
 
+from perceiver_core import checks
+from perceiver_core.kernels.grid.interface import GridGradients, GridInputs, GridOutputs, Saved, Upstream
+
 LN2 = math.log(2)
-PIECE = 2**22  # scores held at once, for each sample and head
+MAX_SCORES = 2**22  # scores of a slab, per sample and head
 
 
-def forward(
-    a: Tensor, u: Tensor, content: Tensor, scale: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Read, marginals, base and total: see `op`."""
-    shape, grid = (content.shape[0], *a.shape[1:3]), content.shape[2:]
-    content, scale, hidden = _cleaned(content, scale, mask)
+def forward(inputs: GridInputs) -> GridOutputs:
+    """Computes the read by online softmax over the slabs."""
+    content_queries, axis_queries, content, scale, mask = inputs
+    shape, grid = (content.shape[0], *content_queries.shape[1:3]), content.shape[2:]
+    content, scale, bias = _apply_mask(content, scale, mask)
     base, total = content.new_full(shape, -torch.inf), content.new_zeros(shape)
-    read, marginals = content.new_zeros(*shape, a.shape[-1]), content.new_zeros(*shape, u.shape[-1])
-    for slab in _slabs(a, grid):
-        scores = (
-            _sums(a, u, content[:, :, slab], grid, slab) * (scale[:, None, None, slab] / LN2) + hidden[:, :, :, slab]
-        )
-        top = torch.maximum(base, scores.flatten(3).amax(-1))
-        start = top.masked_fill(top == -torch.inf, 0.0)
-        shrink = (base - start).exp2()
-        p = (scores - _over(start, grid)).exp2_()
-        total = total * shrink + p.flatten(3).sum(-1)
-        p *= scale[:, None, None, slab]
-        read = read * shrink[..., None] + torch.einsum("bhqn,bcn->bhqc", p.flatten(3), content[:, :, slab].flatten(2))
-        marginals *= shrink[..., None]
-        _add_marginals(marginals, p, grid, slab)
-        base = top
+    content_sums = content.new_zeros(*shape, content_queries.shape[-1])
+    axis_sums = content.new_zeros(*shape, axis_queries.shape[-1])
+    with checks.full_precision(content.device):  # autocast would compute the products in half precision
+        for slab in _slabs(content_queries.shape[2], grid):
+            slab_content, slab_scale = content[:, :, slab], scale[:, None, None, slab]
+            products = _products(content_queries, axis_queries, slab_content, grid, slab)
+            scores = products * (slab_scale / LN2) + bias[:, :, :, slab]
+            new_base = torch.maximum(base, scores.flatten(3).amax(-1))
+            finite_base = new_base.masked_fill(new_base == -torch.inf, 0.0)
+            decay = (base - finite_base).exp2()
+            weights = (scores - _over_grid(finite_base, grid)).exp2_()
+            total = total * decay + weights.flatten(3).sum(-1)
+            weights *= slab_scale
+            slab_sums = torch.einsum("bhqn,bcn->bhqc", weights.flatten(3), slab_content.flatten(2))
+            content_sums = content_sums * decay[..., None] + slab_sums
+            axis_sums *= decay[..., None]
+            _add_axis_sums(axis_sums, weights, grid, slab)
+            base = new_base
     norm = total.where(total > 0, 1.0)[..., None]
-    return read / norm, marginals / norm, base.masked_fill(base == -torch.inf, 0.0), total
+    saved = Saved(base.masked_fill(base == -torch.inf, 0.0), total)
+    return GridOutputs(content_sums / norm, axis_sums / norm, saved)
 
 
-def backward(  # noqa: PLR0913 (what the forward was given, what it kept and what came back)
-    a: Tensor,
-    u: Tensor,
-    content: Tensor,
-    scale: Tensor,
-    mask: Tensor | None,
-    base: Tensor,
-    total: Tensor,
-    d_read: Tensor,
-    d_marginals: Tensor,
-    offset: Tensor,
-    tokens: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of a, u, content and scale."""
+def backward(inputs: GridInputs, saved: Saved, upstream: Upstream, needs_token_gradients: bool) -> GridGradients:
+    """Computes the gradients slab by slab."""
+    content_queries, axis_queries, content, scale, mask = inputs
+    d_read, d_marginals, _ = upstream
     grid = content.shape[2:]
-    content, scale, hidden = _cleaned(content, scale, mask)
-    base, offset = _over(base, grid), _over(offset, grid)
-    inverse = _over(total.where(total > 0, torch.inf).reciprocal(), grid)
-    d_a, d_u = torch.zeros_like(d_read), torch.zeros_like(d_marginals)
-    d_content, d_scale = (torch.zeros_like(x) if tokens else x.new_empty(0) for x in (content, scale))
-    for slab in _slabs(a, grid):
-        c, r = content[:, :, slab], scale[:, None, None, slab]
-        sums, gifts = _sums(a, u, c, grid, slab), _sums(d_read, d_marginals, c, grid, slab)
-        p = (sums * (r / LN2) + hidden[:, :, :, slab] - base).exp2_() * inverse
-        d_scores = p * (gifts * r + offset)
-        d_sums = d_scores * r
-        d_a += torch.einsum("bhqn,bcn->bhqc", d_sums.flatten(3), c.flatten(2))
-        _add_marginals(d_u, d_sums, grid, slab)
-        if tokens:
-            d_scale[:, slab] = (d_scores * sums + p * gifts).sum((1, 2))
-            d_content[:, :, slab] = torch.einsum("bhqc,bhq...->bc...", a.expand_as(d_read), d_sums)
-            d_content[:, :, slab] += torch.einsum("bhqc,bhq...->bc...", d_read, p * r)
-    if a.shape[0] == 1:
-        d_a, d_u = d_a.sum(0, keepdim=True), d_u.sum(0, keepdim=True)
-    return d_a, d_u, d_content, d_scale
+    content, scale, bias = _apply_mask(content, scale, mask)
+    base, offset = _over_grid(saved.base, grid), _over_grid(upstream.offset, grid)
+    inverse_total = _over_grid(saved.total.where(saved.total > 0, torch.inf).reciprocal(), grid)
+    d_content_queries, d_axis_queries = torch.zeros_like(d_read), torch.zeros_like(d_marginals)
+    d_content, d_scale = (torch.zeros_like(x) if needs_token_gradients else x.new_empty(0) for x in (content, scale))
+    with checks.full_precision(content.device):
+        for slab in _slabs(content_queries.shape[2], grid):
+            slab_content, slab_scale = content[:, :, slab], scale[:, None, None, slab]
+            products = _products(content_queries, axis_queries, slab_content, grid, slab)
+            d_weights = _products(d_read, d_marginals, slab_content, grid, slab)  # before the scale
+            weights = (products * (slab_scale / LN2) + bias[:, :, :, slab] - base).exp2_() * inverse_total
+            d_scores = weights * (d_weights * slab_scale + offset)
+            d_products = d_scores * slab_scale
+            d_content_queries += torch.einsum("bhqn,bcn->bhqc", d_products.flatten(3), slab_content.flatten(2))
+            _add_axis_sums(d_axis_queries, d_products, grid, slab)
+            if needs_token_gradients:
+                d_scale[:, slab] = (d_scores * products + weights * d_weights).sum((1, 2))
+                expanded_queries = content_queries.expand_as(d_read)
+                d_content[:, :, slab] = torch.einsum("bhqc,bhq...->bc...", expanded_queries, d_products)
+                d_content[:, :, slab] += torch.einsum("bhqc,bhq...->bc...", d_read, weights * slab_scale)
+    if content_queries.shape[0] == 1:
+        d_content_queries, d_axis_queries = (x.sum(0, keepdim=True) for x in (d_content_queries, d_axis_queries))
+    return GridGradients(d_content_queries, d_axis_queries, d_content, d_scale)
 
 
-def _cleaned(content: Tensor, scale: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Content and scale, zero where the mask hides tokens, and what it adds to their scores."""
-    hidden = scale.new_zeros(scale.shape)
+def _apply_mask(content: Tensor, scale: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns content and scale, zero at masked tokens, and the bias of the scores, -inf at masked tokens."""
+    bias = scale.new_zeros(scale.shape)
     if mask is not None:
         content, scale = content.masked_fill(~mask[:, None], 0.0), scale.masked_fill(~mask, 0.0)
-        hidden = hidden.masked_fill(~mask, -torch.inf)
-    return content, scale, hidden[:, None, None]
+        bias = bias.masked_fill(~mask, -torch.inf)
+    return content, scale, bias[:, None, None]
 
 
-def _slabs(a: Tensor, grid: torch.Size) -> list[slice]:
-    step = max(1, PIECE // max(1, a.shape[2] * prod(grid[1:])))
+def _slabs(num_queries: int, grid: torch.Size) -> list[slice]:
+    """Returns slices of the first axis with at most `MAX_SCORES` scores each, or of size 1."""
+    step = max(1, MAX_SCORES // max(1, num_queries * prod(grid[1:])))
     return [slice(start, min(start + step, grid[0])) for start in range(0, grid[0], step)]
 
 
-def _over(x: Tensor, grid: torch.Size) -> Tensor:
+def _over_grid(x: Tensor, grid: torch.Size) -> Tensor:
+    """Appends one axis of size 1 per axis of the grid."""
     return x.reshape(*x.shape, *(1 for _ in grid))
 
 
-def _sums(a: Tensor, u: Tensor, content: Tensor, grid: torch.Size, slab: slice) -> Tensor:
-    """The scores of a slab before they are scaled."""
-    sums = torch.einsum("bhqc,bcn->bhqn", a.expand(content.shape[0], *a.shape[1:]), content.flatten(2))
-    sums = sums.reshape(*sums.shape[:3], *content.shape[2:])
-    for axis, table in enumerate(torch.split(u, list(grid), dim=-1)):
-        here = table[..., slab] if axis == 0 else table
-        places = [here.shape[-1] if other == axis else 1 for other in range(len(grid))]
-        sums = sums + here.reshape(*table.shape[:-1], *places)
-    return sums
+def _products(content_queries: Tensor, axis_queries: Tensor, content: Tensor, grid: torch.Size, slab: slice) -> Tensor:
+    """Returns the unscaled scores of the tokens of a slab, `b h q *grid`."""
+    content_queries = content_queries.expand(content.shape[0], *content_queries.shape[1:])
+    products = torch.einsum("bhqc,bcn->bhqn", content_queries, content.flatten(2))
+    products = products.reshape(*products.shape[:3], *content.shape[2:])
+    for axis, table in enumerate(torch.split(axis_queries, list(grid), dim=-1)):
+        part = table[..., slab] if axis == 0 else table
+        shape = [part.shape[-1] if other == axis else 1 for other in range(len(grid))]
+        products = products + part.reshape(*table.shape[:-1], *shape)
+    return products
 
 
-def _add_marginals(marginals: Tensor, weights: Tensor, grid: torch.Size, slab: slice) -> None:
+def _add_axis_sums(totals: Tensor, x: Tensor, grid: torch.Size, slab: slice) -> None:
+    """Adds to `totals`, `b h q axis_positions`, the sums of a slab's `x` over all axes of the grid but one each."""
     start = 0
     for axis, size in enumerate(grid):
         others = [3 + other for other in range(len(grid)) if other != axis]
-        here = slice(start + slab.start, start + slab.stop) if axis == 0 else slice(start, start + size)
-        marginals[..., here] += weights.sum(others) if others else weights
+        part = slice(start + slab.start, start + slab.stop) if axis == 0 else slice(start, start + size)
+        totals[..., part] += x.sum(others) if others else x
         start += size

@@ -1,4 +1,4 @@
-// The backward pass: the weights are computed again, and the gradients of scores follow from them.
+// The backward pass: it recomputes the weights, and derives the gradients of the scores from them.
 
 #pragma once
 
@@ -8,111 +8,122 @@
 #include "products.h"
 #include "threads.h"
 
-// What `forward` gave, and what came back. offset = d_lse - sum of d_y * y - sum of d_marg * marg, for every latent.
-template <class T> struct Returned {
-  const T *base, *total, *d_y, *d_marg, *offset;
+// What the forward pass saved, and the gradients of its outputs; see `Saved` and `Upstream` in `../interface.py`.
+template <class T> struct Upstream {
+  const T *base, *total, *d_read, *d_marginals, *offset;
 };
 
-// a, u: a part for each range of tiles, batch x splits x heads x latents x ...; but of a grid of one axis the ranges
-// are places of their own, and u has one part. x and r may be null: not wanted.
+// Gradients of content queries and axis queries per split, batch x splits x heads x queries x ...; the splits of a grid
+// of a single axis have separate positions, and share one gradient of the axis queries. Gradients of content and scale
+// may be null: they are not needed.
 template <class T> struct Gradients {
-  T *a, *u, *x, *r;
+  T *content_queries, *axis_queries, *content, *scale;
 };
 
-// One thread's walk over a range of tiles, with one block of latents after the other.
+// Walk of one thread over a range of tiles, with one block of queries after the other.
 template <class T> struct Backward {
-  const Read<T>& s;
-  const Returned<T>& from;
-  const Gradients<T>& to;
-  Latents<T> asks, gives;
+  const Inputs<T>& in;
+  const Upstream<T>& upstream;
+  const Gradients<T>& out;
+  Coefficients<T> coefficients, d_coefficients;
   Sums<T> sums;
   Tile<T> tile;
-  Places<T> places;
-  std::vector<T> one, two;  // scores, then their gradients; gradients of the weights, then the weights; with scale
-  std::vector<T> d_tokens;  // channels, then scale
-  std::vector<T> plain;     // a as it was given
+  RowPositions<T> positions;
+  std::vector<T> products, d_weights;  // these become gradients of products, and weights times scale
+  std::vector<T> d_tokens;             // channels, then scale
+  std::vector<T> content_queries;      // without the factor log2(e)
 
-  Backward(const Read<T>& read, const Returned<T>& from, const Gradients<T>& to)
-      : s(read), from(from), to(to), asks(read), gives(read), sums(read), tile(read), one(BLOCK * read.tile),
-        two(BLOCK * read.tile), d_tokens((read.channels + 1) * read.tile), plain(BLOCK * read.channels) {}
+  Backward(const Inputs<T>& in, const Upstream<T>& upstream, const Gradients<T>& out)
+      : in(in), upstream(upstream), out(out), coefficients(in), d_coefficients(in), sums(in), tile(in),
+        products(BLOCK * in.tile), d_weights(BLOCK * in.tile), d_tokens((in.channels + 1) * in.tile),
+        content_queries(BLOCK * in.channels) {}
 
   void walk(int64_t batch, int64_t head, int64_t first, int64_t begin, int64_t end) {
-    const int count = s.count(first);
-    const int64_t here = (batch * s.heads + head) * s.latents + first;
-    const Span span(s, begin, end);
-    asks.read(s, span, s.query_batch == 1 ? head * s.latents + first : here, count, s.a, s.u, T(LOG2E));
-    gives.read(s, span, here, count, from.d_y, from.d_marg, T(1));
-    for (size_t i = 0; i < plain.size(); i++) plain[i] = asks.a[i] * T(1 / LOG2E);
+    const int count = in.block_size(first);
+    const int64_t first_row = (batch * in.heads + head) * in.queries + first;
+    const Span span(in, begin, end);
+    coefficients.load_block(in, span, in.query_batch == 1 ? head * in.queries + first : first_row, count,
+                            in.content_queries, in.axis_queries, T(LOG2E));
+    d_coefficients.load_block(in, span, first_row, count, upstream.d_read, upstream.d_marginals, T(1));
+    for (size_t i = 0; i < content_queries.size(); i++) content_queries[i] = coefficients.content[i] * T(1 / LOG2E);
     sums.clear(span);
-    std::fill(one.begin(), one.end(), T(0)), std::fill(two.begin(), two.end(), T(0));
+    std::fill(products.begin(), products.end(), T(0)), std::fill(d_weights.begin(), d_weights.end(), T(0));
     T row[BLOCK], d_row[BLOCK];
     for (int64_t index = begin; index < end; index++) {
-      tile.pack(s, batch, index);
-      places.find(s, tile.row);
-      places.add_up(row, asks), places.add_up(d_row, gives);
-      scores<T>(one.data(), row, &asks.last[tile.column], asks.padded, asks.a.data(), tile, s.channels);
-      scores<T>(two.data(), d_row, &gives.last[tile.column], gives.padded, gives.a.data(), tile, s.channels);
-      if (to.x) fetch(batch, head == 0 && first == 0);
-      for (int l = 0; l < count; l++) weigh(l, here + l);
-      gather<T>(sums.a.data(), one.data(), tile, s.channels);
-      if (to.x) keep(batch);
+      tile.pack(in, batch, index);
+      positions.find(in, tile.row);
+      positions.gather(row, coefficients), positions.gather(d_row, d_coefficients);
+      compute_products<T>(products.data(), row, &coefficients.last[tile.column], coefficients.padded,
+                          coefficients.content.data(), tile, in.channels);
+      compute_products<T>(d_weights.data(), d_row, &d_coefficients.last[tile.column], d_coefficients.padded,
+                          d_coefficients.content.data(), tile, in.channels);
+      if (out.content) load_token_gradients(batch, head == 0 && first == 0);
+      for (int q = 0; q < count; q++) differentiate(q, first_row + q);
+      add_content_sums<T>(sums.content.data(), products.data(), tile, in.channels);
+      if (out.content) store_token_gradients(batch);
     }
   }
 
-  // What earlier blocks of latents left for the tokens of the tile.
-  void fetch(int64_t batch, bool none) {
-    for (int64_t k = 0; k <= s.channels; k++) {
-      const T* earlier = channel(batch, k);
+  // Loads the sums over earlier blocks of queries; zeros at the first block.
+  void load_token_gradients(int64_t batch, bool is_first) {
+    for (int64_t k = 0; k <= in.channels; k++) {
+      const T* earlier = token_gradient(batch, k);
       for (int64_t j = 0; j < tile.padded; j++)
-        d_tokens[k * s.tile + j] = none || j >= tile.count ? T(0) : earlier[tile.start + j];
+        d_tokens[k * in.tile + j] = is_first || j >= tile.count ? T(0) : earlier[tile.start + j];
     }
   }
 
-  void keep(int64_t batch) {
-    scatter<T>(d_tokens.data(), plain.data(), one.data(), gives.a.data(), two.data(), tile, s.channels);
-    for (int64_t k = 0; k <= s.channels; k++)
-      std::memcpy(channel(batch, k) + tile.start, &d_tokens[k * s.tile], tile.count * sizeof(T));
+  void store_token_gradients(int64_t batch) {
+    add_token_sums<T>(d_tokens.data(), content_queries.data(), products.data(), d_coefficients.content.data(),
+                      d_weights.data(), tile, in.channels);
+    for (int64_t k = 0; k <= in.channels; k++)
+      std::memcpy(token_gradient(batch, k) + tile.start, &d_tokens[k * in.tile], tile.count * sizeof(T));
   }
 
-  T* channel(int64_t batch, int64_t k) const {
-    return k < s.channels ? to.x + (batch * s.channels + k) * s.n : to.r + batch * s.n;
+  T* token_gradient(int64_t batch, int64_t k) const {
+    return k < in.channels ? out.content + (batch * in.channels + k) * in.tokens : out.scale + batch * in.tokens;
   }
 
-  // Scores and gradients of weights to gradients of scores and weights, both times scale.
-  void weigh(int l, int64_t here) {
-    T *score_of = &one[l * s.tile], *gift_of = &two[l * s.tile], *d_scale = &d_tokens[s.channels * s.tile];
-    T* column = &sums.last[l * sums.padded + tile.column];
-    const T base = from.base[here], inverse = from.total[here] > 0 ? 1 / from.total[here] : T(0);
-    const T shift = from.offset[here];
-    vec<T> scaled = zeros<T>();
+  // Products become their gradients, and gradients of weights become weights times scale.
+  void differentiate(int q, int64_t query_row) {
+    T *product_row = &products[q * in.tile], *d_weight_row = &d_weights[q * in.tile];
+    T *d_scale = &d_tokens[in.channels * in.tile], *column = &sums.last[q * sums.padded + tile.column];
+    const T base = upstream.base[query_row];
+    const T inverse_total = upstream.total[query_row] > 0 ? 1 / upstream.total[query_row] : T(0);
+    const T offset = upstream.offset[query_row];
+    vec<T> row_sum = zeros<T>();
     for (int64_t j = 0; j < tile.padded; j += LANES<T>) {
-      const vec<T> scale = load<T>(&tile.r[j]), score = load<T>(score_of + j), gift = load<T>(gift_of + j);
-      const vec<T> p = exp2(score * scale + load<T>(&tile.bias[j]) - base) * inverse;
-      const vec<T> d_score = p * (gift * scale + shift);
-      const vec<T> d_scaled = d_score * scale;
-      if (to.x) store<T>(d_scale + j, load<T>(d_scale + j) + d_score * (score * T(1 / LOG2E)) + p * gift);
-      scaled += d_scaled;
-      store<T>(column + j, load<T>(column + j) + d_scaled);
-      store<T>(score_of + j, d_scaled), store<T>(gift_of + j, p * scale);
+      const vec<T> scale = load<T>(&tile.scale[j]);
+      const vec<T> product = load<T>(product_row + j), d_weight = load<T>(d_weight_row + j);
+      const vec<T> p = exp2(product * scale + load<T>(&tile.bias[j]) - base) * inverse_total;
+      const vec<T> d_score = p * (d_weight * scale + offset);
+      const vec<T> d_product = d_score * scale;
+      if (out.content)
+        store<T>(d_scale + j, load<T>(d_scale + j) + d_score * (product * T(1 / LOG2E)) + p * d_weight);
+      row_sum += d_product;
+      store<T>(column + j, load<T>(column + j) + d_product);
+      store<T>(product_row + j, d_product), store<T>(d_weight_row + j, p * scale);
     }
-    if (s.axes > 1) places.add_to(sums, l, sum<T>(scaled));
+    if (in.axes > 1) positions.add_to(sums, q, sum<T>(row_sum));
   }
 };
 
 template <class T>
-void backward(const Read<T>& s, const Returned<T>& from, const Gradients<T>& to, int64_t splits, int64_t threads) {
+void backward(const Inputs<T>& in, const Upstream<T>& upstream, const Gradients<T>& out, int64_t splits,
+              int64_t threads) {
   static constexpr T ONES[BLOCK] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-  in_parallel(s.batch * splits, threads, [&](std::atomic<int64_t>& next) {
-    Backward<T> one(s, from, to);
-    for (int64_t task; (task = next++) < s.batch * splits;) {
-      const int64_t batch = task / splits, part = task % splits;
-      const int64_t begin = s.tiles * part / splits, end = s.tiles * (part + 1) / splits;
-      for (int64_t block = 0; block < s.heads * s.blocks; block++) {
-        const int64_t head = block / s.blocks, first = block % s.blocks * BLOCK;
-        const int64_t there = (task * s.heads + head) * s.latents + first;
-        const int64_t place = s.axes > 1 ? there : (batch * s.heads + head) * s.latents + first;
-        one.walk(batch, head, first, begin, end);
-        one.sums.write(s, Span(s, begin, end), there, place, s.count(first), to.a, to.u, ONES);
+  run_parallel(in.batch * splits, threads, [&](std::atomic<int64_t>& next) {
+    Backward<T> pass(in, upstream, out);
+    for (int64_t task; (task = next++) < in.batch * splits;) {
+      const int64_t batch = task / splits, split = task % splits;
+      const int64_t begin = in.tiles * split / splits, end = in.tiles * (split + 1) / splits;
+      for (int64_t block = 0; block < in.heads * in.blocks; block++) {
+        const int64_t head = block / in.blocks, first = block % in.blocks * BLOCK;
+        const int64_t content_row = (task * in.heads + head) * in.queries + first;
+        const int64_t axes_row = in.axes > 1 ? content_row : (batch * in.heads + head) * in.queries + first;
+        pass.walk(batch, head, first, begin, end);
+        pass.sums.write(in, Span(in, begin, end), content_row, axes_row, in.block_size(first), out.content_queries,
+                        out.axis_queries, ONES);
       }
     }
   });

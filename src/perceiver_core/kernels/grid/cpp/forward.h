@@ -6,106 +6,109 @@
 #include "products.h"
 #include "threads.h"
 
-// Reads of parts of the grid, batch x splits x heads x latents x ...; `base` is in powers of two.
-template <class T> struct Results {
-  T *y, *marg, *base, *total;
+// Results per split of the grid, batch x splits x heads x queries x ...; `base` is in powers of two.
+template <class T> struct Outputs {
+  T *read, *marginals, *base, *total;
 };
 
-// One thread's walk of a block of latents over a range of tiles.
+// Walk of one thread over a range of tiles with a block of queries.
 template <class T> struct Forward {
-  static constexpr T SLACK = 16;  // how far, in powers of two, a score may exceed the base before sums are scaled anew
-  const Read<T>& s;
-  Latents<T> asks;
+  static constexpr T SLACK = 16;  // powers of two by which a score may exceed the base before the sums are rescaled
+  const Inputs<T>& in;
+  Coefficients<T> coefficients;
   Sums<T> sums;
   Tile<T> tile;
-  Places<T> places;
-  std::vector<T> work;
+  RowPositions<T> positions;
+  std::vector<T> weights;
   T base[BLOCK];
   vec<T> total[BLOCK];
 
-  explicit Forward(const Read<T>& read) : s(read), asks(read), sums(read), tile(read), work(BLOCK * read.tile) {}
+  explicit Forward(const Inputs<T>& in)
+      : in(in), coefficients(in), sums(in), tile(in), weights(BLOCK * in.tile) {}
 
   void walk(int64_t batch, int64_t head, int64_t first, int64_t begin, int64_t end) {
-    const int count = s.count(first);
-    const int64_t asked = s.query_batch == 1 ? head : batch * s.heads + head;
-    const Span span(s, begin, end);
-    asks.read(s, span, asked * s.latents + first, count, s.a, s.u, T(LOG2E));
+    const int count = in.block_size(first);
+    const int64_t query_row = in.query_batch == 1 ? head : batch * in.heads + head;
+    const Span span(in, begin, end);
+    coefficients.load_block(in, span, query_row * in.queries + first, count, in.content_queries, in.axis_queries,
+                            T(LOG2E));
     sums.clear(span);
-    for (int l = 0; l < BLOCK; l++) base[l] = -INF<T>, total[l] = zeros<T>();
+    for (int q = 0; q < BLOCK; q++) base[q] = -INF<T>, total[q] = zeros<T>();
     T row[BLOCK];
     for (int64_t index = begin; index < end; index++) {
-      tile.pack(s, batch, index);
-      places.find(s, tile.row);
-      places.add_up(row, asks);
-      scores<T>(work.data(), row, &asks.last[tile.column], asks.padded, asks.a.data(), tile, s.channels);
-      for (int l = 0; l < count; l++) {
-        raise_base(l, scaled_scores(&work[l * s.tile]));
-        weigh(l, &work[l * s.tile]);
+      tile.pack(in, batch, index);
+      positions.find(in, tile.row);
+      positions.gather(row, coefficients);
+      compute_products<T>(weights.data(), row, &coefficients.last[tile.column], coefficients.padded,
+                          coefficients.content.data(), tile, in.channels);
+      for (int q = 0; q < count; q++) {
+        raise_base(q, scale_scores(&weights[q * in.tile]));
+        exponentiate(q, &weights[q * in.tile]);
       }
-      gather<T>(sums.a.data(), work.data(), tile, s.channels);
+      add_content_sums<T>(sums.content.data(), weights.data(), tile, in.channels);
     }
   }
 
-  // Scores times scale, -inf for tokens that are not there; gives the highest.
-  T scaled_scores(T* weights) const {
+  // Products become scores, -inf for masked tokens; returns the highest.
+  T scale_scores(T* scores) const {
     vec<T> top = zeros<T>() - INF<T>;
     for (int64_t j = 0; j < tile.padded; j += LANES<T>) {
-      const vec<T> score = load<T>(weights + j) * load<T>(&tile.r[j]) + load<T>(&tile.bias[j]);
-      store<T>(weights + j, score);
+      const vec<T> score = load<T>(scores + j) * load<T>(&tile.scale[j]) + load<T>(&tile.bias[j]);
+      store<T>(scores + j, score);
       top = top > score ? top : score;
     }
     return highest<T>(top);
   }
 
-  void raise_base(int l, T peak) {
-    if (!(peak > base[l] + SLACK)) return;
-    if (base[l] != -INF<T>) {
-      const T factor = std::exp2(base[l] - peak);
-      total[l] *= factor;
-      sums.shrink(l, factor);
+  void raise_base(int q, T peak) {
+    if (!(peak > base[q] + SLACK)) return;
+    if (base[q] != -INF<T>) {
+      const T factor = std::exp2(base[q] - peak);
+      total[q] *= factor;
+      sums.rescale(q, factor);
     }
-    base[l] = peak;
+    base[q] = peak;
   }
 
-  // Scores to weights times scale; summed up by themselves and for every place.
-  void weigh(int l, T* weights) {
-    const T from = base[l] == -INF<T> ? T(0) : base[l];
-    vec<T> all = zeros<T>(), scaled = zeros<T>();
-    T* column = &sums.last[l * sums.padded + tile.column];
+  // Scores become weights times scale, which are added to the sums of every position.
+  void exponentiate(int q, T* scores) {
+    const T finite_base = base[q] == -INF<T> ? T(0) : base[q];
+    vec<T> unscaled_sum = zeros<T>(), scaled_sum = zeros<T>();
+    T* column = &sums.last[q * sums.padded + tile.column];
     for (int64_t j = 0; j < tile.padded; j += LANES<T>) {
-      vec<T> p = exp2(load<T>(weights + j) - from);
-      all += p;
-      p *= load<T>(&tile.r[j]);
-      scaled += p;
-      store<T>(weights + j, p);
+      vec<T> p = exp2(load<T>(scores + j) - finite_base);
+      unscaled_sum += p;
+      p *= load<T>(&tile.scale[j]);
+      scaled_sum += p;
+      store<T>(scores + j, p);
       store<T>(column + j, load<T>(column + j) + p);
     }
-    total[l] += all;
-    if (s.axes > 1) places.add_to(sums, l, sum<T>(scaled));
+    total[q] += unscaled_sum;
+    if (in.axes > 1) positions.add_to(sums, q, sum<T>(scaled_sum));
   }
 
-  // Latents that met no token have a total of 0, and base 0.
-  void write(int64_t there, int count, Span span, const Results<T>& to) const {
+  // Queries whose tokens are all masked have a total of 0 and a base of 0.
+  void write(int64_t first_row, int count, Span span, const Outputs<T>& out) const {
     T factors[BLOCK];
-    for (int l = 0; l < count; l++) {
-      const T all = sum<T>(total[l]);
-      factors[l] = all > 0 ? 1 / all : T(0);
-      to.base[there + l] = all > 0 ? base[l] : T(0), to.total[there + l] = all;
+    for (int q = 0; q < count; q++) {
+      const T all = sum<T>(total[q]);
+      factors[q] = all > 0 ? 1 / all : T(0);
+      out.base[first_row + q] = all > 0 ? base[q] : T(0), out.total[first_row + q] = all;
     }
-    sums.write(s, span, there, there, count, to.y, to.marg, factors);
+    sums.write(in, span, first_row, first_row, count, out.read, out.marginals, factors);
   }
 };
 
-template <class T> void forward(const Read<T>& s, const Results<T>& to, int64_t splits, int64_t threads) {
-  const int64_t tasks = s.batch * splits * s.heads * s.blocks;
-  in_parallel(tasks, threads, [&](std::atomic<int64_t>& next) {
-    Forward<T> one(s);
+template <class T> void forward(const Inputs<T>& in, const Outputs<T>& out, int64_t splits, int64_t threads) {
+  const int64_t tasks = in.batch * splits * in.heads * in.blocks;
+  run_parallel(tasks, threads, [&](std::atomic<int64_t>& next) {
+    Forward<T> pass(in);
     for (int64_t task; (task = next++) < tasks;) {
-      const int64_t row = task / s.blocks, first = task % s.blocks * BLOCK;  // row: of batch x splits x heads
-      const int64_t part = row / s.heads % splits, batch = row / s.heads / splits;
-      const int64_t begin = s.tiles * part / splits, end = s.tiles * (part + 1) / splits;
-      one.walk(batch, row % s.heads, first, begin, end);
-      one.write(row * s.latents + first, s.count(first), Span(s, begin, end), to);
+      const int64_t row = task / in.blocks, first = task % in.blocks * BLOCK;  // row of batch x splits x heads
+      const int64_t split = row / in.heads % splits, batch = row / in.heads / splits;
+      const int64_t begin = in.tiles * split / splits, end = in.tiles * (split + 1) / splits;
+      pass.walk(batch, row % in.heads, first, begin, end);
+      pass.write(row * in.queries + first, in.block_size(first), Span(in, begin, end), out);
     }
   });
 }

@@ -1,4 +1,4 @@
-// What a block of latents meets on its walk over the grid: tiles of tokens; and what it asks them, and sums up of them.
+// Data of a walk over the grid: the inputs, tiles of tokens, and the coefficients and sums of a block of queries.
 
 #pragma once
 
@@ -8,140 +8,145 @@
 
 #include "vectors.h"
 
-constexpr int BLOCK = 16;   // latents a task holds
-constexpr int QUAD = 4;     // latents that share a load of a token
-constexpr int TILE = 256;   // most tokens a tile holds; fewer where they have many channels
+constexpr int BLOCK = 16;   // queries of a task
+constexpr int QUAD = 4;     // queries that share a load of a token
+constexpr int TILE = 256;   // most tokens of a tile; tiles of many channels have fewer
 
-inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// A read: its sizes and what it is given. `op.py` says what the letters stand for; keep may be null: all tokens are there.
-template <class T> struct Read {
-  int64_t batch, query_batch, heads, latents, channels, axes;
+// Sizes and tensors of a read, see `../interface.py`. The mask may be null: all tokens are attended to.
+template <class T> struct Inputs {
+  int64_t batch, query_batch, heads, queries, channels, axes;
   const int64_t* grid;
-  const T *a, *u, *x, *r;
-  const uint8_t* keep;
-  int64_t n = 1, places = 0;              // tokens; places along all axes
-  int64_t width = 0, rows = 0;            // of a row, which is along the last axis; of them
-  int64_t tile = 0, tiles = 0, blocks = 0;  // tokens of a tile; tiles of a sample; blocks of latents of a head
+  const T *content_queries, *axis_queries, *content, *scale;
+  const uint8_t* mask;
+  int64_t tokens = 1, axis_positions = 0;   // per sample; along all axes
+  int64_t width = 0, rows = 0;              // size of the last axis; product of the others
+  int64_t tile = 0, tiles = 0, blocks = 0;  // tokens of a tile; tiles of a sample; blocks of queries of a head
 
-  void measure() {
+  void derive_sizes() {
     width = grid[axes - 1];
-    for (int64_t axis = 0; axis < axes; axis++) n *= grid[axis], places += grid[axis];
-    rows = n / width;
+    for (int64_t axis = 0; axis < axes; axis++) tokens *= grid[axis], axis_positions += grid[axis];
+    rows = tokens / width;
     const int64_t fits = std::max<int64_t>(32, 8192 / std::max<int64_t>(channels, 1) / 32 * 32);
     tile = std::min<int64_t>(TILE, fits);
     tiles = rows * ((width + tile - 1) / tile);
-    blocks = (latents + BLOCK - 1) / BLOCK;
+    blocks = (queries + BLOCK - 1) / BLOCK;
   }
-  int count(int64_t first) const { return int(std::min<int64_t>(BLOCK, latents - first)); }
+  int block_size(int64_t first) const { return int(std::min<int64_t>(BLOCK, queries - first)); }
 };
 
-// The places along the last axis that a walk over some tiles can come to: where it is the only axis, those of the tiles.
+// Positions along the last axis that a walk over a range of tiles can meet: those of the tiles if it is the only axis.
 struct Span {
   int64_t from, to;
 
   template <class T>
-  Span(const Read<T>& s, int64_t begin, int64_t end)
-      : from(s.axes == 1 ? begin * s.tile : 0), to(s.axes == 1 ? std::min(end * s.tile, s.width) : s.width) {}
+  Span(const Inputs<T>& in, int64_t begin, int64_t end)
+      : from(in.axes == 1 ? begin * in.tile : 0), to(in.axes == 1 ? std::min(end * in.tile, in.width) : in.width) {}
 };
 
-// The tokens of a tile, packed: channels, scale and 0 or -inf for tokens that are not there (masked, or past the end).
+// Packed tokens of a tile: channels, scale, and a bias of 0, or of -inf for tokens that are masked or past the end.
 template <class T> struct Tile {
   int64_t start, count, padded, row, column;
-  std::vector<T> x, r, bias;
+  std::vector<T> content, scale, bias;
   const int64_t stride;
 
-  explicit Tile(const Read<T>& s) : x(s.channels * s.tile), r(s.tile), bias(s.tile), stride(s.tile) {}
+  explicit Tile(const Inputs<T>& in) : content(in.channels * in.tile), scale(in.tile), bias(in.tile), stride(in.tile) {}
 
-  void pack(const Read<T>& s, int64_t batch, int64_t index) {
-    const T *content = s.x + batch * s.channels * s.n, *scale = s.r + batch * s.n;
-    const uint8_t* keep = s.keep ? s.keep + batch * s.n : nullptr;
-    const int64_t in_row = s.tiles / s.rows;
-    row = index / in_row, column = index % in_row * s.tile;
-    start = row * s.width + column;
-    count = std::min(s.tile, s.width - column), padded = up(count, LANES<T>);
+  void pack(const Inputs<T>& in, int64_t batch, int64_t index) {
+    const T *from = in.content + batch * in.channels * in.tokens, *scales = in.scale + batch * in.tokens;
+    const uint8_t* mask = in.mask ? in.mask + batch * in.tokens : nullptr;
+    const int64_t in_row = in.tiles / in.rows;
+    row = index / in_row, column = index % in_row * in.tile;
+    start = row * in.width + column;
+    count = std::min(in.tile, in.width - column), padded = round_up(count, LANES<T>);
     for (int64_t j = 0; j < padded; j++) {
-      const bool there = j < count && (!keep || keep[start + j]);
-      r[j] = there ? scale[start + j] : T(0);
-      bias[j] = there ? T(0) : -INF<T>;
+      const bool valid = j < count && (!mask || mask[start + j]);
+      scale[j] = valid ? scales[start + j] : T(0);
+      bias[j] = valid ? T(0) : -INF<T>;
     }
-    for (int64_t k = 0; k < s.channels; k++)
-      for (int64_t j = 0; j < padded; j++) x[k * stride + j] = bias[j] == T(0) ? content[k * s.n + start + j] : T(0);
+    for (int64_t k = 0; k < in.channels; k++)
+      for (int64_t j = 0; j < padded; j++)
+        content[k * stride + j] = bias[j] == T(0) ? from[k * in.tokens + start + j] : T(0);
   }
 };
 
-// What a block of latents of one head multiplies the tokens with; zeros for latents that are not there.
-template <class T> struct Latents {
-  int64_t others, padded;      // entries of the axes but the last; of the last, to whole vectors
-  std::vector<T> a, outer, last;  // BLOCK x channels, BLOCK x others, BLOCK x padded
+// Coefficients with which a block of queries multiplies the tokens; zeros for queries past the end.
+template <class T> struct Coefficients {
+  int64_t outer_positions, padded;      // along the axes but the last; along the last, rounded up to whole vectors
+  std::vector<T> content, outer, last;  // BLOCK x channels, BLOCK x outer_positions, BLOCK x padded
 
-  explicit Latents(const Read<T>& s)
-      : others(s.places - s.width), padded(up(s.width, LANES<T>)), a(BLOCK * s.channels), outer(BLOCK * others),
-        last(BLOCK * padded) {}
+  explicit Coefficients(const Inputs<T>& in)
+      : outer_positions(in.axis_positions - in.width), padded(round_up(in.width, LANES<T>)),
+        content(BLOCK * in.channels), outer(BLOCK * outer_positions), last(BLOCK * padded) {}
 
-  void read(const Read<T>& s, Span span, int64_t first, int count, const T* content, const T* tables, T factor) {
-    std::fill(a.begin(), a.end(), T(0)), std::fill(outer.begin(), outer.end(), T(0));
-    for (int l = count; l < BLOCK; l++) std::fill(last.data() + l * padded + span.from, last.data() + l * padded + span.to, T(0));
-    for (int l = 0; l < count; l++) {
-      const T *from = tables + (first + l) * s.places, *c = content + (first + l) * s.channels;
-      for (int64_t k = 0; k < s.channels; k++) a[l * s.channels + k] = c[k] * factor;
-      for (int64_t i = 0; i < others; i++) outer[l * others + i] = from[i] * factor;
-      for (int64_t i = span.from; i < span.to; i++) last[l * padded + i] = from[others + i] * factor;
+  void load_block(const Inputs<T>& in, Span span, int64_t first, int count, const T* of_content, const T* of_axes,
+                  T factor) {
+    std::fill(content.begin(), content.end(), T(0)), std::fill(outer.begin(), outer.end(), T(0));
+    for (int q = count; q < BLOCK; q++)
+      std::fill(last.data() + q * padded + span.from, last.data() + q * padded + span.to, T(0));
+    for (int q = 0; q < count; q++) {
+      const T *axes = of_axes + (first + q) * in.axis_positions, *channels = of_content + (first + q) * in.channels;
+      for (int64_t k = 0; k < in.channels; k++) content[q * in.channels + k] = channels[k] * factor;
+      for (int64_t i = 0; i < outer_positions; i++) outer[q * outer_positions + i] = axes[i] * factor;
+      for (int64_t i = span.from; i < span.to; i++) last[q * padded + i] = axes[outer_positions + i] * factor;
     }
   }
 };
 
-// What a block of latents sums over the tokens. The sums over content keep the lanes of a vector apart to the end.
+// Sums of a block of queries over the tokens. Sums of content keep the lanes of a vector separate until the end.
 template <class T> struct Sums {
-  int64_t others, padded, lanes;
-  std::vector<T> a, outer, last;
+  int64_t outer_positions, padded, lanes;
+  std::vector<T> content, outer, last;
 
-  explicit Sums(const Read<T>& s)
-      : others(s.places - s.width), padded(up(s.width, LANES<T>)), lanes(s.channels * LANES<T>), a(BLOCK * lanes),
-        outer(BLOCK * others), last(BLOCK * padded) {}
+  explicit Sums(const Inputs<T>& in)
+      : outer_positions(in.axis_positions - in.width), padded(round_up(in.width, LANES<T>)),
+        lanes(in.channels * LANES<T>), content(BLOCK * lanes), outer(BLOCK * outer_positions), last(BLOCK * padded) {}
 
   void clear(Span span) {
-    std::fill(a.begin(), a.end(), T(0)), std::fill(outer.begin(), outer.end(), T(0));
-    for (int l = 0; l < BLOCK; l++) std::fill(last.data() + l * padded + span.from, last.data() + l * padded + span.to, T(0));
+    std::fill(content.begin(), content.end(), T(0)), std::fill(outer.begin(), outer.end(), T(0));
+    for (int q = 0; q < BLOCK; q++)
+      std::fill(last.data() + q * padded + span.from, last.data() + q * padded + span.to, T(0));
   }
 
-  void shrink(int l, T factor) {
-    for (int64_t k = 0; k < lanes; k++) a[l * lanes + k] *= factor;
-    for (int64_t i = 0; i < others; i++) outer[l * others + i] *= factor;
-    for (int64_t i = 0; i < padded; i++) last[l * padded + i] *= factor;
+  void rescale(int q, T factor) {
+    for (int64_t k = 0; k < lanes; k++) content[q * lanes + k] *= factor;
+    for (int64_t i = 0; i < outer_positions; i++) outer[q * outer_positions + i] *= factor;
+    for (int64_t i = 0; i < padded; i++) last[q * padded + i] *= factor;
   }
 
-  // To row `first` of `content`, and to row `there` of `tables` what lies in the span.
-  void write(const Read<T>& s, Span span, int64_t first, int64_t there, int count, T* content, T* tables,
-             const T* factors) const {
-    for (int l = 0; l < count; l++) {
-      T *to = tables + (there + l) * s.places, *c = content + (first + l) * s.channels;
-      for (int64_t k = 0; k < s.channels; k++) c[k] = sum<T>(load<T>(&a[l * lanes + k * LANES<T>])) * factors[l];
-      for (int64_t i = 0; i < others; i++) to[i] = outer[l * others + i] * factors[l];
-      for (int64_t i = span.from; i < span.to; i++) to[others + i] = last[l * padded + i] * factors[l];
+  // Writes to rows from `content_row` and `axes_row` on; of the last axis, only the positions in the span.
+  void write(const Inputs<T>& in, Span span, int64_t content_row, int64_t axes_row, int count, T* to_content,
+             T* to_axes, const T* factors) const {
+    for (int q = 0; q < count; q++) {
+      T *axes = to_axes + (axes_row + q) * in.axis_positions, *channels = to_content + (content_row + q) * in.channels;
+      for (int64_t k = 0; k < in.channels; k++)
+        channels[k] = sum<T>(load<T>(&content[q * lanes + k * LANES<T>])) * factors[q];
+      for (int64_t i = 0; i < outer_positions; i++) axes[i] = outer[q * outer_positions + i] * factors[q];
+      for (int64_t i = span.from; i < span.to; i++) axes[outer_positions + i] = last[q * padded + i] * factors[q];
     }
   }
 };
 
-// Where a row of the grid stands in the tables of the axes but the last.
-template <class T> struct Places {
-  std::vector<int64_t> at;
-  void find(const Read<T>& s, int64_t row) {
-    at.resize(s.axes - 1);
-    int64_t offset = s.places - s.width;
-    for (int64_t axis = s.axes - 2; axis >= 0; axis--) {
-      offset -= s.grid[axis];
-      at[axis] = offset + row % s.grid[axis];
-      row /= s.grid[axis];
+// Positions of a row of the grid along the axes but the last, as indices into `outer` of coefficients and sums.
+template <class T> struct RowPositions {
+  std::vector<int64_t> positions;
+  void find(const Inputs<T>& in, int64_t row) {
+    positions.resize(in.axes - 1);
+    int64_t offset = in.axis_positions - in.width;
+    for (int64_t axis = in.axes - 2; axis >= 0; axis--) {
+      offset -= in.grid[axis];
+      positions[axis] = offset + row % in.grid[axis];
+      row /= in.grid[axis];
     }
   }
-  void add_up(T* totals, const Latents<T>& of) const {
-    for (int l = 0; l < BLOCK; l++) {
-      totals[l] = T(0);
-      for (int64_t i : at) totals[l] += of.outer[l * of.others + i];
+  void gather(T* totals, const Coefficients<T>& coefficients) const {
+    for (int q = 0; q < BLOCK; q++) {
+      totals[q] = T(0);
+      for (int64_t i : positions) totals[q] += coefficients.outer[q * coefficients.outer_positions + i];
     }
   }
-  void add_to(Sums<T>& to, int l, T value) const {
-    for (int64_t i : at) to.outer[l * to.others + i] += value;
+  void add_to(Sums<T>& sums, int q, T value) const {
+    for (int64_t i : positions) sums.outer[q * sums.outer_positions + i] += value;
   }
 };

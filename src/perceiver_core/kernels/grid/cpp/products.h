@@ -1,64 +1,66 @@
-// The products of a block of latents with a tile of tokens: scores, and their two transposes.
+// Matrix products of a block of queries and a tile of tokens: unscaled scores, and the two transposed products.
 
 #pragma once
 
 #include "grid.h"
 
-// out[l, j] = row[l] + table[l, j] + sum_k a[l, k] x[k, j]
+// out[q, j] = row[q] + column[q, j] + sum_k coefficients[q, k] content[k, j]
 template <class T>
-void scores(T* out, const T* row, const T* table, int64_t table_stride, const T* a, const Tile<T>& t, int64_t channels) {
-  for (int l = 0; l < BLOCK; l += QUAD)
-    for (int64_t j = 0; j < t.padded; j += LANES<T>) {
+void compute_products(T* out, const T* row, const T* column, int64_t column_stride, const T* coefficients,
+                      const Tile<T>& tile, int64_t channels) {
+  for (int q = 0; q < BLOCK; q += QUAD)
+    for (int64_t j = 0; j < tile.padded; j += LANES<T>) {
       vec<T> sums[QUAD];
-      for (int q = 0; q < QUAD; q++) sums[q] = load<T>(table + (l + q) * table_stride + j) + row[l + q];
+      for (int i = 0; i < QUAD; i++) sums[i] = load<T>(column + (q + i) * column_stride + j) + row[q + i];
       for (int64_t k = 0; k < channels; k++) {
-        const vec<T> x = load<T>(&t.x[k * t.stride + j]);
-        for (int q = 0; q < QUAD; q++) sums[q] += a[(l + q) * channels + k] * x;
+        const vec<T> value = load<T>(&tile.content[k * tile.stride + j]);
+        for (int i = 0; i < QUAD; i++) sums[i] += coefficients[(q + i) * channels + k] * value;
       }
-      for (int q = 0; q < QUAD; q++) store<T>(out + (l + q) * t.stride + j, sums[q]);
+      for (int i = 0; i < QUAD; i++) store<T>(out + (q + i) * tile.stride + j, sums[i]);
     }
 }
 
-// out[l, k] += sum_j weights[l, j] x[k, j], lane by lane, for K channels from k on
+// out[q, k] += sum_j weights[q, j] content[k, j], lane by lane, for K channels from k on
 template <class T, int K>
-inline void gather_some(T* out, const T* weights, const Tile<T>& t, int64_t channels, int64_t k) {
-  for (int l = 0; l < BLOCK; l += QUAD) {
-    T* to = out + (l * channels + k) * LANES<T>;
+inline void add_channel_sums(T* out, const T* weights, const Tile<T>& tile, int64_t channels, int64_t k) {
+  for (int q = 0; q < BLOCK; q += QUAD) {
+    T* to = out + (q * channels + k) * LANES<T>;
     vec<T> sums[QUAD][K] = {};
-    for (int64_t j = 0; j < t.padded; j += LANES<T>) {
-      vec<T> x[K];
-      for (int i = 0; i < K; i++) x[i] = load<T>(&t.x[(k + i) * t.stride + j]);
-      for (int q = 0; q < QUAD; q++) {
-        const vec<T> w = load<T>(weights + (l + q) * t.stride + j);
-        for (int i = 0; i < K; i++) sums[q][i] += w * x[i];
+    for (int64_t j = 0; j < tile.padded; j += LANES<T>) {
+      vec<T> values[K];
+      for (int c = 0; c < K; c++) values[c] = load<T>(&tile.content[(k + c) * tile.stride + j]);
+      for (int i = 0; i < QUAD; i++) {
+        const vec<T> weight = load<T>(weights + (q + i) * tile.stride + j);
+        for (int c = 0; c < K; c++) sums[i][c] += weight * values[c];
       }
     }
-    for (int q = 0; q < QUAD; q++)
-      for (int i = 0; i < K; i++) {
-        T* lane = to + (q * channels + i) * LANES<T>;
-        store<T>(lane, load<T>(lane) + sums[q][i]);
+    for (int i = 0; i < QUAD; i++)
+      for (int c = 0; c < K; c++) {
+        T* lanes = to + (i * channels + c) * LANES<T>;
+        store<T>(lanes, load<T>(lanes) + sums[i][c]);
       }
   }
 }
 
-template <class T> void gather(T* out, const T* weights, const Tile<T>& t, int64_t channels) {
+template <class T> void add_content_sums(T* out, const T* weights, const Tile<T>& tile, int64_t channels) {
   int64_t k = 0;
-  for (; k + 4 <= channels; k += 4) gather_some<T, 4>(out, weights, t, channels, k);
-  if (channels - k == 3) gather_some<T, 3>(out, weights, t, channels, k);
-  if (channels - k == 2) gather_some<T, 2>(out, weights, t, channels, k);
-  if (channels - k == 1) gather_some<T, 1>(out, weights, t, channels, k);
+  for (; k + 4 <= channels; k += 4) add_channel_sums<T, 4>(out, weights, tile, channels, k);
+  if (channels - k == 3) add_channel_sums<T, 3>(out, weights, tile, channels, k);
+  if (channels - k == 2) add_channel_sums<T, 2>(out, weights, tile, channels, k);
+  if (channels - k == 1) add_channel_sums<T, 1>(out, weights, tile, channels, k);
 }
 
-// out[k, j] += sum_l a[l, k] s[l, j] + b[l, k] p[l, j]
+// out[k, j] += sum_q content_queries[q, k] d_products[q, j] + d_read[q, k] weights[q, j]
 template <class T>
-void scatter(T* out, const T* a, const T* s, const T* b, const T* p, const Tile<T>& t, int64_t channels) {
+void add_token_sums(T* out, const T* content_queries, const T* d_products, const T* d_read, const T* weights,
+                    const Tile<T>& tile, int64_t channels) {
   for (int64_t k = 0; k < channels; k++)
-    for (int64_t j = 0; j < t.padded; j += LANES<T>) {
-      vec<T> sums = load<T>(out + k * t.stride + j);
-      for (int l = 0; l < BLOCK; l++) {
-        sums += a[l * channels + k] * load<T>(s + l * t.stride + j);
-        sums += b[l * channels + k] * load<T>(p + l * t.stride + j);
+    for (int64_t j = 0; j < tile.padded; j += LANES<T>) {
+      vec<T> sums = load<T>(out + k * tile.stride + j);
+      for (int q = 0; q < BLOCK; q++) {
+        sums += content_queries[q * channels + k] * load<T>(d_products + q * tile.stride + j);
+        sums += d_read[q * channels + k] * load<T>(weights + q * tile.stride + j);
       }
-      store<T>(out + k * t.stride + j, sums);
+      store<T>(out + k * tile.stride + j, sums);
     }
 }

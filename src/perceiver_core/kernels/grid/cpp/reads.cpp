@@ -1,32 +1,38 @@
-// Reads of a position-encoded grid, forward and backward, for the CPU. `../op.py` says what is computed; `../native.py`
-// compiles this and calls it. Plain C++17 with the vector types of GCC and Clang, no library.
+// Reads of a position-encoded grid on the CPU, forward and backward. `../operator.py` states the formula;
+// `../cpp_library.py` compiles this file, and `../cpp.py` calls it. Plain C++17 with the vector types of GCC and Clang,
+// without libraries.
 //
-// A block of latents stays in registers and level-1 cache and walks the grid tile by tile, a tile being up to `TILE`
-// tokens along the last axis. Softmax is online. Nothing of size latents x inputs is written to memory.
+// A block of queries stays in registers and level-1 cache and walks over the grid tile by tile; a tile holds up to
+// `TILE` tokens along the last axis. Softmax is online. Nothing of size queries x tokens is written to memory.
 //
-//     score[l, m] = r[m] * (sum_k a[l, k] x[k, m] + sum_axes u[l, i_axis(m)])        p = softmax over m
-//     y[l, k] = sum_m p r x[k, m]        marg[l, i] = sum of p r over the tokens with index i along their axis
+//     score[q, m] = scale[m] * (sum_k content_queries[q, k] content[k, m] + sum_axes axis_queries[q, i_axis(m)])
+//     p = softmax over m of the scores
+//     read[q, k] = sum_m p scale content[k, m]
+//     marginals[q, i] = sum of p scale over the tokens with index i along their axis
 
 #include "backward.h"
 #include "forward.h"
 
 #define EXPORTED(T, NAME)                                                                                              \
   extern "C" __attribute__((visibility("default"))) void forward_##NAME(                                               \
-      int64_t batch, int64_t query_batch, int64_t heads, int64_t latents, int64_t channels, int64_t axes,              \
-      const int64_t* grid, const T* a, const T* u, const T* x, const T* r, const uint8_t* keep, T* y, T* marg,         \
-      T* base, T* total, int64_t splits, int64_t threads) {                                                            \
-    Read<T> read{batch, query_batch, heads, latents, channels, axes, grid, a, u, x, r, keep};                          \
-    read.measure();                                                                                                    \
-    forward<T>(read, {y, marg, base, total}, splits, threads);                                                         \
+      int64_t batch, int64_t query_batch, int64_t heads, int64_t queries, int64_t channels, int64_t axes,              \
+      const int64_t* grid, const T* content_queries, const T* axis_queries, const T* content, const T* scale,          \
+      const uint8_t* mask, T* read, T* marginals, T* base, T* total, int64_t splits, int64_t threads) {                \
+    Inputs<T> in{batch, query_batch, heads, queries, channels, axes, grid, content_queries, axis_queries, content,     \
+                 scale, mask};                                                                                         \
+    in.derive_sizes();                                                                                                 \
+    forward<T>(in, {read, marginals, base, total}, splits, threads);                                                   \
   }                                                                                                                    \
   extern "C" __attribute__((visibility("default"))) void backward_##NAME(                                              \
-      int64_t batch, int64_t query_batch, int64_t heads, int64_t latents, int64_t channels, int64_t axes,              \
-      const int64_t* grid, const T* a, const T* u, const T* x, const T* r, const uint8_t* keep, const T* base,         \
-      const T* total, const T* d_y, const T* d_marg, const T* offset, T* d_a, T* d_u, T* d_x, T* d_r, int64_t splits,  \
-      int64_t threads) {                                                                                               \
-    Read<T> read{batch, query_batch, heads, latents, channels, axes, grid, a, u, x, r, keep};                          \
-    read.measure();                                                                                                    \
-    backward<T>(read, {base, total, d_y, d_marg, offset}, {d_a, d_u, d_x, d_r}, splits, threads);                      \
+      int64_t batch, int64_t query_batch, int64_t heads, int64_t queries, int64_t channels, int64_t axes,              \
+      const int64_t* grid, const T* content_queries, const T* axis_queries, const T* content, const T* scale,          \
+      const uint8_t* mask, const T* base, const T* total, const T* d_read, const T* d_marginals, const T* offset,      \
+      T* d_content_queries, T* d_axis_queries, T* d_content, T* d_scale, int64_t splits, int64_t threads) {            \
+    Inputs<T> in{batch, query_batch, heads, queries, channels, axes, grid, content_queries, axis_queries, content,     \
+                 scale, mask};                                                                                         \
+    in.derive_sizes();                                                                                                 \
+    backward<T>(in, {base, total, d_read, d_marginals, offset},                                                        \
+                {d_content_queries, d_axis_queries, d_content, d_scale}, splits, threads);                             \
   }
 
 EXPORTED(float, float32)

@@ -1,4 +1,4 @@
-// Work on several threads.
+// Tasks on several threads.
 
 #pragma once
 
@@ -8,11 +8,12 @@
 #include <thread>
 #include <vector>
 
-// Runs `work` on as many threads, each of which takes tasks by counting `next` up. With OpenMP where there is one: its
-// threads are those of PyTorch, which spin for a while after their last work and would be in the way of others.
-template <class Work> void in_parallel(int64_t tasks, int64_t wanted, Work work) {
+// Runs `work` on up to `max_threads` threads, each of which takes tasks by incrementing `next`. With OpenMP, if the
+// compiler has it: its threads are those of PyTorch, which spin for a while after their last work and would slow down
+// other threads.
+template <class Work> void run_parallel(int64_t tasks, int64_t max_threads, Work work) {
   std::atomic<int64_t> next{0};
-  const int threads = int(std::min<int64_t>(wanted, tasks));
+  const int threads = int(std::min<int64_t>(max_threads, tasks));
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads)
   work(next);

@@ -1,4 +1,4 @@
-// Vectors of numbers, as wide as the processor's, by the vector types of GCC and Clang; and 2^x of them.
+// Vectors as wide as the processor's registers, with the vector types of GCC and Clang, and 2^x of vectors.
 
 #pragma once
 
@@ -16,7 +16,7 @@ constexpr int BYTES = 16;
 
 constexpr double LOG2E = 1.4426950408889634;
 
-// May-alias and element alignment, so that any address of a float can be loaded as a vector.
+// May-alias and the alignment of an element: a vector can be loaded from the address of any number.
 typedef float floats __attribute__((vector_size(BYTES), aligned(4), may_alias));
 typedef double doubles __attribute__((vector_size(BYTES), aligned(8), may_alias));
 typedef int32_t ints __attribute__((vector_size(BYTES), aligned(4), may_alias));
@@ -48,13 +48,13 @@ template <class T> inline T highest(vec<T> v) {
   return parts[0];
 }
 
-// 2^x for x <= 127, to 1e-7: the integer part goes into the exponent, the rest into a polynomial. 0 below -126.
+// 2^x for x <= 127, to 1e-7: the integer part goes to the exponent, the fraction to a polynomial. 0 below -126.
 inline floats exp2(floats x) {
   constexpr float ROUND = 12582912.0f;  // adding 1.5 * 2^23 leaves the nearest integer in the low bits
-  floats inside = x < -126.0f ? zeros<float>() : x;
-  floats shifted = inside + ROUND;
+  floats clamped = x < -126.0f ? zeros<float>() : x;
+  floats shifted = clamped + ROUND;
   ints exponent = reinterpret_cast<ints&>(shifted) << 23;
-  floats f = inside - (shifted - ROUND);
+  floats f = clamped - (shifted - ROUND);
   floats p = f * 1.5403530393381608e-4f + 1.3333558146428443e-3f;
   p = p * f + 9.6181291076284772e-3f;
   p = p * f + 5.5504108664821580e-2f;
@@ -63,8 +63,8 @@ inline floats exp2(floats x) {
   p = p * f + 1.0f;
   ints bits = reinterpret_cast<ints&>(p) + exponent;
   floats power = reinterpret_cast<floats&>(bits);
-  floats other = x < -126.0f ? zeros<float>() : x;  // NaN stays NaN
-  return x >= -126.0f ? power : other;
+  floats zero_or_nan = x < -126.0f ? zeros<float>() : x;
+  return x >= -126.0f ? power : zero_or_nan;
 }
 
 inline doubles exp2(doubles x) {

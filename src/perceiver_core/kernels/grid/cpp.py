@@ -1,0 +1,82 @@
+"""Backend of `read_grid` on the CPU: the compiled loop in `cpp/`."""
+
+from __future__ import annotations
+
+from array import array
+from math import prod
+
+import torch
+
+from perceiver_core.kernels.grid import cpp_library
+from perceiver_core.kernels.grid.interface import GridGradients, GridInputs, GridOutputs, Saved, Upstream
+
+BLOCK = 16  # queries of a task of the forward pass, as in `cpp/grid.h`
+MIN_TASKS = 32  # the grid is split until there are as many; independent of the threads, so that results repeat
+MIN_TOKENS = 4  # of a split, per number that it returns for a query; with fewer, the setup costs more than the work
+MAX_SPLIT_BYTES = 2**26  # memory of the results of all splits
+
+
+def forward(inputs: GridInputs) -> GridOutputs:
+    """Computes the read, in splits of the grid that are merged where the queries alone make few tasks."""
+    content_queries, axis_queries, content, _, _ = inputs
+    batch, grid = content.shape[0], content.shape[2:]
+    _, heads, queries, channels = content_queries.shape
+    axis_positions = axis_queries.shape[-1]
+    splits = 1  # the axis queries of a single axis are as large as the grid, which is then not split
+    if len(grid) > 1:
+        splits = _num_splits(batch * heads * -(-queries // BLOCK), inputs, channels + axis_positions)
+    read = content.new_empty(batch, splits, heads, queries, channels)
+    marginals = content.new_empty(batch, splits, heads, queries, axis_positions)
+    base = content.new_empty(batch, splits, heads, queries)
+    total = torch.empty_like(base)
+    pointers = [None if x is None else x.data_ptr() for x in (*inputs, read, marginals, base, total)]
+    axes = array("q", grid)  # int64_t; alive during the call
+    sizes = batch, *content_queries.shape, len(grid), axes.buffer_info()[0]
+    cpp_library.functions()["forward", content.dtype](*sizes, *pointers, splits, torch.get_num_threads())
+    if splits == 1:
+        return GridOutputs(read[:, 0], marginals[:, 0], Saved(base[:, 0], total[:, 0]))
+    base = base.masked_fill(total == 0, -torch.inf)
+    highest = base.amax(1).clamp_min(torch.finfo(base.dtype).min)  # finite where all splits are empty
+    totals = total * (base - highest[:, None]).exp2()
+    total = totals.sum(1)
+    share = (totals / total[:, None]).nan_to_num()[..., None]  # 0 where all splits are empty
+    saved = Saved(highest.where(total > 0, 0.0), total)
+    return GridOutputs((read * share).sum(1), (marginals * share).sum(1), saved)
+
+
+def backward(inputs: GridInputs, saved: Saved, upstream: Upstream, needs_token_gradients: bool) -> GridGradients:
+    """Computes the gradients, in splits of the grid that are summed up."""
+    content_queries, axis_queries, content, scale, _ = inputs
+    batch, grid = content.shape[0], content.shape[2:]
+    single_axis = len(grid) == 1  # splits then have separate positions, and write to one gradient of the axis queries
+    width = content_queries.shape[-1] + (0 if single_axis else axis_queries.shape[-1])
+    splits = _num_splits(batch, inputs, width)
+    d_content_queries = content.new_empty(batch, splits, *content_queries.shape[1:])
+    d_axis_queries = content.new_empty(batch, 1 if single_axis else splits, *axis_queries.shape[1:])
+    d_content, d_scale = (torch.empty_like(x) if needs_token_gradients else x.new_empty(0) for x in (content, scale))
+    gradients = d_content_queries, d_axis_queries, *((d_content, d_scale) if needs_token_gradients else (None, None))
+    pointers = [None if x is None else x.data_ptr() for x in (*inputs, *saved, *upstream, *gradients)]
+    axes = array("q", grid)  # int64_t; alive during the call
+    sizes = batch, *content_queries.shape, len(grid), axes.buffer_info()[0]
+    cpp_library.functions()["backward", content.dtype](*sizes, *pointers, splits, torch.get_num_threads())
+    summed = (0, 1) if content_queries.shape[0] == 1 else (1,)
+    return GridGradients(
+        d_content_queries.sum(summed).reshape(content_queries.shape),
+        d_axis_queries.sum(summed).reshape(axis_queries.shape),
+        d_content,
+        d_scale,
+    )
+
+
+def _num_splits(num_tasks: int, inputs: GridInputs, width: int) -> int:
+    """Returns the number of splits of the grid that keep many threads busy.
+
+    Args:
+        num_tasks: Number of tasks without splits.
+        inputs: Inputs of the read.
+        width: Numbers that a split returns per sample, head and query.
+    """
+    content = inputs.content
+    split_bytes = content.shape[0] * prod(inputs.content_queries.shape[1:3]) * width * content.element_size()
+    most = min(MAX_SPLIT_BYTES // max(split_bytes, 1), prod(content.shape[2:]) // (MIN_TOKENS * width))
+    return max(1, min(-(-MIN_TASKS // num_tasks), most))

@@ -1,0 +1,137 @@
+"""Shared library of the C++ source in `cpp/`, compiled once for the machine it runs on.
+
+The compiler is the one that torch.compile would take (`$CXX`, else c++, g++ or clang++). It takes a few seconds, and
+the library is kept in the user's cache folder under a name derived from the source, the compiler and the processor's
+features: another process loads it in milliseconds, and another machine that shares the folder compiles its own.
+torch.utils.cpp_extension is not used because it needs ninja and half a minute for PyTorch's headers; the source uses
+none of them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from perceiver_core.kernels.grid.interface import GridFallbackWarning
+
+SOURCE = Path(__file__).parent / "cpp" / "reads.cpp"
+FLAGS = (
+    *("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fvisibility=hidden"),
+    *("-fno-math-errno", "-fno-trapping-math"),  # without these two, loops are not vectorized
+)
+# The first variant that works is taken: for this processor (the second is the name of the flag in some compilers for
+# ARM), with PyTorch's own threads or, where the compiler has no OpenMP, with others.
+TARGETS = ("-march=native", "-mcpu=native", "")
+VARIANTS = [f"{target} {threads}".split() for threads in ("-fopenmp", "") for target in TARGETS]
+NUM_POINTERS = {"forward": 9, "backward": 14}  # tensors that the functions of `cpp/reads.cpp` take
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # no compiler appears while a graph is traced
+def available() -> bool:
+    """Returns whether the functions can be compiled here; the first call compiles them."""
+    return bool(functions())
+
+
+@cache
+def functions() -> dict[tuple[str, torch.dtype], Callable[..., None]]:
+    """Returns the functions of the library by name and dtype; empty, after one warning, without a compiler.
+
+    The library stays loaded for the life of the process.
+    """
+    try:
+        library = _load()
+    except (OSError, subprocess.SubprocessError) as error:
+        warnings.warn(
+            f"structured reads need a C++17 compiler (GCC or Clang): {error}\nReads use other strategies or plain "
+            "PyTorch: slower, with equal results. Install one (Debian: apt install g++; macOS: xcode-select "
+            "--install), or name it in the variable CXX, and start again",
+            GridFallbackWarning,
+            stacklevel=2,
+        )
+        return {}
+    found: dict[tuple[str, torch.dtype], Callable[..., None]] = {}
+    for name, num_pointers in NUM_POINTERS.items():
+        for dtype in (torch.float32, torch.float64):
+            function = getattr(library, f"{name}_{str(dtype).removeprefix('torch.')}")
+            sizes, tail = [ctypes.c_int64] * 6, [ctypes.c_int64] * 2
+            function.argtypes = [*sizes, ctypes.c_void_p, *[ctypes.c_void_p] * num_pointers, *tail]
+            function.restype = None
+            found[name, dtype] = function
+    return found
+
+
+def _load() -> ctypes.CDLL:
+    compiler, folder = _compiler(), _cache_folder()
+    path = None if folder is None else folder / f"read_grid-{_fingerprint(compiler)}.so"
+    if path is not None and path.exists():
+        with suppress(OSError):  # a damaged file, another system's, or a folder whose files may not be executed
+            return ctypes.CDLL(str(path))
+    return _compile(compiler, path)
+
+
+def _compile(compiler: str, path: Path | None) -> ctypes.CDLL:
+    """Compiles and loads the library, and moves it to `path` at once, so that processes may compile concurrently.
+
+    Without a path, which means that no folder belongs to the user alone, every process compiles its own.
+    """
+    for flags in VARIANTS:
+        with tempfile.TemporaryDirectory(prefix="tmp-", dir=None if path is None else path.parent) as scratch:
+            output = Path(scratch) / "read_grid.so"
+            command = [compiler, *FLAGS, *flags, str(SOURCE), "-o", str(output)]
+            run = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
+            problem = run.stderr
+            if run.returncode == 0:
+                try:
+                    library = ctypes.CDLL(str(output))
+                except OSError as error:
+                    problem = str(error)
+                    continue
+                if path is not None:
+                    output.chmod(0o700)
+                    output.replace(path)
+                return library
+    raise OSError(f"{compiler} could not compile {SOURCE.name}:\n{problem[-2000:]}")
+
+
+def _fingerprint(compiler: str) -> str:
+    """Returns a hash of all that determines the library: source, compiler, flags and the processor's features."""
+    for target in TARGETS:
+        command = [compiler, *target.split(), "-dM", "-E", "-x", "c++", os.devnull]
+        macros = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
+        if macros.returncode == 0:
+            break
+    files = (path.read_text() for path in sorted(SOURCE.parent.glob("[!.]*.[hc]*")) if path.is_file())
+    parts = [*files, compiler, *FLAGS, *(" ".join(flags) for flags in VARIANTS), macros.stdout]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _compiler() -> str:
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and (path := shutil.which(name)):
+            return path
+    raise FileNotFoundError("no C++ compiler found (tried $CXX, c++, g++, clang++)")
+
+
+def _cache_folder() -> Path | None:
+    """Returns a folder that only this user can write to, because its libraries are executed; None if there is none."""
+    if not hasattr(os, "getuid"):
+        return None
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "perceiver-core"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except (OSError, RuntimeError):  # `Path.home` raises the latter for a user without a home
+        return None
+    private = status.st_uid == os.getuid() and not status.st_mode & 0o022
+    return folder if private and os.access(folder, os.W_OK) else None

@@ -1,0 +1,300 @@
+"""Triton kernels of a structured read. `triton` prepares their tensors; `operator` states the formula.
+
+A thread holds one query and walks with it down the rows of the grid, over a stretch of columns: the query's column
+coefficients and the sums per column stay in its registers, so that threads exchange nothing. For each row it writes
+one number. Softmax is online. No score is ever written to memory. The kernel of the gradients of tokens swaps the
+roles: a thread holds one token and walks over all queries.
+
+Triton distributes tensors over threads along their last axis. Queries are therefore the last axis of all tensors of
+queries, and their number is not specialized: if a number is known to be a multiple of 16, Triton gives each thread
+four neighbors and fewer columns, and then threads have to exchange sums. Few channels are multiplied one by one, many
+on matrix units, for which Triton distributes threads as it must.
+
+Tensors and sizes:
+
+    content_queries     in exponents of 2, as are the next two; channels x queries per sample and head
+    row_queries         axis queries of all axes but the last, added up; rows x queries
+    column_queries      axis queries of the last axis; columns x queries
+    content, scales     of tokens; rows x padded columns
+    bias                0, or -inf at masked tokens
+    d_read, d_rows, d_columns
+                        upstream gradients, with the layouts of the three tensors of queries, over the softmax total
+    queries, columns    padded by `triton` to whole blocks and stretches; columns beyond `width` have scores of -inf
+    batch_head          index over samples and heads; if SHARED, the queries of one sample serve all
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _program_part(blocks, splits, groups, BLOCK: tl.constexpr):
+    """Returns a program's queries, group of stretches, split of the rows, and sample and head."""
+    program = tl.program_id(0)
+    block, rest = program % blocks, program // blocks
+    group, rest = rest % groups, rest // groups
+    split, batch_head = rest % splits, (rest // splits).to(tl.int64)
+    return block * BLOCK + tl.arange(0, BLOCK), group, split, batch_head
+
+
+@triton.jit
+def _add_products(
+    sums, coefficients, queries, query, content, tokens, token,
+    CHANNELS: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds the sums over channels of content times coefficients: columns x queries."""
+    if PADDED < 16:
+        for k in tl.static_range(CHANNELS):
+            coefficient = tl.load(coefficients + k * queries + query)
+            value = tl.load(content + k * tokens + token)
+            sums += value[:, None] * coefficient[None, :]
+    else:
+        channel = tl.arange(0, PADDED)
+        valid = channel < CHANNELS
+        coefficient = tl.load(
+            coefficients + channel[:, None] * queries + query[None, :], mask=valid[:, None], other=0.0
+        )
+        value = tl.load(content + channel[None, :] * tokens + token[:, None], mask=valid[None, :], other=0.0)
+        sums += tl.dot(value, coefficient, input_precision=PRECISION, out_dtype=sums.dtype)
+    return sums
+
+
+@triton.jit
+def _weighted_sums(
+    weights, vectors, stride, index, CHANNELS: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Returns sums of vectors (of tokens or of queries) times weights: channels x the last axis of the weights."""
+    channel = tl.arange(0, PADDED)
+    if PADDED < 16:
+        sums = tl.zeros([PADDED, weights.shape[1]], weights.dtype)
+        for k in tl.static_range(CHANNELS):
+            vector = tl.load(vectors + k * stride + index)
+            sums += tl.where(channel[:, None] == k, tl.sum(weights * vector[:, None], 0)[None, :], 0.0)
+    else:
+        pointers = vectors + channel[:, None] * stride + index[None, :]
+        vector = tl.load(pointers, mask=(channel < CHANNELS)[:, None], other=0.0)
+        sums = tl.dot(vector, weights, input_precision=PRECISION, out_dtype=weights.dtype)
+    return sums
+
+
+@triton.jit(do_not_specialize=["queries"])
+def forward(
+    content_queries, row_queries, column_queries, content, scales, bias,
+    read, bases, totals, row_sums, row_bases, column_sums, column_bases,
+    heads, queries, height, width, padded_width, stretches, blocks, splits, groups,
+    CHANNELS: tl.constexpr, PADDED: tl.constexpr, SHARED: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK: tl.constexpr, STRETCH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Computes the read per split and group, each relative to its own base."""
+    query, group, split, batch_head = _program_part(blocks, splits, groups, BLOCK)
+    sample, query_row = batch_head // heads, batch_head % heads if SHARED else batch_head
+    tokens = (batch_head * 0 + height) * padded_width  # in 64 bits, as `batch_head` is
+    content_queries, content = content_queries + query_row * CHANNELS * queries, content + sample * CHANNELS * tokens
+    scales, bias = scales + sample * tokens, bias + sample * tokens
+    column_queries += query_row * width * queries
+    row_queries += query_row * height * queries
+    row_sums += (batch_head * groups + group) * height * queries
+    row_bases += (batch_head * groups + group) * height * queries
+    column_sums += (batch_head * splits + split) * padded_width * queries
+    column_bases += (batch_head * splits + split) * stretches * queries
+    first = stretches * group // groups
+    step = tl.arange(0, STRETCH)
+    cell = step[:, None] * queries + query[None, :]
+    base = tl.full([BLOCK], float("-inf"), content_queries.dtype.element_ty)
+    total = tl.zeros([BLOCK], content_queries.dtype.element_ty)
+    read_sums = tl.zeros([PADDED, BLOCK], content_queries.dtype.element_ty)
+    for stretch in range(first, stretches * (group + 1) // groups):
+        valid = (stretch * STRETCH + step < width)[:, None]
+        corner = (tokens * 0 + stretch) * STRETCH * queries
+        columns = tl.load(column_queries + corner + cell, mask=valid, other=float("-inf"))
+        sums = tl.zeros([STRETCH, BLOCK], content_queries.dtype.element_ty)
+        for row in range(height * split // splits, height * (split + 1) // splits):
+            start = (tokens * 0 + row) * padded_width + stretch * STRETCH
+            line = (tokens * 0 + row) * queries
+            scale = tl.load(scales + start + step)
+            row_query = tl.load(row_queries + line + query)
+            score = _add_products(
+                columns + row_query[None, :], content_queries, queries, query, content + start, tokens, step,
+                CHANNELS, PADDED, PRECISION,
+            )  # fmt: skip
+            score *= scale[:, None]
+            if MASKED:
+                score += tl.load(bias + start + step)[:, None]
+            new_base = tl.maximum(base, tl.max(score, 0))
+            finite_base = tl.where(new_base == float("-inf"), 0.0, new_base)
+            decay = tl.exp2(base - finite_base)
+            base = new_base
+            weights = tl.exp2(score - finite_base[None, :])
+            total = total * decay + tl.sum(weights, 0)
+            weights *= scale[:, None]
+            read_sums = read_sums * decay[None, :] + _weighted_sums(
+                weights, content + start, tokens, step, CHANNELS, PADDED, PRECISION
+            )
+            sums = sums * decay[None, :] + weights
+            # The row's sum over the earlier stretches of the group; zero at the first.
+            later = query * 0 + stretch > first
+            earlier_sum = tl.load(row_sums + line + query, mask=later, other=0.0)
+            earlier_sum *= tl.exp2(tl.load(row_bases + line + query, mask=later, other=float("-inf")) - finite_base)
+            tl.store(row_sums + line + query, earlier_sum + tl.sum(weights, 0))
+            tl.store(row_bases + line + query, base)
+        tl.store(column_sums + corner + cell, sums)
+        tl.store(column_bases + (tokens * 0 + stretch) * queries + query, base)
+        tl.debug_barrier()  # the next stretch reads what this one wrote of each row
+    part = (batch_head * splits + split) * groups + group
+    tl.store(bases + part * queries + query, base)
+    tl.store(totals + part * queries + query, total)
+    channel = tl.arange(0, PADDED)[:, None]
+    tl.store(read + (part * CHANNELS + channel) * queries + query[None, :], read_sums, mask=channel < CHANNELS)
+
+
+@triton.jit(do_not_specialize=["queries"])
+def backward_queries(
+    content_queries, row_queries, column_queries, content, scales, bias, bases, d_read, d_rows, d_columns, offsets,
+    d_content_queries, d_row_queries, d_column_queries,
+    heads, queries, height, width, padded_width, stretches, blocks, splits, groups,
+    CHANNELS: tl.constexpr, PADDED: tl.constexpr, SHARED: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK: tl.constexpr, STRETCH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Computes gradients of the tensors of queries per split and group, with the tiling of the forward kernel."""
+    query, group, split, batch_head = _program_part(blocks, splits, groups, BLOCK)
+    sample, query_row = batch_head // heads, batch_head % heads if SHARED else batch_head
+    tokens = (batch_head * 0 + height) * padded_width
+    content_queries, content = content_queries + query_row * CHANNELS * queries, content + sample * CHANNELS * tokens
+    scales, bias = scales + sample * tokens, bias + sample * tokens
+    column_queries += query_row * width * queries
+    row_queries += query_row * height * queries
+    d_read += batch_head * CHANNELS * queries
+    d_columns += batch_head * width * queries
+    d_rows += batch_head * height * queries
+    d_row_queries += (batch_head * groups + group) * height * queries
+    d_column_queries += (batch_head * splits + split) * padded_width * queries
+    base = tl.load(bases + batch_head * queries + query)
+    offset = tl.load(offsets + batch_head * queries + query)
+    first = stretches * group // groups
+    step = tl.arange(0, STRETCH)
+    cell = step[:, None] * queries + query[None, :]
+    content_sums = tl.zeros([PADDED, BLOCK], content_queries.dtype.element_ty)
+    for stretch in range(first, stretches * (group + 1) // groups):
+        valid = (stretch * STRETCH + step < width)[:, None]
+        corner = (tokens * 0 + stretch) * STRETCH * queries
+        columns = tl.load(column_queries + corner + cell, mask=valid, other=float("-inf"))
+        d_column = tl.load(d_columns + corner + cell, mask=valid, other=0.0)
+        sums = tl.zeros([STRETCH, BLOCK], content_queries.dtype.element_ty)
+        for row in range(height * split // splits, height * (split + 1) // splits):
+            start = (tokens * 0 + row) * padded_width + stretch * STRETCH
+            line = (tokens * 0 + row) * queries
+            scale = tl.load(scales + start + step)[:, None]
+            row_query, d_row = tl.load(row_queries + line + query), tl.load(d_rows + line + query)
+            score = _add_products(
+                columns + row_query[None, :], content_queries, queries, query, content + start, tokens, step,
+                CHANNELS, PADDED, PRECISION,
+            )  # fmt: skip
+            d_weight = _add_products(
+                d_column + d_row[None, :], d_read, queries, query, content + start, tokens, step,
+                CHANNELS, PADDED, PRECISION,
+            )  # fmt: skip
+            score *= scale
+            if MASKED:
+                score += tl.load(bias + start + step)[:, None]
+            d_product = tl.exp2(score - base[None, :]) * (d_weight * scale + offset[None, :]) * scale
+            content_sums += _weighted_sums(d_product, content + start, tokens, step, CHANNELS, PADDED, PRECISION)
+            sums += d_product
+            earlier_sum = tl.load(d_row_queries + line + query, mask=query * 0 + stretch > first, other=0.0)
+            tl.store(d_row_queries + line + query, earlier_sum + tl.sum(d_product, 0))
+        tl.store(d_column_queries + corner + cell, sums)
+        tl.debug_barrier()
+    channel = tl.arange(0, PADDED)[:, None]
+    part = ((batch_head * splits + split) * groups + group) * CHANNELS + channel
+    tl.store(d_content_queries + part * queries + query[None, :], content_sums, mask=channel < CHANNELS)
+
+
+@triton.jit
+def _add_products_transposed(
+    sums, coefficients, queries, query, content, tokens, token, valid_token,
+    CHANNELS: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds the same sums as `_add_products`: queries x columns."""
+    if PADDED < 16:
+        for k in tl.static_range(CHANNELS):
+            coefficient = tl.load(coefficients + k * queries + query)
+            value = tl.load(content + k * tokens + token, mask=valid_token, other=0.0)
+            sums += coefficient[:, None] * value[None, :]
+    else:
+        channel = tl.arange(0, PADDED)
+        valid = channel < CHANNELS
+        coefficient = tl.load(
+            coefficients + channel[None, :] * queries + query[:, None], mask=valid[None, :], other=0.0
+        )
+        value = tl.load(
+            content + channel[:, None] * tokens + token[None, :], mask=valid[:, None] & valid_token[None, :], other=0.0
+        )
+        sums += tl.dot(coefficient, value, input_precision=PRECISION, out_dtype=sums.dtype)
+    return sums
+
+
+@triton.jit(do_not_specialize=["width", "padded_width"])
+def backward_tokens(
+    content_queries, row_queries, column_queries, content, scales, bias, bases, d_read, d_rows, d_columns, offsets,
+    d_content, d_scales,
+    heads, queries, height, width, padded_width, pieces,
+    CHANNELS: tl.constexpr, PADDED: tl.constexpr, SHARED: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK: tl.constexpr, STRETCH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Computes gradients of content and scale: each thread walks with a token of a row over all queries of all heads.
+
+    Here `column_queries` and `d_columns` have the columns last.
+    """
+    program = tl.program_id(0)
+    piece, rest = program % pieces, program // pieces
+    row, sample = rest % height, (rest // height).to(tl.int64)
+    column = piece * STRETCH + tl.arange(0, STRETCH)
+    valid = column < width
+    tokens = (sample * 0 + height) * padded_width
+    content, scales, bias = content + sample * CHANNELS * tokens, scales + sample * tokens, bias + sample * tokens
+    token = (sample * 0 + row) * padded_width + column
+    cell = (sample * 0 + tl.arange(0, BLOCK)[:, None]) * width + column[None, :]
+    scale = tl.load(scales + token, mask=valid, other=0.0)
+    from_read = tl.zeros([PADDED, STRETCH], scale.dtype)
+    from_scores = tl.zeros([PADDED, STRETCH], scale.dtype)
+    scale_from_read = tl.zeros([STRETCH], scale.dtype)
+    scale_from_scores = tl.zeros([STRETCH], scale.dtype)
+    for head in range(heads):
+        batch_head = sample * heads + head
+        query_row = sample * 0 + head if SHARED else batch_head
+        for first in range(0, queries, BLOCK):
+            query = first + tl.arange(0, BLOCK)
+            corner = (tokens * 0 + first) * width
+            product = tl.load(
+                column_queries + query_row * queries * width + corner + cell, mask=valid[None, :], other=0.0
+            )
+            d_weight = tl.load(d_columns + batch_head * queries * width + corner + cell, mask=valid[None, :], other=0.0)
+            product += tl.load(row_queries + (query_row * height + row) * queries + query)[:, None]
+            d_weight += tl.load(d_rows + (batch_head * height + row) * queries + query)[:, None]
+            coefficients = content_queries + query_row * CHANNELS * queries
+            d_coefficients = d_read + batch_head * CHANNELS * queries
+            base = tl.load(bases + batch_head * queries + query)[:, None]
+            offset = tl.load(offsets + batch_head * queries + query)[:, None]
+            product = _add_products_transposed(
+                product, coefficients, queries, query, content, tokens, token, valid, CHANNELS, PADDED, PRECISION
+            )
+            d_weight = _add_products_transposed(
+                d_weight, d_coefficients, queries, query, content, tokens, token, valid, CHANNELS, PADDED, PRECISION
+            )
+            score = product * scale[None, :]
+            if MASKED:
+                score += tl.load(bias + token, mask=valid, other=0.0)[None, :]
+            weights = tl.exp2(score - base)
+            d_score = weights * (d_weight * scale[None, :] + offset)
+            scale_from_scores += tl.sum(d_score * product, 0)
+            scale_from_read += tl.sum(weights * d_weight, 0)
+            from_scores += _weighted_sums(d_score, coefficients, queries, query, CHANNELS, PADDED, PRECISION)
+            from_read += _weighted_sums(weights, d_coefficients, queries, query, CHANNELS, PADDED, PRECISION)
+    channel = tl.arange(0, PADDED)[:, None]
+    d_tokens = (from_scores * LN2 + from_read) * scale[None, :]
+    pointers = d_content + (sample * CHANNELS + channel) * tokens + token[None, :]
+    tl.store(pointers, d_tokens, mask=(channel < CHANNELS) & valid[None, :])
+    tl.store(d_scales + sample * tokens + token, scale_from_scores * LN2 + scale_from_read, mask=valid)

@@ -1,0 +1,135 @@
+"""Launches of the Triton kernels, with options tuned at the first read of a kind.
+
+Results repeat to the bit: the options (queries or columns per program, warps, registers) do not change the order of
+any sum. Tuning waits for the GPU; no other read does.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perceiver_core.kernels.grid.triton_plan import Options, Plan
+
+# Options tried at the first read of a kind; the first is the default where none can be tried.
+QUERY_OPTIONS_REGISTERS: list[Options] = [
+    {"BLOCK": 128, "num_warps": 4},
+    {"BLOCK": 128, "num_warps": 4, "maxnreg": 168},
+    {"BLOCK": 32, "num_warps": 1},
+    {"BLOCK": 32, "num_warps": 1, "maxnreg": 168},
+]
+QUERY_OPTIONS_MATRIX: list[Options] = [
+    {"BLOCK": 32, "num_warps": 4, "num_stages": 1},
+    {"BLOCK": 32, "num_warps": 4, "num_stages": 2},
+]
+TOKEN_OPTIONS_REGISTERS: list[Options] = [{"STRETCH": 32 * warps, "num_warps": warps} for warps in (4, 1, 2)]
+TOKEN_OPTIONS_MATRIX: list[Options] = [{"STRETCH": 32, "num_warps": 4, "num_stages": stages} for stages in (1, 2)]
+
+# Errors of the tools with which Triton builds kernels: a missing driver library, compiler or file.
+TOOL_ERRORS = (AssertionError, ImportError, OSError, subprocess.SubprocessError)
+
+
+class NoKernelError(RuntimeError):
+    """Error that no option of a kernel compiles and fits on this GPU."""
+
+
+def launch_over_queries(plan: Plan, kernel: str, *tensors: Tensor) -> None:
+    """Launches a kernel whose programs hold a block of queries each and walk over a part of the grid."""
+    options = QUERY_OPTIONS_MATRIX if plan.uses_matrix_units else QUERY_OPTIONS_REGISTERS
+
+    def launch(option: Options) -> None:
+        blocks = plan.queries // option["BLOCK"]
+        num_programs = plan.batch_heads * plan.splits * plan.groups * blocks
+        parts = plan.stretches, blocks, plan.splits, plan.groups
+        constants = {"STRETCH": plan.stretch, **plan.constants, **option}
+        run_kernel(kernel, num_programs, (*tensors, *plan.kernel_sizes, *parts), constants)
+
+    fitting = [option for option in options if plan.queries % option["BLOCK"] == 0]
+    _launch_tuned(plan, kernel, launch, fitting, tensors[0].device)
+
+
+def launch_over_tokens(plan: Plan, kernel: str, *tensors: Tensor) -> None:
+    """Launches a kernel whose programs hold columns of one row each and walk over all queries."""
+    padded_channels = plan.constants["PADDED"]
+    block = 16 if padded_channels <= 4 or plan.uses_matrix_units else 8  # more queries at a time exceed the registers
+
+    def launch(option: Options) -> None:
+        pieces = -(-plan.width // option["STRETCH"])
+        num_programs = plan.samples * plan.height * pieces
+        constants = {"BLOCK": block, **plan.constants, **option}
+        run_kernel(kernel, num_programs, (*tensors, *plan.kernel_sizes, pieces), constants)
+
+    options = TOKEN_OPTIONS_MATRIX if plan.uses_matrix_units else TOKEN_OPTIONS_REGISTERS
+    _launch_tuned(plan, kernel, launch, options, tensors[0].device)
+
+
+def run_kernel(kernel: str, num_programs: int, arguments: tuple[Any, ...], options: Options) -> None:
+    """Runs one kernel of `triton_kernels`."""
+    from perceiver_core.kernels.grid import triton_kernels  # needs Triton, which is optional
+
+    getattr(triton_kernels, kernel)[(num_programs,)](*arguments, **options)
+
+
+_tuned: dict[tuple[Any, ...], Options] = {}  # the fastest option, by all that it depends on
+
+
+def _launch_tuned(
+    plan: Plan, kernel: str, launch: Callable[[Options], None], options: Sequence[Options], device: torch.device
+) -> None:
+    work = (plan.batch_heads * plan.queries * plan.height * plan.padded_width).bit_length()
+    key = (kernel, device, work, plan.queries, *plan.constants.values())
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        if key not in _tuned and device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize()  # an earlier kernel's error surfaces here, not as that of an option
+            _tuned[key] = fastest(launch, options)
+        launch(_tuned.get(key, options[0]))
+
+
+def fastest(launch: Callable[[Options], None], options: Sequence[Options]) -> Options:
+    """Returns the option with which a kernel takes the least time, among those that compile and fit on the GPU.
+
+    Raises:
+        NoKernelError: No option compiles and fits.
+    """
+    results = [(_milliseconds(launch, option), index) for index, option in enumerate(options)]
+    times = [(time, index) for time, index in results if isinstance(time, float)]
+    if not times:
+        error = results[-1][0]
+        raise NoKernelError(str(error)) from error  # type: ignore[misc]
+    return options[min(times)[1]]
+
+
+def _milliseconds(launch: Callable[[Options], None], option: Options) -> float | Exception:
+    """Returns the least of three times, or the error with which the kernel does not compile or fit."""
+    try:
+        launch(option)
+    except Exception as error:
+        if not _is_unsupported(error):
+            raise
+        return error
+    return min(_time_once(launch, option) for _ in range(3))  # an illegal access surfaces here, and is raised
+
+
+def _is_unsupported(error: Exception) -> bool:
+    """Returns whether an error of a launch means that the kernel does not compile or does not fit on the GPU.
+
+    Triton has its own classes for most such errors; its driver and its compiler passes raise plain RuntimeErrors.
+    PyTorch's errors of a device (`torch.AcceleratorError`, `torch.OutOfMemoryError`) are subclasses of RuntimeError.
+    Errors of the running kernel are not seen here, because the launch does not wait for it.
+    """
+    from_triton = any(cls.__module__.partition(".")[0] == "triton" for cls in type(error).__mro__)
+    return from_triton or type(error) is RuntimeError or isinstance(error, TOOL_ERRORS)
+
+
+def _time_once(launch: Callable[[Options], None], option: Options) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    launch(option)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
