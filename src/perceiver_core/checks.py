@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
@@ -133,7 +134,7 @@ def values(name: str, x: Tensor, mask: Tensor | None = None) -> None:
         leaves_a_token(mask)
     try:
         # A sum is one pass without a temporary; it is finite only if all terms are, barring overflow.
-        bad = not bool(x.sum(dtype=torch.float64).isfinite())
+        bad = not math.isfinite(x.sum(dtype=torch.float64).item())
         if bad:
             looked_at = x if mask is None else x[mask]
             bad = not bool(looked_at.isfinite().all())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 
-from einops import rearrange
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
@@ -13,7 +12,7 @@ from perceiver_core import checks, init, masks
 from perceiver_core.blocks.factory import build
 from perceiver_core.kernels import fastest
 from perceiver_core.masks import Mask
-from perceiver_core.reads.dense import project, rotate
+from perceiver_core.reads.dense import project, rotate, split_heads
 from perceiver_core.reads.source import AttentionCapture, Cache
 from perceiver_core.reads.strategy import AttentionInput
 from perceiver_core.registry import register
@@ -125,14 +124,14 @@ class MultiHeadAttention(nn.Module):
             memory = project(self, inputs) if isinstance(inputs, Tensor) else inputs.memory(self)
         if cache is not None:
             memory = cache.update(memory)
-        q = self.query_norm(rearrange(self.query(x), "b n (h d) -> b h n d", h=self.num_heads))
+        q = self.query_norm(split_heads(self.query(x), self.num_heads))
         q = self.rotary(q) if positions is None else rotate(self.rotary, q, positions)
         if mask is not None:
             mask = masks.from_token_mask(mask)
         if capture is not None:
             capture.weights = memory.attention_map(q, self.kernel, mask=mask, queries=capture.queries)
         out = memory.attend(q, self.kernel, mask=mask, dropout=self.dropout if self.training else 0.0)
-        return self.output(rearrange(out, "b h m e -> b m (h e)"))
+        return self.output(out.transpose(1, 2).flatten(2))  # b m (h e)
 
 
 def _check_heads(num_heads: int, **widths: int) -> None:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from perceiver_core import checks
-from perceiver_core.positions.grid import check_axes, computing_dtype, grid_points, separable_features, separable_tables
+from perceiver_core.positions.grid import check_axes, computing_dtype, grid_points, separable_features, small_tables
 from perceiver_core.registry import register
 
 
@@ -74,7 +74,8 @@ class Fourier(nn.Module):
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "... p"], ...]:
         """One table an axis for a grid; their sum is `forward` at its points."""
         check_axes(grid, self.num_axes)
-        return separable_tables(self._features, grid, like)
+        settings = (Fourier, self.num_axes, self.num_bands, self.max_resolution, self.concat_positions, self.sine_only)
+        return small_tables(self._features, settings, grid, like)
 
     def _features(self, x: Tensor, axis: int) -> list[Tensor]:
         frequencies = linear_bands(self.max_resolution[axis] / 2, self.num_bands, x)
@@ -122,7 +123,8 @@ class FourierPerAxis(nn.Module):
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "... p"], ...]:
         """One table an axis for a grid; their sum is `forward` at its points."""
         check_axes(grid, self.num_axes)
-        return separable_tables(self._features, grid, like)
+        settings = (FourierPerAxis, self.num_axes, self.num_bands, self.max_frequency)
+        return small_tables(self._features, settings, grid, like)
 
     def _features(self, x: Tensor, axis: int) -> list[Tensor]:
         angles = math.pi * x[..., None] * linear_bands(self.max_frequency / 2, self.num_bands, x)
@@ -159,7 +161,8 @@ class NeRF(nn.Module):
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "... p"], ...]:
         """One table an axis for a grid; their sum is `forward` at its points."""
         check_axes(grid, self.num_axes)
-        return separable_tables(self._features, grid, like)
+        settings = (NeRF, self.num_axes, self.num_bands)
+        return small_tables(self._features, settings, grid, like)
 
     def _features(self, x: Tensor, axis: int) -> list[Tensor]:
         octaves = 2.0 ** torch.arange(self.num_bands, device=x.device, dtype=computing_dtype(x))

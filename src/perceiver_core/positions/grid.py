@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
 @runtime_checkable
@@ -45,7 +46,8 @@ def coordinates(size: int, device: torch.device | None = None, dtype: torch.dtyp
         [-1.0, -0.5, 0.0, 0.5, 1.0]
     """
     # Not linspace: of a size that torch.compile leaves open it would make a constant.
-    return 2 * torch.arange(size, device=device, dtype=dtype or torch.get_default_dtype()) / max(size - 1, 1) - 1
+    indices = torch.arange(size, device=device, dtype=dtype or torch.get_default_dtype())
+    return indices.mul_(2).div_(max(size - 1, 1)).sub_(1)
 
 
 def grid_points(grid: Sequence[int], like: Tensor) -> Float[Tensor, "*grid axes"]:
@@ -83,6 +85,36 @@ def separable_tables(features: Features, grid: Sequence[int], like: Tensor) -> t
         shape[axis] = size
         tables.append(own.to(like.dtype).reshape(*shape, own.shape[-1]))
     return tuple(tables)
+
+
+def small_tables(
+    features: Features, settings: tuple[object, ...], grid: Sequence[int], like: Tensor
+) -> tuple[Tensor, ...]:
+    """Return `separable_tables`; those of small grids are cached, since they would dominate the time of a small model.
+
+    Args:
+        features: As in `separable_tables`.
+        settings: Class and hyperparameters that determine `features`; a part of the cache's key.
+        grid: As in `separable_tables`.
+        like: As in `separable_tables`.
+    """
+    plain = type(like) is Tensor and not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None
+    if not plain or sum(grid) > CACHED_ROWS or torch._C._functorch.peek_interpreter_stack() is not None:
+        return separable_tables(features, grid, like)
+    # A tensor made in inference mode cannot be used outside it.
+    key = (settings, tuple(grid), like.dtype, like.device, torch.is_inference_mode_enabled())
+    tables = _cache.get(key)
+    if tables is None:
+        tables = separable_tables(features, grid, like)
+        if sum(table.numel() for table in tables) <= CACHED_NUMBERS:
+            if len(_cache) >= CACHED_GRIDS:
+                _cache.clear()
+            _cache[key] = tables
+    return tables
+
+
+CACHED_GRIDS, CACHED_ROWS, CACHED_NUMBERS = 64, 512, 2**16  # at most 16 MB in float32
+_cache: dict[tuple[object, ...], tuple[Tensor, ...]] = {}
 
 
 def check_axes(grid: Sequence[int], axes: int) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
+
+import torch
 
 from perceiver_core.reads.dense import Dense
 from perceiver_core.reads.factored import Factored
@@ -50,7 +52,7 @@ class Auto:
         machine: Machine constants; those of `reads.machine` for the device by default.
 
     Raises:
-        TypeError: A strategy that is none.
+        TypeError: A strategy that is none, or not hashable (make it a frozen dataclass).
         ValueError: No strategies; or (in `choose`) none that can compute a read.
 
     Example:
@@ -68,6 +70,7 @@ class Auto:
             raise ValueError("strategies must name at least one; got none. reads.Dense() computes every read")
         for strategy in self.strategies:
             check_strategy(strategy)
+            hash(strategy)  # costs are cached by strategy
 
     def why_not(self, context: ReadContext) -> str:
         """Return why none of the strategies can compute a read; empty if one can."""
@@ -86,34 +89,40 @@ class Auto:
         """
         sizes = Sizes.of(context)
         machine = self.machine or DEFAULTS.get(sizes.device, MEASURED_CPU)
-        able = [strategy for strategy in self.strategies if not strategy.why_not(context)]
-        if not able:
+        # torch.compile traces the function itself: it cannot look into the cache.
+        ranked = (_ranked.__wrapped__ if torch.compiler.is_compiling() else _ranked)(
+            tuple(self.strategies), sizes, machine
+        )
+        slow = None  # a structured read without its compiled loop, where nothing else can compute the read
+        for strategy in ranked:
+            if strategy.why_not(context):
+                continue
+            if not isinstance(strategy, Structured) or not strategy.missing(context):
+                return Decision(strategy, sizes, machine)
+            slow = slow or strategy
+        if slow is None:
             raise ValueError(
                 f"no strategy of {list(self.strategies)} can compute this read: {self.why_not(context)}. "
                 "Add reads.Dense()"
             )
-        if len(able) > 1:
-            able = _preferred(able, sizes)
-        if len(able) > 1:
-            able.sort(key=lambda strategy: strategy.cost(sizes, machine).seconds)
-        best = able[0]
-        if len(able) > 1 and isinstance(best, Structured) and best.missing(context):
-            best = able[1]
-        return Decision(best, sizes, machine)
+        return Decision(slow, sizes, machine)
 
     def prepare(self, context: ReadContext) -> Memory:
         """Return the memory that the chosen strategy makes."""
         return self.choose(context).strategy.prepare(context)
 
 
-def _preferred(able: list[Strategy], sizes: Sizes) -> list[Strategy]:
-    """Leave out strategies that are never the best choice on a device, or take too much memory."""
-    if sizes.device not in DEFAULTS:
-        preferred = [strategy for strategy in able if isinstance(strategy, Dense)]  # PyTorch's own kernels
-    elif sizes.device == "cuda":
-        preferred = [strategy for strategy in able if isinstance(strategy, (Structured, Dense))]
-    elif sizes.materialized_bytes > MATERIALIZED_BYTES:
-        preferred = [strategy for strategy in able if not isinstance(strategy, Dense)]
-    else:
-        return able
-    return preferred or able
+@lru_cache(maxsize=1024)  # a pure function, whose arguments repeat in every forward pass of a model
+def _ranked(strategies: tuple[Strategy, ...], sizes: Sizes, machine: Machine) -> list[Strategy]:
+    """Return strategies by ascending cost; last are those that are taken only where no other can compute the read."""
+
+    def rank(strategy: Strategy) -> tuple[bool, float]:
+        if sizes.device not in DEFAULTS:
+            last = not isinstance(strategy, Dense)  # PyTorch's own kernels come first
+        elif sizes.device == "cuda":
+            last = not isinstance(strategy, (Structured, Dense))
+        else:
+            last = isinstance(strategy, Dense) and sizes.materialized_bytes > MATERIALIZED_BYTES
+        return last, strategy.cost(sizes, machine).seconds
+
+    return sorted(strategies, key=rank)

@@ -22,7 +22,7 @@ def merged_axes(tokens: Tokens) -> tuple[int, ...]:
         >>> merged_axes(Tokens(torch.randn(2, 5, 7, 3, 4), (frames, learned)))
         (5, 21)
     """
-    grid = tokens.grid
+    grid = tokens.content.shape[1:-1]
     return tuple([prod(grid[first : last + 1]) for first, last in _groups(_spans(tokens), len(grid))])
 
 
@@ -31,7 +31,7 @@ def axis_tables(tokens: Tokens, dtype: torch.dtype) -> tuple[tuple[int, ...], tu
 
     Without position tables there are none.
     """
-    grid, spans = tokens.grid, _spans(tokens)
+    grid, spans = tokens.content.shape[1:-1], _spans(tokens)
     groups = _groups(spans, len(grid))
     axes = tuple([prod(grid[first : last + 1]) for first, last in groups])
     if not spans:

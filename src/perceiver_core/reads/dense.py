@@ -7,7 +7,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from einops import rearrange, repeat
+from einops import repeat
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -122,11 +122,14 @@ class Dense:
 
 def project(attention: Attention, inputs: Tensor, positions: Tensor | None = None) -> KeysValues:
     """Return the keys and values of an input `b n c`: linear projections, key norm, rotary embedding."""
-    heads = attention.num_kv_heads
-    keys = rearrange(attention.key(inputs), "b n (h d) -> b h n d", h=heads)
-    values = rearrange(attention.value(inputs), "b n (h d) -> b h n d", h=heads)
-    keys = attention.key_norm(keys)
+    keys = attention.key_norm(split_heads(attention.key(inputs), attention.num_kv_heads))
+    values = split_heads(attention.value(inputs), attention.num_kv_heads)
     return KeysValues(attention.rotary(keys) if positions is None else rotate(attention.rotary, keys, positions), values)
+
+
+def split_heads(x: Float[Tensor, "b n hd"], num_heads: int) -> Float[Tensor, "b h n d"]:
+    """Return the heads of a projection; in plain PyTorch, since a small read is bound by the overhead of its calls."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 def rotate(rotary: nn.Module, heads: Tensor, positions: Tensor) -> Tensor:

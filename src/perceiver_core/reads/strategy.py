@@ -173,11 +173,9 @@ class Sizes(NamedTuple):
         ones would specialize the graph to them.
         """
         tokens, attention = context.tokens, context.attention
-        if isinstance(tokens, Tokens):
-            content, token_dim = tokens.content, tokens.dim
-            axes = merged_axes(tokens)
-        else:
-            content, token_dim, axes = tokens, tokens.shape[-1], tuple(tokens.shape[1:-1])
+        content = tokens.content if isinstance(tokens, Tokens) else tokens
+        axes = merged_axes(tokens) if isinstance(tokens, Tokens) else tuple(content.shape[1:-1])
+        tables = tokens.position_tables if isinstance(tokens, Tokens) else ()
         batch, device, element_size = content.shape[0], content.device.type, checks.product_dtype(content).itemsize
         if torch.compiler.is_compiling():
             batch = 1 if device == "cpu" else 16
@@ -185,7 +183,7 @@ class Sizes(NamedTuple):
         return cls(
             batch=batch,
             num_tokens=prod(axes),
-            token_dim=token_dim,
+            token_dim=content.shape[-1] + (tables[0].shape[-1] if tables else 0),
             num_channels=content.shape[-1],
             axes=axes,
             num_heads=attention.num_heads,
