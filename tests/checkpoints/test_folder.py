@@ -127,29 +127,29 @@ def test_every_head_comes_back(head, tmp_path):
 
 MULTI_HEAD = pc.MultiHeadAttention
 ENCODERS = {
-    **{f"share={share}": {"reads": 3, "share": share} for share in (True, False)},
+    **{f"share={share}": {"num_reads": 3, "share": share} for share in (True, False)},
     **{
-        scheme.__name__: {"reads": 3, "share": scheme}
+        scheme.__name__: {"num_reads": 3, "share": scheme}
         for scheme in (sharing.none, sharing.all_, sharing.all_but_first, sharing.paper)
     },
-    "reads of several widths": {"input_dim": (11, 11), "reads": 2, "share": False},
+    "reads of several widths": {"input_dim": (11, 11), "num_reads": 2, "share": False},
     "no depth": {"depth": 0},
-    "widths": {"read": partial(pc.CrossAttend, attention=partial(MULTI_HEAD, qk_dim=6, v_dim=10, bias=False), num_heads=2)},
-    "no residual": {"read": partial(pc.CrossAttend, residual=False, dropout=0.1)},
-    "rotary": {"process": partial(pc.LatentTransformer, block=partial(
+    "widths": {"cross_attention": partial(pc.CrossAttend, attention=partial(MULTI_HEAD, qk_dim=6, v_dim=10, bias=False), num_heads=2)},
+    "no residual": {"cross_attention": partial(pc.CrossAttend, residual=False, dropout=0.1)},
+    "rotary": {"latent_transformer": partial(pc.LatentTransformer, block=partial(
         pc.SelfAttend, attention=partial(MULTI_HEAD, rotary=positions.Rotary(2, base=100.0))))},
     **{
-        f"activation {made}": {"read": partial(pc.CrossAttend, mlp=partial(pc.MLP, widening_factor=2, activation=made))}
+        f"activation {made}": {"cross_attention": partial(pc.CrossAttend, mlp=partial(pc.MLP, widening_factor=2, activation=made))}
         for made in (pc.GEGLU(), pc.SquaredReLU(), nn.GELU(), nn.GELU("tanh"), nn.ReLU(), nn.SiLU(), nn.Tanh(),
                            nn.Sigmoid(), nn.Identity())
     },
     **{
-        f"norm {norm}": {"read": partial(pc.CrossAttend, norm=norm)}
+        f"norm {norm}": {"cross_attention": partial(pc.CrossAttend, norm=norm)}
         for norm in (nn.LayerNorm, nn.RMSNorm, nn.Identity, partial(nn.LayerNorm, eps=1e-3, bias=False),
                      partial(nn.LayerNorm, elementwise_affine=False))
     },
     **{
-        f"kernel {kernel}": {"read": partial(pc.CrossAttend, attention=partial(MULTI_HEAD, kernel=kernel))}
+        f"kernel {kernel}": {"cross_attention": partial(pc.CrossAttend, attention=partial(MULTI_HEAD, kernel=kernel))}
         for kernel in (kernels.reference, kernels.sdpa, kernels.chunked, partial(kernels.chunked, chunk_size=3))
     },
 }  # fmt: skip
@@ -167,7 +167,7 @@ def test_every_encoder_comes_back(options, tmp_path):
 
 def test_a_read_of_several_inputs_comes_back(tmp_path):
     both = adapters.PerRead([adapters.Image(positions=fourier(2)), adapters.Audio(5, positions=None)])
-    assert_comes_back(perceiver(both, reads=2, share=False), (PICTURES, SOUND), tmp_path)
+    assert_comes_back(perceiver(both, num_reads=2, share=False), (PICTURES, SOUND), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -475,7 +475,7 @@ def test_a_replaced_head_is_saved(tmp_path):
 
 def test_a_replaced_adapter_among_several_is_saved(tmp_path):
     both = adapters.PerRead([adapters.Audio(11, positions=None), adapters.Audio(11, positions=None)])
-    model = perceiver(both, reads=2, share=False)
+    model = perceiver(both, num_reads=2, share=False)
     model.adapter.adapters[1] = adapters.Image(11, positions=None)
     assert_comes_back(model, (SOUND, torch.rand(2, 11, 3, 7)), tmp_path)
 
@@ -541,7 +541,7 @@ def test_parts_that_are_not_registered_are_refused(head, tmp_path):
 
 def test_parts_and_kernels_of_a_user_come_back(tmp_path):
     attends = partial(MULTI_HEAD, kernel=second_kernel)
-    model = perceiver(adapters.Audio(5, positions=None), Blend(DIM, inner=Learner()), read=partial(
+    model = perceiver(adapters.Audio(5, positions=None), Blend(DIM, inner=Learner()), cross_attention=partial(
         pc.CrossAttend, attention=attends, mlp=partial(pc.MLP, activation=Learner())))  # fmt: skip
     again = assert_comes_back(model, SOUND, tmp_path)
     assert again.encoder.reads[0].attention.kernel is second_kernel
@@ -553,7 +553,7 @@ def test_parts_and_kernels_of_a_user_come_back(tmp_path):
 def test_a_part_that_is_used_twice_is_one_part_again(tmp_path):
     where = positions.LearnedGrid((5, 7), 3)
     image = adapters.Image(positions=where, stem=partial(adapters.ConvStem, dim=5))
-    model = perceiver(adapters.PerRead([image, adapters.Image(5, positions=where), image]), reads=3, share=False)
+    model = perceiver(adapters.PerRead([image, adapters.Image(5, positions=where), image]), num_reads=3, share=False)
     again = assert_comes_back(model, (PICTURES, torch.rand(2, 5, 7, 3), PICTURES), tmp_path)
     one, two, three = again.adapter.adapters
     assert one is three and one.positions is two.positions and one is not two
@@ -993,7 +993,7 @@ RICH = perceiver(
     adapters.PerRead(
         [adapters.Audio(5, positions=fourier(1)), adapters.Image(1, positions=positions.LearnedGrid((5, 7), 3))]
     ),
-    reads=2, share=sharing.none, read=partial(pc.CrossAttend, norm=partial(nn.LayerNorm, eps=1e-3), mlp=partial(
+    num_reads=2, share=sharing.none, cross_attention=partial(pc.CrossAttend, norm=partial(nn.LayerNorm, eps=1e-3), mlp=partial(
         pc.MLP, activation=pc.GEGLU()), attention=partial(MULTI_HEAD, kernel=partial(kernels.chunked, chunk_size=3))),
 )  # fmt: skip
 CONFIG_OF_RICH = json.loads(json.dumps(registry.to_config(RICH)))
