@@ -92,5 +92,5 @@ def test_refused_settings():
         Table(category_sizes=3, dim=3)
     with pytest.raises(ValueError, match="num_numeric and category_sizes must name a column at least; got 0"):
         Table(dim=3)
-    with pytest.raises(ValueError, match=r"categories\[1\] must be a whole number of at least 1; got 0"):
+    with pytest.raises(ValueError, match=r"category_sizes\[1\] must be a whole number of at least 1; got 0"):
         Table(category_sizes=(3, 0), dim=3)

@@ -301,7 +301,7 @@ class TestAround:
             1,
             1,
         ]
-        assert model.positions.dim == model.encoding[0].read.attention.key.out_features == 32
+        assert model.positions.dim == model.encoding[0].cross_attention.attention.key.out_features == 32
 
     def test_reads_can_be_explained_and_computed_again(self):
         model = autoencoder()

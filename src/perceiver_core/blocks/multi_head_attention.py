@@ -83,7 +83,9 @@ class MultiHeadAttention(nn.Module):
         checks.positive(num_kv_heads=num_kv_heads)
         _check_heads(num_heads, qk_dim=qk_dim, v_dim=v_dim)
         if num_heads % num_kv_heads:
-            raise ValueError(f"num_kv_heads must divide heads; got num_kv_heads={num_kv_heads}, num_heads={num_heads}")
+            raise ValueError(
+                f"num_kv_heads must divide num_heads; got num_kv_heads={num_kv_heads}, num_heads={num_heads}"
+            )
         head_dim, value_dim = qk_dim // num_heads, v_dim // num_heads
         _check_dropout(dropout, kernel)
         self.dim, self.input_dim, self.out_dim, self.num_heads = dim, input_dim, out_dim, num_heads
