@@ -44,7 +44,7 @@ lint: $(VENV)/.installed-dev $(VENV)/.installed-akoa ## check style, types and t
 docs: $(VENV)/.installed-dev $(VENV)/.installed-docs ## build the pages in docs/_build/html and run their examples
 	$(RUN) -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	$(RUN) -m sphinx -W --keep-going -q -b doctest docs docs/_build/doctest
-	$(RUN) -m pytest -q --doctest-modules src --ignore=src/perceiver_core/attention/structured/kernels.py
+	$(RUN) -m pytest -q --doctest-modules src --ignore=src/perceiver_core/kernels/grid/kernels.py
 
 bench: $(VENV)/.installed-dev ## measure, results in benchmarks/results (BENCH="--toy" for seconds)
 	$(RUN) -m benchmarks $(BENCH)
@@ -55,7 +55,7 @@ gpu: ## on a machine with a CUDA GPU: its tests and its tables, by the PyTorch t
 	$(PYTHON) -m pytest -q -p no:cacheprovider -m "gpu or triton" $(GPU_TESTS); tests=$$?; \
 	$(PYTHON) -m benchmarks attention read models --device cuda $(BENCH) && exit $$tests
 
-GPU_TESTS := tests/test_gpu.py tests/attention tests/blocks tests/checkpoints tests/benchmarks
+GPU_TESTS := tests/test_gpu.py tests/kernels tests/reads tests/blocks tests/checkpoints tests/benchmarks
 
 constraints: $(VENV)/.installed-dev $(VENV)/.installed-akoa $(VENV)/.installed-docs ## upgrade .venv (torch apart) and pin it in constraints.txt
 	$(RUN) -m pip install --quiet --upgrade --upgrade-strategy eager "$$(grep '^torch==' constraints.txt)" -e ".[images,hub,plots,akoa,dev,docs]"

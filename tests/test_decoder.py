@@ -142,7 +142,7 @@ def test_one_question_for_all_samples_and_masks_of_each():
 def test_queries_that_compete_are_asked_at_once():
     slots = partial(CrossAttend, attention=partial(MultiHeadAttention, kernel=partial(inverted)))
     assert Decoder(13, query_dim=11, cross_attention=slots).chunk_size is None
-    with pytest.raises(ValueError, match="chunk must be None where queries compete for what they read; got 3"):
+    with pytest.raises(ValueError, match="chunk_size must be None where queries compete for what they read; got 3"):
         Decoder(13, query_dim=11, cross_attention=slots, chunk_size=3)
 
 
@@ -184,7 +184,7 @@ def test_it_is_saved_and_loaded(tmp_path):
     again = pc.load(pc.save(made, tmp_path))
     latents, queries = torch.randn(2, 7, 13), torch.randn(2, 9, 11)
     torch.testing.assert_close(again(latents, queries), made(latents, queries))
-    assert again.chunk == 7
+    assert again.chunk_size == 7
 
 
 @pytest.mark.compile

@@ -140,7 +140,7 @@ class TestSharing:
     def test_errors_of_schemes(self):
         with pytest.raises(TypeError, match=r"share must be True, False or a scheme such as sharing\.all_; got 'all'"):
             encoder(share="all")
-        with pytest.raises(ValueError, match="share must plan for reads=4 steps; it planned 3"):
+        with pytest.raises(ValueError, match="share must plan for num_reads=4 steps; it planned 3"):
             encoder(share=lambda steps: sharing.all_(3))
 
 

@@ -123,7 +123,7 @@ def test_infinities_that_cancel_are_seen():
 
 
 def test_large_values_are_not_infinite():
-    assert AUDIO(torch.full((2, 21), torch.finfo(torch.float32).max)).n == 3
+    assert AUDIO(torch.full((2, 21), torch.finfo(torch.float32).max)).num_tokens == 3
 
 
 @each_adapter
@@ -206,7 +206,7 @@ def test_heads_that_do_not_divide(width):
         ValueError, f"heads must divide {width}; got heads=4, {width}=14.", f"partial(MultiHeadAttention, {width}=16)"
     ):
         MultiHeadAttention(13, num_heads=4, **widths)
-    with fails(ValueError, "heads must divide qk_dim; got heads=3, qk_dim=13"):
+    with fails(ValueError, "num_heads must divide qk_dim; got num_heads=3, qk_dim=13"):
         CrossAttend(14, 13, num_heads=3)
 
 

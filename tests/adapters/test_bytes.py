@@ -24,7 +24,7 @@ def test_ids_are_those_of_transformers(ends, left):
     specials = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.mask_token_id)
     assert specials == (Bytes.PAD, Bytes.BOS, Bytes.EOS, Bytes.MASK)
     assert (tokenizer.cls_token_id, tokenizer.sep_token_id) == (Bytes.CLS, Bytes.SEP)
-    assert tokenizer.vocab_size + 6 == len(tokenizer) == Bytes(8).vocabulary
+    assert tokenizer.vocab_size + 6 == len(tokenizer) == Bytes(8).vocab_size
 
 
 @given(st.lists(st.text(), min_size=1, max_size=5), st.booleans())

@@ -16,7 +16,7 @@ def dropping(rate, *, axes=1):
 @pytest.mark.parametrize("rate, left", [(0.0, 17), (0.25, 12), (0.5, 8), (0.99, 1)])
 def test_as_many_are_left_as_it_says(rate, left):
     adapter, x = dropping(rate), torch.randn(2, 17, 3)
-    assert adapter(x).n == left and adapter.eval()(x).n == 17
+    assert adapter(x).num_tokens == left and adapter.eval()(x).num_tokens == 17
     assert adapter.dim == adapter(x).dim == 3 + 5
 
 
@@ -85,7 +85,7 @@ def test_sizes_that_vary_compile(seeded):
     adapter = pc.adapters.DropTokens(pc.adapters.Grid(3, positions=None), rate=0.5, generator=generator)
     compiled = torch.compile(adapter, dynamic=True, backend="aot_eager")
     for n in (17, 23):
-        assert compiled(torch.randn(2, n, 3)).n == n // 2
+        assert compiled(torch.randn(2, n, 3)).num_tokens == n // 2
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -66,7 +66,7 @@ def test_refused_frames(given, kind, message):
 
 
 def test_refused_settings():
-    with pytest.raises(ValueError, match="patch must be odd, to have a pixel in its middle; got 4"):
+    with pytest.raises(ValueError, match="patch_size must be odd, to have a pixel in its middle; got 4"):
         FramePair(positions=None, patch_size=4)
     with pytest.raises(ValueError, match="dim must be a whole number of at least 1; got 0"):
         FramePair(positions=None, dim=0)

@@ -201,7 +201,7 @@ class TestKinds:
 
     def test_what_is_hidden_or_dropped_does_not_show(self):
         chance = torch.Generator().manual_seed(0)
-        both = self.both(hide={"picture": 0.5}, drop={"text": 0.5}, generator=chance).train()
+        both = self.both(token_mask_rate={"picture": 0.5}, modality_dropout={"text": 0.5}, generator=chance).train()
         tokens, given = both(self.given()), self.given()
         hidden = (tokens.content[:, :35] == both.hidden["picture"]).all(-1).view(2, 5, 7)
         assert hidden.any() and not hidden.all()
@@ -210,8 +210,8 @@ class TestKinds:
         assert torch.equal(tokens.modalities["text"].mask, tokens.mask[:, 35:])
 
     def test_a_label_that_is_always_hidden_is_zeros(self):
-        both = self.both(hide={"label": 1.0}).eval()
-        assert not both({"label": torch.tensor([1, 2])}).kinds["label"].materialize().any()
+        both = self.both(token_mask_rate={"label": 1.0}).eval()
+        assert not both({"label": torch.tensor([1, 2])}).modalities["label"].materialize().any()
 
 
 class TestHiding:
@@ -315,7 +315,11 @@ def test_it_is_saved_without_its_generator(tmp_path):
         generator=torch.Generator().manual_seed(7),
     )
     again = pc.load(pc.save(both, tmp_path))
-    assert again.generator is None and again.drop == both.modality_dropout and again.hide == both.token_mask_rate
+    assert (
+        again.generator is None
+        and again.modality_dropout == both.modality_dropout
+        and again.token_mask_rate == both.token_mask_rate
+    )
     given = {name: x.float() if x.is_floating_point() else x for name, x in inputs().items()}
     torch.testing.assert_close(again.eval()(given).content, both.eval()(given).content)
     assert copy.deepcopy(both).generator is not None
@@ -349,7 +353,7 @@ def test_it_compiles_with_drops_and_masks():
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     found, wanted = compiled(inputs(), mask=masks), both(inputs(), mask=masks)
     torch.testing.assert_close(found.materialize(), wanted.materialize(), **EXACT)
-    assert torch.equal(found.mask, wanted.mask) and found.kinds["set"].grid == (11,)
+    assert torch.equal(found.mask, wanted.mask) and found.modalities["set"].grid == (11,)
 
 
 class TestRefusals:
@@ -388,9 +392,9 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"min_modality_channels": 0}, "least must be a whole number of at least 1; got 0"),
-            ({"token_mask_rate": {"smell": 0.1}}, r"hide names \['smell'\]"),
-            ({"modality_dropout": {"set": 1.1}}, r"drop\['set'\] must lie in \[0, 1\]; got 1.1"),
+            ({"min_modality_channels": 0}, "min_modality_channels must be a whole number of at least 1; got 0"),
+            ({"token_mask_rate": {"smell": 0.1}}, r"token_mask_rate names \['smell'\]"),
+            ({"modality_dropout": {"set": 1.1}}, r"modality_dropout\['set'\] must lie in \[0, 1\]; got 1.1"),
         ],
     )
     def test_refused_settings(self, options, message):

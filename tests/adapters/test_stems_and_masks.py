@@ -73,9 +73,9 @@ def test_a_stem_of_the_users_needs_no_stride() -> None:
 
 @pytest.mark.parametrize("positions", [pc.positions.Fourier, pc.positions.Rotary(8), "fourier"])
 def test_positions_of_another_kind_are_refused(positions: object) -> None:
-    with pytest.raises(TypeError, match=r"must have dim, axes and tables, as positions.Fourier\(axes=2\) has"):
+    with pytest.raises(TypeError, match=r"must have dim, num_axes and tables, as positions.Fourier\(num_axes=2\) has"):
         adapters.Image(num_channels=3, positions=positions)
-    with pytest.raises(TypeError, match="positions of Points must give features of any point"):
+    with pytest.raises(TypeError, match="positions of PointCloud must give features of any point"):
         adapters.PointCloud(positions=positions)
 
 

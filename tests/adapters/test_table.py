@@ -88,9 +88,9 @@ def test_a_list_of_rows_is_refused():
 
 
 def test_refused_settings():
-    with pytest.raises(TypeError, match=r"categories must be how many each column has, as \(3, 7\); got 3"):
+    with pytest.raises(TypeError, match=r"category_sizes must be how many each column has, as \(3, 7\); got 3"):
         Table(category_sizes=3, dim=3)
-    with pytest.raises(ValueError, match="numbers and categories must name a column at least; got 0"):
+    with pytest.raises(ValueError, match="num_numeric and category_sizes must name a column at least; got 0"):
         Table(dim=3)
-    with pytest.raises(ValueError, match=r"categories\[1\] must be a whole number of at least 1; got 0"):
+    with pytest.raises(ValueError, match=r"category_sizes\[1\] must be a whole number of at least 1; got 0"):
         Table(category_sizes=(3, 0), dim=3)

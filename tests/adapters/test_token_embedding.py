@@ -24,7 +24,9 @@ MASKS = {"left": [0, 0, 1, 1, 1], "right": [1, 1, 1, 0, 0], "gap": [1, 0, 1, 0, 
     ],
 )
 def test_positions_that_take_no_indices_are_refused(where):
-    with pytest.raises(TypeError, match=r"positions must be a module from indices to vectors, as positions\.Indexed"):
+    with pytest.raises(
+        TypeError, match=r"positions must be a module from indices to vectors, as positions\.LearnedEmbedding"
+    ):
         TokenEmbedding(11, 6, positions=where)
 
 

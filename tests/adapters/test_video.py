@@ -76,7 +76,7 @@ def test_refused_films(films, kind, message):
 
 
 def test_refused_settings():
-    with pytest.raises(ValueError, match=r"patch must be \(frames, rows, columns\); got \(4, 4\)"):
+    with pytest.raises(ValueError, match=r"patch_size must be \(frames, rows, columns\); got \(4, 4\)"):
         Video(positions=None, patch_size=(4, 4))
     with pytest.raises(ValueError, match="rows must be a whole number of at least 1; got 0"):
         Video(positions=None, patch_size=(1, 0, 4))

@@ -57,7 +57,7 @@ def test_every_latent_is_as_likely_to_stay_and_a_seed_says_which():
 
 def test_a_model_is_saved_with_its_rate(tmp_path):
     again = pc.load(pc.save(encoder(seeded(0.5)).float(), tmp_path))
-    assert again.drop.rate == 0.5 and again.drop.generator is None
+    assert again.latent_dropout.rate == 0.5 and again.latent_dropout.generator is None
 
 
 def test_maps_of_a_model_in_evaluation_are_of_all_latents():

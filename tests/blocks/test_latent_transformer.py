@@ -70,9 +70,9 @@ def test_depth_0_passes_the_latents_on():
 def test_a_block_of_the_user():
     made = []
 
-    def block(dim, *, heads):
-        made.append((dim, heads))
-        return SelfAttend(dim, num_heads=heads)
+    def block(dim, *, num_heads):
+        made.append((dim, num_heads))
+        return SelfAttend(dim, num_heads=num_heads)
 
     LatentTransformer(DIM, depth=2, num_heads=7, block=block)
     assert made == [(DIM, 7), (DIM, 7)]

@@ -54,12 +54,12 @@ def user_kernel(q, k, v, *, mask):
 
 
 WIDTHS = [
-    {"heads": 1},
-    {"heads": 13},
-    {"heads": 3, "qk_dim": 21},
-    {"heads": 3, "qk_dim": 21, "v_dim": 33},
-    {"heads": 1, "v_dim": 7},
-    {"heads": 2, "qk_dim": 34, "v_dim": 6, "out_dim": 17},
+    {"num_heads": 1},
+    {"num_heads": 13},
+    {"num_heads": 3, "qk_dim": 21},
+    {"num_heads": 3, "qk_dim": 21, "v_dim": 33},
+    {"num_heads": 1, "v_dim": 7},
+    {"num_heads": 2, "qk_dim": 34, "v_dim": 6, "out_dim": 17},
 ]
 
 
@@ -183,7 +183,7 @@ class TestGroupedQueries:
             torch.testing.assert_close(*outs, **EXACT)
 
     def test_errors(self):
-        with pytest.raises(ValueError, match="kv_heads must divide heads; got kv_heads=4, heads=6"):
+        with pytest.raises(ValueError, match="num_kv_heads must divide num_heads; got num_kv_heads=4, num_heads=6"):
             MultiHeadAttention(DIM, num_heads=6, num_kv_heads=4, qk_dim=12)
         with pytest.raises(ValueError, match="kv_heads must be a whole number of at least 1; got 0"):
             MultiHeadAttention(DIM, num_heads=7, num_kv_heads=0)

@@ -127,29 +127,31 @@ def test_every_head_comes_back(head, tmp_path):
 
 MULTI_HEAD = pc.MultiHeadAttention
 ENCODERS = {
-    **{f"share={share}": {"reads": 3, "share": share} for share in (True, False)},
+    **{f"share={share}": {"num_reads": 3, "share": share} for share in (True, False)},
     **{
-        scheme.__name__: {"reads": 3, "share": scheme}
+        scheme.__name__: {"num_reads": 3, "share": scheme}
         for scheme in (sharing.none, sharing.all_, sharing.all_but_first, sharing.paper)
     },
-    "reads of several widths": {"input_dim": (11, 11), "reads": 2, "share": False},
+    "reads of several widths": {"input_dim": (11, 11), "num_reads": 2, "share": False},
     "no depth": {"depth": 0},
-    "widths": {"read": partial(pc.CrossAttend, attention=partial(MULTI_HEAD, qk_dim=6, v_dim=10, bias=False), num_heads=2)},
-    "no residual": {"read": partial(pc.CrossAttend, residual=False, dropout=0.1)},
-    "rotary": {"process": partial(pc.LatentTransformer, block=partial(
+    "widths": {"cross_attention": partial(
+        pc.CrossAttend, attention=partial(MULTI_HEAD, qk_dim=6, v_dim=10, bias=False), num_heads=2)},
+    "no residual": {"cross_attention": partial(pc.CrossAttend, residual=False, dropout=0.1)},
+    "rotary": {"latent_transformer": partial(pc.LatentTransformer, block=partial(
         pc.SelfAttend, attention=partial(MULTI_HEAD, rotary=positions.Rotary(2, base=100.0))))},
     **{
-        f"activation {made}": {"read": partial(pc.CrossAttend, mlp=partial(pc.MLP, widening_factor=2, activation=made))}
+        f"activation {made}": {"cross_attention": partial(
+            pc.CrossAttend, mlp=partial(pc.MLP, widening_factor=2, activation=made))}
         for made in (pc.GEGLU(), pc.SquaredReLU(), nn.GELU(), nn.GELU("tanh"), nn.ReLU(), nn.SiLU(), nn.Tanh(),
                            nn.Sigmoid(), nn.Identity())
     },
     **{
-        f"norm {norm}": {"read": partial(pc.CrossAttend, norm=norm)}
+        f"norm {norm}": {"cross_attention": partial(pc.CrossAttend, norm=norm)}
         for norm in (nn.LayerNorm, nn.RMSNorm, nn.Identity, partial(nn.LayerNorm, eps=1e-3, bias=False),
                      partial(nn.LayerNorm, elementwise_affine=False))
     },
     **{
-        f"kernel {kernel}": {"read": partial(pc.CrossAttend, attention=partial(MULTI_HEAD, kernel=kernel))}
+        f"kernel {kernel}": {"cross_attention": partial(pc.CrossAttend, attention=partial(MULTI_HEAD, kernel=kernel))}
         for kernel in (kernels.reference, kernels.sdpa, kernels.chunked, partial(kernels.chunked, chunk_size=3))
     },
 }  # fmt: skip
@@ -167,7 +169,7 @@ def test_every_encoder_comes_back(options, tmp_path):
 
 def test_a_read_of_several_inputs_comes_back(tmp_path):
     both = adapters.PerRead([adapters.Image(positions=fourier(2)), adapters.Audio(5, positions=None)])
-    assert_comes_back(perceiver(both, reads=2, share=False), (PICTURES, SOUND), tmp_path)
+    assert_comes_back(perceiver(both, num_reads=2, share=False), (PICTURES, SOUND), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -180,11 +182,11 @@ def test_a_read_of_several_inputs_comes_back(tmp_path):
     ids=["imagenet", "audioset", "modelnet40"],
 )
 def test_the_papers_models_come_back_at_a_smaller_size(make, inputs, tmp_path, monkeypatch):
-    def smaller(input_dim, *, latents, dim, heads, **options):
-        return pc.Encoder(input_dim, num_latents=LATENTS, dim=56, num_heads=heads, **{**options, "depth": 1})
+    def smaller(input_dim, *, num_latents, dim, num_heads, **options):
+        return pc.Encoder(input_dim, num_latents=LATENTS, dim=56, num_heads=num_heads, **{**options, "depth": 1})
 
     monkeypatch.setattr(pc.models.presets, "Encoder", smaller)
-    assert_comes_back(make(classes=CLASSES), inputs, tmp_path)
+    assert_comes_back(make(num_classes=CLASSES), inputs, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -281,26 +283,26 @@ CONFIG_OF_SMALL = """\
     "part": "Perceiver",
     "adapter": {
       "part": "Image",
-      "channels": 1,
+      "num_channels": 1,
       "positions": {
         "part": "Fourier",
-        "axes": 2,
-        "bands": 2,
+        "num_axes": 2,
+        "num_bands": 2,
         "max_resolution": 7
       }
     },
     "encoder": {
       "part": "Encoder",
       "input_dim": 11,
-      "latents": 5,
+      "num_latents": 5,
       "dim": 14,
       "depth": 1,
-      "heads": 7
+      "num_heads": 7
     },
     "head": {
-      "part": "Classify",
+      "part": "Classification",
       "dim": 14,
-      "classes": 3
+      "num_classes": 3
     }
   }
 }
@@ -475,7 +477,7 @@ def test_a_replaced_head_is_saved(tmp_path):
 
 def test_a_replaced_adapter_among_several_is_saved(tmp_path):
     both = adapters.PerRead([adapters.Audio(11, positions=None), adapters.Audio(11, positions=None)])
-    model = perceiver(both, reads=2, share=False)
+    model = perceiver(both, num_reads=2, share=False)
     model.adapter.adapters[1] = adapters.Image(11, positions=None)
     assert_comes_back(model, (SOUND, torch.rand(2, 11, 3, 7)), tmp_path)
 
@@ -541,7 +543,7 @@ def test_parts_that_are_not_registered_are_refused(head, tmp_path):
 
 def test_parts_and_kernels_of_a_user_come_back(tmp_path):
     attends = partial(MULTI_HEAD, kernel=second_kernel)
-    model = perceiver(adapters.Audio(5, positions=None), Blend(DIM, inner=Learner()), read=partial(
+    model = perceiver(adapters.Audio(5, positions=None), Blend(DIM, inner=Learner()), cross_attention=partial(
         pc.CrossAttend, attention=attends, mlp=partial(pc.MLP, activation=Learner())))  # fmt: skip
     again = assert_comes_back(model, SOUND, tmp_path)
     assert again.encoder.reads[0].attention.kernel is second_kernel
@@ -553,7 +555,7 @@ def test_parts_and_kernels_of_a_user_come_back(tmp_path):
 def test_a_part_that_is_used_twice_is_one_part_again(tmp_path):
     where = positions.LearnedGrid((5, 7), 3)
     image = adapters.Image(positions=where, stem=partial(adapters.ConvStem, dim=5))
-    model = perceiver(adapters.PerRead([image, adapters.Image(5, positions=where), image]), reads=3, share=False)
+    model = perceiver(adapters.PerRead([image, adapters.Image(5, positions=where), image]), num_reads=3, share=False)
     again = assert_comes_back(model, (PICTURES, torch.rand(2, 5, 7, 3), PICTURES), tmp_path)
     one, two, three = again.adapter.adapters
     assert one is three and one.positions is two.positions and one is not two
@@ -904,31 +906,35 @@ def test_arguments_of_a_wrong_type_or_size(path, value, broken):
 
 BIG = 10**12
 GREEDY = {
-    "latents": lambda m: m["encoder"].update(latents=BIG),
+    "latents": lambda m: m["encoder"].update(num_latents=BIG),
     "dim": lambda m: m["encoder"].update(dim=7 * BIG),
     "input_dim": lambda m: m["encoder"].update(input_dim=BIG),
-    "overflow": lambda m: m["encoder"].update(latents=2**62, dim=2**62),
+    "overflow": lambda m: m["encoder"].update(num_latents=2**62, dim=2**62),
     "depth": lambda m: m["encoder"].update(depth=10**9),
     "depth, nearly": lambda m: m["encoder"].update(depth=10_000),
-    "reads": lambda m: m["encoder"].update(reads=10**9),
-    "reads, nearly": lambda m: m["encoder"].update(reads=10_000, share=False),
-    "reads of nothing": lambda m: m["encoder"].update(reads=10_000, share=False, depth=0),
-    "bands": lambda m: m["adapter"]["positions"].update(bands=BIG) or m["encoder"].update(dim=21),
-    "classes": lambda m: m["head"].update(classes=10**15),
+    "reads": lambda m: m["encoder"].update(num_reads=10**9),
+    "reads, nearly": lambda m: m["encoder"].update(num_reads=10_000, share=False),
+    "reads of nothing": lambda m: m["encoder"].update(num_reads=10_000, share=False, depth=0),
+    "bands": lambda m: m["adapter"]["positions"].update(num_bands=BIG) or m["encoder"].update(dim=21),
+    "classes": lambda m: m["head"].update(num_classes=10**15),
     "a grid": lambda m: m["adapter"].update(positions={"part": "LearnedGrid", "grid": [10**9, 10**9], "dim": 3}),
-    "a random matrix": lambda m: m["adapter"].update(positions={"part": "Gaussian", "num_axes": 2, "num_features": BIG}),
+    "a random matrix": lambda m: m["adapter"].update(
+        positions={"part": "Gaussian", "num_axes": 2, "num_features": BIG}
+    ),
     "widening": lambda m: m["encoder"].update(
-        read={"partial": "CrossAttend", "mlp": {"partial": "MLP", "widening_factor": BIG}}
+        cross_attention={"partial": "CrossAttend", "mlp": {"partial": "MLP", "widening_factor": BIG}}
     ),
     "nested encoders": lambda m: m["encoder"].update(
-        read={"partial": "CrossAttend", "norm": {"partial": "Encoder", "num_latents": 3, "dim": 8, "num_reads": 10_000}}
+        cross_attention={
+            "partial": "CrossAttend", "norm": {"partial": "Encoder", "num_latents": 3, "dim": 8, "num_reads": 10_000}
+        }
     ),
     "blocks of nothing": lambda m: m["encoder"].update(
-        reads=10_000, share=False, read={"name": "Identity"},
-        process={"partial": "LatentTransformer", "block": {"name": "Identity"}},
+        num_reads=10_000, share=False, cross_attention={"name": "Identity"},
+        latent_transformer={"partial": "LatentTransformer", "block": {"name": "Identity"}},
     ),
     "blocks of nothing, deep": lambda m: m["encoder"].update(
-        depth=10_000, process={"partial": "LatentTransformer", "block": {"name": "Identity"}}
+        depth=10_000, latent_transformer={"partial": "LatentTransformer", "block": {"name": "Identity"}}
     ),
     "many parts": lambda m: m.update(head=[{"part": "GEGLU"}] * 20_000),
     "many adapters": lambda m: {"part": "PerRead", "adapters": [{"part": "GEGLU"}] * 20_000},
@@ -956,9 +962,9 @@ except ValueError as error:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda m: m["encoder"].update(latents=BIG, dim=7 * BIG),
-        lambda m: m["adapter"]["positions"].update(axes=10**9),
-        lambda m: m["adapter"]["positions"].update(bands=10**9),
+        lambda m: m["encoder"].update(num_latents=BIG, dim=7 * BIG),
+        lambda m: m["adapter"]["positions"].update(num_axes=10**9),
+        lambda m: m["adapter"]["positions"].update(num_bands=10**9),
         lambda m: m["head"].update(dim=10**9, norm={"name": "paper"}),
     ],
     ids=["tensors", "axes", "bands", "a scheme for a norm"],
@@ -993,15 +999,16 @@ RICH = perceiver(
     adapters.PerRead(
         [adapters.Audio(5, positions=fourier(1)), adapters.Image(1, positions=positions.LearnedGrid((5, 7), 3))]
     ),
-    reads=2, share=sharing.none, read=partial(pc.CrossAttend, norm=partial(nn.LayerNorm, eps=1e-3), mlp=partial(
-        pc.MLP, activation=pc.GEGLU()), attention=partial(MULTI_HEAD, kernel=partial(kernels.chunked, chunk_size=3))),
+    num_reads=2, share=sharing.none, cross_attention=partial(
+        pc.CrossAttend, norm=partial(nn.LayerNorm, eps=1e-3), mlp=partial(pc.MLP, activation=pc.GEGLU()),
+        attention=partial(MULTI_HEAD, kernel=partial(kernels.chunked, chunk_size=3))),
 )  # fmt: skip
 CONFIG_OF_RICH = json.loads(json.dumps(registry.to_config(RICH)))
 PATHS = list(leaves(CONFIG_OF_RICH))
 WORDS = st.sampled_from(sorted(registry._named))
 SCALARS = st.none() | st.booleans() | st.integers(-5, 10**5) | st.floats(allow_nan=False, allow_infinity=False)
 KINDS = st.sampled_from(["part", "partial", "name", "same", "dict"])
-NAMES = st.sampled_from(["dim", "heads", "depth", "norm", "mlp", "axes", "grid", "size"])
+NAMES = st.sampled_from(["dim", "num_heads", "depth", "norm", "mlp", "num_axes", "grid", "patch_size"])
 
 
 def deeper(inner):

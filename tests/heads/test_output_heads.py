@@ -77,7 +77,7 @@ def test_a_grid_may_come_with_the_answers():
     head = Grid(None)
     for grid in ((5, 7), (7, 5), (35,)):
         torch.testing.assert_close(head(answers(35, 3), grid=grid), Grid(grid)(answers(35, 3)), **EXACT)
-    with pytest.raises(ValueError, match="grid must be given, to OnGrid or with the answers"):
+    with pytest.raises(ValueError, match="grid must be given, to Grid or with the answers"):
         head(answers(35, 3))
 
 
@@ -86,7 +86,7 @@ def test_answers_of_another_grid_are_refused():
         Grid((5, 7))(answers(35, 3), grid=(7, 5))
     with pytest.raises(ValueError, match=r"answers must be b 35 c, one for each point of \(5, 7\)"):
         Grid((5, 7))(answers(34, 3))
-    with pytest.raises(ValueError, match="channels must be an axis"):
+    with pytest.raises(ValueError, match="channel_axis must be an axis"):
         Grid((5, 7), channel_axis=4)
 
 
@@ -115,7 +115,7 @@ def test_a_patch_is_what_a_slice_of_the_picture_is():
 def test_refused_patches():
     with pytest.raises(ValueError, match="size must have two axes, of pictures, or three, of films"):
         Unpatchify(3, grid=None, patch_size=(2,))
-    with pytest.raises(ValueError, match="grid must have as many axes as size, 2"):
+    with pytest.raises(ValueError, match="grid must have as many axes as patch_size, 2"):
         Unpatchify(3, grid=(2,), patch_size=(2, 2))
     with pytest.raises(ValueError, match=r"pixels must be b c h w of 3 channels and whole patches \(2, 2\)"):
         Unpatchify(3, grid=None, patch_size=(2, 2)).cut(torch.zeros(1, 3, 4, 5))
@@ -184,7 +184,7 @@ def test_refused_answers_and_sizes():
         Multimodal({})
     with pytest.raises(ValueError, match=r"heads must take answers of one width.*; they take {'a': 13, 'b': 5}"):
         Multimodal({"a": Linear(DIM, 3), "b": SingleQuery(Linear(5, 3)), "c": SingleQuery()})
-    with pytest.raises(ValueError, match="values must be a whole number of at least 1; got 0"):
+    with pytest.raises(ValueError, match="out_dim must be a whole number of at least 1; got 0"):
         Linear(DIM, 0)
     with pytest.raises(ValueError, match="patch must be a whole number of at least 1; got 0"):
         Waveform(DIM, 0)

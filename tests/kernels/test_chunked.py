@@ -137,7 +137,7 @@ def test_gradient_of_the_log_sum_exp_alone() -> None:
 
 @pytest.mark.parametrize("chunk", [0, -1, 2.0, True])
 def test_a_chunk_is_a_whole_number(chunk: object) -> None:
-    with pytest.raises(ValueError, match=rf"chunk must be a whole number of at least 1; got {chunk!r}"):
+    with pytest.raises(ValueError, match=rf"chunk_size must be a whole number of at least 1; got {chunk!r}"):
         chunked(*qkv(), chunk_size=chunk)
 
 

@@ -54,7 +54,7 @@ class TestPlan:
         more = torch.randint(VOCABULARY, (7, 2), generator=torch.Generator().manual_seed(0)).T
         for step, latents in enumerate([2, 3, 4, 5, 2, 3, 4]):
             whole = torch.cat([prompt, more[:, :step]], 1)
-            torch.testing.assert_close(found[:, step], model(whole, latents=latents)[:, -1], **EXACT)
+            torch.testing.assert_close(found[:, step], model(whole, num_latents=latents)[:, -1], **EXACT)
 
 
 class TestCache:
@@ -67,7 +67,7 @@ class TestCache:
         torch.testing.assert_close(cached, wanted, **EXACT)
 
     def test_it_changes_nothing_where_blocks_are_gone_through_again(self):
-        model, prompt = model_of(process=partial(LATENT_TRANSFORMER, repeats=3)), ids_of()
+        model, prompt = model_of(latent_transformer=partial(LATENT_TRANSFORMER, num_repeats=3)), ids_of()
         cached, wanted = (logits_of(kind, model, prompt, 11) for kind in (_cached, _recomputed))
         torch.testing.assert_close(cached, wanted, **EXACT)
 
@@ -92,14 +92,16 @@ class TestCache:
 
     def test_tokens_are_read_once(self):
         model, made = model_of(), []
-        model.read.attention.key.register_forward_hook(lambda _, given, __: made.append(given[0].shape[1]))
+        model.cross_attention.attention.key.register_forward_hook(lambda _, given, __: made.append(given[0].shape[1]))
         pc.generate(model, ids_of(), max_new_tokens=9)
         assert made == [13, *[1] * 8]
 
     def test_latents_are_computed_once_a_window(self):
         model, made = model_of(), []
-        model.process.blocks[1].register_forward_hook(lambda *_: made.append("whole"))
-        model.process.blocks[1].attention.query.register_forward_hook(lambda _, x, __: made.append(x[0].shape[1]))
+        model.latent_transformer.blocks[1].register_forward_hook(lambda *_: made.append("whole"))
+        model.latent_transformer.blocks[1].attention.query.register_forward_hook(
+            lambda _, x, __: made.append(x[0].shape[1])
+        )
         pc.generate(model, ids_of(), max_new_tokens=9, num_initial_latents=2)
         assert made == [2, 1, 1, 1, 2, 1, 1, 1, 2]
 
@@ -107,8 +109,8 @@ class TestCache:
 def continued(model, ids, steps, *, context, start, mask=None):
     """The most likely ids, the model being given the last tokens alone, every time."""
     mask, prompt = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask, ids.shape[1]
-    for latents in islice(plan(model.latents, start), steps):
-        logits = model(ids[:, -context:], mask=mask[:, -context:], latents=latents)[:, -1]
+    for latents in islice(plan(model.num_latents, start), steps):
+        logits = model(ids[:, -context:], mask=mask[:, -context:], num_latents=latents)[:, -1]
         ids = torch.cat([ids, logits.argmax(-1)[:, None]], 1)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
     return ids[:, prompt:]
@@ -126,7 +128,7 @@ class TestContext:
         )
         drawn, ids = torch.Generator().manual_seed(seed), prompt
         for step, latents in enumerate(islice(plan(LATENTS, start), 17)):
-            wanted = model(ids[:, -context:], latents=latents)[:, -1]
+            wanted = model(ids[:, -context:], num_latents=latents)[:, -1]
             torch.testing.assert_close(recomputed[:, step], wanted, **EXACT)
             torch.testing.assert_close(cached[:, step], wanted, **EXACT)
             ids = torch.cat([ids, torch.randint(VOCABULARY, (2,), generator=drawn)[:, None]], 1)
@@ -178,7 +180,7 @@ class TestContext:
 
     def test_nothing_is_read_again_before_it_is_reached(self):
         model, made = model_of(), []
-        model.read.attention.key.register_forward_hook(lambda _, given, __: made.append(given[0].shape[1]))
+        model.cross_attention.attention.key.register_forward_hook(lambda _, given, __: made.append(given[0].shape[1]))
         pc.generate(model, ids_of(), max_new_tokens=6, context_length=16)
         assert made == [13, 1, 1, 1, 16, 16]
 
@@ -221,7 +223,7 @@ class TestGenerate:
 
     def test_a_stream_computes_no_more_than_it_is_asked_for(self):
         model, calls = model_of(), []
-        model.read.register_forward_hook(lambda *_: calls.append(1))
+        model.cross_attention.register_forward_hook(lambda *_: calls.append(1))
         steps = pc.models.stream(model, ids_of(), max_new_tokens=6)
         assert not calls
         next(steps), next(steps)
@@ -398,25 +400,25 @@ class TestErrors:
             ),
             ({"mask": padding(3, 4).flip(1)}, ValueError, "mask must be False for padding on the left"),
             ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be a whole number of at least 1; got 0"),
-            ({"start": 0}, ValueError, "start must be a whole number of at least 1; got 0"),
-            ({"start": 6}, ValueError, "start must be at most 5; got 6"),
-            ({"stop": [3, 19]}, ValueError, r"stop must be ids of the vocabulary, 0 \.\.\. 18; got 19"),
-            ({"stop": [-1]}, ValueError, r"stop must be ids of the vocabulary, 0 \.\.\. 18; got -1"),
-            ({"stop": ["end"]}, ValueError, r"stop must be ids of the vocabulary, 0 \.\.\. 18; got 'end'"),
-            ({"stop": 19}, ValueError, r"stop must be ids of the vocabulary, 0 \.\.\. 18; got 19"),
-            ({"stop": True}, ValueError, r"stop must be ids of the vocabulary, 0 \.\.\. 18; got True"),
-            ({"stop": "end"}, TypeError, "stop must be an id or a collection of ids; got 'end'"),
-            ({"stop": None}, TypeError, "stop must be an id or a collection of ids; got None"),
-            ({"stop": 3.0}, TypeError, r"stop must be an id or a collection of ids; got 3\.0"),
-            ({"context": 0}, ValueError, "context must be a whole number of at least 1; got 0"),
-            ({"context": "8"}, ValueError, "context must be a whole number of at least 1; got '8'"),
+            ({"num_initial_latents": 0}, ValueError, "num_initial_latents must be a whole number of at least 1; got 0"),
+            ({"num_initial_latents": 6}, ValueError, "num_initial_latents must be at most 5; got 6"),
+            ({"stop_ids": [3, 19]}, ValueError, r"stop_ids must be ids of the vocabulary, 0 \.\.\. 18; got 19"),
+            ({"stop_ids": [-1]}, ValueError, r"stop_ids must be ids of the vocabulary, 0 \.\.\. 18; got -1"),
+            ({"stop_ids": ["end"]}, ValueError, r"stop_ids must be ids of the vocabulary, 0 \.\.\. 18; got 'end'"),
+            ({"stop_ids": 19}, ValueError, r"stop_ids must be ids of the vocabulary, 0 \.\.\. 18; got 19"),
+            ({"stop_ids": True}, ValueError, r"stop_ids must be ids of the vocabulary, 0 \.\.\. 18; got True"),
+            ({"stop_ids": "end"}, TypeError, "stop_ids must be an id or a collection of ids; got 'end'"),
+            ({"stop_ids": None}, TypeError, "stop_ids must be an id or a collection of ids; got None"),
+            ({"stop_ids": 3.0}, TypeError, r"stop_ids must be an id or a collection of ids; got 3\.0"),
+            ({"context_length": 0}, ValueError, "context_length must be a whole number of at least 1; got 0"),
+            ({"context_length": "8"}, ValueError, "context_length must be a whole number of at least 1; got '8'"),
             (
-                {"choose": sampling.Sample},
+                {"sampler": sampling.Sample},
                 TypeError,
-                r"choose must be a function of logits.*; got the class Sample\. Make one: Sample\(\)",
+                r"sampler must be a function of logits.*; got the class Sample\. Make one: Sample\(\)",
             ),
-            ({"choose": "greedy"}, TypeError, "choose must be a function of logits and a generator.*; got 'greedy'"),
-            ({"choose": None}, TypeError, "choose must be a function of logits and a generator.*; got NoneType"),
+            ({"sampler": "greedy"}, TypeError, "sampler must be a function of logits and a generator.*; got 'greedy'"),
+            ({"sampler": None}, TypeError, "sampler must be a function of logits and a generator.*; got NoneType"),
             ({"generator": 3}, TypeError, r"generator must be a torch\.Generator; got 3"),
         ],
     )
@@ -438,20 +440,20 @@ class TestErrors:
         ],
     )
     def test_of_what_choose_gives(self, choose, error, message):
-        with pytest.raises(error, match=f"choose must give {message}"):
+        with pytest.raises(error, match=f"sampler must give {message}"):
             pc.generate(model_of(), ids_of(), max_new_tokens=1, sampler=choose)
 
     def test_of_chosen_ids_outside_the_vocabulary(self):
         for wrong in (19, -1):
-            with pytest.raises(ValueError, match=rf"what choose gives must lie in 0 \.\.\. 18; got {wrong}"):
+            with pytest.raises(ValueError, match=rf"what sampler gives must lie in 0 \.\.\. 18; got {wrong}"):
                 pc.generate(model_of(), ids_of(), max_new_tokens=1, sampler=lambda x, _, w=wrong: torch.tensor([3, w]))
 
     def test_of_what_is_no_model(self):
         linear = nn.Linear(28, 19).eval()
         for model, message in (
-            (linear, "got Linear without vocabulary, latents, embed"),
-            (pc.PerceiverAR, "got the class PerceiverAR without vocabulary"),
-            ("model", "got 'model' without vocabulary"),
+            (linear, "got Linear without vocab_size, num_latents, embedding"),
+            (pc.PerceiverAR, "got the class PerceiverAR without vocab_size"),
+            ("model", "got 'model' without vocab_size"),
         ):
             with pytest.raises(TypeError, match=f"model must be a PerceiverAR, or have what it has; {message}"):
                 pc.generate(model, ids_of(), max_new_tokens=3)
@@ -463,5 +465,7 @@ class TestErrors:
             pc.generate(model_of().train(), ids_of(), max_new_tokens=3)
 
     def test_of_a_context_longer_than_positions(self):
-        with pytest.raises(ValueError, match="context must be at most 101, as many as there are positions; got 102"):
+        with pytest.raises(
+            ValueError, match="context_length must be at most 101, as many as there are positions; got 102"
+        ):
             pc.generate(model_of(**POSITIONS["learned"]), ids_of(), max_new_tokens=5, context_length=102)

@@ -78,20 +78,24 @@ class TestGroupedRead:
                 stretch = slice(group * size, (group + 1) * size)
                 tokens = x[sample, stretch][mask[sample, stretch]][None]
                 latents = block.latents[group][None]
-                read = block.read(latents, tokens) if tokens.numel() else self.without_tokens(block.read, latents)
+                read = (
+                    block.cross_attention(latents, tokens)
+                    if tokens.numel()
+                    else self.without_tokens(block.cross_attention, latents)
+                )
                 found = out[sample, 3 * group : 3 * (group + 1)]
-                torch.testing.assert_close(found, block.process(read)[0], **EXACT)
+                torch.testing.assert_close(found, block.latent_transformer(read)[0], **EXACT)
 
     def without_tokens(self, read, x):
         x = x + read.attention.output.bias
         return x + read.mlp(read.mlp_norm(x))
 
     def test_one_group_is_an_encoder(self):
-        block = self.block(Level(1, num_latents=5, dim=14, depth=2, num_heads=7), process=LatentTransformer)
+        block = self.block(Level(1, num_latents=5, dim=14, depth=2, num_heads=7), latent_transformer=LatentTransformer)
         encoder = Encoder(WIDTH, num_latents=5, dim=14, num_reads=1, depth=2, num_heads=7).double()
         encoder.latents = nn.Parameter(block.latents[0])
-        encoder.reads[0].load_state_dict(block.read.state_dict())
-        encoder.transformers[0].load_state_dict(block.process.state_dict())
+        encoder.reads[0].load_state_dict(block.cross_attention.state_dict())
+        encoder.transformers[0].load_state_dict(block.latent_transformer.state_dict())
         torch.testing.assert_close(block(array()), encoder(array()), **EXACT)
         torch.testing.assert_close(block(array(), mask=some()), encoder(array(), mask=some()), **EXACT)
 
@@ -111,7 +115,7 @@ class TestGroupedRead:
         assert grouped(torch.arange(1.0, 7)[None, :, None], 3)[..., 0].tolist() == [[1, 2], [3, 4], [5, 6]]
 
     def test_sizes_that_are_refused(self):
-        for name in ("groups", "latents", "dim", "heads"):
+        for name in ("num_groups", "num_latents", "dim", "num_heads"):
             sizes = {"num_groups": 2, "num_latents": 3, "dim": 14, "num_heads": 7} | {name: 0}
             with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1; got 0"):
                 Level(**sizes)
@@ -202,8 +206,8 @@ class TestLevels:
             latent_transformer=partial(LatentTransformer, block=partial(SelfAttend, dropout=0.1)),
         )
         for level in (*model.encoding, *model.decoding):
-            assert level.read.dropout.p == 0.2
-            assert {block.dropout.p for block in level.process.blocks} == {0.1}
+            assert level.cross_attention.dropout.p == 0.2
+            assert {block.dropout.p for block in level.latent_transformer.blocks} == {0.1}
 
 
 class TestAutoencoder:
@@ -217,7 +221,7 @@ class TestAutoencoder:
         assert out.shape == (BATCH, n, 13)
         for token in (0, 5, n // 2, n - 1):
             query = model.perceiver.positions.vectors[token].expand(BATCH, 1, -1)
-            wanted = model.output(model.read(query, latents[:, token // size]))
+            wanted = model.output(model.cross_attention(query, latents[:, token // size]))
             torch.testing.assert_close(out[:, token], wanted[:, 0], **EXACT)
 
     def test_it_makes_up_what_is_not_there(self):
@@ -288,8 +292,16 @@ class TestAround:
         assert [level.num_groups for level in levels] == [16, 4, 1, 1, 1, 4, 16]
         assert [level.num_latents for level in levels] == [128, 256, 256, 64, 256, 256, 128]
         assert [level.dim for level in levels] == [128, 256, 512, 1024, 512, 256, 128]
-        assert [len(part.process.blocks) for part in (*model.encoding, *model.decoding)] == [2, 2, 18, 2, 1, 1, 1]
-        assert model.positions.dim == model.encoding[0].read.attention.key.out_features == 32
+        assert [len(part.latent_transformer.blocks) for part in (*model.encoding, *model.decoding)] == [
+            2,
+            2,
+            18,
+            2,
+            1,
+            1,
+            1,
+        ]
+        assert model.positions.dim == model.encoding[0].cross_attention.attention.key.out_features == 32
 
     def test_reads_can_be_explained_and_computed_again(self):
         model = autoencoder()

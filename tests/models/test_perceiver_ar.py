@@ -28,8 +28,8 @@ GOOGLE = pc.positions.Rotary(2, base=97, exponents=pc.positions.inclusive_expone
 def turning(rotary):
     attention = partial(pc.MultiHeadAttention, rotary=rotary)
     return {
-        "read": partial(pc.CrossAttend, num_heads=2, attention=attention),
-        "process": partial(pc.LatentTransformer, block=partial(pc.SelfAttend, attention=attention)),
+        "cross_attention": partial(pc.CrossAttend, num_heads=2, attention=attention),
+        "latent_transformer": partial(pc.LatentTransformer, block=partial(pc.SelfAttend, attention=attention)),
     }
 
 
@@ -304,10 +304,10 @@ class TestParts:
         for logits, tied in ((pc.heads.TiedLogits, True), (pc.heads.Logits, False)):
             model = model_of(head=logits)
             names = dict(model.named_parameters())
-            assert ("logits.logits.weight" in names) == (not tied)
+            assert ("head.logits.weight" in names) == (not tied)
             pc.save(model, tmp_path / str(tied))
             again = pc.load(tmp_path / str(tied))
-            assert (getattr(again.logits, "vectors", None) is again.embed.vectors) == tied
+            assert (getattr(again.head, "vectors", None) is again.embedding.vectors) == tied
             torch.testing.assert_close(again(ids_of()), model(ids_of()), rtol=0, atol=0)
 
     @each_kind
@@ -320,14 +320,14 @@ class TestParts:
 
     def test_every_argument_changes_something(self):
         changes = {
-            "embed": {"embed": pc.adapters.TokenEmbedding(23, DIM)},
-            "latents": {"latents": 3},
+            "embedding": {"embedding": pc.adapters.TokenEmbedding(23, DIM)},
+            "num_latents": {"num_latents": 3},
             "depth": {"depth": 1},
-            "heads": {"heads": 14},
-            "read": {"read": partial(pc.CrossAttend, num_heads=2)},
-            "process": {"process": pc.LatentTransformer},
+            "num_heads": {"num_heads": 14},
+            "cross_attention": {"cross_attention": partial(pc.CrossAttend, num_heads=2)},
+            "latent_transformer": {"latent_transformer": pc.LatentTransformer},
             "norm": {"norm": nn.Identity},
-            "logits": {"logits": pc.heads.Logits},
+            "head": {"head": pc.heads.Logits},
             "prefix_dropout": {"prefix_dropout": 0.5},
         }
         assert changes.keys() == set(inspect.signature(pc.PerceiverAR).parameters)
@@ -339,7 +339,7 @@ class TestParts:
                 "num_heads": HEADS,
             } | options
             torch.manual_seed(0)
-            embed = pc.registry.from_config(pc.registry.to_config(options.pop("embed")))
+            embed = pc.registry.from_config(pc.registry.to_config(options.pop("embedding")))
             return shaken(pc.PerceiverAR(embed, **{"depth": 2} | options)).train()(ids_of())
 
         for change in changes.values():
@@ -487,7 +487,7 @@ class TestErrors:
         for options, message in (
             ({"latents": 0}, "latents must be a whole number of at least 1; got 0"),
             ({"prefix_dropout": 1.0}, r"prefix_dropout must lie in \[0, 1\); got 1\.0"),
-            ({"heads": 3}, "heads must divide qk_dim; got heads=3, qk_dim=28"),
+            ({"heads": 3}, "num_heads must divide qk_dim; got num_heads=3, qk_dim=28"),
             ({"heads": 28}, r"heads must be of an even width, channels are turned in pairs; got 1"),
         ):
             with pytest.raises(ValueError, match=message):
@@ -495,17 +495,18 @@ class TestErrors:
                     ids_of()
                 )
         with pytest.raises(ValueError, match="latents must be a whole number of at least 1; got 0"):
-            model_of()(ids_of(), latents=0)
+            model_of()(ids_of(), num_latents=0)
 
     def test_of_parts_that_do_not_fit(self):
         with pytest.raises(
-            TypeError, match=r"embed must have a dim and a vocabulary, as adapters\.Ids has; got Identity"
+            TypeError,
+            match=r"embedding must have a dim and a vocab_size, as adapters\.TokenEmbedding has; got Identity",
         ):
             pc.PerceiverAR(nn.Identity(), num_latents=5)
         bare = nn.Identity()
         bare.dim, bare.vocab_size = 28, 19
         with pytest.raises(
-            TypeError, match=r"embed must have vectors to tie to; Identity has none\. Use heads\.Logits"
+            TypeError, match=r"embedding must have vectors to tie to; Identity has none\. Use heads\.Logits"
         ):
             pc.PerceiverAR(bare, num_latents=5)
         with pytest.raises(ValueError, match="positions must be dim=28 wide, they are added; got 12"):

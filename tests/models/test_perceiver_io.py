@@ -247,7 +247,9 @@ class TestSeveralKinds:
         torch.testing.assert_close(found, wanted, **EXACT)
 
     def test_at_must_be_by_kind(self):
-        with pytest.raises(TypeError, match=r"at must be a dictionary by kind, of \['sound', 'label'\]; got Tensor"):
+        with pytest.raises(
+            TypeError, match=r"query_indices must be a dictionary by modality, of \['sound', 'label'\]; got Tensor"
+        ):
             several()(self.given(), query_inputs=torch.tensor([0]))
 
 

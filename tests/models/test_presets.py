@@ -55,7 +55,7 @@ def test_parameters(make, input_dim, classes, reads, shape):
 def test_perceiver_ar_reads_with_as_many_heads_as_it_processes():
     """`get_config` of its published code: num_cross_attend_heads and num_transformer_heads are 16."""
     model = on_no_device(presets.perceiver_ar, 11)
-    assert [part.attention.num_heads for part in (model.read, *model.process.blocks)] == [16] * 13
+    assert [part.attention.num_heads for part in (model.cross_attention, *model.latent_transformer.blocks)] == [16] * 13
 
 
 def test_the_imagenet_model_has_the_size_that_the_paper_states():

@@ -21,12 +21,12 @@ GROUPED = partial(MultiHeadAttention, qk_dim=6, v_dim=18, num_kv_heads=2, qk_nor
 VARIANTS = {
     "paper": {},
     "grouped": {
-        "heads": 6,
-        "project": partial(GATED, hidden_dim=13),
+        "num_heads": 6,
+        "projection": partial(GATED, hidden_dim=13),
         "block": partial(JointAttend, attention=GROUPED, mlp=partial(GATED, widening_factor=3), norm=NORM),
         "norm": NORM,
     },
-    "as wide as the features": {"dim": WIDTH, "heads": 11, "norm": nn.Identity},
+    "as wide as the features": {"dim": WIDTH, "num_heads": 11, "norm": nn.Identity},
 }
 each_variant = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 
@@ -140,13 +140,15 @@ class TestFrames:
         out = model(x, mask=mask)
         for t in range(FRAMES):
             seen = None if mask is None else mask[:, t]
-            torch.testing.assert_close(out[:, t], model.resampler(x[:, t] + model.times.vectors[t], mask=seen), **EXACT)
+            torch.testing.assert_close(
+                out[:, t], model.resampler(x[:, t] + model.frame_positions.vectors[t], mask=seen), **EXACT
+            )
 
     @pytest.mark.parametrize("masked", [False, True])
     def test_all_frames_are_read_at_once(self, masked):
         model = video().double()
         x, mask = features(BATCH, FRAMES, N), there(BATCH, FRAMES, N) if masked else None
-        timed = torch.cat([x[:, t] + model.times.vectors[t] for t in range(FRAMES)], 1)
+        timed = torch.cat([x[:, t] + model.frame_positions.vectors[t] for t in range(FRAMES)], 1)
         wanted = model.resampler(timed, mask=None if mask is None else mask.flatten(1))
         torch.testing.assert_close(model(x, mask=mask), wanted, **EXACT)
 
@@ -167,19 +169,23 @@ class TestFrames:
 
     @pytest.mark.parametrize("wrapper", [EachFrame, AllFrames])
     def test_every_weight_gets_a_gradient_and_widths_are_known(self, wrapper):
-        model = wrapper(resampler(), times=positions.LearnedEmbedding(FRAMES, WIDTH)).double()
+        model = wrapper(resampler(), frame_positions=positions.LearnedEmbedding(FRAMES, WIDTH)).double()
         assert (model.input_dim, model.dim) == (WIDTH, DIM)
         model(features(BATCH, FRAMES, N)).square().sum().backward()
         assert [name for name, p in model.named_parameters() if p.grad is None or p.grad.eq(0).all()] == []
 
     def test_errors(self):
-        with pytest.raises(TypeError, match="times must be positions such as"):
+        with pytest.raises(TypeError, match="frame_positions must be positions such as"):
             EachFrame(resampler(), frame_positions=positions.LearnedEmbedding)
-        with pytest.raises(ValueError, match=r"times must have one axis and the width of the features, 11, .* 13 wide"):
+        with pytest.raises(
+            ValueError, match=r"frame_positions must have one axis and the width of the features, 11, .* 13 wide"
+        ):
             EachFrame(resampler(), frame_positions=positions.LearnedEmbedding(4, 13))
         with pytest.raises(ValueError, match="got 2 axes, 11 wide"):
             AllFrames(resampler(), frame_positions=positions.LearnedGrid((3, 5), WIDTH))
-        with pytest.raises(ValueError, match=r"there are vectors for at most 4 places; got 5\. Build Indexed with"):
+        with pytest.raises(
+            ValueError, match=r"there are vectors for at most 4 places; got 5\. Build LearnedEmbedding with"
+        ):
             video()(features(BATCH, 5, N, dtype=torch.float32))
         for wrapped in (video(), EachFrame(resampler())):
             with pytest.raises(ValueError, match=r"features must have 4 axes \(b t n c\).*features\.unsqueeze\(0\)"):
@@ -220,7 +226,7 @@ class TestErrors:
             resampler(depth=0)
         with pytest.raises(ValueError, match="latents must be a whole number of at least 1; got 0"):
             resampler(num_latents=0)
-        with pytest.raises(ValueError, match="heads must divide qk_dim; got heads=3, qk_dim=14"):
+        with pytest.raises(ValueError, match="num_heads must divide qk_dim; got num_heads=3, qk_dim=14"):
             resampler(num_heads=3)
         with pytest.raises(ValueError, match=r"layer must lie in -2 \.\.\. 1; got 2"):
             resampler().attention_map(features(dtype=torch.float32), layer=2)

@@ -87,7 +87,7 @@ def test_the_width_of_fourier(axes: int, bands: int, expected: int) -> None:
 
 
 def test_defaults_are_those_of_the_paper_for_imagenet() -> None:
-    assert repr(Fourier(2)) == "Fourier(axes=2, bands=64, max_resolution=(224, 224))"
+    assert repr(Fourier(2)) == "Fourier(num_axes=2, num_bands=64, max_resolution=(224, 224))"
 
 
 def test_linear_bands_include_both_ends() -> None:

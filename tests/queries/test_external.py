@@ -25,10 +25,10 @@ def test_a_model_is_asked_them():
 @pytest.mark.parametrize(
     ("at", "kind", "message"),
     [
-        (None, ValueError, "at must be the queries, q 7 or b q 7"),
-        (torch.zeros(5, 6), ValueError, r"at must be q 7 or b q 7; got shape \(5, 6\)"),
+        (None, ValueError, "queries must be the queries, q 7 or b q 7"),
+        (torch.zeros(5, 6), ValueError, r"queries must be q 7 or b q 7; got shape \(5, 6\)"),
         (torch.zeros(7), ValueError, r"got shape \(7,\)"),
-        (torch.zeros(5, 7).long(), TypeError, "at must be floating point"),
+        (torch.zeros(5, 7).long(), TypeError, "queries must be floating point"),
     ],
 )
 def test_refused_queries(at, kind, message):
