@@ -338,11 +338,11 @@ def test_dictionaries_of_other_things_are_refused():
     for make, argument in (
         (Multimodal, "adapters"), (pc.queries.Multimodal, "sources"), (pc.heads.Multimodal, "heads"),
     ):  # fmt: skip
-        with pytest.raises(TypeError, match=f"{argument} must be a dictionary by kind; got list"):
+        with pytest.raises(TypeError, match=f"{argument} must be a dictionary by modality; got list"):
             make([OneHotLabel(3)])
         with pytest.raises(TypeError, match=rf"{argument}\['a'\] must be a module; got type. Build it first"):
             make({"a": OneHotLabel})
-        with pytest.raises(TypeError, match=f"{argument} must have names for keys; got 3"):
+        with pytest.raises(TypeError, match=f"{argument} must have strings as keys; got 3"):
             make({3: OneHotLabel(3)})
 
 
@@ -400,5 +400,5 @@ class TestRefusals:
     def test_refused_settings(self, options, message):
         with pytest.raises(ValueError, match=message):
             Multimodal(adapters(), **options)
-        with pytest.raises(ValueError, match="adapters must name an adapter at least"):
+        with pytest.raises(ValueError, match="adapters must hold an adapter at least"):
             Multimodal({})

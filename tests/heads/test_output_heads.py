@@ -180,7 +180,7 @@ def test_refused_answers_and_sizes():
         Multimodal({"label": SingleQuery()})({"smell": answers(1)})
     with pytest.raises(ValueError, match=r"answers\['label'\]: answers must be one a sample"):
         Multimodal({"label": SingleQuery()})({"label": answers(3)})
-    with pytest.raises(ValueError, match="heads must name a head at least; got none"):
+    with pytest.raises(ValueError, match="heads must hold a head at least; got none"):
         Multimodal({})
     with pytest.raises(ValueError, match=r"heads must take answers of one width.*; they take {'a': 13, 'b': 5}"):
         Multimodal({"a": Linear(DIM, 3), "b": SingleQuery(Linear(5, 3)), "c": SingleQuery()})

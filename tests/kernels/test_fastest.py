@@ -46,7 +46,7 @@ MASKS: dict[str, Mask | None] = {
     "tensor": dead(bools(B, 1, Q, K)),
 }
 every_mask = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
-halves = partial(chunked, chunk_size=module.PIECE, half_precision_matmul=True)
+halves = partial(chunked, chunk_size=module.CHUNK_SIZE, half_precision_matmul=True)
 
 
 def equal(actual: Tensor, expected: Tensor) -> None:
@@ -72,7 +72,7 @@ def units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
     """A processor that multiplies in bfloat16, or one that does not."""
     present: bool = getattr(request, "param", True)
     monkeypatch.setattr(module, "has_bfloat16_units", lambda: present)
-    monkeypatch.setattr(module, "LITTLE", B * H * Q * K * D)
+    monkeypatch.setattr(module, "MIN_MULTIPLICATIONS", B * H * Q * K * D)
     return present
 
 

@@ -263,7 +263,7 @@ def test_refused_settings():
         queries.Learned(0, 3)
     with pytest.raises(ValueError, match="tokens must have 3 features"):
         FromInputs(3)(torch.zeros(2, 5, 4))
-    with pytest.raises(ValueError, match="sources must name a source of queries at least"):
+    with pytest.raises(ValueError, match="sources must hold a source of queries at least"):
         Multimodal({})
     with pytest.raises(TypeError, match="positions must have dim and num_axes and take points"):
         Grid((5,), LearnedGrid((5,), 3), endpoint=False)
