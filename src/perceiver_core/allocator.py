@@ -17,7 +17,7 @@ def return_freed_memory() -> bool:
     the memory that it uses. In exchange, the system clears the memory of each large tensor again.
 
     Returns:
-        Whether the setting was made: True on Linux with glibc.
+        Whether the setting was applied: True on Linux with glibc.
 
     Example:
         >>> from perceiver_core.allocator import return_freed_memory

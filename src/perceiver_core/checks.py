@@ -1,4 +1,4 @@
-"""Input checks, made before any computation."""
+"""Input checks, run before any computation."""
 
 from __future__ import annotations
 

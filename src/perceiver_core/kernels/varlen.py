@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perceiver_core import masks
+from perceiver_core.kernels.shapes import Keys, Outputs, Queries, Values
 from perceiver_core.masks import Mask
 
 WIDEST = 256  # the widest head of the flash kernel
@@ -75,29 +76,20 @@ def is_supported(q: Float[Tensor, "b h q d"]) -> bool:
     return not why_not(q.dtype, q.shape[-1], q.device) and has_varlen()
 
 
-def attend(
-    q: Float[Tensor, "b h q d"],
-    k: Float[Tensor, "b h k d"],
-    v: Float[Tensor, "b h k d"],
-    valid: Bool[Tensor, "#b k"],
-    *,
-    scale: float,
-) -> Float[Tensor, "b h q d"]:
-    """Compute attention to the valid keys; zeros for samples without one."""
+def attend(q: Queries, k: Keys, v: Values, valid: Bool[Tensor, "#b k"], *, scale: float) -> Outputs:
+    """Compute attention to the valid keys, for values of the keys' width; zeros for samples without a valid key."""
     valid = valid.expand(k.shape[0], k.shape[2])
     out = _run(q, pack(k, v, valid), k.shape[2], (-1, -1), scale)
     return out.masked_fill(~valid.any(1)[:, None, None, None], 0.0)
 
 
-def attend_causal(
-    q: Float[Tensor, "b h q d"], k: Float[Tensor, "b h k d"], v: Float[Tensor, "b h k d"], *, scale: float
-) -> Float[Tensor, "b h q d"]:
-    """Compute causal attention, in which the last query aligns with the last key."""
+def attend_causal(q: Queries, k: Keys, v: Values, *, scale: float) -> Outputs:
+    """Compute causal attention, in which the last query aligns with the last key, for values of the keys' width."""
     keys, values = (rearrange(x, "b h n d -> (b n) h d") for x in (k, v))
     return _run(q, Packed(keys, values, _equal_starts(k)), k.shape[2], (-1, 0), scale)
 
 
-def _run(q: Tensor, packed: Packed, max_keys: int, window: tuple[int, int], scale: float) -> Float[Tensor, "b h q d"]:
+def _run(q: Queries, packed: Packed, max_keys: int, window: tuple[int, int], scale: float) -> Outputs:
     queries, sizes = rearrange(q, "b h m d -> (b m) h d"), (q.shape[2], max_keys)
     starts = (_equal_starts(q), packed.starts)
     out = _varlen()(queries, packed.keys, packed.values, *starts, *sizes, scale=scale, window_size=window)
