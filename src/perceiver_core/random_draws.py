@@ -17,8 +17,8 @@ class RepeatableDraws:
     """Random draws of one module.
 
     Each forward pass draws a seed from the user's generator, and remembers it under a number drawn from the default
-    generator. When activation checkpointing runs the pass again, inside a backward pass, the default generator gives the
-    same number, which finds the seed.
+    generator. When activation checkpointing runs the pass again, inside a backward pass, the default generator gives
+    the same number, which finds the seed.
     """
 
     def __init__(self) -> None:

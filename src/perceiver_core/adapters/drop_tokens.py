@@ -56,7 +56,9 @@ class DropTokens(nn.Module):
             return tokens
         content = tokens.materialize()
         # Not torch.randn: with a generator it takes no sizes that torch.compile leaves open.
-        order = torch.empty(content.shape[:2], device=content.device).normal_(generator=self._draws.generator(self.generator))
+        order = torch.empty(content.shape[:2], device=content.device).normal_(
+            generator=self._draws.generator(self.generator)
+        )
         present = None if tokens.mask is None else tokens.mask.flatten(1)
         if present is not None:
             order = order.masked_fill(~present, -torch.inf)

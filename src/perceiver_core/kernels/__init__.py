@@ -21,9 +21,9 @@ __all__ = [
     "chunked",
     "fastest",
     "inverted",
+    "kernel_attention_map",
     "merge",
     "partial_attention",
     "reference",
     "sdpa",
-    "kernel_attention_map",
 ]

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from perceiver_core import checks, masks
+from perceiver_core import masks
 from perceiver_core.kernels import varlen
 from perceiver_core.masks import Mask
 from perceiver_core.registry import register

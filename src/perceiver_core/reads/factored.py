@@ -14,8 +14,8 @@ from perceiver_core.kernels import PartialAttention, fastest, partial_attention
 from perceiver_core.kernels.fastest import uses_chunks
 from perceiver_core.linear import Linear
 from perceiver_core.reads import slabs
-from perceiver_core.reads.factored_keys_values import AttendSlab, FactoredKeysValues, Norm, factor
 from perceiver_core.reads.dense import KeysValues, rotate
+from perceiver_core.reads.factored_keys_values import AttendSlab, FactoredKeysValues, Norm, factor
 from perceiver_core.reads.machine import Machine
 from perceiver_core.reads.strategy import Cost, ReadContext, Sizes, check_able, kernel_cost
 from perceiver_core.registry import register

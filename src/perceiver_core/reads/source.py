@@ -179,7 +179,7 @@ _recording: _Recording | None = None
 @contextmanager
 def recorded_reads() -> Iterator[list[tuple[ReadContext, Strategy]]]:
     """Collect, in the order in which they happen, the reads that this thread prepares, with their strategies."""
-    global _recording  # noqa: PLW0603 (a read cannot be passed a listener through modules of other libraries)
+    global _recording
     before, _recording = _recording, _Recording(threading.get_ident(), [])
     try:
         yield _recording.reads
