@@ -1,4 +1,4 @@
-"""Dense reads: tokens are written out, normalized and projected to keys and values; then any kernel attends to these."""
+"""Dense reads: tokens are written out, normalized and projected to keys and values, which any kernel attends to."""
 
 from __future__ import annotations
 

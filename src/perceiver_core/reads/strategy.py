@@ -23,7 +23,7 @@ QueryIndices: TypeAlias = "int | Sequence[int] | Int[Tensor, ' chosen'] | None"
 
 
 class AttentionInput(Protocol):
-    """Input of an attention module: a `Source`, whose keys and values it forms, or a `Memory` that an earlier read made."""
+    """Input of an attention module: a `Source`, or a `Memory` that an earlier read made."""
 
     def memory(self, attention: Attention) -> Memory:
         """Return the memory for an attention module, which calls this in its own forward."""
