@@ -1,4 +1,4 @@
-"""The encoder: a learned latent array reads the input and thinks about it, `reads` times over."""
+"""The encoder: a learned latent array reads the input and is processed by a transformer, `num_reads` times."""
 
 from __future__ import annotations
 

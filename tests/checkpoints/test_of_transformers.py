@@ -358,7 +358,7 @@ def test_numerics_that_were_not_said(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [CONV, LEARNED])
 def test_numerics_that_transformers_has_no_word_for(kind: str, tmp_path: Path) -> None:
-    message = {CONV: "adapter.stem.*ConvStem", LEARNED: "decoder.read.residual is False, not True"}[kind]
+    message = {CONV: "adapter.stem.*ConvStem", LEARNED: "decoder.cross_attention.residual is False, not True"}[kind]
     not_written(f"no word for.*{message}", made(kind, DEEP), configured(kind), tmp_path, numerics=DEEP)
     turned = published.TRANSFORMERS._replace(transposed=True)
     if kind == CONV:

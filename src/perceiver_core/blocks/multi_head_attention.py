@@ -40,8 +40,8 @@ class MultiHeadAttention(nn.Module):
         kernel: any `(q, k, v, *, mask) -> out` on `b h n d`.
 
     Raises:
-        ValueError: heads that do not divide a width; kv_heads that do not divide heads; dropout with a kernel that
-            has none.
+        ValueError: heads that do not divide a width; num_kv_heads that do not divide num_heads; dropout with a kernel
+            that has none.
 
     Example:
         >>> import torch
@@ -133,7 +133,7 @@ class MultiHeadAttention(nn.Module):
 
         Args:
             x: what asks; a batch of one asks the same of all samples.
-            read: keys and values, see `keys_values`; or their parts, see `paths`.
+            read: keys and values, see `keys_values`; or their parts, see `reads`.
             mask: who may attend to whom, beside the mask of `read`: `b n`, `b h q k`, or a rule of `masks`.
             positions: where each of `x` stands, for `rotary`, if not one after the other up to the end.
         """

@@ -281,13 +281,13 @@ def _check_parts(model: PerceiverAR, sampler: Choice, generator: torch.Generator
         )
 
 
-def _ids_of(stop_ids: int | Collection[int], vocabulary: int) -> tuple[int, ...]:
+def _ids_of(stop_ids: int | Collection[int], vocab_size: int) -> tuple[int, ...]:
     if isinstance(stop_ids, str) or not isinstance(stop_ids, (int, Iterable)):
         raise TypeError(f"stop_ids must be an id or a collection of ids; got {stop_ids!r}")
     ids = (stop_ids,) if isinstance(stop_ids, int) else tuple(stop_ids)
     for number in ids:
-        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < vocabulary:
-            raise ValueError(f"stop_ids must be ids of the vocabulary, 0 ... {vocabulary - 1}; got {number!r}")
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < vocab_size:
+            raise ValueError(f"stop_ids must be ids of the vocabulary, 0 ... {vocab_size - 1}; got {number!r}")
     return ids
 
 

@@ -1,7 +1,7 @@
-"""What reads cost: how fast a machine is, and what each path has to do.
+"""What reads cost: how fast a machine is, and what each strategy has to do.
 
-The numbers decide which path a read takes (`paths.Auto`), so what matters is their ratios. They are those of the
-forward pass; the backward pass takes about two to three times as long again, on every path.
+The numbers decide which strategy a read takes (`reads.Auto`), so what matters is their ratios. They are those of the
+forward pass; the backward pass takes about two to three times as long again, by every strategy.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ SHORT = 64  # tokens in a row at which sums over the channels take twice as long
 
 
 class Cost(NamedTuple):
-    """What a read takes by one path, for all of the batch: predicted."""
+    """What a read takes by one strategy, for all of the batch: predicted."""
 
     flops: float
     bytes: float
