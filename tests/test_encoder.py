@@ -305,7 +305,7 @@ def test_the_default_kernel_is_the_fastest():
 
 
 def test_errors_of_sizes():
-    with pytest.raises(ValueError, match="latents must be a whole number of at least 1; got 0"):
+    with pytest.raises(ValueError, match="num_latents must be a whole number of at least 1; got 0"):
         Encoder(3, num_latents=0, dim=DIM)
     with pytest.raises(ValueError, match="reads must be at most 10000; got 10001"):
         Encoder(3, num_latents=5, dim=DIM, num_reads=10_001)

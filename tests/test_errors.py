@@ -86,7 +86,7 @@ def test_a_rank_that_is_off_by_more_gets_no_hint_of_a_batch_axis():
     "adapter, x, message",
     [
         (IMAGE, torch.rand(2, 1, 7, 5), "pictures must have 3 channels in axis 1; got 1 (shape (2, 1, 7, 5))"),
-        (IMAGE, torch.rand(2, 1, 7, 5), "Build the adapter with channels=1, or move the channel axis"),
+        (IMAGE, torch.rand(2, 1, 7, 5), "Build the adapter with num_channels=1, or move the channel axis"),
         (IMAGE, torch.rand(2, 7, 5, 3), "pictures must have 3 channels in axis 1; got 7"),
         (VIDEO, torch.rand(2, 3, 2, 5, 7), "array must have 3 channels in axis 4; got 7"),
         (POINTS, torch.rand(2, 11, 3), "points must have 5 features in its last axis (b n f); got shape (2, 11, 3)"),
@@ -203,7 +203,9 @@ def test_tokens_that_an_encoder_cannot_read():
 def test_heads_that_do_not_divide(width):
     widths = {"qk_dim": 12, "v_dim": 12, width: 14}
     with fails(
-        ValueError, f"heads must divide {width}; got heads=4, {width}=14.", f"partial(MultiHeadAttention, {width}=16)"
+        ValueError,
+        f"num_heads must divide {width}; got num_heads=4, {width}=14.",
+        f"partial(MultiHeadAttention, {width}=16)",
     ):
         MultiHeadAttention(13, num_heads=4, **widths)
     with fails(ValueError, "num_heads must divide qk_dim; got num_heads=3, qk_dim=13"):
@@ -231,16 +233,16 @@ def test_dropout_out_of_range(make, rate):
     "make, name",
     [
         (lambda size: MultiHeadAttention(size), "dim"),
-        (lambda size: MultiHeadAttention(14, num_heads=size), "heads"),
+        (lambda size: MultiHeadAttention(14, num_heads=size), "num_heads"),
         (lambda size: CrossAttend(14, size), "input_dim"),
         (lambda size: SelfAttend(size), "dim"),
-        (lambda size: MLP(14, widening_factor=size), "widening"),
-        (lambda size: Encoder(3, num_latents=size, dim=14), "latents"),
-        (lambda size: Encoder(3, num_latents=5, dim=14, num_reads=size), "reads"),
-        (lambda size: heads.Regression(14, size), "values"),
-        (lambda size: adapters.Image(size, positions=None), "channels"),
-        (lambda size: adapters.Audio(size, positions=None), "patch"),
-        (lambda size: adapters.Grid(size, positions=None), "channels"),
+        (lambda size: MLP(14, widening_factor=size), "widening_factor"),
+        (lambda size: Encoder(3, num_latents=size, dim=14), "num_latents"),
+        (lambda size: Encoder(3, num_latents=5, dim=14, num_reads=size), "num_reads"),
+        (lambda size: heads.Regression(14, size), "num_outputs"),
+        (lambda size: adapters.Image(size, positions=None), "num_channels"),
+        (lambda size: adapters.Audio(size, positions=None), "patch_size"),
+        (lambda size: adapters.Grid(size, positions=None), "num_channels"),
         (lambda size: adapters.Project(3, dim=size), "dim"),
         (lambda size: adapters.ConvStem(3, dim=size), "dim"),
     ],

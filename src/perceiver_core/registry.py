@@ -145,7 +145,7 @@ def to_config(value: Any) -> Json:
         >>> from functools import partial
         >>> import perceiver_core as pc
         >>> pc.registry.to_config(partial(pc.CrossAttend, num_heads=2))
-        {'partial': 'CrossAttend', 'heads': 2}
+        {'partial': 'CrossAttend', 'num_heads': 2}
     """
     return _describe(value, "", {})
 

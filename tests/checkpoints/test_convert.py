@@ -284,7 +284,7 @@ REFUSED = {
     ),
     "ours of another size": (
         ["ours", "out", "--to", "transformers", "--arguments", json.dumps(configured(FOURIER) | {"num_labels": 7})],
-        "decoder.out is 3, not 7",
+        "decoder.out_dim is 3, not 7",
     ),
     "a check of DeepMind's code": (["arrays.npz", "out", "--check"], "cannot run DeepMind's code"),
     "a check with other numerics": (

@@ -121,7 +121,7 @@ def test_the_card_says_how_to_load_and_of_what(tmp_path: Path) -> None:
     text = card(model(), "me/listener")
     assert text.startswith("---\nlibrary_name: perceiver-core\n")
     assert "# listener\n" in text and 'pc.checkpoints.from_pretrained("me/listener")' in text
-    assert "adapter=Audio(patch=3, positions=Fourier(axes=1, bands=2, max_resolution=11))," in text
+    assert "adapter=Audio(patch_size=3, positions=Fourier(num_axes=1, num_bands=2, max_resolution=11))," in text
     assert f"{sum(p.numel() for p in model().parameters()):,} parameters" in text
     assert "registers" not in text
 

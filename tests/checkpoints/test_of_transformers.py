@@ -312,12 +312,12 @@ def not_written(message: str, model: Any, config: Any, tmp_path: Path, **options
 
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
-    "num_self_attention_heads": ({"num_self_attention_heads": 2}, "encoder.heads is 4, not 2"),
+    "num_self_attention_heads": ({"num_self_attention_heads": 2}, "encoder.num_heads is 4, not 2"),
     "num_blocks": ({"num_blocks": 3}, "repeats is 2, not 3"),
     "use_query_residual": ({"use_query_residual": False}, "residual is True, not False"),
     "hidden_act": ({"hidden_act": "relu"}, "mlp.activation is GELU of .*, not ReLU of"),
     "num_latents": ({"num_latents": 99}, "latents is 5, not 99"),
-    "labels": ({"id2label": {"0": "a"}}, "decoder.out is 3, not 1"),
+    "labels": ({"id2label": {"0": "a"}}, "decoder.out_dim is 3, not 1"),
 }
 
 
@@ -358,7 +358,7 @@ def test_numerics_that_were_not_said(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [CONV, LEARNED])
 def test_numerics_that_transformers_has_no_word_for(kind: str, tmp_path: Path) -> None:
-    message = {CONV: "adapter.stem.*ConvStem", LEARNED: "decoder.read.residual is False, not True"}[kind]
+    message = {CONV: "adapter.stem.*ConvStem", LEARNED: "decoder.cross_attention.residual is False, not True"}[kind]
     not_written(f"no word for.*{message}", made(kind, DEEP), configured(kind), tmp_path, numerics=DEEP)
     turned = published.TRANSFORMERS._replace(transposed=True)
     if kind == CONV:

@@ -52,7 +52,7 @@ def as_calls(description: registry.Json, indent: int = 0) -> str:
         >>> import perceiver_core as pc
         >>> from perceiver_core.checkpoints.card import as_calls
         >>> as_calls(pc.registry.to_config(partial(pc.MLP, widening_factor=4, activation=pc.GEGLU())))
-        'partial(MLP, widening=4, activation=GEGLU())'
+        'partial(MLP, widening_factor=4, activation=GEGLU())'
     """
     if isinstance(description, list):
         return _wrapped("[", [as_calls(item, indent + 4) for item in description], "]", indent)

@@ -68,7 +68,7 @@ def lucidrains(state_dict: Mapping[str, Tensor] | str | os.PathLike[str], **argu
     """perceiver-pytorch's `Perceiver` or `PerceiverIO` as ours: the same answers, in evaluation mode.
 
     Names in the state dict tell which of the two it is. It takes what theirs takes: pictures are `b h w c`. Their
-    `queries` are our `at`, `model(data, mask=mask, query_inputs=queries)`.
+    `queries` are our `query_inputs`, `model(data, mask=mask, query_inputs=queries)`.
 
     Args:
         state_dict: of their model, of version 0.8 or newer; or the path of a safetensors file. Its tensors become the
@@ -240,8 +240,8 @@ def _decoder(told: Told, dim: int, parts: _Parts) -> tuple[Decoder, Sources]:
         num_heads=parts.heads[0],
         cross_attention=parts.answer if has_mlp else partial(parts.answer, mlp=None),
     )
-    sources = _read("decoder.read", "decoder_cross_attn")
-    sources |= _mlp("decoder.read", "decoder_ff") if has_mlp else {}
+    sources = _read("decoder.cross_attention", "decoder_cross_attn")
+    sources |= _mlp("decoder.cross_attention", "decoder_ff") if has_mlp else {}
     return decoder, sources | (both("decoder.output", "to_logits") if has_logits else {})
 
 

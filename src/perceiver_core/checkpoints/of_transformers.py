@@ -264,7 +264,7 @@ def names(config: Mapping[str, Any]) -> dict[str, str]:
         _multimodal(found, adapter, "perceiver.decoder")
     elif kind != "PerceiverForOpticalFlow":
         found[f"{decoder}.output_position_encodings.position_embeddings"] = "queries.vectors"
-    _layer(found, f"{decoder}.decoding_cross_attention", "decoder.read", cross=True)
+    _layer(found, f"{decoder}.decoding_cross_attention", "decoder.cross_attention", cross=True)
     return found
 
 

@@ -4,7 +4,7 @@
 `torch.nn.attention.sdpa_kernel` overrides its choice, and `torch.nn.attention.activate_flash_attention_impl` brings
 FlashAttention-3 or 4 where they are installed. Four things keep it off the flash kernels, and are mended here: values
 of another width than the keys, (on CUDA) widths that are not a multiple of 8, masks of padding, for which keys are
-packed, and causal attention of the last queries to all keys (both: `ragged`). Columns of zeros change no score and no
+packed, and causal attention of the last queries to all keys (both: `varlen`). Columns of zeros change no score and no
 output. What is left is said by `kernel_for`.
 """
 
