@@ -21,9 +21,9 @@ if missing:
 if pc.__version__ != version("perceiver-core"):
     sys.exit(f"the package says {pc.__version__}, its wheel {version('perceiver-core')}")
 
-image = pc.adapters.Image(channels=3, positions=pc.positions.Fourier(axes=2, bands=4, max_resolution=13))
-encoder = pc.Encoder(image.dim, latents=7, dim=16, reads=2, depth=1, heads=2, share=True)
-model = pc.Perceiver(image, encoder, pc.heads.Classify(16, classes=5))
+image = pc.adapters.Image(num_channels=3, positions=pc.positions.Fourier(num_axes=2, num_bands=4, max_resolution=13))
+encoder = pc.Encoder(image.dim, num_latents=7, dim=16, num_reads=2, depth=1, num_heads=2, share=True)
+model = pc.Perceiver(image, encoder, pc.heads.Classification(16, num_classes=5))
 logits = model(torch.randn(2, 3, 11, 13))
 if logits.shape != (2, 5) or not logits.isfinite().all():
     sys.exit(f"a tiny Perceiver gave {logits}")

@@ -19,8 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import perceiver_core as pc
 from benchmarks import flops, plots
 from benchmarks.contest import Candidate, Contest, Results, Row, Setting, Tensors, Work, compete_all
-from perceiver_core.attention import chunked, fastest, reference, sdpa
-from perceiver_core.attention.factored import FactoredKeysValues, Norm, attend, factor
+from perceiver_core.kernels import chunked, fastest, reference, sdpa
+from perceiver_core.reads.factored import FactoredKeysValues, Norm, attend, factor
 
 
 def unfused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def tensors(read: Read, device: str) -> State:
     """Queries, keys and values, and the tokens and weights that these are made of."""
     torch.manual_seed(0)
     dtype, width = getattr(torch, read.dtype), read.heads * read.width
-    where = pc.positions.Fourier(axes=len(read.grid), bands=read.bands, max_resolution=read.grid)
+    where = pc.positions.Fourier(num_axes=len(read.grid), num_bands=read.bands, max_resolution=read.grid)
     dim = read.channels + where.dim
     q = torch.randn(1, read.heads, read.latents, read.width).to(device, dtype).requires_grad_()
     content = torch.randn(1, *read.grid, read.channels).to(device, dtype).requires_grad_()

@@ -12,7 +12,7 @@ import perceiver_core as pc
 from benchmarks import failures, plots
 from benchmarks.contest import Candidate, Contest, Results, Row, Setting, Work, compete
 from benchmarks.read import State, forward, library
-from perceiver_core import paths
+from perceiver_core import reads
 
 
 class Case(NamedTuple):
@@ -55,11 +55,11 @@ def run(setting: Setting) -> Results:
     for case in TOY if setting.toy else FULL:
         read, x, tokens = _state(case, setting.device)
         request = read.request(tokens, queries=x.shape[1])
-        chosen = paths.Cheapest().choose(request)
+        chosen = reads.Auto().choose(request)
         measured = {row["candidate"]: row for row in compete(_contest(case), setting)}
-        for path in paths.Cheapest().of:
+        for path in reads.Auto().strategies:
             row = measured[type(path).__name__]
-            predicted = 1000 * path.cost(request, paths.Costs()).seconds / torch.get_num_threads()
+            predicted = 1000 * path.cost(request, reads.Machine()).seconds / torch.get_num_threads()
             kept = {name: row[name] for name in KEPT if name in row}
             rows.append({**_sizes(case), **kept, "predicted ms": predicted, "chosen": path == chosen})
         times = {row["candidate"]: row["median ms"] for row in failures.measured(list(measured.values()))}
@@ -85,7 +85,7 @@ def _sizes(case: Case) -> Row:
 
 
 def _contest(case: Case) -> Contest:
-    ways = {type(path).__name__: partial(library, path) for path in paths.Cheapest().of}
+    ways = {type(path).__name__: partial(library, path) for path in reads.Auto().strategies}
     return Contest(
         sizes=_sizes(case),
         setup=partial(_state, case),
@@ -97,9 +97,9 @@ def _contest(case: Case) -> Contest:
 def _state(case: Case, device: str) -> State:
     torch.manual_seed(0)
     dtype = getattr(torch, case.dtype)
-    where = pc.positions.Fourier(axes=len(case.grid), bands=case.bands, max_resolution=max(case.grid))
+    where = pc.positions.Fourier(num_axes=len(case.grid), num_bands=case.bands, max_resolution=max(case.grid))
     attention = partial(pc.MultiHeadAttention, qk_dim=case.heads * case.head)
-    read = pc.CrossAttend(512, case.channels + where.dim, heads=case.heads, attention=attention).to(device, dtype)
+    read = pc.CrossAttend(512, case.channels + where.dim, num_heads=case.heads, attention=attention).to(device, dtype)
     content = torch.randn(case.batch, *case.grid, case.channels, device=device, dtype=dtype)
     latents = torch.randn(1, case.latents, 512, device=device, dtype=dtype)
     return read, latents, pc.Tokens(content, where.tables(case.grid, like=content))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import perceiver_core as pc
 from benchmarks import child, plots, timing
 from benchmarks.contest import TOLERANCES, Results, Row, Setting, agree
-from perceiver_core import paths
+from perceiver_core import reads
 
 
 class Start(NamedTuple):
@@ -33,14 +33,14 @@ class Start(NamedTuple):
 
 def ordinary(model: nn.Module, folder: Path) -> nn.Module:
     """The model with reads that form keys and values: nothing is compiled."""
-    paths.use(model, paths.Cheapest(of=[paths.Factored(), paths.Dense()]))
+    reads.set_strategy(model, reads.Auto(strategies=[reads.Factored(), reads.Dense()]))
     return model
 
 
 def structured(model: nn.Module, folder: Path) -> nn.Module:
     """The model with structured reads, whose loop is compiled, and kept in a folder."""
     os.environ["XDG_CACHE_HOME"] = str(folder)
-    paths.use(model, paths.Structured())
+    reads.set_strategy(model, reads.Structured())
     return model
 
 
@@ -89,10 +89,10 @@ def model(*, toy: bool) -> tuple[nn.Module, Tensor]:
     """A small Perceiver and pictures."""
     torch.manual_seed(0)
     bands, latents, dim, side = (4, 8, 32, 20) if toy else (32, 128, 256, 64)
-    adapter = pc.adapters.Image(3, positions=pc.positions.Fourier(axes=2, bands=bands, max_resolution=side))
-    encoder = pc.Encoder(adapter.dim, latents=latents, dim=dim, reads=1 if toy else 2, depth=0 if toy else 1, heads=4)
+    adapter = pc.adapters.Image(3, positions=pc.positions.Fourier(num_axes=2, num_bands=bands, max_resolution=side))
+    encoder = pc.Encoder(adapter.dim, num_latents=latents, dim=dim, num_reads=1 if toy else 2, depth=0 if toy else 1, num_heads=4)
     pictures = torch.randn(2, 3, side, side)
-    return pc.Perceiver(adapter, encoder, pc.heads.Classify(dim, classes=10)), pictures
+    return pc.Perceiver(adapter, encoder, pc.heads.Classification(dim, num_classes=10)), pictures
 
 
 def _start(name: str, direction: str, folder: Path, setting: Setting) -> Start:

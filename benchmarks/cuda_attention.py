@@ -19,7 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import flops, plots
 from benchmarks.contest import Candidate, Contest, Results, Row, Setting, Tensors, Work, compete_all
-from perceiver_core.attention import fastest, masks, sdpa
+from perceiver_core import masks
+from perceiver_core.kernels import fastest, sdpa
 
 # By the names of `SDPBackend`, which itself cannot be pickled.
 BACKENDS = {"flash": "FLASH_ATTENTION", "cuDNN": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}

@@ -23,7 +23,7 @@ import perceiver_core as pc
 from benchmarks import plots, read
 from benchmarks.contest import Candidate, Contest, Results, Row, Setting, compete_all
 from benchmarks.cuda_attention import BACKENDS
-from perceiver_core import paths
+from perceiver_core import reads
 
 Way = Callable[[pc.CrossAttend, Tensor, pc.Tokens], Tensor]
 
@@ -44,11 +44,11 @@ FULL = (
 def fused(backend: str, block: pc.CrossAttend, x: Tensor, tokens: pc.Tokens) -> Tensor:
     """A read as it is mostly written, by one of PyTorch's fused kernels."""
     attention: Any = block.attention
-    width = attention.query.out_features // attention.heads
-    asks, inputs = block.query_norm(x), block.input_norm(tokens.dense())
+    width = attention.query.out_features // attention.num_heads
+    asks, inputs = block.query_norm(x), block.input_norm(tokens.materialize())
     pairs = ((asks, attention.query), (inputs, attention.key), (inputs, attention.value))
-    made = (F.linear(tensor, *widened(layer, attention.heads)) for tensor, layer in pairs)
-    q, k, v = (rearrange(tensor, "b n (h d) -> b h n d", h=attention.heads) for tensor in made)
+    made = (F.linear(tensor, *widened(layer, attention.num_heads)) for tensor, layer in pairs)
+    q, k, v = (rearrange(tensor, "b n (h d) -> b h n d", h=attention.num_heads) for tensor in made)
     with sdpa_kernel(getattr(SDPBackend, backend)):
         got = F.scaled_dot_product_attention(q, k, v, scale=width**-0.5)[..., :width]
     return F.linear(rearrange(got, "b h m d -> b m (h d)"), attention.output.weight, attention.output.bias)
@@ -61,7 +61,7 @@ def widened(layer: nn.Linear, heads: int) -> tuple[Tensor, Tensor]:
     return F.pad(weight, (0, 0, 0, more)).flatten(0, 1), F.pad(bias, (0, more)).flatten()
 
 
-def by_path(path: paths.Path, block: pc.CrossAttend, x: Tensor, tokens: pc.Tokens) -> Tensor:
+def by_path(path: reads.Strategy, block: pc.CrossAttend, x: Tensor, tokens: pc.Tokens) -> Tensor:
     """A read by this library, on one path."""
     out: Tensor = block.attention(block.query_norm(x), path.read(block.request(tokens, queries=x.shape[1])))
     return out
@@ -83,10 +83,10 @@ def _compiled(way: Way) -> Callable[..., Tensor]:
 
 
 PATHS: dict[str, Way] = {
-    "dense": partial(by_path, paths.Dense()),
-    "factored": partial(by_path, paths.Factored()),
-    "structured": partial(by_path, paths.Structured()),
-    "library": partial(by_path, paths.Cheapest()),
+    "dense": partial(by_path, reads.Dense()),
+    "factored": partial(by_path, reads.Factored()),
+    "structured": partial(by_path, reads.Structured()),
+    "library": partial(by_path, reads.Auto()),
 }
 KERNELS: dict[str, Way] = {name: partial(fused, backend) for name, backend in BACKENDS.items()}
 # The first is PyTorch's own choice of kernel, not compiled.

@@ -60,8 +60,8 @@ def contest(sizes: Sizes) -> Contest:
 def state(sizes: Sizes, device: str) -> State:
     """A model and a prompt."""
     torch.manual_seed(0)
-    embed = pc.adapters.Ids(sizes.vocabulary, dim=sizes.dim)
-    model = pc.PerceiverAR(embed, latents=sizes.latents, depth=sizes.depth, heads=sizes.heads)
+    embed = pc.adapters.TokenEmbedding(sizes.vocabulary, dim=sizes.dim)
+    model = pc.PerceiverAR(embed, num_latents=sizes.latents, depth=sizes.depth, num_heads=sizes.heads)
     return model.eval().to(device), torch.randint(sizes.vocabulary, (1, sizes.prompt)).to(device), sizes
 
 
@@ -75,7 +75,7 @@ def generate(cache: bool, given: State) -> Tensors:
         seen.append(logits)
         return torch.full_like(logits[:, 0], len(seen) % sizes.vocabulary, dtype=torch.long)
 
-    pc.generate(model, prompt, max_new_tokens=sizes.new, choose=same, cache=cache)
+    pc.generate(model, prompt, max_new_tokens=sizes.new, sampler=same, use_cache=cache)
     return (torch.stack(seen),)
 
 
@@ -85,6 +85,6 @@ def _work(given: State) -> Work:
     counts = plan(sizes.latents, max(1, sizes.latents // 2))
     total = 0
     for step, latents in zip(range(sizes.new), counts, strict=False):
-        total += flops.read(model.read, latents=latents, tokens=sizes.prompt + step)
-        total += flops.transformer(model.process, latents=latents)
+        total += flops.read(model.cross_attention, latents=latents, tokens=sizes.prompt + step)
+        total += flops.transformer(model.latent_transformer, latents=latents)
     return Work(flops=total)

@@ -115,20 +115,20 @@ def published(*, toy: bool) -> list[Entry]:
 def imagenet(*, toy: bool) -> Models:
     """The paper's model, plain and with its activations computed again in the backward pass."""
     if toy:
-        adapter = pc.adapters.Image(3, positions=pc.positions.Fourier(axes=2, bands=4, max_resolution=20))
-        encoder = pc.Encoder(adapter.dim, latents=8, dim=32, reads=3, depth=2, heads=4)
-        model = pc.Perceiver(adapter, encoder, pc.heads.Classify(encoder.dim, classes=10))
+        adapter = pc.adapters.Image(3, positions=pc.positions.Fourier(num_axes=2, num_bands=4, max_resolution=20))
+        encoder = pc.Encoder(adapter.dim, num_latents=8, dim=32, num_reads=3, depth=2, num_heads=4)
+        model = pc.Perceiver(adapter, encoder, pc.heads.Classification(encoder.dim, num_classes=10))
     else:
-        model = pc.models.papers.imagenet()
-    return {"ours": model, "ours recomputing": pc.recompute_activations(copy.deepcopy(model))}
+        model = pc.models.presets.imagenet()
+    return {"ours": model, "ours recomputing": pc.checkpoint_activations(copy.deepcopy(model))}
 
 
 def thinking(*, toy: bool) -> Models:
     """The paper's latents with next to nothing to read: 8 times 6 self-attends."""
-    adapter = pc.adapters.Image(3, positions=pc.positions.Fourier(axes=2, bands=1, max_resolution=4))
+    adapter = pc.adapters.Image(3, positions=pc.positions.Fourier(num_axes=2, num_bands=1, max_resolution=4))
     latents, dim = (8, 32) if toy else (512, 1024)
-    encoder = pc.Encoder(adapter.dim, latents=latents, dim=dim, reads=2 if toy else 8, depth=6, heads=8)
-    return {"ours": pc.Perceiver(adapter, encoder, pc.heads.Classify(dim, classes=10))}
+    encoder = pc.Encoder(adapter.dim, num_latents=latents, dim=dim, num_reads=2 if toy else 8, depth=6, num_heads=8)
+    return {"ours": pc.Perceiver(adapter, encoder, pc.heads.Classification(dim, num_classes=10))}
 
 
 def akoa() -> Models:
@@ -208,7 +208,7 @@ def _work(passes: int, models: State) -> Work:
     model, given = models["ours"]
     with torch.no_grad():
         tokens = model.adapter(given[:1])
-        total = flops.encoder(model.encoder, tokens=tokens.n)
+        total = flops.encoder(model.encoder, tokens=tokens.num_tokens)
         if isinstance(model, pc.PerceiverIO):
             latents, queries = model.encoder.latents.shape[0], model.queries(tokens).shape[1]
             total += flops.decoder(model.decoder, queries=queries, latents=latents)

@@ -120,7 +120,7 @@ def forward(a, rows, columns, x, r, y, row_sums, column_sums, lse):  # noqa: PLR
 
 
 def read_grid(a: Tensor, u: Tensor, content: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-    """As `perceiver_core.attention.structured.read_grid`."""
+    """As `perceiver_core.kernels.structured.read_grid`."""
     height, width = scale.shape[1:]
     asks, tables = (np.ascontiguousarray(x[0, 0].numpy()) * F(LOG2E) for x in (a, u))
     y, rows = np.zeros((len(asks), 3), F), np.zeros((len(asks), height), F)

@@ -56,19 +56,19 @@ def transformers(sizes: dict[str, Any]) -> dict[str, nn.Module]:
 
 def like_transformers(sizes: dict[str, Any]) -> pc.Perceiver:
     """Our parts, put together as theirs are."""
-    where = pc.positions.Fourier(axes=2, bands=sizes["bands"], max_resolution=sizes["side"])
+    where = pc.positions.Fourier(num_axes=2, num_bands=sizes["bands"], max_resolution=sizes["side"])
     adapter = pc.adapters.Image(3, positions=where)
     mlp = partial(pc.MLP, activation=nn.GELU())
     encoder = pc.Encoder(
         adapter.dim,
-        latents=sizes["latents"],
+        num_latents=sizes["latents"],
         dim=sizes["dim"],
         depth=sizes["depth"],
-        heads=sizes["heads"],
-        read=partial(pc.CrossAttend, mlp=mlp),
-        process=partial(pc.LatentTransformer, repeats=sizes["blocks"], block=partial(pc.SelfAttend, mlp=mlp)),
+        num_heads=sizes["heads"],
+        cross_attention=partial(pc.CrossAttend, mlp=mlp),
+        latent_transformer=partial(pc.LatentTransformer, num_repeats=sizes["blocks"], block=partial(pc.SelfAttend, mlp=mlp)),
     )
-    return pc.Perceiver(adapter, encoder, pc.heads.Latents())
+    return pc.Perceiver(adapter, encoder, pc.heads.Identity())
 
 
 def _of_trunk(model: nn.Module, depth: int) -> Weights:

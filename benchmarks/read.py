@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import perceiver_core as pc
 from benchmarks import flops, plots
 from benchmarks.contest import Candidate, Contest, Results, Row, Setting, Tensors, Work, compete_all
-from perceiver_core import paths
+from perceiver_core import reads
 
 State: TypeAlias = tuple[pc.CrossAttend, Tensor, pc.Tokens]
 
@@ -50,10 +50,10 @@ def written_out(
 ) -> Tensor:
     """A read as it is mostly written, by PyTorch's own layers: concatenate, normalize, project, attend."""
     attention: Any = read.attention
-    asks, inputs = read.query_norm(x), read.input_norm(tokens.dense())
+    asks, inputs = read.query_norm(x), read.input_norm(tokens.materialize())
     pairs = ((asks, attention.query), (inputs, attention.key), (inputs, attention.value))
     made = (F.linear(tensor, layer.weight, layer.bias) for tensor, layer in pairs)
-    q, k, v = (rearrange(tensor, "b n (h d) -> b h n d", h=attention.heads) for tensor in made)
+    q, k, v = (rearrange(tensor, "b n (h d) -> b h n d", h=attention.num_heads) for tensor in made)
     got = rearrange(attend(q, k, v), "b h m d -> b m (h d)")
     return F.linear(got, attention.output.weight, attention.output.bias)
 
@@ -64,7 +64,7 @@ def einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhmn,bhnd->bhmd", scores.softmax(-1), v)
 
 
-def library(path: paths.Path, read: pc.CrossAttend, x: Tensor, tokens: pc.Tokens) -> Tensor:
+def library(path: reads.Strategy, read: pc.CrossAttend, x: Tensor, tokens: pc.Tokens) -> Tensor:
     """A read by this library."""
     read.path = path
     out: Tensor = read.attention(read.query_norm(x), read.keys_values(tokens, queries=x.shape[1]))
@@ -75,8 +75,8 @@ def library(path: paths.Path, read: pc.CrossAttend, x: Tensor, tokens: pc.Tokens
 READS: dict[str, Callable[[pc.CrossAttend, Tensor, pc.Tokens], Tensor]] = {
     "einsum": partial(written_out, einsum),
     "sdpa": partial(written_out, F.scaled_dot_product_attention),
-    "factored": partial(library, paths.Factored()),
-    "library": partial(library, paths.Cheapest()),
+    "factored": partial(library, reads.Factored()),
+    "library": partial(library, reads.Auto()),
 }
 
 
@@ -113,10 +113,10 @@ def state(read: Read, device: str) -> State:
     """A cross-attend, latents, and the tokens of pictures or sounds."""
     torch.manual_seed(0)
     dtype = getattr(torch, read.dtype)
-    where = pc.positions.Fourier(axes=len(read.grid), bands=read.bands, max_resolution=read.grid)
+    where = pc.positions.Fourier(num_axes=len(read.grid), num_bands=read.bands, max_resolution=read.grid)
     adapter = pc.adapters.Grid(read.channels, positions=where)
     attention = partial(pc.MultiHeadAttention, qk_dim=read.heads * read.head)
-    block = pc.CrossAttend(read.dim, adapter.dim, heads=read.heads, attention=attention).to(device, dtype)
+    block = pc.CrossAttend(read.dim, adapter.dim, num_heads=read.heads, attention=attention).to(device, dtype)
     latents = torch.randn(read.batch, read.latents, read.dim).to(device, dtype).requires_grad_()
     return block, latents, adapter(torch.randn(read.batch, *read.grid, read.channels).to(device, dtype))
 
@@ -154,9 +154,9 @@ def _work(passes: int, given: State) -> Work:
     read, latents, tokens = given
     attention: Any = read.attention
     batch, m, _ = latents.shape
-    touched = batch * tokens.n * tokens.dim * latents.element_size() + 2 * latents.nbytes
+    touched = batch * tokens.num_tokens * tokens.dim * latents.element_size() + 2 * latents.nbytes
     return Work(
-        flops=passes * batch * flops.attention(read, latents=m, tokens=tokens.n),
-        exps=batch * attention.heads * m * tokens.n,
+        flops=passes * batch * flops.attention(read, latents=m, tokens=tokens.num_tokens),
+        exps=batch * attention.num_heads * m * tokens.num_tokens,
         moved=touched * (1 if passes == 1 else 2),
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks import plots
 from benchmarks.contest import Candidate, Contest, Results, Row, Setting, Tensors, Work, compete_all
-from perceiver_core.attention.structured import eager, read_grid
+from perceiver_core.kernels.grid import eager, read_grid
 
 State: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]  # what `read_grid` takes
 LOG2E = 1.4426950408889634

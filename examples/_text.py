@@ -72,7 +72,7 @@ def pieces(scores: Tensor, length: int) -> Tensor:
     return scores[: len(scores) // windows * windows].reshape(-1, windows * scores.shape[1]).double().mean(1)
 
 
-class Near(pc.adapters.Ids):
+class Near(pc.adapters.TokenEmbedding):
     """Ids whose tokens also tell of their neighbors, by one convolution.
 
         x = vectors of ids and positions;  x + gelu(convolution(norm(x)))
@@ -85,7 +85,7 @@ class Near(pc.adapters.Ids):
         dim: the width.
         back: how many neighbors before a token are seen.
         ahead: how many after it.
-        positions: as for `Ids`.
+        positions: as for `TokenEmbedding`.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Near(pc.adapters.Ids):
 
     def forward(self, ids: Tensor, *, mask: Tensor | None = None, positions: Tensor | None = None) -> pc.Tokens:
         """The tokens; padding is as the outside is."""
-        x = super().forward(ids, mask=mask, positions=positions).dense()
+        x = super().forward(ids, mask=mask, positions=positions).materialize()
         seen = self.norm(x) if mask is None else self.norm(x) * mask[..., None]
         return pc.Tokens(x + F.gelu(self.near(F.pad(seen.mT, self.reach))).mT, mask=mask)
 

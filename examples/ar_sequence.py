@@ -36,16 +36,16 @@ def sequences(batch: int, length: int, generator: torch.Generator | None = None)
 
 def build() -> pc.PerceiverAR:
     """The model, turned as the published code does it, in all channels and with a base that suits the length."""
-    turned = pc.positions.Rotary(base=128, exponents=pc.positions.inclusive)
+    turned = pc.positions.Rotary(base=128, exponents=pc.positions.inclusive_exponents)
     attention = partial(pc.MultiHeadAttention, rotary=turned)
-    block = partial(pc.SelfAttend, attention=attention, mlp=partial(pc.MLP, widening=2))
+    block = partial(pc.SelfAttend, attention=attention, mlp=partial(pc.MLP, widening_factor=2))
     return pc.PerceiverAR(
-        pc.adapters.Ids(NOTES, dim=64),
-        latents=LATENTS,
+        pc.adapters.TokenEmbedding(NOTES, dim=64),
+        num_latents=LATENTS,
         depth=2,
-        heads=4,
-        read=partial(pc.CrossAttend, heads=2, attention=attention),
-        process=partial(pc.LatentTransformer, block=block),
+        num_heads=4,
+        cross_attention=partial(pc.CrossAttend, num_heads=2, attention=attention),
+        latent_transformer=partial(pc.LatentTransformer, block=block),
     )
 
 

@@ -34,8 +34,8 @@ PROMPT = b"\n    def __init__(self, "
 
 def build() -> pc.PerceiverAR:
     """The model: queries and keys are turned by their positions."""
-    read = partial(pc.models.perceiver_ar.READ, heads=3)
-    return pc.PerceiverAR(_text.Near(256, 192, back=7), latents=LATENTS, depth=3, heads=3, read=read)
+    read = partial(pc.models.perceiver_ar.CROSS_ATTENTION, num_heads=3)
+    return pc.PerceiverAR(_text.Near(256, 192, back=7), num_latents=LATENTS, depth=3, num_heads=3, cross_attention=read)
 
 
 def loss(model: Any, text: Tensor, batch: int = 8) -> Tensor:
@@ -94,7 +94,7 @@ def write_on(model: Any, text: Tensor, count: int) -> dict[str, str]:
     end = max(content.find(PROMPT, CONTEXT), CONTEXT) + len(PROMPT)
     prompt = torch.tensor([list(content[end - CONTEXT : end])])
     choose, generator = pc.models.sampling.Sample(temperature=0.6), torch.Generator().manual_seed(0)
-    ids = pc.generate(model, prompt, max_new_tokens=count, choose=choose, cache=False, generator=generator)
+    ids = pc.generate(model, prompt, max_new_tokens=count, sampler=choose, use_cache=False, generator=generator)
     return {"prompt": readable(prompt[0]), "new": readable(ids[0])}
 
 

@@ -51,19 +51,19 @@ def load() -> tuple[Digits, Digits]:
 
 def build() -> pc.Perceiver:
     """The model: 64 points to 16 latents, to ten logits."""
-    points = pc.adapters.Points(features=1, positions=pc.positions.Fourier(axes=2, bands=2, max_resolution=4))
-    mlp = partial(pc.MLP, widening=2)
+    points = pc.adapters.PointCloud(num_features=1, positions=pc.positions.Fourier(num_axes=2, num_bands=2, max_resolution=4))
+    mlp = partial(pc.MLP, widening_factor=2)
     attention = partial(pc.MultiHeadAttention, qk_dim=128)
     encoder = pc.Encoder(
         points.dim,
-        latents=16,
+        num_latents=16,
         dim=128,
         depth=2,
-        heads=4,
-        read=partial(pc.CrossAttend, heads=16, attention=attention, mlp=mlp),
-        process=partial(pc.LatentTransformer, block=partial(pc.SelfAttend, mlp=mlp, dropout=0.1)),
+        num_heads=4,
+        cross_attention=partial(pc.CrossAttend, num_heads=16, attention=attention, mlp=mlp),
+        latent_transformer=partial(pc.LatentTransformer, block=partial(pc.SelfAttend, mlp=mlp, dropout=0.1)),
     )
-    return pc.Perceiver(points, encoder, pc.heads.Classify(encoder.dim, classes=10))
+    return pc.Perceiver(points, encoder, pc.heads.Classification(encoder.dim, num_classes=10))
 
 
 def as_points(pictures: Tensor, order: Tensor) -> Tensor:

@@ -83,16 +83,16 @@ def in_test(x: int) -> bool:
 
 def build(channels: int) -> pc.PerceiverIO:
     """The model: visible pixels to 48 latents; a place, to its color."""
-    where = pc.positions.Fourier(axes=2, bands=8, max_resolution=SIDE // 2)
-    pixels = pc.adapters.Points(features=channels, positions=where)
-    mlp, attention = partial(pc.MLP, widening=2), partial(pc.MultiHeadAttention, qk_dim=128, v_dim=128)
-    read = partial(pc.CrossAttend, heads=8, attention=attention)
+    where = pc.positions.Fourier(num_axes=2, num_bands=8, max_resolution=SIDE // 2)
+    pixels = pc.adapters.PointCloud(num_features=channels, positions=where)
+    mlp, attention = partial(pc.MLP, widening_factor=2), partial(pc.MultiHeadAttention, qk_dim=128, v_dim=128)
+    read = partial(pc.CrossAttend, num_heads=8, attention=attention)
     process = partial(pc.LatentTransformer, block=partial(pc.SelfAttend, mlp=mlp))
-    encoder = pc.Encoder(pixels.dim, latents=48, dim=128, reads=2, depth=2, heads=4, read=read, process=process)
-    ask = pc.queries.OnGrid((SIDE, SIDE), where)
-    answer = partial(pc.CrossAttend, attention=attention, mlp=partial(pc.MLP, widening=4))
+    encoder = pc.Encoder(pixels.dim, num_latents=48, dim=128, num_reads=2, depth=2, num_heads=4, cross_attention=read, latent_transformer=process)
+    ask = pc.queries.Grid((SIDE, SIDE), where)
+    answer = partial(pc.CrossAttend, attention=attention, mlp=partial(pc.MLP, widening_factor=4))
     return pc.PerceiverIO(
-        pixels, encoder, ask, pc.Decoder(encoder.dim, query_dim=ask.dim, out=channels, heads=8, read=answer)
+        pixels, encoder, ask, pc.Decoder(encoder.dim, query_dim=ask.dim, out_dim=channels, num_heads=8, cross_attention=answer)
     )
 
 
@@ -123,7 +123,7 @@ def loss(model: nn.Module, data: Pictures, batch: int = 32) -> Tensor:
     points, mean, deviation = look(pictures, some(batch, data.visible, SIDE**2), data.least)
     asked = some(batch, ASKED, SIDE**2)
     wanted = pictures.flatten(2).mT.gather(1, asked[..., None].expand(-1, -1, pictures.shape[1]))
-    return F.mse_loss(model(points, at=asked), (wanted - mean) / deviation)
+    return F.mse_loss(model(points, query_inputs=asked), (wanted - mean) / deviation)
 
 
 @torch.no_grad()

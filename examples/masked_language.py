@@ -35,13 +35,13 @@ AROUND = (-1, 1, -2, 2)  # what the counts look at, nearest first
 
 def build() -> pc.PerceiverIO:
     """The model: ids, their neighbors and positions to latents; a token, to a logit for each id."""
-    text = _text.Near(MASK + 1, 128, back=4, ahead=4, positions=pc.positions.Indexed(LONGEST, 128))
-    read = partial(pc.CrossAttend, heads=8)
-    process = partial(pc.LatentTransformer, block=partial(pc.SelfAttend, mlp=partial(pc.MLP, widening=2)))
-    encoder = pc.Encoder(text.dim, latents=64, dim=128, depth=3, heads=4, read=read, process=process)
+    text = _text.Near(MASK + 1, 128, back=4, ahead=4, positions=pc.positions.LearnedEmbedding(LONGEST, 128))
+    read = partial(pc.CrossAttend, num_heads=8)
+    process = partial(pc.LatentTransformer, block=partial(pc.SelfAttend, mlp=partial(pc.MLP, widening_factor=2)))
+    encoder = pc.Encoder(text.dim, num_latents=64, dim=128, depth=3, num_heads=4, cross_attention=read, latent_transformer=process)
     ask = pc.queries.FromInputs(text.dim)
-    answer = partial(pc.CrossAttend, residual=True, mlp=partial(pc.MLP, widening=4))
-    decoder = pc.Decoder(encoder.dim, query_dim=ask.dim, out=text.dim, heads=8, read=answer)
+    answer = partial(pc.CrossAttend, residual=True, mlp=partial(pc.MLP, widening_factor=4))
+    decoder = pc.Decoder(encoder.dim, query_dim=ask.dim, out_dim=text.dim, num_heads=8, cross_attention=answer)
     return pc.PerceiverIO(text, encoder, ask, decoder, pc.heads.TiedLogits)
 
 
@@ -64,13 +64,13 @@ def loss(model: nn.Module, text: Tensor, batch: int = 16) -> Tensor:
     windows = text[torch.randint(len(text) - length + 1, (batch, 1)) + torch.arange(length)]
     ids, labels = masked(windows)
     at = asked(labels)
-    return F.cross_entropy(model(ids, at=at).mT, labels.gather(1, at))
+    return F.cross_entropy(model(ids, query_inputs=at).mT, labels.gather(1, at))
 
 
 @torch.no_grad()
 def answers(model: nn.Module, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """What the model takes each masked byte for, and what the right one costs in bits, both `n q`."""
-    logits = torch.cat([model(x, at=asked(y)) for x, y in zip(ids.split(64), labels.split(64), strict=True)])
+    logits = torch.cat([model(x, query_inputs=asked(y)) for x, y in zip(ids.split(64), labels.split(64), strict=True)])
     costs = F.cross_entropy(logits.mT, labels.gather(1, asked(labels)), reduction="none") / math.log(2)
     return logits[..., :MASK].argmax(-1), costs
 

@@ -146,16 +146,16 @@ def seen_twice(flow: Tensor) -> Tensor:
 
 def build() -> pc.PerceiverIO:
     """The model: a token a pixel to 32 latents; a token, to its flow."""
-    where = pc.positions.Fourier(axes=2, bands=8, max_resolution=(HIGH, WIDE))
-    pair = pc.adapters.FramePair(positions=where, channels=1, patch=PATCH, dim=128 - where.dim)
+    where = pc.positions.Fourier(num_axes=2, num_bands=8, max_resolution=(HIGH, WIDE))
+    pair = pc.adapters.FramePair(positions=where, num_channels=1, patch_size=PATCH, dim=128 - where.dim)
     attention = partial(pc.MultiHeadAttention, qk_dim=128, v_dim=128)
-    read = partial(pc.CrossAttend, heads=8, attention=attention, mlp=partial(pc.MLP, widening=2))
-    process = partial(pc.LatentTransformer, block=partial(pc.SelfAttend, mlp=partial(pc.MLP, widening=2)))
-    encoder = pc.Encoder(pair.dim, latents=32, dim=128, depth=2, heads=4, read=read, process=process)
+    read = partial(pc.CrossAttend, num_heads=8, attention=attention, mlp=partial(pc.MLP, widening_factor=2))
+    process = partial(pc.LatentTransformer, block=partial(pc.SelfAttend, mlp=partial(pc.MLP, widening_factor=2)))
+    encoder = pc.Encoder(pair.dim, num_latents=32, dim=128, depth=2, num_heads=4, cross_attention=read, latent_transformer=process)
     ask = pc.queries.FromInputs(pair.dim)
-    answer = partial(pc.CrossAttend, residual=True, attention=attention, mlp=partial(pc.MLP, widening=4))
-    decoder = pc.Decoder(encoder.dim, query_dim=ask.dim, out=2, heads=8, read=answer, chunk=256)
-    return pc.PerceiverIO(pair, encoder, ask, decoder, pc.heads.OnGrid((HIGH, WIDE), scale=0.25))
+    answer = partial(pc.CrossAttend, residual=True, attention=attention, mlp=partial(pc.MLP, widening_factor=4))
+    decoder = pc.Decoder(encoder.dim, query_dim=ask.dim, out_dim=2, num_heads=8, cross_attention=answer, chunk_size=256)
+    return pc.PerceiverIO(pair, encoder, ask, decoder, pc.heads.Grid((HIGH, WIDE), scale=0.25))
 
 
 def loss(model: nn.Module, rng: Generator) -> Tensor:
@@ -163,7 +163,7 @@ def loss(model: nn.Module, rng: Generator) -> Tensor:
     frames, flow = pairs(generated(BATCH, rng), rng)
     at = torch.rand(BATCH, HIGH * WIDE).argsort(1)[:, :ASKED]
     wanted = flow.flatten(2).mT.gather(1, at[..., None].expand(-1, -1, 2))
-    return end_point_error(model(frames, at=at), wanted)
+    return end_point_error(model(frames, query_inputs=at), wanted)
 
 
 @torch.no_grad()

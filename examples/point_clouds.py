@@ -138,17 +138,17 @@ def generate(split: int, count: int) -> Clouds:
 
 def build() -> pc.Perceiver:
     """The model: up to 450 points to 32 latents, to ten logits."""
-    points = pc.adapters.Points(positions=pc.positions.Fourier(axes=3, bands=8, max_resolution=12))
-    read = partial(pc.CrossAttend, heads=8, attention=partial(pc.MultiHeadAttention, qk_dim=128, v_dim=128))
-    process = partial(pc.LatentTransformer, block=partial(pc.SelfAttend, mlp=partial(pc.MLP, widening=2)))
-    encoder = pc.Encoder(points.dim, latents=32, dim=128, reads=2, depth=2, heads=4, read=read, process=process)
-    return pc.Perceiver(points, encoder, pc.heads.Classify(encoder.dim, classes=len(SHAPES)))
+    points = pc.adapters.PointCloud(positions=pc.positions.Fourier(num_axes=3, num_bands=8, max_resolution=12))
+    read = partial(pc.CrossAttend, num_heads=8, attention=partial(pc.MultiHeadAttention, qk_dim=128, v_dim=128))
+    process = partial(pc.LatentTransformer, block=partial(pc.SelfAttend, mlp=partial(pc.MLP, widening_factor=2)))
+    encoder = pc.Encoder(points.dim, num_latents=32, dim=128, num_reads=2, depth=2, num_heads=4, cross_attention=read, latent_transformer=process)
+    return pc.Perceiver(points, encoder, pc.heads.Classification(encoder.dim, num_classes=len(SHAPES)))
 
 
 def loss(model: nn.Module, clouds: Clouds, batch: int = 64) -> Tensor:
     """Cross-entropy of clouds drawn at random, each turned anew."""
     chosen = torch.randint(len(clouds.labels), (batch,)).tolist()
-    points, mask = pc.adapters.pad_clouds([clouds.points[i] for i in chosen])
+    points, mask = pc.adapters.pad_point_clouds([clouds.points[i] for i in chosen])
     turns = torch.linalg.qr(torch.randn(batch, 3, 3))[0]
     return F.cross_entropy(model(points @ turns, mask=mask), clouds.labels[chosen], label_smoothing=0.05)
 
@@ -156,7 +156,7 @@ def loss(model: nn.Module, clouds: Clouds, batch: int = 64) -> Tensor:
 @torch.no_grad()
 def answers(model: nn.Module, clouds: Clouds) -> Tensor:
     """The number of the shape that the model sees in each cloud."""
-    batches = (pc.adapters.pad_clouds(clouds.points[i : i + 100]) for i in range(0, len(clouds.points), 100))
+    batches = (pc.adapters.pad_point_clouds(clouds.points[i : i + 100]) for i in range(0, len(clouds.points), 100))
     return torch.cat([model(points, mask=mask).argmax(-1) for points, mask in batches])
 
 

@@ -99,20 +99,20 @@ def spectrogram(samples: Tensor) -> Tensor:
 
 def build(adapter: nn.Module, *, qk: int) -> pc.Perceiver:
     """The model: the tokens of a recording to 32 latents, to ten logits."""
-    read = partial(pc.CrossAttend, heads=8, attention=partial(pc.MultiHeadAttention, qk_dim=qk, v_dim=128))
-    process = partial(pc.LatentTransformer, block=partial(pc.SelfAttend, mlp=partial(pc.MLP, widening=2)))
-    encoder = pc.Encoder(adapter.dim, latents=32, dim=128, reads=2, depth=2, heads=4, read=read, process=process)
-    return pc.Perceiver(adapter, encoder, pc.heads.Classify(encoder.dim, classes=len(WORDS)))
+    read = partial(pc.CrossAttend, num_heads=8, attention=partial(pc.MultiHeadAttention, qk_dim=qk, v_dim=128))
+    process = partial(pc.LatentTransformer, block=partial(pc.SelfAttend, mlp=partial(pc.MLP, widening_factor=2)))
+    encoder = pc.Encoder(adapter.dim, num_latents=32, dim=128, num_reads=2, depth=2, num_heads=4, cross_attention=read, latent_transformer=process)
+    return pc.Perceiver(adapter, encoder, pc.heads.Classification(encoder.dim, num_classes=len(WORDS)))
 
 
 def raw() -> pc.Perceiver:
     """From 80 tokens of 64 samples."""
-    return build(pc.adapters.Audio(64, positions=pc.positions.Fourier(axes=1, bands=32, max_resolution=80)), qk=256)
+    return build(pc.adapters.Audio(64, positions=pc.positions.Fourier(num_axes=1, num_bands=32, max_resolution=80)), qk=256)
 
 
 def of_spectrogram() -> pc.Perceiver:
     """From 32 x 64 tokens of one value."""
-    where = pc.positions.Fourier(axes=2, bands=8, max_resolution=(BINS, 32))
+    where = pc.positions.Fourier(num_axes=2, num_bands=8, max_resolution=(BINS, 32))
     return build(pc.adapters.Spectrogram(positions=where), qk=64)
 
 

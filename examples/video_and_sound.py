@@ -118,32 +118,32 @@ def generate(split: int, count: int) -> Clips:
 
 def build() -> pc.PerceiverIO:
     """The model: blocks, notes and a label to 8 latents of 64 numbers; places in video and sound, to what is there."""
-    space = pc.positions.Fourier(axes=3, bands=4, max_resolution=GRID)
-    time = pc.positions.Fourier(axes=1, bands=4, max_resolution=FRAMES)
+    space = pc.positions.Fourier(num_axes=3, num_bands=4, max_resolution=GRID)
+    time = pc.positions.Fourier(num_axes=1, num_bands=4, max_resolution=FRAMES)
     adapters = {
-        "video": pc.adapters.Video(1, positions=space, patch=(1, *BLOCK)),
+        "video": pc.adapters.Video(1, positions=space, patch_size=(1, *BLOCK)),
         "sound": pc.adapters.Audio(NOTE, positions=time),
-        "label": pc.adapters.Label(len(MOVES)),
+        "label": pc.adapters.OneHotLabel(len(MOVES)),
     }
-    together = pc.adapters.Multimodal(adapters, drop={"video": 0.2, "sound": 0.2, "label": 0.5})
-    mlp, attention = partial(pc.MLP, widening=4), partial(pc.MultiHeadAttention, qk_dim=128, v_dim=128)
-    read = partial(pc.CrossAttend, heads=4, attention=attention, mlp=mlp)
+    together = pc.adapters.Multimodal(adapters, modality_dropout={"video": 0.2, "sound": 0.2, "label": 0.5})
+    mlp, attention = partial(pc.MLP, widening_factor=4), partial(pc.MultiHeadAttention, qk_dim=128, v_dim=128)
+    read = partial(pc.CrossAttend, num_heads=4, attention=attention, mlp=mlp)
     process = partial(pc.LatentTransformer, block=partial(pc.SelfAttend, mlp=mlp))
     encoder = pc.Encoder(
-        together.dim, latents=LATENTS, dim=DIM, reads=2, depth=2, heads=4, share=False, read=read, process=process
+        together.dim, num_latents=LATENTS, dim=DIM, num_reads=2, depth=2, num_heads=4, share=False, cross_attention=read, latent_transformer=process
     )
     sources = {
-        "video": pc.queries.OnGrid(GRID, space),
-        "sound": pc.queries.OnGrid((FRAMES,), time),
+        "video": pc.queries.Grid(GRID, space),
+        "sound": pc.queries.Grid((FRAMES,), time),
         "label": pc.queries.Learned(1, space.dim),
     }
-    ask = pc.queries.Multimodal(sources, least=128 - space.dim)
+    ask = pc.queries.Multimodal(sources, min_modality_channels=128 - space.dim)
     heads = {
-        "video": pc.heads.Values(ask.dim, BLOCK[0] * BLOCK[1]),
-        "sound": pc.heads.Samples(ask.dim, NOTE),
-        "label": pc.heads.Only(pc.heads.Values(ask.dim, len(MOVES))),
+        "video": pc.heads.Linear(ask.dim, BLOCK[0] * BLOCK[1]),
+        "sound": pc.heads.Waveform(ask.dim, NOTE),
+        "label": pc.heads.SingleQuery(pc.heads.Linear(ask.dim, len(MOVES))),
     }
-    decoder = pc.Decoder(encoder.dim, query_dim=ask.dim, heads=4, read=read)
+    decoder = pc.Decoder(encoder.dim, query_dim=ask.dim, num_heads=4, cross_attention=read)
     return pc.PerceiverIO(together, encoder, ask, decoder, pc.heads.Multimodal(heads))
 
 
@@ -172,7 +172,7 @@ def loss(model: nn.Module, clips: Clips, batch: int = 32) -> Tensor:
     wanted = {"video": pixels[:, at["video"]], "sound": notes[:, at["sound"]].flatten(1), "label": some.label}
     kinds: dict[str, tuple[losses.Loss, float]]
     kinds = {"video": (F.mse_loss, 60.0), "sound": (F.mse_loss, 50.0), "label": (F.cross_entropy, 0.1)}
-    return losses.weighted(model(shown(some), at=at), wanted, kinds)[0]
+    return losses.weighted(model(shown(some), query_inputs=at), wanted, kinds)[0]
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ def test_not_empty() -> None:
 
 def test_has_channels() -> None:
     checks.has_channels("image", torch.zeros(2, 3, 5, 7), 1, 3)
-    hint = "Build the adapter with channels=7, or move the channel axis"
+    hint = "Build the adapter with num_channels=7, or move the channel axis"
     with says(ValueError, f"image must have 3 channels in axis 1; got 7 (shape (2, 7, 5, 3)). {hint}"):
         checks.has_channels("image", torch.zeros(2, 7, 5, 3), 1, 3)
 

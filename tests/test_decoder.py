@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import perceiver_core as pc
 from perceiver_core import CrossAttend, Decoder, MultiHeadAttention
-from perceiver_core.attention import inverted
+from perceiver_core.kernels import inverted
 from tests.memory import Kept
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
@@ -23,7 +23,7 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 def decoder(**options) -> Decoder:
     torch.manual_seed(0)
-    made = Decoder(13, query_dim=11, **{"out": 3, **options}).double()
+    made = Decoder(13, query_dim=11, **{"out_dim": 3, **options}).double()
     with torch.no_grad():
         for weight in made.parameters():
             weight.add_(torch.randn_like(weight) * 0.3)
@@ -38,21 +38,21 @@ def outcome(made: Decoder, latents: Tensor, queries: Tensor, **named) -> list[Te
 
 def test_it_is_a_read_and_a_linear_layer():
     made, latents, queries = decoder(), drawn(2, 7, 13), drawn(2, 5, 11, seed=1)
-    torch.testing.assert_close(made(latents, queries), made.output(made.read(queries, latents)), **EXACT)
-    assert made.read.residual is False and made.out == 3
+    torch.testing.assert_close(made(latents, queries), made.output(made.cross_attention(queries, latents)), **EXACT)
+    assert made.cross_attention.residual is False and made.out_dim == 3
 
 
 def test_without_a_width_of_its_own_an_answer_is_as_wide_as_a_query():
-    made = decoder(out=None)
-    assert made.out == 11 and made(drawn(2, 7, 13), drawn(2, 5, 11)).shape == (2, 5, 11)
+    made = decoder(out_dim=None)
+    assert made.out_dim == 11 and made(drawn(2, 7, 13), drawn(2, 5, 11)).shape == (2, 5, 11)
 
 
 @pytest.mark.parametrize("mlp", [pc.MLP, None], ids=["mlp", "no mlp"])
 @pytest.mark.parametrize("residual", [False, True])
 def test_residual_and_mlp_are_the_reads(residual, mlp):
-    made = decoder(read=partial(CrossAttend, residual=residual, mlp=mlp))
+    made = decoder(cross_attention=partial(CrossAttend, residual=residual, mlp=mlp))
     latents, queries = drawn(2, 7, 13), drawn(2, 5, 11, seed=1)
-    read = made.read
+    read = made.cross_attention
     wanted = read.attention(read.query_norm(queries), read.keys_values(latents, queries=5))
     wanted = wanted + queries if residual else wanted
     wanted = wanted if mlp is None else wanted + read.mlp(read.mlp_norm(wanted))
@@ -63,7 +63,7 @@ def test_residual_and_mlp_are_the_reads(residual, mlp):
 def test_chunks_change_nothing(chunk):
     latents, queries, mask = drawn(2, 7, 13), drawn(2, 11, 11, seed=1), torch.rand(2, 11) < 0.6
     for named in ({}, {"mask": mask}):
-        whole, pieces = (outcome(decoder(chunk=size), latents, queries, **named) for size in (None, chunk))
+        whole, pieces = (outcome(decoder(chunk_size=size), latents, queries, **named) for size in (None, chunk))
         torch.testing.assert_close(pieces, whole, **EXACT)
 
 
@@ -72,7 +72,7 @@ def test_chunks_keep_no_more_than_their_answers():
     kept = {}
     for chunk in (None, 50):
         made, queries = (
-            decoder(chunk=chunk, read=partial(CrossAttend, mlp=partial(pc.MLP, widening=8))),
+            decoder(chunk_size=chunk, cross_attention=partial(CrossAttend, mlp=partial(pc.MLP, widening_factor=8))),
             drawn(1, 2000, 11),
         )
         with Kept() as seen:
@@ -99,12 +99,12 @@ def test_one_set_of_queries_serves_all_samples():
 
 
 def test_a_query_that_is_not_there_reads_nothing():
-    made = decoder(read=partial(CrossAttend, residual=False, mlp=None), out=None)
+    made = decoder(cross_attention=partial(CrossAttend, residual=False, mlp=None), out_dim=None)
     latents, queries = drawn(2, 7, 13), drawn(2, 5, 11, seed=1)
     mask = torch.tensor([[True, False, True, True, False]] * 2)
     answers = made(latents, queries, mask=mask)
     torch.testing.assert_close(answers[mask], made(latents, queries)[mask], **EXACT)
-    torch.testing.assert_close(answers[~mask], made.read.attention.output.bias.expand(4, -1), **EXACT)
+    torch.testing.assert_close(answers[~mask], made.cross_attention.attention.output.bias.expand(4, -1), **EXACT)
 
 
 def test_a_dictionary_of_queries_gives_one_of_answers():
@@ -118,7 +118,7 @@ def test_a_dictionary_of_queries_gives_one_of_answers():
 
 @pytest.mark.parametrize("chunk", [None, 4])
 def test_masks_of_each_kind(chunk):
-    made = decoder(read=partial(CrossAttend, residual=False, mlp=None), out=None, chunk=chunk)
+    made = decoder(cross_attention=partial(CrossAttend, residual=False, mlp=None), out_dim=None, chunk_size=chunk)
     latents, asked = drawn(2, 7, 13), {"flow": drawn(2, 5, 11, seed=1), "label": drawn(1, 1, 11, seed=2)}
     there = torch.tensor([[True, False, True, True, False], [False] * 5])
     answers = made(latents, asked, mask={"flow": there})
@@ -141,15 +141,15 @@ def test_one_question_for_all_samples_and_masks_of_each():
 
 def test_queries_that_compete_are_asked_at_once():
     slots = partial(CrossAttend, attention=partial(MultiHeadAttention, kernel=partial(inverted)))
-    assert Decoder(13, query_dim=11, read=slots).chunk is None
-    with pytest.raises(ValueError, match="chunk must be None where queries compete for what they read; got 3"):
-        Decoder(13, query_dim=11, read=slots, chunk=3)
+    assert Decoder(13, query_dim=11, cross_attention=slots).chunk_size is None
+    with pytest.raises(ValueError, match="chunk_size must be None where queries compete for what they read; got 3"):
+        Decoder(13, query_dim=11, cross_attention=slots, chunk_size=3)
 
 
 @pytest.mark.parametrize("heads", [1, 13])
 def test_attention_maps_are_those_of_the_read(heads):
-    made, latents, queries = decoder(heads=heads), drawn(2, 7, 13), drawn(5, 11, seed=1)
-    read = made.read
+    made, latents, queries = decoder(num_heads=heads), drawn(2, 7, 13), drawn(5, 11, seed=1)
+    read = made.cross_attention
     keys = read.attention.key(read.input_norm(latents)).unflatten(-1, (heads, -1)).transpose(1, 2)
     asked = read.attention.query(read.query_norm(queries)).unflatten(-1, (heads, -1)).transpose(0, 1)
     wanted = (asked @ keys.mT / (13 // heads) ** 0.5).softmax(-1)
@@ -163,10 +163,10 @@ def test_attention_maps_are_those_of_the_read(heads):
 
 
 def test_maps_and_values_make_the_answer():
-    made = decoder(read=partial(CrossAttend, residual=False, mlp=None), out=None)
+    made = decoder(cross_attention=partial(CrossAttend, residual=False, mlp=None), out_dim=None)
     latents, queries = drawn(2, 7, 13), drawn(2, 5, 11, seed=1)
-    values = made.read.attention.value(made.read.input_norm(latents))
-    wanted = made.read.attention.output(made.attention_map(latents, queries)[:, 0] @ values)
+    values = made.cross_attention.attention.value(made.cross_attention.input_norm(latents))
+    wanted = made.cross_attention.attention.output(made.attention_map(latents, queries)[:, 0] @ values)
     torch.testing.assert_close(made(latents, queries), wanted, **EXACT)
 
 
@@ -178,11 +178,11 @@ def test_refused_maps():
 
 
 def test_it_is_saved_and_loaded(tmp_path):
-    made = Decoder(13, query_dim=11, out=3, heads=1, read=partial(CrossAttend, mlp=None), chunk=7)
+    made = Decoder(13, query_dim=11, out_dim=3, num_heads=1, cross_attention=partial(CrossAttend, mlp=None), chunk_size=7)
     again = pc.load(pc.save(made, tmp_path))
     latents, queries = torch.randn(2, 7, 13), torch.randn(2, 9, 11)
     torch.testing.assert_close(again(latents, queries), made(latents, queries))
-    assert again.chunk == 7
+    assert again.chunk_size == 7
 
 
 @pytest.mark.compile
@@ -219,7 +219,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"mask must have shape \(2, 5\)"):
             decoder()(drawn(2, 7, 13), drawn(2, 5, 11), mask=torch.ones(2, 4, dtype=torch.bool))
 
-    @pytest.mark.parametrize("sizes", [{"dim": 0}, {"query_dim": 0}, {"chunk": 0}])
+    @pytest.mark.parametrize("sizes", [{"dim": 0}, {"query_dim": 0}, {"chunk_size": 0}])
     def test_refused_sizes(self, sizes):
         with pytest.raises(ValueError, match=f"{next(iter(sizes))} must be a whole number"):
             Decoder(**{"dim": 3, "query_dim": 4, **sizes})
@@ -228,7 +228,7 @@ class TestRefusals:
 def test_a_head_of_identity_by_default():
     assert isinstance(
         pc.PerceiverIO(
-            nn.Identity(), pc.Encoder(3, latents=2, dim=8), pc.queries.Learned(2, 4), Decoder(8, query_dim=4)
+            nn.Identity(), pc.Encoder(3, num_latents=2, dim=8), pc.queries.Learned(2, 4), Decoder(8, query_dim=4)
         ).head,
         nn.Identity,
     )

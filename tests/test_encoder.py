@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from perceiver_core import CrossAttend, Encoder, MultiHeadAttention, SelfAttend, Tokens, sharing
-from perceiver_core.attention import fastest, masks, reference
+from perceiver_core import masks
+from perceiver_core.kernels import fastest, reference
 from perceiver_core.blocks import LatentTransformer
 from perceiver_core.sharing import Sharing
 
@@ -32,7 +33,7 @@ each_scheme = pytest.mark.parametrize("share", SCHEMES.values(), ids=SCHEMES.key
 
 def encoder(input_dim=INPUT_DIM, *, reads=4, depth=1, **options):
     torch.manual_seed(0)
-    made = Encoder(input_dim, latents=LATENTS, dim=DIM, reads=reads, depth=depth, heads=HEADS, **options).double()
+    made = Encoder(input_dim, num_latents=LATENTS, dim=DIM, num_reads=reads, depth=depth, num_heads=HEADS, **options).double()
     with torch.no_grad():
         for parameter in made.parameters():  # biases start at zero, latents small: make all matter
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
@@ -138,7 +139,7 @@ class TestSharing:
     def test_errors_of_schemes(self):
         with pytest.raises(TypeError, match=r"share must be True, False or a scheme such as sharing\.all_; got 'all'"):
             encoder(share="all")
-        with pytest.raises(ValueError, match="share must plan for reads=4 steps; it planned 3"):
+        with pytest.raises(ValueError, match="share must plan for num_reads=4 steps; it planned 3"):
             encoder(share=lambda steps: sharing.all_(3))
 
 
@@ -172,7 +173,7 @@ class TestInputsPerRead:
     def test_tokens_with_positions(self):
         made = encoder([INPUT_DIM] * 3, reads=3)
         inputs = [grid(), array(), grid()]
-        dense = [grid().dense(), array(), grid().dense()]
+        dense = [grid().materialize(), array(), grid().materialize()]
         torch.testing.assert_close(made(inputs), made(dense), **EXACT)
 
     def test_errors(self):
@@ -220,13 +221,13 @@ def test_latents_are_those_of_the_encoder_for_every_sample():
 
 def test_parts_are_made_by_what_is_given():
     made = encoder(
-        read=partial(CrossAttend, heads=3, attention=partial(MultiHeadAttention, qk_dim=9)),
-        process=partial(LatentTransformer, block=partial(SelfAttend, dropout=0.1)),
+        cross_attention=partial(CrossAttend, num_heads=3, attention=partial(MultiHeadAttention, qk_dim=9)),
+        latent_transformer=partial(LatentTransformer, block=partial(SelfAttend, dropout=0.1)),
         depth=2,
     )
-    assert {read.attention.heads for read in made.reads} == {3}
+    assert {read.attention.num_heads for read in made.reads} == {3}
     assert [block.dropout.p for block in made.transformers[0].blocks] == [0.1, 0.1]
-    assert [block.attention.heads for block in made.transformers[0].blocks] == [HEADS, HEADS]
+    assert [block.attention.num_heads for block in made.transformers[0].blocks] == [HEADS, HEADS]
 
 
 class Counting:
@@ -256,7 +257,7 @@ class TestAttentionMap:
         torch.testing.assert_close(made.attention_map(array(), read=read), wanted, **EXACT)
 
     def test_chosen_queries(self):
-        made = encoder(read=partial(CrossAttend, heads=11))
+        made = encoder(cross_attention=partial(CrossAttend, num_heads=11))
         whole = made.attention_map(array())
         assert whole.shape == (BATCH, 11, LATENTS, N)
         for queries in ([4, 0], torch.tensor([4, 0])):
@@ -266,8 +267,8 @@ class TestAttentionMap:
     def test_other_reads_stay_on_their_kernel(self, read):
         kernel, latent_kernel = Counting(), Counting()
         made = encoder(
-            read=partial(CrossAttend, attention=partial(MultiHeadAttention, kernel=kernel)),
-            process=partial(
+            cross_attention=partial(CrossAttend, attention=partial(MultiHeadAttention, kernel=kernel)),
+            latent_transformer=partial(
                 LatentTransformer,
                 block=partial(SelfAttend, attention=partial(MultiHeadAttention, kernel=latent_kernel)),
             ),
@@ -303,9 +304,9 @@ def test_the_default_kernel_is_the_fastest():
 
 
 def test_errors_of_sizes():
-    with pytest.raises(ValueError, match="latents must be a whole number of at least 1; got 0"):
-        Encoder(3, latents=0, dim=DIM)
+    with pytest.raises(ValueError, match="num_latents must be a whole number of at least 1; got 0"):
+        Encoder(3, num_latents=0, dim=DIM)
     with pytest.raises(ValueError, match="reads must be at most 10000; got 10001"):
-        Encoder(3, latents=5, dim=DIM, reads=10_001)
+        Encoder(3, num_latents=5, dim=DIM, num_reads=10_001)
     with pytest.raises(ValueError, match=r"depth must lie in 0 \.\.\. 10,000; got -1"):
-        Encoder(3, latents=5, dim=DIM, depth=-1, heads=7)
+        Encoder(3, num_latents=5, dim=DIM, depth=-1, num_heads=7)

@@ -23,18 +23,18 @@ from perceiver_core import (
 
 
 def fourier(axes):
-    return positions.Fourier(axes=axes, bands=2, max_resolution=7)
+    return positions.Fourier(num_axes=axes, num_bands=2, max_resolution=7)
 
 
 def model(adapter):
-    encoder = Encoder(adapter.dim, latents=5, dim=14, reads=2, depth=1, heads=7)
-    return Perceiver(adapter, encoder, heads.Classify(encoder.dim, 11))
+    encoder = Encoder(adapter.dim, num_latents=5, dim=14, num_reads=2, depth=1, num_heads=7)
+    return Perceiver(adapter, encoder, heads.Classification(encoder.dim, 11))
 
 
 IMAGE = adapters.Image(3, positions=fourier(2))
-AUDIO = adapters.Audio(patch=7, positions=fourier(1))
+AUDIO = adapters.Audio(patch_size=7, positions=fourier(1))
 SPECTROGRAM = adapters.Spectrogram(positions=fourier(2))
-POINTS = adapters.Points(2, positions=fourier(3))
+POINTS = adapters.PointCloud(2, positions=fourier(3))
 VIDEO = adapters.Grid(3, positions=fourier(3))
 GOOD = {
     "image": (IMAGE, torch.rand(2, 3, 7, 5), (2, 7, 5), "pictures"),
@@ -86,7 +86,7 @@ def test_a_rank_that_is_off_by_more_gets_no_hint_of_a_batch_axis():
     "adapter, x, message",
     [
         (IMAGE, torch.rand(2, 1, 7, 5), "pictures must have 3 channels in axis 1; got 1 (shape (2, 1, 7, 5))"),
-        (IMAGE, torch.rand(2, 1, 7, 5), "Build the adapter with channels=1, or move the channel axis"),
+        (IMAGE, torch.rand(2, 1, 7, 5), "Build the adapter with num_channels=1, or move the channel axis"),
         (IMAGE, torch.rand(2, 7, 5, 3), "pictures must have 3 channels in axis 1; got 7"),
         (VIDEO, torch.rand(2, 3, 2, 5, 7), "array must have 3 channels in axis 4; got 7"),
         (POINTS, torch.rand(2, 11, 3), "points must have 5 features in its last axis (b n f); got shape (2, 11, 3)"),
@@ -123,7 +123,7 @@ def test_infinities_that_cancel_are_seen():
 
 
 def test_large_values_are_not_infinite():
-    assert AUDIO(torch.full((2, 21), torch.finfo(torch.float32).max)).n == 3
+    assert AUDIO(torch.full((2, 21), torch.finfo(torch.float32).max)).num_tokens == 3
 
 
 @each_adapter
@@ -177,7 +177,7 @@ def test_another_device_than_the_models(adapter, good, grid, name):
 
 
 def test_masks_of_a_call():
-    encoder = Encoder(3, latents=5, dim=14, depth=1, heads=7)
+    encoder = Encoder(3, num_latents=5, dim=14, depth=1, num_heads=7)
     x = torch.rand(2, 11, 3)
     with fails(TypeError, "mask must be a boolean tensor"):
         encoder(x, mask=torch.ones(2, 1, 1, 11))
@@ -188,7 +188,7 @@ def test_masks_of_a_call():
 
 
 def test_tokens_that_an_encoder_cannot_read():
-    encoder = Encoder(3, latents=5, dim=14, depth=1, heads=7)
+    encoder = Encoder(3, num_latents=5, dim=14, depth=1, num_heads=7)
     with fails(ValueError, "tokens must have 3 features in its last axis (b n c); got shape (2, 11, 7)"):
         encoder(torch.rand(2, 11, 7))
     with fails(ValueError, "tokens must have 3 axes (b n c); got shape (11, 3); add a batch axis"):
@@ -203,22 +203,22 @@ def test_tokens_that_an_encoder_cannot_read():
 def test_heads_that_do_not_divide(width):
     widths = {"qk_dim": 12, "v_dim": 12, width: 14}
     with fails(
-        ValueError, f"heads must divide {width}; got heads=4, {width}=14.", f"partial(MultiHeadAttention, {width}=16)"
+        ValueError, f"num_heads must divide {width}; got num_heads=4, {width}=14.", f"partial(MultiHeadAttention, {width}=16)"
     ):
-        MultiHeadAttention(13, heads=4, **widths)
-    with fails(ValueError, "heads must divide qk_dim; got heads=3, qk_dim=13"):
-        CrossAttend(14, 13, heads=3)
+        MultiHeadAttention(13, num_heads=4, **widths)
+    with fails(ValueError, "num_heads must divide qk_dim; got num_heads=3, qk_dim=13"):
+        CrossAttend(14, 13, num_heads=3)
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5, float("nan")])
 @pytest.mark.parametrize(
     "make",
     [
-        partial(MultiHeadAttention, 14, heads=7),
+        partial(MultiHeadAttention, 14, num_heads=7),
         partial(CrossAttend, 14, 13),
-        partial(SelfAttend, 14, heads=7),
-        partial(heads.Classify, 14, 3),
-        partial(heads.Regress, 14),
+        partial(SelfAttend, 14, num_heads=7),
+        partial(heads.Classification, 14, 3),
+        partial(heads.Regression, 14),
     ],
 )
 def test_dropout_out_of_range(make, rate):
@@ -231,16 +231,16 @@ def test_dropout_out_of_range(make, rate):
     "make, name",
     [
         (lambda size: MultiHeadAttention(size), "dim"),
-        (lambda size: MultiHeadAttention(14, heads=size), "heads"),
+        (lambda size: MultiHeadAttention(14, num_heads=size), "num_heads"),
         (lambda size: CrossAttend(14, size), "input_dim"),
         (lambda size: SelfAttend(size), "dim"),
-        (lambda size: MLP(14, widening=size), "widening"),
-        (lambda size: Encoder(3, latents=size, dim=14), "latents"),
-        (lambda size: Encoder(3, latents=5, dim=14, reads=size), "reads"),
-        (lambda size: heads.Regress(14, size), "values"),
-        (lambda size: adapters.Image(size, positions=None), "channels"),
-        (lambda size: adapters.Audio(size, positions=None), "patch"),
-        (lambda size: adapters.Grid(size, positions=None), "channels"),
+        (lambda size: MLP(14, widening_factor=size), "widening_factor"),
+        (lambda size: Encoder(3, num_latents=size, dim=14), "num_latents"),
+        (lambda size: Encoder(3, num_latents=5, dim=14, num_reads=size), "num_reads"),
+        (lambda size: heads.Regression(14, size), "num_outputs"),
+        (lambda size: adapters.Image(size, positions=None), "num_channels"),
+        (lambda size: adapters.Audio(size, positions=None), "patch_size"),
+        (lambda size: adapters.Grid(size, positions=None), "num_channels"),
         (lambda size: adapters.Project(3, dim=size), "dim"),
         (lambda size: adapters.ConvStem(3, dim=size), "dim"),
     ],
@@ -263,6 +263,6 @@ def test_number_of_inputs():
     both = adapters.PerRead([IMAGE, AUDIO])
     with fails(ValueError, "inputs must be 2, one an adapter; got 3"):
         both([torch.rand(2, 3, 7, 5)] * 3)
-    encoder = Encoder(both.dim, latents=5, dim=14, reads=2, depth=1, heads=7, share=False)
+    encoder = Encoder(both.dim, num_latents=5, dim=14, num_reads=2, depth=1, num_heads=7, share=False)
     with fails(ValueError, "inputs must be one for each of 2 reads; got 1"):
         encoder(IMAGE(torch.rand(2, 3, 7, 5)))

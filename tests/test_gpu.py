@@ -15,16 +15,17 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import perceiver_core as pc
-from perceiver_core import paths
-from perceiver_core.attention import masks, reference, sdpa
-from perceiver_core.attention.masks import Mask
-from perceiver_core.attention.sdpa import kernel_for
-from perceiver_core.attention.structured import gpu
+from perceiver_core import reads
+from perceiver_core import masks
+from perceiver_core.kernels import reference, sdpa
+from perceiver_core.masks import Mask
+from perceiver_core.kernels.sdpa import kernel_for
+from perceiver_core.kernels.grid import gpu
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
 CUDA = torch.device("cuda")
-STRUCTURED = paths.Structured()
+STRUCTURED = reads.Structured()
 WAYS = {
     "flash or cuDNN": {"_scaled_dot_product_flash_attention", "_scaled_dot_product_cudnn_attention"},
     "flash, packed": {"_flash_attention_forward"},
@@ -68,13 +69,13 @@ def padding(batch: int, keys: int) -> Tensor:
     return torch.arange(keys, device=CUDA) < torch.tensor([[keys], [keys // 3 + 1]] * (batch // 2), device=CUDA)
 
 
-def model(path: paths.Path | None = None, *, reads: int = 2) -> pc.Perceiver:
+def model(path: reads.Strategy | None = None, *, reads: int = 2) -> pc.Perceiver:
     torch.manual_seed(0)
-    image = pc.adapters.Image(3, positions=pc.positions.Fourier(axes=2, bands=8, max_resolution=64))
-    encoder = pc.Encoder(image.dim, latents=48, dim=64, depth=2, heads=4, reads=reads)
-    whole = pc.Perceiver(image, encoder, pc.heads.Classify(encoder.dim, classes=10)).to(CUDA)
+    image = pc.adapters.Image(3, positions=pc.positions.Fourier(num_axes=2, num_bands=8, max_resolution=64))
+    encoder = pc.Encoder(image.dim, num_latents=48, dim=64, depth=2, num_heads=4, num_reads=reads)
+    whole = pc.Perceiver(image, encoder, pc.heads.Classification(encoder.dim, num_classes=10)).to(CUDA)
     if path is not None:
-        paths.use(whole, path)
+        reads.set_strategy(whole, path)
     return whole
 
 
@@ -139,7 +140,7 @@ def test_samples_with_nothing_to_attend_to_are_zero() -> None:
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 def test_a_whole_model_falls_back_nowhere(masked: bool) -> None:
-    whole = model(paths.Dense())
+    whole = model(reads.Dense())
     pictures, mask = torch.rand(PICTURES, device=CUDA), torch.rand(4, 61, 67, device=CUDA) < 0.5
 
     def step() -> None:
@@ -153,7 +154,7 @@ def test_a_whole_model_falls_back_nowhere(masked: bool) -> None:
 
 def test_explain_names_the_kernel() -> None:
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        first = pc.explain(model(paths.Dense()), torch.rand(PICTURES, device=CUDA))[0]
+        first = pc.explain_reads(model(reads.Dense()), torch.rand(PICTURES, device=CUDA))[0]
     assert "by the flash or cuDNN kernel" in first.why
 
 
@@ -171,7 +172,7 @@ def test_the_triton_kernels_run_and_nothing_else_attends() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_all_paths_agree(dtype: torch.dtype) -> None:
     results = []
-    for path in (paths.Dense(), STRUCTURED, paths.Factored()):
+    for path in (reads.Dense(), STRUCTURED, reads.Factored()):
         whole = model(path).to(dtype)
         out = whole(torch.rand(PICTURES, device=CUDA, generator=torch.Generator(CUDA).manual_seed(1)).to(dtype))
         gradients = torch.autograd.grad(out.float().square().mean(), list(whole.parameters()))
@@ -199,9 +200,9 @@ def test_results_repeat_to_the_bit() -> None:
 
 def test_no_tensor_of_latents_times_tokens_is_made() -> None:
     """512 latents, 512 x 512 tokens: scores of 512 MB in float32; 1 MB for the picture and 2 MB for the marginals."""
-    where = pc.positions.Fourier(axes=2, bands=16, max_resolution=512)
+    where = pc.positions.Fourier(num_axes=2, num_bands=16, max_resolution=512)
     adapter = pc.adapters.Grid(1, positions=where)
-    read = pc.CrossAttend(64, adapter.dim, path=STRUCTURED).to(CUDA)
+    read = pc.CrossAttend(64, adapter.dim, strategy=STRUCTURED).to(CUDA)
     latents, tokens = drawn(1, 512, 64, dtype=torch.float32), adapter(torch.rand(1, 512, 512, 1, device=CUDA))
 
     def step() -> None:
@@ -223,8 +224,8 @@ def test_a_grid_beyond_32_bits() -> None:
     half = torch.randn(1, 2, side // 2, side, device=CUDA)
     content, scale = torch.cat([half, half], 2), torch.ones(1, side, side, device=CUDA)
     a, rows, columns = (torch.randn(1, 1, 3, n, device=CUDA) / 100 for n in (2, side // 2, side))
-    small = pc.attention.structured.read_grid(a, torch.cat([rows, columns], -1), half, scale[:, : side // 2])
-    large = pc.attention.structured.read_grid(a, torch.cat([rows, rows, columns], -1), content, scale)
+    small = pc.kernels.structured.read_grid(a, torch.cat([rows, columns], -1), half, scale[:, : side // 2])
+    large = pc.kernels.structured.read_grid(a, torch.cat([rows, rows, columns], -1), content, scale)
     torch.testing.assert_close(large.content, small.content, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(large.lse, small.lse + torch.tensor(2.0, device=CUDA).log(), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(large.marginals[..., :1], small.marginals[..., :1] / 2, rtol=1e-3, atol=1e-9)
@@ -234,10 +235,10 @@ def test_a_grid_beyond_32_bits() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [paths.Dense(), STRUCTURED, paths.Factored(), paths.Cheapest()], ids=lambda p: type(p).__name__
+    "path", [reads.Dense(), STRUCTURED, reads.Factored(), reads.Auto()], ids=lambda p: type(p).__name__
 )
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-def test_no_forward_pass_waits_for_the_gpu(path: paths.Path, masked: bool) -> None:
+def test_no_forward_pass_waits_for_the_gpu(path: reads.Strategy, masked: bool) -> None:
     whole, pictures = model(path), torch.rand(PICTURES, device=CUDA)
     mask = torch.rand(4, 61, 67, device=CUDA) < 0.5 if masked else None
     with torch.autocast("cuda", dtype=torch.bfloat16):
@@ -247,9 +248,9 @@ def test_no_forward_pass_waits_for_the_gpu(path: paths.Path, masked: bool) -> No
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("path", [paths.Dense(), STRUCTURED], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("path", [reads.Dense(), STRUCTURED], ids=lambda p: type(p).__name__)
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
-def test_it_compiles_to_one_graph_and_to_cuda_graphs(path: paths.Path, mode: str | None) -> None:
+def test_it_compiles_to_one_graph_and_to_cuda_graphs(path: reads.Strategy, mode: str | None) -> None:
     whole = model(path)
     compiled = torch.compile(whole, fullgraph=True, mode=mode)
     for seed in range(3):
@@ -283,15 +284,15 @@ def test_it_is_exported_for_any_batch() -> None:
     torch.testing.assert_close(program.module()(pictures), whole(pictures), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("path", [paths.Dense(), STRUCTURED], ids=lambda p: type(p).__name__)
-def test_inputs_elsewhere_than_weights_are_refused(path: paths.Path) -> None:
+@pytest.mark.parametrize("path", [reads.Dense(), STRUCTURED], ids=lambda p: type(p).__name__)
+def test_inputs_elsewhere_than_weights_are_refused(path: reads.Strategy) -> None:
     with pytest.raises(ValueError, match=r"tokens is on cpu, the model on cuda:0; move one: tokens\.to\('cuda:0'\)"):
         model(path)(torch.rand(PICTURES))
 
 
 def test_recomputed_activations_give_the_same_gradients() -> None:
     pictures, results = torch.rand(PICTURES, device=CUDA), []
-    for make in (model, lambda path: pc.recompute_activations(model(path))):
+    for make in (model, lambda path: pc.checkpoint_activations(model(path))):
         whole = make(STRUCTURED)
         results.append(torch.autograd.grad(whole(pictures).square().mean(), list(whole.parameters())))
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-7)
@@ -299,10 +300,10 @@ def test_recomputed_activations_give_the_same_gradients() -> None:
 
 def test_the_choice_is_structured_where_heads_are_wide_and_dense_where_there_is_little_to_read() -> None:
     read = partial(pc.CrossAttend, 64, 261)
-    where = pc.positions.Fourier(axes=2, bands=64, max_resolution=224)
+    where = pc.positions.Fourier(num_axes=2, num_bands=64, max_resolution=224)
     tokens = pc.adapters.Grid(3, positions=where)(torch.rand(8, 224, 224, 3, device=CUDA))
     few = pc.adapters.Grid(3, positions=where)(torch.rand(1, 8, 8, 3, device=CUDA))
     with torch.autocast("cuda", dtype=torch.bfloat16):
         wide = read().to(CUDA)
-        assert paths.Cheapest().choose(wide.request(tokens)) == STRUCTURED
-        assert paths.Cheapest().choose(wide.request(few)) == paths.Dense()
+        assert reads.Auto().choose(wide.request(tokens)) == STRUCTURED
+        assert reads.Auto().choose(wide.request(few)) == reads.Dense()

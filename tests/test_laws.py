@@ -28,8 +28,9 @@ from perceiver_core import (
     positions,
     sharing,
 )
-from perceiver_core.attention import chunked, masks, reference, sdpa
-from perceiver_core.blocks import paths
+from perceiver_core import masks
+from perceiver_core.kernels import chunked, reference, sdpa
+from perceiver_core import reads
 
 EXACT = {"rtol": 0, "atol": 1e-11}  # float64
 LATENTS, DIM = 5, 14
@@ -44,14 +45,14 @@ def encoder(input_dim, *, share=sharing.paper, kernel=sdpa, reads=3, depth=1):
     attention = partial(MultiHeadAttention, kernel=kernel)
     return Encoder(
         input_dim,
-        latents=LATENTS,
+        num_latents=LATENTS,
         dim=DIM,
-        reads=reads,
+        num_reads=reads,
         depth=depth,
-        heads=7,
+        num_heads=7,
         share=share,
-        read=partial(CrossAttend, attention=attention),
-        process=partial(LatentTransformer, block=partial(SelfAttend, attention=attention)),
+        cross_attention=partial(CrossAttend, attention=attention),
+        latent_transformer=partial(LatentTransformer, block=partial(SelfAttend, attention=attention)),
     )
 
 
@@ -67,8 +68,8 @@ def shaken(module, seed=0):
 
 def cloud_model(seed=0, *, features=2, head=None, **options):
     torch.manual_seed(seed)
-    adapter = adapters.Points(features, positions=positions.Fourier(axes=3, bands=3, max_resolution=7))
-    whole = Perceiver(adapter, encoder(adapter.dim, **options), head or heads.Classify(DIM, 11))
+    adapter = adapters.PointCloud(features, positions=positions.Fourier(num_axes=3, num_bands=3, max_resolution=7))
+    whole = Perceiver(adapter, encoder(adapter.dim, **options), head or heads.Classification(DIM, 11))
     return shaken(whole, seed)
 
 
@@ -96,17 +97,17 @@ class TestOrder:
     @few
     @given(seed=seeds, grid=st.tuples(st.integers(1, 5), st.integers(1, 7)), share=schemes)
     def test_tokens_of_a_grid_have_none_where_positions_go_along(self, seed, grid, share):
-        where = positions.Fourier(axes=2, bands=3, max_resolution=7)
+        where = positions.Fourier(num_axes=2, num_bands=3, max_resolution=7)
         generator = torch.Generator().manual_seed(seed)
         pictures = torch.rand(2, *grid, 3, generator=generator, dtype=torch.float64)
-        tokens = Tokens(pictures, where.tables(grid, like=pictures)).dense()
+        tokens = Tokens(pictures, where.tables(grid, like=pictures)).materialize()
         order = torch.randperm(tokens.shape[1], generator=generator)
         model = shaken(encoder(tokens.shape[-1], share=share))
         torch.testing.assert_close(model(tokens[:, order]), model(tokens), **EXACT)
 
     def test_of_pixels_matters_where_positions_stay(self):
-        adapter = adapters.Image(3, positions=positions.Fourier(axes=2, bands=3, max_resolution=7))
-        model = shaken(Perceiver(adapter, encoder(adapter.dim), heads.Classify(DIM, 11)))
+        adapter = adapters.Image(3, positions=positions.Fourier(num_axes=2, num_bands=3, max_resolution=7))
+        model = shaken(Perceiver(adapter, encoder(adapter.dim), heads.Classification(DIM, 11)))
         pictures = torch.rand(2, 3, 7, 5, dtype=torch.float64)
         assert (model(pictures.flip(-1)) - model(pictures)).abs().max() > 1e-3
 
@@ -160,7 +161,7 @@ def test_samples_of_a_batch_are_independent(seed, batch, share):
 @few
 @given(seed=seeds, n=st.integers(1, 23), chunk=st.integers(1, 29), masked=st.booleans(), share=schemes)
 def test_pieces_equal_the_whole(seed, n, chunk, masked, share):
-    kernels = (reference, sdpa, partial(chunked, chunk=chunk))
+    kernels = (reference, sdpa, partial(chunked, chunk_size=chunk))
     mask = some(2, n, seed) if masked else None
     found = []
     for kernel in kernels:
@@ -171,20 +172,20 @@ def test_pieces_equal_the_whole(seed, n, chunk, masked, share):
         torch.testing.assert_close(other, found[0], rtol=1e-8, atol=1e-9)
 
 
-FOURIER = partial(positions.Fourier, bands=2, max_resolution=7)
+FOURIER = partial(positions.Fourier, num_bands=2, max_resolution=7)
 INPUTS = {
     "pixels": (adapters.Image(3, positions=FOURIER(2)), (2, 3, 7, 5)),
-    "grey": (adapters.Image(1, positions=positions.Learned((3, 5), dim=4)), (2, 1, 7, 5)),
+    "grey": (adapters.Image(1, positions=positions.LearnedGrid((3, 5), dim=4)), (2, 1, 7, 5)),
     "projected": (adapters.Image(3, positions=FOURIER(2), stem=partial(adapters.Project, dim=4)), (2, 3, 7, 5)),
-    "patches": (adapters.Image(3, positions=FOURIER(2), stem=partial(adapters.Patches, size=(2, 3))), (2, 3, 7, 5)),
+    "patches": (adapters.Image(3, positions=FOURIER(2), stem=partial(adapters.Patches, patch_size=(2, 3))), (2, 3, 7, 5)),
     "convolved": (adapters.Image(3, positions=FOURIER(2), stem=partial(adapters.ConvStem, dim=4)), (2, 3, 17, 13)),
     "audio": (adapters.Audio(5, positions=FOURIER(1)), (2, 37)),
-    "learned audio": (adapters.Audio(5, positions=positions.Learned((7,), dim=3)), (2, 37)),
+    "learned audio": (adapters.Audio(5, positions=positions.LearnedGrid((7,), dim=3)), (2, 37)),
     "spectrogram": (adapters.Spectrogram(positions=FOURIER(2)), (2, 3, 7)),
-    "points": (adapters.Points(2, positions=FOURIER(3)), (2, 13, 5)),
+    "points": (adapters.PointCloud(2, positions=FOURIER(3)), (2, 13, 5)),
     "video": (adapters.Grid(3, positions=FOURIER(3)), (2, 2, 3, 5, 3)),
 }
-HEADS = {"classify": heads.Classify(DIM, 3), "regress": heads.Regress(DIM), "latents": heads.Latents()}
+HEADS = {"classify": heads.Classification(DIM, 3), "regress": heads.Regression(DIM), "latents": heads.Identity()}
 
 
 @pytest.mark.parametrize("share", SCHEMES.values(), ids=SCHEMES.keys())
@@ -237,9 +238,9 @@ def encoding(part, **arguments):
 def adapting(x):
     def make(part, **arguments):
         adapter = part(**arguments)
-        given = x[:, : arguments.get("channels", 3)] if part is adapters.Image else x
-        given = given[..., : 3 + arguments["features"]] if part is adapters.Points else given
-        return adapter, lambda: adapter(given).dense()
+        given = x[:, : arguments.get("num_channels", 3)] if part is adapters.Image else x
+        given = given[..., : 3 + arguments["num_features"]] if part is adapters.PointCloud else given
+        return adapter, lambda: adapter(given).materialize()
 
     return make
 
@@ -247,13 +248,13 @@ def adapting(x):
 def at(x):
     def make(part, **arguments):
         where = part(**arguments)
-        return where, lambda: where(x[..., : arguments["axes"]])
+        return where, lambda: where(x[..., : arguments["num_axes"]])
 
     return make
 
 
-class Twice(paths.Dense):
-    """A path that reads twice the values."""
+class Twice(reads.Dense):
+    """A strategy that reads twice the values."""
 
     def read(self, request):
         read = super().read(request)
@@ -264,14 +265,14 @@ ARGUMENTS = [
     (
         MultiHeadAttention,
         self_attention,
-        {"dim": DIM, "heads": 2},
+        {"dim": DIM, "num_heads": 2},
         {
             "dim": 8,
             "input_dim": 12,
-            "heads": 7,
+            "num_heads": 7,
             "qk_dim": 6,
             "v_dim": 6,
-            "kv_heads": 1,
+            "num_kv_heads": 1,
             "qk_norm": nn.LayerNorm,
             "out_dim": 5,
             "bias": False,
@@ -288,8 +289,8 @@ ARGUMENTS = [
         {
             "dim": 13,
             "out_dim": 5,
-            "hidden": 11,
-            "widening": 2,
+            "hidden_dim": 11,
+            "widening_factor": 2,
             "activation": nn.Tanh(),
             "bias": False,
             "dropout": 0.5,
@@ -298,12 +299,12 @@ ARGUMENTS = [
     (
         SelfAttend,
         on(X),
-        {"dim": DIM, "heads": 2},
+        {"dim": DIM, "num_heads": 2},
         {
             "dim": 8,
-            "heads": 7,
+            "num_heads": 7,
             "attention": partial(MultiHeadAttention, bias=False),
-            "mlp": partial(MLP, widening=2),
+            "mlp": partial(MLP, widening_factor=2),
             "norm": nn.Identity,
             "residual": False,
             "mlp_residual": False,
@@ -317,91 +318,91 @@ ARGUMENTS = [
         {
             "dim": 13,
             "input_dim": DIM,
-            "heads": 3,
+            "num_heads": 3,
             "attention": partial(MultiHeadAttention, bias=False),
             "mlp": partial(MLP, activation=GEGLU()),
             "norm": nn.Identity,
             "residual": False,
             "mlp_residual": False,
             "dropout": 0.5,
-            "path": Twice(),
+            "strategy": Twice(),
         },
     ),
     (
         LatentTransformer,
         on(X),
-        {"dim": DIM, "depth": 1, "heads": 2},
+        {"dim": DIM, "depth": 1, "num_heads": 2},
         {
             "dim": 8,
             "depth": 2,
-            "heads": 7,
+            "num_heads": 7,
             "block": partial(SelfAttend, norm=nn.RMSNorm),
-            "repeats": 2,
-            "pool": AttentionResidual,
+            "num_repeats": 2,
+            "aggregate": AttentionResidual,
         },
     ),
     (
         Encoder,
         encoding,
-        {"input_dim": 12, "latents": 5, "dim": DIM, "reads": 3, "depth": 1, "heads": 2},
+        {"input_dim": 12, "num_latents": 5, "dim": DIM, "num_reads": 3, "depth": 1, "num_heads": 2},
         {
             "input_dim": DIM,
-            "latents": 7,
+            "num_latents": 7,
             "dim": 22,
-            "reads": 2,
+            "num_reads": 2,
             "depth": 2,
-            "heads": 7,
+            "num_heads": 7,
             "share": False,
-            "read": partial(CrossAttend, heads=3),
-            "process": partial(LatentTransformer, block=partial(SelfAttend, dropout=0.5)),
-            "drop": DropLatents(0.5),
-            "pool": AttentionResidual,
+            "cross_attention": partial(CrossAttend, num_heads=3),
+            "latent_transformer": partial(LatentTransformer, block=partial(SelfAttend, dropout=0.5)),
+            "latent_dropout": DropLatents(0.5),
+            "aggregate": AttentionResidual,
         },
     ),
-    (heads.Classify, on(X), {"dim": DIM, "classes": 3}, {"dim": 13, "classes": 5, "norm": nn.Identity, "dropout": 0.5}),
-    (heads.Regress, on(X), {"dim": DIM}, {"dim": 13, "values": 5, "norm": nn.Identity, "dropout": 0.5}),
+    (heads.Classification, on(X), {"dim": DIM, "num_classes": 3}, {"dim": 13, "num_classes": 5, "norm": nn.Identity, "dropout": 0.5}),
+    (heads.Regression, on(X), {"dim": DIM}, {"dim": 13, "num_outputs": 5, "norm": nn.Identity, "dropout": 0.5}),
     (
         adapters.Image,
         adapting(torch.rand(2, 3, 7, 5)),
         {"positions": FOURIER(2)},
-        {"channels": 1, "positions": None, "stem": partial(adapters.Patches, size=2)},
+        {"num_channels": 1, "positions": None, "stem": partial(adapters.Patches, patch_size=2)},
     ),
-    (adapters.Patches, on(torch.rand(2, 3, 7, 5)), {"channels": 3, "size": 2}, {"channels": 1, "size": (1, 4)}),
-    (adapters.Project, on(torch.rand(2, 3, 7, 5)), {"channels": 3, "dim": 2}, {"channels": 1, "dim": 4}),
-    (adapters.ConvStem, on(torch.rand(2, 3, 7, 5)), {"channels": 3}, {"channels": 1, "dim": 4}),
+    (adapters.Patches, on(torch.rand(2, 3, 7, 5)), {"num_channels": 3, "patch_size": 2}, {"num_channels": 1, "patch_size": (1, 4)}),
+    (adapters.Project, on(torch.rand(2, 3, 7, 5)), {"num_channels": 3, "dim": 2}, {"num_channels": 1, "dim": 4}),
+    (adapters.ConvStem, on(torch.rand(2, 3, 7, 5)), {"num_channels": 3}, {"num_channels": 1, "dim": 4}),
     (
         adapters.Audio,
         adapting(torch.rand(2, 37)),
         {"positions": FOURIER(1)},
-        {"patch": 5, "positions": None, "channels": 2},
+        {"patch_size": 5, "positions": None, "num_channels": 2},
     ),
     (adapters.Spectrogram, adapting(torch.rand(2, 3, 7)), {"positions": None}, {"positions": FOURIER(2)}),
     (
-        adapters.Points,
+        adapters.PointCloud,
         adapting(CLOUD),
-        {"features": 2, "positions": FOURIER(3)},
-        {"features": 0, "positions": positions.NeRF(axes=3, bands=2)},
+        {"num_features": 2, "positions": FOURIER(3)},
+        {"num_features": 0, "positions": positions.NeRF(num_axes=3, num_bands=2)},
     ),
     (
         adapters.Grid,
         adapting(torch.rand(2, 3, 5, 7)),
-        {"channels": 7, "positions": FOURIER(2)},
-        {"channels": 3, "positions": None},
+        {"num_channels": 7, "positions": FOURIER(2)},
+        {"num_channels": 3, "positions": None},
     ),
     (
         positions.Fourier,
         at(CLOUD),
-        {"axes": 2, "bands": 3, "max_resolution": 7},
-        {"axes": 3, "bands": 4, "max_resolution": (7, 11), "concat_positions": False, "sine_only": True},
+        {"num_axes": 2, "num_bands": 3, "max_resolution": 7},
+        {"num_axes": 3, "num_bands": 4, "max_resolution": (7, 11), "concat_positions": False, "sine_only": True},
     ),
     (
         positions.FourierPerAxis,
         at(CLOUD),
-        {"axes": 2, "bands": 3, "max_frequency": 7.0},
-        {"axes": 3, "bands": 4, "max_frequency": 11.0},
+        {"num_axes": 2, "num_bands": 3, "max_frequency": 7.0},
+        {"num_axes": 3, "num_bands": 4, "max_frequency": 11.0},
     ),
-    (positions.NeRF, at(CLOUD), {"axes": 2, "bands": 3}, {"axes": 3, "bands": 4}),
-    (positions.Gaussian, at(CLOUD), {"axes": 2, "features": 3}, {"axes": 3, "features": 4, "scale": 5.0}),
+    (positions.NeRF, at(CLOUD), {"num_axes": 2, "num_bands": 3}, {"num_axes": 3, "num_bands": 4}),
+    (positions.Gaussian, at(CLOUD), {"num_axes": 2, "num_features": 3}, {"num_axes": 3, "num_features": 4, "scale": 5.0}),
 ]
 
 

@@ -23,8 +23,8 @@ PYTHON = re.compile(r"^(?P<indent> *)```python\n(?P<code>.*?)^ *```$", re.DOTALL
 EXTRAS = {"images", "hub", "plots", "akoa", "dev", "docs"}
 # Names that only make sense together with another, whose example shows both.
 SHOWN_IN = {
-    "perceiver_core.attention.Partial": "perceiver_core.attention.partial_attention",
-    "perceiver_core.attention.merge": "perceiver_core.attention.partial_attention",
+    "perceiver_core.kernels.Partial": "perceiver_core.kernels.partial_attention",
+    "perceiver_core.kernels.merge": "perceiver_core.kernels.partial_attention",
     "perceiver_core.load": "perceiver_core.save",
 }
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -129,7 +129,7 @@ def test_every_public_name_has_a_docstring_with_an_example(name, thing):
 
 
 def test_every_name_of_all_is_there():
-    for module in (pc, pc.adapters, pc.attention, pc.models, pc.positions):
+    for module in (pc, pc.adapters, pc.kernels, pc.models, pc.positions):
         assert sorted(module.__all__, key=str.lower) == sorted(set(module.__all__), key=str.lower)
         assert [name for name in module.__all__ if not hasattr(module, name)] == []
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import perceiver_core as pc
 from perceiver_core import registry
-from perceiver_core.registry import build, describe, register
+from perceiver_core.registry import from_config, register, to_config
 
 
 @pytest.fixture(autouse=True)
@@ -99,8 +99,8 @@ def unregistered_kernel(q, k, v, *, mask=None):
 )
 def test_arguments_are_recorded_by_name_as_given(part, written):
     made = part()
-    assert describe(made) == {"part": "Shift", **written}
-    again = build(describe(made))
+    assert to_config(made) == {"part": "Shift", **written}
+    again = from_config(to_config(made))
     assert (again.by, again.more) == (made.by, made.more)
 
 
@@ -111,7 +111,7 @@ def test_arguments_are_recorded_by_name_as_given(part, written):
 )
 def test_a_plain_value_comes_back(value):
     given = list(value) if isinstance(value, tuple) else value
-    assert build(describe(Numbers(value))).numbers == given
+    assert from_config(to_config(Numbers(value))).numbers == given
 
 
 @pytest.mark.parametrize(
@@ -121,11 +121,11 @@ def test_a_plain_value_comes_back(value):
 )
 def test_a_value_without_a_word_in_json_is_refused_with_its_place(value):
     with pytest.raises(ValueError, match=r"inner\.numbers is .*JSON has no word for.*Give numbers"):
-        describe(Holder(Numbers(value)))
+        to_config(Holder(Numbers(value)))
 
 
 def test_an_enumeration_is_its_value():
-    assert describe(Numbers(enum.IntEnum("Size", "small")(1)))["numbers"] == 1
+    assert to_config(Numbers(enum.IntEnum("Size", "small")(1)))["numbers"] == 1
 
 
 def test_lists_are_recorded_as_they_were_given():
@@ -133,24 +133,24 @@ def test_lists_are_recorded_as_they_were_given():
     parts = Numbers(numbers), Numbers(words)
     numbers.append(11)
     words["a"].append(13)
-    assert [describe(part)["numbers"] for part in parts] == [[3, 5], {"dict": {"a": [7]}}]
+    assert [to_config(part)["numbers"] for part in parts] == [[3, 5], {"dict": {"a": [7]}}]
 
 
 def test_partials_classes_and_functions_nest():
     read = partial(pc.CrossAttend, attention=partial(pc.MultiHeadAttention, kernel=partial(a_kernel, scale=0.5)))
-    assert describe(read) == {
+    assert to_config(read) == {
         "partial": "CrossAttend",
         "attention": {"partial": "MultiHeadAttention", "kernel": {"partial": "a_kernel", "scale": 0.5}},
     }
-    again = build(describe(read))
+    again = from_config(to_config(read))
     assert again.func is pc.CrossAttend
     assert again.keywords["attention"].keywords["kernel"].func is a_kernel
-    assert describe(nn.Identity) == {"name": "Identity"}
+    assert to_config(nn.Identity) == {"name": "Identity"}
 
 
 def test_a_kernel_that_is_an_object_is_a_part():
-    assert describe(Windowed(size=5)) == {"part": "Windowed", "size": 5}
-    assert build(describe(Windowed())) == Windowed()
+    assert to_config(Windowed(size=5)) == {"part": "Windowed", "size": 5}
+    assert from_config(to_config(Windowed())) == Windowed()
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_a_kernel_that_is_an_object_is_a_part():
     ids=repr,
 )  # fmt: skip
 def test_parts_of_torch_come_back(module):
-    again = build(describe(module))
+    again = from_config(to_config(module))
     assert repr(again) == repr(module)
     assert again.state_dict().keys() == module.state_dict().keys()
 
@@ -172,14 +172,14 @@ def test_parts_of_torch_come_back(module):
 
 
 def test_subclasses_record_their_own_arguments():
-    assert describe(Wider(3)) == {"part": "Wider", "width": 3}
-    assert describe(Bare(times=5)) == {"part": "Bare", "times": 5}
-    assert build(describe(Wider(3))).by == 15
+    assert to_config(Wider(3)) == {"part": "Wider", "width": 3}
+    assert to_config(Bare(times=5)) == {"part": "Bare", "times": 5}
+    assert from_config(to_config(Wider(3))).by == 15
 
 
 def test_a_subclass_that_is_not_registered_is_refused():
     with pytest.raises(ValueError, match=r"inner is test_registry\.Unregistered, which is not registered. Put @perc"):
-        describe(Holder(Unregistered()))
+        to_config(Holder(Unregistered()))
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_a_function_that_is_not_registered_is_refused_with_its_name_and_place(ke
     read = partial(pc.CrossAttend, attention=partial(pc.MultiHeadAttention, kernel=kernel))
     name = getattr(kernel, "__qualname__", "unregistered_kernel").replace("<", r"\<")
     with pytest.raises(ValueError, match=rf"attention\.kernel is .*{name}.*not registered"):
-        describe(read)
+        to_config(read)
 
 
 def test_a_local_function_is_refused():
@@ -199,19 +199,19 @@ def test_a_local_function_is_refused():
         return v
 
     with pytest.raises(ValueError, match=r"kernel is .*<locals>\.local, which is not registered"):
-        describe(partial(pc.MultiHeadAttention, kernel=local))
+        to_config(partial(pc.MultiHeadAttention, kernel=local))
 
 
 def test_a_partial_of_positional_arguments_is_refused():
     with pytest.raises(ValueError, match="positional arguments; name them"):
-        describe(partial(pc.CrossAttend, 3))
+        to_config(partial(pc.CrossAttend, 3))
 
 
 def test_an_object_that_is_not_a_part_cannot_be_called_by_name():
     with pytest.raises(ValueError, match="JSON has no word for"):
-        describe(Numbers(iter([])))
+        to_config(Numbers(iter([])))
     with pytest.raises(ValueError, match="not registered"):
-        describe(partial(Unhashable()))
+        to_config(partial(Unhashable()))
 
 
 class Unhashable:
@@ -225,7 +225,7 @@ def test_a_name_is_taken_once():
     with pytest.raises(ValueError, match=r"name 'MLP' is taken by perceiver_core.*register test_registry.* another"):
         register(type("MLP", (nn.Module,), {}))
     register(type("MLP", (nn.Module,), {"__module__": __name__}), name="my.MLP")
-    assert build({"part": "my.MLP"}).__module__ == __name__
+    assert from_config({"part": "my.MLP"}).__module__ == __name__
 
 
 def test_a_cell_that_is_run_again_replaces_what_it_registered():
@@ -236,8 +236,8 @@ def test_a_cell_that_is_run_again_replaces_what_it_registered():
     exec(cell + "* 3", names)
     old = names["Cell"](5)
     exec(cell + "* 7", names)
-    assert build(describe(names["Cell"](5))).n == 35
-    assert build(describe(old)).n == 35  # what has been trained can still be saved
+    assert from_config(to_config(names["Cell"](5))).n == 35
+    assert from_config(to_config(old)).n == 35  # what has been trained can still be saved
 
 
 def test_a_local_thing_that_is_registered_again_loses_its_name():
@@ -249,14 +249,14 @@ def test_a_local_thing_that_is_registered_again_loses_its_name():
         return kernel
 
     first, second = make(3), make(5)
-    assert build(describe(second)) is second
+    assert from_config(to_config(second)) is second
     with pytest.raises(ValueError, match="not registered"):
-        describe(first)
+        to_config(first)
 
 
 def test_registering_twice_records_once():
     assert register(Shift) is Shift
-    assert describe(Shift(5)) == {"part": "Shift", "by": 5}
+    assert to_config(Shift(5)) == {"part": "Shift", "by": 5}
 
 
 def test_a_part_made_before_its_class_was_registered_is_refused():
@@ -264,8 +264,8 @@ def test_a_part_made_before_its_class_was_registered_is_refused():
     made = late()
     register(late)
     with pytest.raises(ValueError, match=r"made before .*Late was registered; make it again"):
-        describe(made)
-    assert describe(late()) == {"part": "Late"}
+        to_config(made)
+    assert to_config(late()) == {"part": "Late"}
 
 
 def test_what_cannot_be_named_is_not_registered():
@@ -274,7 +274,7 @@ def test_what_cannot_be_named_is_not_registered():
     ):
         register(lambda q, k, v, mask=None: v)
     half = register(lambda q, k, v, mask=None: v / 2, name="half")
-    assert build(describe(half)) is half
+    assert from_config(to_config(half)) is half
     for thing in (partial(a_kernel), Shift(), 3):
         with pytest.raises(ValueError, match="takes a class or a function"):
             register(thing)
@@ -299,7 +299,7 @@ def test_arguments_without_names_are_refused(arguments):
 def test_a_reserved_word_among_further_arguments_is_refused_when_built():
     for reserved in ("name", "dict"):
         with pytest.raises(ValueError, match="must hold exactly one of"):
-            build(describe(Shift(**{reserved: 3})))
+            from_config(to_config(Shift(**{reserved: 3})))
 
 
 # ---- what has been replaced
@@ -308,7 +308,7 @@ def test_a_reserved_word_among_further_arguments_is_refused_when_built():
 def test_a_module_is_described_as_it_is_now():
     holder = Holder(Shift(3), [Shift(5), Shift(7)])
     holder.inner, holder.others[1] = nn.Identity(), nn.Tanh()
-    assert describe(holder) == {
+    assert to_config(holder) == {
         "part": "Holder",
         "inner": {"part": "Identity"},
         "others": [{"part": "Shift", "by": 5}, {"part": "Tanh"}],
@@ -320,14 +320,14 @@ def test_a_module_is_described_as_it_is_now():
 
 def test_a_part_that_is_given_twice_is_one_part_again():
     shared = Shift(5)
-    config = describe(Holder(Holder(shared), [Shift(5), shared, Numbers(partial(Numbers, numbers=[shared]))]))
+    config = to_config(Holder(Holder(shared), [Shift(5), shared, Numbers(partial(Numbers, numbers=[shared]))]))
     first, *others = config["others"]
     assert first == {"part": "Shift", "by": 5}
     assert others == [
         {"same": "inner.inner"},
         {"part": "Numbers", "numbers": {"partial": "Numbers", "numbers": [{"same": "inner.inner"}]}},
     ]
-    again = build(config)
+    again = from_config(config)
     assert again.others[1] is again.inner.inner
     assert again.others[2].numbers.keywords["numbers"] == [again.inner.inner]
     assert again.others[0] is not again.inner.inner
@@ -336,7 +336,7 @@ def test_a_part_that_is_given_twice_is_one_part_again():
 @pytest.mark.parametrize("path", ["inner", "others.0", "", "nowhere", 3, None, ["inner"], {"part": "Shift"}])
 def test_a_part_is_the_same_only_as_an_earlier_one(path):
     with pytest.raises(ValueError, match=r"inner is the same as .*, but no part stands there before it"):
-        build({"part": "Holder", "inner": {"same": path}, "others": [{"part": "Shift"}]})
+        from_config({"part": "Holder", "inner": {"same": path}, "others": [{"part": "Shift"}]})
 
 
 # ---- what a description may not be
@@ -383,7 +383,7 @@ def test_a_part_is_the_same_only_as_an_earlier_one(path):
 )
 def test_malformed_descriptions_say_what_is_wrong(config, message):
     with pytest.raises(ValueError, match=message):
-        build(config)
+        from_config(config)
 
 
 def test_an_error_without_words_is_named():
@@ -393,7 +393,7 @@ def test_an_error_without_words_is_named():
             raise KeyError
 
     with pytest.raises(ValueError, match="Wordless cannot be built from its description: KeyError"):
-        build({"part": "Wordless"})
+        from_config({"part": "Wordless"})
 
 
 def test_depth_is_bounded():
@@ -401,7 +401,7 @@ def test_depth_is_bounded():
     for _ in range(5000):
         config = [config]
     with pytest.raises(ValueError, match="nested too deeply"):
-        build(config)
+        from_config(config)
 
 
 def test_modules_are_bounded_in_this_thread_only():

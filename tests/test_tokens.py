@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from perceiver_core import Tokens
-from perceiver_core.positions import Fourier, Learned
+from perceiver_core.positions import Fourier, LearnedGrid
 
 B, C, P = 2, 3, 11
 GRID = (5, 7)
@@ -32,16 +32,16 @@ def bools(*shape: int, seed: int = 0) -> Tensor:
 def test_sizes(grid: tuple[int, ...]) -> None:
     content = draw(B, *grid, C)
     bare = Tokens(content)
-    assert (bare.grid, bare.n, bare.dim) == (grid, math.prod(grid), C)
-    placed = Tokens(content, tables=(draw(*grid, P),))
-    assert (placed.grid, placed.n, placed.dim) == (grid, math.prod(grid), C + P)
+    assert (bare.grid, bare.num_tokens, bare.dim) == (grid, math.prod(grid), C)
+    placed = Tokens(content, position_tables=(draw(*grid, P),))
+    assert (placed.grid, placed.num_tokens, placed.dim) == (grid, math.prod(grid), C + P)
 
 
 def test_dense_without_tables_is_the_content() -> None:
     content = draw(B, *GRID, C)
     tokens = Tokens(content)
     assert tokens.positions() is None and tokens.flat_mask() is None
-    assert torch.equal(tokens.dense(), content.reshape(B, 35, C))
+    assert torch.equal(tokens.materialize(), content.reshape(B, 35, C))
 
 
 @laws
@@ -60,20 +60,20 @@ def test_dense_is_content_beside_the_sum_of_any_tables(grid: tuple[int, ...], co
         entries = [t[tuple(min(i, n - 1) for i, n in zip(place, t.shape, strict=False))] for t in tables]
         rows.append(torch.cat([content[(slice(None), *place)], sum(entries).expand(B, P)], dim=-1))
     expected = torch.stack(rows, dim=1)
-    torch.testing.assert_close(Tokens(content, tables=tables).dense(), expected, rtol=0.0, atol=1e-12)
+    torch.testing.assert_close(Tokens(content, position_tables=tables).materialize(), expected, rtol=0.0, atol=1e-12)
 
 
 def test_several_tables_over_the_whole_grid_add() -> None:
     tables = tuple(draw(*GRID, P, seed=i) for i in range(3))
-    tokens = Tokens(draw(B, *GRID, C), tables=tables)
+    tokens = Tokens(draw(B, *GRID, C), position_tables=tables)
     torch.testing.assert_close(tokens.positions(), tables[0] + tables[1] + tables[2], rtol=0.0, atol=1e-14)
 
 
 def test_separable_and_learned_positions_add_up() -> None:
-    fourier, like = Fourier(axes=2, bands=3, max_resolution=7), torch.zeros((), dtype=torch.float64)
-    learned = Learned(GRID, fourier.dim).double()
+    fourier, like = Fourier(num_axes=2, num_bands=3, max_resolution=7), torch.zeros((), dtype=torch.float64)
+    learned = LearnedGrid(GRID, fourier.dim).double()
     tables = (*fourier.tables(GRID, like), *learned.tables(GRID, like))
-    assert Tokens(draw(B, *GRID, C), tables=tables).positions().shape == (*GRID, fourier.dim)
+    assert Tokens(draw(B, *GRID, C), position_tables=tables).positions().shape == (*GRID, fourier.dim)
 
 
 @pytest.mark.parametrize("junk", [math.nan, math.inf, -math.inf, 1e300])
@@ -82,13 +82,13 @@ def test_what_masked_tokens_hold_becomes_zero(junk: float) -> None:
     content = draw(B, *GRID, C)
     spoiled = content.masked_fill(~mask[..., None], junk)
     tables = (draw(5, 1, P), draw(1, 7, P))
-    dense = Tokens(spoiled, tables, mask).dense()
-    assert torch.equal(dense, Tokens(content, tables, mask).dense())
+    dense = Tokens(spoiled, tables, mask).materialize()
+    assert torch.equal(dense, Tokens(content, tables, mask).materialize())
     gone = ~mask.flatten(1)
     assert not dense[..., :C][gone].any()
     assert torch.equal(dense[..., :C][~gone], content.flatten(1, 2)[~gone])
     # Their positions stay, so that nothing depends on what stood there.
-    assert torch.equal(dense[..., C:], Tokens(content, tables).dense()[..., C:])
+    assert torch.equal(dense[..., C:], Tokens(content, tables).materialize()[..., C:])
 
 
 def test_the_mask_flattens_as_the_tokens_do() -> None:
@@ -102,7 +102,7 @@ def test_the_mask_flattens_as_the_tokens_do() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_positions_follow_the_dtype_of_the_content(dtype: torch.dtype) -> None:
     content, tables = draw(B, *GRID, C).to(dtype), (draw(5, 1, P), draw(1, 7, P))
-    dense = Tokens(content, tables).dense()
+    dense = Tokens(content, tables).materialize()
     assert dense.dtype == dtype
     # Added in the tables' own precision, then rounded once.
     assert torch.equal(dense[0, :, C:], (tables[0] + tables[1]).flatten(0, 1).to(dtype))
@@ -113,7 +113,7 @@ def test_gradients_reach_the_content_and_every_table() -> None:
     mask = bools(B, *GRID)
     probe = draw(B, 35, C + P, seed=2)
     d_content, d_rows, d_columns = torch.autograd.grad(
-        (Tokens(content, (rows, columns), mask).dense() * probe).sum(), (content, rows, columns)
+        (Tokens(content, (rows, columns), mask).materialize() * probe).sum(), (content, rows, columns)
     )
     there = mask.flatten(1)[..., None]
     assert torch.equal(d_content.flatten(1, 2), probe[..., :C] * there)
@@ -164,7 +164,7 @@ def test_tables_must_broadcast_over_the_grid_and_have_one_width(shapes: list[tup
     with pytest.raises(
         ValueError, match=r"each table must broadcast over the grid \(5, 7\) and have one width; got sh"
     ):
-        Tokens(draw(B, *GRID, C), tables=tuple(torch.zeros(shape) for shape in shapes))
+        Tokens(draw(B, *GRID, C), position_tables=tuple(torch.zeros(shape) for shape in shapes))
 
 
 @pytest.mark.parametrize("shape", [(B, 35), GRID, (1, *GRID), (B, 7, 5), (B, *GRID, 1)], ids=str)

@@ -17,26 +17,26 @@ from perceiver_core import (
     Perceiver,
     SelfAttend,
     adapters,
+    checkpoint_activations,
     heads,
     positions,
-    recompute_activations,
     sharing,
 )
-from perceiver_core.attention import chunked, fastest, reference, sdpa
-from perceiver_core.blocks import paths
+from perceiver_core.kernels import chunked, fastest, reference, sdpa
+from perceiver_core import reads
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-KERNELS = {"fastest": fastest, "sdpa": sdpa, "reference": reference, "chunked": partial(chunked, chunk=5)}
-PATHS = {"dense": paths.Dense(), "factored": paths.Factored(), "structured": paths.Structured()}
-FOURIER = partial(positions.Fourier, bands=2, max_resolution=7)
-ANY = paths.Cheapest()
+KERNELS = {"fastest": fastest, "sdpa": sdpa, "reference": reference, "chunked": partial(chunked, chunk_size=5)}
+PATHS = {"dense": reads.Dense(), "factored": reads.Factored(), "structured": reads.Structured()}
+FOURIER = partial(positions.Fourier, num_bands=2, max_resolution=7)
+ANY = reads.Auto()
 ADAPTERS = {
     "pixels": lambda: adapters.Image(3, positions=FOURIER(2)),
-    "patches": lambda: adapters.Image(3, positions=FOURIER(2), stem=partial(adapters.Patches, size=(2, 3))),
+    "patches": lambda: adapters.Image(3, positions=FOURIER(2), stem=partial(adapters.Patches, patch_size=(2, 3))),
     "convolved": lambda: adapters.Image(3, positions=FOURIER(2), stem=partial(adapters.ConvStem, dim=4)),
-    "learned": lambda: adapters.Image(1, positions=positions.Learned((3, 5), dim=4)),
+    "learned": lambda: adapters.Image(1, positions=positions.LearnedGrid((3, 5), dim=4)),
     "audio": lambda: adapters.Audio(5, positions=FOURIER(1)),
-    "points": lambda: adapters.Points(2, positions=FOURIER(3)),
+    "points": lambda: adapters.PointCloud(2, positions=FOURIER(3)),
 }
 SHAPES = {
     "pixels": lambda b, n: (b, 3, n, 7),
@@ -54,16 +54,16 @@ def model_of(kind="points", *, share=sharing.paper, kernel=fastest, reads=3, dro
     attention = partial(MultiHeadAttention, kernel=kernel)
     encoder = Encoder(
         adapter.dim,
-        latents=latents,
+        num_latents=latents,
         dim=14,
-        reads=reads,
+        num_reads=reads,
         depth=1,
-        heads=7,
+        num_heads=7,
         share=share,
-        read=partial(CrossAttend, attention=attention, dropout=dropout, path=path),
-        process=partial(LatentTransformer, block=partial(SelfAttend, attention=attention, dropout=dropout)),
+        cross_attention=partial(CrossAttend, attention=attention, dropout=dropout, strategy=path),
+        latent_transformer=partial(LatentTransformer, block=partial(SelfAttend, attention=attention, dropout=dropout)),
     )
-    return Perceiver(adapter, encoder, heads.Classify(encoder.dim, 11))
+    return Perceiver(adapter, encoder, heads.Classification(encoder.dim, 11))
 
 
 def batch_of(kind="points", b=2, n=13, *, masked=False, seed=0):
@@ -116,7 +116,7 @@ class TestCompile:
 
     # Dynamo instantiates the Function to look at it, which PyTorch deprecates.
     @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
-    @pytest.mark.parametrize("kernel", [reference, partial(chunked, chunk=5)], ids=["reference", "chunked"])
+    @pytest.mark.parametrize("kernel", [reference, partial(chunked, chunk_size=5)], ids=["reference", "chunked"])
     def test_kernels(self, kernel):
         self.agrees(model_of(kernel=kernel, reads=1), [batch_of(masked=True)])
 
@@ -136,12 +136,12 @@ class TestCompile:
     def test_inputs_per_read(self):
         torch.manual_seed(0)
         both = adapters.PerRead([ADAPTERS["pixels"](), ADAPTERS["audio"]()])
-        encoder = Encoder(both.dim, latents=5, dim=14, reads=2, depth=1, heads=7, share=False)
-        model = Perceiver(both, encoder, heads.Regress(14))
+        encoder = Encoder(both.dim, num_latents=5, dim=14, num_reads=2, depth=1, num_heads=7, share=False)
+        model = Perceiver(both, encoder, heads.Regression(14))
         self.agrees(model, [(((torch.rand(2, 3, 7, 5), torch.rand(2, 23)),), {})])
 
     def test_recomputed_activations(self):
-        self.agrees(recompute_activations(model_of(reads=1)), [batch_of(masked=True)])
+        self.agrees(checkpoint_activations(model_of(reads=1)), [batch_of(masked=True)])
 
     @pytest.mark.slow
     def test_inductor(self):
@@ -171,7 +171,7 @@ class TestExport:
         program = torch.export.export(model, args, dynamic_shapes=(axes,), strict=strict)
         graphs = [part.graph for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
         own = [node for graph in graphs for node in graph.nodes if "perceiver_core" in str(node.target)]
-        assert len(own) == (2 if path == paths.Structured() else 0)  # a node a read
+        assert len(own) == (2 if path == reads.Structured() else 0)  # a node a read
         more = torch.rand(5, 3, 11, 17)
         torch.testing.assert_close(program.module()(more), model(more), **CLOSE)
 
@@ -239,7 +239,7 @@ class TestRecomputedActivations:
     @pytest.mark.parametrize("share", [sharing.none, sharing.paper])
     def test_outputs_gradients_and_state_are_as_before(self, kind, share, path):
         plain = model_of(kind, share=share, path=path)
-        model = recompute_activations(model_of(kind, share=share, path=path))
+        model = checkpoint_activations(model_of(kind, share=share, path=path))
         args, options = batch_of(kind, masked=kind == "points")
         found = outputs_and_gradients(model, model, args, options)
         torch.testing.assert_close(found, outputs_and_gradients(plain, plain, args, options), rtol=0, atol=0)
@@ -248,14 +248,14 @@ class TestRecomputedActivations:
     def test_dropout_is_the_same_in_both_passes(self):
         args, options = batch_of()
         found = []
-        for model in (model_of(dropout=0.5), recompute_activations(model_of(dropout=0.5))):
+        for model in (model_of(dropout=0.5), checkpoint_activations(model_of(dropout=0.5))):
             torch.manual_seed(1)
             found.append(outputs_and_gradients(model, model, args, options))
         torch.testing.assert_close(*found, rtol=0, atol=0)
 
     def test_less_is_kept(self):
         kept = []
-        for change in (nn.Identity(), recompute_activations):
+        for change in (nn.Identity(), checkpoint_activations):
             model = change(model_of(latents=47, reads=5))
             saved = Saved(model)
             with saved.hooks:
@@ -264,12 +264,12 @@ class TestRecomputedActivations:
         assert kept[1] < kept[0] / 3
 
     def test_only_chosen_blocks(self):
-        model = recompute_activations(model_of(), blocks=(SelfAttend,))
+        model = checkpoint_activations(model_of(), blocks=(SelfAttend,))
         changed = {type(module) for module in model.modules() if "forward" in vars(module)}
         assert changed == {SelfAttend}
 
     def test_a_copy_computes_with_its_own_weights(self):
-        model = recompute_activations(model_of(kernel=reference))
+        model = checkpoint_activations(model_of(kernel=reference))
         twin = copy.deepcopy(model)
         (x,), _ = batch_of()
         before = model(x).detach()
@@ -284,7 +284,7 @@ class TestRecomputedActivations:
         assert all(parameter.grad is None for parameter in model.parameters())
 
     def test_functional_call_uses_the_weights_it_is_given(self):
-        model = recompute_activations(model_of())
+        model = checkpoint_activations(model_of())
         (x,), _ = batch_of()
         other = {name: parameter * 1.5 for name, parameter in model.named_parameters()}
         plain = model_of()
@@ -311,7 +311,7 @@ class TestFunctional:
         torch.testing.assert_close(found, {n: p.grad for n, p in model.named_parameters()}, **CLOSE)
 
     @pytest.mark.parametrize("kind", ["pixels", "audio", "points"])
-    @pytest.mark.parametrize("kernel", [reference, partial(chunked, chunk=5)], ids=["reference", "chunked"])
+    @pytest.mark.parametrize("kernel", [reference, partial(chunked, chunk_size=5)], ids=["reference", "chunked"])
     def test_gradients_of_each_sample(self, kind, kernel):
         model = model_of(kind, kernel=kernel).double()
         x = batch_of(kind, b=3)[0][0].double()
@@ -322,7 +322,7 @@ class TestFunctional:
             torch.testing.assert_close({n: g[i] for n, g in each.items()}, alone, **CLOSE)
 
     def test_gradients_of_each_sample_by_structured_reads(self):
-        model = model_of("pixels", kernel=fastest, path=paths.Structured(), reads=1).double()
+        model = model_of("pixels", kernel=fastest, path=reads.Structured(), reads=1).double()
         x = batch_of("pixels", b=3)[0][0].double()
 
         def loss(read, x):

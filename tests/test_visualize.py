@@ -15,10 +15,10 @@ GRID = (13, 7)
 @pytest.fixture
 def model() -> pc.Perceiver:
     torch.manual_seed(0)
-    image = pc.adapters.Image(channels=3, positions=pc.positions.Fourier(axes=2, bands=3, max_resolution=16))
-    read = partial(pc.CrossAttend, heads=2, attention=partial(pc.MultiHeadAttention, qk_dim=10, dropout=0.5))
-    encoder = pc.Encoder(image.dim, latents=5, dim=11, reads=3, depth=1, heads=1, read=read, share=False)
-    return pc.Perceiver(image, encoder, pc.heads.Classify(11, classes=2))
+    image = pc.adapters.Image(num_channels=3, positions=pc.positions.Fourier(num_axes=2, num_bands=3, max_resolution=16))
+    read = partial(pc.CrossAttend, num_heads=2, attention=partial(pc.MultiHeadAttention, qk_dim=10, dropout=0.5))
+    encoder = pc.Encoder(image.dim, num_latents=5, dim=11, num_reads=3, depth=1, num_heads=1, cross_attention=read, share=False)
+    return pc.Perceiver(image, encoder, pc.heads.Classification(11, num_classes=2))
 
 
 def test_map_adds_to_one_over_the_grid(model: pc.Perceiver) -> None:
@@ -35,7 +35,7 @@ def test_map_is_what_the_formula_gives_at_every_read(model: pc.Perceiver) -> Non
     for step in range(3):
         read = model.encoder.reads[step]
         q = read.attention.query(read.query_norm(x)).unflatten(-1, (2, 5)).transpose(1, 2)
-        k = read.attention.key(read.input_norm(tokens.dense())).unflatten(-1, (2, 5)).transpose(1, 2)
+        k = read.attention.key(read.input_norm(tokens.materialize())).unflatten(-1, (2, 5)).transpose(1, 2)
         wanted = (q @ k.mT / 5**0.5).softmax(-1).unflatten(-1, GRID)
         torch.testing.assert_close(visualize.attention_map(model, pictures, read=step), wanted)
         x = model.encoder.transformers[step](read(x, tokens))
@@ -65,16 +65,16 @@ def test_map_leaves_the_model_in_its_mode(model: pc.Perceiver) -> None:
 
 
 def test_map_over_plain_tensors_keeps_their_one_axis() -> None:
-    encoder = pc.Encoder(6, latents=5, dim=11, depth=1, heads=1)
-    model = pc.Perceiver(torch.nn.Identity(), encoder, pc.heads.Latents())
+    encoder = pc.Encoder(6, num_latents=5, dim=11, depth=1, num_heads=1)
+    model = pc.Perceiver(torch.nn.Identity(), encoder, pc.heads.Identity())
     assert visualize.attention_map(model, torch.randn(2, 17, 6)).shape == (2, 1, 5, 17)
 
 
 def test_map_of_a_different_input_for_each_read() -> None:
-    where = pc.positions.Fourier(axes=1, bands=3, max_resolution=16)
-    both = pc.adapters.PerRead([pc.adapters.Audio(patch=patch, positions=where) for patch in (4, 3)])
-    encoder = pc.Encoder(both.dim, latents=5, dim=11, reads=2, depth=1, heads=1, share=False)
-    model = pc.Perceiver(both, encoder, pc.heads.Latents())
+    where = pc.positions.Fourier(num_axes=1, num_bands=3, max_resolution=16)
+    both = pc.adapters.PerRead([pc.adapters.Audio(patch_size=patch, positions=where) for patch in (4, 3)])
+    encoder = pc.Encoder(both.dim, num_latents=5, dim=11, num_reads=2, depth=1, num_heads=1, share=False)
+    model = pc.Perceiver(both, encoder, pc.heads.Identity())
     sounds = (torch.randn(2, 44), torch.randn(2, 21))
     assert visualize.attention_map(model, sounds, read=0).shape == (2, 1, 5, 11)
     assert visualize.attention_map(model, sounds, read=1).shape == (2, 1, 5, 7)
@@ -114,7 +114,7 @@ def test_overlay_errors(picture: torch.Tensor, weights: torch.Tensor, strength: 
 
 
 def test_position_features_are_those_of_the_grid() -> None:
-    where = pc.positions.Fourier(axes=2, bands=2, max_resolution=16)
+    where = pc.positions.Fourier(num_axes=2, num_bands=2, max_resolution=16)
     figure = visualize.position_features(where, (5, 7))
     assert len(figure.axes) == where.dim
     shown = np.stack([axes.images[0].get_array() for axes in figure.axes], -1)
@@ -123,18 +123,18 @@ def test_position_features_are_those_of_the_grid() -> None:
 
 
 def test_position_features_shows_so_many_at_most_and_one_axis_as_one_picture() -> None:
-    many = pc.positions.Gaussian(axes=2, features=50)
+    many = pc.positions.Gaussian(num_axes=2, num_features=50)
     assert len(visualize.position_features(many, (5, 7), limit=9).axes) == 9
-    line = visualize.position_features(pc.positions.Fourier(axes=1, bands=4, max_resolution=16), (31,))
+    line = visualize.position_features(pc.positions.Fourier(num_axes=1, num_bands=4, max_resolution=16), (31,))
     assert line.axes[0].images[0].get_array().shape == (9, 31)
     with pytest.raises(ValueError, match="one or two axes"):
-        visualize.position_features(pc.positions.Fourier(axes=3, bands=4), (3, 5, 7))
+        visualize.position_features(pc.positions.Fourier(num_axes=3, num_bands=4), (3, 5, 7))
 
 
 def test_architecture_gives_one_color_to_one_set_of_weights() -> None:
     def colors(share: bool | pc.sharing.Scheme) -> list[tuple[float, ...]]:
-        encoder = pc.Encoder(6, latents=5, dim=11, reads=3, depth=1, heads=1, share=share)
-        figure = visualize.architecture(pc.Perceiver(torch.nn.Identity(), encoder, pc.heads.Latents()))
+        encoder = pc.Encoder(6, num_latents=5, dim=11, num_reads=3, depth=1, num_heads=1, share=share)
+        figure = visualize.architecture(pc.Perceiver(torch.nn.Identity(), encoder, pc.heads.Identity()))
         boxes = [patch.get_facecolor() for patch in figure.axes[0].patches if hasattr(patch, "get_boxstyle")]
         return boxes[2:-1]
 
@@ -149,4 +149,4 @@ def test_pictures_without_matplotlib_say_what_to_install(monkeypatch: pytest.Mon
     with pytest.raises(ImportError, match=r"perceiver-core\[plots\]"):
         visualize.overlay(torch.rand(3, 5, 7), torch.rand(5, 7))
     with pytest.raises(ImportError, match=r"perceiver-core\[plots\]"):
-        visualize.position_features(pc.positions.Fourier(axes=1, bands=4), (31,))
+        visualize.position_features(pc.positions.Fourier(num_axes=1, num_bands=4), (31,))

@@ -11,17 +11,17 @@ FOLDER = Path(__file__).parent
 
 def architecture() -> None:
     """A Perceiver of three reads, at the widths of the ImageNet model."""
-    where = pc.positions.Fourier(axes=2, bands=64, max_resolution=224)
-    image = pc.adapters.Image(channels=3, positions=where)
+    where = pc.positions.Fourier(num_axes=2, num_bands=64, max_resolution=224)
+    image = pc.adapters.Image(num_channels=3, positions=where)
     with torch.device("meta"):
-        encoder = pc.Encoder(image.dim, latents=512, dim=1024, reads=3, depth=6, heads=8)
-        model = pc.Perceiver(image, encoder, pc.heads.Classify(encoder.dim, classes=1000))
+        encoder = pc.Encoder(image.dim, num_latents=512, dim=1024, num_reads=3, depth=6, num_heads=8)
+        model = pc.Perceiver(image, encoder, pc.heads.Classification(encoder.dim, num_classes=1000))
     pc.visualize.architecture(model).savefig(FOLDER / "architecture.png", dpi=110)
 
 
 def positions() -> None:
     """The Fourier features of a picture of 24 x 32 pixels."""
-    where = pc.positions.Fourier(axes=2, bands=7, max_resolution=(24, 32))
+    where = pc.positions.Fourier(num_axes=2, num_bands=7, max_resolution=(24, 32))
     pc.visualize.position_features(where, (24, 32), columns=10).savefig(FOLDER / "positions.png", dpi=110)
 
 

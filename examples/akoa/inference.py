@@ -84,7 +84,7 @@ def picture_size(model: nn.Module) -> tuple[int, int]:
     if not isinstance(adapter, Image) or len(grid) != 2:
         raise ValueError("model: its parts do not tell the size of its pictures; give --size")
     side = 64
-    probe = next(model.parameters()).new_zeros(1, adapter.channels, side, side)
+    probe = next(model.parameters()).new_zeros(1, adapter.num_channels, side, side)
     with evaluating(model):
         pixels = [side // tokens for tokens in adapter.stem(probe).shape[-2:]]
     return round(grid[0] * pixels[0]), round(grid[1] * pixels[1])

@@ -52,17 +52,17 @@ def knee_model(size: tuple[int, int] = (64, 64)) -> pc.Perceiver:
         torch.Size([2, 1])
     """
     dim, grid = 64, tuple(-(-side // 4) for side in size)
-    where = pc.positions.Fourier(axes=2, bands=16, max_resolution=grid)
-    image = pc.adapters.Image(channels=1, positions=where, stem=partial(StandardizedStem, dim=32))
+    where = pc.positions.Fourier(num_axes=2, num_bands=16, max_resolution=grid)
+    image = pc.adapters.Image(num_channels=1, positions=where, stem=partial(StandardizedStem, dim=32))
     encoder = pc.Encoder(
         image.dim,
-        latents=32,
+        num_latents=32,
         dim=dim,
-        reads=2,
+        num_reads=2,
         depth=3,
-        heads=4,
+        num_heads=4,
         share=pc.sharing.all_,
-        read=partial(pc.CrossAttend, heads=4, attention=partial(pc.MultiHeadAttention, qk_dim=dim)),
-        process=partial(pc.LatentTransformer, block=partial(pc.SelfAttend, mlp=partial(pc.MLP, widening=2))),
+        cross_attention=partial(pc.CrossAttend, num_heads=4, attention=partial(pc.MultiHeadAttention, qk_dim=dim)),
+        latent_transformer=partial(pc.LatentTransformer, block=partial(pc.SelfAttend, mlp=partial(pc.MLP, widening_factor=2))),
     )
-    return pc.Perceiver(image, encoder, pc.heads.Classify(encoder.dim, classes=1))
+    return pc.Perceiver(image, encoder, pc.heads.Classification(encoder.dim, num_classes=1))

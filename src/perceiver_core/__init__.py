@@ -5,18 +5,18 @@
 Example:
     >>> import torch
     >>> import perceiver_core as pc
-    >>> audio = pc.adapters.Audio(patch=16, positions=pc.positions.Fourier(axes=1, bands=8, max_resolution=64))
-    >>> encoder = pc.Encoder(audio.dim, latents=8, dim=32, depth=2, heads=4)
-    >>> model = pc.Perceiver(audio, encoder, pc.heads.Regress(encoder.dim, values=1))
+    >>> audio = pc.adapters.Audio(patch_size=16, positions=pc.positions.Fourier(num_axes=1, num_bands=8, max_resolution=64))
+    >>> encoder = pc.Encoder(audio.dim, num_latents=8, dim=32, depth=2, num_heads=4)
+    >>> model = pc.Perceiver(audio, encoder, pc.heads.Regression(encoder.dim, num_outputs=1))
     >>> model(torch.randn(3, 999)).shape
     torch.Size([3, 1])
 """
 
 from perceiver_core import (
     adapters,
-    attention,
     checkpoints,
     heads,
+    kernels,
     losses,
     models,
     positions,
@@ -25,31 +25,31 @@ from perceiver_core import (
     sharing,
     visualize,
 )
+from perceiver_core import reads
 from perceiver_core.blocks import (
-    GEGLU,
-    MLP,
     AttentionResidual,
     CrossAttend,
     DropLatents,
-    GroupedRead,
+    GEGLU,
     GRUGate,
+    GroupedRead,
     JointAttend,
     KeysValues,
     LatentTransformer,
     Level,
+    MLP,
     MultiHeadAttention,
     SelfAttend,
     SquaredReLU,
     SwiGLU,
     TanhGate,
-    paths,
 )
 from perceiver_core.checkpoints import load, save
 from perceiver_core.decoder import Decoder
 from perceiver_core.encoder import Encoder
-from perceiver_core.explain import Explanation, explain
+from perceiver_core.explain import ReadExplanations, explain_reads
 from perceiver_core.models import HierarchicalPerceiver, Perceiver, PerceiverAR, PerceiverIO, Resampler, generate
-from perceiver_core.recompute import recompute_activations
+from perceiver_core.activation_checkpointing import checkpoint_activations
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
@@ -63,7 +63,7 @@ __all__ = [
     "Decoder",
     "DropLatents",
     "Encoder",
-    "Explanation",
+    "ReadExplanations",
     "GRUGate",
     "GroupedRead",
     "HierarchicalPerceiver",
@@ -82,18 +82,18 @@ __all__ = [
     "TanhGate",
     "Tokens",
     "adapters",
-    "attention",
+    "kernels",
     "checkpoints",
-    "explain",
+    "explain_reads",
     "generate",
     "heads",
     "load",
     "losses",
     "models",
-    "paths",
+    "reads",
     "positions",
     "queries",
-    "recompute_activations",
+    "checkpoint_activations",
     "register",
     "registry",
     "save",

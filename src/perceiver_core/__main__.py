@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from perceiver_core.blocks import measure
-from perceiver_core.blocks.costs import USUAL
+from perceiver_core.reads import measure
+from perceiver_core.reads.costs import USUAL
 from perceiver_core.checkpoints.convert import NUMERICS, TARGETS, Plan, convert
 from perceiver_core.checkpoints.origin import KINDS
 
@@ -39,7 +39,7 @@ def _costs(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     for name, value in asdict(found).items():
         print(f"{name:16} {value:10.3g} {getattr(USUAL[device], name):10.3g}")  # noqa: T201
     numbers = ", ".join(f"{name}={value:.3g}" for name, value in asdict(found).items())
-    print(f"\npaths.use(model, paths.Cheapest(costs=paths.Costs({numbers})))")  # noqa: T201
+    print(f"\npaths.use(model, reads.Auto(costs=reads.Machine({numbers})))")  # noqa: T201
 
 
 def _add_convert(command: argparse.ArgumentParser) -> None:

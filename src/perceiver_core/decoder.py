@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from perceiver_core import checks, init
-from perceiver_core.attention import masks
-from perceiver_core.attention.weights import unwrapped
+from perceiver_core import masks
+from perceiver_core.kernels.attention_weights import unwrapped
 from perceiver_core.blocks import CrossAttend
 from perceiver_core.registry import register
 
@@ -29,22 +29,22 @@ class Decoder(nn.Module):
     Args:
         dim: the width of the latents.
         query_dim: the width of the queries.
-        out: the width of an answer; None for what the read gives, `query_dim` wide.
-        heads: attention heads of the read.
-        read: makes the read from (query_dim, dim, heads=heads). `functools.partial` of `CrossAttend` sets the rest:
-            `residual=False`, the default, does not add the queries to what they read, as in all published decoders but
-            those of the Fourier and convolutional image classifiers; `mlp=None` leaves the MLP out.
-        chunk: how many queries are answered at once; all of them unless given. In training each chunk is computed
+        out_dim: the width of an answer; None for what the read gives, `query_dim` wide.
+        num_heads: attention heads of the read.
+        cross_attention: makes the read from (query_dim, dim, heads=heads). `functools.partial` of `CrossAttend` sets
+            the rest: `residual=False`, the default, does not add the queries to what they read, as in all published
+            decoders but those of the Fourier and convolutional image classifiers; `mlp=None` leaves the MLP out.
+        chunk_size: how many queries are answered at once; all of them unless given. In training each chunk is computed
             again in the backward pass, so that memory does not grow with the number of queries but for these
             themselves and the answers. (`torch.func` does not take gradients through what is computed again.)
 
     Raises:
-        ValueError: sizes below 1; a chunk where queries compete, as with the kernel `attention.inverted`.
+        ValueError: sizes below 1; a chunk where queries compete, as with the kernel `kernels.inverted`.
 
     Example:
         >>> import torch
         >>> from perceiver_core import Decoder
-        >>> decoder = Decoder(32, query_dim=20, out=2)
+        >>> decoder = Decoder(32, query_dim=20, out_dim=2)
         >>> decoder(torch.randn(3, 7, 32), torch.randn(3, 100, 20)).shape
         torch.Size([3, 100, 2])
 
@@ -56,21 +56,21 @@ class Decoder(nn.Module):
         dim: int,
         *,
         query_dim: int,
-        out: int | None = None,
-        heads: int = 1,
-        read: Callable[..., nn.Module] = partial(CrossAttend, residual=False),  # noqa: B008 (it is a constant)
-        chunk: int | None = None,
+        out_dim: int | None = None,
+        num_heads: int = 1,
+        cross_attention: Callable[..., nn.Module] = partial(CrossAttend, residual=False),  # noqa: B008 (it is a constant)
+        chunk_size: int | None = None,
     ) -> None:
         super().__init__()
         checks.positive(dim=dim, query_dim=query_dim)
-        if chunk is not None:
-            checks.positive(chunk=chunk)
-        self.dim, self.query_dim, self.chunk = dim, query_dim, chunk
-        self.out = query_dim if out is None else out
-        self.read: Any = read(query_dim, dim, heads=heads)
-        self.output = nn.Identity() if out is None else init.linear(query_dim, out)
-        if chunk is not None and _compete(self.read):
-            raise ValueError(f"chunk must be None where queries compete for what they read; got {chunk}")
+        if chunk_size is not None:
+            checks.positive(chunk_size=chunk_size)
+        self.dim, self.query_dim, self.chunk_size = dim, query_dim, chunk_size
+        self.out_dim = query_dim if out_dim is None else out_dim
+        self.cross_attention: Any = cross_attention(query_dim, dim, num_heads=num_heads)
+        self.output = nn.Identity() if out_dim is None else init.linear(query_dim, out_dim)
+        if chunk_size is not None and _compete(self.cross_attention):
+            raise ValueError(f"chunk_size must be None where queries compete for what they read; got {chunk_size}")
 
     def forward(
         self,
@@ -133,13 +133,13 @@ class Decoder(nn.Module):
         Example:
             >>> import torch
             >>> from perceiver_core import Decoder
-            >>> decoder = Decoder(32, query_dim=20, heads=4)
+            >>> decoder = Decoder(32, query_dim=20, num_heads=4)
             >>> decoder.attention_map(torch.randn(3, 7, 32), torch.randn(5, 20)).shape
             torch.Size([3, 4, 5, 7])
         """
         queries = self._checked(latents, queries, mask)
         allowed = None if mask is None else masks.Queries(mask)
-        weights: Tensor = self.read.attention_map(queries, latents, mask=allowed)
+        weights: Tensor = self.cross_attention.attention_map(queries, latents, mask=allowed)
         return weights
 
     def _of_each(self, latents: Tensor, queries: dict[str, Tensor], mask: Any) -> dict[str, Tensor]:
@@ -162,10 +162,10 @@ class Decoder(nn.Module):
 
     def _answers(self, latents: Tensor, queries: Tensor, mask: Tensor | None) -> Tensor:
         count = queries.shape[1]
-        if self.chunk is None or count <= self.chunk:
+        if self.chunk_size is None or count <= self.chunk_size:
             return self._answer(latents, queries, mask)
         pieces = []
-        for x, present in _pieces(queries, mask, self.chunk):
+        for x, present in _pieces(queries, mask, self.chunk_size):
             if torch.is_grad_enabled():
                 pieces.append(checkpoint(self._answer, latents, x, present, use_reentrant=False))
             else:
@@ -173,7 +173,7 @@ class Decoder(nn.Module):
         return torch.cat(pieces, dim=1)
 
     def _answer(self, latents: Tensor, queries: Tensor, mask: Tensor | None) -> Tensor:
-        answers: Tensor = self.output(self.read(queries, latents, mask=None if mask is None else masks.Queries(mask)))
+        answers: Tensor = self.output(self.cross_attention(queries, latents, mask=None if mask is None else masks.Queries(mask)))
         return answers
 
 

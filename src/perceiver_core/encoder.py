@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from perceiver_core import checks, init, sharing
-from perceiver_core.attention.masks import Mask
+from perceiver_core.masks import Mask
 from perceiver_core.blocks import CrossAttend, LatentTransformer
-from perceiver_core.blocks.attention_residual import Pool, onward
+from perceiver_core.blocks.attention_residual import Aggregate, onward
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
@@ -30,18 +30,19 @@ class Encoder(nn.Module):
 
     Args:
         input_dim: the width of the input's tokens; one for each read where reads have different inputs.
-        latents: how many latents.
+        num_latents: how many latents.
         dim: their width.
-        reads: how many times the input is read.
+        num_reads: how many times the input is read.
         depth: how many self-attends follow each read.
-        heads: heads of these.
+        num_heads: heads of these.
         share: which steps share weights: True for the paper's scheme (`sharing.paper`), False for none, or
             any scheme of `sharing`, or your own.
-        read: makes a cross-attend from (dim, input_dim); `functools.partial` of `CrossAttend` sets the rest.
-        process: makes a latent transformer from (dim, depth=depth, heads=heads).
-        drop: what becomes of the latents before they read, `DropLatents` for example; nothing unless given.
-        pool: makes, for each step, from (dim), what goes on from the latents before and after all steps so far, such as
-            `AttentionResidual`; steps that share a transformer share it. Unless given, those after the last go on.
+        cross_attention: makes a cross-attend from (dim, input_dim); `functools.partial` of `CrossAttend` sets the rest.
+        latent_transformer: makes a latent transformer from (dim, depth=depth, heads=heads).
+        latent_dropout: what becomes of the latents before they read, `DropLatents` for example; nothing unless given.
+        aggregate: makes, for each step, from (dim), what goes on from the latents before and after all steps so far,
+            such as `AttentionResidual`; steps that share a transformer share it. Unless given, those after the last go
+            on.
 
     Raises:
         ValueError: sizes below 1, or reads that share weights but not their input's width.
@@ -50,7 +51,7 @@ class Encoder(nn.Module):
         >>> import torch
         >>> from functools import partial
         >>> from perceiver_core import CrossAttend, Encoder
-        >>> encoder = Encoder(10, latents=7, dim=32, reads=3, depth=2, heads=4, read=partial(CrossAttend, heads=2))
+        >>> encoder = Encoder(10, num_latents=7, dim=32, num_reads=3, depth=2, num_heads=4, cross_attention=partial(CrossAttend, num_heads=2))
         >>> encoder(torch.randn(2, 50, 10)).shape
         torch.Size([2, 7, 32])
 
@@ -61,39 +62,39 @@ class Encoder(nn.Module):
         self,
         input_dim: int | Sequence[int],
         *,
-        latents: int,
+        num_latents: int,
         dim: int,
-        reads: int = 1,
+        num_reads: int = 1,
         depth: int = 6,
-        heads: int = 8,
+        num_heads: int = 8,
         share: bool | sharing.Scheme = True,
-        read: Callable[..., nn.Module] = CrossAttend,
-        process: Callable[..., nn.Module] = LatentTransformer,
-        drop: nn.Module | None = None,
-        pool: Pool | None = None,
+        cross_attention: Callable[..., nn.Module] = CrossAttend,
+        latent_transformer: Callable[..., nn.Module] = LatentTransformer,
+        latent_dropout: nn.Module | None = None,
+        aggregate: Aggregate | None = None,
     ) -> None:
         super().__init__()
-        checks.positive(latents=latents, dim=dim, heads=heads)
-        checks.positive(at_most=10_000, reads=reads)
-        self.dim, self.sharing = dim, _plan(share, reads)
+        checks.positive(num_latents=num_latents, dim=dim, num_heads=num_heads)
+        checks.positive(at_most=10_000, num_reads=num_reads)
+        self.dim, self.sharing = dim, _plan(share, num_reads)
         self.input_dim = input_dim if isinstance(input_dim, int) else tuple(input_dim)
         widths = _read_widths(input_dim, self.sharing)
-        self.inputs = 1 if isinstance(input_dim, int) else len(input_dim)
-        self.latents = init.embedding(latents, dim)
-        self.drop = nn.Identity() if drop is None else drop
-        self.reads = nn.ModuleList(read(dim, width) for width in widths)
+        self.num_inputs = 1 if isinstance(input_dim, int) else len(input_dim)
+        self.latents = init.embedding(num_latents, dim)
+        self.latent_dropout = nn.Identity() if latent_dropout is None else latent_dropout
+        self.reads = nn.ModuleList(cross_attention(dim, width) for width in widths)
         self.transformers = nn.ModuleList(
-            process(dim, depth=depth, heads=heads) for _ in set(self.sharing.transformers)
+            latent_transformer(dim, depth=depth, num_heads=num_heads) for _ in set(self.sharing.transformers)
         )
         many = len(self.transformers)
-        self.pools = [None] * many if pool is None else nn.ModuleList(pool(dim) for _ in range(many))
+        self.aggregates = [None] * many if aggregate is None else nn.ModuleList(aggregate(dim) for _ in range(many))
 
     def forward(self, inputs: Input | Sequence[Input], *, mask: Mask | None = None) -> Float[Tensor, "b m d"]:
         """The latents after all reads.
 
         Args:
             inputs: tokens, or a tensor `b n c`, which every read reads; or one of these for each read.
-            mask: who may attend to whom, beside the tokens' own mask; see `attention.masks`.
+            mask: who may attend to whom, beside the tokens' own mask; see `masks`.
 
         Raises:
             TypeError, ValueError: inputs of another width, dtype, device or number.
@@ -122,7 +123,7 @@ class Encoder(nn.Module):
         Example:
             >>> import torch
             >>> from perceiver_core import Encoder
-            >>> encoder = Encoder(10, latents=7, dim=32, reads=3, depth=1, heads=4)
+            >>> encoder = Encoder(10, num_latents=7, dim=32, num_reads=3, depth=1, num_heads=4)
             >>> encoder.attention_map(torch.randn(2, 50, 10), read=0, queries=[0, 6]).shape
             torch.Size([2, 1, 2, 50])
         """
@@ -140,8 +141,8 @@ class Encoder(nn.Module):
         if not isinstance(inputs, (Tokens, Tensor, Sequence)):
             raise TypeError(f"inputs must be Tokens, a tensor b n c, or a list of these; got {type(inputs).__name__}")
         given = [inputs] if isinstance(inputs, (Tokens, Tensor)) else list(inputs)
-        if len(given) != self.inputs:
-            wanted = "one for all reads" if self.inputs == 1 else f"one for each of {self.inputs} reads"
+        if len(given) != self.num_inputs:
+            wanted = "one for all reads" if self.num_inputs == 1 else f"one for each of {self.num_inputs} reads"
             raise ValueError(f"inputs must be {wanted}; got {len(given)}")
         batches = [_batch(tokens) for tokens in given]
         if any(batch != batches[0] for batch in batches[1:]):
@@ -150,12 +151,12 @@ class Encoder(nn.Module):
 
     def _after(self, steps: int, given: list[Input], mask: Mask | None, kept: Memories) -> Tensor:
         """The latents after so many steps; `kept` holds what later ones will read again."""
-        x: Tensor = self.drop(self.latents.unsqueeze(0))  # the same for all samples until they have read
+        x: Tensor = self.latent_dropout(self.latents.unsqueeze(0))  # the same for all samples until they have read
         past = [x]
         for step in range(steps):
             tokens, present = self._memory(step, given, mask, kept)
             after = self._transformer(step)(self._read(step)(x, tokens, mask=present))
-            x = onward(self.pools[self.sharing.transformers[step]], past, after)
+            x = onward(self.aggregates[self.sharing.transformers[step]], past, after)
         return x
 
     def _read(self, step: int) -> Any:  # a CrossAttend, or a user's own

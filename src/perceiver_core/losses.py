@@ -57,14 +57,15 @@ def end_point_error(
 
 
 def cross_entropy(
-    logits: Float[Tensor, "b ... v"], labels: Int[Tensor, "b ..."], *, ignore: int = -100
+    logits: Float[Tensor, "b ... v"], labels: Int[Tensor, "b ..."], *, ignore_index: int = -100
 ) -> Float[Tensor, ""]:
     """The mean cross-entropy of labels, in nats: of classes `b v`, or of tokens `b q v`, the last axis the vocabulary.
 
     Args:
         logits: of each label.
-        labels: which it is; `ignore` where none is asked for, as in a masked language model where nothing was hidden.
-        ignore: the label that does not count.
+        labels: which it is; `ignore_index` where none is asked for, as in a masked language model where nothing was
+            hidden.
+        ignore_index: the label that does not count.
 
     Raises:
         TypeError: labels that are not whole numbers.
@@ -86,10 +87,10 @@ def cross_entropy(
             f"labels must have the shape of the logits without their last axis, {tuple(logits.shape[:-1])}; "
             f"got {tuple(labels.shape)}"
         )
-    if not checks.is_true(lambda: (labels != ignore).any(), labels):
-        raise ValueError(f"labels must hold one at least that is not {ignore}; got none")
+    if not checks.is_true(lambda: (labels != ignore_index).any(), labels):
+        raise ValueError(f"labels must hold one at least that is not {ignore_index}; got none")
     wide = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(logits.to(wide).flatten(0, -2), labels.flatten().long(), ignore_index=ignore)
+    return F.cross_entropy(logits.to(wide).flatten(0, -2), labels.flatten().long(), ignore_index=ignore_index)
 
 
 def weighted(

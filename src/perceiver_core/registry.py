@@ -1,6 +1,6 @@
 """What a configuration may name: the parts that this library, or its user, has registered.
 
-A model is saved as the constructor calls that made it (`describe`) and built again from them (`build`).
+A model is saved as the constructor calls that made it (`to_config`) and built again from them (`from_config`).
 Only registered names are ever called; nothing is imported, evaluated or unpickled.
 
     {"part": name, argument: ...}      a part, made by calling the class of that name
@@ -63,7 +63,7 @@ def register(thing: T, *, name: str | None = None) -> T:
         ...     def __init__(self, factor: float) -> None:
         ...         super().__init__()
         ...         self.factor = factor
-        >>> pc.registry.describe(Scale(2.0))
+        >>> pc.registry.to_config(Scale(2.0))
         {'part': 'Scale', 'factor': 2.0}
     """
     if not inspect.isclass(thing) and not inspect.isroutine(thing):
@@ -85,7 +85,7 @@ def register(thing: T, *, name: str | None = None) -> T:
     return thing
 
 
-def adopt(thing: type, *arguments: str) -> None:
+def register_external(thing: type, *arguments: str) -> None:
     """Registers a class of another library, with the arguments that its instances keep as attributes."""
     _named[thing.__name__], _names[thing], _adopted[thing] = thing, thing.__name__, arguments
 
@@ -135,8 +135,8 @@ def _copied(value: Any) -> Any:
     return [_copied(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def describe(value: Any) -> Json:
-    """What `build` needs to make `value` again, as JSON.
+def to_config(value: Any) -> Json:
+    """What `from_config` needs to make `value` again, as JSON.
 
     Raises:
         ValueError: a part that is not registered, or a value that JSON has no word for.
@@ -144,8 +144,8 @@ def describe(value: Any) -> Json:
     Example:
         >>> from functools import partial
         >>> import perceiver_core as pc
-        >>> pc.registry.describe(partial(pc.CrossAttend, heads=2))
-        {'partial': 'CrossAttend', 'heads': 2}
+        >>> pc.registry.to_config(partial(pc.CrossAttend, num_heads=2))
+        {'partial': 'CrossAttend', 'num_heads': 2}
     """
     return _describe(value, "", {})
 
@@ -222,20 +222,20 @@ def settings(module: nn.Module) -> str:
 
 def _describe_or_type(value: Any) -> Json:
     try:
-        return describe(value)
+        return to_config(value)
     except ValueError:
         return type(value).__name__
 
 
-def build(config: Json) -> Any:
-    """Makes the value that `describe` wrote down.
+def from_config(config: Json) -> Any:
+    """Makes the value that `to_config` wrote down.
 
     Raises:
         ValueError: a name that is not registered, arguments that do not fit, or a malformed description.
 
     Example:
         >>> import perceiver_core as pc
-        >>> pc.registry.build({"part": "MLP", "dim": 32, "activation": {"part": "GEGLU"}}).expand.out_features
+        >>> pc.registry.from_config({"part": "MLP", "dim": 32, "activation": {"part": "GEGLU"}}).expand.out_features
         64
     """
     try:
@@ -370,9 +370,9 @@ def _join(at: str, key: object) -> str:
 
 
 for _plain in (nn.Identity, nn.Tanh, nn.Sigmoid):
-    adopt(_plain)
-adopt(nn.ReLU, "inplace")
-adopt(nn.SiLU, "inplace")
-adopt(nn.GELU, "approximate")
-adopt(nn.LayerNorm, "normalized_shape", "eps", "elementwise_affine", "bias")
-adopt(nn.RMSNorm, "normalized_shape", "eps", "elementwise_affine")
+    register_external(_plain)
+register_external(nn.ReLU, "inplace")
+register_external(nn.SiLU, "inplace")
+register_external(nn.GELU, "approximate")
+register_external(nn.LayerNorm, "normalized_shape", "eps", "elementwise_affine", "bias")
+register_external(nn.RMSNorm, "normalized_shape", "eps", "elementwise_affine")

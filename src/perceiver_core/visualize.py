@@ -53,9 +53,9 @@ def attention_map(
     Example:
         >>> import torch
         >>> import perceiver_core as pc
-        >>> image = pc.adapters.Image(channels=3, positions=pc.positions.Fourier(axes=2, bands=4, max_resolution=16))
-        >>> encoder = pc.Encoder(image.dim, latents=6, dim=16, depth=1, heads=2)
-        >>> model = pc.Perceiver(image, encoder, pc.heads.Classify(16, classes=3))
+        >>> image = pc.adapters.Image(num_channels=3, positions=pc.positions.Fourier(num_axes=2, num_bands=4, max_resolution=16))
+        >>> encoder = pc.Encoder(image.dim, num_latents=6, dim=16, depth=1, num_heads=2)
+        >>> model = pc.Perceiver(image, encoder, pc.heads.Classification(16, num_classes=3))
         >>> pc.visualize.attention_map(model, torch.rand(2, 3, 13, 17), queries=[0, 5]).shape
         torch.Size([2, 1, 2, 13, 17])
     """
@@ -119,7 +119,7 @@ def position_features(positions: Positions, grid: Sequence[int], *, columns: int
 
     Example:
         >>> import perceiver_core as pc
-        >>> figure = pc.visualize.position_features(pc.positions.Fourier(axes=2, bands=4, max_resolution=32), (24, 32))
+        >>> figure = pc.visualize.position_features(pc.positions.Fourier(num_axes=2, num_bands=4, max_resolution=32), (24, 32))
         >>> len(figure.axes)
         18
     """
@@ -154,7 +154,7 @@ def architecture(model: Perceiver) -> Figure:
         >>> import torch
         >>> import perceiver_core as pc
         >>> with torch.device("meta"):
-        ...     model = pc.models.papers.modelnet40()
+        ...     model = pc.models.presets.modelnet40()
         >>> float(pc.visualize.architecture(model).get_figwidth()) > 5
         True
     """

@@ -10,12 +10,12 @@ from perceiver_core.adapters import Audio, Spectrogram
 
 
 def where(axes):
-    return positions.Fourier(axes=axes, bands=3, max_resolution=17)
+    return positions.Fourier(num_axes=axes, num_bands=3, max_resolution=17)
 
 
 @pytest.mark.parametrize("samples", [1, 6, 7, 8, 77, 83])
 def test_every_patch_is_a_token_and_the_last_is_padded_with_zeros(samples):
-    audio = Audio(patch=7, positions=where(1))
+    audio = Audio(patch_size=7, positions=where(1))
     sound = torch.rand(2, samples) + 1
     tokens = audio(sound)
     n = -(-samples // 7)
@@ -25,30 +25,30 @@ def test_every_patch_is_a_token_and_the_last_is_padded_with_zeros(samples):
     assert flat[:, samples:].eq(0).all()
     points = torch.linspace(-1, 1, n)[:, None]
     torch.testing.assert_close(tokens.positions(), where(1)(points), rtol=1e-5, atol=1e-5)
-    assert tokens.dense().shape == (2, n, audio.dim)
+    assert tokens.materialize().shape == (2, n, audio.dim)
 
 
 def test_any_length_after_any_other():
-    audio = Audio(patch=7, positions=where(1))
+    audio = Audio(patch_size=7, positions=where(1))
     sound = torch.rand(2, 23)
-    before = audio(sound).dense()
+    before = audio(sound).materialize()
     audio(torch.rand(1, 997))
-    torch.testing.assert_close(audio(sound).dense(), before, rtol=0, atol=0)
+    torch.testing.assert_close(audio(sound).materialize(), before, rtol=0, atol=0)
 
 
 def test_the_mask_is_over_patches():
     mask = torch.tensor([[True, True, False], [True, False, True]])
     sound = torch.rand(2, 20)
     sound[0, 14:] = torch.nan
-    dense = Audio(patch=7, positions=None)(sound, mask=mask).dense()
+    dense = Audio(patch_size=7, positions=None)(sound, mask=mask).materialize()
     assert dense.isfinite().all()
     assert dense[~mask].eq(0).all()
 
 
 def test_audio_without_positions_is_its_patches():
-    audio = Audio(patch=5, positions=None)
+    audio = Audio(patch_size=5, positions=None)
     assert audio.dim == 5
-    assert audio(torch.rand(2, 11)).dense().shape == (2, 3, 5)
+    assert audio(torch.rand(2, 11)).materialize().shape == (2, 3, 5)
 
 
 @pytest.mark.parametrize("bins, frames", [(11, 7), (3, 29)])
@@ -68,4 +68,4 @@ def test_a_spectrogram_with_a_mask():
     mask = torch.rand(2, 3, 5) < 0.5
     mask[:, 0, 0] = True
     tokens = Spectrogram(positions=None)(values.masked_fill(~mask, torch.inf), mask=mask)
-    torch.testing.assert_close(tokens.dense()[..., 0], (values * mask).flatten(1), rtol=0, atol=0)
+    torch.testing.assert_close(tokens.materialize()[..., 0], (values * mask).flatten(1), rtol=0, atol=0)

@@ -24,7 +24,7 @@ def test_ids_are_those_of_transformers(ends, left):
     specials = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.mask_token_id)
     assert specials == (Bytes.PAD, Bytes.BOS, Bytes.EOS, Bytes.MASK)
     assert (tokenizer.cls_token_id, tokenizer.sep_token_id) == (Bytes.CLS, Bytes.SEP)
-    assert tokenizer.vocab_size + 6 == len(tokenizer) == Bytes(8).vocabulary
+    assert tokenizer.vocab_size + 6 == len(tokenizer) == Bytes(8).vocab_size
 
 
 @given(st.lists(st.text(), min_size=1, max_size=5), st.booleans())
@@ -53,8 +53,8 @@ def test_long_texts_are_cut(most, ends, wanted):
 
 def test_padding_changes_nothing(tmp_path):
     torch.manual_seed(0)
-    text = Bytes(dim=12, positions=pc.positions.Indexed(50, 12))
-    model = pc.Perceiver(text, pc.Encoder(12, latents=5, dim=14, depth=1, heads=2), pc.heads.Classify(14, 3)).double()
+    text = Bytes(dim=12, positions=pc.positions.LearnedEmbedding(50, 12))
+    model = pc.Perceiver(text, pc.Encoder(12, num_latents=5, dim=14, depth=1, num_heads=2), pc.heads.Classification(14, 3)).double()
     model.eval()
     ids, mask = text.encode(["short", "a longer one"])
     alone = model(text.encode("short")[0])
@@ -67,7 +67,7 @@ def test_a_text_that_is_missing_is_masked():
     assert mask.tolist() == [[True] * 5, [False] * 5]
     with pytest.raises(ValueError, match=r"mask leaves no token to attend to in samples \[1\]"):
         Bytes(8)(ids, mask=mask)
-    both = pc.adapters.Multimodal({"text": Bytes(8), "label": pc.adapters.Label(3)})
+    both = pc.adapters.Multimodal({"text": Bytes(8), "label": pc.adapters.OneHotLabel(3)})
     assert both({"text": ids, "label": torch.tensor([0, 2])}, mask={"text": mask}).mask[1].tolist() == [False] * 5 + [
         True
     ]

@@ -9,20 +9,20 @@ import perceiver_core as pc
 
 
 def dropping(rate, *, axes=1):
-    where = pc.positions.Fourier(axes=axes, bands=2, max_resolution=16)
+    where = pc.positions.Fourier(num_axes=axes, num_bands=2, max_resolution=16)
     return pc.adapters.DropTokens(pc.adapters.Grid(3, positions=where), rate=rate)
 
 
 @pytest.mark.parametrize("rate, left", [(0.0, 17), (0.25, 12), (0.5, 8), (0.99, 1)])
 def test_as_many_are_left_as_it_says(rate, left):
     adapter, x = dropping(rate), torch.randn(2, 17, 3)
-    assert adapter(x).n == left and adapter.eval()(x).n == 17
+    assert adapter(x).num_tokens == left and adapter.eval()(x).num_tokens == 17
     assert adapter.dim == adapter(x).dim == 3 + 5
 
 
 def test_what_is_left_is_some_of_the_tokens_each_once():
     adapter, x = dropping(0.5, axes=2), torch.randn(3, 5, 7, 3)
-    whole, some = adapter.eval()(x).dense(), adapter.train()(x).dense()
+    whole, some = adapter.eval()(x).materialize(), adapter.train()(x).materialize()
     same = (some[:, :, None] == whole[:, None]).all(-1)
     assert (same.sum(2) == 1).all() and (same.sum(1) <= 1).all()
     assert not torch.equal(same[0], same[1])
@@ -33,8 +33,8 @@ def test_each_sample_keeps_its_share_of_those_that_are_there():
     there = torch.arange(17) < torch.tensor([[17], [9], [1]])
     tokens = adapter(x, mask=there)
     assert tokens.mask.sum(1).tolist() == [8, 5, 1]
-    whole = adapter.eval()(x).dense()
-    for sample, present, tokens_of, mask in zip(whole, there, tokens.dense(), tokens.mask, strict=True):
+    whole = adapter.eval()(x).materialize()
+    for sample, present, tokens_of, mask in zip(whole, there, tokens.materialize(), tokens.mask, strict=True):
         same = (tokens_of[mask][:, None] == sample[None]).all(-1)
         assert same[:, present].any(1).all()
 
@@ -42,13 +42,13 @@ def test_each_sample_keeps_its_share_of_those_that_are_there():
 def test_every_token_is_as_likely_to_stay():
     torch.manual_seed(0)
     adapter, x = dropping(0.75), torch.randn(1, 11, 3).expand(4000, -1, -1)
-    kept = (adapter(x).dense()[:, :, None] == adapter.eval()(x).dense()[:1, None]).all(-1).any(1)
+    kept = (adapter(x).materialize()[:, :, None] == adapter.eval()(x).materialize()[:1, None]).all(-1).any(1)
     torch.testing.assert_close(kept.double().mean(0), torch.full((11,), 2 / 11).double(), rtol=0, atol=0.03)
 
 
 def test_gradients_reach_what_is_left():
     x = torch.randn(2, 17, 3, requires_grad=True)
-    dropping(0.5)(x).dense().sum().backward()
+    dropping(0.5)(x).materialize().sum().backward()
     assert x.grad.any(2).sum(1).tolist() == [8, 8]
 
 
@@ -85,12 +85,12 @@ def test_sizes_that_vary_compile(seeded):
     adapter = pc.adapters.DropTokens(pc.adapters.Grid(3, positions=None), rate=0.5, generator=generator)
     compiled = torch.compile(adapter, dynamic=True, backend="aot_eager")
     for n in (17, 23):
-        assert compiled(torch.randn(2, n, 3)).n == n // 2
+        assert compiled(torch.randn(2, n, 3)).num_tokens == n // 2
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_what_is_left_stands_in_its_order(masked):
-    adapter = pc.adapters.DropTokens(pc.adapters.Grid(channels=1, positions=None), rate=0.4).train()
+    adapter = pc.adapters.DropTokens(pc.adapters.Grid(num_channels=1, positions=None), rate=0.4).train()
     x, mask = torch.arange(50.0)[None, :, None].expand(3, -1, -1), torch.rand(3, 50) < 0.7 if masked else None
     left = adapter(x, mask=mask)
     assert (left.content[..., 0].diff() > 0).all()

@@ -12,10 +12,10 @@ from perceiver_core.adapters import Grid
 @pytest.mark.parametrize("grid", [(11,), (3, 7), (2, 3, 5), (2, 3, 1, 5)], ids=str)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_point_is_a_token(grid, channels):
-    where = positions.Fourier(axes=len(grid), bands=3, max_resolution=7)
+    where = positions.Fourier(num_axes=len(grid), num_bands=3, max_resolution=7)
     adapter = Grid(channels, positions=where)
     x = torch.randn(2, *grid, channels)
-    dense = adapter(x).dense()
+    dense = adapter(x).materialize()
     assert adapter(x).grid == grid
     assert dense.shape[-1] == adapter.dim
     torch.testing.assert_close(dense[..., :channels], x.flatten(1, -2), rtol=0, atol=0)
@@ -26,7 +26,7 @@ def test_every_point_is_a_token(grid, channels):
 @pytest.mark.parametrize("grid", [(11,), (3, 7), (2, 3, 5)], ids=str)
 def test_a_set_has_any_axes(grid):
     x = torch.randn(2, *grid, 3)
-    torch.testing.assert_close(Grid(3, positions=None)(x).dense(), x.flatten(1, -2), rtol=0, atol=0)
+    torch.testing.assert_close(Grid(3, positions=None)(x).materialize(), x.flatten(1, -2), rtol=0, atol=0)
 
 
 def test_a_mask_over_the_grid():
@@ -34,12 +34,12 @@ def test_a_mask_over_the_grid():
     mask = torch.rand(2, 3, 5) < 0.6
     mask[:, 0] = True
     tokens = Grid(7, positions=None)(x.masked_fill(~mask[..., None], torch.nan), mask=mask)
-    torch.testing.assert_close(tokens.dense(), (x * mask[..., None]).flatten(1, 2), rtol=0, atol=0)
+    torch.testing.assert_close(tokens.materialize(), (x * mask[..., None]).flatten(1, 2), rtol=0, atol=0)
 
 
 def test_errors():
     with pytest.raises(ValueError, match=r"array must be b \*grid c with 2 grid axes; got shape \(2, 5, 7\)"):
-        Grid(7, positions=positions.NeRF(axes=2))(torch.rand(2, 5, 7))
+        Grid(7, positions=positions.NeRF(num_axes=2))(torch.rand(2, 5, 7))
     with pytest.raises(ValueError, match=r"array must be b \*grid c with 1 grid axes; got shape \(2, 7\)"):
         Grid(7, positions=None)(torch.rand(2, 7))
     with pytest.raises(ValueError, match="array must have 7 channels in axis 2; got 3"):

@@ -16,15 +16,15 @@ from perceiver_core.adapters import ConvStem, Image, Patches, Pixels, Project
 STEMS = {
     "pixels": (Pixels, lambda h, w: (h, w)),
     "project": (partial(Project, dim=5), lambda h, w: (h, w)),
-    "patches": (partial(Patches, size=3), lambda h, w: (math.ceil(h / 3), math.ceil(w / 3))),
-    "flat patches": (partial(Patches, size=(2, 5)), lambda h, w: (math.ceil(h / 2), math.ceil(w / 5))),
+    "patches": (partial(Patches, patch_size=3), lambda h, w: (math.ceil(h / 3), math.ceil(w / 3))),
+    "flat patches": (partial(Patches, patch_size=(2, 5)), lambda h, w: (math.ceil(h / 2), math.ceil(w / 5))),
     "convolution": (partial(ConvStem, dim=7), lambda h, w: (math.ceil(h / 4), math.ceil(w / 4))),
 }
 each_stem = pytest.mark.parametrize("stem, grid", STEMS.values(), ids=STEMS.keys())
 
 
 def where():
-    return positions.Fourier(axes=2, bands=3, max_resolution=(13, 29))
+    return positions.Fourier(num_axes=2, num_bands=3, max_resolution=(13, 29))
 
 
 @each_stem
@@ -35,7 +35,7 @@ def test_tokens_are_the_stems_output_and_its_points_positions(stem, grid, channe
     pictures = torch.rand(2, channels, *size)
     tokens = image(pictures)
     assert tokens.grid == grid(*size)
-    assert tokens.dense().shape == (2, math.prod(grid(*size)), image.dim)
+    assert tokens.materialize().shape == (2, math.prod(grid(*size)), image.dim)
     torch.testing.assert_close(tokens.content, image.stem(pictures).permute(0, 2, 3, 1), rtol=0, atol=0)
     points = positions.grid_points(tokens.grid, like=pictures)
     torch.testing.assert_close(tokens.positions(), where()(points), rtol=1e-5, atol=1e-5)
@@ -45,22 +45,22 @@ def test_tokens_are_the_stems_output_and_its_points_positions(stem, grid, channe
 def test_a_larger_picture_in_between_changes_nothing(stem, grid):
     image = Image(3, positions=where(), stem=stem).eval()
     small, large = torch.rand(2, 3, 7, 5), torch.rand(1, 3, 19, 31)
-    before = image(small).dense()
+    before = image(small).materialize()
     image(large)
-    torch.testing.assert_close(image(small).dense(), before, rtol=0, atol=0)
+    torch.testing.assert_close(image(small).materialize(), before, rtol=0, atol=0)
 
 
 def test_without_positions():
     image = Image(3, positions=None)
     pictures = torch.rand(2, 3, 7, 5)
     assert image.dim == 3
-    torch.testing.assert_close(image(pictures).dense(), pictures.flatten(2).mT, rtol=0, atol=0)
+    torch.testing.assert_close(image(pictures).materialize(), pictures.flatten(2).mT, rtol=0, atol=0)
 
 
 def test_learned_positions_follow_the_size():
-    image = Image(1, positions=positions.Learned((7, 5), dim=2))
+    image = Image(1, positions=positions.LearnedGrid((7, 5), dim=2))
     torch.testing.assert_close(image(torch.rand(1, 1, 7, 5)).positions(), image.positions.vectors, rtol=0, atol=0)
-    assert image(torch.rand(1, 1, 3, 11)).dense().shape == (1, 33, 3)
+    assert image(torch.rand(1, 1, 3, 11)).materialize().shape == (1, 33, 3)
 
 
 def test_a_stem_of_the_user():
@@ -94,7 +94,7 @@ def test_what_masked_pixels_hold_reaches_neither_tokens_nor_gradients(stem, valu
     clean = torch.rand(2, 3, 7, 5)
     tokens, gradients = [], []
     for pictures in (clean, clean.masked_fill(~mask[:, None], value)):
-        tokens.append(image(pictures, mask=mask).dense())
+        tokens.append(image(pictures, mask=mask).materialize())
         loss = tokens[-1].square().sum()
         gradients.append(torch.autograd.grad(loss, list(image.parameters())) if loss.requires_grad else ())
     torch.testing.assert_close(*tokens, rtol=0, atol=0)

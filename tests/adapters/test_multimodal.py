@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import perceiver_core as pc
-from perceiver_core.adapters import Audio, Grid, Label, Multimodal, Table
+from perceiver_core.adapters import Audio, Grid, Multimodal, OneHotLabel, Table
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
 BATCH = 5
@@ -21,8 +21,8 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def adapters() -> dict[str, nn.Module]:
-    sound = Audio(patch=3, positions=pc.positions.Fourier(axes=1, bands=2, max_resolution=7))
-    return {"sound": sound, "set": Grid(5, positions=None), "label": Label(13)}
+    sound = Audio(patch_size=3, positions=pc.positions.Fourier(num_axes=1, num_bands=2, max_resolution=7))
+    return {"sound": sound, "set": Grid(5, positions=None), "label": OneHotLabel(13)}
 
 
 def made(**options) -> Multimodal:
@@ -36,7 +36,7 @@ def inputs() -> dict[str, Tensor]:
 
 def encoder(dim: int) -> nn.Module:
     torch.manual_seed(1)
-    return pc.Encoder(dim, latents=3, dim=7, depth=1, heads=1).double()
+    return pc.Encoder(dim, num_latents=3, dim=7, depth=1, num_heads=1).double()
 
 
 def test_kinds_come_in_the_order_of_the_adapters_padded_by_their_vectors():
@@ -44,7 +44,7 @@ def test_kinds_come_in_the_order_of_the_adapters_padded_by_their_vectors():
     tokens = both(given)
     assert both.dim == 13 + 4 and tokens.content.shape == (BATCH, 7 + 11 + 1, 17) and tokens.mask is None
     for name, part in zip(("sound", "set", "label"), tokens.content.split([7, 11, 1], dim=1), strict=True):
-        dense = both.adapters[name](given[name]).dense()
+        dense = both.adapters[name](given[name]).materialize()
         torch.testing.assert_close(part[..., : dense.shape[-1]], dense.double(), **EXACT)
         torch.testing.assert_close(
             part[..., dense.shape[-1] :], both.padding[name].expand_as(part[..., dense.shape[-1] :])
@@ -52,7 +52,7 @@ def test_kinds_come_in_the_order_of_the_adapters_padded_by_their_vectors():
 
 
 def test_the_widest_kind_has_least_learned_channels():
-    both = made(least=1)
+    both = made(min_modality_channels=1)
     assert both.dim == 14 and {name: len(vector) for name, vector in both.padding.items()} == {
         "sound": 14 - 8, "set": 9, "label": 1,
     }  # fmt: skip
@@ -80,12 +80,12 @@ def test_what_an_absent_kind_holds_has_no_effect():
     wanted = both(given, mask=masks)
     given["sound"][~there] = torch.nan
     given["label"][~there] = -1  # no class at all
-    torch.testing.assert_close(both(given, mask=masks).dense()[wanted.mask], wanted.dense()[wanted.mask], **EXACT)
+    torch.testing.assert_close(both(given, mask=masks).materialize()[wanted.mask], wanted.materialize()[wanted.mask], **EXACT)
     assert both(given, mask=masks).content.isfinite().all() and given["sound"].isnan().any()
 
 
 def test_a_table_may_be_absent_too():
-    both = Multimodal({"row": Table(2, (3,), dim=5), "label": Label(7)})
+    both = Multimodal({"row": Table(2, (3,), dim=5), "label": OneHotLabel(7)})
     rows = {"numbers": torch.full((2, 2), torch.nan), "categories": torch.tensor([[-1], [-1]])}
     tokens = both({"row": rows, "label": torch.tensor([1, 2])}, mask={"row": torch.tensor([True, False])})
     assert tokens.mask.tolist() == [[False] * 3 + [True]] * 2
@@ -93,32 +93,32 @@ def test_a_table_may_be_absent_too():
 
 @pytest.mark.parametrize("holds", [torch.nan, torch.inf])
 def test_rows_of_an_absent_table_are_not_looked_at(holds):
-    both = Multimodal({"row": Table(2, (3,), dim=5), "label": Label(7)}).double()
+    both = Multimodal({"row": Table(2, (3,), dim=5), "label": OneHotLabel(7)}).double()
     rows = {"numbers": drawn(2, 2), "categories": torch.tensor([[1], [2]])}
     labels, masks = torch.tensor([1, 2]), {"row": torch.tensor([True, False])}
     wanted = both({"row": rows, "label": labels}, mask=masks)
     rows["numbers"][1], rows["categories"][1] = holds, 99
     found = both({"row": rows, "label": labels}, mask=masks)
     assert found.mask.tolist() == wanted.mask.tolist() == [[True] * 4, [False] * 3 + [True]]
-    torch.testing.assert_close(found.dense(), wanted.dense(), **EXACT)
+    torch.testing.assert_close(found.materialize(), wanted.materialize(), **EXACT)
 
 
 def fourier(axes: int) -> pc.positions.Fourier:
-    return pc.positions.Fourier(axes=axes, bands=2, max_resolution=7)
+    return pc.positions.Fourier(num_axes=axes, num_bands=2, max_resolution=7)
 
 
 RAGGED = {
-    "points": (lambda: pc.adapters.Points(2, positions=fourier(3)), lambda: drawn(3, 7, 5), (3, 7)),
-    "sound": (lambda: Audio(patch=3, positions=fourier(1)), lambda: drawn(3, 20), (3, 7)),
+    "points": (lambda: pc.adapters.PointCloud(2, positions=fourier(3)), lambda: drawn(3, 7, 5), (3, 7)),
+    "sound": (lambda: Audio(patch_size=3, positions=fourier(1)), lambda: drawn(3, 20), (3, 7)),
     "picture": (lambda: pc.adapters.Image(3, positions=fourier(2)), lambda: drawn(3, 3, 5, 7), (3, 5, 7)),
     "film": (
-        lambda: pc.adapters.Video(3, positions=fourier(3), patch=(1, 2, 2)),
+        lambda: pc.adapters.Video(3, positions=fourier(3), patch_size=(1, 2, 2)),
         lambda: drawn(3, 2, 3, 4, 6),
         (3, 2, 2, 3),
     ),
     "frames": (lambda: pc.adapters.FramePair(positions=fourier(2), dim=5), lambda: drawn(3, 2, 3, 5, 7), (3, 5, 7)),
     "text": (
-        lambda: pc.adapters.Ids(11, 5, positions=pc.positions.Indexed(7, 5)),
+        lambda: pc.adapters.TokenEmbedding(11, 5, positions=pc.positions.LearnedEmbedding(7, 5)),
         lambda: torch.arange(21).view(3, 7) % 11,
         (3, 7),
     ),
@@ -129,7 +129,7 @@ RAGGED = {
 def test_a_ragged_kind_may_be_absent_in_some_samples(kind):
     make, draw, shape = RAGGED[kind]
     torch.manual_seed(0)
-    both, given, labels = Multimodal({kind: make(), "label": Label(13)}).double(), draw(), torch.arange(3)
+    both, given, labels = Multimodal({kind: make(), "label": OneHotLabel(13)}).double(), draw(), torch.arange(3)
     read = encoder(both.dim)
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.6
     mask[1] = False
@@ -143,7 +143,7 @@ def test_a_ragged_kind_may_be_absent_in_some_samples(kind):
 
 
 def test_a_sample_without_any_kind_is_refused():
-    both, there = made(drop={"sound": 0.5}), torch.tensor([True, False, True, True, True])
+    both, there = made(modality_dropout={"sound": 0.5}), torch.tensor([True, False, True, True, True])
     masks = {"sound": there, "label": there, "set": there[:, None].expand(-1, 11)}
     with pytest.raises(ValueError, match=r"mask leaves no token to attend to in samples \[1\]"):
         both.train()(inputs(), mask=masks)
@@ -156,15 +156,15 @@ def test_all_kinds_take_the_dtype_of_the_model(dtype):
     assert both({"label": torch.tensor([3]), "set": torch.randn(1, 2, 5)}).content.dtype == dtype
     table = Multimodal({"row": Table(2, dim=5), "set": Grid(5, positions=None)}).to(dtype)
     tokens = table({"row": torch.randn(2, 2), "set": torch.randn(2, 3, 5).to(dtype)})
-    assert tokens.content.dtype == tokens.kinds["row"].content.dtype == dtype
+    assert tokens.content.dtype == tokens.modalities["row"].content.dtype == dtype
     assert encoder(table.dim).to(dtype)(tokens).isfinite().all()
 
 
 def test_kinds_of_several_dtypes_meet_under_autocast():
     torch.manual_seed(0)
-    picture = pc.adapters.Image(3, positions=None, stem=partial(pc.adapters.Patches, size=2))
-    text, row = pc.adapters.Ids(11, 5), Table(2, dim=5)
-    both = Multimodal({"text": text, "row": row, "label": Label(3), "picture": picture})
+    picture = pc.adapters.Image(3, positions=None, stem=partial(pc.adapters.Patches, patch_size=2))
+    text, row = pc.adapters.TokenEmbedding(11, 5), Table(2, dim=5)
+    both = Multimodal({"text": text, "row": row, "label": OneHotLabel(3), "picture": picture})
     read = encoder(both.dim).float()
     given = {"text": torch.arange(6).view(2, 3), "row": torch.randn(2, 2), "label": torch.tensor([0, 2])}
     given["picture"] = torch.rand(2, 3, 4, 4)
@@ -179,8 +179,8 @@ class TestKinds:
     def both(self, **options) -> Multimodal:
         torch.manual_seed(0)
         picture = pc.adapters.Image(3, positions=fourier(2))
-        text = pc.adapters.Ids(11, 6, positions=pc.positions.Indexed(9, 6))
-        return Multimodal({"picture": picture, "text": text, "label": Label(3)}, **options).double()
+        text = pc.adapters.TokenEmbedding(11, 6, positions=pc.positions.LearnedEmbedding(9, 6))
+        return Multimodal({"picture": picture, "text": text, "label": OneHotLabel(3)}, **options).double()
 
     def given(self) -> dict[str, Tensor]:
         return {"picture": drawn(2, 3, 5, 7), "text": torch.arange(18).view(2, 9) % 11}
@@ -188,45 +188,45 @@ class TestKinds:
     def test_they_have_their_own_grids_masks_and_tables(self):
         both, given, mask = self.both(), self.given(), torch.arange(9) < torch.tensor([[9], [4]])
         tokens = both(given, mask={"text": mask})
-        assert list(tokens.kinds) == ["picture", "text", "label"] and tokens.kinds["label"] is None
-        picture, text = tokens.kinds["picture"], tokens.kinds["text"]
+        assert list(tokens.modalities) == ["picture", "text", "label"] and tokens.modalities["label"] is None
+        picture, text = tokens.modalities["picture"], tokens.modalities["text"]
         assert picture.grid == (5, 7) and picture.mask is None and text.grid == (9,) and torch.equal(text.mask, mask)
-        torch.testing.assert_close(picture.dense(), both.adapters["picture"](given["picture"]).dense(), **EXACT)
+        torch.testing.assert_close(picture.materialize(), both.adapters["picture"](given["picture"]).materialize(), **EXACT)
         wanted = both.adapters["text"](given["text"], mask=mask)
-        torch.testing.assert_close(text.dense(), wanted.dense(), **EXACT)
+        torch.testing.assert_close(text.materialize(), wanted.materialize(), **EXACT)
 
     def test_what_is_hidden_or_dropped_does_not_show(self):
         chance = torch.Generator().manual_seed(0)
-        both = self.both(hide={"picture": 0.5}, drop={"text": 0.5}, generator=chance).train()
+        both = self.both(token_mask_rate={"picture": 0.5}, modality_dropout={"text": 0.5}, generator=chance).train()
         tokens, given = both(self.given()), self.given()
         hidden = (tokens.content[:, :35] == both.hidden["picture"]).all(-1).view(2, 5, 7)
         assert hidden.any() and not hidden.all()
         content = given["picture"].movedim(1, -1).masked_fill(hidden[..., None], 0)
-        torch.testing.assert_close(tokens.kinds["picture"].content, content, **EXACT)
-        assert torch.equal(tokens.kinds["text"].mask, tokens.mask[:, 35:])
+        torch.testing.assert_close(tokens.modalities["picture"].content, content, **EXACT)
+        assert torch.equal(tokens.modalities["text"].mask, tokens.mask[:, 35:])
 
     def test_a_label_that_is_always_hidden_is_zeros(self):
-        both = self.both(hide={"label": 1.0}).eval()
-        assert not both({"label": torch.tensor([1, 2])}).kinds["label"].dense().any()
+        both = self.both(token_mask_rate={"label": 1.0}).eval()
+        assert not both({"label": torch.tensor([1, 2])}).modalities["label"].materialize().any()
 
 
 class TestHiding:
     def test_rate_one_is_always_hidden_and_carries_nothing(self):
-        both, given = made(hide={"label": 1.0}), inputs()
+        both, given = made(token_mask_rate={"label": 1.0}), inputs()
         for mode in (True, False):
             tokens = both.train(mode)(given)
             torch.testing.assert_close(tokens.content[:, -1], both.hidden["label"].expand(BATCH, -1), **EXACT)
             torch.testing.assert_close(tokens.content[:, :-1], made()(given).content[:, :-1], **EXACT)
 
     def test_some_tokens_are_hidden_in_training_only(self):
-        both, given = made(hide={"set": 0.3}, generator=torch.Generator().manual_seed(7)), inputs()
+        both, given = made(token_mask_rate={"set": 0.3}, generator=torch.Generator().manual_seed(7)), inputs()
         assert torch.equal(both.eval()(given).content, made()(given).content)
         given = {"set": drawn(200, 53, 5)}
         hidden = (both.train()(given).content == both.hidden["set"]).all(-1)
         assert abs(hidden.double().mean() - 0.3) < 0.02 and hidden.any(0).all()
 
     def test_gradients_reach_the_hidden_vector(self):
-        both = made(hide={"set": 0.5}, generator=torch.Generator().manual_seed(7))
+        both = made(token_mask_rate={"set": 0.5}, generator=torch.Generator().manual_seed(7))
         x = drawn(3, 11, 5).requires_grad_()
         both({"set": x}).content.sum().backward()
         seen = (x.grad != 0).any(-1)
@@ -235,7 +235,7 @@ class TestHiding:
 
 class TestDropping:
     def test_a_whole_kind_is_dropped_for_some_samples_in_training_only(self):
-        both = made(drop={"set": 0.4}, generator=torch.Generator().manual_seed(7))
+        both = made(modality_dropout={"set": 0.4}, generator=torch.Generator().manual_seed(7))
         given = {"set": drawn(2000, 3, 5), "label": torch.zeros(2000, dtype=torch.long)}
         assert both.eval()(given).mask is None
         mask = both.train()(given).mask
@@ -243,7 +243,7 @@ class TestDropping:
         assert abs(mask[:, 0].double().mean() - 0.6) < 0.04
 
     def test_it_is_as_leaving_the_kind_out(self):
-        both, given = made(drop={"set": 0.5}, generator=torch.Generator().manual_seed(7)), inputs()
+        both, given = made(modality_dropout={"set": 0.5}, generator=torch.Generator().manual_seed(7)), inputs()
         read = encoder(both.dim)
         tokens = both.train()(given)
         kept = tokens.mask[:, 7]
@@ -254,7 +254,7 @@ class TestDropping:
 
     def test_a_seed_says_what_is_drawn(self):
         found = [
-            made(drop={"set": 0.5}, hide={"set": 0.5}, generator=torch.Generator().manual_seed(seed))(inputs())
+            made(modality_dropout={"set": 0.5}, token_mask_rate={"set": 0.5}, generator=torch.Generator().manual_seed(seed))(inputs())
             for seed in (3, 3, 4)
         ]
         assert torch.equal(found[0].mask, found[1].mask) and torch.equal(found[0].content, found[1].content)
@@ -263,7 +263,7 @@ class TestDropping:
     def test_each_sample_keeps_a_kind_at_least(self):
         """Of a and b at 0.5 each, both are drawn in a quarter of the samples; half of these keep a."""
         both = Multimodal(
-            {"a": Label(3), "b": Label(2)}, drop={"a": 0.5, "b": 0.5}, generator=torch.Generator().manual_seed(7)
+            {"a": OneHotLabel(3), "b": OneHotLabel(2)}, modality_dropout={"a": 0.5, "b": 0.5}, generator=torch.Generator().manual_seed(7)
         )
         numbers = torch.zeros(10_000, dtype=torch.long)
         mask = both.train()({"a": numbers, "b": numbers}).mask
@@ -275,8 +275,8 @@ class TestDropping:
     def test_what_is_kept_is_one_that_is_there(self, rates):
         names = ("a", "b", "c")
         both = Multimodal(
-            {name: Label(3) for name in names},
-            drop=dict(zip(names, rates, strict=True)),
+            {name: OneHotLabel(3) for name in names},
+            modality_dropout=dict(zip(names, rates, strict=True)),
             generator=torch.Generator().manual_seed(7),
         )
         there = torch.rand(12_000, 3, generator=torch.Generator().manual_seed(1)) < 0.5
@@ -290,7 +290,7 @@ class TestDropping:
             torch.testing.assert_close(shares, torch.full((3,), 1 / 3).double(), rtol=0, atol=0.05)
 
     def test_always_hidden_kinds_do_not_count(self):
-        both = made(drop={"sound": 0.5, "set": 0.5, "label": 0.5}, hide={"label": 1.0})
+        both = made(modality_dropout={"sound": 0.5, "set": 0.5, "label": 0.5}, token_mask_rate={"label": 1.0})
         given = {name: x[:1].expand(500, *x.shape[1:]) for name, x in inputs().items()}
         mask = both.train()(given).mask
         assert mask[:, :18].any(1).all() and not mask[:, 18].all()
@@ -298,9 +298,9 @@ class TestDropping:
 
 
 def test_it_is_saved_without_its_generator(tmp_path):
-    both = Multimodal(adapters(), drop={"set": 0.5}, hide={"label": 1.0}, generator=torch.Generator().manual_seed(7))
+    both = Multimodal(adapters(), modality_dropout={"set": 0.5}, token_mask_rate={"label": 1.0}, generator=torch.Generator().manual_seed(7))
     again = pc.load(pc.save(both, tmp_path))
-    assert again.generator is None and again.drop == both.drop and again.hide == both.hide
+    assert again.generator is None and again.modality_dropout == both.modality_dropout and again.token_mask_rate == both.token_mask_rate
     given = {name: x.float() if x.is_floating_point() else x for name, x in inputs().items()}
     torch.testing.assert_close(again.eval()(given).content, both.eval()(given).content)
     assert copy.deepcopy(both).generator is not None
@@ -312,7 +312,7 @@ def test_names_that_a_module_cannot_have_are_refused(name):
         (Multimodal, "adapters"), (pc.queries.Multimodal, "sources"), (pc.heads.Multimodal, "heads"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=rf"{argument} must not have the name '{name}'"):
-            make({name: Label(3)})
+            make({name: OneHotLabel(3)})
 
 
 def test_dictionaries_of_other_things_are_refused():
@@ -320,21 +320,21 @@ def test_dictionaries_of_other_things_are_refused():
         (Multimodal, "adapters"), (pc.queries.Multimodal, "sources"), (pc.heads.Multimodal, "heads"),
     ):  # fmt: skip
         with pytest.raises(TypeError, match=f"{argument} must be a dictionary by kind; got list"):
-            make([Label(3)])
+            make([OneHotLabel(3)])
         with pytest.raises(TypeError, match=rf"{argument}\['a'\] must be a module; got type. Build it first"):
-            make({"a": Label})
+            make({"a": OneHotLabel})
         with pytest.raises(TypeError, match=f"{argument} must have names for keys; got 3"):
-            make({3: Label(3)})
+            make({3: OneHotLabel(3)})
 
 
 @pytest.mark.compile
 def test_it_compiles_with_drops_and_masks():
-    both = made(drop={"sound": 1.0}, hide={"set": 1.0}).train()
+    both = made(modality_dropout={"sound": 1.0}, token_mask_rate={"set": 1.0}).train()
     masks = {"set": torch.arange(11) < torch.tensor([[11], [0], [1], [7], [2]])}
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     found, wanted = compiled(inputs(), mask=masks), both(inputs(), mask=masks)
-    torch.testing.assert_close(found.dense(), wanted.dense(), **EXACT)
-    assert torch.equal(found.mask, wanted.mask) and found.kinds["set"].grid == (11,)
+    torch.testing.assert_close(found.materialize(), wanted.materialize(), **EXACT)
+    assert torch.equal(found.mask, wanted.mask) and found.modalities["set"].grid == (11,)
 
 
 class TestRefusals:
@@ -373,9 +373,9 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"least": 0}, "least must be a whole number of at least 1; got 0"),
-            ({"hide": {"smell": 0.1}}, r"hide names \['smell'\]"),
-            ({"drop": {"set": 1.1}}, r"drop\['set'\] must lie in \[0, 1\]; got 1.1"),
+            ({"min_modality_channels": 0}, "min_modality_channels must be a whole number of at least 1; got 0"),
+            ({"token_mask_rate": {"smell": 0.1}}, r"token_mask_rate names \['smell'\]"),
+            ({"modality_dropout": {"set": 1.1}}, r"modality_dropout\['set'\] must lie in \[0, 1\]; got 1.1"),
         ],
     )
     def test_refused_settings(self, options, message):

@@ -10,8 +10,8 @@ from perceiver_core.adapters import Audio, Image, PerRead
 
 
 def both():
-    image = Image(3, positions=positions.Fourier(axes=2, bands=2, max_resolution=7))
-    return PerRead([image, Audio(patch=5, positions=positions.Fourier(axes=1, bands=3, max_resolution=7))])
+    image = Image(3, positions=positions.Fourier(num_axes=2, num_bands=2, max_resolution=7))
+    return PerRead([image, Audio(patch_size=5, positions=positions.Fourier(num_axes=1, num_bands=3, max_resolution=7))])
 
 
 def test_each_input_goes_to_its_adapter():
@@ -20,7 +20,7 @@ def test_each_input_goes_to_its_adapter():
     tokens = adapter((pictures, sound))
     assert adapter.dim == (3 + 2 + 8, 5 + 1 + 6)
     for own, given, wanted in zip(adapter.adapters, (pictures, sound), tokens, strict=True):
-        torch.testing.assert_close(own(given).dense(), wanted.dense(), rtol=0, atol=0)
+        torch.testing.assert_close(own(given).materialize(), wanted.materialize(), rtol=0, atol=0)
 
 
 def test_each_mask_goes_to_its_adapter():
@@ -33,7 +33,7 @@ def test_each_mask_goes_to_its_adapter():
 
 def test_an_encoder_reads_them_in_turn():
     adapter = both()
-    encoder = Encoder(adapter.dim, latents=5, dim=14, reads=2, depth=1, heads=7, share=False)
+    encoder = Encoder(adapter.dim, num_latents=5, dim=14, num_reads=2, depth=1, num_heads=7, share=False)
     inputs = torch.rand(2, 3, 7, 5), torch.rand(2, 23)
     out = encoder(adapter(inputs))
     for changed in (0, 1):

@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch.nn import functional as F
 
-from perceiver_core.adapters import ConvStem, Patches, Pixels, Project, UnpaddedConvStem
+from perceiver_core.adapters import ConvStem, Patches, Pixels, Project, SymmetricPadConvStem
 
 
 def test_pixels_pass():
@@ -22,7 +22,7 @@ class TestPatches:
     @pytest.mark.parametrize("channels", [1, 3])
     def test_a_patch_is_its_pixels_in_a_row_with_channels_last(self, size, channels):
         p, q = (size, size) if isinstance(size, int) else size
-        stem = Patches(channels, size=size)
+        stem = Patches(channels, patch_size=size)
         pictures = torch.rand(2, channels, 7 * p, 11 * q)
         wanted = rearrange(pictures, "b c (h p) (w q) -> b (p q c) h w", p=p, q=q)
         torch.testing.assert_close(stem(pictures), wanted, rtol=0, atol=0)
@@ -32,7 +32,7 @@ class TestPatches:
         perceiver = pytest.importorskip("transformers.models.perceiver.modeling_perceiver")
         pictures = torch.rand(2, 3, 12, 20)
         wanted = perceiver.space_to_depth(pictures, spatial_block_size=4)
-        torch.testing.assert_close(Patches(3, size=4)(pictures).movedim(1, -1), wanted, rtol=0, atol=0)
+        torch.testing.assert_close(Patches(3, patch_size=4)(pictures).movedim(1, -1), wanted, rtol=0, atol=0)
 
     @pytest.mark.parametrize("height, width", [(5, 16), (6, 17), (1, 1), (7, 15)])
     def test_what_patches_do_not_divide_is_padded_with_zeros_at_the_end(self, height, width):
@@ -40,15 +40,15 @@ class TestPatches:
         whole = torch.zeros(2, 3, math.ceil(height / 2) * 2, math.ceil(width / 5) * 5)
         whole[..., :height, :width] = pictures
         wanted = rearrange(whole, "b c (h p) (w q) -> b (p q c) h w", p=2, q=5)
-        torch.testing.assert_close(Patches(3, size=(2, 5))(pictures), wanted, rtol=0, atol=0)
+        torch.testing.assert_close(Patches(3, patch_size=(2, 5))(pictures), wanted, rtol=0, atol=0)
 
     def test_errors(self):
         with pytest.raises(ValueError, match="height must be a whole number of at least 1; got 0"):
-            Patches(3, size=0)
+            Patches(3, patch_size=0)
         with pytest.raises(ValueError, match=r"width must be a whole number of at least 1; got 2\.0"):
-            Patches(3, size=(2, 2.0))
+            Patches(3, patch_size=(2, 2.0))
         with pytest.raises(ValueError, match=r"size must be one number, or \(height, width\); got \(2, 3, 5\)"):
-            Patches(3, size=(2, 3, 5))
+            Patches(3, patch_size=(2, 3, 5))
 
 
 def test_project_is_a_linear_layer_on_every_pixel():
@@ -121,7 +121,7 @@ class TestUnpaddedConvStem:
     @pytest.mark.parametrize("training", [True, False])
     def test_it_is_a_convolution_with_padding_of_three_and_a_pool_with_none(self, height, width, training):
         torch.manual_seed(0)
-        stem = UnpaddedConvStem(3, dim=5).double().train(training)
+        stem = SymmetricPadConvStem(3, dim=5).double().train(training)
         with torch.no_grad():
             stem.norm.weight.uniform_(0.5, 2)
             stem.norm.running_mean.normal_()
@@ -135,9 +135,9 @@ class TestUnpaddedConvStem:
         assert out.shape[-2:] == tuple((math.ceil(size / 2) - 3) // 2 + 1 for size in (height, width))
 
     def test_the_papers_picture(self):
-        assert UnpaddedConvStem(3)(torch.rand(1, 3, 224, 224)).shape == (1, 64, 55, 55)
-        assert UnpaddedConvStem(3).stride == (4, 4) and UnpaddedConvStem(3, dim=7).dim == 7
+        assert SymmetricPadConvStem(3)(torch.rand(1, 3, 224, 224)).shape == (1, 64, 55, 55)
+        assert SymmetricPadConvStem(3).stride == (4, 4) and SymmetricPadConvStem(3, dim=7).dim == 7
 
     def test_it_has_the_weights_of_the_padded_one(self):
-        stem, padded = UnpaddedConvStem(3, dim=5), ConvStem(3, dim=5)
+        stem, padded = SymmetricPadConvStem(3, dim=5), ConvStem(3, dim=5)
         padded.load_state_dict(stem.state_dict())

@@ -13,7 +13,7 @@ NAN = torch.nan
 
 def made() -> Table:
     torch.manual_seed(0)
-    return Table(numbers=3, categories=(2, 5), dim=7).double()
+    return Table(num_numeric=3, category_sizes=(2, 5), dim=7).double()
 
 
 def rows() -> dict[str, torch.Tensor]:
@@ -37,7 +37,7 @@ def test_each_column_by_hand():
 
 
 def test_what_is_missing_has_no_effect():
-    encoder = pc.Encoder(7, latents=3, dim=11, depth=1, heads=1).double()
+    encoder = pc.Encoder(7, num_latents=3, dim=11, depth=1, num_heads=1).double()
     table, given = made(), rows()
     alone = {"numbers": given["numbers"][:1].clone(), "categories": torch.tensor([[1, 3]])}
     alone["categories"][0, 1] = -1
@@ -54,10 +54,10 @@ def test_one_kind_of_column(numbers, categories):
 
 
 def test_it_is_saved_and_loaded(tmp_path):
-    table = Table(numbers=3, categories=(2, 5), dim=7)
+    table = Table(num_numeric=3, category_sizes=(2, 5), dim=7)
     again = pc.load(pc.save(table, tmp_path))
     given = rows() | {"numbers": rows()["numbers"].float()}
-    torch.testing.assert_close(again(given).dense(), table(given).dense())
+    torch.testing.assert_close(again(given).materialize(), table(given).materialize())
 
 
 @pytest.mark.parametrize(
@@ -79,18 +79,18 @@ def test_it_is_saved_and_loaded(tmp_path):
 )
 def test_refused_rows(change, kind, message):
     with pytest.raises(kind, match=message):
-        Table(numbers=3, categories=(2, 5), dim=7)(rows() | change)
+        Table(num_numeric=3, category_sizes=(2, 5), dim=7)(rows() | change)
 
 
 def test_a_list_of_rows_is_refused():
     with pytest.raises(TypeError, match=r"rows must be a dictionary with \['numbers'\]; got list"):
-        Table(numbers=2, dim=3)([1, 2])
+        Table(num_numeric=2, dim=3)([1, 2])
 
 
 def test_refused_settings():
-    with pytest.raises(TypeError, match=r"categories must be how many each column has, as \(3, 7\); got 3"):
-        Table(categories=3, dim=3)
-    with pytest.raises(ValueError, match="numbers and categories must name a column at least; got 0"):
+    with pytest.raises(TypeError, match=r"category_sizes must be how many each column has, as \(3, 7\); got 3"):
+        Table(category_sizes=3, dim=3)
+    with pytest.raises(ValueError, match="num_numeric and category_sizes must name a column at least; got 0"):
         Table(dim=3)
-    with pytest.raises(ValueError, match=r"categories\[1\] must be a whole number of at least 1; got 0"):
-        Table(categories=(3, 0), dim=3)
+    with pytest.raises(ValueError, match=r"category_sizes\[1\] must be a whole number of at least 1; got 0"):
+        Table(category_sizes=(3, 0), dim=3)

@@ -18,7 +18,7 @@ def film(*shape: int) -> torch.Tensor:
 def test_a_token_is_its_block_padded_with_zeros(patch, channels):
     frames, rows, columns = patch
     films = film(2, 5, channels, 7, 11)
-    tokens = Video(channels, positions=None, patch=patch)(films)
+    tokens = Video(channels, positions=None, patch_size=patch)(films)
     grid = tuple(-(-size // step) for size, step in zip((5, 7, 11), patch, strict=True))
     assert tokens.grid == grid and tokens.dim == channels * frames * rows * columns
     whole = torch.zeros(2, grid[0] * frames, channels, grid[1] * rows, grid[2] * columns)
@@ -30,14 +30,14 @@ def test_a_token_is_its_block_padded_with_zeros(patch, channels):
 
 def test_of_one_frame_it_is_that_of_pictures():
     pictures = film(2, 3, 7, 11)
-    wanted = pc.adapters.Image(3, positions=None, stem=lambda channels: pc.adapters.Patches(channels, size=(2, 4)))
-    found = Video(positions=None, patch=(1, 2, 4))(pictures[:, None])
-    torch.testing.assert_close(found.dense(), wanted(pictures).dense(), rtol=0, atol=0)
+    wanted = pc.adapters.Image(3, positions=None, stem=lambda channels: pc.adapters.Patches(channels, patch_size=(2, 4)))
+    found = Video(positions=None, patch_size=(1, 2, 4))(pictures[:, None])
+    torch.testing.assert_close(found.materialize(), wanted(pictures).materialize(), rtol=0, atol=0)
 
 
 def test_positions_are_those_of_blocks():
-    where = pc.positions.Fourier(axes=3, bands=2, max_resolution=(5, 7, 11))
-    video = Video(positions=where, patch=(2, 2, 3))
+    where = pc.positions.Fourier(num_axes=3, num_bands=2, max_resolution=(5, 7, 11))
+    video = Video(positions=where, patch_size=(2, 2, 3))
     tokens = video(film(2, 5, 3, 7, 11))
     assert tokens.dim == video.dim == 36 + where.dim
     points = pc.positions.grid_points((3, 4, 4), like=tokens.content)
@@ -45,17 +45,17 @@ def test_positions_are_those_of_blocks():
 
 
 def test_what_is_masked_has_no_effect():
-    video, films = Video(positions=None, patch=(1, 7, 11)), film(2, 5, 3, 7, 11)
+    video, films = Video(positions=None, patch_size=(1, 7, 11)), film(2, 5, 3, 7, 11)
     there = torch.arange(5) < torch.tensor([[5], [2]])
     films[1, 2:] = torch.nan
     tokens = video(films, mask=there[:, :, None, None])
-    assert tokens.dense().isfinite().all() and torch.equal(tokens.flat_mask(), there)
-    torch.testing.assert_close(tokens.dense()[1, :2], video(films[1:, :2]).dense()[0])
+    assert tokens.materialize().isfinite().all() and torch.equal(tokens.flat_mask(), there)
+    torch.testing.assert_close(tokens.materialize()[1, :2], video(films[1:, :2]).materialize()[0])
 
 
 def test_gradients_reach_every_pixel():
     films = film(1, 3, 2, 5, 7).double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: Video(2, positions=None, patch=(2, 2, 2))(x).dense(), films)
+    assert torch.autograd.gradcheck(lambda x: Video(2, positions=None, patch_size=(2, 2, 2))(x).materialize(), films)
 
 
 @pytest.mark.parametrize(
@@ -74,11 +74,11 @@ def test_refused_films(films, kind, message):
 
 
 def test_refused_settings():
-    with pytest.raises(ValueError, match=r"patch must be \(frames, rows, columns\); got \(4, 4\)"):
-        Video(positions=None, patch=(4, 4))
+    with pytest.raises(ValueError, match=r"patch_size must be \(frames, rows, columns\); got \(4, 4\)"):
+        Video(positions=None, patch_size=(4, 4))
     with pytest.raises(ValueError, match="rows must be a whole number of at least 1; got 0"):
-        Video(positions=None, patch=(1, 0, 4))
+        Video(positions=None, patch_size=(1, 0, 4))
     with pytest.raises(ValueError, match="positions of Video must have 3 axes; got 2"):
-        Video(positions=pc.positions.Fourier(axes=2, bands=2, max_resolution=7))
+        Video(positions=pc.positions.Fourier(num_axes=2, num_bands=2, max_resolution=7))
     with pytest.raises(ValueError, match=r"mask must have shape \(1, 5, 2, 3\)"):
         Video(positions=None)(film(1, 5, 3, 7, 11), mask=torch.ones(1, 5, 7, 11, dtype=torch.bool))

@@ -15,7 +15,7 @@ import perceiver_core as pc
 from benchmarks import __main__ as command_line
 from benchmarks import attention, child, contest, flops, machine, memory, models, plots, read, report, scaling, timing
 from benchmarks.contest import Candidate, Contest, DisagreementError, Setting, Work
-from perceiver_core.attention import reference
+from perceiver_core.kernels import reference
 
 CEILINGS = {"float32 GFLOP/s": 100.0, "bfloat16 GFLOP/s": 200.0, "copy GB/s": 10.0, "exp G/s": 1.0}
 SETTING = Setting(toy=True, device="cpu")
@@ -128,21 +128,21 @@ def test_flops_are_those_that_torch_counts():
     module, latents, tokens = read.state(read.TOY[0], "cpu")
     with FlopCounterMode(display=False) as counter:
         read.forward(read.READS["einsum"], (module, latents, tokens))
-    assert flops.attention(module, latents=latents.shape[1], tokens=tokens.n) == counter.get_total_flops()
+    assert flops.attention(module, latents=latents.shape[1], tokens=tokens.num_tokens) == counter.get_total_flops()
 
 
 def test_flops_of_an_encoder_are_those_that_torch_counts():
     plain = partial(pc.MultiHeadAttention, kernel=reference)
     encoder = pc.Encoder(
         10,
-        latents=7,
+        num_latents=7,
         dim=12,
-        reads=3,
+        num_reads=3,
         depth=2,
-        heads=2,
+        num_heads=2,
         share=pc.sharing.none,  # so that no keys and values are shared
-        read=partial(pc.CrossAttend, attention=plain),
-        process=partial(pc.LatentTransformer, block=partial(pc.SelfAttend, attention=plain)),
+        cross_attention=partial(pc.CrossAttend, attention=plain),
+        latent_transformer=partial(pc.LatentTransformer, block=partial(pc.SelfAttend, attention=plain)),
     )
     with FlopCounterMode(display=False) as counter:
         encoder(torch.randn(1, 29, 10))

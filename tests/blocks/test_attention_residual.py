@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import perceiver_core as pc
-from perceiver_core.attention import masks
+from perceiver_core import masks
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 Pool = partial(pc.AttentionResidual, rank=3)
@@ -47,12 +47,12 @@ def test_an_array_for_all_samples_meets_one_for_each():
 @pytest.mark.parametrize("repeats", [1, 2])
 def test_each_block_goes_on_from_all_before_it(repeats):
     (x,) = arrays(1, 2, 5, 12)
-    transformer = pc.LatentTransformer(12, depth=3, heads=2, pool=Pool, repeats=repeats).double()
+    transformer = pc.LatentTransformer(12, depth=3, num_heads=2, aggregate=Pool, num_repeats=repeats).double()
     past = [x]
     now = x
     for number in range(3 * repeats):
         past.append(transformer.blocks[number % 3](now))
-        now = transformer.pools[number % 3](past)
+        now = transformer.aggregates[number % 3](past)
     torch.testing.assert_close(transformer(x), now, **EXACT)
     assert len({id(p) for p in transformer.parameters()}) == sum(1 for _ in transformer.state_dict())
 
@@ -60,7 +60,7 @@ def test_each_block_goes_on_from_all_before_it(repeats):
 @pytest.mark.parametrize("repeats", [1, 2])
 def test_an_array_in_parts_is_the_whole(repeats):
     (x,) = arrays(1, 2, 5, 12)
-    transformer = pc.LatentTransformer(12, depth=2, heads=2, pool=Pool, repeats=repeats).double()
+    transformer = pc.LatentTransformer(12, depth=2, num_heads=2, aggregate=Pool, num_repeats=repeats).double()
     first, known = transformer.extend(x[:, :3], None, mask=masks.Causal())
     last, _ = transformer.extend(x[:, 3:], known, mask=masks.Causal())
     torch.testing.assert_close(torch.cat([first, last], 1), transformer(x, mask=masks.Causal()), **EXACT)
@@ -69,28 +69,28 @@ def test_an_array_in_parts_is_the_whole(repeats):
 @pytest.mark.parametrize("share", [True, False])
 def test_each_step_of_an_encoder_goes_on_from_all_before_it(share):
     (tokens,) = arrays(1, 2, 11, 10)
-    encoder = pc.Encoder(10, latents=5, dim=12, reads=3, depth=1, heads=2, share=share, pool=Pool).double()
-    assert len(encoder.pools) == len(encoder.transformers)
+    encoder = pc.Encoder(10, num_latents=5, dim=12, num_reads=3, depth=1, num_heads=2, share=share, aggregate=Pool).double()
+    assert len(encoder.aggregates) == len(encoder.transformers)
     past = [encoder.latents[None].expand(2, -1, -1)]
     now = past[0]
     for read, transformer in zip(encoder.sharing.reads, encoder.sharing.transformers, strict=True):
         past.append(encoder.transformers[transformer](encoder.reads[read](now, tokens)))
-        now = encoder.pools[transformer](past)
+        now = encoder.aggregates[transformer](past)
     torch.testing.assert_close(encoder(tokens), now, **EXACT)
 
 
 def test_a_model_with_it_is_saved_and_loaded(tmp_path):
     encoder = pc.Encoder(
-        10, latents=5, dim=12, reads=2, depth=2, heads=2, pool=Pool, process=partial(pc.LatentTransformer, pool=Pool)
+        10, num_latents=5, dim=12, num_reads=2, depth=2, num_heads=2, aggregate=Pool, latent_transformer=partial(pc.LatentTransformer, aggregate=Pool)
     )
-    model = pc.Perceiver(pc.adapters.Grid(10, positions=None), encoder, pc.heads.Classify(12, classes=3)).eval()
+    model = pc.Perceiver(pc.adapters.Grid(10, positions=None), encoder, pc.heads.Classification(12, num_classes=3)).eval()
     points = torch.randn(2, 11, 10)
     torch.testing.assert_close(pc.load(pc.save(model, tmp_path / "model"))(points), model(points))
 
 
 def test_without_it_nothing_is_kept():
     """Outputs of earlier blocks must not outlive them in evaluation."""
-    transformer, seen = pc.LatentTransformer(12, depth=3, heads=2), []
+    transformer, seen = pc.LatentTransformer(12, depth=3, num_heads=2), []
     for block in transformer.blocks:
         block.register_forward_hook(lambda module, given, out: seen.append(weakref.ref(out)))
     with torch.no_grad():

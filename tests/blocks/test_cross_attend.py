@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from perceiver_core import MLP, CrossAttend, MultiHeadAttention, Tokens
-from perceiver_core.attention import masks
+from perceiver_core import masks
 
 BATCH, QUERIES, GRID, DIM, CHANNELS, POSITIONS = 2, 5, (3, 7), 14, 11, 2
 INPUT_DIM, N = CHANNELS + POSITIONS, 21
@@ -53,8 +53,8 @@ def by_hand(block, x, dense, *, residual=True, allowed=None):
 
 @pytest.mark.parametrize("residual", [True, False])
 def test_it_is_attention_then_mlp_both_after_a_norm(residual):
-    block = cross_attend(residual=residual, heads=13)
-    x, dense = queries(), tokens().dense()
+    block = cross_attend(residual=residual, num_heads=13)
+    x, dense = queries(), tokens().materialize()
     torch.testing.assert_close(block(x, dense), by_hand(block, x, dense, residual=residual), **EXACT)
 
 
@@ -72,7 +72,7 @@ def test_tokens_are_read_as_their_dense_tensor(masked):
     block = cross_attend()
     given = tokens(some_mask() if masked else None)
     mask = masks.Padding(given.flat_mask()) if masked else None
-    torch.testing.assert_close(block(queries(), given), block(queries(), given.dense(), mask=mask), **EXACT)
+    torch.testing.assert_close(block(queries(), given), block(queries(), given.materialize(), mask=mask), **EXACT)
 
 
 def test_keys_and_values_that_are_kept_read_as_those_made_anew():
@@ -90,7 +90,7 @@ def test_the_mask_of_a_call_and_that_of_the_tokens_are_combined(form):
     allowed[..., present.flatten(1)[0].nonzero()[0]] = True
     read = tokens(present) if form == "tokens" else block.keys_values(tokens(present))
     both = allowed & present.flatten(1)[:, None, None]
-    wanted = by_hand(block, queries(), tokens().dense(), allowed=both)
+    wanted = by_hand(block, queries(), tokens().materialize(), allowed=both)
     torch.testing.assert_close(block(queries(), read, mask=allowed), wanted, **EXACT)
 
 
@@ -107,7 +107,7 @@ def test_a_query_that_may_read_nothing_keeps_to_its_residual():
 def test_dropout_drops_what_is_added_to_the_residual():
     block = cross_attend(dropout=0.5)
     x = queries()
-    torch.testing.assert_close(block(x, tokens()), by_hand(block, x, tokens().dense()), **EXACT)
+    torch.testing.assert_close(block(x, tokens()), by_hand(block, x, tokens().materialize()), **EXACT)
     block.train()
     block.mlp = nn.Identity()
     block.mlp_norm = nn.Module()
@@ -123,24 +123,24 @@ def test_parts_are_made_by_what_is_given():
     block = CrossAttend(
         DIM,
         INPUT_DIM,
-        heads=3,
+        num_heads=3,
         attention=partial(MultiHeadAttention, qk_dim=21, v_dim=33),
-        mlp=partial(MLP, widening=2),
+        mlp=partial(MLP, widening_factor=2),
         norm=partial(nn.LayerNorm, eps=1e-3),
     )
-    assert (block.attention.heads, block.attention.key.out_features, block.attention.value.out_features) == (3, 21, 33)
+    assert (block.attention.num_heads, block.attention.key.out_features, block.attention.value.out_features) == (3, 21, 33)
     assert block.mlp.expand.out_features == 2 * DIM
     assert [norm.eps for norm in (block.query_norm, block.input_norm, block.mlp_norm)] == [1e-3] * 3
 
 
 def test_the_map_is_that_of_what_the_block_reads():
-    block = cross_attend(heads=13)
+    block = cross_attend(num_heads=13)
     present = some_mask()
     weights = block.attention_map(queries(), tokens(present), queries=[3, 0])
     assert weights.shape == (BATCH, 13, 2, N)
     allowed = present.flatten(1)[:, None, None].expand_as(weights)
     assert weights[~allowed].eq(0).all()
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]), **EXACT)
-    read = block.attention.keys_values(block.input_norm(tokens().dense()), mask=masks.Padding(present.flatten(1)))
+    read = block.attention.keys_values(block.input_norm(tokens().materialize()), mask=masks.Padding(present.flatten(1)))
     wanted = block.attention.attention_map(block.query_norm(queries()), read)
     torch.testing.assert_close(weights, wanted[:, :, [3, 0]], **EXACT)

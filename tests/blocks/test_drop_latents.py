@@ -11,7 +11,7 @@ from perceiver_core import DropLatents, Encoder
 
 def encoder(drop: DropLatents | None = None, **options) -> Encoder:
     torch.manual_seed(0)
-    return Encoder(10, latents=7, dim=14, depth=1, heads=2, drop=drop, **options).double()
+    return Encoder(10, num_latents=7, dim=14, depth=1, num_heads=2, latent_dropout=drop, **options).double()
 
 
 def seeded(rate: float, seed: int = 0) -> DropLatents:
@@ -30,10 +30,10 @@ def test_as_many_are_left_as_it_says_in_training(rate, left):
 
 
 def test_what_is_left_is_what_fewer_latents_give():
-    made = encoder(seeded(0.5), reads=3)
+    made = encoder(seeded(0.5), num_reads=3)
     kept = seeded(0.5)(torch.arange(7.0).view(1, 7, 1)).flatten().long()
     assert (kept.diff() > 0).all()
-    fewer = Encoder(10, latents=3, dim=14, depth=1, heads=2, reads=3).double()
+    fewer = Encoder(10, num_latents=3, dim=14, depth=1, num_heads=2, num_reads=3).double()
     fewer.load_state_dict(made.state_dict() | {"latents": made.latents[kept].detach()})
     torch.testing.assert_close(made(tokens()), fewer(tokens()))
 
@@ -57,7 +57,7 @@ def test_every_latent_is_as_likely_to_stay_and_a_seed_says_which():
 
 def test_a_model_is_saved_with_its_rate(tmp_path):
     again = pc.load(pc.save(encoder(seeded(0.5)).float(), tmp_path))
-    assert again.drop.rate == 0.5 and again.drop.generator is None
+    assert again.latent_dropout.rate == 0.5 and again.latent_dropout.generator is None
 
 
 def test_maps_of_a_model_in_evaluation_are_of_all_latents():

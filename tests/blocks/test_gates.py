@@ -55,7 +55,7 @@ def test_a_tanh_gate_is_closed_at_first():
 @pytest.mark.parametrize("gate", [GRUGate, TanhGate])
 def test_blocks_take_a_gate_for_their_sum(gate):
     x, tokens = drawn(2, 5, 13), drawn(2, 11, 10, seed=1)
-    read, own = shaken(CrossAttend(13, 10, residual=gate)), shaken(SelfAttend(13, heads=1, residual=gate))
+    read, own = shaken(CrossAttend(13, 10, residual=gate)), shaken(SelfAttend(13, num_heads=1, residual=gate))
     after = read.residual(x, read.attention(read.query_norm(x), read.keys_values(tokens)))
     torch.testing.assert_close(read(x, tokens), after + read.mlp(read.mlp_norm(after)), **EXACT)
     normed = own.norm(x)
@@ -67,9 +67,9 @@ def test_blocks_take_a_gate_for_their_sum(gate):
 @pytest.mark.parametrize("share", [True, False])
 def test_a_gated_encoder(gate, share, tmp_path):
     made = pc.Encoder(
-        10, latents=7, dim=14, depth=1, heads=2, reads=3, share=share,
-        read=partial(CrossAttend, residual=gate),
-        process=partial(pc.LatentTransformer, block=partial(SelfAttend, residual=gate)),
+        10, num_latents=7, dim=14, depth=1, num_heads=2, num_reads=3, share=share,
+        cross_attention=partial(CrossAttend, residual=gate),
+        latent_transformer=partial(pc.LatentTransformer, block=partial(SelfAttend, residual=gate)),
     )  # fmt: skip
     x = torch.randn(2, 11, 10)
     again = pc.load(pc.save(made, tmp_path))
@@ -120,7 +120,7 @@ def test_under_autocast(gate, dtype):
 @pytest.mark.parametrize("gate", [GRUGate, TanhGate])
 def test_the_mlp_has_a_gate_too(gate):
     x, tokens = drawn(2, 5, 13), drawn(2, 11, 10, seed=1)
-    read, own = shaken(CrossAttend(13, 10, mlp_residual=gate)), shaken(SelfAttend(13, heads=1, mlp_residual=gate))
+    read, own = shaken(CrossAttend(13, 10, mlp_residual=gate)), shaken(SelfAttend(13, num_heads=1, mlp_residual=gate))
     after = x + read.attention(read.query_norm(x), read.keys_values(tokens))
     wanted = read.mlp_residual(after, read.mlp(read.mlp_norm(after)))
     torch.testing.assert_close(read(x, tokens), wanted, **EXACT)

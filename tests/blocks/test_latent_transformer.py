@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from perceiver_core import GEGLU, MLP, LatentTransformer, MultiHeadAttention, SelfAttend
-from perceiver_core.attention import masks
+from perceiver_core import masks
 
 DIM, N = 14, 5
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -27,16 +27,16 @@ def by_hand(block, x, mask=None):
 
 @pytest.mark.parametrize("mask", [None, masks.Causal()], ids=["all", "causal"])
 def test_a_self_attend_is_attention_then_mlp_both_after_a_norm(mask):
-    block = SelfAttend(DIM, heads=7).double()
+    block = SelfAttend(DIM, num_heads=7).double()
     torch.testing.assert_close(block(latents(), mask=mask), by_hand(block, latents(), mask), **EXACT)
 
 
 def test_parts_of_a_self_attend_are_made_by_what_is_given():
     block = SelfAttend(
         DIM,
-        heads=3,
+        num_heads=3,
         attention=partial(MultiHeadAttention, qk_dim=9, bias=False),
-        mlp=partial(MLP, widening=4, activation=GEGLU()),
+        mlp=partial(MLP, widening_factor=4, activation=GEGLU()),
         norm=nn.RMSNorm,
     )
     assert block.attention.query.weight.shape == (9, DIM)
@@ -45,7 +45,7 @@ def test_parts_of_a_self_attend_are_made_by_what_is_given():
 
 
 def test_dropout_is_for_training_only():
-    block = SelfAttend(DIM, heads=2, dropout=0.5).double().eval()
+    block = SelfAttend(DIM, num_heads=2, dropout=0.5).double().eval()
     torch.testing.assert_close(block(latents()), by_hand(block, latents()), **EXACT)
     torch.manual_seed(0)
     assert not torch.allclose(block.train()(latents()), block(latents()))
@@ -53,7 +53,7 @@ def test_dropout_is_for_training_only():
 
 @pytest.mark.parametrize("depth", [1, 3])
 def test_blocks_follow_each_other_each_with_the_mask(depth):
-    transformer = LatentTransformer(DIM, depth=depth, heads=2).double()
+    transformer = LatentTransformer(DIM, depth=depth, num_heads=2).double()
     x = latents()
     for block in transformer.blocks:
         x = by_hand(block, x, masks.Causal())
@@ -71,16 +71,16 @@ def test_depth_0_passes_the_latents_on():
 def test_a_block_of_the_user():
     made = []
 
-    def block(dim, *, heads):
-        made.append((dim, heads))
-        return SelfAttend(dim, heads=heads)
+    def block(dim, *, num_heads):
+        made.append((dim, num_heads))
+        return SelfAttend(dim, num_heads=num_heads)
 
-    LatentTransformer(DIM, depth=2, heads=7, block=block)
+    LatentTransformer(DIM, depth=2, num_heads=7, block=block)
     assert made == [(DIM, 7), (DIM, 7)]
 
 
 def test_repeats_go_through_the_same_blocks_again():
-    transformer = LatentTransformer(DIM, depth=2, heads=2, repeats=3).double()
+    transformer = LatentTransformer(DIM, depth=2, num_heads=2, num_repeats=3).double()
     assert len(transformer.blocks) == 2
     x = latents()
     for _ in range(3):
@@ -88,15 +88,15 @@ def test_repeats_go_through_the_same_blocks_again():
             x = by_hand(block, x)
     torch.testing.assert_close(transformer(latents()), x, **EXACT)
     with pytest.raises(ValueError, match="repeats must be a whole number of at least 1"):
-        LatentTransformer(DIM, depth=2, repeats=0)
+        LatentTransformer(DIM, depth=2, num_repeats=0)
 
 
 @pytest.mark.parametrize(("depth", "repeats"), [(1, 1), (2, 3), (0, 2), (1, 5)])
 def test_repeats_equal_calls_in_a_row(depth, repeats):
     torch.manual_seed(0)
-    once = LatentTransformer(14, depth=depth, heads=2).double()
+    once = LatentTransformer(14, depth=depth, num_heads=2).double()
     torch.manual_seed(0)
-    often = LatentTransformer(14, depth=depth, heads=2, repeats=repeats).double()
+    often = LatentTransformer(14, depth=depth, num_heads=2, num_repeats=repeats).double()
     assert once.state_dict().keys() == often.state_dict().keys()
     x = torch.randn(2, 5, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[True] * 5, [True, True, False, False, True]])
@@ -113,12 +113,12 @@ def test_repeats_equal_calls_in_a_row(depth, repeats):
 @pytest.mark.parametrize("repeats", [0, 1.5, 10_001])
 def test_refused_repeats(repeats):
     with pytest.raises(ValueError, match="repeats must be"):
-        LatentTransformer(14, depth=1, repeats=repeats)
+        LatentTransformer(14, depth=1, num_repeats=repeats)
 
 
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_an_array_in_parts_goes_through_the_repeats_too(repeats):
-    transformer = LatentTransformer(DIM, depth=2, heads=2, repeats=repeats).double()
+    transformer = LatentTransformer(DIM, depth=2, num_heads=2, num_repeats=repeats).double()
     x, whole = latents(), transformer(latents(), mask=masks.Causal())
     first, known = transformer.extend(x[:, :3], None, mask=masks.Causal())
     last, known = transformer.extend(x[:, 3:], known, mask=masks.Causal())

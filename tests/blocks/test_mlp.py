@@ -49,7 +49,7 @@ def squared_relu(x):
     ids=["default", "erf", "GEGLU", "SwiGLU", "SquaredReLU"],
 )
 def test_it_is_linear_activation_linear(widening, activation, formula, inputs_per_output):
-    mlp = MLP(DIM, widening=widening, activation=activation).double()
+    mlp = MLP(DIM, widening_factor=widening, activation=activation).double()
     with torch.no_grad():
         for parameter in mlp.parameters():
             parameter.normal_()
@@ -61,7 +61,7 @@ def test_it_is_linear_activation_linear(widening, activation, formula, inputs_pe
 
 
 def test_widths_of_their_own_and_no_biases():
-    mlp = MLP(DIM, 3, hidden=11, activation=SwiGLU(), bias=False).double()
+    mlp = MLP(DIM, 3, hidden_dim=11, activation=SwiGLU(), bias=False).double()
     assert {name: tuple(weight.shape) for name, weight in mlp.named_parameters()} == {
         "expand.weight": (22, DIM),
         "contract.weight": (3, 11),
@@ -70,7 +70,7 @@ def test_widths_of_their_own_and_no_biases():
     torch.testing.assert_close(mlp(x), silu_gated(x @ mlp.expand.weight.T) @ mlp.contract.weight.T, **EXACT)
 
 
-@pytest.mark.parametrize("sizes", [{"hidden": 0}, {"out_dim": 0}, {"widening": 0}])
+@pytest.mark.parametrize("sizes", [{"hidden_dim": 0}, {"out_dim": 0}, {"widening_factor": 0}])
 def test_sizes_must_be_positive(sizes):
     with pytest.raises(ValueError, match=rf"{next(iter(sizes))} must be a whole number of at least 1; got 0"):
         MLP(DIM, **sizes)
@@ -89,7 +89,7 @@ def test_it_takes_any_number_of_axes():
 
 def test_initialization_has_unit_gain_and_no_bias():
     torch.manual_seed(0)
-    mlp = MLP(211, widening=3)
+    mlp = MLP(211, widening_factor=3)
     for layer in (mlp.expand, mlp.contract):
         assert layer.weight.std().item() * math.sqrt(layer.in_features) == pytest.approx(1, abs=0.02)
         assert layer.bias.eq(0).all()

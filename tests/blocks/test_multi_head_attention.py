@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from perceiver_core import KeysValues, MultiHeadAttention
-from perceiver_core.attention import chunked, masks, reference, sdpa
+from perceiver_core import masks
+from perceiver_core.kernels import chunked, reference, sdpa
 from perceiver_core.positions import Rotary
 
 BATCH, QUERIES, TOKENS, DIM, INPUT_DIM = 2, 5, 11, 14, 13
@@ -20,7 +21,7 @@ EXACT = {"rtol": 0, "atol": 1e-12}  # float64
 
 def by_formula(attention, x, tokens, allowed=None):
     """softmax(q k^T / sqrt(d)) v, head by head, projected back."""
-    heads = attention.heads
+    heads = attention.num_heads
     q = attention.query(x).unflatten(-1, (heads, -1))
     k = attention.key(tokens).unflatten(-1, (heads, -1))
     v = attention.value(tokens).unflatten(-1, (heads, -1))
@@ -49,17 +50,17 @@ def arrays(*, seed=0):
 def user_kernel(q, k, v, *, mask):
     scores = q @ k.mT / math.sqrt(q.shape[-1])
     if mask is not None:
-        scores = scores.masked_fill(~masks.dense(mask, queries=q.shape[-2], keys=k.shape[-2]), -math.inf)
+        scores = scores.masked_fill(~masks.materialize(mask, queries=q.shape[-2], keys=k.shape[-2]), -math.inf)
     return scores.softmax(-1) @ v
 
 
 WIDTHS = [
-    {"heads": 1},
-    {"heads": 13},
-    {"heads": 3, "qk_dim": 21},
-    {"heads": 3, "qk_dim": 21, "v_dim": 33},
-    {"heads": 1, "v_dim": 7},
-    {"heads": 2, "qk_dim": 34, "v_dim": 6, "out_dim": 17},
+    {"num_heads": 1},
+    {"num_heads": 13},
+    {"num_heads": 3, "qk_dim": 21},
+    {"num_heads": 3, "qk_dim": 21, "v_dim": 33},
+    {"num_heads": 1, "v_dim": 7},
+    {"num_heads": 2, "qk_dim": 34, "v_dim": 6, "out_dim": 17},
 ]
 
 
@@ -77,19 +78,19 @@ def test_it_is_the_formula(widths, bias, out_bias):
 
 
 def test_widths_follow_the_input_unless_given():
-    attention = MultiHeadAttention(DIM, INPUT_DIM, heads=1)
+    attention = MultiHeadAttention(DIM, INPUT_DIM, num_heads=1)
     assert attention.query.weight.shape == (INPUT_DIM, DIM)
     assert attention.key.weight.shape == attention.value.weight.shape == (INPUT_DIM, INPUT_DIM)
     assert attention.output.weight.shape == (DIM, INPUT_DIM)
-    assert MultiHeadAttention(DIM, heads=2).input_dim == DIM
+    assert MultiHeadAttention(DIM, num_heads=2).input_dim == DIM
 
 
 @pytest.mark.parametrize(
-    "kernel", [reference, sdpa, partial(chunked, chunk=5), user_kernel], ids=["reference", "sdpa", "chunked", "user"]
+    "kernel", [reference, sdpa, partial(chunked, chunk_size=5), user_kernel], ids=["reference", "sdpa", "chunked", "user"]
 )
 @pytest.mark.parametrize("masked", [False, True])
 def test_kernels_are_interchangeable(kernel, masked):
-    attention = randomized(MultiHeadAttention(DIM, INPUT_DIM, heads=3, qk_dim=21, v_dim=15, kernel=kernel))
+    attention = randomized(MultiHeadAttention(DIM, INPUT_DIM, num_heads=3, qk_dim=21, v_dim=15, kernel=kernel))
     x, tokens = arrays()
     x.requires_grad_()
     tokens.requires_grad_()
@@ -105,18 +106,18 @@ def test_kernels_are_interchangeable(kernel, masked):
 
 
 def test_masks_of_the_input_and_of_the_call_are_combined():
-    attention = randomized(MultiHeadAttention(DIM, INPUT_DIM, heads=1))
+    attention = randomized(MultiHeadAttention(DIM, INPUT_DIM, num_heads=1))
     x, tokens = arrays()
     present = torch.ones(BATCH, TOKENS, dtype=torch.bool)
     present[:, 7:] = False
     reach = masks.Window(before=10, after=-5)  # positions count from the end
     read = attention.keys_values(tokens, mask=masks.Padding(present))
-    allowed = present[:, None, None] & masks.dense(reach, queries=QUERIES, keys=TOKENS)
+    allowed = present[:, None, None] & masks.materialize(reach, queries=QUERIES, keys=TOKENS)
     torch.testing.assert_close(attention(x, read, mask=reach), by_formula(attention, x, tokens, allowed), **EXACT)
 
 
 def test_keys_and_values_can_be_read_again():
-    attention = randomized(MultiHeadAttention(DIM, INPUT_DIM, heads=1))
+    attention = randomized(MultiHeadAttention(DIM, INPUT_DIM, num_heads=1))
     x, tokens = arrays()
     other, _ = arrays(seed=1)
     read = attention.keys_values(tokens)
@@ -126,7 +127,7 @@ def test_keys_and_values_can_be_read_again():
 
 
 def test_the_map_has_the_weights_that_the_output_was_made_with():
-    attention = randomized(MultiHeadAttention(DIM, INPUT_DIM, heads=3, qk_dim=21, v_dim=15))
+    attention = randomized(MultiHeadAttention(DIM, INPUT_DIM, num_heads=3, qk_dim=21, v_dim=15))
     x, tokens = arrays()
     present = torch.rand(BATCH, TOKENS, generator=torch.Generator().manual_seed(2)) < 0.7
     read = attention.keys_values(tokens, mask=masks.Padding(present))
@@ -144,9 +145,9 @@ class TestGroupedQueries:
     def pair(self, heads, kv_heads, **options):
         """Grouped queries, and as many heads of keys and values, each with the weights of its group's."""
         grouped = randomized(
-            MultiHeadAttention(DIM, INPUT_DIM, heads=heads, kv_heads=kv_heads, qk_dim=24, v_dim=36, **options)
+            MultiHeadAttention(DIM, INPUT_DIM, num_heads=heads, num_kv_heads=kv_heads, qk_dim=24, v_dim=36, **options)
         )
-        alone = MultiHeadAttention(DIM, INPUT_DIM, heads=heads, qk_dim=24, v_dim=36, **options).double()
+        alone = MultiHeadAttention(DIM, INPUT_DIM, num_heads=heads, qk_dim=24, v_dim=36, **options).double()
         state = grouped.state_dict()
         for name in ("key.weight", "key.bias", "value.weight", "value.bias"):
             each = state[name].unflatten(0, (kv_heads, -1))
@@ -154,7 +155,7 @@ class TestGroupedQueries:
         alone.load_state_dict(state)
         return grouped, alone
 
-    @pytest.mark.parametrize("kernel", [reference, sdpa, partial(chunked, chunk=5), user_kernel])
+    @pytest.mark.parametrize("kernel", [reference, sdpa, partial(chunked, chunk_size=5), user_kernel])
     @pytest.mark.parametrize("heads, kv_heads", SIZES)
     def test_heads_of_a_group_read_the_same(self, heads, kv_heads, kernel):
         grouped, alone = self.pair(heads, kv_heads, kernel=kernel)
@@ -181,15 +182,15 @@ class TestGroupedQueries:
             torch.testing.assert_close(*outs, **EXACT)
 
     def test_errors(self):
-        with pytest.raises(ValueError, match="kv_heads must divide heads; got kv_heads=4, heads=6"):
-            MultiHeadAttention(DIM, heads=6, kv_heads=4, qk_dim=12)
+        with pytest.raises(ValueError, match="num_kv_heads must divide num_heads; got num_kv_heads=4, num_heads=6"):
+            MultiHeadAttention(DIM, num_heads=6, num_kv_heads=4, qk_dim=12)
         with pytest.raises(ValueError, match="kv_heads must be a whole number of at least 1; got 0"):
-            MultiHeadAttention(DIM, heads=7, kv_heads=0)
+            MultiHeadAttention(DIM, num_heads=7, num_kv_heads=0)
 
 
 def test_queries_and_keys_are_normalized_head_by_head_before_they_turn():
     attention = randomized(
-        MultiHeadAttention(DIM, INPUT_DIM, heads=3, qk_dim=18, qk_norm=nn.LayerNorm, rotary=Rotary(4))
+        MultiHeadAttention(DIM, INPUT_DIM, num_heads=3, qk_dim=18, qk_norm=nn.LayerNorm, rotary=Rotary(4))
     )
     x, tokens = arrays()
     q, k = (
@@ -209,7 +210,7 @@ class TestRotary:
 
     def attention(self, dim=6):
         torch.manual_seed(0)
-        return randomized(MultiHeadAttention(DIM, heads=2, qk_dim=22, rotary=Rotary(dim)))
+        return randomized(MultiHeadAttention(DIM, num_heads=2, qk_dim=22, rotary=Rotary(dim)))
 
     def test_scores_of_equal_tokens_depend_on_their_distance_only(self):
         one = arrays()[0][:, :1]
@@ -241,14 +242,14 @@ class TestDropout:
             given.append(dropout)
             return reference(q, k, v, mask=mask)
 
-        attention = MultiHeadAttention(DIM, heads=2, dropout=0.25, kernel=kernel)
+        attention = MultiHeadAttention(DIM, num_heads=2, dropout=0.25, kernel=kernel)
         x = torch.randn(BATCH, TOKENS, DIM)
         for mode in (True, False, True):
             attention.train(mode)(x, attention.keys_values(x))
         assert given == [0.25, 0.0, 0.25]
 
     def test_weights_are_dropped_and_the_rest_scaled(self):
-        attention = randomized(MultiHeadAttention(DIM, heads=1, dropout=0.5, kernel=reference))
+        attention = randomized(MultiHeadAttention(DIM, num_heads=1, dropout=0.5, kernel=reference))
         x = torch.randn(1, 101, DIM, dtype=torch.float64)
         torch.manual_seed(0)
         dropped = attention(x, attention.keys_values(x))
@@ -259,7 +260,7 @@ class TestDropout:
 
     def test_errors_where_the_kernel_takes_none(self):
         with pytest.raises(ValueError, match=r"dropout=0\.1 needs a kernel that takes `dropout`; user_kernel does not"):
-            MultiHeadAttention(DIM, heads=2, dropout=0.1, kernel=user_kernel)
+            MultiHeadAttention(DIM, num_heads=2, dropout=0.1, kernel=user_kernel)
         with pytest.raises(ValueError, match="Use kernel=sdpa, or drop from the residual instead"):
-            MultiHeadAttention(DIM, heads=2, dropout=0.1, kernel=partial(chunked, chunk=5))
-        MultiHeadAttention(DIM, heads=2, dropout=0.1, kernel=lambda q, k, v, **options: v)
+            MultiHeadAttention(DIM, num_heads=2, dropout=0.1, kernel=partial(chunked, chunk_size=5))
+        MultiHeadAttention(DIM, num_heads=2, dropout=0.1, kernel=lambda q, k, v, **options: v)

@@ -221,7 +221,7 @@ def test_a_difference_of_small_outputs_is_found(tmp_path):
     ours = hugging_face(theirs)
     assert beside.transformers(theirs, ours) < 1e-9
     for attention in (block.attention for block in ours.encoder.transformers[0].blocks):
-        attention.heads = attention.kv_heads = 2
+        attention.num_heads = attention.num_kv_heads = 2
     assert beside.transformers(theirs, ours) > 1e-4
 
 
@@ -238,7 +238,7 @@ def test_a_check_of_text_hides_tokens_anywhere(tmp_path):
     theirs = to_hugging_face(of_transformers.build(configured(kind)), tmp_path / "theirs", config=configured(kind))
     ours = hugging_face(theirs)
     assert beside.transformers(theirs, ours) < 1e-9
-    ours.adapter.count_hidden = False
+    ours.adapter.positions_include_padding = False
     assert beside.transformers(theirs, ours) > 1e-3
 
 
@@ -284,7 +284,7 @@ REFUSED = {
     ),
     "ours of another size": (
         ["ours", "out", "--to", "transformers", "--arguments", json.dumps(configured(FOURIER) | {"num_labels": 7})],
-        "decoder.out is 3, not 7",
+        "decoder.out_dim is 3, not 7",
     ),
     "a check of DeepMind's code": (["arrays.npz", "out", "--check"], "cannot run DeepMind's code"),
     "a check with other numerics": (

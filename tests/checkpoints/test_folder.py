@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import perceiver_core as pc
-from perceiver_core import adapters, allocator, attention, heads, positions, registry, sharing
-from perceiver_core.attention.structured import native
+from perceiver_core import adapters, allocator, heads, kernels, positions, registry, sharing
+from perceiver_core.kernels.grid import native
 from perceiver_core.checkpoints import folder as files
 
 DIM, LATENTS, HEADS, CLASSES = 14, 5, 7, 3
@@ -53,15 +53,15 @@ def trained(model):
 
 
 def encoder(input_dim=11, **options):
-    return pc.Encoder(input_dim, latents=LATENTS, dim=DIM, heads=HEADS, **{"depth": 1, **options})
+    return pc.Encoder(input_dim, num_latents=LATENTS, dim=DIM, num_heads=HEADS, **{"depth": 1, **options})
 
 
 def perceiver(adapter, head=None, **options):
-    return pc.Perceiver(adapter, encoder(adapter.dim, **options), head or heads.Classify(DIM, CLASSES))
+    return pc.Perceiver(adapter, encoder(adapter.dim, **options), head or heads.Classification(DIM, CLASSES))
 
 
 def small():
-    return perceiver(adapters.Image(1, positions=positions.Fourier(axes=2, bands=2, max_resolution=7)))
+    return perceiver(adapters.Image(1, positions=positions.Fourier(num_axes=2, num_bands=2, max_resolution=7)))
 
 
 def assert_comes_back(model, inputs, path):
@@ -83,25 +83,25 @@ def assert_comes_back(model, inputs, path):
 
 
 def fourier(axes):
-    return positions.Fourier(axes=axes, bands=2, max_resolution=[7.0, 11.0, 13.0][:axes])
+    return positions.Fourier(num_axes=axes, num_bands=2, max_resolution=[7.0, 11.0, 13.0][:axes])
 
 
 PICTURES, SOUND, CLOUD = torch.rand(2, 3, 13, 11), torch.rand(2, 37), torch.rand(2, 17, 5)
 ADAPTERS = {
     "Image": (lambda: adapters.Image(positions=fourier(2)), PICTURES),
     "Image without positions": (lambda: adapters.Image(3, positions=None), PICTURES),
-    "Patches": (lambda: adapters.Image(positions=fourier(2), stem=partial(adapters.Patches, size=(2, 5))), PICTURES),
+    "Patches": (lambda: adapters.Image(positions=fourier(2), stem=partial(adapters.Patches, patch_size=(2, 5))), PICTURES),
     "Project": (lambda: adapters.Image(positions=fourier(2), stem=partial(adapters.Project, dim=5)), PICTURES),
     "ConvStem": (lambda: adapters.Image(positions=fourier(2), stem=partial(adapters.ConvStem, dim=5)), PICTURES),
     "Pixels": (lambda: adapters.Image(positions=fourier(2), stem=adapters.Pixels), PICTURES),
-    "Audio": (lambda: adapters.Audio(patch=5, positions=fourier(1)), SOUND),
+    "Audio": (lambda: adapters.Audio(patch_size=5, positions=fourier(1)), SOUND),
     "Spectrogram": (lambda: adapters.Spectrogram(positions=fourier(2)), PICTURES[:, 0]),
-    "Points": (lambda: adapters.Points(features=2, positions=fourier(3)), CLOUD),
+    "Points": (lambda: adapters.PointCloud(num_features=2, positions=fourier(3)), CLOUD),
     "Grid": (lambda: adapters.Grid(5, positions=fourier(3)), torch.rand(2, 2, 3, 7, 5)),
-    "FourierPerAxis": (lambda: adapters.Points(2, positions=positions.FourierPerAxis(3, bands=2)), CLOUD),
-    "NeRF": (lambda: adapters.Points(2, positions=positions.NeRF(3, bands=2)), CLOUD),
-    "Gaussian": (lambda: adapters.Points(2, positions=positions.Gaussian(3, 7, scale=2.0)), CLOUD),
-    "Learned": (lambda: adapters.Image(positions=positions.Learned((5, 7), 3)), PICTURES),
+    "FourierPerAxis": (lambda: adapters.PointCloud(2, positions=positions.FourierPerAxis(3, num_bands=2)), CLOUD),
+    "NeRF": (lambda: adapters.PointCloud(2, positions=positions.NeRF(3, num_bands=2)), CLOUD),
+    "Gaussian": (lambda: adapters.PointCloud(2, positions=positions.Gaussian(3, 7, scale=2.0)), CLOUD),
+    "Learned": (lambda: adapters.Image(positions=positions.LearnedGrid((5, 7), 3)), PICTURES),
 }
 
 
@@ -113,8 +113,8 @@ def test_every_adapter_stem_and_position_comes_back(make, inputs, tmp_path):
 @pytest.mark.parametrize(
     "head",
     [
-        heads.Classify(DIM, CLASSES), heads.Classify(DIM, CLASSES, norm=nn.Identity, dropout=0.1),
-        heads.Regress(DIM, 2, norm=partial(nn.RMSNorm, eps=1e-3)), heads.Latents(), nn.Identity(),
+        heads.Classification(DIM, CLASSES), heads.Classification(DIM, CLASSES, norm=nn.Identity, dropout=0.1),
+        heads.Regression(DIM, 2, norm=partial(nn.RMSNorm, eps=1e-3)), heads.Identity(), nn.Identity(),
     ],
     ids=lambda head: type(head).__name__,
 )  # fmt: skip
@@ -124,30 +124,30 @@ def test_every_head_comes_back(head, tmp_path):
 
 MULTI_HEAD = pc.MultiHeadAttention
 ENCODERS = {
-    **{f"share={share}": {"reads": 3, "share": share} for share in (True, False)},
+    **{f"share={share}": {"num_reads": 3, "share": share} for share in (True, False)},
     **{
-        scheme.__name__: {"reads": 3, "share": scheme}
+        scheme.__name__: {"num_reads": 3, "share": scheme}
         for scheme in (sharing.none, sharing.all_, sharing.all_but_first, sharing.paper)
     },
-    "reads of several widths": {"input_dim": (11, 11), "reads": 2, "share": False},
+    "reads of several widths": {"input_dim": (11, 11), "num_reads": 2, "share": False},
     "no depth": {"depth": 0},
-    "widths": {"read": partial(pc.CrossAttend, attention=partial(MULTI_HEAD, qk_dim=6, v_dim=10, bias=False), heads=2)},
-    "no residual": {"read": partial(pc.CrossAttend, residual=False, dropout=0.1)},
-    "rotary": {"process": partial(pc.LatentTransformer, block=partial(
+    "widths": {"cross_attention": partial(pc.CrossAttend, attention=partial(MULTI_HEAD, qk_dim=6, v_dim=10, bias=False), num_heads=2)},
+    "no residual": {"cross_attention": partial(pc.CrossAttend, residual=False, dropout=0.1)},
+    "rotary": {"latent_transformer": partial(pc.LatentTransformer, block=partial(
         pc.SelfAttend, attention=partial(MULTI_HEAD, rotary=positions.Rotary(2, base=100.0))))},
     **{
-        f"activation {made}": {"read": partial(pc.CrossAttend, mlp=partial(pc.MLP, widening=2, activation=made))}
+        f"activation {made}": {"cross_attention": partial(pc.CrossAttend, mlp=partial(pc.MLP, widening_factor=2, activation=made))}
         for made in (pc.GEGLU(), pc.SquaredReLU(), nn.GELU(), nn.GELU("tanh"), nn.ReLU(), nn.SiLU(), nn.Tanh(),
                            nn.Sigmoid(), nn.Identity())
     },
     **{
-        f"norm {norm}": {"read": partial(pc.CrossAttend, norm=norm)}
+        f"norm {norm}": {"cross_attention": partial(pc.CrossAttend, norm=norm)}
         for norm in (nn.LayerNorm, nn.RMSNorm, nn.Identity, partial(nn.LayerNorm, eps=1e-3, bias=False),
                      partial(nn.LayerNorm, elementwise_affine=False))
     },
     **{
-        f"kernel {kernel}": {"read": partial(pc.CrossAttend, attention=partial(MULTI_HEAD, kernel=kernel))}
-        for kernel in (attention.reference, attention.sdpa, attention.chunked, partial(attention.chunked, chunk=3))
+        f"kernel {kernel}": {"cross_attention": partial(pc.CrossAttend, attention=partial(MULTI_HEAD, kernel=kernel))}
+        for kernel in (kernels.reference, kernels.sdpa, kernels.chunked, partial(kernels.chunked, chunk_size=3))
     },
 }  # fmt: skip
 
@@ -164,24 +164,24 @@ def test_every_encoder_comes_back(options, tmp_path):
 
 def test_a_read_of_several_inputs_comes_back(tmp_path):
     both = adapters.PerRead([adapters.Image(positions=fourier(2)), adapters.Audio(5, positions=None)])
-    assert_comes_back(perceiver(both, reads=2, share=False), (PICTURES, SOUND), tmp_path)
+    assert_comes_back(perceiver(both, num_reads=2, share=False), (PICTURES, SOUND), tmp_path)
 
 
 @pytest.mark.parametrize(
     "make, inputs",
     [
-        (pc.models.papers.imagenet, PICTURES),
-        (pc.models.papers.audioset, torch.rand(2, 257)),
-        (pc.models.papers.modelnet40, CLOUD[..., :3]),
+        (pc.models.presets.imagenet, PICTURES),
+        (pc.models.presets.audioset, torch.rand(2, 257)),
+        (pc.models.presets.modelnet40, CLOUD[..., :3]),
     ],
     ids=["imagenet", "audioset", "modelnet40"],
 )
 def test_the_papers_models_come_back_at_a_smaller_size(make, inputs, tmp_path, monkeypatch):
-    def smaller(input_dim, *, latents, dim, heads, **options):
-        return pc.Encoder(input_dim, latents=LATENTS, dim=56, heads=heads, **{**options, "depth": 1})
+    def smaller(input_dim, *, num_latents, dim, num_heads, **options):
+        return pc.Encoder(input_dim, num_latents=LATENTS, dim=56, num_heads=num_heads, **{**options, "depth": 1})
 
-    monkeypatch.setattr(pc.models.papers, "Encoder", smaller)
-    assert_comes_back(make(classes=CLASSES), inputs, tmp_path)
+    monkeypatch.setattr(pc.models.presets, "Encoder", smaller)
+    assert_comes_back(make(num_classes=CLASSES), inputs, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -235,7 +235,7 @@ def test_weights_go_to_the_gpu_and_back(tmp_path):
 
 
 def test_neither_saving_nor_loading_draws_random_numbers(tmp_path):
-    model = perceiver(adapters.Points(2, positions=positions.Gaussian(3, 7)))
+    model = perceiver(adapters.PointCloud(2, positions=positions.Gaussian(3, 7)))
     before = torch.random.get_rng_state()
     pc.load(pc.save(model, tmp_path))
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -255,9 +255,9 @@ def test_strides_do_not_matter(tmp_path):
 
 def test_copies_and_recomputing_models_can_be_saved(tmp_path):
     model = copy.deepcopy(small())
-    model.head = heads.Regress(DIM, 2)
+    model.head = heads.Regression(DIM, 2)
     assert_comes_back(pickle.loads(pickle.dumps(model)), PICTURES[:, :1], tmp_path)
-    pc.save(pc.recompute_activations(model), tmp_path)
+    pc.save(pc.checkpoint_activations(model), tmp_path)
     assert torch.equal(pc.load(tmp_path)(PICTURES[:, :1]), model.eval()(PICTURES[:, :1]))
 
 
@@ -278,26 +278,26 @@ CONFIG_OF_SMALL = """\
     "part": "Perceiver",
     "adapter": {
       "part": "Image",
-      "channels": 1,
+      "num_channels": 1,
       "positions": {
         "part": "Fourier",
-        "axes": 2,
-        "bands": 2,
+        "num_axes": 2,
+        "num_bands": 2,
         "max_resolution": 7
       }
     },
     "encoder": {
       "part": "Encoder",
       "input_dim": 11,
-      "latents": 5,
+      "num_latents": 5,
       "dim": 14,
       "depth": 1,
-      "heads": 7
+      "num_heads": 7
     },
     "head": {
-      "part": "Classify",
+      "part": "Classification",
       "dim": 14,
-      "classes": 3
+      "num_classes": 3
     }
   }
 }
@@ -461,18 +461,18 @@ class Stranger(nn.Module):
 
 @registry.register
 def second_kernel(q, k, v, *, mask=None):
-    return attention.reference(q, k, v, mask=mask) * 2
+    return kernels.reference(q, k, v, mask=mask) * 2
 
 
 def test_a_replaced_head_is_saved(tmp_path):
     model = small()
-    model.head = heads.Regress(DIM, 2)
+    model.head = heads.Regression(DIM, 2)
     assert_comes_back(model, PICTURES[:, :1], tmp_path)
 
 
 def test_a_replaced_adapter_among_several_is_saved(tmp_path):
     both = adapters.PerRead([adapters.Audio(11, positions=None), adapters.Audio(11, positions=None)])
-    model = perceiver(both, reads=2, share=False)
+    model = perceiver(both, num_reads=2, share=False)
     model.adapter.adapters[1] = adapters.Image(11, positions=None)
     assert_comes_back(model, (SOUND, torch.rand(2, 11, 3, 7)), tmp_path)
 
@@ -493,12 +493,12 @@ CHANGES = {
     ),
     "rotary": (lambda m: setattr(attend(m), "rotary", positions.Rotary(2)), r"attention\.rotary is .*Rotary\(dim=2"),
     "a kernel": (
-        lambda m: setattr(attend(m), "kernel", attention.chunked),
+        lambda m: setattr(attend(m), "kernel", kernels.chunked),
         r"attention is .*kernel=\{'name': 'chunked'\}.* not .*kernel=\{'name': 'fastest'\}",
     ),
     "dropout": (lambda m: setattr(m.head.dropout, "p", 0.5), r"head\.dropout is .*p=0\.5.* not .*p=0\.0"),
     "positions": (
-        lambda m: setattr(m.adapter.positions, "bands", 3),
+        lambda m: setattr(m.adapter.positions, "num_bands", 3),
         r"adapter\.positions is .*bands=3.* not .*bands=2",
     ),
     "a module more": (lambda m: setattr(m, "extra", nn.Linear(3, 2)), "extra is .*Linear.*, not there"),
@@ -527,7 +527,7 @@ def test_a_model_that_its_constructor_does_not_make_is_refused(change, message, 
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("head", [Stranger(), type("Local", (heads.Latents,), {})()], ids=["stranger", "subclass"])
+@pytest.mark.parametrize("head", [Stranger(), type("Local", (heads.Identity,), {})()], ids=["stranger", "subclass"])
 def test_parts_that_are_not_registered_are_refused(head, tmp_path):
     model = small()
     model.head = head
@@ -538,7 +538,7 @@ def test_parts_that_are_not_registered_are_refused(head, tmp_path):
 
 def test_parts_and_kernels_of_a_user_come_back(tmp_path):
     attends = partial(MULTI_HEAD, kernel=second_kernel)
-    model = perceiver(adapters.Audio(5, positions=None), Blend(DIM, inner=Learner()), read=partial(
+    model = perceiver(adapters.Audio(5, positions=None), Blend(DIM, inner=Learner()), cross_attention=partial(
         pc.CrossAttend, attention=attends, mlp=partial(pc.MLP, activation=Learner())))  # fmt: skip
     again = assert_comes_back(model, SOUND, tmp_path)
     assert again.encoder.reads[0].attention.kernel is second_kernel
@@ -548,9 +548,9 @@ def test_parts_and_kernels_of_a_user_come_back(tmp_path):
 
 
 def test_a_part_that_is_used_twice_is_one_part_again(tmp_path):
-    where = positions.Learned((5, 7), 3)
+    where = positions.LearnedGrid((5, 7), 3)
     image = adapters.Image(positions=where, stem=partial(adapters.ConvStem, dim=5))
-    model = perceiver(adapters.PerRead([image, adapters.Image(5, positions=where), image]), reads=3, share=False)
+    model = perceiver(adapters.PerRead([image, adapters.Image(5, positions=where), image]), num_reads=3, share=False)
     again = assert_comes_back(model, (PICTURES, torch.rand(2, 5, 7, 3), PICTURES), tmp_path)
     one, two, three = again.adapter.adapters
     assert one is three and one.positions is two.positions and one is not two
@@ -561,7 +561,7 @@ def test_a_part_that_is_used_twice_is_one_part_again(tmp_path):
 
 def test_a_part_that_a_partial_gives_to_many_is_one_part_again(tmp_path):
     block = partial(pc.SelfAttend, attention=partial(pc.MultiHeadAttention, rotary=Learner()))
-    model = encoder(reads=2, depth=2, share=False, process=partial(pc.LatentTransformer, block=block))
+    model = encoder(num_reads=2, depth=2, share=False, latent_transformer=partial(pc.LatentTransformer, block=block))
     again = assert_comes_back(model, torch.rand(2, 17, 11), tmp_path)
     assert len({id(m) for m in again.modules() if isinstance(m, Learner)}) == 1
     assert len({id(p) for name, p in again.named_parameters(remove_duplicate=False) if "slope" in name}) == 1
@@ -655,7 +655,7 @@ def test_a_model_of_unequal_settings_says_so_before_writing(tmp_path):
     with pytest.raises(ValueError, match=r"the config\.json of Infinite is larger than any configuration"):
         pc.save(Infinite("x" * 2**20), tmp_path / "new")
     with pytest.raises(ValueError, match=r"model must be a torch\.nn\.Module; got partial"):
-        pc.save(partial(pc.MLP, widening=3), tmp_path / "new")
+        pc.save(partial(pc.MLP, widening_factor=3), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -847,7 +847,7 @@ OTHER_MODELS = {
     "a number": (lambda m: 3, "describes a int, not a module"),
     "a list": (lambda m: [m], "describes a list, not a module"),
     "a partial for a module": (lambda m: m.update(encoder={"partial": "Encoder"}), "does not fit|cannot be"),
-    "a class for a module": (lambda m: m.update(head={"name": "Classify"}), "does not fit|cannot be"),
+    "a class for a module": (lambda m: m.update(head={"name": "Classification"}), "does not fit|cannot be"),
     "a head for an encoder": (lambda m: m.update(encoder=m["head"]), "does not fit"),
     "a head for positions": (lambda m: m["adapter"].update(positions=m["head"]), "Image cannot be built"),
     "a string for positions": (lambda m: m["adapter"].update(positions="Fourier"), "Image cannot be built"),
@@ -901,31 +901,31 @@ def test_arguments_of_a_wrong_type_or_size(path, value, broken):
 
 BIG = 10**12
 GREEDY = {
-    "latents": lambda m: m["encoder"].update(latents=BIG),
+    "latents": lambda m: m["encoder"].update(num_latents=BIG),
     "dim": lambda m: m["encoder"].update(dim=7 * BIG),
     "input_dim": lambda m: m["encoder"].update(input_dim=BIG),
-    "overflow": lambda m: m["encoder"].update(latents=2**62, dim=2**62),
+    "overflow": lambda m: m["encoder"].update(num_latents=2**62, dim=2**62),
     "depth": lambda m: m["encoder"].update(depth=10**9),
     "depth, nearly": lambda m: m["encoder"].update(depth=10_000),
-    "reads": lambda m: m["encoder"].update(reads=10**9),
-    "reads, nearly": lambda m: m["encoder"].update(reads=10_000, share=False),
-    "reads of nothing": lambda m: m["encoder"].update(reads=10_000, share=False, depth=0),
-    "bands": lambda m: m["adapter"]["positions"].update(bands=BIG) or m["encoder"].update(dim=21),
-    "classes": lambda m: m["head"].update(classes=10**15),
-    "a grid": lambda m: m["adapter"].update(positions={"part": "Learned", "grid": [10**9, 10**9], "dim": 3}),
-    "a random matrix": lambda m: m["adapter"].update(positions={"part": "Gaussian", "axes": 2, "features": BIG}),
+    "reads": lambda m: m["encoder"].update(num_reads=10**9),
+    "reads, nearly": lambda m: m["encoder"].update(num_reads=10_000, share=False),
+    "reads of nothing": lambda m: m["encoder"].update(num_reads=10_000, share=False, depth=0),
+    "bands": lambda m: m["adapter"]["positions"].update(num_bands=BIG) or m["encoder"].update(dim=21),
+    "classes": lambda m: m["head"].update(num_classes=10**15),
+    "a grid": lambda m: m["adapter"].update(positions={"part": "LearnedGrid", "grid": [10**9, 10**9], "dim": 3}),
+    "a random matrix": lambda m: m["adapter"].update(positions={"part": "Gaussian", "num_axes": 2, "num_features": BIG}),
     "widening": lambda m: m["encoder"].update(
-        read={"partial": "CrossAttend", "mlp": {"partial": "MLP", "widening": BIG}}
+        cross_attention={"partial": "CrossAttend", "mlp": {"partial": "MLP", "widening_factor": BIG}}
     ),
     "nested encoders": lambda m: m["encoder"].update(
-        read={"partial": "CrossAttend", "norm": {"partial": "Encoder", "latents": 3, "dim": 8, "reads": 10_000}}
+        cross_attention={"partial": "CrossAttend", "norm": {"partial": "Encoder", "num_latents": 3, "dim": 8, "num_reads": 10_000}}
     ),
     "blocks of nothing": lambda m: m["encoder"].update(
-        reads=10_000, share=False, read={"name": "Identity"},
-        process={"partial": "LatentTransformer", "block": {"name": "Identity"}},
+        num_reads=10_000, share=False, cross_attention={"name": "Identity"},
+        latent_transformer={"partial": "LatentTransformer", "block": {"name": "Identity"}},
     ),
     "blocks of nothing, deep": lambda m: m["encoder"].update(
-        depth=10_000, process={"partial": "LatentTransformer", "block": {"name": "Identity"}}
+        depth=10_000, latent_transformer={"partial": "LatentTransformer", "block": {"name": "Identity"}}
     ),
     "many parts": lambda m: m.update(head=[{"part": "GEGLU"}] * 20_000),
     "many adapters": lambda m: {"part": "PerRead", "adapters": [{"part": "GEGLU"}] * 20_000},
@@ -953,9 +953,9 @@ except ValueError as error:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda m: m["encoder"].update(latents=BIG, dim=7 * BIG),
-        lambda m: m["adapter"]["positions"].update(axes=10**9),
-        lambda m: m["adapter"]["positions"].update(bands=10**9),
+        lambda m: m["encoder"].update(num_latents=BIG, dim=7 * BIG),
+        lambda m: m["adapter"]["positions"].update(num_axes=10**9),
+        lambda m: m["adapter"]["positions"].update(num_bands=10**9),
         lambda m: m["head"].update(dim=10**9, norm={"name": "paper"}),
     ],
     ids=["tensors", "axes", "bands", "a scheme for a norm"],
@@ -969,7 +969,7 @@ def test_large_sizes_are_refused_under_a_limit_of_memory(change, broken):
 
 def test_a_part_in_the_place_of_another_fails_at_the_first_call_at_the_latest(broken):
     """Where the shapes fit, a file can only describe a model that fails in words."""
-    write(broken, described(lambda m: m.update(adapter={"part": "Latents"})))
+    write(broken, described(lambda m: m.update(adapter={"part": "heads.Identity"})))
     model = pc.load(broken)
     with pytest.raises(ValueError, match="tokens must have 3 axes"):
         model(PICTURES)
@@ -988,17 +988,17 @@ def leaves(value, path=()):
 
 RICH = perceiver(
     adapters.PerRead(
-        [adapters.Audio(5, positions=fourier(1)), adapters.Image(1, positions=positions.Learned((5, 7), 3))]
+        [adapters.Audio(5, positions=fourier(1)), adapters.Image(1, positions=positions.LearnedGrid((5, 7), 3))]
     ),
-    reads=2, share=sharing.none, read=partial(pc.CrossAttend, norm=partial(nn.LayerNorm, eps=1e-3), mlp=partial(
-        pc.MLP, activation=pc.GEGLU()), attention=partial(MULTI_HEAD, kernel=partial(attention.chunked, chunk=3))),
+    num_reads=2, share=sharing.none, cross_attention=partial(pc.CrossAttend, norm=partial(nn.LayerNorm, eps=1e-3), mlp=partial(
+        pc.MLP, activation=pc.GEGLU()), attention=partial(MULTI_HEAD, kernel=partial(kernels.chunked, chunk_size=3))),
 )  # fmt: skip
-CONFIG_OF_RICH = json.loads(json.dumps(registry.describe(RICH)))
+CONFIG_OF_RICH = json.loads(json.dumps(registry.to_config(RICH)))
 PATHS = list(leaves(CONFIG_OF_RICH))
 WORDS = st.sampled_from(sorted(registry._named))
 SCALARS = st.none() | st.booleans() | st.integers(-5, 10**5) | st.floats(allow_nan=False, allow_infinity=False)
 KINDS = st.sampled_from(["part", "partial", "name", "same", "dict"])
-NAMES = st.sampled_from(["dim", "heads", "depth", "norm", "mlp", "axes", "grid", "size"])
+NAMES = st.sampled_from(["dim", "num_heads", "depth", "norm", "mlp", "num_axes", "grid", "patch_size"])
 
 
 def deeper(inner):

@@ -21,27 +21,27 @@ huggingface_hub = pytest.importorskip("huggingface_hub")
 
 def model(seed: int = 0) -> pc.Perceiver:
     torch.manual_seed(seed)
-    audio = pc.adapters.Audio(patch=3, positions=pc.positions.Fourier(axes=1, bands=2, max_resolution=11))
-    encoder = pc.Encoder(audio.dim, latents=5, dim=8, depth=1, heads=2)
-    return pc.Perceiver(audio, encoder, pc.heads.Classify(8, classes=7)).eval()
+    audio = pc.adapters.Audio(patch_size=3, positions=pc.positions.Fourier(num_axes=1, num_bands=2, max_resolution=11))
+    encoder = pc.Encoder(audio.dim, num_latents=5, dim=8, depth=1, num_heads=2)
+    return pc.Perceiver(audio, encoder, pc.heads.Classification(8, num_classes=7)).eval()
 
 
 WHOLE = {
     "Perceiver": model,
     "PerceiverIO": lambda: pc.PerceiverIO(
         pc.adapters.Grid(3, positions=None),
-        pc.Encoder(3, latents=5, dim=8, depth=1, heads=2),
+        pc.Encoder(3, num_latents=5, dim=8, depth=1, num_heads=2),
         pc.queries.Learned(2, 7),
-        pc.Decoder(8, query_dim=7, out=1),
+        pc.Decoder(8, query_dim=7, out_dim=1),
     ),
-    "PerceiverAR": lambda: pc.models.papers.perceiver_ar(11, context=13, latents=5, depth=1),
-    "Resampler": lambda: pc.Resampler(6, latents=5, depth=1, heads=2),
+    "PerceiverAR": lambda: pc.models.presets.perceiver_ar(11, context_length=13, num_latents=5, depth=1),
+    "Resampler": lambda: pc.Resampler(6, num_latents=5, depth=1, num_heads=2),
     "HierarchicalPerceiver": lambda: pc.HierarchicalPerceiver(
         3,
-        levels=[pc.Level(2, latents=3, dim=16), pc.Level(1, latents=5, dim=16)],
-        positions=pc.positions.Learned((22,), dim=8),
+        levels=[pc.Level(2, num_latents=3, dim=16), pc.Level(1, num_latents=5, dim=16)],
+        positions=pc.positions.LearnedGrid((22,), dim=8),
     ),
-    "Encoder": lambda: pc.Encoder(10, latents=5, dim=8, depth=1, heads=2),
+    "Encoder": lambda: pc.Encoder(10, num_latents=5, dim=8, depth=1, num_heads=2),
 }
 
 
@@ -121,7 +121,7 @@ def test_the_card_says_how_to_load_and_of_what(tmp_path: Path) -> None:
     text = card(model(), "me/listener")
     assert text.startswith("---\nlibrary_name: perceiver-core\n")
     assert "# listener\n" in text and 'pc.checkpoints.from_pretrained("me/listener")' in text
-    assert "adapter=Audio(patch=3, positions=Fourier(axes=1, bands=2, max_resolution=11))," in text
+    assert "adapter=Audio(patch_size=3, positions=Fourier(num_axes=1, num_bands=2, max_resolution=11))," in text
     assert f"{sum(p.numel() for p in model().parameters()):,} parameters" in text
     assert "registers" not in text
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import perceiver_core as pc
-from perceiver_core.blocks import paths
+from perceiver_core import reads
 from perceiver_core.checkpoints import files, folder, hugging_face, published, to_hugging_face
 from perceiver_core.checkpoints.convert import Plan, convert
 from perceiver_core.checkpoints.of_transformers import build
@@ -267,8 +267,8 @@ def test_values_of_a_configuration(case: str, theirs: Path) -> None:
 def test_labels_that_are_not_said_are_two(tmp_path: Path) -> None:
     config = configured(FOURIER) | {"num_labels": 2}
     path = to_hugging_face(made(FOURIER, num_labels=2), tmp_path / "two", config=config)
-    assert hugging_face(reconfigured(path, id2label=None)).decoder.out == 2
-    assert hugging_face(reconfigured(path, id2label={"0": "a", "1": "b"}, num_labels=7)).decoder.out == 2
+    assert hugging_face(reconfigured(path, id2label=None)).decoder.out_dim == 2
+    assert hugging_face(reconfigured(path, id2label={"0": "a", "1": "b"}, num_labels=7)).decoder.out_dim == 2
 
 
 def test_sizes_that_overflow(tmp_path: Path) -> None:
@@ -312,12 +312,12 @@ def not_written(message: str, model: Any, config: Any, tmp_path: Path, **options
 
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
-    "num_self_attention_heads": ({"num_self_attention_heads": 2}, "encoder.heads is 4, not 2"),
+    "num_self_attention_heads": ({"num_self_attention_heads": 2}, "encoder.num_heads is 4, not 2"),
     "num_blocks": ({"num_blocks": 3}, "repeats is 2, not 3"),
     "use_query_residual": ({"use_query_residual": False}, "residual is True, not False"),
     "hidden_act": ({"hidden_act": "relu"}, "mlp.activation is GELU of .*, not ReLU of"),
     "num_latents": ({"num_latents": 99}, "latents is 5, not 99"),
-    "labels": ({"id2label": {"0": "a"}}, "decoder.out is 3, not 1"),
+    "labels": ({"id2label": {"0": "a"}}, "decoder.out_dim is 3, not 1"),
 }
 
 
@@ -347,7 +347,7 @@ def test_a_model_that_was_changed(tmp_path: Path) -> None:
 
 def test_a_path_changes_no_result(tmp_path: Path) -> None:
     model = made(FOURIER)
-    paths.use(model, paths.Dense())
+    reads.set_strategy(model, reads.Dense())
     same(hugging_face(to_hugging_face(model, tmp_path, config=configured(FOURIER))), model)
 
 
@@ -358,7 +358,7 @@ def test_numerics_that_were_not_said(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [CONV, LEARNED])
 def test_numerics_that_transformers_has_no_word_for(kind: str, tmp_path: Path) -> None:
-    message = {CONV: "adapter.stem.*ConvStem", LEARNED: "decoder.read.residual is False, not True"}[kind]
+    message = {CONV: "adapter.stem.*ConvStem", LEARNED: "decoder.cross_attention.residual is False, not True"}[kind]
     not_written(f"no word for.*{message}", made(kind, DEEP), configured(kind), tmp_path, numerics=DEEP)
     turned = published.TRANSFORMERS._replace(transposed=True)
     if kind == CONV:

@@ -91,7 +91,7 @@ def test_the_loss_asks_only_for_some_places(monkeypatch):
     asked, data = [], completion.Pictures(torch.rand(3, 1, 32, 32), torch.rand(1, 1, 32, 32), visible=41, least=1.0)
     model = completion.build(1)
     answer = model.forward
-    monkeypatch.setattr(model, "forward", lambda points, at: asked.append((points, at)) or answer(points, at=at))
+    monkeypatch.setattr(model, "forward", lambda points, at: asked.append((points, at)) or answer(points, query_inputs=at))
     completion.loss(model, data, batch=5).backward()
     ((points, at),) = asked
     assert points.shape == (5, 41, 3)

@@ -110,9 +110,9 @@ def test_chunks_answer_what_all_at_once_do():
     torch.manual_seed(0)
     model = moving.build().eval()
     frames = moving.pairs(moving.generated(2, generator()), generator()).frames
-    assert model.decoder.chunk < moving.HIGH * moving.WIDE
+    assert model.decoder.chunk_size < moving.HIGH * moving.WIDE
     found = moving.answers(model, frames)
-    model.decoder.chunk = None
+    model.decoder.chunk_size = None
     torch.testing.assert_close(found, moving.answers(model, frames))
     assert found.shape == (2, 2, moving.HIGH, moving.WIDE)
 

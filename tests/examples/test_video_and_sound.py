@@ -93,7 +93,7 @@ def test_circles_turn_the_way_their_names_say(kind, turn):
 def test_blocks_are_those_that_the_adapter_makes_tokens_of():
     video = clips.generate(clips.TEST, 2).video
     adapter = clips.build().adapter.adapters["video"]
-    pixels = adapter(video).dense()[..., : clips.BLOCK[0] * clips.BLOCK[1]]
+    pixels = adapter(video).materialize()[..., : clips.BLOCK[0] * clips.BLOCK[1]]
     assert torch.equal(pixels, clips.blocks(video))
     assert torch.equal(clips.film(clips.blocks(video)), video)
 

@@ -14,7 +14,7 @@ from torch import nn
 import perceiver_core as pc
 from perceiver_core.models import sampling
 from perceiver_core.models.generate import _cached, _recomputed, _Stream, plan
-from perceiver_core.models.perceiver_ar import PROCESS
+from perceiver_core.models.perceiver_ar import LATENT_TRANSFORMER
 from tests.memory import Kept
 from tests.models.test_perceiver_ar import (
     EXACT,
@@ -54,7 +54,7 @@ class TestPlan:
         more = torch.randint(VOCABULARY, (7, 2), generator=torch.Generator().manual_seed(0)).T
         for step, latents in enumerate([2, 3, 4, 5, 2, 3, 4]):
             whole = torch.cat([prompt, more[:, :step]], 1)
-            torch.testing.assert_close(found[:, step], model(whole, latents=latents)[:, -1], **EXACT)
+            torch.testing.assert_close(found[:, step], model(whole, num_latents=latents)[:, -1], **EXACT)
 
 
 class TestCache:
@@ -67,7 +67,7 @@ class TestCache:
         torch.testing.assert_close(cached, wanted, **EXACT)
 
     def test_it_changes_nothing_where_blocks_are_gone_through_again(self):
-        model, prompt = model_of(process=partial(PROCESS, repeats=3)), ids_of()
+        model, prompt = model_of(latent_transformer=partial(LATENT_TRANSFORMER, num_repeats=3)), ids_of()
         cached, wanted = (logits_of(kind, model, prompt, 11) for kind in (_cached, _recomputed))
         torch.testing.assert_close(cached, wanted, **EXACT)
 
@@ -92,23 +92,23 @@ class TestCache:
 
     def test_tokens_are_read_once(self):
         model, made = model_of(), []
-        model.read.attention.key.register_forward_hook(lambda _, given, __: made.append(given[0].shape[1]))
+        model.cross_attention.attention.key.register_forward_hook(lambda _, given, __: made.append(given[0].shape[1]))
         pc.generate(model, ids_of(), max_new_tokens=9)
         assert made == [13, *[1] * 8]
 
     def test_latents_are_computed_once_a_window(self):
         model, made = model_of(), []
-        model.process.blocks[1].register_forward_hook(lambda *_: made.append("whole"))
-        model.process.blocks[1].attention.query.register_forward_hook(lambda _, x, __: made.append(x[0].shape[1]))
-        pc.generate(model, ids_of(), max_new_tokens=9, start=2)
+        model.latent_transformer.blocks[1].register_forward_hook(lambda *_: made.append("whole"))
+        model.latent_transformer.blocks[1].attention.query.register_forward_hook(lambda _, x, __: made.append(x[0].shape[1]))
+        pc.generate(model, ids_of(), max_new_tokens=9, num_initial_latents=2)
         assert made == [2, 1, 1, 1, 2, 1, 1, 1, 2]
 
 
 def continued(model, ids, steps, *, context, start, mask=None):
     """The most likely ids, the model being given the last tokens alone, every time."""
     mask, prompt = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask, ids.shape[1]
-    for latents in islice(plan(model.latents, start), steps):
-        logits = model(ids[:, -context:], mask=mask[:, -context:], latents=latents)[:, -1]
+    for latents in islice(plan(model.num_latents, start), steps):
+        logits = model(ids[:, -context:], mask=mask[:, -context:], num_latents=latents)[:, -1]
         ids = torch.cat([ids, logits.argmax(-1)[:, None]], 1)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
     return ids[:, prompt:]
@@ -126,7 +126,7 @@ class TestContext:
         )
         drawn, ids = torch.Generator().manual_seed(seed), prompt
         for step, latents in enumerate(islice(plan(LATENTS, start), 17)):
-            wanted = model(ids[:, -context:], latents=latents)[:, -1]
+            wanted = model(ids[:, -context:], num_latents=latents)[:, -1]
             torch.testing.assert_close(recomputed[:, step], wanted, **EXACT)
             torch.testing.assert_close(cached[:, step], wanted, **EXACT)
             ids = torch.cat([ids, torch.randint(VOCABULARY, (2,), generator=drawn)[:, None]], 1)
@@ -143,7 +143,7 @@ class TestContext:
         model, prompt, mask = model_of(**options), ids_of(len(lengths), seed=seed), padding(*lengths)
         wanted = continued(model, prompt, 11, context=context, start=start, mask=mask)
         for cache in (True, False):
-            asked = {"max_new_tokens": 11, "context": context, "start": start, "cache": cache}
+            asked = {"max_new_tokens": 11, "context_length": context, "num_initial_latents": start, "use_cache": cache}
             assert torch.equal(pc.generate(model, prompt, mask=mask, **asked), wanted)
         for row, length, found in zip(prompt, lengths, wanted, strict=True):
             assert torch.equal(pc.generate(model, row[None, 13 - length :], **asked)[0], found)
@@ -151,22 +151,22 @@ class TestContext:
     @pytest.mark.parametrize("n", [3, 8, 13])
     @pytest.mark.parametrize("cache", [True, False])
     def test_it_is_what_positions_allow_unless_given(self, n, cache):
-        model = model_of(**turning(None), embed=pc.adapters.Ids(19, 28, positions=pc.positions.Indexed(8, 28)))
-        found = pc.generate(model, ids_of(n=n), max_new_tokens=12, cache=cache)
+        model = model_of(**turning(None), embed=pc.adapters.TokenEmbedding(19, 28, positions=pc.positions.LearnedEmbedding(8, 28)))
+        found = pc.generate(model, ids_of(n=n), max_new_tokens=12, use_cache=cache)
         assert torch.equal(found, continued(model, ids_of(n=n), 12, context=8, start=2))
 
     @each_kind
     def test_one_that_is_not_reached_changes_nothing(self, options):
         model, prompt = model_of(**options), ids_of()
-        found = pc.generate(model, prompt, max_new_tokens=9, context=21)
+        found = pc.generate(model, prompt, max_new_tokens=9, context_length=21)
         assert torch.equal(found, pc.generate(model, prompt, max_new_tokens=9))
 
     def test_streams_and_stop_ids(self):
         model, prompt = model_of(), ids_of()
-        free = pc.generate(model, prompt, max_new_tokens=15, context=7)
-        assert torch.equal(torch.stack([*pc.models.stream(model, prompt, max_new_tokens=15, context=7)], 1), free)
+        free = pc.generate(model, prompt, max_new_tokens=15, context_length=7)
+        assert torch.equal(torch.stack([*pc.models.stream(model, prompt, max_new_tokens=15, context_length=7)], 1), free)
         stop = int(free[0, 4])
-        found = pc.generate(model, prompt, max_new_tokens=15, context=7, stop=stop)
+        found = pc.generate(model, prompt, max_new_tokens=15, context_length=7, stop_ids=stop)
         for row, whole in zip(found, free, strict=True):
             until = (whole == stop).nonzero()
             end = int(until[0]) + 1 if len(until) else 15
@@ -174,8 +174,8 @@ class TestContext:
 
     def test_nothing_is_read_again_before_it_is_reached(self):
         model, made = model_of(), []
-        model.read.attention.key.register_forward_hook(lambda _, given, __: made.append(given[0].shape[1]))
-        pc.generate(model, ids_of(), max_new_tokens=6, context=16)
+        model.cross_attention.attention.key.register_forward_hook(lambda _, given, __: made.append(given[0].shape[1]))
+        pc.generate(model, ids_of(), max_new_tokens=6, context_length=16)
         assert made == [13, 1, 1, 1, 16, 16]
 
     @each_kind
@@ -183,7 +183,7 @@ class TestContext:
     def test_memory_is_bounded(self, options, cache):
         model = model_of(**options)
         with Kept() as kept:
-            steps = pc.models.stream(model, ids_of(), max_new_tokens=70, mask=padding(13, 4), context=17, cache=cache)
+            steps = pc.models.stream(model, ids_of(), max_new_tokens=70, mask=padding(13, 4), context_length=17, use_cache=cache)
             after = [kept.bytes for _ in steps]
         assert max(after[-20:]) <= max(after[10:30])
 
@@ -193,15 +193,15 @@ class TestGenerate:
     @pytest.mark.parametrize("cache", [True, False])
     def test_a_padded_batch_is_each_prompt_alone(self, options, cache):
         model, prompt, lengths = model_of(**options), ids_of(4), (13, 2, 1, 7)
-        together = pc.generate(model, prompt, max_new_tokens=17, mask=padding(*lengths), cache=cache)
+        together = pc.generate(model, prompt, max_new_tokens=17, mask=padding(*lengths), use_cache=cache)
         assert together.shape == (4, 17) and together.dtype == torch.long
         for row, length, found in zip(prompt, lengths, together, strict=True):
-            alone = pc.generate(model, row[None, 13 - length :], max_new_tokens=17, cache=cache)[0]
+            alone = pc.generate(model, row[None, 13 - length :], max_new_tokens=17, use_cache=cache)[0]
             assert torch.equal(found, alone)
 
     def test_greedy_is_the_most_likely_id_every_time(self):
         model, ids = model_of(), ids_of(1, 3)
-        found = pc.generate(model, ids, max_new_tokens=4, start=LATENTS)
+        found = pc.generate(model, ids, max_new_tokens=4, num_initial_latents=LATENTS)
         for step in range(4):
             assert found[0, step] == model(ids)[0, -1].argmax()
             ids = torch.cat([ids, found[:, step : step + 1]], 1)
@@ -215,7 +215,7 @@ class TestGenerate:
 
     def test_a_stream_computes_no_more_than_it_is_asked_for(self):
         model, calls = model_of(), []
-        model.read.register_forward_hook(lambda *_: calls.append(1))
+        model.cross_attention.register_forward_hook(lambda *_: calls.append(1))
         steps = pc.models.stream(model, ids_of(), max_new_tokens=6)
         assert not calls
         next(steps), next(steps)
@@ -224,7 +224,7 @@ class TestGenerate:
     def test_nothing_is_recorded_for_gradients_and_grad_mode_comes_back(self):
         model = model_of()
         steps = pc.models.stream(
-            model, ids_of(), max_new_tokens=3, choose=lambda x, _: x.argmax(-1) + int(x.requires_grad)
+            model, ids_of(), max_new_tokens=3, sampler=lambda x, _: x.argmax(-1) + int(x.requires_grad)
         )
         for ids in steps:
             assert torch.is_grad_enabled() and not ids.requires_grad
@@ -236,9 +236,9 @@ class TestGenerate:
                 model,
                 prompt,
                 max_new_tokens=12,
-                choose=sampling.Sample(),
+                sampler=sampling.Sample(),
                 generator=torch.Generator().manual_seed(seed),
-                cache=cache,
+                use_cache=cache,
             )
             for seed, cache in ((1, True), (1, False), (2, True))
         )
@@ -251,14 +251,14 @@ class TestGenerate:
         def choose(logits, generator):
             return script[:, next(steps)]
 
-        found = pc.generate(model_of(), ids_of(), max_new_tokens=5, choose=choose, stop=[5, 7])
+        found = pc.generate(model_of(), ids_of(), max_new_tokens=5, sampler=choose, stop_ids=[5, 7])
         assert found.tolist() == [[3, 5, 5, 5], [2, 2, 2, 7]]
 
     def test_a_sample_that_goes_on_does_not_mind_one_that_ended(self):
         model, prompt = model_of(), ids_of(2)
         free = pc.generate(model, prompt, max_new_tokens=9)
         stop = int(free[0, 1])
-        found = pc.generate(model, prompt, max_new_tokens=9, stop=[stop])
+        found = pc.generate(model, prompt, max_new_tokens=9, stop_ids=[stop])
         until = (free[1] == stop).nonzero()
         end = int(until[0]) + 1 if len(until) else 9
         assert torch.equal(found[1, :end], free[1, :end])
@@ -267,7 +267,7 @@ class TestGenerate:
     def test_a_stop_id_in_the_prompt_ends_nothing(self):
         prompt = ids_of()
         found = pc.generate(
-            model_of(), prompt, max_new_tokens=5, stop=[int(prompt[0, -1])], choose=lambda x, _: x.argmin(-1)
+            model_of(), prompt, max_new_tokens=5, stop_ids=[int(prompt[0, -1])], sampler=lambda x, _: x.argmin(-1)
         )
         assert found.shape[1] >= 1
 
@@ -281,8 +281,8 @@ class TestGenerate:
             model_of(),
             ids_of(),
             max_new_tokens=5,
-            stop=stop,
-            choose=lambda x, _: torch.tensor([5, 5], dtype=torch.int32),
+            stop_ids=stop,
+            sampler=lambda x, _: torch.tensor([5, 5], dtype=torch.int32),
         )
         assert found.tolist() == [[5], [5]] and found.dtype == torch.long
 
@@ -294,7 +294,7 @@ class TestGenerate:
 
     def test_half_precision_and_small_integers(self):
         found = pc.generate(
-            model_of().bfloat16(), ids_of().to(torch.uint8), max_new_tokens=7, choose=sampling.Sample(0.5)
+            model_of().bfloat16(), ids_of().to(torch.uint8), max_new_tokens=7, sampler=sampling.Sample(0.5)
         )
         assert found.shape == (2, 7)
 
@@ -392,25 +392,25 @@ class TestErrors:
             ),
             ({"mask": padding(3, 4).flip(1)}, ValueError, "mask must be False for padding on the left"),
             ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be a whole number of at least 1; got 0"),
-            ({"start": 0}, ValueError, "start must be a whole number of at least 1; got 0"),
-            ({"start": 6}, ValueError, "start must be at most 5; got 6"),
-            ({"stop": [3, 19]}, ValueError, r"stop must be ids of the vocabulary, 0 \.\.\. 18; got 19"),
-            ({"stop": [-1]}, ValueError, r"stop must be ids of the vocabulary, 0 \.\.\. 18; got -1"),
-            ({"stop": ["end"]}, ValueError, r"stop must be ids of the vocabulary, 0 \.\.\. 18; got 'end'"),
-            ({"stop": 19}, ValueError, r"stop must be ids of the vocabulary, 0 \.\.\. 18; got 19"),
-            ({"stop": True}, ValueError, r"stop must be ids of the vocabulary, 0 \.\.\. 18; got True"),
-            ({"stop": "end"}, TypeError, "stop must be an id or a collection of ids; got 'end'"),
-            ({"stop": None}, TypeError, "stop must be an id or a collection of ids; got None"),
-            ({"stop": 3.0}, TypeError, r"stop must be an id or a collection of ids; got 3\.0"),
-            ({"context": 0}, ValueError, "context must be a whole number of at least 1; got 0"),
-            ({"context": "8"}, ValueError, "context must be a whole number of at least 1; got '8'"),
+            ({"num_initial_latents": 0}, ValueError, "num_initial_latents must be a whole number of at least 1; got 0"),
+            ({"num_initial_latents": 6}, ValueError, "num_initial_latents must be at most 5; got 6"),
+            ({"stop_ids": [3, 19]}, ValueError, r"stop_ids must be ids of the vocabulary, 0 \.\.\. 18; got 19"),
+            ({"stop_ids": [-1]}, ValueError, r"stop_ids must be ids of the vocabulary, 0 \.\.\. 18; got -1"),
+            ({"stop_ids": ["end"]}, ValueError, r"stop_ids must be ids of the vocabulary, 0 \.\.\. 18; got 'end'"),
+            ({"stop_ids": 19}, ValueError, r"stop_ids must be ids of the vocabulary, 0 \.\.\. 18; got 19"),
+            ({"stop_ids": True}, ValueError, r"stop_ids must be ids of the vocabulary, 0 \.\.\. 18; got True"),
+            ({"stop_ids": "end"}, TypeError, "stop_ids must be an id or a collection of ids; got 'end'"),
+            ({"stop_ids": None}, TypeError, "stop_ids must be an id or a collection of ids; got None"),
+            ({"stop_ids": 3.0}, TypeError, r"stop_ids must be an id or a collection of ids; got 3\.0"),
+            ({"context_length": 0}, ValueError, "context_length must be a whole number of at least 1; got 0"),
+            ({"context_length": "8"}, ValueError, "context_length must be a whole number of at least 1; got '8'"),
             (
-                {"choose": sampling.Sample},
+                {"sampler": sampling.Sample},
                 TypeError,
-                r"choose must be a function of logits.*; got the class Sample\. Make one: Sample\(\)",
+                r"sampler must be a function of logits.*; got the class Sample\. Make one: Sample\(\)",
             ),
-            ({"choose": "greedy"}, TypeError, "choose must be a function of logits and a generator.*; got 'greedy'"),
-            ({"choose": None}, TypeError, "choose must be a function of logits and a generator.*; got NoneType"),
+            ({"sampler": "greedy"}, TypeError, "sampler must be a function of logits and a generator.*; got 'greedy'"),
+            ({"sampler": None}, TypeError, "sampler must be a function of logits and a generator.*; got NoneType"),
             ({"generator": 3}, TypeError, r"generator must be a torch\.Generator; got 3"),
         ],
     )
@@ -432,20 +432,20 @@ class TestErrors:
         ],
     )
     def test_of_what_choose_gives(self, choose, error, message):
-        with pytest.raises(error, match=f"choose must give {message}"):
-            pc.generate(model_of(), ids_of(), max_new_tokens=1, choose=choose)
+        with pytest.raises(error, match=f"sampler must give {message}"):
+            pc.generate(model_of(), ids_of(), max_new_tokens=1, sampler=choose)
 
     def test_of_chosen_ids_outside_the_vocabulary(self):
         for wrong in (19, -1):
-            with pytest.raises(ValueError, match=rf"what choose gives must lie in 0 \.\.\. 18; got {wrong}"):
-                pc.generate(model_of(), ids_of(), max_new_tokens=1, choose=lambda x, _, w=wrong: torch.tensor([3, w]))
+            with pytest.raises(ValueError, match=rf"what sampler gives must lie in 0 \.\.\. 18; got {wrong}"):
+                pc.generate(model_of(), ids_of(), max_new_tokens=1, sampler=lambda x, _, w=wrong: torch.tensor([3, w]))
 
     def test_of_what_is_no_model(self):
         linear = nn.Linear(28, 19).eval()
         for model, message in (
-            (linear, "got Linear without vocabulary, latents, embed"),
-            (pc.PerceiverAR, "got the class PerceiverAR without vocabulary"),
-            ("model", "got 'model' without vocabulary"),
+            (linear, "got Linear without vocab_size, num_latents, embedding"),
+            (pc.PerceiverAR, "got the class PerceiverAR without vocab_size"),
+            ("model", "got 'model' without vocab_size"),
         ):
             with pytest.raises(TypeError, match=f"model must be a PerceiverAR, or have what it has; {message}"):
                 pc.generate(model, ids_of(), max_new_tokens=3)
@@ -457,5 +457,5 @@ class TestErrors:
             pc.generate(model_of().train(), ids_of(), max_new_tokens=3)
 
     def test_of_a_context_longer_than_positions(self):
-        with pytest.raises(ValueError, match="context must be at most 101, as many as there are positions; got 102"):
-            pc.generate(model_of(**POSITIONS["learned"]), ids_of(), max_new_tokens=5, context=102)
+        with pytest.raises(ValueError, match="context_length must be at most 101, as many as there are positions; got 102"):
+            pc.generate(model_of(**POSITIONS["learned"]), ids_of(), max_new_tokens=5, context_length=102)

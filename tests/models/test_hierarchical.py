@@ -21,11 +21,11 @@ from perceiver_core import (
     positions,
 )
 from perceiver_core.blocks.grouped_read import grouped
-from perceiver_core.models import HierarchicalAutoencoder, papers
+from perceiver_core.models import HierarchicalAutoencoder, presets
 
 BATCH, N, WIDTH, PLACES = 2, 35, 3, 11
-LEVELS = [Level(5, latents=3, dim=14, depth=1, heads=7), Level(2, 7, 10, 1, 5), Level(1, latents=4, dim=6, heads=3)]
-DECODE = [Level(2, latents=7, dim=10, depth=1, heads=2), Level(5, latents=3, dim=8, depth=2, heads=4)]
+LEVELS = [Level(5, num_latents=3, dim=14, depth=1, num_heads=7), Level(2, 7, 10, 1, 5), Level(1, num_latents=4, dim=6, num_heads=3)]
+DECODE = [Level(2, num_latents=7, dim=10, depth=1, num_heads=2), Level(5, num_latents=3, dim=8, depth=2, num_heads=4)]
 EXACT = {"rtol": 0, "atol": 1e-12}
 
 
@@ -39,7 +39,7 @@ def randomized(make):
 
 
 def perceiver(levels=LEVELS, decode=DECODE, **options):
-    options = {"positions": positions.Learned((N,), PLACES)} | options
+    options = {"positions": positions.LearnedGrid((N,), PLACES)} | options
     return randomized(lambda: HierarchicalPerceiver(WIDTH, levels=levels, decode=decode, **options))
 
 
@@ -57,7 +57,7 @@ def some(n=N, batch=BATCH):
 
 
 class TestGroupedRead:
-    LEVEL = Level(5, latents=3, dim=14, depth=1, heads=7)
+    LEVEL = Level(5, num_latents=3, dim=14, depth=1, num_heads=7)
 
     def block(self, level=LEVEL, **options):
         return randomized(lambda: GroupedRead(WIDTH, level, **options))
@@ -74,20 +74,20 @@ class TestGroupedRead:
                 stretch = slice(group * size, (group + 1) * size)
                 tokens = x[sample, stretch][mask[sample, stretch]][None]
                 latents = block.latents[group][None]
-                read = block.read(latents, tokens) if tokens.numel() else self.without_tokens(block.read, latents)
+                read = block.cross_attention(latents, tokens) if tokens.numel() else self.without_tokens(block.cross_attention, latents)
                 found = out[sample, 3 * group : 3 * (group + 1)]
-                torch.testing.assert_close(found, block.process(read)[0], **EXACT)
+                torch.testing.assert_close(found, block.latent_transformer(read)[0], **EXACT)
 
     def without_tokens(self, read, x):
         x = x + read.attention.output.bias
         return x + read.mlp(read.mlp_norm(x))
 
     def test_one_group_is_an_encoder(self):
-        block = self.block(Level(1, latents=5, dim=14, depth=2, heads=7), process=LatentTransformer)
-        encoder = Encoder(WIDTH, latents=5, dim=14, reads=1, depth=2, heads=7).double()
+        block = self.block(Level(1, num_latents=5, dim=14, depth=2, num_heads=7), latent_transformer=LatentTransformer)
+        encoder = Encoder(WIDTH, num_latents=5, dim=14, num_reads=1, depth=2, num_heads=7).double()
         encoder.latents = nn.Parameter(block.latents[0])
-        encoder.reads[0].load_state_dict(block.read.state_dict())
-        encoder.transformers[0].load_state_dict(block.process.state_dict())
+        encoder.reads[0].load_state_dict(block.cross_attention.state_dict())
+        encoder.transformers[0].load_state_dict(block.latent_transformer.state_dict())
         torch.testing.assert_close(block(array()), encoder(array()), **EXACT)
         torch.testing.assert_close(block(array(), mask=some()), encoder(array(), mask=some()), **EXACT)
 
@@ -107,8 +107,8 @@ class TestGroupedRead:
         assert grouped(torch.arange(1.0, 7)[None, :, None], 3)[..., 0].tolist() == [[1, 2], [3, 4], [5, 6]]
 
     def test_sizes_that_are_refused(self):
-        for name in ("groups", "latents", "dim", "heads"):
-            sizes = {"groups": 2, "latents": 3, "dim": 14, "heads": 7} | {name: 0}
+        for name in ("num_groups", "num_latents", "dim", "num_heads"):
+            sizes = {"num_groups": 2, "num_latents": 3, "dim": 14, "num_heads": 7} | {name: 0}
             with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1; got 0"):
                 Level(**sizes)
 
@@ -132,7 +132,7 @@ class TestLevels:
             part.load_state_dict({name: w for name, w in model.state_dict().items() if name in part.state_dict()})
             torch.testing.assert_close(part(array(), mask=mask), out, **EXACT)
             last = [LEVELS[-1], *DECODE][decode]
-            assert out.shape == (BATCH, last.groups * last.latents, last.dim)
+            assert out.shape == (BATCH, last.num_groups * last.num_latents, last.dim)
             assert (part.dim, part.input_dim, part.level) == (last.dim, WIDTH, last)
 
     def test_what_is_in_a_group_stays_there_until_groups_merge(self):
@@ -162,7 +162,7 @@ class TestLevels:
         torch.testing.assert_close(model(x, mask=mask)[1:2], model(x[1:2], mask=mask[1:2]), **EXACT)
 
     def test_tokens_bring_their_grid_and_mask(self):
-        where = positions.Learned((5, 7), PLACES)
+        where = positions.LearnedGrid((5, 7), PLACES)
         model, x, mask = perceiver(positions=where), array(), some()
         content, there = x.unflatten(1, (5, 7)), mask.unflatten(1, (5, 7))
         out = model(Tokens(content, mask=there))
@@ -174,7 +174,7 @@ class TestLevels:
         torch.testing.assert_close(model(Tokens(content, mask=there), mask=other), flat(x, mask=mask & other), **EXACT)
 
     def test_positions_of_separate_tables(self):
-        where = positions.Fourier(axes=2, bands=2, max_resolution=7)
+        where = positions.Fourier(num_axes=2, num_bands=2, max_resolution=7)
         model = perceiver(positions=where)
         tokens = Tokens(array().unflatten(1, (5, 7)))
         wanted = where.tables((5, 7), like=tokens.content)
@@ -182,38 +182,38 @@ class TestLevels:
         assert model(tokens).shape == (BATCH, 15, 8)
 
     def test_it_is_an_encoder(self):
-        head = pc.heads.Classify(6, 11)
+        head = pc.heads.Classification(6, 11)
         model = pc.Perceiver(nn.Identity(), perceiver(decode=()).float(), head)
         assert model(array().float()).shape == (BATCH, 11)
 
     @pytest.mark.parametrize("n", [35, 31, 17])
     def test_every_weight_gets_a_gradient(self, n):
-        model = autoencoder(positions=positions.Learned((n,), PLACES))
+        model = autoencoder(positions=positions.LearnedGrid((n,), PLACES))
         model(array(n)).square().sum().backward()
         assert [name for name, p in model.named_parameters() if p.grad is None or p.grad.eq(0).all()] == []
 
     def test_parts_are_made_by_what_is_given(self):
         model = perceiver(
-            read=partial(CrossAttend, dropout=0.2),
-            process=partial(LatentTransformer, block=partial(SelfAttend, dropout=0.1)),
+            cross_attention=partial(CrossAttend, dropout=0.2),
+            latent_transformer=partial(LatentTransformer, block=partial(SelfAttend, dropout=0.1)),
         )
         for level in (*model.encoding, *model.decoding):
-            assert level.read.dropout.p == 0.2
-            assert {block.dropout.p for block in level.process.blocks} == {0.1}
+            assert level.cross_attention.dropout.p == 0.2
+            assert {block.dropout.p for block in level.latent_transformer.blocks} == {0.1}
 
 
 class TestAutoencoder:
     @pytest.mark.parametrize("masked", [False, True])
     @pytest.mark.parametrize("n", [35, 31, 6])
     def test_positions_read_the_latents_of_their_group(self, n, masked):
-        model = autoencoder(13, positions=positions.Learned((n,), PLACES))
+        model = autoencoder(13, positions=positions.LearnedGrid((n,), PLACES))
         x, mask = array(n), some(n) if masked else None
         latents = model.perceiver(x, mask=mask).unflatten(1, (5, 3))
         out, size = model(x, mask=mask), -(-n // 5)
         assert out.shape == (BATCH, n, 13)
         for token in (0, 5, n // 2, n - 1):
             query = model.perceiver.positions.vectors[token].expand(BATCH, 1, -1)
-            wanted = model.output(model.read(query, latents[:, token // size]))
+            wanted = model.output(model.cross_attention(query, latents[:, token // size]))
             torch.testing.assert_close(out[:, token], wanted[:, 0], **EXACT)
 
     def test_it_makes_up_what_is_not_there(self):
@@ -223,7 +223,7 @@ class TestAutoencoder:
                 1,
                 levels=[Level(4, 4, 16, 1, 4), Level(1, 4, 16, 1, 4)],
                 decode=[Level(4, 4, 16, 1, 4)],
-                positions=positions.Learned((16,), dim=16),
+                positions=positions.LearnedGrid((16,), dim=16),
             )
         )
         optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -246,7 +246,7 @@ class TestErrors:
         with pytest.raises(ValueError, match="decode must have at most 2 levels, one less than levels; got 3"):
             perceiver(decode=[*DECODE, DECODE[0]])
         with pytest.raises(ValueError, match=r"decode level 1 must have .* opposite, 5 x 3; got 5 x 7"):
-            perceiver(decode=[DECODE[0], Level(5, latents=7, dim=8)])
+            perceiver(decode=[DECODE[0], Level(5, num_latents=7, dim=8)])
         with pytest.raises(TypeError, match=r"positions must be an object such as positions\.Learned"):
             perceiver(positions=None)
 
@@ -279,25 +279,25 @@ class TestAround:
 
     def test_the_size_of_the_paper(self):
         with torch.device("meta"):
-            model = papers.hip16(tokens=50_176)
+            model = presets.hip16(num_tokens=50_176)
         levels = [part.level for part in (*model.encoding, *model.decoding)]
-        assert [level.groups for level in levels] == [16, 4, 1, 1, 1, 4, 16]
-        assert [level.latents for level in levels] == [128, 256, 256, 64, 256, 256, 128]
+        assert [level.num_groups for level in levels] == [16, 4, 1, 1, 1, 4, 16]
+        assert [level.num_latents for level in levels] == [128, 256, 256, 64, 256, 256, 128]
         assert [level.dim for level in levels] == [128, 256, 512, 1024, 512, 256, 128]
-        assert [len(part.process.blocks) for part in (*model.encoding, *model.decoding)] == [2, 2, 18, 2, 1, 1, 1]
-        assert model.positions.dim == model.encoding[0].read.attention.key.out_features == 32
+        assert [len(part.latent_transformer.blocks) for part in (*model.encoding, *model.decoding)] == [2, 2, 18, 2, 1, 1, 1]
+        assert model.positions.dim == model.encoding[0].cross_attention.attention.key.out_features == 32
 
     def test_reads_can_be_explained_and_computed_again(self):
         model = autoencoder()
-        assert len(pc.explain(model, array())) == len(LEVELS) + len(DECODE) + 1
+        assert len(pc.explain_reads(model, array())) == len(LEVELS) + len(DECODE) + 1
         wanted = torch.autograd.grad(model(array()).square().sum(), list(model.parameters()))
-        again = pc.recompute_activations(model)
+        again = pc.checkpoint_activations(model)
         found = torch.autograd.grad(again(array()).square().sum(), list(again.parameters()))
         torch.testing.assert_close(found, wanted, **EXACT)
 
     def small(self):
-        where = positions.Indexed(N, PLACES)
-        return autoencoder(levels=[LEVELS[0], LEVELS[2]], decode=[Level(5, 3, 8, depth=1, heads=4)], positions=where)
+        where = positions.LearnedEmbedding(N, PLACES)
+        return autoencoder(levels=[LEVELS[0], LEVELS[2]], decode=[Level(5, 3, 8, depth=1, num_heads=4)], positions=where)
 
     @pytest.mark.compile
     def test_compiled_whole(self):

@@ -11,14 +11,14 @@ from perceiver_core import Encoder, Perceiver, adapters, heads, positions
 
 def perceiver(head=None):
     torch.manual_seed(0)
-    image = adapters.Image(3, positions=positions.Fourier(axes=2, bands=2, max_resolution=7))
-    encoder = Encoder(image.dim, latents=5, dim=14, reads=2, depth=1, heads=7)
-    return Perceiver(image, encoder, head or heads.Classify(encoder.dim, 11))
+    image = adapters.Image(3, positions=positions.Fourier(num_axes=2, num_bands=2, max_resolution=7))
+    encoder = Encoder(image.dim, num_latents=5, dim=14, num_reads=2, depth=1, num_heads=7)
+    return Perceiver(image, encoder, head or heads.Classification(encoder.dim, 11))
 
 
 @pytest.mark.parametrize(
     "head, shape",
-    [(heads.Classify(14, 11), (2, 11)), (heads.Regress(14, 3), (2, 3)), (heads.Latents(), (2, 5, 14))],
+    [(heads.Classification(14, 11), (2, 11)), (heads.Regression(14, 3), (2, 3)), (heads.Identity(), (2, 5, 14))],
 )
 def test_it_is_its_parts_one_after_the_other(head, shape):
     model = perceiver(head)
@@ -36,7 +36,7 @@ def test_tensors_need_no_adapter():
     whole = perceiver()
     model = Perceiver(nn.Identity(), whole.encoder, whole.head)
     pictures = torch.rand(2, 3, 7, 5)
-    torch.testing.assert_close(model(whole.adapter(pictures).dense()), whole(pictures), rtol=0, atol=1e-6)
+    torch.testing.assert_close(model(whole.adapter(pictures).materialize()), whole(pictures), rtol=0, atol=1e-6)
 
 
 def test_an_adapter_of_the_user_needs_to_know_no_masks():
@@ -46,7 +46,7 @@ def test_an_adapter_of_the_user_needs_to_know_no_masks():
         def forward(self, pictures):
             return pictures.flatten(2).mT
 
-    model = Perceiver(Flat(), Encoder(3, latents=5, dim=14, depth=1, heads=7), heads.Regress(14))
+    model = Perceiver(Flat(), Encoder(3, num_latents=5, dim=14, depth=1, num_heads=7), heads.Regression(14))
     assert model(torch.rand(2, 3, 7, 5)).shape == (2, 1)
 
 
@@ -61,6 +61,6 @@ def test_errors_of_parts_that_do_not_meet():
     with pytest.raises(ValueError, match="encoder must take what adapter gives: 1 wide; it takes 13"):
         Perceiver(adapters.Grid(1, positions=None), whole.encoder, whole.head)
     with pytest.raises(ValueError, match="head must take what encoder gives: 14 wide; it takes 13"):
-        Perceiver(whole.adapter, whole.encoder, heads.Regress(13))
+        Perceiver(whole.adapter, whole.encoder, heads.Regression(13))
     with pytest.raises(TypeError, match="head must be a module; got type"):
-        Perceiver(whole.adapter, whole.encoder, heads.Latents)
+        Perceiver(whole.adapter, whole.encoder, heads.Identity)

@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import perceiver_core as pc
-from perceiver_core.attention import masks, reference
+from perceiver_core import masks
+from perceiver_core.kernels import reference
 from perceiver_core.models.perceiver_ar import kept_of_prefix, next_id_loss
 
 VOCABULARY, DIM, LATENTS, HEADS = 19, 28, 5, 7
@@ -21,21 +22,21 @@ EXACT = {"rtol": 0, "atol": 1e-12}  # float64
 few = settings(max_examples=12, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**31)
 
-GOOGLE = pc.positions.Rotary(2, base=97, exponents=pc.positions.inclusive)
+GOOGLE = pc.positions.Rotary(2, base=97, exponents=pc.positions.inclusive_exponents)
 
 
 def turning(rotary):
     attention = partial(pc.MultiHeadAttention, rotary=rotary)
     return {
-        "read": partial(pc.CrossAttend, heads=2, attention=attention),
-        "process": partial(pc.LatentTransformer, block=partial(pc.SelfAttend, attention=attention)),
+        "cross_attention": partial(pc.CrossAttend, num_heads=2, attention=attention),
+        "latent_transformer": partial(pc.LatentTransformer, block=partial(pc.SelfAttend, attention=attention)),
     }
 
 
 POSITIONS = {
     "rotary": {},
     "google's rotary": turning(GOOGLE),
-    "learned": turning(None) | {"embed": pc.adapters.Ids(VOCABULARY, DIM, positions=pc.positions.Indexed(101, DIM))},
+    "learned": turning(None) | {"embed": pc.adapters.TokenEmbedding(VOCABULARY, DIM, positions=pc.positions.LearnedEmbedding(101, DIM))},
 }
 each_kind = pytest.mark.parametrize("options", POSITIONS.values(), ids=POSITIONS)
 
@@ -51,8 +52,8 @@ def shaken(model, seed=0):
 
 def model_of(*, embed=None, latents=LATENTS, depth=2, **options):
     torch.manual_seed(0)
-    embed = pc.adapters.Ids(VOCABULARY, DIM) if embed is None else pc.registry.build(pc.registry.describe(embed))
-    return shaken(pc.PerceiverAR(embed, latents=latents, depth=depth, heads=HEADS, **options))
+    embed = pc.adapters.TokenEmbedding(VOCABULARY, DIM) if embed is None else pc.registry.from_config(pc.registry.to_config(embed))
+    return shaken(pc.PerceiverAR(embed, num_latents=latents, depth=depth, num_heads=HEADS, **options))
 
 
 def ids_of(b=2, n=13, seed=0):
@@ -81,17 +82,17 @@ def attended(part, q, k, v, heads, turn):
 
 
 def by_hand(model, ids, turn, read_heads):
-    x = model.embed.vectors[ids]
-    if model.embed.positions is not None:
-        x = x + model.embed.positions.vectors[: ids.shape[1]]
-    read, z = model.read, x[:, -model.latents :]
+    x = model.embedding.vectors[ids]
+    if model.embedding.positions is not None:
+        x = x + model.embedding.positions.vectors[: ids.shape[1]]
+    read, z = model.cross_attention, x[:, -model.num_latents :]
     z = z + attended(read.attention, read.query_norm(z), read.input_norm(x), read.input_norm(x), read_heads, turn)
     z = z + read.mlp(read.mlp_norm(z))
-    for block in model.process.blocks:
+    for block in model.latent_transformer.blocks:
         normed = block.norm(z)
         z = z + attended(block.attention, normed, normed, normed, HEADS, turn)
         z = z + block.mlp(block.mlp_norm(z))
-    return model.norm(z) @ model.embed.vectors.T + model.logits.bias
+    return model.norm(z) @ model.embedding.vectors.T + model.head.bias
 
 
 class TestMathematics:
@@ -107,7 +108,7 @@ class TestMathematics:
 
     @pytest.mark.parametrize("n", [1, 13])
     def test_rotary_as_googles(self, n):
-        rotary = pc.positions.Rotary(4, base=97, exponents=pc.positions.inclusive)
+        rotary = pc.positions.Rotary(4, base=97, exponents=pc.positions.inclusive_exponents)
         model, ids = model_of(**turning(rotary)), ids_of(n=n)
         wanted = by_hand(model, ids, lambda heads, where: turned(heads, where, [0, 1], 97, 4), 2)
         torch.testing.assert_close(model(ids), wanted, **EXACT)
@@ -147,7 +148,7 @@ class TestMathematics:
     def test_loss_of_samples_of_one_id_has_no_gradient_in_what_they_hold(self):
         ids, there, gradients = ids_of(3), padding(1, 6, 1), []
         for given_ids in (ids, ids.where(torch.tensor([[False], [True], [False]]), (ids + 1) % VOCABULARY)):
-            model = model_of(logits=pc.heads.Logits)
+            model = model_of(head=pc.heads.Logits)
             model.loss(given_ids, mask=there).backward()
             gradients.append([parameter.grad for parameter in model.parameters()])
         torch.testing.assert_close(*gradients, **EXACT)
@@ -158,10 +159,10 @@ class TestMathematics:
 
     def test_more_or_fewer_latents(self):
         model, ids = model_of(), ids_of()
-        assert [model(ids, latents=m).shape[1] for m in (1, 3, 7, 13, 23)] == [1, 3, 7, 13, 13]
-        torch.testing.assert_close(model(ids, latents=LATENTS), model(ids), rtol=0, atol=0)
+        assert [model(ids, num_latents=m).shape[1] for m in (1, 3, 7, 13, 23)] == [1, 3, 7, 13, 13]
+        torch.testing.assert_close(model(ids, num_latents=LATENTS), model(ids), rtol=0, atol=0)
         other = model_of(latents=3)
-        torch.testing.assert_close(model(ids, latents=3), other(ids), **EXACT)
+        torch.testing.assert_close(model(ids, num_latents=3), other(ids), **EXACT)
 
     def test_every_integer_dtype(self):
         model, ids = model_of(), ids_of()
@@ -188,7 +189,7 @@ class TestCausality:
     def test_gradients_reach_the_prefix(self):
         model = model_of()
         seen = []
-        model.embed.register_forward_hook(
+        model.embedding.register_forward_hook(
             lambda _, __, tokens: (tokens.content.retain_grad(), seen.append(tokens.content))[1]
         )
         model(ids_of())[:, 1].square().sum().backward()
@@ -223,7 +224,7 @@ class TestPadding:
     def test_it_is_inert_in_gradients(self):
         ids, mask, gradients = ids_of(), padding(4, 9), []
         for given_ids in (ids, ids.where(mask, (ids + 1) % VOCABULARY)):
-            model = model_of(logits=pc.heads.Logits)
+            model = model_of(head=pc.heads.Logits)
             model.loss(given_ids, mask=mask).backward()
             gradients.append([parameter.grad for parameter in model.parameters()])
         torch.testing.assert_close(*gradients, **EXACT)
@@ -262,8 +263,8 @@ class TestPrefixDropout:
         there = torch.zeros(2, 12, dtype=torch.bool).scatter(1, kept, True)
         there = torch.cat([there, torch.ones(2, LATENTS, dtype=torch.bool)], 1)
         x = model.eval().tokens(ids)
-        z = model.read(x[:, -LATENTS:], x, mask=masks.and_(masks.Causal(), masks.Padding(there)))
-        wanted = model.answer(model.process(z, mask=masks.Causal()))
+        z = model.cross_attention(x[:, -LATENTS:], x, mask=masks.and_(masks.Causal(), masks.Padding(there)))
+        wanted = model.answer(model.latent_transformer(z, mask=masks.Causal()))
         torch.testing.assert_close(found, wanted, **EXACT)
         assert (found - model(ids)).abs().max() > 1e-6
 
@@ -296,12 +297,12 @@ class TestPrefixDropout:
 class TestParts:
     def test_logits_tied_or_not(self, tmp_path):
         for logits, tied in ((pc.heads.TiedLogits, True), (pc.heads.Logits, False)):
-            model = model_of(logits=logits)
+            model = model_of(head=logits)
             names = dict(model.named_parameters())
-            assert ("logits.logits.weight" in names) == (not tied)
+            assert ("head.logits.weight" in names) == (not tied)
             pc.save(model, tmp_path / str(tied))
             again = pc.load(tmp_path / str(tied))
-            assert (getattr(again.logits, "vectors", None) is again.embed.vectors) == tied
+            assert (getattr(again.head, "vectors", None) is again.embedding.vectors) == tied
             torch.testing.assert_close(again(ids_of()), model(ids_of()), rtol=0, atol=0)
 
     @each_kind
@@ -309,27 +310,27 @@ class TestParts:
         model = model_of(prefix_dropout=0.25, norm=nn.RMSNorm, **options)
         pc.save(model, tmp_path)
         again = pc.load(tmp_path)
-        assert pc.registry.describe(again) == pc.registry.describe(model)
+        assert pc.registry.to_config(again) == pc.registry.to_config(model)
         torch.testing.assert_close(again(ids_of()), model(ids_of()), rtol=0, atol=0)
 
     def test_every_argument_changes_something(self):
         changes = {
-            "embed": {"embed": pc.adapters.Ids(23, DIM)},
-            "latents": {"latents": 3},
+            "embedding": {"embedding": pc.adapters.TokenEmbedding(23, DIM)},
+            "num_latents": {"num_latents": 3},
             "depth": {"depth": 1},
-            "heads": {"heads": 14},
-            "read": {"read": partial(pc.CrossAttend, heads=2)},
-            "process": {"process": pc.LatentTransformer},
+            "num_heads": {"num_heads": 14},
+            "cross_attention": {"cross_attention": partial(pc.CrossAttend, num_heads=2)},
+            "latent_transformer": {"latent_transformer": pc.LatentTransformer},
             "norm": {"norm": nn.Identity},
-            "logits": {"logits": pc.heads.Logits},
+            "head": {"head": pc.heads.Logits},
             "prefix_dropout": {"prefix_dropout": 0.5},
         }
         assert changes.keys() == set(inspect.signature(pc.PerceiverAR).parameters)
 
         def made(**options):
-            options = {"embed": pc.adapters.Ids(VOCABULARY, DIM), "latents": LATENTS, "heads": HEADS} | options
+            options = {"embedding": pc.adapters.TokenEmbedding(VOCABULARY, DIM), "num_latents": LATENTS, "num_heads": HEADS} | options
             torch.manual_seed(0)
-            embed = pc.registry.build(pc.registry.describe(options.pop("embed")))
+            embed = pc.registry.from_config(pc.registry.to_config(options.pop("embedding")))
             return shaken(pc.PerceiverAR(embed, **{"depth": 2} | options)).train()(ids_of())
 
         for change in changes.values():
@@ -340,8 +341,8 @@ class TestParts:
         attention = partial(pc.MultiHeadAttention, rotary=pc.positions.Rotary(), kernel=reference)
         block = partial(pc.SelfAttend, attention=attention)
         options = {
-            "read": partial(pc.CrossAttend, attention=attention),
-            "process": partial(pc.LatentTransformer, block=block),
+            "cross_attention": partial(pc.CrossAttend, attention=attention),
+            "latent_transformer": partial(pc.LatentTransformer, block=block),
         }
         torch.testing.assert_close(model_of(**options)(ids_of()), model_of()(ids_of()), **EXACT)
 
@@ -349,16 +350,16 @@ class TestParts:
         ids, found = ids_of(), []
         for recompute in (False, True):
             model = model_of(prefix_dropout=0.5).train()
-            model = pc.recompute_activations(model) if recompute else model
+            model = pc.checkpoint_activations(model) if recompute else model
             model.loss(ids, generator=torch.Generator().manual_seed(1)).backward()
             found.append([parameter.grad for parameter in model.parameters()])
         torch.testing.assert_close(*found, **EXACT)
 
     def test_it_is_explained(self):
-        assert "16" in str(pc.explain(model_of(latents=16).float(), ids_of(n=23)))
+        assert "16" in str(pc.explain_reads(model_of(latents=16).float(), ids_of(n=23)))
 
     def test_parts_of_an_array_are_the_whole(self):
-        block = pc.SelfAttend(DIM, heads=HEADS, attention=partial(pc.MultiHeadAttention, rotary=GOOGLE))
+        block = pc.SelfAttend(DIM, num_heads=HEADS, attention=partial(pc.MultiHeadAttention, rotary=GOOGLE))
         x, where = torch.randn(2, 11, DIM), torch.arange(11)
         first, known = block.extend(x[:, :4], None, mask=masks.Causal(), positions=where[:4])
         second, known = block.extend(x[:, 4:], known, mask=masks.Causal(), positions=where[4:])
@@ -369,7 +370,7 @@ class TestParts:
     def test_it_trains_out_of_the_box(self):
         """A repeated pair of ids, all of it foretold after a few steps."""
         torch.manual_seed(0)
-        model = pc.PerceiverAR(pc.adapters.Ids(7, 16), latents=4, depth=1, heads=2, prefix_dropout=0.2)
+        model = pc.PerceiverAR(pc.adapters.TokenEmbedding(7, 16), num_latents=4, depth=1, num_heads=2, prefix_dropout=0.2)
         optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
         for _ in range(120):
             pair = torch.randint(7, (16, 2))
@@ -473,29 +474,29 @@ class TestErrors:
 
     def test_of_sizes_and_rates(self):
         for options, message in (
-            ({"latents": 0}, "latents must be a whole number of at least 1; got 0"),
+            ({"num_latents": 0}, "num_latents must be a whole number of at least 1; got 0"),
             ({"prefix_dropout": 1.0}, r"prefix_dropout must lie in \[0, 1\); got 1\.0"),
-            ({"heads": 3}, "heads must divide qk_dim; got heads=3, qk_dim=28"),
-            ({"heads": 28}, r"heads must be of an even width, channels are turned in pairs; got 1"),
+            ({"num_heads": 3}, "num_heads must divide qk_dim; got num_heads=3, qk_dim=28"),
+            ({"num_heads": 28}, r"heads must be of an even width, channels are turned in pairs; got 1"),
         ):
             with pytest.raises(ValueError, match=message):
-                pc.PerceiverAR(pc.adapters.Ids(19, 28), **{"latents": 5, "heads": 7} | options)(ids_of())
-        with pytest.raises(ValueError, match="latents must be a whole number of at least 1; got 0"):
-            model_of()(ids_of(), latents=0)
+                pc.PerceiverAR(pc.adapters.TokenEmbedding(19, 28), **{"num_latents": 5, "num_heads": 7} | options)(ids_of())
+        with pytest.raises(ValueError, match="num_latents must be a whole number of at least 1; got 0"):
+            model_of()(ids_of(), num_latents=0)
 
     def test_of_parts_that_do_not_fit(self):
         with pytest.raises(
-            TypeError, match=r"embed must have a dim and a vocabulary, as adapters\.Ids has; got Identity"
+            TypeError, match=r"embedding must have a dim and a vocab_size, as adapters\.TokenEmbedding has; got Identity"
         ):
-            pc.PerceiverAR(nn.Identity(), latents=5)
+            pc.PerceiverAR(nn.Identity(), num_latents=5)
         bare = nn.Identity()
-        bare.dim, bare.vocabulary = 28, 19
+        bare.dim, bare.vocab_size = 28, 19
         with pytest.raises(
-            TypeError, match=r"embed must have vectors to tie to; Identity has none\. Use heads\.Logits"
+            TypeError, match=r"embedding must have vectors to tie to; Identity has none\. Use heads\.Logits"
         ):
-            pc.PerceiverAR(bare, latents=5)
+            pc.PerceiverAR(bare, num_latents=5)
         with pytest.raises(ValueError, match="positions must be dim=28 wide, they are added; got 12"):
-            pc.adapters.Ids(19, 28, positions=pc.positions.Indexed(5, 12))
+            pc.adapters.TokenEmbedding(19, 28, positions=pc.positions.LearnedEmbedding(5, 12))
 
     def test_of_more_tokens_than_positions(self):
         with pytest.raises(ValueError, match="ids must be at most 101 long, as many as there are positions; got 102"):

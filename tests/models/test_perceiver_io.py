@@ -22,45 +22,45 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 def pictures(**options) -> PerceiverIO:
     torch.manual_seed(0)
-    image = adapters.Image(3, positions=positions.Fourier(axes=2, bands=3, max_resolution=GRID))
-    encoder = Encoder(image.dim, latents=5, dim=14, depth=1, heads=2)
-    ask = queries.OnGrid(None, image.positions)
-    decoder = Decoder(encoder.dim, query_dim=ask.dim, out=2, **options)
+    image = adapters.Image(3, positions=positions.Fourier(num_axes=2, num_bands=3, max_resolution=GRID))
+    encoder = Encoder(image.dim, num_latents=5, dim=14, depth=1, num_heads=2)
+    ask = queries.Grid(None, image.positions)
+    decoder = Decoder(encoder.dim, query_dim=ask.dim, out_dim=2, **options)
     return PerceiverIO(image, encoder, ask, decoder).double()
 
 
 def several(**options) -> PerceiverIO:
     torch.manual_seed(0)
-    sound = adapters.Audio(patch=3, positions=positions.Fourier(axes=1, bands=2, max_resolution=7))
-    both = adapters.Multimodal({"sound": sound, "label": adapters.Label(11)}, **options)
-    encoder = Encoder(both.dim, latents=5, dim=14, depth=1, heads=2)
-    ask = queries.Multimodal({"sound": queries.OnGrid((7,), sound.positions), "label": queries.Learned(1, 3)})
-    decoder = Decoder(encoder.dim, query_dim=ask.dim, out=13)
-    each = {"sound": heads.Samples(13, patch=3), "label": heads.Only(heads.Values(13, 11))}
+    sound = adapters.Audio(patch_size=3, positions=positions.Fourier(num_axes=1, num_bands=2, max_resolution=7))
+    both = adapters.Multimodal({"sound": sound, "label": adapters.OneHotLabel(11)}, **options)
+    encoder = Encoder(both.dim, num_latents=5, dim=14, depth=1, num_heads=2)
+    ask = queries.Multimodal({"sound": queries.Grid((7,), sound.positions), "label": queries.Learned(1, 3)})
+    decoder = Decoder(encoder.dim, query_dim=ask.dim, out_dim=13)
+    each = {"sound": heads.Waveform(13, patch_size=3), "label": heads.SingleQuery(heads.Linear(13, 11))}
     return PerceiverIO(both, encoder, ask, decoder, heads.Multimodal(each)).double()
 
 
 def captions(**options) -> PerceiverIO:
     """Both kinds are asked at the places of the input."""
     torch.manual_seed(0)
-    text = adapters.Ids(13, dim=6, positions=positions.Indexed(11, dim=6))
-    picture = adapters.Image(3, positions=positions.Fourier(axes=2, bands=3, max_resolution=GRID))
+    text = adapters.TokenEmbedding(13, dim=6, positions=positions.LearnedEmbedding(11, dim=6))
+    picture = adapters.Image(3, positions=positions.Fourier(num_axes=2, num_bands=3, max_resolution=GRID))
     both = adapters.Multimodal({"text": text, "picture": picture}, **options)
-    encoder = Encoder(both.dim, latents=5, dim=14, depth=1, heads=2)
+    encoder = Encoder(both.dim, num_latents=5, dim=14, depth=1, num_heads=2)
     ask = queries.Multimodal(
-        {"picture": queries.FromInputs(picture.dim), "text": queries.OnGrid(None, positions.Indexed(11, dim=7))}
+        {"picture": queries.FromInputs(picture.dim), "text": queries.Grid(None, positions.LearnedEmbedding(11, dim=7))}
     )
-    decoder = Decoder(encoder.dim, query_dim=ask.dim, out=6)
-    each = {"text": heads.TiedLogits(text), "picture": heads.Values(6, 3)}
+    decoder = Decoder(encoder.dim, query_dim=ask.dim, out_dim=6)
+    each = {"text": heads.TiedLogits(text), "picture": heads.Linear(6, 3)}
     return PerceiverIO(both, encoder, ask, decoder, heads.Multimodal(each)).double()
 
 
 def words(most: int = 11, **options) -> PerceiverIO:
     torch.manual_seed(0)
-    text = adapters.Ids(13, dim=6, positions=positions.Indexed(most, dim=6))
-    encoder = Encoder(text.dim, latents=5, dim=14, depth=1, heads=2)
-    ask = queries.OnGrid(None, positions.Indexed(most, dim=7))
-    decoder = Decoder(encoder.dim, query_dim=ask.dim, out=6)
+    text = adapters.TokenEmbedding(13, dim=6, positions=positions.LearnedEmbedding(most, dim=6))
+    encoder = Encoder(text.dim, num_latents=5, dim=14, depth=1, num_heads=2)
+    ask = queries.Grid(None, positions.LearnedEmbedding(most, dim=7))
+    decoder = Decoder(encoder.dim, query_dim=ask.dim, out_dim=6)
     return PerceiverIO(text, encoder, ask, decoder, heads.TiedLogits).double()
 
 
@@ -80,16 +80,16 @@ def test_it_answers_at_the_size_of_the_input(size):
 def test_some_answers_are_rows_of_all():
     model, x = pictures(), drawn(3, 3, *GRID)
     whole, at = model(x), torch.tensor([34, 0, 3, 3])
-    torch.testing.assert_close(model(x, at=at), whole[:, at], **EXACT)
+    torch.testing.assert_close(model(x, query_inputs=at), whole[:, at], **EXACT)
     each = torch.stack([at, at.flip(0), at // 2])
     torch.testing.assert_close(
-        model(x, at=each), torch.stack([y[a] for y, a in zip(whole, each, strict=True)]), **EXACT
+        model(x, query_inputs=each), torch.stack([y[a] for y, a in zip(whole, each, strict=True)]), **EXACT
     )
 
 
 def test_a_loss_on_some_points_has_the_gradient_of_these():
     model, x, at = pictures(), drawn(2, 3, *GRID), torch.tensor([3, 11])
-    found = torch.autograd.grad(model(x, at=at).square().sum(), list(model.parameters()))
+    found = torch.autograd.grad(model(x, query_inputs=at).square().sum(), list(model.parameters()))
     wanted = torch.autograd.grad(model(x)[:, at].square().sum(), list(model.parameters()))
     torch.testing.assert_close(found, wanted, **EXACT)
 
@@ -98,7 +98,7 @@ def test_a_loss_on_some_points_has_the_gradient_of_these():
 def test_chunks_change_nothing(chunk):
     x = drawn(2, 3, *GRID)
     found = []
-    for model in (pictures(), pictures(chunk=chunk)):
+    for model in (pictures(), pictures(chunk_size=chunk)):
         answers = model(x)
         found.append([answers, *torch.autograd.grad(answers.square().sum(), list(model.parameters()))])
     torch.testing.assert_close(*found, **EXACT)
@@ -113,23 +113,23 @@ class TestAnswersOnAGrid:
     @pytest.mark.parametrize("size", [(5, 7), (7, 5), (1, 1), (2, 11)])
     def test_the_grid_of_the_input(self, size):
         x, flat = drawn(2, 3, *size), pictures()
-        found = self.model(heads.OnGrid(None))(x)
+        found = self.model(heads.Grid(None))(x)
         torch.testing.assert_close(found, flat(x).mT.unflatten(2, size), **EXACT)
 
     def test_all_points_in_another_order_stay_a_list(self):
         x, at = drawn(2, 3, *GRID), torch.randperm(35, generator=torch.Generator().manual_seed(0))
-        torch.testing.assert_close(self.model(heads.OnGrid(GRID))(x, at=at), pictures()(x)[:, at], **EXACT)
+        torch.testing.assert_close(self.model(heads.Grid(GRID))(x, query_inputs=at), pictures()(x)[:, at], **EXACT)
 
     def test_another_orientation_is_refused(self):
         with pytest.raises(ValueError, match=r"answers are on a grid \(7, 5\), and this head makes \(5, 7\)"):
-            self.model(heads.OnGrid(GRID))(drawn(1, 3, 7, 5))
+            self.model(heads.Grid(GRID))(drawn(1, 3, 7, 5))
         image = pictures().adapter
         copying = PerceiverIO(
             image,
             pictures().encoder,
             queries.FromInputs(image.dim),
-            Decoder(14, query_dim=image.dim, out=2),
-            heads.OnGrid(GRID),
+            Decoder(14, query_dim=image.dim, out_dim=2),
+            heads.Grid(GRID),
         ).double()
         assert copying(drawn(1, 3, *GRID)).shape == (1, 2, 5, 7)
         with pytest.raises(ValueError, match="answers are on a grid"):
@@ -137,23 +137,23 @@ class TestAnswersOnAGrid:
 
     def test_pictures_are_made_of_patches(self):
         flat = pictures()
-        head = heads.Patches(2, grid=None, size=(2, 3), channels=1)
+        head = heads.Unpatchify(2, grid=None, patch_size=(2, 3), num_channels=1)
         model, x = self.model(head), drawn(2, 3, *GRID)
         assert model(x).shape == (2, 1, 10, 21)
         at = torch.tensor([3, 11])
-        torch.testing.assert_close(model(x, at=at), head.cut(model(x))[:, at], **EXACT)
+        torch.testing.assert_close(model(x, query_inputs=at), head.cut(model(x))[:, at], **EXACT)
         torch.testing.assert_close(head.cut(model(x)), head.patches.head(flat(x)), **EXACT)
 
     def test_each_kind_has_its_grid(self):
         made = several()
         ask = queries.Multimodal(
-            {"map": queries.OnGrid((2, 3), positions.Learned((2, 3), 4)), "label": queries.Learned(1, 3)}
+            {"map": queries.Grid((2, 3), positions.LearnedGrid((2, 3), 4)), "label": queries.Learned(1, 3)}
         )
-        decoder = Decoder(14, query_dim=ask.dim, out=2)
-        each = heads.Multimodal({"map": heads.OnGrid((2, 3)), "label": heads.Only()})
+        decoder = Decoder(14, query_dim=ask.dim, out_dim=2)
+        each = heads.Multimodal({"map": heads.Grid((2, 3)), "label": heads.SingleQuery()})
         model = PerceiverIO(made.adapter, made.encoder, ask, decoder, each).double()
         given = {"sound": drawn(2, 21)}
-        whole, some = model(given), model(given, at={"map": torch.arange(6).flip(0)})
+        whole, some = model(given), model(given, query_inputs={"map": torch.arange(6).flip(0)})
         assert whole["map"].shape == (2, 2, 2, 3)
         torch.testing.assert_close(some["map"].flip(1), whole["map"].flatten(2).mT, **EXACT)
         assert model(given, query_mask={"map": torch.ones(2, 6).bool()})["label"].shape == (2, 2)
@@ -161,22 +161,22 @@ class TestAnswersOnAGrid:
 
 def test_each_kind_is_laid_out_on_its_own_grid():
     torch.manual_seed(0)
-    image = adapters.Image(3, positions=positions.Fourier(axes=2, bands=2, max_resolution=7))
+    image = adapters.Image(3, positions=positions.Fourier(num_axes=2, num_bands=2, max_resolution=7))
     both = adapters.Multimodal(
-        {"image": image, "depth": adapters.Grid(2, positions=positions.Fourier(axes=2, bands=1))}
+        {"image": image, "depth": adapters.Grid(2, positions=positions.Fourier(num_axes=2, num_bands=1))}
     )
-    ask = queries.Multimodal({"image": queries.OnGrid(None, image.positions), "depth": queries.FromInputs(8)})
+    ask = queries.Multimodal({"image": queries.Grid(None, image.positions), "depth": queries.FromInputs(8)})
     each = {
-        "image": heads.OnGrid(None, head=heads.Values(13, 3)),
-        "depth": heads.OnGrid(None, head=heads.Values(13, 1)),
+        "image": heads.Grid(None, head=heads.Linear(13, 3)),
+        "depth": heads.Grid(None, head=heads.Linear(13, 1)),
     }
-    decoder = Decoder(14, query_dim=ask.dim, out=13)
+    decoder = Decoder(14, query_dim=ask.dim, out_dim=13)
     model = PerceiverIO(
-        both, Encoder(both.dim, latents=5, dim=14, heads=2), ask, decoder, heads.Multimodal(each)
+        both, Encoder(both.dim, num_latents=5, dim=14, num_heads=2), ask, decoder, heads.Multimodal(each)
     ).double()
     found = model({"image": drawn(2, 3, 5, 7), "depth": drawn(2, 3, 2, 2)})
     assert {name: tuple(x.shape) for name, x in found.items()} == {"image": (2, 3, 5, 7), "depth": (2, 1, 3, 2)}
-    alone = model({"image": drawn(2, 3, 5, 7)}, at={"depth": []})
+    alone = model({"image": drawn(2, 3, 5, 7)}, query_inputs={"depth": []})
     assert {name: tuple(x.shape) for name, x in alone.items()} == {"image": (2, 3, 5, 7)}
 
 
@@ -189,11 +189,11 @@ def test_masked_pixels_have_no_effect():
 
 
 def test_query_masks_are_the_decoders():
-    model, x = pictures(read=partial(pc.CrossAttend, residual=False, mlp=None)), drawn(2, 3, *GRID)
+    model, x = pictures(cross_attention=partial(pc.CrossAttend, residual=False, mlp=None)), drawn(2, 3, *GRID)
     asked = torch.rand(2, 35, generator=torch.Generator().manual_seed(0)) < 0.5
     found = model(x, query_mask=asked)
     torch.testing.assert_close(found[asked], model(x)[asked], **EXACT)
-    nothing = model.decoder.output(model.decoder.read.attention.output.bias)
+    nothing = model.decoder.output(model.decoder.cross_attention.attention.output.bias)
     torch.testing.assert_close(found[~asked], nothing.expand_as(found[~asked]), **EXACT)
 
 
@@ -220,7 +220,7 @@ class TestSeveralKinds:
     def test_some_of_a_kind(self):
         model, at = several(), torch.tensor([6, 1])
         wanted = model(self.given())["sound"].view(3, 7, 3)[:, at].flatten(1)
-        torch.testing.assert_close(model(self.given(), at={"sound": at})["sound"], wanted, **EXACT)
+        torch.testing.assert_close(model(self.given(), query_inputs={"sound": at})["sound"], wanted, **EXACT)
 
     @pytest.mark.parametrize("absent", ["sound", "label"])
     def test_a_kind_that_is_not_there_is_answered_all_the_same(self, absent):
@@ -234,21 +234,21 @@ class TestSeveralKinds:
             torch.testing.assert_close(found[name][there], whole[name][there], **EXACT)
 
     def test_a_hidden_label_is_foretold_from_the_others(self):
-        model, given = several(hide={"label": 1.0}), self.given()
+        model, given = several(token_mask_rate={"label": 1.0}), self.given()
         wanted = model(given)["label"]
         torch.testing.assert_close(model(given | {"label": torch.tensor([1, 2, 4])})["label"], wanted, **EXACT)
 
     @pytest.mark.parametrize("unasked", ["sound", "label"])
     def test_a_kind_that_is_not_asked_for_has_no_output(self, unasked):
         model = several()
-        found, wanted = model(self.given(), at={unasked: []}), model(self.given())
+        found, wanted = model(self.given(), query_inputs={unasked: []}), model(self.given())
         wanted.pop(unasked)
         assert found.keys() == wanted.keys()
         torch.testing.assert_close(found, wanted, **EXACT)
 
     def test_at_must_be_by_kind(self):
-        with pytest.raises(TypeError, match=r"at must be a dictionary by kind, of \['sound', 'label'\]; got Tensor"):
-            several()(self.given(), at=torch.tensor([0]))
+        with pytest.raises(TypeError, match=r"query_indices must be a dictionary by modality, of \['sound', 'label'\]; got Tensor"):
+            several()(self.given(), query_inputs=torch.tensor([0]))
 
 
 class TestPlacesOfTheInputs:
@@ -277,7 +277,7 @@ class TestPlacesOfTheInputs:
         model, given = captions(), self.given()
         asked = model.queries(model.adapter(given))["picture"]
         width = model.adapter.adapters["picture"].dim
-        torch.testing.assert_close(asked[..., :width], model.adapter.adapters["picture"](given["picture"]).dense())
+        torch.testing.assert_close(asked[..., :width], model.adapter.adapters["picture"](given["picture"]).materialize())
 
     def test_padding_behind_the_text_changes_nothing(self):
         model, given = captions(), self.given()
@@ -288,7 +288,7 @@ class TestPlacesOfTheInputs:
         torch.testing.assert_close(found["picture"], wanted["picture"], **EXACT)
 
     def test_a_hidden_picture_is_not_told_by_its_queries(self):
-        model, given = captions(hide={"picture": 1.0}), self.given()
+        model, given = captions(token_mask_rate={"picture": 1.0}), self.given()
         wanted = model(given)
         torch.testing.assert_close(model(given | {"picture": drawn(2, 3, 5, 7, seed=3)}), wanted, **EXACT)
 
@@ -297,7 +297,7 @@ class TestPlacesOfTheInputs:
         given.pop("text")
         with pytest.raises(ValueError, match=r"queries\['text'\] ask at the places of an input that is not there"):
             model(given)
-        assert list(model(given, at={"text": []})) == ["picture"]
+        assert list(model(given, query_inputs={"text": []})) == ["picture"]
 
     def test_gradients_are_those_of_finite_differences(self):
         model, x = captions(), drawn(2, 3, 1, 2).requires_grad_()
@@ -317,7 +317,7 @@ class TestWords:
             loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
             torch.testing.assert_close(loss, F.cross_entropy(logits[:, 0], ids[:, 0]), **EXACT)
             at = torch.arange(length)
-            torch.testing.assert_close(model(ids, at=at), logits, **EXACT)
+            torch.testing.assert_close(model(ids, query_inputs=at), logits, **EXACT)
 
     def test_padding_behind_a_text_changes_nothing(self):
         model, ids = words(), torch.tensor([[3, 1, 4, 0, 0, 0]])
@@ -331,9 +331,9 @@ class TestWords:
 
 def test_450_points_in_and_as_many_labels_out():
     torch.manual_seed(0)
-    cloud = adapters.Points(positions=positions.Fourier(axes=3, bands=4, max_resolution=64))
-    encoder = Encoder(cloud.dim, latents=5, dim=14, depth=1, heads=2)
-    model = PerceiverIO(cloud, encoder, queries.FromInputs(cloud.dim), Decoder(14, query_dim=cloud.dim, out=3)).double()
+    cloud = adapters.PointCloud(positions=positions.Fourier(num_axes=3, num_bands=4, max_resolution=64))
+    encoder = Encoder(cloud.dim, num_latents=5, dim=14, depth=1, num_heads=2)
+    model = PerceiverIO(cloud, encoder, queries.FromInputs(cloud.dim), Decoder(14, query_dim=cloud.dim, out_dim=3)).double()
     points = drawn(2, 450, 3).clamp(-1, 1)
     order = torch.randperm(450)
     torch.testing.assert_close(model(points[:, order]), model(points)[:, order], **EXACT)
@@ -374,20 +374,20 @@ class TestRefusals:
     def parts(self) -> dict[str, nn.Module]:
         return {
             "adapter": adapters.Grid(3, positions=None),
-            "encoder": Encoder(3, latents=2, dim=8),
+            "encoder": Encoder(3, num_latents=2, dim=8),
             "queries": queries.Learned(2, 4),
-            "decoder": Decoder(8, query_dim=4, out=5),
-            "head": heads.Values(5, 2),
+            "decoder": Decoder(8, query_dim=4, out_dim=5),
+            "head": heads.Linear(5, 2),
         }
 
     @pytest.mark.parametrize(
         ("name", "part", "message"),
         [
             ("adapter", adapters.Grid(5, positions=None), "encoder must take what adapter gives: 5 wide; it takes 3"),
-            ("encoder", Encoder(3, latents=2, dim=16), "decoder must take what encoder gives: 16 wide; it takes 8"),
+            ("encoder", Encoder(3, num_latents=2, dim=16), "decoder must take what encoder gives: 16 wide; it takes 8"),
             ("queries", queries.Learned(2, 7), "decoder must take what queries gives: 7 wide; it takes 4"),
             ("decoder", Decoder(8, query_dim=4), "head must take what decoder gives: 4 wide; it takes 5"),
-            ("head", heads.Values(7, 2), "head must take what decoder gives: 5 wide; it takes 7"),
+            ("head", heads.Linear(7, 2), "head must take what decoder gives: 5 wide; it takes 7"),
         ],
     )
     def test_refused_widths(self, name, part, message):
@@ -401,17 +401,17 @@ class TestRefusals:
 
     @pytest.mark.parametrize("embed", [heads.Logits, heads.TiedLogits])
     def test_refused_widths_of_logits(self, embed):
-        text = adapters.Ids(13, dim=3)
+        text = adapters.TokenEmbedding(13, dim=3)
         with pytest.raises(ValueError, match="head must take what decoder gives: 5 wide; it takes 3"):
             PerceiverIO(**{**self.parts(), "adapter": text, "head": embed})
 
     def test_refused_widths_of_a_head_of_several(self):
-        for head in (heads.Only(heads.Values(7, 2)), heads.Multimodal({"a": heads.Only(heads.Values(7, 2))})):
+        for head in (heads.SingleQuery(heads.Linear(7, 2)), heads.Multimodal({"a": heads.SingleQuery(heads.Linear(7, 2))})):
             with pytest.raises(ValueError, match="head must take what decoder gives: 5 wide; it takes 7"):
                 PerceiverIO(**{**self.parts(), "head": head})
 
     @pytest.mark.parametrize(
-        "head", [heads.Only, heads.Latents, heads.Values, heads.OnGrid, heads.Multimodal, nn.Identity, "logits"]
+        "head", [heads.SingleQuery, heads.Identity, heads.Linear, heads.Grid, heads.Multimodal, nn.Identity, "logits"]
     )
     def test_refused_classes_of_heads(self, head):
         with pytest.raises(TypeError, match="head must be a module, or make one from the adapter"):
@@ -420,7 +420,7 @@ class TestRefusals:
     def test_heads_are_named_as_queries_are(self):
         two = queries.Multimodal({"a": queries.Learned(2, 2), "b": queries.Learned(1, 2)})
         given = {**self.parts(), "queries": two}
-        each = {name: heads.Values(5, 2) for name in ("a", "b", "c")}
+        each = {name: heads.Linear(5, 2) for name in ("a", "b", "c")}
         model = PerceiverIO(**{**given, "head": heads.Multimodal(each)})
         assert list(model(torch.zeros(1, 2, 3))) == ["a", "b"]
         each.pop("b")
@@ -437,7 +437,7 @@ def test_it_compiles():
     model, x, at = pictures(), drawn(2, 3, *GRID), torch.tensor([3, 11])
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x), **EXACT)
-    torch.testing.assert_close(compiled(x, at=at), model(x, at=at), **EXACT)
+    torch.testing.assert_close(compiled(x, query_inputs=at), model(x, query_inputs=at), **EXACT)
 
 
 @pytest.mark.compile
@@ -450,7 +450,7 @@ def test_several_kinds_compile_as_dictionaries():
 def test_it_is_exported():
     model, x, at = pictures(), drawn(2, 3, *GRID), torch.tensor([3, 11])
     program = torch.export.export(model, (x,), {"at": at})
-    torch.testing.assert_close(program.module()(x, at=at), model(x, at=at), **EXACT)
+    torch.testing.assert_close(program.module()(x, query_inputs=at), model(x, query_inputs=at), **EXACT)
 
 
 @pytest.mark.compile
@@ -459,7 +459,7 @@ def test_places_of_several_inputs_compile():
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(given), model(given), **EXACT)
     at = {"text": [], "picture": torch.tensor([3, 11])}
-    torch.testing.assert_close(compiled(given, at=at), model(given, at=at), **EXACT)
+    torch.testing.assert_close(compiled(given, query_inputs=at), model(given, query_inputs=at), **EXACT)
 
 
 def varying(batch: int) -> dict[str, dict[str, Tensor]]:
@@ -474,10 +474,10 @@ def varying(batch: int) -> dict[str, dict[str, Tensor]]:
 
 def rows() -> PerceiverIO:
     torch.manual_seed(0)
-    both = adapters.Multimodal({"rows": adapters.Table(2, (3, 4), dim=7), "label": adapters.Label(11)})
-    encoder = Encoder(both.dim, latents=5, dim=14, depth=1, heads=2)
+    both = adapters.Multimodal({"rows": adapters.Table(2, (3, 4), dim=7), "label": adapters.OneHotLabel(11)})
+    encoder = Encoder(both.dim, num_latents=5, dim=14, depth=1, num_heads=2)
     ask = queries.Learned(3, 6)
-    return PerceiverIO(both, encoder, ask, Decoder(encoder.dim, query_dim=ask.dim, out=13)).double()
+    return PerceiverIO(both, encoder, ask, Decoder(encoder.dim, query_dim=ask.dim, out_dim=13)).double()
 
 
 @pytest.mark.compile
@@ -513,7 +513,7 @@ def test_masks_and_points_of_several_kinds_are_exported_for_any_batch():
     program = torch.export.export(model, (given,), {"mask": mask, "at": at}, dynamic_shapes=shapes)
     for size in (2, 3, 7):
         given, mask, at = arguments(size)
-        torch.testing.assert_close(program.module()(given, mask=mask, at=at), model(given, mask=mask, at=at), **EXACT)
+        torch.testing.assert_close(program.module()(given, mask=mask, query_inputs=at), model(given, mask=mask, query_inputs=at), **EXACT)
 
 
 @pytest.mark.compile
@@ -524,4 +524,4 @@ def test_queries_of_each_sample_are_exported_for_any_batch():
     program = torch.export.export(model, (drawn(3, 3, *GRID),), {"at": at}, dynamic_shapes=shapes)
     for size in (2, 5):
         x, at = drawn(size, 3, *GRID), torch.arange(2 * size).view(size, 2)
-        torch.testing.assert_close(program.module()(x, at=at), model(x, at=at), **EXACT)
+        torch.testing.assert_close(program.module()(x, query_inputs=at), model(x, query_inputs=at), **EXACT)

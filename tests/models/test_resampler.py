@@ -17,16 +17,16 @@ EXACT = {"rtol": 0, "atol": 1e-12}
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 NORM = partial(nn.RMSNorm, eps=1e-6)
 GATED = partial(MLP, activation=SwiGLU(), bias=False)
-GROUPED = partial(MultiHeadAttention, qk_dim=6, v_dim=18, kv_heads=2, qk_norm=nn.LayerNorm, bias=False)
+GROUPED = partial(MultiHeadAttention, qk_dim=6, v_dim=18, num_kv_heads=2, qk_norm=nn.LayerNorm, bias=False)
 VARIANTS = {
     "paper": {},
     "grouped": {
-        "heads": 6,
-        "project": partial(GATED, hidden=13),
-        "block": partial(JointAttend, attention=GROUPED, mlp=partial(GATED, widening=3), norm=NORM),
+        "num_heads": 6,
+        "projection": partial(GATED, hidden_dim=13),
+        "block": partial(JointAttend, attention=GROUPED, mlp=partial(GATED, widening_factor=3), norm=NORM),
         "norm": NORM,
     },
-    "as wide as the features": {"dim": WIDTH, "heads": 11, "norm": nn.Identity},
+    "as wide as the features": {"dim": WIDTH, "num_heads": 11, "norm": nn.Identity},
 }
 each_variant = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 
@@ -42,12 +42,12 @@ def randomized(module):
 
 def resampler(**options):
     torch.manual_seed(0)
-    options = {"latents": LATENTS, "dim": DIM, "depth": 2, "heads": HEADS} | options
+    options = {"num_latents": LATENTS, "dim": DIM, "depth": 2, "num_heads": HEADS} | options
     return randomized(Resampler(WIDTH, **options))
 
 
 def video(**options):
-    return randomized(AllFrames(resampler(**options), times=positions.Indexed(4, WIDTH)))
+    return randomized(AllFrames(resampler(**options), frame_positions=positions.LearnedEmbedding(4, WIDTH)))
 
 
 def features(*shape, dtype=torch.float64, seed=1):
@@ -87,8 +87,8 @@ class TestReading:
         torch.testing.assert_close(out[1], model(features(seed=5), mask=mask)[1], **EXACT)
 
     def test_a_layer_without_features_is_a_self_attend(self):
-        block = randomized(JointAttend(DIM, heads=HEADS)).double()
-        alone = pc.SelfAttend(DIM, heads=HEADS).double()
+        block = randomized(JointAttend(DIM, num_heads=HEADS)).double()
+        alone = pc.SelfAttend(DIM, num_heads=HEADS).double()
         alone.load_state_dict({name: w for name, w in block.state_dict().items() if "input_norm" not in name})
         x = torch.randn(BATCH, LATENTS, DIM, dtype=torch.float64)
         torch.testing.assert_close(block(x, x.new_empty(BATCH, 0, DIM)), alone(x), **EXACT)
@@ -111,8 +111,8 @@ class TestReading:
         torch.testing.assert_close(model(Tokens(x, mask=mask)), model(x, mask=mask), **EXACT)
 
     def test_it_is_an_encoder(self):
-        adapter = pc.adapters.Image(3, positions=positions.Fourier(axes=2, bands=2, max_resolution=7))
-        model = pc.Perceiver(adapter, Resampler(adapter.dim, latents=5, dim=14, heads=7), pc.heads.Classify(14, 11))
+        adapter = pc.adapters.Image(3, positions=positions.Fourier(num_axes=2, num_bands=2, max_resolution=7))
+        model = pc.Perceiver(adapter, Resampler(adapter.dim, num_latents=5, dim=14, num_heads=7), pc.heads.Classification(14, 11))
         assert model(torch.rand(BATCH, 3, 7, 5)).shape == (BATCH, 11)
 
     @pytest.mark.parametrize("layer", [0, 1, -1])
@@ -133,18 +133,18 @@ class TestReading:
 class TestFrames:
     @pytest.mark.parametrize("masked", [False, True])
     def test_each_frame_is_read_alone(self, masked):
-        model = randomized(EachFrame(resampler(), times=positions.Indexed(4, WIDTH))).double()
+        model = randomized(EachFrame(resampler(), frame_positions=positions.LearnedEmbedding(4, WIDTH))).double()
         x, mask = features(BATCH, FRAMES, N), there(BATCH, FRAMES, N) if masked else None
         out = model(x, mask=mask)
         for t in range(FRAMES):
             seen = None if mask is None else mask[:, t]
-            torch.testing.assert_close(out[:, t], model.resampler(x[:, t] + model.times.vectors[t], mask=seen), **EXACT)
+            torch.testing.assert_close(out[:, t], model.resampler(x[:, t] + model.frame_positions.vectors[t], mask=seen), **EXACT)
 
     @pytest.mark.parametrize("masked", [False, True])
     def test_all_frames_are_read_at_once(self, masked):
         model = video().double()
         x, mask = features(BATCH, FRAMES, N), there(BATCH, FRAMES, N) if masked else None
-        timed = torch.cat([x[:, t] + model.times.vectors[t] for t in range(FRAMES)], 1)
+        timed = torch.cat([x[:, t] + model.frame_positions.vectors[t] for t in range(FRAMES)], 1)
         wanted = model.resampler(timed, mask=None if mask is None else mask.flatten(1))
         torch.testing.assert_close(model(x, mask=mask), wanted, **EXACT)
 
@@ -156,7 +156,7 @@ class TestFrames:
 
     def test_frames_without_times_may_come_in_any_order(self):
         x = features(BATCH, FRAMES, N)
-        alike = AllFrames(resampler(), times=None).double()
+        alike = AllFrames(resampler(), frame_positions=None).double()
         torch.testing.assert_close(alike(x.flip(1)), alike(x), **EXACT)
         assert (video().double()(x.flip(1)) - video().double()(x)).abs().max() > 1e-3
         torch.testing.assert_close(
@@ -165,19 +165,19 @@ class TestFrames:
 
     @pytest.mark.parametrize("wrapper", [EachFrame, AllFrames])
     def test_every_weight_gets_a_gradient_and_widths_are_known(self, wrapper):
-        model = wrapper(resampler(), times=positions.Indexed(FRAMES, WIDTH)).double()
+        model = wrapper(resampler(), frame_positions=positions.LearnedEmbedding(FRAMES, WIDTH)).double()
         assert (model.input_dim, model.dim) == (WIDTH, DIM)
         model(features(BATCH, FRAMES, N)).square().sum().backward()
         assert [name for name, p in model.named_parameters() if p.grad is None or p.grad.eq(0).all()] == []
 
     def test_errors(self):
-        with pytest.raises(TypeError, match="times must be positions such as"):
-            EachFrame(resampler(), times=positions.Indexed)
-        with pytest.raises(ValueError, match=r"times must have one axis and the width of the features, 11, .* 13 wide"):
-            EachFrame(resampler(), times=positions.Indexed(4, 13))
+        with pytest.raises(TypeError, match="frame_positions must be positions such as"):
+            EachFrame(resampler(), frame_positions=positions.LearnedEmbedding)
+        with pytest.raises(ValueError, match=r"frame_positions must have one axis and the width of the features, 11, .* 13 wide"):
+            EachFrame(resampler(), frame_positions=positions.LearnedEmbedding(4, 13))
         with pytest.raises(ValueError, match="got 2 axes, 11 wide"):
-            AllFrames(resampler(), times=positions.Learned((3, 5), WIDTH))
-        with pytest.raises(ValueError, match=r"there are vectors for at most 4 places; got 5\. Build Indexed with"):
+            AllFrames(resampler(), frame_positions=positions.LearnedGrid((3, 5), WIDTH))
+        with pytest.raises(ValueError, match=r"there are vectors for at most 4 places; got 5\. Build LearnedEmbedding with"):
             video()(features(BATCH, 5, N, dtype=torch.float32))
         for wrapped in (video(), EachFrame(resampler())):
             with pytest.raises(ValueError, match=r"features must have 4 axes \(b t n c\).*features\.unsqueeze\(0\)"):
@@ -217,9 +217,9 @@ class TestErrors:
         with pytest.raises(ValueError, match="depth must be a whole number of at least 1; got 0"):
             resampler(depth=0)
         with pytest.raises(ValueError, match="latents must be a whole number of at least 1; got 0"):
-            resampler(latents=0)
-        with pytest.raises(ValueError, match="heads must divide qk_dim; got heads=3, qk_dim=14"):
-            resampler(heads=3)
+            resampler(num_latents=0)
+        with pytest.raises(ValueError, match="num_heads must divide qk_dim; got num_heads=3, qk_dim=14"):
+            resampler(num_heads=3)
         with pytest.raises(ValueError, match=r"layer must lie in -2 \.\.\. 1; got 2"):
             resampler().attention_map(features(dtype=torch.float32), layer=2)
 
@@ -244,7 +244,7 @@ class TestAround:
     def test_activations_can_be_computed_again(self):
         model, x = resampler().double(), features()
         wanted = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
-        again = pc.recompute_activations(model)
+        again = pc.checkpoint_activations(model)
         found = torch.autograd.grad(again(x).square().sum(), list(again.parameters()))
         assert all("forward" in vars(layer) for layer in again.layers)
         torch.testing.assert_close(found, wanted, **EXACT)

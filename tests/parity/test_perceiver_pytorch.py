@@ -150,7 +150,7 @@ def test_outputs_and_gradients_of_perceiver_io(changes, batched, masked):
     data = twice(torch.randn(2, 19, config["dim"], dtype=torch.float64))
     asked = twice(torch.randn(*((2,) if batched else ()), 23, config["queries_dim"], dtype=torch.float64))
     mask = torch.rand(data[0].shape[:-1]) < 0.6 if masked else None
-    outs = our(data[0], mask=mask, at=asked[0]), their(data[1], mask=mask, queries=asked[1])
+    outs = our(data[0], mask=mask, query_inputs=asked[0]), their(data[1], mask=mask, queries=asked[1])
     agree(our, their, config, outs, [data, asked])
 
 
@@ -186,13 +186,13 @@ def test_what_shapes_tell_need_not_be_told(model, base, cases):
         whole, little = (lucidrains(weights, **given) for given in (config, told))
         assert {n: p.shape for n, p in whole.named_parameters()} == {n: p.shape for n, p in little.named_parameters()}
         if not (config["depth"] == 2 and config["weight_tie_layers"]):  # nothing is tied then
-            assert pc.registry.describe(whole) == pc.registry.describe(little)
+            assert pc.registry.to_config(whole) == pc.registry.to_config(little)
 
 
 def test_widths_of_heads_tell_their_number():
     weights = state(made("Perceiver", PERCEIVER))
     our = lucidrains(weights, max_freq=7.0, cross_dim_head=11, latent_dim_head=6)
-    assert our.encoder.reads[0].attention.heads == 1 and our.encoder.transformers[0].blocks[0].attention.heads == 2
+    assert our.encoder.reads[0].attention.num_heads == 1 and our.encoder.transformers[0].blocks[0].attention.num_heads == 2
 
 
 def test_their_defaults_are_ours():
@@ -257,7 +257,7 @@ class TestFiles:
         save_model(their, tmp_path / "model.safetensors")
         told = {name: value for name, value in config.items() if name in SAID}
         our, whole = lucidrains(tmp_path / "model.safetensors", **told), lucidrains(their.state_dict(), **told)
-        assert pc.registry.describe(our) == pc.registry.describe(whole)
+        assert pc.registry.to_config(our) == pc.registry.to_config(whole)
         torch.testing.assert_close(our.state_dict(), whole.state_dict())
 
     @pytest.mark.parametrize("model, config", [("Perceiver", PERCEIVER | {"depth": 3}), ("PerceiverIO", IO)])
@@ -281,7 +281,7 @@ class TestFiles:
         config = IO | {"weight_tie_layers": True, "seq_dropout_prob": 0.25, "decoder_ff": True}
         our, data = lucidrains(state(made("PerceiverIO", config)), **config), torch.randn(2, 19, 11).double()
         again, asked = pc.load(pc.save(our, tmp_path)), torch.randn(23, 13).double()
-        torch.testing.assert_close(again(data, at=asked), our(data, at=asked))
+        torch.testing.assert_close(again(data, query_inputs=asked), our(data, query_inputs=asked))
         assert again.adapter.rate == 0.25
 
     @pytest.mark.parametrize("model, base, cases", [("Perceiver", PERCEIVER, PERCEIVERS), ("PerceiverIO", IO, IOS)])

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from perceiver_core import MLP, JointAttend, MultiHeadAttention, Resampler, SwiGLU, positions
-from perceiver_core.models import AllFrames, EachFrame, papers
+from perceiver_core.models import AllFrames, EachFrame, presets
 
 BATCH, N, LATENTS, DEPTH = 3, 17, 5, 2
 
@@ -76,15 +76,15 @@ class TestIdefics2:
     def ours(self, *, heads, kv_heads, head_dim, dim, input_dim=None, hidden=None):
         norm = partial(nn.RMSNorm, eps=1e-6)
         gated = partial(MLP, activation=SwiGLU(), bias=False)
-        attention = partial(MultiHeadAttention, qk_dim=heads * head_dim, kv_heads=kv_heads, bias=False, out_bias=False)
+        attention = partial(MultiHeadAttention, qk_dim=heads * head_dim, num_kv_heads=kv_heads, bias=False, out_bias=False)
         return Resampler(
             dim if input_dim is None else input_dim,
-            latents=LATENTS,
+            num_latents=LATENTS,
             dim=dim,
             depth=DEPTH,
-            heads=heads,
-            project=None if hidden is None else partial(gated, hidden=hidden),
-            block=partial(JointAttend, norm=norm, attention=attention, mlp=partial(gated, widening=4)),
+            num_heads=heads,
+            projection=None if hidden is None else partial(gated, hidden_dim=hidden),
+            block=partial(JointAttend, norm=norm, attention=attention, mlp=partial(gated, widening_factor=4)),
             norm=norm,
         ).double()
 
@@ -146,16 +146,16 @@ class TestIdefics2:
         )
         config.perceiver_config.hidden_size = 4096
         with torch.device("meta"):
-            their, our = theirs.Idefics2Connector(config), papers.idefics2_resampler()
+            their, our = theirs.Idefics2Connector(config), presets.idefics2_resampler()
         assert [sum(p.numel() for p in model.parameters()) for model in (their, our)] == [743_219_200] * 2
 
 
 class TestIdefics1:
     def ours(self, *, heads, head_dim, dim, qk_norm):
         attention = partial(MultiHeadAttention, qk_dim=heads * head_dim, qk_norm=qk_norm, bias=False, out_bias=False)
-        mlp = partial(MLP, widening=4, activation=nn.ReLU(), bias=False)
+        mlp = partial(MLP, widening_factor=4, activation=nn.ReLU(), bias=False)
         block = partial(JointAttend, attention=attention, mlp=mlp)
-        return Resampler(dim, latents=LATENTS, depth=DEPTH, heads=heads, block=block).double()
+        return Resampler(dim, num_latents=LATENTS, depth=DEPTH, num_heads=heads, block=block).double()
 
     def renamed(self, their, value):
         found = {"latents": value(their.latents)}
@@ -227,9 +227,9 @@ class TestFlamingo:
 
     def model(self):
         attention = partial(MultiHeadAttention, qk_dim=self.HEADS * self.HEAD_DIM, bias=False, out_bias=False)
-        mlp = partial(MLP, widening=4, activation=nn.GELU(), bias=False)
+        mlp = partial(MLP, widening_factor=4, activation=nn.GELU(), bias=False)
         block = partial(JointAttend, attention=attention, mlp=mlp)
-        return Resampler(self.WIDTH, latents=LATENTS, depth=DEPTH, heads=self.HEADS, block=block)
+        return Resampler(self.WIDTH, num_latents=LATENTS, depth=DEPTH, num_heads=self.HEADS, block=block)
 
     def compare(self, ours, formula):
         x_f = features(BATCH, self.FRAMES, N, self.WIDTH)
@@ -244,7 +244,7 @@ class TestFlamingo:
         torch.testing.assert_close(*given, rtol=0, atol=1e-8)
 
     def test_each_frame_is_flamingo_pytorchs(self):
-        ours = randomized(EachFrame(self.model(), times=positions.Indexed(7, self.WIDTH)))
+        ours = randomized(EachFrame(self.model(), frame_positions=positions.LearnedEmbedding(7, self.WIDTH)))
 
         def formula(x_f):
             return self.resampled(ours.resampler, x_f + ours.times.vectors[: self.FRAMES, None])
@@ -252,7 +252,7 @@ class TestFlamingo:
         self.compare(ours, formula)
 
     def test_all_frames_is_the_papers_and_open_flamingos(self):
-        ours = randomized(AllFrames(self.model(), times=positions.Indexed(7, self.WIDTH)))
+        ours = randomized(AllFrames(self.model(), frame_positions=positions.LearnedEmbedding(7, self.WIDTH)))
 
         def formula(x_f):
             x_f = x_f + ours.times.vectors[: self.FRAMES, None]
@@ -261,7 +261,7 @@ class TestFlamingo:
         self.compare(ours, formula)
 
     def test_times_of_more_frames_are_interpolated_as_the_paper_says(self):
-        ours = randomized(AllFrames(self.model(), times=positions.Learned((3,), self.WIDTH)))
+        ours = randomized(AllFrames(self.model(), frame_positions=positions.LearnedGrid((3,), self.WIDTH)))
 
         def formula(x_f):
             vectors = ours.times.vectors

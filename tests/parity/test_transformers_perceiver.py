@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from perceiver_core import MLP, CrossAttend, MultiHeadAttention, SelfAttend
-from perceiver_core.attention import masks
+from perceiver_core import masks
 
 transformers = pytest.importorskip("transformers")
 theirs = pytest.importorskip("transformers.models.perceiver.modeling_perceiver")
 
 BATCH, M, N, DIM, INPUT_DIM = 2, 5, 11, 14, 13
-MLP_OF = partial(MLP, widening=3, activation=nn.GELU())
+MLP_OF = partial(MLP, widening_factor=3, activation=nn.GELU())
 
 
 def their_layer(**options):
@@ -71,7 +71,7 @@ def test_cross(residual, masked, heads, widths):
         is_cross_attention=True, kv_dim=INPUT_DIM, num_heads=heads, use_query_residual=residual, **names
     )
     attention = partial(MultiHeadAttention, **widths)
-    block = CrossAttend(DIM, INPUT_DIM, heads=heads, residual=residual, attention=attention, mlp=MLP_OF).double()
+    block = CrossAttend(DIM, INPUT_DIM, num_heads=heads, residual=residual, attention=attention, mlp=MLP_OF).double()
     block.load_state_dict(renamed(layer, cross=True, value=lambda p: p.detach()))
 
     x = torch.randn(BATCH, M, DIM, dtype=torch.float64, requires_grad=True)
@@ -87,7 +87,7 @@ def test_cross(residual, masked, heads, widths):
 def test_self(heads, qk, v):
     layer = their_layer(kv_dim=DIM, num_heads=heads, qk_channels=qk, v_channels=v)
     attention = partial(MultiHeadAttention, qk_dim=qk, v_dim=v)
-    block = SelfAttend(DIM, heads=heads, attention=attention, mlp=MLP_OF).double()
+    block = SelfAttend(DIM, num_heads=heads, attention=attention, mlp=MLP_OF).double()
     block.load_state_dict(renamed(layer, cross=False, value=lambda p: p.detach()))
     x = torch.randn(BATCH, M, DIM, dtype=torch.float64, requires_grad=True)
     agree(block(x), layer(x)[0], [x], cross=False, layer=layer, block=block)

@@ -74,7 +74,7 @@ def test_fourier_is_that_of_transformers(
 
 def test_features_do_not_follow_the_size_of_the_input() -> None:
     """The same place has the same features in a grid of any size."""
-    where = Fourier(axes=1, bands=5, max_resolution=9)
+    where = Fourier(num_axes=1, num_bands=5, max_resolution=9)
     (small,), (large,) = where.tables((5,), LIKE), where.tables((9,), LIKE)
     torch.testing.assert_close(large[::2], small, rtol=0.0, atol=1e-12)
 
@@ -87,7 +87,7 @@ def test_the_width_of_fourier(axes: int, bands: int, expected: int) -> None:
 
 
 def test_defaults_are_those_of_the_paper_for_imagenet() -> None:
-    assert repr(Fourier(2)) == "Fourier(axes=2, bands=64, max_resolution=(224, 224))"
+    assert repr(Fourier(2)) == "Fourier(num_axes=2, num_bands=64, max_resolution=(224, 224))"
 
 
 def test_linear_bands_include_both_ends() -> None:
@@ -140,13 +140,13 @@ def test_fourier_per_axis_is_that_of_perceiver_pytorch(grid: tuple[int, ...], ba
 def test_nerf_is_equation_4() -> None:
     point = [0.37, -0.81, 0.05]
     expected = [wave(2.0**k * math.pi * x) for x in point for k in range(4) for wave in (math.sin, math.cos)]
-    actual = NeRF(axes=3, bands=4)(torch.tensor(point, dtype=torch.float64))
+    actual = NeRF(num_axes=3, num_bands=4)(torch.tensor(point, dtype=torch.float64))
     torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64), rtol=0.0, atol=1e-12)
 
 
 def test_gaussian_is_cosines_and_sines_of_random_directions() -> None:
     torch.manual_seed(0)
-    where = Gaussian(axes=3, features=5, scale=2.0)
+    where = Gaussian(num_axes=3, num_features=5, scale=2.0)
     points = torch.rand(7, 3, dtype=torch.float64)
     angles = 2 * np.pi * points.numpy() @ where.frequencies.double().numpy()
     expected = torch.from_numpy(np.concatenate([np.cos(angles), np.sin(angles)], axis=1))
@@ -158,7 +158,7 @@ def test_gaussian_is_cosines_and_sines_of_random_directions() -> None:
 
 def test_gaussian_frequencies_are_normal_fixed_and_saved() -> None:
     torch.manual_seed(0)
-    where = Gaussian(axes=2, features=10_007, scale=3.0)
+    where = Gaussian(num_axes=2, num_features=10_007, scale=3.0)
     assert abs(where.frequencies.std().item() / 3.0 - 1.0) < 0.02
     assert abs(where.frequencies.mean().item()) < 0.1
     assert list(where.state_dict()) == ["frequencies"] and not list(where.parameters())
@@ -166,7 +166,7 @@ def test_gaussian_frequencies_are_normal_fixed_and_saved() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_gaussian_tables_are_float32_ones_rounded(dtype: torch.dtype) -> None:
-    where = Gaussian(axes=2, features=7)
+    where = Gaussian(num_axes=2, num_features=7)
     (half,), (full,) = where.tables((5, 7), LIKE.to(dtype)), where.tables((5, 7), LIKE.float())
     assert torch.equal(half, full.to(dtype))
 

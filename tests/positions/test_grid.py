@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from perceiver_core import positions
-from perceiver_core.positions import Fourier, FourierPerAxis, Gaussian, Learned, NeRF, coordinates, grid_points
+from perceiver_core.positions import Fourier, FourierPerAxis, Gaussian, LearnedGrid, NeRF, coordinates, grid_points
 from perceiver_core.positions.grid import check_axes, computing_dtype
 
 LIKE = torch.zeros((), dtype=torch.float64)
@@ -18,11 +18,11 @@ laws = settings(max_examples=40, derandomize=True, deadline=None, database=None)
 grids = st.lists(st.integers(1, 7), min_size=1, max_size=3).map(tuple)
 
 SEPARABLE = {
-    "fourier": lambda axes: Fourier(axes, bands=5, max_resolution=[7.0, 23.0, 11.0][:axes]),
-    "fourier, sine only": lambda axes: Fourier(axes, bands=3, max_resolution=13, sine_only=True),
-    "fourier, no positions": lambda axes: Fourier(axes, bands=3, max_resolution=13, concat_positions=False),
-    "per axis": lambda axes: FourierPerAxis(axes, bands=3, max_frequency=17.0),
-    "nerf": lambda axes: NeRF(axes, bands=4),
+    "fourier": lambda axes: Fourier(axes, num_bands=5, max_resolution=[7.0, 23.0, 11.0][:axes]),
+    "fourier, sine only": lambda axes: Fourier(axes, num_bands=3, max_resolution=13, sine_only=True),
+    "fourier, no positions": lambda axes: Fourier(axes, num_bands=3, max_resolution=13, concat_positions=False),
+    "per axis": lambda axes: FourierPerAxis(axes, num_bands=3, max_frequency=17.0),
+    "nerf": lambda axes: NeRF(axes, num_bands=4),
 }
 separable = pytest.mark.parametrize("make", SEPARABLE.values(), ids=SEPARABLE.keys())
 
@@ -88,7 +88,7 @@ def test_half_precision_tables_are_float32_ones_rounded(make, dtype: torch.dtype
         assert torch.equal(half, full.to(dtype))
 
 
-EVERY = {**SEPARABLE, "gaussian": lambda axes: Gaussian(axes, features=5)}
+EVERY = {**SEPARABLE, "gaussian": lambda axes: Gaussian(axes, num_features=5)}
 every = pytest.mark.parametrize("make", EVERY.values(), ids=EVERY.keys())
 
 
@@ -133,7 +133,7 @@ def test_points_of_another_kind_are_refused(make) -> None:  # type: ignore[no-un
         where(torch.zeros(5, 2, dtype=torch.int64))
 
 
-POSITIONS = {**EVERY, "learned": lambda axes: Learned((3, 5, 7)[:axes], dim=11)}
+POSITIONS = {**EVERY, "learned": lambda axes: LearnedGrid((3, 5, 7)[:axes], dim=11)}
 
 
 @pytest.mark.parametrize("make", POSITIONS.values(), ids=POSITIONS.keys())
@@ -148,7 +148,7 @@ def test_grids_of_another_kind_are_refused(make) -> None:  # type: ignore[no-unt
 @pytest.mark.parametrize("axes", [1, 2, 3])
 def test_all_of_them_are_positions(make, axes: int) -> None:  # type: ignore[no-untyped-def]
     where, grid = make(axes), (2, 3, 5)[:axes]
-    assert isinstance(where, positions.Positions) and where.axes == axes
+    assert isinstance(where, positions.Positions) and where.num_axes == axes
     tables = where.tables(grid, LIKE)
     assert all(t.dtype == torch.float64 and t.ndim == axes + 1 for t in tables)
     assert total(tables, grid).shape == (*grid, where.dim)

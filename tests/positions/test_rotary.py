@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from perceiver_core.positions import Rotary, half_open, inclusive
+from perceiver_core.positions import Rotary, half_open_exponents, inclusive_exponents
 
 B, H, N, D, TURNED = 2, 3, 11, 13, 6
 
@@ -144,16 +144,16 @@ def perceiver_ar_rotary(heads: Tensor, where: Tensor, longest: float) -> Tensor:
 def test_inclusive_exponents_are_those_of_perceiver_ars_code(dim: int) -> None:
     heads, where = draw(B, H, N, D), torch.arange(N, dtype=torch.float64)
     wanted = torch.cat([perceiver_ar_rotary(heads[..., :dim], where, 97.0), heads[..., dim:]], -1)
-    rotary = Rotary(dim, base=97.0, exponents=inclusive)
+    rotary = Rotary(dim, base=97.0, exponents=inclusive_exponents)
     torch.testing.assert_close(rotary(heads, where), wanted, rtol=0.0, atol=1e-12)
     assert (rotary(heads, where) - Rotary(dim, base=97.0)(heads, where)).abs().max() > 1e-3 or dim == 2
 
 
 def test_exponents_of_ones_own_and_their_ends() -> None:
     like = torch.zeros((), dtype=torch.float64)
-    assert half_open(1, like).tolist() == inclusive(1, like).tolist() == [0.0]
-    assert inclusive(7, like).tolist()[-1] == 1.0 and half_open(7, like)[-1] < 1.0
-    assert inclusive(7, like).dtype == torch.float64
+    assert half_open_exponents(1, like).tolist() == inclusive_exponents(1, like).tolist() == [0.0]
+    assert inclusive_exponents(7, like).tolist()[-1] == 1.0 and half_open_exponents(7, like)[-1] < 1.0
+    assert inclusive_exponents(7, like).dtype == torch.float64
     still = Rotary(TURNED, exponents=lambda pairs, like: torch.full((pairs,), torch.inf, dtype=like.dtype))
     assert torch.equal(still(draw(B, H, N, D)), draw(B, H, N, D))
 
@@ -163,7 +163,7 @@ def test_all_channels_are_turned_unless_told() -> None:
     assert torch.equal(Rotary()(heads), Rotary(12)(heads))
 
 
-@pytest.mark.parametrize("rotary", [Rotary(TURNED), Rotary(TURNED, base=97.0, exponents=inclusive)])
+@pytest.mark.parametrize("rotary", [Rotary(TURNED), Rotary(TURNED, base=97.0, exponents=inclusive_exponents)])
 @pytest.mark.parametrize("queries, keys", [(1, 1), (1, N), (4, N), (N, N)])
 def test_queries_that_end_with_the_keys_meet_them_at_their_distance(rotary: Rotary, queries: int, keys: int) -> None:
     x = draw(B, H, keys, D)

@@ -3,15 +3,15 @@
 from perceiver_core.adapters.audio import Audio, Spectrogram
 from perceiver_core.adapters.bytes import Bytes
 from perceiver_core.adapters.drop_tokens import DropTokens
-from perceiver_core.adapters.flow import FramePair
+from perceiver_core.adapters.frame_pair import FramePair
 from perceiver_core.adapters.grid import Grid
-from perceiver_core.adapters.ids import Ids
+from perceiver_core.adapters.token_embedding import TokenEmbedding
 from perceiver_core.adapters.image import Image
-from perceiver_core.adapters.label import Label
+from perceiver_core.adapters.one_hot_label import OneHotLabel
 from perceiver_core.adapters.multimodal import Multimodal
 from perceiver_core.adapters.per_read import PerRead
-from perceiver_core.adapters.points import Points, pad_clouds
-from perceiver_core.adapters.stems import ConvStem, Patches, Pixels, Project, UnpaddedConvStem
+from perceiver_core.adapters.point_cloud import PointCloud, pad_point_clouds
+from perceiver_core.adapters.stems import ConvStem, Patches, Pixels, Project, SymmetricPadConvStem
 from perceiver_core.adapters.table import Table
 from perceiver_core.adapters.video import Video
 
@@ -22,18 +22,18 @@ __all__ = [
     "DropTokens",
     "FramePair",
     "Grid",
-    "Ids",
+    "TokenEmbedding",
     "Image",
-    "Label",
+    "OneHotLabel",
     "Multimodal",
     "Patches",
     "PerRead",
     "Pixels",
-    "Points",
+    "PointCloud",
     "Project",
     "Spectrogram",
     "Table",
-    "UnpaddedConvStem",
+    "SymmetricPadConvStem",
     "Video",
-    "pad_clouds",
+    "pad_point_clouds",
 ]

@@ -16,37 +16,37 @@ from perceiver_core.tokens import Tokens
 
 @register
 class Audio(nn.Module):
-    """Raw samples `b c s`, or `b s` of one channel: every `patch` samples are a token.
+    """Raw samples `b c s`, or `b s` of one channel: every `patch_size` samples are a token.
 
     What is left over at the end is padded with zeros. A token holds its samples in a row, all channels of a sample
     together.
 
     Args:
-        patch: samples a token.
+        patch_size: samples a token.
         positions: position features over one axis; None for none.
-        channels: 1 for mono, 2 for stereo.
+        num_channels: 1 for mono, 2 for stereo.
 
     Example:
         >>> import torch
         >>> import perceiver_core as pc
-        >>> where = pc.positions.Fourier(axes=1, bands=64, max_resolution=480)
-        >>> audio = pc.adapters.Audio(patch=128, positions=where)
-        >>> audio.dim, audio(torch.randn(2, 61_440)).n
+        >>> where = pc.positions.Fourier(num_axes=1, num_bands=64, max_resolution=480)
+        >>> audio = pc.adapters.Audio(patch_size=128, positions=where)
+        >>> audio.dim, audio(torch.randn(2, 61_440)).num_tokens
         (257, 480)
 
     Reference: Jaegle et al. 2021 (Perceiver), section 4.2.
     """
 
-    def __init__(self, patch: int = 16, *, positions: Positions | None, channels: int = 1) -> None:
+    def __init__(self, patch_size: int = 16, *, positions: Positions | None, num_channels: int = 1) -> None:
         super().__init__()
-        checks.positive(patch=patch, channels=channels)
+        checks.positive(patch_size=patch_size, num_channels=num_channels)
         check_axes("Audio", positions, 1)
-        self.patch, self.channels, self.positions = patch, channels, positions
+        self.patch_size, self.num_channels, self.positions = patch_size, num_channels, positions
 
     @property
     def dim(self) -> int:
         """The width of a token."""
-        return token_dim(self.patch * self.channels, self.positions)
+        return token_dim(self.patch_size * self.num_channels, self.positions)
 
     def forward(self, samples: Float[Tensor, "b *c s"], *, mask: Bool[Tensor, "b patches"] | None = None) -> Tokens:
         """The tokens of sounds of any length.
@@ -61,13 +61,13 @@ class Audio(nn.Module):
             ValueError: another rank or number of channels, no samples, NaN, a mask of another shape.
         """
         checks.is_floating("samples", samples)
-        if samples.ndim != 3 and self.channels == 1:
+        if samples.ndim != 3 and self.num_channels == 1:
             checks.has_shape("samples", samples, "b s")
             samples = samples.unsqueeze(1)
         checks.has_shape("samples", samples, "b c s")
-        checks.has_channels("samples", samples, 1, self.channels)
-        padded = F.pad(samples, (0, -samples.shape[-1] % self.patch))
-        patches = rearrange(padded, "b c (n p) -> b n (p c)", p=self.patch)
+        checks.has_channels("samples", samples, 1, self.num_channels)
+        padded = F.pad(samples, (0, -samples.shape[-1] % self.patch_size))
+        patches = rearrange(padded, "b c (n p) -> b n (p c)", p=self.patch_size)
         return grid_tokens("samples", patches, self.positions, mask)
 
 
@@ -81,7 +81,7 @@ class Spectrogram(nn.Module):
     Example:
         >>> import torch
         >>> import perceiver_core as pc
-        >>> where = pc.positions.Fourier(axes=2, bands=16, max_resolution=(128, 1024))
+        >>> where = pc.positions.Fourier(num_axes=2, num_bands=16, max_resolution=(128, 1024))
         >>> pc.adapters.Spectrogram(positions=where)(torch.randn(2, 128, 37)).grid
         (128, 37)
     """

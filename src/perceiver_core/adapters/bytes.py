@@ -9,25 +9,25 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from perceiver_core import checks
-from perceiver_core.adapters.ids import Ids
+from perceiver_core.adapters.token_embedding import TokenEmbedding
 from perceiver_core.registry import register
 
 
 @register
-class Bytes(Ids):
+class Bytes(TokenEmbedding):
     """Ids of six special tokens and 256 bytes: nothing is unknown, and no tokenizer has to be kept with a model.
 
     `Bytes.PAD`, `BOS`, `EOS`, `MASK`, `CLS` and `SEP` are 0 to 5; byte k is 6 + k.
 
     Args:
         dim: the width of a token.
-        positions: as those of `Ids`.
-        count_hidden: as that of `Ids`.
+        positions: as those of `TokenEmbedding`.
+        positions_include_padding: as that of `TokenEmbedding`.
 
     Example:
         >>> import torch
         >>> import perceiver_core as pc
-        >>> text = pc.adapters.Bytes(dim=32, positions=pc.positions.Indexed(2048, dim=32))
+        >>> text = pc.adapters.Bytes(dim=32, positions=pc.positions.LearnedEmbedding(2048, dim=32))
         >>> ids, mask = text.encode(["A cat.", "Où ?"])
         >>> ids[0].tolist(), mask[1].tolist()
         ([71, 38, 105, 103, 122, 52], [True, True, True, True, True, False])
@@ -40,8 +40,8 @@ class Bytes(Ids):
     PAD, BOS, EOS, MASK, CLS, SEP = range(6)
     SPECIAL = 6
 
-    def __init__(self, dim: int, *, positions: nn.Module | None = None, count_hidden: bool = False) -> None:
-        super().__init__(self.SPECIAL + 256, dim, positions=positions, count_hidden=count_hidden)
+    def __init__(self, dim: int, *, positions: nn.Module | None = None, positions_include_padding: bool = False) -> None:
+        super().__init__(self.SPECIAL + 256, dim, positions=positions, positions_include_padding=positions_include_padding)
 
     @classmethod
     def encode(

@@ -17,7 +17,7 @@ class DropTokens(nn.Module):
     """An adapter whose tokens are in training a part of them only, drawn anew for each sample.
 
     Of n tokens, (1 - rate) n are left, rounded down, one at least, in their order; of those that a mask leaves, the
-    same share, rounded up. Whatever goes by a token's number, `Rotary`, a causal mask or `queries.OnGrid(None, ...)`,
+    same share, rounded up. Whatever goes by a token's number, `Rotary`, a causal mask or `queries.Grid(None, ...)`,
     sees those that are left as neighbors: for tokens that carry their positions, or need none.
 
     Args:
@@ -28,9 +28,9 @@ class DropTokens(nn.Module):
     Example:
         >>> import torch
         >>> import perceiver_core as pc
-        >>> adapter = pc.adapters.DropTokens(pc.adapters.Grid(channels=10, positions=None), rate=0.25)
+        >>> adapter = pc.adapters.DropTokens(pc.adapters.Grid(num_channels=10, positions=None), rate=0.25)
         >>> x = torch.randn(2, 48, 10)
-        >>> adapter.train()(x).n, adapter.eval()(x).n
+        >>> adapter.train()(x).num_tokens, adapter.eval()(x).num_tokens
         (36, 48)
 
     Reference: Hawthorne et al. 2022 (Perceiver AR), section 3.3 (cross-attend dropout); lucidrains/perceiver-pytorch,
@@ -52,14 +52,14 @@ class DropTokens(nn.Module):
         tokens: Tokens = self.adapter(x) if mask is None else self.adapter(x, mask=mask)
         if not self.training or not self.rate:
             return tokens
-        content = tokens.dense()
+        content = tokens.materialize()
         # Not torch.randn: with a generator it takes no sizes that torch.compile leaves open.
         order = torch.empty(content.shape[:2], device=content.device).normal_(generator=self.generator)
         present = None if tokens.mask is None else tokens.mask.flatten(1)
         if present is not None:
             order = order.masked_fill(~present, -torch.inf)
         best = order.topk(
-            max(1, checks.part_of(tokens.n, 1 - self.rate)), dim=1
+            max(1, checks.part_of(tokens.num_tokens, 1 - self.rate)), dim=1
         ).indices  # those that are there come first
         kept, place = best.sort(1)
         content = content.gather(1, kept[..., None].expand(-1, -1, content.shape[-1]))

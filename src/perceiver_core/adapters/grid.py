@@ -16,27 +16,27 @@ class Grid(nn.Module):
     """Arrays `b *grid c` of as many axes as its positions have: one token a grid point.
 
     Args:
-        channels: c.
+        num_channels: c.
         positions: position features; None for tokens that do not know where they are (a set).
 
     Example:
         >>> import torch
         >>> import perceiver_core as pc
-        >>> video = pc.adapters.Grid(channels=3, positions=pc.positions.Fourier(axes=3, bands=4, max_resolution=16))
+        >>> video = pc.adapters.Grid(num_channels=3, positions=pc.positions.Fourier(num_axes=3, num_bands=4, max_resolution=16))
         >>> tokens = video(torch.rand(2, 5, 7, 11, 3))
-        >>> tokens.n, tokens.dim == video.dim
+        >>> tokens.num_tokens, tokens.dim == video.dim
         (385, True)
     """
 
-    def __init__(self, channels: int, *, positions: Positions | None) -> None:
+    def __init__(self, num_channels: int, *, positions: Positions | None) -> None:
         super().__init__()
-        checks.positive(channels=channels)
-        self.channels, self.positions = channels, positions
+        checks.positive(num_channels=num_channels)
+        self.num_channels, self.positions = num_channels, positions
 
     @property
     def dim(self) -> int:
         """The width of a token."""
-        return token_dim(self.channels, self.positions)
+        return token_dim(self.num_channels, self.positions)
 
     def forward(self, x: Float[Tensor, "b *grid c"], *, mask: Bool[Tensor, " b *grid"] | None = None) -> Tokens:
         """The tokens of an array.
@@ -46,11 +46,11 @@ class Grid(nn.Module):
             ValueError: another rank or number of channels, an empty array, NaN.
         """
         checks.is_floating("array", x)
-        axes = 1 if self.positions is None else self.positions.axes
+        axes = 1 if self.positions is None else self.positions.num_axes
         if x.ndim != axes + 2 and (self.positions is not None or x.ndim < 3):
             raise ValueError(f"array must be b *grid c with {axes} grid axes; got shape {tuple(x.shape)}")
         checks.not_empty("array", x)
-        checks.has_channels("array", x, x.ndim - 1, self.channels)
+        checks.has_channels("array", x, x.ndim - 1, self.num_channels)
         return grid_tokens("array", x, self.positions, mask)
 
 
@@ -86,5 +86,5 @@ def check_axes(adapter: str, positions: Positions | None, axes: int) -> None:
             f"positions of {adapter} must have dim, axes and tables, as positions.Fourier(axes={axes}) has; "
             f"got {positions!r}"
         )
-    if positions.axes != axes:
-        raise ValueError(f"positions of {adapter} must have {axes} axes; got {positions.axes}")
+    if positions.num_axes != axes:
+        raise ValueError(f"positions of {adapter} must have {axes} axes; got {positions.num_axes}")

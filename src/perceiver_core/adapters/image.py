@@ -20,7 +20,7 @@ class Image(nn.Module):
     """Pictures `b c h w` to tokens: a stem, then a position for every point of its grid.
 
     Args:
-        channels: 1 for grey, 3 for color, or any other number.
+        num_channels: 1 for grey, 3 for color, or any other number.
         positions: position features over two axes; None for none.
         stem: makes the stem from (channels): `Pixels`, or `functools.partial` of `Patches`, `Project`, `ConvStem`,
             or any module with `.dim` that maps `b c h w` to `b dim h' w'`.
@@ -29,20 +29,20 @@ class Image(nn.Module):
         >>> import torch
         >>> from functools import partial
         >>> import perceiver_core as pc
-        >>> where = pc.positions.Fourier(axes=2, bands=8, max_resolution=64)
-        >>> image = pc.adapters.Image(channels=1, positions=where, stem=partial(pc.adapters.Patches, size=4))
+        >>> where = pc.positions.Fourier(num_axes=2, num_bands=8, max_resolution=64)
+        >>> image = pc.adapters.Image(num_channels=1, positions=where, stem=partial(pc.adapters.Patches, patch_size=4))
         >>> image.dim, image(torch.rand(2, 1, 60, 44)).grid
         (50, (15, 11))
     """
 
     def __init__(
-        self, channels: int = 3, *, positions: Positions | None, stem: Callable[..., nn.Module] = Pixels
+        self, num_channels: int = 3, *, positions: Positions | None, stem: Callable[..., nn.Module] = Pixels
     ) -> None:
         super().__init__()
-        checks.positive(channels=channels)
+        checks.positive(num_channels=num_channels)
         check_axes("Image", positions, 2)
-        self.channels, self.positions = channels, positions
-        self.stem = stem(channels)
+        self.num_channels, self.positions = num_channels, positions
+        self.stem = stem(num_channels)
 
     @property
     def dim(self) -> int:
@@ -65,7 +65,7 @@ class Image(nn.Module):
         """
         checks.is_floating("pictures", pictures)
         checks.has_shape("pictures", pictures, "b c h w")
-        checks.has_channels("pictures", pictures, 1, self.channels)
+        checks.has_channels("pictures", pictures, 1, self.num_channels)
         for weight in self.stem.parameters():
             checks.same_place("pictures", pictures, weight)
             break

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perceiver_core import checks, init, kinds
+from perceiver_core import checks, init, modalities
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
@@ -18,17 +18,18 @@ class Multimodal(nn.Module):
     """A dictionary of inputs to tokens of one width, one kind after the other in the order of the adapters.
 
     Tokens of each kind are written out and padded by a learned vector of its own, which also tells kinds apart. They
-    take the dtype of that vector. What each kind was before, on its own grid, stays in `Tokens.kinds`, where
+    take the dtype of that vector. What each kind was before, on its own grid, stays in `Tokens.modalities`, where
     `queries.Multimodal` finds it; there hidden tokens are zeros, and so are those of a kind that was dropped.
 
     Args:
         adapters: by name.
-        least: how many learned channels the widest kind has.
-        hide: by name, the rate at which tokens of a kind are replaced by a learned vector in training, each by itself.
-            Those of rate 1 are always replaced, in evaluation too: a kind that is only answered, never seen.
-        drop: by name, the rate at which a kind is not there for a sample in training. A sample that would lose all its
-            kinds keeps one of them, each as likely as the others, so that with two kinds of rate 0.5 each is dropped at
-            a rate of 0.375. Always hidden kinds say nothing and do not count, unless a sample has no others.
+        min_modality_channels: how many learned channels the widest kind has.
+        token_mask_rate: by name, the rate at which tokens of a kind are replaced by a learned vector in training, each
+            by itself. Those of rate 1 are always replaced, in evaluation too: a kind that is only answered, never seen.
+        modality_dropout: by name, the rate at which a kind is not there for a sample in training. A sample that would
+            lose all its kinds keeps one of them, each as likely as the others, so that with two kinds of rate 0.5 each
+            is dropped at a rate of 0.375. Always hidden kinds say nothing and do not count, unless a sample has no
+            others.
         generator: draws what is hidden and dropped; PyTorch's own unless given. It is not saved.
 
     Raises:
@@ -38,11 +39,11 @@ class Multimodal(nn.Module):
     Example:
         >>> import torch
         >>> import perceiver_core as pc
-        >>> sound = pc.adapters.Audio(patch=16, positions=pc.positions.Fourier(axes=1, bands=8, max_resolution=60))
-        >>> both = pc.adapters.Multimodal({"sound": sound, "label": pc.adapters.Label(10)})
+        >>> sound = pc.adapters.Audio(patch_size=16, positions=pc.positions.Fourier(num_axes=1, num_bands=8, max_resolution=60))
+        >>> both = pc.adapters.Multimodal({"sound": sound, "label": pc.adapters.OneHotLabel(10)})
         >>> both({"sound": torch.randn(2, 960), "label": torch.tensor([1, 2])}).content.shape
         torch.Size([2, 61, 37])
-        >>> both({"sound": torch.randn(2, 960)}).n
+        >>> both({"sound": torch.randn(2, 960)}).num_tokens
         60
 
     Reference: Jaegle et al. 2022 (Perceiver IO), section 4.3; deepmind-research/perceiver, `MultimodalPreprocessor`.
@@ -52,22 +53,22 @@ class Multimodal(nn.Module):
         self,
         adapters: Mapping[str, nn.Module],
         *,
-        least: int = 4,
-        hide: Mapping[str, float] | None = None,
-        drop: Mapping[str, float] | None = None,
+        min_modality_channels: int = 4,
+        token_mask_rate: Mapping[str, float] | None = None,
+        modality_dropout: Mapping[str, float] | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        kinds.check("adapters", adapters, "an adapter")
-        checks.positive(least=least)
-        self.adapters, self.least = nn.ModuleDict(adapters), least
-        self.hide, self.drop, self.generator = dict(hide or {}), dict(drop or {}), generator
-        for name, rates in (("hide", self.hide), ("drop", self.drop)):
+        modalities.check("adapters", adapters, "an adapter")
+        checks.positive(min_modality_channels=min_modality_channels)
+        self.adapters, self.min_modality_channels = nn.ModuleDict(adapters), min_modality_channels
+        self.token_mask_rate, self.modality_dropout, self.generator = dict(token_mask_rate or {}), dict(modality_dropout or {}), generator
+        for name, rates in (("hide", self.token_mask_rate), ("drop", self.modality_dropout)):
             _check_rates(name, rates, self.adapters)
         widths = {name: int(adapter.dim) for name, adapter in self.adapters.items()}  # type: ignore[arg-type]
-        self.dim = max(widths.values()) + least
+        self.dim = max(widths.values()) + min_modality_channels
         self.padding = nn.ParameterDict({name: init.embedding(self.dim - width) for name, width in widths.items()})
-        self.hidden = nn.ParameterDict({name: init.embedding(self.dim) for name in self.hide})
+        self.hidden = nn.ParameterDict({name: init.embedding(self.dim) for name in self.token_mask_rate})
 
     def forward(self, inputs: Mapping[str, Any], *, mask: Mapping[str, Tensor] | None = None) -> Tokens:
         """The tokens of all kinds that are there.
@@ -96,10 +97,10 @@ class Multimodal(nn.Module):
             parts.append(content)
         content = torch.cat(parts, dim=1)
         if all(tokens.mask is None for tokens in made.values()):
-            return Tokens(content, kinds=each)
+            return Tokens(content, modalities=each)
         there = torch.cat([_there(tokens) for tokens in made.values()], dim=1)
         checks.leaves_a_token(there)
-        return Tokens(content, mask=there, kinds=each)
+        return Tokens(content, mask=there, modalities=each)
 
     def _check(self, inputs: Any, mask: Any) -> None:
         for name, given in (("inputs", inputs), ("mask", {} if mask is None else mask)):
@@ -124,20 +125,20 @@ class Multimodal(nn.Module):
                 options["mask"] = mask | ~_over(samples, mask)
         elif mask is not None:
             options["mask"] = mask
-        tokens: Tokens = kinds.call("inputs", name, adapter, given, **options)
+        tokens: Tokens = modalities.call("inputs", name, adapter, given, **options)
         content = tokens.content.to(self.padding[name].dtype)
         if samples is None:
-            return Tokens(content, tokens.tables, tokens.mask, tokens.kinds)
+            return Tokens(content, tokens.position_tables, tokens.mask, tokens.modalities)
         checks.is_mask(f"mask[{name!r}]", samples, content.shape[:1])
-        return _only(Tokens(content, tokens.tables, tokens.mask, tokens.kinds), samples)
+        return _only(Tokens(content, tokens.position_tables, tokens.mask, tokens.modalities), samples)
 
     def _dropped(self, made: dict[str, Tokens]) -> dict[str, Tokens]:
         """Without the kinds that training takes away from each sample."""
-        rates = [self.drop.get(name, 0.0) for name in made]
+        rates = [self.modality_dropout.get(name, 0.0) for name in made]
         if not self.training or not any(rates):
             return made
         there = torch.stack([_there(tokens).any(1) for tokens in made.values()], dim=1)  # b kinds
-        seen = there & torch.tensor([self.hide.get(name, 0.0) < 1 for name in made], device=there.device)
+        seen = there & torch.tensor([self.token_mask_rate.get(name, 0.0) < 1 for name in made], device=there.device)
         seen = torch.where(seen.any(1, keepdim=True), seen, there)
         kept = torch.stack([~self._drawn(rate, there.shape[:1], there) for rate in rates], dim=1)
         lost = ~(kept & seen).any(1, keepdim=True)
@@ -150,14 +151,14 @@ class Multimodal(nn.Module):
 
     def _padded(self, name: str, tokens: Tokens) -> tuple[Tensor, Tokens]:
         """The tokens of one kind as a list of the width of all, and on their grid, some of them hidden."""
-        x = tokens.dense()
+        x = tokens.materialize()
         x = torch.cat([x, self.padding[name].expand(*x.shape[:-1], -1)], dim=-1)
-        if name not in self.hide or not (self.training or self.hide[name] == 1):
+        if name not in self.token_mask_rate or not (self.training or self.token_mask_rate[name] == 1):
             return x, tokens
-        hidden = self._drawn(self.hide[name], x.shape[:2], x)
+        hidden = self._drawn(self.token_mask_rate[name], x.shape[:2], x)
         x = torch.where(hidden[..., None], self.hidden[name].to(x.dtype), x)
         content = tokens.content.masked_fill(hidden.reshape(tokens.content.shape[:-1]).unsqueeze(-1), 0.0)
-        return x, Tokens(content, tokens.tables, tokens.mask)
+        return x, Tokens(content, tokens.position_tables, tokens.mask)
 
     def _drawn(self, rate: float, shape: Any, like: Tensor) -> Tensor:
         # Not torch.rand: with a generator it takes no sizes that torch.compile leaves open.
@@ -185,7 +186,7 @@ def _without(given: Any, samples: Tensor, name: str, more: Any) -> Any:
 def _there(tokens: Tokens) -> Tensor:
     """Which tokens are there, `b n`."""
     flat = tokens.flat_mask()
-    return tokens.content.new_ones((tokens.content.shape[0], tokens.n), dtype=torch.bool) if flat is None else flat
+    return tokens.content.new_ones((tokens.content.shape[0], tokens.num_tokens), dtype=torch.bool) if flat is None else flat
 
 
 def _only(tokens: Tokens, samples: Tensor) -> Tokens:
@@ -193,7 +194,7 @@ def _only(tokens: Tokens, samples: Tensor) -> Tokens:
     full = tokens.content.shape[:-1]
     there = samples.reshape(-1, *[1] * (len(full) - 1)).expand(full)
     mask = there if tokens.mask is None else tokens.mask & there
-    return Tokens(tokens.content, tokens.tables, mask, tokens.kinds)
+    return Tokens(tokens.content, tokens.position_tables, mask, tokens.modalities)
 
 
 def _check_rates(name: str, rates: Mapping[str, float], adapters: nn.ModuleDict) -> None:

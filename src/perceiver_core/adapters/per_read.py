@@ -20,10 +20,10 @@ class PerRead(nn.Module):
     Example:
         >>> import torch
         >>> import perceiver_core as pc
-        >>> image = pc.adapters.Image(channels=3, positions=pc.positions.Fourier(axes=2, bands=4, max_resolution=32))
-        >>> audio = pc.adapters.Audio(patch=16, positions=pc.positions.Fourier(axes=1, bands=4, max_resolution=32))
+        >>> image = pc.adapters.Image(num_channels=3, positions=pc.positions.Fourier(num_axes=2, num_bands=4, max_resolution=32))
+        >>> audio = pc.adapters.Audio(patch_size=16, positions=pc.positions.Fourier(num_axes=1, num_bands=4, max_resolution=32))
         >>> both = pc.adapters.PerRead([image, audio])
-        >>> encoder = pc.Encoder(both.dim, latents=5, dim=16, reads=2, depth=1, heads=2, share=False)
+        >>> encoder = pc.Encoder(both.dim, num_latents=5, dim=16, num_reads=2, depth=1, num_heads=2, share=False)
         >>> encoder(both((torch.rand(2, 3, 7, 5), torch.randn(2, 64)))).shape
         torch.Size([2, 5, 16])
     """

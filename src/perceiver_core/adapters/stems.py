@@ -27,9 +27,9 @@ class Pixels(nn.Module):
         torch.Size([2, 3, 5, 7])
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, num_channels: int) -> None:
         super().__init__()
-        self.dim, self.stride = channels, (1, 1)
+        self.dim, self.stride = num_channels, (1, 1)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """What came."""
@@ -43,26 +43,26 @@ class Patches(nn.Module):
     Pictures that patches do not divide are padded with zeros at the bottom and on the right.
 
     Args:
-        channels: of the picture.
-        size: of a patch, in pixels: one number, or (height, width).
+        num_channels: of the picture.
+        patch_size: of a patch, in pixels: one number, or (height, width).
 
     Example:
         >>> import torch
         >>> from perceiver_core.adapters import Patches
-        >>> Patches(3, size=(2, 4))(torch.rand(2, 3, 5, 16)).shape
+        >>> Patches(3, patch_size=(2, 4))(torch.rand(2, 3, 5, 16)).shape
         torch.Size([2, 24, 3, 4])
 
     Reference: deepmind-research/perceiver/io_processors.py, `space_to_depth`.
     """
 
-    def __init__(self, channels: int, *, size: int | Sequence[int]) -> None:
+    def __init__(self, num_channels: int, *, patch_size: int | Sequence[int]) -> None:
         super().__init__()
-        both = [size, size] if isinstance(size, int) else list(size)
+        both = [patch_size, patch_size] if isinstance(patch_size, int) else list(patch_size)
         if len(both) != 2:
-            raise ValueError(f"size must be one number, or (height, width); got {size!r}")
+            raise ValueError(f"patch_size must be one number, or (height, width); got {patch_size!r}")
         self.height, self.width = self.stride = (both[0], both[1])
-        checks.positive(channels=channels, height=self.height, width=self.width)
-        self.dim = channels * self.height * self.width
+        checks.positive(num_channels=num_channels, height=self.height, width=self.width)
+        self.dim = num_channels * self.height * self.width
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b p rows columns"]:
         """A patch a token."""
@@ -86,11 +86,11 @@ class Project(nn.Module):
     Reference: Jaegle et al. 2022 (Perceiver IO), the learned-position ImageNet model (there with dim=256).
     """
 
-    def __init__(self, channels: int, *, dim: int) -> None:
+    def __init__(self, num_channels: int, *, dim: int) -> None:
         super().__init__()
-        checks.positive(channels=channels, dim=dim)
+        checks.positive(num_channels=num_channels, dim=dim)
         self.dim, self.stride = dim, (1, 1)
-        self.convolution = _convolution(channels, dim, kernel=1, stride=1)
+        self.convolution = _convolution(num_channels, dim, kernel=1, stride=1)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h w"]:
         """The projected pixels."""
@@ -113,11 +113,11 @@ class ConvStem(nn.Module):
     Reference: deepmind-research/perceiver/io_processors.py, `Conv2DDownsample`.
     """
 
-    def __init__(self, channels: int, *, dim: int = 64) -> None:
+    def __init__(self, num_channels: int, *, dim: int = 64) -> None:
         super().__init__()
-        checks.positive(channels=channels, dim=dim)
+        checks.positive(num_channels=num_channels, dim=dim)
         self.dim, self.stride = dim, (4, 4)
-        self.convolution = _convolution(channels, dim, kernel=7, stride=2, bias=False)
+        self.convolution = _convolution(num_channels, dim, kernel=7, stride=2, bias=False)
         self.norm = nn.BatchNorm2d(dim)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d rows columns"]:
@@ -127,15 +127,15 @@ class ConvStem(nn.Module):
 
 
 @register
-class UnpaddedConvStem(ConvStem):
+class SymmetricPadConvStem(ConvStem):
     """`ConvStem` as transformers computes it: 3 pixels of padding on all sides before the convolution, none later.
 
     Of 224 x 224 pixels it makes 55 x 55 tokens instead of 56 x 56.
 
     Example:
         >>> import torch
-        >>> from perceiver_core.adapters import UnpaddedConvStem
-        >>> UnpaddedConvStem(3, dim=64)(torch.rand(2, 3, 224, 113)).shape
+        >>> from perceiver_core.adapters import SymmetricPadConvStem
+        >>> SymmetricPadConvStem(3, dim=64)(torch.rand(2, 3, 224, 113)).shape
         torch.Size([2, 64, 55, 28])
 
     Reference: transformers, modeling_perceiver.py, `Conv2DDownsample`.

@@ -24,34 +24,34 @@ class Video(nn.Module):
     padded with zeros at the end of each axis.
 
     Args:
-        channels: 1 for grey, 3 for color, or any other number.
+        num_channels: 1 for grey, 3 for color, or any other number.
         positions: position features over three axes (time, rows, columns); None for none.
-        patch: frames, rows and columns of a block.
+        patch_size: frames, rows and columns of a block.
 
     Example:
         >>> import torch
         >>> import perceiver_core as pc
-        >>> where = pc.positions.Fourier(axes=3, bands=8, max_resolution=(16, 56, 56))
-        >>> video = pc.adapters.Video(positions=where, patch=(1, 4, 4))
+        >>> where = pc.positions.Fourier(num_axes=3, num_bands=8, max_resolution=(16, 56, 56))
+        >>> video = pc.adapters.Video(positions=where, patch_size=(1, 4, 4))
         >>> video.dim, video(torch.rand(2, 5, 3, 30, 44)).grid
         (99, (5, 8, 11))
 
     Reference: Jaegle et al. 2022 (Perceiver IO), section 4.3; deepmind-research/perceiver, `space_to_depth`.
     """
 
-    def __init__(self, channels: int = 3, *, positions: Positions | None, patch: Sequence[int] = (1, 4, 4)) -> None:
+    def __init__(self, num_channels: int = 3, *, positions: Positions | None, patch_size: Sequence[int] = (1, 4, 4)) -> None:
         super().__init__()
-        if len(patch) != 3:
-            raise ValueError(f"patch must be (frames, rows, columns); got {patch!r}")
-        checks.positive(channels=channels, frames=patch[0], rows=patch[1], columns=patch[2])
+        if len(patch_size) != 3:
+            raise ValueError(f"patch_size must be (frames, rows, columns); got {patch_size!r}")
+        checks.positive(num_channels=num_channels, frames=patch_size[0], rows=patch_size[1], columns=patch_size[2])
         check_axes("Video", positions, 3)
-        self.channels, self.positions, self.patch = channels, positions, tuple(patch)
+        self.num_channels, self.positions, self.patch_size = num_channels, positions, tuple(patch_size)
 
     @property
     def dim(self) -> int:
         """The width of a token."""
-        frames, rows, columns = self.patch
-        return token_dim(self.channels * frames * rows * columns, self.positions)
+        frames, rows, columns = self.patch_size
+        return token_dim(self.num_channels * frames * rows * columns, self.positions)
 
     def forward(
         self, films: Float[Tensor, "b t c h w"], *, mask: Bool[Tensor, "b times rows columns"] | None = None
@@ -68,8 +68,8 @@ class Video(nn.Module):
         """
         checks.is_floating("films", films)
         checks.has_shape("films", films, "b t c h w")
-        checks.has_channels("films", films, 2, self.channels)
-        frames, rows, columns = self.patch
+        checks.has_channels("films", films, 2, self.num_channels)
+        frames, rows, columns = self.patch_size
         over = -films.shape[4] % columns, -films.shape[3] % rows, -films.shape[1] % frames
         films = F.pad(films, (0, over[0], 0, over[1], 0, 0, 0, over[2]))
         content = rearrange(

@@ -1,13 +1,15 @@
 """The blocks that hold weights: attention, MLP, the kinds of reads and self-attends, latent transformer."""
 
-from perceiver_core.blocks.attention import KeysValues, MultiHeadAttention
+from perceiver_core.blocks.multi_head_attention import MultiHeadAttention
+from perceiver_core.reads.keys_values import KeysValues
 from perceiver_core.blocks.attention_residual import AttentionResidual
 from perceiver_core.blocks.cross_attend import CrossAttend
 from perceiver_core.blocks.drop_latents import DropLatents
 from perceiver_core.blocks.gates import GRUGate, TanhGate
 from perceiver_core.blocks.grouped_read import GroupedRead, Level
 from perceiver_core.blocks.joint_attend import JointAttend
-from perceiver_core.blocks.latent_transformer import LatentTransformer, SelfAttend
+from perceiver_core.blocks.latent_transformer import LatentTransformer
+from perceiver_core.blocks.self_attend import SelfAttend
 from perceiver_core.blocks.mlp import GEGLU, MLP, SquaredReLU, SwiGLU
 
 __all__ = [

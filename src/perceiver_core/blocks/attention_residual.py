@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from perceiver_core import checks, init
 from perceiver_core.registry import register
 
-Pool: TypeAlias = Callable[[int], nn.Module]
+Aggregate: TypeAlias = Callable[[int], nn.Module]
 """Makes, from a width, what goes on from several arrays: (arrays of one shape) -> array."""
 
 
@@ -36,7 +36,7 @@ class AttentionResidual(nn.Module):
         >>> import perceiver_core as pc
         >>> from functools import partial
         >>> pool = partial(pc.AttentionResidual, rank=8)
-        >>> pc.LatentTransformer(32, depth=3, heads=4, pool=pool)(torch.randn(2, 5, 32)).shape
+        >>> pc.LatentTransformer(32, depth=3, num_heads=4, aggregate=pool)(torch.randn(2, 5, 32)).shape
         torch.Size([2, 5, 32])
 
     Reference: Chen et al. 2026 (Attention Residuals, arXiv:2603.15031); weights for each channel, as here, are those of

@@ -9,14 +9,15 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from perceiver_core import checks
-from perceiver_core.attention.factored import FactoredKeysValues
-from perceiver_core.attention.masks import Mask
+from perceiver_core.reads.factored import FactoredKeysValues
+from perceiver_core.masks import Mask
 from perceiver_core.blocks import gates
-from perceiver_core.blocks.attention import KeysValues, MultiHeadAttention
-from perceiver_core.blocks.costs import Request
+from perceiver_core.blocks.multi_head_attention import MultiHeadAttention
+from perceiver_core.reads.keys_values import KeysValues
+from perceiver_core.reads.costs import Request
 from perceiver_core.blocks.gates import Residual
 from perceiver_core.blocks.mlp import MLP
-from perceiver_core.blocks.paths import Cheapest, Path, check_path
+from perceiver_core.reads import Auto, Strategy, check_strategy
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
@@ -28,7 +29,7 @@ class CrossAttend(nn.Module):
     Args:
         dim: the width of the queries.
         input_dim: the width of the tokens.
-        heads: attention heads; one in the paper.
+        num_heads: attention heads; one in the paper.
         attention: makes the attention from (dim, input_dim, heads=heads); `functools.partial` of
             `MultiHeadAttention` sets the rest.
         mlp: makes the MLP from (dim); None for none.
@@ -37,44 +38,44 @@ class CrossAttend(nn.Module):
             makes a gate in place of the sum from (dim), such as `GRUGate`.
         mlp_residual: the same of what the MLP gives.
         dropout: the rate at which what is added to the residual is dropped in training.
-        path: how tokens are read; see `paths`. All paths give the same answer.
+        strategy: how tokens are read; see `paths`. All paths give the same answer.
 
     Example:
         >>> import torch
         >>> from functools import partial
         >>> from perceiver_core import CrossAttend, MultiHeadAttention
-        >>> read = CrossAttend(32, 10, heads=4, attention=partial(MultiHeadAttention, qk_dim=16, v_dim=24))
+        >>> read = CrossAttend(32, 10, num_heads=4, attention=partial(MultiHeadAttention, qk_dim=16, v_dim=24))
         >>> read(torch.randn(2, 5, 32), torch.randn(2, 50, 10)).shape
         torch.Size([2, 5, 32])
 
     Reference: Jaegle et al. 2021 (Perceiver), section 3.1; deepmind-research/perceiver/perceiver.py, `CrossAttention`.
     """
 
-    changes_no_result = ("path",)
+    changes_no_result = ("strategy",)
 
     def __init__(  # noqa: PLR0913 (each is a part or a choice that published models make differently)
         self,
         dim: int,
         input_dim: int,
         *,
-        heads: int = 1,
+        num_heads: int = 1,
         attention: Callable[..., nn.Module] = MultiHeadAttention,
         mlp: Callable[[int], nn.Module] | None = MLP,
         norm: Callable[[int], nn.Module] = nn.LayerNorm,
         residual: Residual = True,
         mlp_residual: Residual = True,
         dropout: float = 0.0,
-        path: Path = Cheapest(),  # noqa: B008 (it is a constant)
+        strategy: Strategy = Auto(),  # noqa: B008 (it is a constant)
     ) -> None:
         super().__init__()
         checks.positive(dim=dim, input_dim=input_dim)
-        check_path(path)
+        check_strategy(strategy)
         checks.probability(dropout=dropout)
-        self.dim, self.input_dim, self.path = dim, input_dim, path
+        self.dim, self.input_dim, self.strategy = dim, input_dim, strategy
         self.residual = gates.made(residual, dim)
         self.mlp_residual = True if mlp is None else gates.made(mlp_residual, dim)
         self.query_norm, self.input_norm = norm(dim), norm(input_dim)
-        self.attention = attention(dim, input_dim, heads=heads)
+        self.attention = attention(dim, input_dim, num_heads=num_heads)
         self.mlp_norm = None if mlp is None else norm(dim)
         self.mlp = None if mlp is None else mlp(dim)
         self.dropout = nn.Dropout(dropout)
@@ -99,7 +100,7 @@ class CrossAttend(nn.Module):
             TypeError: tokens that are not floating point, or not of the model's dtype.
             ValueError: tokens of another width, rank or device.
         """
-        return self.path.read(self.request(tokens, mask=mask, queries=queries, positions=positions))
+        return self.strategy.read(self.request(tokens, mask=mask, queries=queries, positions=positions))
 
     def request(
         self,
@@ -127,7 +128,7 @@ class CrossAttend(nn.Module):
         """What the attention reads, and the mask that is not in it yet."""
         if isinstance(tokens, (KeysValues, FactoredKeysValues)):
             return tokens, mask
-        return self.path.read(self.request(tokens, mask=mask, queries=x.shape[1])), None
+        return self.strategy.read(self.request(tokens, mask=mask, queries=x.shape[1])), None
 
     def forward(
         self,

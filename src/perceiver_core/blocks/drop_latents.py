@@ -26,7 +26,7 @@ class DropLatents(nn.Module):
     Example:
         >>> import torch
         >>> import perceiver_core as pc
-        >>> encoder = pc.Encoder(10, latents=8, dim=32, depth=1, drop=pc.DropLatents(rate=0.25))
+        >>> encoder = pc.Encoder(10, num_latents=8, dim=32, depth=1, latent_dropout=pc.DropLatents(rate=0.25))
         >>> x = torch.randn(2, 50, 10)
         >>> encoder.train()(x).shape, encoder.eval()(x).shape
         (torch.Size([2, 6, 32]), torch.Size([2, 8, 32]))

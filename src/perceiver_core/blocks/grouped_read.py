@@ -14,11 +14,12 @@ from torch.nn import functional as F
 
 from perceiver_core import checks, init
 from perceiver_core.blocks.cross_attend import CrossAttend
-from perceiver_core.blocks.latent_transformer import LatentTransformer, SelfAttend
+from perceiver_core.blocks.latent_transformer import LatentTransformer
+from perceiver_core.blocks.self_attend import SelfAttend
 from perceiver_core.blocks.mlp import MLP
 from perceiver_core.registry import register
 
-PROCESS = partial(LatentTransformer, block=partial(SelfAttend, mlp=partial(MLP, widening=4)))
+LATENT_TRANSFORMER = partial(LatentTransformer, block=partial(SelfAttend, mlp=partial(MLP, widening_factor=4)))
 """The latent transformer of deepmind/hierarchical_perceiver, whose MLPs are four times as wide."""
 
 
@@ -28,29 +29,29 @@ class Level:
     """The sizes of one level.
 
     Args:
-        groups: how many groups its input is cut into.
-        latents: how many latents each group has.
+        num_groups: how many groups its input is cut into.
+        num_latents: how many latents each group has.
         dim: their width.
         depth: how many self-attends follow the read.
-        heads: heads of these.
+        num_heads: heads of these.
 
     Raises:
         ValueError: sizes below 1.
 
     Example:
         >>> from perceiver_core import Level
-        >>> [Level(16, latents=128, dim=128, heads=4), Level(1, latents=64, dim=1024, depth=18, heads=32)][1].groups
+        >>> [Level(16, num_latents=128, dim=128, num_heads=4), Level(1, num_latents=64, dim=1024, depth=18, num_heads=32)][1].groups
         1
     """
 
-    groups: int
-    latents: int
+    num_groups: int
+    num_latents: int
     dim: int
     depth: int = 2
-    heads: int = 8
+    num_heads: int = 8
 
     def __post_init__(self) -> None:
-        checks.positive(groups=self.groups, latents=self.latents, dim=self.dim, heads=self.heads)
+        checks.positive(num_groups=self.num_groups, num_latents=self.num_latents, dim=self.dim, num_heads=self.num_heads)
 
 
 @register
@@ -66,13 +67,13 @@ class GroupedRead(nn.Module):
         input_dim: the width of the tokens.
         level: the sizes.
         skip_dim: the width of what is added to the latents before they read; None where nothing is.
-        read: makes a cross-attend from (dim, input_dim).
-        process: makes a latent transformer from (dim, depth=depth, heads=heads).
+        cross_attention: makes a cross-attend from (dim, input_dim).
+        latent_transformer: makes a latent transformer from (dim, depth=depth, heads=heads).
 
     Example:
         >>> import torch
         >>> from perceiver_core import GroupedRead, Level
-        >>> GroupedRead(10, Level(4, latents=7, dim=32, depth=1))(torch.randn(2, 50, 10)).shape
+        >>> GroupedRead(10, Level(4, num_latents=7, dim=32, depth=1))(torch.randn(2, 50, 10)).shape
         torch.Size([2, 28, 32])
 
     Reference: Carreira et al. 2022 (Hierarchical Perceiver), section 3; deepmind/hierarchical_perceiver,
@@ -85,15 +86,15 @@ class GroupedRead(nn.Module):
         level: Level,
         *,
         skip_dim: int | None = None,
-        read: Callable[..., nn.Module] = CrossAttend,
-        process: Callable[..., nn.Module] = PROCESS,
+        cross_attention: Callable[..., nn.Module] = CrossAttend,
+        latent_transformer: Callable[..., nn.Module] = LATENT_TRANSFORMER,
     ) -> None:
         super().__init__()
         self.input_dim, self.dim, self.level = input_dim, level.dim, level
-        self.latents = init.embedding(level.groups, level.latents, level.dim)
+        self.latents = init.embedding(level.num_groups, level.num_latents, level.dim)
         self.skip = nn.Identity() if skip_dim in (None, level.dim) else init.linear(skip_dim, level.dim)
-        self.read = read(level.dim, input_dim)
-        self.process = process(level.dim, depth=level.depth, heads=level.heads)
+        self.cross_attention = cross_attention(level.dim, input_dim)
+        self.latent_transformer = latent_transformer(level.dim, depth=level.depth, num_heads=level.num_heads)
 
     def forward(
         self,
@@ -109,7 +110,7 @@ class GroupedRead(nn.Module):
             mask: which of them are there.
             skip: what is added to the latents before they read, of as many vectors.
         """
-        groups = self.level.groups
+        groups = self.level.num_groups
         x = repeat(self.latents, "g z d -> (b g) z d", b=tokens.shape[0])
         if skip is not None:
             x = x + rearrange(self.skip(skip), "b (g z) d -> (b g) z d", g=groups)
@@ -117,7 +118,7 @@ class GroupedRead(nn.Module):
             mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         if mask is not None:
             mask = rearrange(grouped(mask.unsqueeze(-1), groups), "bg n 1 -> bg n")
-        x = self.process(self.read(x, grouped(tokens, groups), mask=mask))
+        x = self.latent_transformer(self.cross_attention(x, grouped(tokens, groups), mask=mask))
         return rearrange(x, "(b g) z d -> b (g z) d", g=groups)
 
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perceiver_core import checks
-from perceiver_core.attention.masks import Padding
-from perceiver_core.blocks.attention import KeysValues, MultiHeadAttention
+from perceiver_core.masks import Padding
+from perceiver_core.blocks.multi_head_attention import MultiHeadAttention
+from perceiver_core.reads.keys_values import KeysValues
 from perceiver_core.blocks.mlp import MLP
 from perceiver_core.registry import register
 
@@ -26,7 +27,7 @@ class JointAttend(nn.Module):
 
     Args:
         dim: the width of latents and tokens.
-        heads: attention heads.
+        num_heads: attention heads.
         attention: makes the attention from (dim, heads=heads).
         mlp: makes the MLP from (dim).
         norm: makes a norm from a width; the latents', the tokens' and the MLP's are three.
@@ -35,7 +36,7 @@ class JointAttend(nn.Module):
     Example:
         >>> import torch
         >>> from perceiver_core import JointAttend
-        >>> JointAttend(32, heads=4)(torch.randn(2, 5, 32), torch.randn(2, 50, 32)).shape
+        >>> JointAttend(32, num_heads=4)(torch.randn(2, 5, 32), torch.randn(2, 50, 32)).shape
         torch.Size([2, 5, 32])
 
     Reference: Alayrac et al. 2022 (Flamingo), figure 5 and appendix A.1.1.
@@ -45,7 +46,7 @@ class JointAttend(nn.Module):
         self,
         dim: int,
         *,
-        heads: int = 8,
+        num_heads: int = 8,
         attention: Callable[..., nn.Module] = MultiHeadAttention,
         mlp: Callable[[int], nn.Module] = MLP,
         norm: Callable[[int], nn.Module] = nn.LayerNorm,
@@ -56,7 +57,7 @@ class JointAttend(nn.Module):
         checks.probability(dropout=dropout)
         self.dim = dim
         self.norm, self.input_norm = norm(dim), norm(dim)
-        self.attention = attention(dim, heads=heads)
+        self.attention = attention(dim, num_heads=num_heads)
         self.mlp_norm, self.mlp = norm(dim), mlp(dim)
         self.dropout = nn.Dropout(dropout)
 

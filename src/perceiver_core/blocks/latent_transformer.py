@@ -8,10 +8,11 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from perceiver_core import checks
-from perceiver_core.attention.masks import Mask
+from perceiver_core.masks import Mask
 from perceiver_core.blocks import gates
-from perceiver_core.blocks.attention import KeysValues, MultiHeadAttention
-from perceiver_core.blocks.attention_residual import Pool, onward
+from perceiver_core.blocks.multi_head_attention import MultiHeadAttention
+from perceiver_core.reads.keys_values import KeysValues
+from perceiver_core.blocks.attention_residual import Aggregate, onward
 from perceiver_core.blocks.gates import Residual
 from perceiver_core.blocks.mlp import MLP
 from perceiver_core.registry import register
@@ -23,7 +24,7 @@ class SelfAttend(nn.Module):
 
     Args:
         dim: the width of the array.
-        heads: attention heads.
+        num_heads: attention heads.
         attention: makes the attention from (dim, heads=heads).
         mlp: makes the MLP from (dim).
         norm: makes a norm from a width.
@@ -35,7 +36,7 @@ class SelfAttend(nn.Module):
     Example:
         >>> import torch
         >>> from perceiver_core import SelfAttend
-        >>> SelfAttend(32, heads=4)(torch.randn(2, 5, 32)).shape
+        >>> SelfAttend(32, num_heads=4)(torch.randn(2, 5, 32)).shape
         torch.Size([2, 5, 32])
 
     Reference: deepmind-research/perceiver/perceiver.py, `SelfAttention`.
@@ -45,7 +46,7 @@ class SelfAttend(nn.Module):
         self,
         dim: int,
         *,
-        heads: int = 8,
+        num_heads: int = 8,
         attention: Callable[..., nn.Module] = MultiHeadAttention,
         mlp: Callable[[int], nn.Module] = MLP,
         norm: Callable[[int], nn.Module] = nn.LayerNorm,
@@ -57,7 +58,7 @@ class SelfAttend(nn.Module):
         checks.positive(dim=dim)
         checks.probability(dropout=dropout)
         self.residual, self.mlp_residual = gates.made(residual, dim), gates.made(mlp_residual, dim)
-        self.norm, self.attention = norm(dim), attention(dim, heads=heads)
+        self.norm, self.attention = norm(dim), attention(dim, num_heads=num_heads)
         self.mlp_norm, self.mlp = norm(dim), mlp(dim)
         self.dropout = nn.Dropout(dropout)
 
@@ -103,18 +104,18 @@ class LatentTransformer(nn.Module):
     Args:
         dim: the width of the latents.
         depth: how many blocks; 0 passes the latents on.
-        heads: attention heads.
+        num_heads: attention heads.
         block: makes a block from (dim, heads=heads); `functools.partial` of `SelfAttend` sets the rest.
-        repeats: how often the blocks are gone through, with the same weights each time.
-        pool: makes, for each block, from (dim), what goes on from the latents before and after all blocks so far, such
-            as `AttentionResidual`; unless given, those after the last go on.
+        num_repeats: how often the blocks are gone through, with the same weights each time.
+        aggregate: makes, for each block, from (dim), what goes on from the latents before and after all blocks so far,
+            such as `AttentionResidual`; unless given, those after the last go on.
 
     Example:
         >>> import torch
         >>> from functools import partial
         >>> from perceiver_core import GEGLU, LatentTransformer, MLP, SelfAttend
-        >>> block = partial(SelfAttend, mlp=partial(MLP, widening=4, activation=GEGLU()))
-        >>> LatentTransformer(32, depth=3, heads=4, block=block)(torch.randn(2, 5, 32)).shape
+        >>> block = partial(SelfAttend, mlp=partial(MLP, widening_factor=4, activation=GEGLU()))
+        >>> LatentTransformer(32, depth=3, num_heads=4, block=block)(torch.randn(2, 5, 32)).shape
         torch.Size([2, 5, 32])
 
     Reference: Jaegle et al. 2021 (Perceiver), section 3.1; repeats: Jaegle et al. 2022 (Perceiver IO), appendix E.
@@ -125,24 +126,24 @@ class LatentTransformer(nn.Module):
         dim: int,
         *,
         depth: int,
-        heads: int = 8,
+        num_heads: int = 8,
         block: Callable[..., nn.Module] = SelfAttend,
-        repeats: int = 1,
-        pool: Pool | None = None,
+        num_repeats: int = 1,
+        aggregate: Aggregate | None = None,
     ) -> None:
         super().__init__()
-        checks.positive(at_most=10_000, repeats=repeats)
-        self.repeats = repeats
+        checks.positive(at_most=10_000, num_repeats=num_repeats)
+        self.num_repeats = num_repeats
         if not 0 <= depth <= 10_000:
             raise ValueError(f"depth must lie in 0 ... 10,000; got {depth}")
-        self.blocks = nn.ModuleList(block(dim, heads=heads) for _ in range(depth))
-        self.pools = [None] * depth if pool is None else nn.ModuleList(pool(dim) for _ in range(depth))
+        self.blocks = nn.ModuleList(block(dim, num_heads=num_heads) for _ in range(depth))
+        self.aggregates = [None] * depth if aggregate is None else nn.ModuleList(aggregate(dim) for _ in range(depth))
 
     def forward(self, x: Float[Tensor, "b m d"], *, mask: Mask | None = None) -> Float[Tensor, "b m d"]:
         """The latents after every block."""
         past = [x]
-        for _ in range(self.repeats):
-            for block, pool in zip(self.blocks, self.pools, strict=True):
+        for _ in range(self.num_repeats):
+            for block, pool in zip(self.blocks, self.aggregates, strict=True):
                 x = onward(pool, past, block(x, mask=mask))
         return x
 
@@ -161,15 +162,15 @@ class LatentTransformer(nn.Module):
         Example:
             >>> import torch
             >>> from perceiver_core import LatentTransformer
-            >>> from perceiver_core.attention import masks
-            >>> transformer, x = LatentTransformer(32, depth=2, heads=4), torch.randn(1, 5, 32)
+            >>> from perceiver_core import masks
+            >>> transformer, x = LatentTransformer(32, depth=2, num_heads=4), torch.randn(1, 5, 32)
             >>> first, known = transformer.extend(x[:, :4], None, mask=masks.Causal())
             >>> last, known = transformer.extend(x[:, 4:], known)
             >>> torch.testing.assert_close(torch.cat([first, last], 1), transformer(x, mask=masks.Causal()))
         """
         known, past = [], [x]
-        for number, block in enumerate([*self.blocks] * self.repeats):
+        for number, block in enumerate([*self.blocks] * self.num_repeats):
             x, read = block.extend(x, None if before is None else before[number], mask=mask, positions=positions)
-            x = onward(self.pools[number % len(self.pools)], past, x)
+            x = onward(self.aggregates[number % len(self.aggregates)], past, x)
             known.append(read)
         return x, known

@@ -79,8 +79,8 @@ class MLP(nn.Module):
     Args:
         dim: the width in.
         out_dim: the width out; `dim` unless given.
-        hidden: the width between the layers; `dim * widening` unless given.
-        widening: hidden width / dim. 1 in DeepMind's published encoders, 4 in perceiver-pytorch.
+        hidden_dim: the width between the layers; `dim * widening_factor` unless given.
+        widening_factor: hidden width / dim. 1 in DeepMind's published encoders, 4 in perceiver-pytorch.
         activation: any module, copied. `nn.GELU("tanh")` is what DeepMind's code computes, and the default;
             `nn.GELU()` (erf) is what Hugging Face and perceiver-pytorch compute. One that takes several
             channels for each it gives (`GEGLU`) says so in `inputs_per_output`.
@@ -90,7 +90,7 @@ class MLP(nn.Module):
     Example:
         >>> import torch
         >>> from perceiver_core import GEGLU, MLP
-        >>> MLP(32, widening=4, activation=GEGLU())(torch.randn(2, 3, 32)).shape
+        >>> MLP(32, widening_factor=4, activation=GEGLU())(torch.randn(2, 3, 32)).shape
         torch.Size([2, 3, 32])
     """
 
@@ -99,21 +99,21 @@ class MLP(nn.Module):
         dim: int,
         out_dim: int | None = None,
         *,
-        hidden: int | None = None,
-        widening: int = 1,
+        hidden_dim: int | None = None,
+        widening_factor: int = 1,
         activation: nn.Module | None = None,
         bias: bool = True,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        checks.positive(dim=dim, widening=widening)
+        checks.positive(dim=dim, widening_factor=widening_factor)
         checks.probability(dropout=dropout)
-        out_dim, hidden = dim if out_dim is None else out_dim, dim * widening if hidden is None else hidden
-        checks.positive(out_dim=out_dim, hidden=hidden)
+        out_dim, hidden_dim = dim if out_dim is None else out_dim, dim * widening_factor if hidden_dim is None else hidden_dim
+        checks.positive(out_dim=out_dim, hidden_dim=hidden_dim)
         # A copy: the object in a `functools.partial` is the same for every block, its weights must not be.
         self.activation = nn.GELU("tanh") if activation is None else copy.deepcopy(activation)
-        self.expand = init.linear(dim, hidden * getattr(self.activation, "inputs_per_output", 1), bias=bias)
-        self.contract = init.linear(hidden, out_dim, bias=bias)
+        self.expand = init.linear(dim, hidden_dim * getattr(self.activation, "inputs_per_output", 1), bias=bias)
+        self.contract = init.linear(hidden_dim, out_dim, bias=bias)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:

@@ -117,7 +117,7 @@ def perceiver_pytorch(path: Path, arguments: Mapping[str, Any], ours: nn.Module)
     with _in_double():
         if answers:
             tokens, queries = _drawn(2, 11, arguments["dim"]), _drawn(5, len(weights["decoder_cross_attn.norm.weight"]))
-            return _difference(theirs(tokens, queries=queries), ours(tokens, at=queries))
+            return _difference(theirs(tokens, queries=queries), ours(tokens, query_inputs=queries))
         sizes = (13, 7, 5, 3)[: arguments.get("input_axis", 2)]
         data = _drawn(2, *sizes, arguments.get("input_channels", 3))
         return _difference(theirs(data), ours(data))

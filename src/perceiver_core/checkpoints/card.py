@@ -27,7 +27,7 @@ def card(model: nn.Module, name: str) -> str:
         >>> print(card(nn.LayerNorm(8), "somebody/norm").splitlines()[6])
         # norm
     """
-    calls = as_calls(registry.describe(model))
+    calls = as_calls(registry.to_config(model))
     weights = sum(parameter.numel() for parameter in model.parameters())
     own = sorted({label for label in map(_home, model.modules()) if label not in ("perceiver_core", "torch")})
     first = f"Import what registers parts that are not the library's first: {', '.join(own)}.\n\n" if own else ""
@@ -43,7 +43,7 @@ def card(model: nn.Module, name: str) -> str:
 
 
 def as_calls(description: registry.Json, indent: int = 0) -> str:
-    """A description of `registry.describe` as the constructor calls that it stands for.
+    """A description of `registry.to_config` as the constructor calls that it stands for.
 
     A part that stands in two places is written out in the first; in the second, its path is.
 
@@ -51,8 +51,8 @@ def as_calls(description: registry.Json, indent: int = 0) -> str:
         >>> from functools import partial
         >>> import perceiver_core as pc
         >>> from perceiver_core.checkpoints.card import as_calls
-        >>> as_calls(pc.registry.describe(partial(pc.MLP, widening=4, activation=pc.GEGLU())))
-        'partial(MLP, widening=4, activation=GEGLU())'
+        >>> as_calls(pc.registry.to_config(partial(pc.MLP, widening_factor=4, activation=pc.GEGLU())))
+        'partial(MLP, widening_factor=4, activation=GEGLU())'
     """
     if isinstance(description, list):
         return _wrapped("[", [as_calls(item, indent + 4) for item in description], "]", indent)

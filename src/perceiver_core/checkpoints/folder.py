@@ -57,7 +57,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     Example:
         >>> import tempfile, torch
         >>> import perceiver_core as pc
-        >>> encoder = pc.Encoder(10, latents=7, dim=32, depth=1, heads=4)
+        >>> encoder = pc.Encoder(10, num_latents=7, dim=32, depth=1, num_heads=4)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     again = pc.load(pc.save(encoder, folder))
         >>> torch.equal(again.latents, encoder.latents)
@@ -66,7 +66,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     folder = Path(folder)
-    config = {"library": "perceiver_core", "format": FORMAT, "model": registry.describe(model)}
+    config = {"library": "perceiver_core", "format": FORMAT, "model": registry.to_config(model)}
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
     tensors = tensors_of(model)
     built = _build(_parse(text, f"the {CONFIG} of {type(model).__name__}"), len(tensors))
@@ -105,8 +105,8 @@ def load(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") 
     Example:
         >>> import tempfile, torch
         >>> import perceiver_core as pc
-        >>> audio = pc.adapters.Audio(patch=4, positions=None)
-        >>> model = pc.Perceiver(audio, pc.Encoder(audio.dim, latents=3, dim=8), pc.heads.Latents())
+        >>> audio = pc.adapters.Audio(patch_size=4, positions=None)
+        >>> model = pc.Perceiver(audio, pc.Encoder(audio.dim, num_latents=3, dim=8), pc.heads.Identity())
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     again = pc.load(pc.save(model, folder))
         >>> again(torch.zeros(2, 99)).shape
@@ -176,7 +176,7 @@ def _build(description: Any, tensors: int) -> nn.Module:
     """The model on the meta device, where nothing takes memory."""
     # A block has fewer modules than tensors; adapters, activations and dropout have no tensors, but are few.
     with torch.device("meta"), registry.at_most(8 * tensors + 1024):
-        model = registry.build(description)
+        model = registry.from_config(description)
     if not isinstance(model, nn.Module):
         raise ValueError(f"{CONFIG} describes a {type(model).__name__}, not a module; give save a model")
     saved = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}

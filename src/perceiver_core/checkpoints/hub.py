@@ -38,7 +38,7 @@ def save_pretrained(model: nn.Module, folder: str | PathLike[str]) -> Path:
         >>> import perceiver_core as pc
         >>> from perceiver_core.checkpoints import save_pretrained
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     written = save_pretrained(pc.Encoder(10, latents=7, dim=32, depth=1, heads=4), folder)
+        ...     written = save_pretrained(pc.Encoder(10, num_latents=7, dim=32, depth=1, num_heads=4), folder)
         ...     sorted(path.name for path in written.iterdir())
         ['README.md', 'config.json', 'model.safetensors']
     """
@@ -80,7 +80,7 @@ def from_pretrained(
         >>> from perceiver_core.checkpoints import from_pretrained
         >>> model = from_pretrained("somebody/some-perceiver", revision="v1")  # doctest: +SKIP
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     model = from_pretrained(pc.save(pc.Encoder(10, latents=7, dim=32, depth=1, heads=4), folder))
+        ...     model = from_pretrained(pc.save(pc.Encoder(10, num_latents=7, dim=32, depth=1, num_heads=4), folder))
         >>> model.latents.shape
         torch.Size([7, 32])
     """
@@ -125,7 +125,7 @@ def push_to_hub(
 
     Example:
         >>> import perceiver_core as pc
-        >>> model = pc.Encoder(10, latents=7, dim=32, depth=1, heads=4)
+        >>> model = pc.Encoder(10, num_latents=7, dim=32, depth=1, num_heads=4)
         >>> pc.checkpoints.push_to_hub(model, "somebody/some-perceiver", private=True)  # doctest: +SKIP
         'https://huggingface.co/somebody/some-perceiver/commit/...'
     """

@@ -18,7 +18,7 @@ from torch import Tensor
 from perceiver_core import checks, queries, sharing
 from perceiver_core import heads as answers
 from perceiver_core.adapters import DropTokens, Grid
-from perceiver_core.attention import inverted
+from perceiver_core.kernels import inverted
 from perceiver_core.blocks import (
     GEGLU,
     MLP,
@@ -68,7 +68,7 @@ def lucidrains(state_dict: Mapping[str, Tensor] | str | os.PathLike[str], **argu
     """perceiver-pytorch's `Perceiver` or `PerceiverIO` as ours: the same answers, in evaluation mode.
 
     Names in the state dict tell which of the two it is. It takes what theirs takes: pictures are `b h w c`. Their
-    `queries` are our `at`, `model(data, mask=mask, at=queries)`.
+    `queries` are our `at`, `model(data, mask=mask, query_inputs=queries)`.
 
     Args:
         state_dict: of their model, of version 0.8 or newer; or the path of a safetensors file. Its tensors become the
@@ -95,7 +95,7 @@ def lucidrains(state_dict: Mapping[str, Tensor] | str | os.PathLike[str], **argu
         >>> weights["layers.0.cross_attn.fn.to_kv.weight"] = torch.randn(16, 29)
         >>> weights["latents"] = torch.randn(7, 12)
         >>> model = pc.checkpoints.lucidrains(weights, max_freq=10.0, cross_heads=2)
-        >>> model.adapter.positions.bands, model(torch.randn(2, 5, 11, 3)).shape
+        >>> model.adapter.positions.num_bands, model(torch.randn(2, 5, 11, 3)).shape
         (6, torch.Size([2, 7, 12]))
 
     Reference: lucidrains/perceiver-pytorch 0.11.0, `perceiver_pytorch.py` and `perceiver_io.py`.
@@ -169,22 +169,22 @@ def _pool(told: Told) -> partial[AttentionResidual] | None:
 
 def _perceiver(told: Told, layout: Layout) -> tuple[Perceiver, Sources]:
     """Their Perceiver without weights, and where these come from."""
-    mlp = partial(MLP, widening=4, activation=GEGLU(), dropout=told.get("ff_dropout", 0.0))
+    mlp = partial(MLP, widening_factor=4, activation=GEGLU(), dropout=told.get("ff_dropout", 0.0))
     parts = _parts(told, layout, mlp)
     adapter = _grid(told, f"{layout.read.format(0)}.norm_context.weight")
     depth, tied = told.layers(first=1)
     thinks = _count(told, layout.think)
     encoder = Encoder(
         adapter.dim,
-        latents=told.size("num_latents", "latents"),
+        num_latents=told.size("num_latents", "latents"),
         dim=told.size("latent_dim", "latents", 1),
-        reads=depth,
+        num_reads=depth,
         depth=told.agreed("self_per_cross_attn", thinks, layout.think.format(0, "*")),
-        heads=parts.heads[1],
+        num_heads=parts.heads[1],
         share=sharing.all_but_first if tied else sharing.none,
-        read=partial(parts.read, heads=parts.heads[0]),
-        process=partial(LatentTransformer, block=parts.block),
-        pool=parts.pool,
+        cross_attention=partial(parts.read, num_heads=parts.heads[0]),
+        latent_transformer=partial(LatentTransformer, block=parts.block),
+        aggregate=parts.pool,
     )
     sources = {"encoder.latents": Source("latents")}
     for number in set(encoder.sharing.reads):  # which is also the number of the first layer that has these weights
@@ -194,8 +194,8 @@ def _perceiver(told: Told, layout: Layout) -> tuple[Perceiver, Sources]:
             sources |= _think(f"encoder.transformers.{number}.blocks.{index}", layout.think.format(number, index))
         sources |= _residual(f"encoder.pools.{number}", number) if parts.pool else {}
     if not told.agreed("final_classifier_head", "to_logits.2.weight" in told.weights, "to_logits"):
-        return Perceiver(adapter, encoder, answers.Latents()), sources
-    head = answers.Classify(encoder.dim, told.size("num_classes", "to_logits.2.weight"))
+        return Perceiver(adapter, encoder, answers.Identity()), sources
+    head = answers.Classification(encoder.dim, told.size("num_classes", "to_logits.2.weight"))
     return Perceiver(adapter, encoder, head), sources | both("head.norm", "to_logits.1") | both(
         "head.logits", "to_logits.2"
     )
@@ -203,7 +203,7 @@ def _perceiver(told: Told, layout: Layout) -> tuple[Perceiver, Sources]:
 
 def _perceiver_io(told: Told, layout: Layout) -> tuple[PerceiverIO, Sources]:
     """Their PerceiverIO without weights, and where these come from."""
-    mlp = partial(MLP, widening=4, activation=GEGLU())
+    mlp = partial(MLP, widening_factor=4, activation=GEGLU())
     parts = _parts(told, layout, mlp)
     depth, tied = told.layers(first=0)
     grid = Grid(told.size("dim", f"{layout.read}.norm_context.weight"), positions=None)
@@ -211,12 +211,12 @@ def _perceiver_io(told: Told, layout: Layout) -> tuple[PerceiverIO, Sources]:
     adapter = DropTokens(grid, rate=rate) if rate else grid
     encoder = Encoder(
         adapter.dim,
-        latents=told.size("num_latents", "latents"),
+        num_latents=told.size("num_latents", "latents"),
         dim=told.size("latent_dim", "latents", 1),
         depth=1 if tied else depth,
-        heads=parts.heads[1],
-        read=partial(parts.read, heads=parts.heads[0]),
-        process=partial(LatentTransformer, block=parts.block, repeats=depth if tied else 1, pool=parts.pool),
+        num_heads=parts.heads[1],
+        cross_attention=partial(parts.read, num_heads=parts.heads[0]),
+        latent_transformer=partial(LatentTransformer, block=parts.block, num_repeats=depth if tied else 1, aggregate=parts.pool),
     )
     sources = {"encoder.latents": Source("latents")}
     sources |= _read("encoder.reads.0", layout.read) | _mlp("encoder.reads.0", layout.read_mlp)
@@ -224,7 +224,7 @@ def _perceiver_io(told: Told, layout: Layout) -> tuple[PerceiverIO, Sources]:
         sources |= _think(f"encoder.transformers.0.blocks.{index}", layout.think.format(index, 0))
         sources |= _residual(f"encoder.transformers.0.pools.{index}", index) if parts.pool else {}
     decoder, answered = _decoder(told, encoder.dim, parts)
-    return PerceiverIO(adapter, encoder, queries.Given(decoder.query_dim), decoder), sources | answered
+    return PerceiverIO(adapter, encoder, queries.External(decoder.query_dim), decoder), sources | answered
 
 
 def _decoder(told: Told, dim: int, parts: _Parts) -> tuple[Decoder, Sources]:
@@ -234,12 +234,12 @@ def _decoder(told: Told, dim: int, parts: _Parts) -> tuple[Decoder, Sources]:
     decoder = Decoder(
         dim,
         query_dim=told.size("queries_dim", "decoder_cross_attn.norm.weight"),
-        out=told.agreed("logits_dim", out, "to_logits"),
-        heads=parts.heads[0],
-        read=parts.answer if has_mlp else partial(parts.answer, mlp=None),
+        out_dim=told.agreed("logits_dim", out, "to_logits"),
+        num_heads=parts.heads[0],
+        cross_attention=parts.answer if has_mlp else partial(parts.answer, mlp=None),
     )
-    sources = _read("decoder.read", "decoder_cross_attn")
-    sources |= _mlp("decoder.read", "decoder_ff") if has_mlp else {}
+    sources = _read("decoder.cross_attention", "decoder_cross_attn")
+    sources |= _mlp("decoder.cross_attention", "decoder_ff") if has_mlp else {}
     return decoder, sources | (both("decoder.output", "to_logits") if has_logits else {})
 
 

@@ -184,14 +184,14 @@ def _check_described(model: nn.Module, config: Mapping[str, Any], numerics: Nume
     """Raises ValueError unless a configuration makes this model, here and in transformers."""
     with torch.device("meta"):
         made, theirs = build(config, numerics), build(_as_transformers_computes(config, numerics))
-    wanted, found = registry.describe(made), registry.describe(model)
+    wanted, found = registry.to_config(made), registry.to_config(model)
     different = _difference(wanted, found) or changes_of(made, model)
     different = different or misfits(kinds_of(tensors_of(made)), kinds_of(tensors_of(model)))
     if different:
         raise ValueError(
             f"model must be the {_kind(config)} that config and numerics make: {different}. Give what it was made with"
         )
-    different = _difference(registry.describe(theirs), found)
+    different = _difference(registry.to_config(theirs), found)
     if not different and numerics.transposed and STEM in names(config):
         different = "the kernel of its stem is turned"
     if different:
@@ -206,8 +206,8 @@ def _as_transformers_computes(config: Mapping[str, Any], numerics: Numerics) -> 
     written = {"model_type": "perceiver", **config}
     written.pop("torch_dtype", None)  # its name before it was dtype
     if _filled_in(config)["hidden_act"] == "gelu":
-        told, known = registry.describe(numerics.activation), {"gelu": TRANSFORMERS.activation, **ACTIVATIONS}
-        found = [name for name, activation in known.items() if registry.describe(activation) == told]
+        told, known = registry.to_config(numerics.activation), {"gelu": TRANSFORMERS.activation, **ACTIVATIONS}
+        found = [name for name, activation in known.items() if registry.to_config(activation) == told]
         written["hidden_act"] = (found or ["gelu"])[0]
     return written
 
@@ -264,7 +264,7 @@ def names(config: Mapping[str, Any]) -> dict[str, str]:
         _multimodal(found, adapter, "perceiver.decoder")
     elif kind != "PerceiverForOpticalFlow":
         found[f"{decoder}.output_position_encodings.position_embeddings"] = "queries.vectors"
-    _layer(found, f"{decoder}.decoding_cross_attention", "decoder.read", cross=True)
+    _layer(found, f"{decoder}.decoding_cross_attention", "decoder.cross_attention", cross=True)
     return found
 
 

@@ -28,7 +28,7 @@ def origin(path: Path) -> str:
         >>> import perceiver_core as pc
         >>> from perceiver_core.checkpoints.origin import origin
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     origin(pc.save(pc.Encoder(10, latents=7, dim=32, depth=1, heads=4), folder))
+        ...     origin(pc.save(pc.Encoder(10, num_latents=7, dim=32, depth=1, num_heads=4), folder))
         'perceiver-core'
     """
     if path.is_dir():

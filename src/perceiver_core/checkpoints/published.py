@@ -40,7 +40,7 @@ class Numerics(NamedTuple):
     transposed: bool
 
 
-TRANSFORMERS = Numerics(nn.GELU(), adapters.UnpaddedConvStem, residual=True, transposed=False)
+TRANSFORMERS = Numerics(nn.GELU(), adapters.SymmetricPadConvStem, residual=True, transposed=False)
 DEEPMIND = Numerics(nn.GELU("tanh"), adapters.ConvStem, residual=False, transposed=True)
 
 # What a configuration names; "gelu" is a choice of numerics.
@@ -69,7 +69,7 @@ def sequence_classification(c: Config, n: Numerics) -> PerceiverIO:
 
 def image_classification_learned(c: Config, n: Numerics) -> PerceiverIO:
     """Pictures to classes: pixels projected, learned positions."""
-    where = positions.Projected(positions.Learned((c["image_size"],) * 2, 256), 256)
+    where = positions.Projected(positions.LearnedGrid((c["image_size"],) * 2, 256), 256)
     image = adapters.Image(3, positions=where, stem=partial(adapters.Project, dim=256))
     return _classifier(image, c, n, residual=n.residual)
 
@@ -91,7 +91,7 @@ def optical_flow(c: Config, n: Numerics) -> PerceiverIO:
     pair = adapters.FramePair(positions=positions.Fourier(2, 64, max_resolution=size))
     encoder = _encoder(pair.dim, c, n)
     ask = queries.FromInputs(pair.dim)
-    return PerceiverIO(pair, encoder, ask, _decoder(encoder, ask, 2, c, n), heads.OnGrid(size, scale=0.01))
+    return PerceiverIO(pair, encoder, ask, _decoder(encoder, ask, 2, c, n), heads.Grid(size, scale=0.01))
 
 
 def multimodal_autoencoding(c: Config, n: Numerics) -> PerceiverIO:
@@ -103,25 +103,25 @@ def multimodal_autoencoding(c: Config, n: Numerics) -> PerceiverIO:
     everything = adapters.Multimodal(
         {
             "audio": adapters.Audio(patch, positions=sound),
-            "image": adapters.Video(positions=film, patch=(1, 4, 4)),
-            "label": adapters.Label(c["num_labels"]),
+            "image": adapters.Video(positions=film, patch_size=(1, 4, 4)),
+            "label": adapters.OneHotLabel(c["num_labels"]),
         },
-        least=4,
-        hide={"audio": 0.0, "image": 0.0, "label": 1.0},
+        min_modality_channels=4,
+        token_mask_rate={"audio": 0.0, "image": 0.0, "label": 1.0},
     )
     ask = queries.Multimodal(
         {
-            "audio": queries.OnGrid((samples // patch,), sound, at_left=True),
-            "image": queries.OnGrid(c["output_shape"][1:], film, at_left=True),
+            "audio": queries.Grid((samples // patch,), sound, endpoint=False),
+            "image": queries.Grid(c["output_shape"][1:], film, endpoint=False),
             "label": queries.Learned(1, c["_label_trainable_num_channels"]),
         },
-        least=2,
+        min_modality_channels=2,
     )
     encoder, dim = _encoder(everything.dim, c, n), c["output_num_channels"]
     answers = {
-        "audio": heads.Samples(dim, patch),
-        "image": heads.Values(dim, 3),
-        "label": heads.Only(heads.Values(dim, c["num_labels"])),
+        "audio": heads.Waveform(dim, patch),
+        "image": heads.Linear(dim, 3),
+        "label": heads.SingleQuery(heads.Linear(dim, c["num_labels"])),
     }
     return PerceiverIO(everything, encoder, ask, _decoder(encoder, ask, dim, c, n), heads.Multimodal(answers))
 
@@ -137,9 +137,9 @@ MODELS: dict[str, Callable[[Config, Numerics], PerceiverIO]] = {
 }
 
 
-def _text(c: Config) -> adapters.Ids:
-    where = positions.Indexed(c["max_position_embeddings"], c["d_model"])
-    return adapters.Ids(c["vocab_size"], c["d_model"], positions=where, count_hidden=True)
+def _text(c: Config) -> adapters.TokenEmbedding:
+    where = positions.LearnedEmbedding(c["max_position_embeddings"], c["d_model"])
+    return adapters.TokenEmbedding(c["vocab_size"], c["d_model"], positions=where, positions_include_padding=True)
 
 
 def _classifier(adapter: Any, c: Config, n: Numerics, *, residual: bool = True) -> PerceiverIO:
@@ -147,7 +147,7 @@ def _classifier(adapter: Any, c: Config, n: Numerics, *, residual: bool = True) 
     encoder = _encoder(adapter.dim, c, n)
     ask = queries.Learned(1, encoder.dim)
     decoder = _decoder(encoder, ask, c["num_labels"], c, n, residual=residual)
-    return PerceiverIO(adapter, encoder, ask, decoder, heads.Only())
+    return PerceiverIO(adapter, encoder, ask, decoder, heads.SingleQuery())
 
 
 def _encoder(width: int, c: Config, n: Numerics) -> Encoder:
@@ -157,23 +157,23 @@ def _encoder(width: int, c: Config, n: Numerics) -> Encoder:
     cross = partial(MultiHeadAttention, qk_dim=reads, v_dim=v, dropout=dropout)
     own = partial(MultiHeadAttention, qk_dim=qk, v_dim=v, out_dim=None, dropout=dropout)
     widening = c["cross_attention_widening_factor"], c["self_attention_widening_factor"]
-    mlps = [partial(MLP, widening=factor, activation=_activation(c, n)) for factor in widening]
+    mlps = [partial(MLP, widening_factor=factor, activation=_activation(c, n)) for factor in widening]
     read = partial(
         CrossAttend,
-        heads=c["num_cross_attention_heads"],
+        num_heads=c["num_cross_attention_heads"],
         attention=cross,
         mlp=mlps[0],
         residual=c["use_query_residual"],
     )
-    process = partial(LatentTransformer, repeats=c["num_blocks"], block=partial(SelfAttend, attention=own, mlp=mlps[1]))
+    process = partial(LatentTransformer, num_repeats=c["num_blocks"], block=partial(SelfAttend, attention=own, mlp=mlps[1]))
     return Encoder(
         width,
-        latents=c["num_latents"],
+        num_latents=c["num_latents"],
         dim=c["d_latents"],
         depth=c["num_self_attends_per_block"],
-        heads=c["num_self_attention_heads"],
-        read=read,
-        process=process,
+        num_heads=c["num_self_attention_heads"],
+        cross_attention=read,
+        latent_transformer=process,
     )
 
 
@@ -193,7 +193,7 @@ def _decoder(
     attend = partial(MultiHeadAttention, dropout=c["attention_probs_dropout_prob"], **widths)
     mlp = partial(MLP, activation=_activation(c, n))
     read = partial(CrossAttend, attention=attend, mlp=mlp, residual=residual)
-    return Decoder(encoder.dim, query_dim=ask.dim, out=out, heads=heads, read=read)
+    return Decoder(encoder.dim, query_dim=ask.dim, out_dim=out, num_heads=heads, cross_attention=read)
 
 
 def _activation(c: Config, n: Numerics) -> nn.Module:

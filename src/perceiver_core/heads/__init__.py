@@ -1,19 +1,19 @@
 """Heads: what turns latents, or the answers of a decoder, into an output."""
 
-from perceiver_core.heads.of_answers import Multimodal, OnGrid, Only, Patches, Samples, Values
-from perceiver_core.heads.of_latents import Classify, Latents, Regress
-from perceiver_core.heads.of_tokens import Logits, TiedLogits
+from perceiver_core.heads import Grid, Linear, Multimodal, SingleQuery, Unpatchify, Waveform
+from perceiver_core.heads import Classification, Identity, Regression
+from perceiver_core.heads import Logits, TiedLogits
 
 __all__ = [
-    "Classify",
-    "Latents",
+    "Classification",
+    "Identity",
     "Logits",
     "Multimodal",
-    "OnGrid",
-    "Only",
-    "Patches",
-    "Regress",
-    "Samples",
+    "Grid",
+    "SingleQuery",
+    "Unpatchify",
+    "Regression",
+    "Waveform",
     "TiedLogits",
-    "Values",
+    "Linear",
 ]

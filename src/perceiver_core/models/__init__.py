@@ -1,6 +1,6 @@
 """Whole models, each a page that reads like its paper's figure."""
 
-from perceiver_core.models import papers, sampling
+from perceiver_core.models import presets, sampling
 from perceiver_core.models.generate import generate, stream
 from perceiver_core.models.hierarchical import HierarchicalAutoencoder, HierarchicalPerceiver
 from perceiver_core.models.perceiver import Perceiver
@@ -18,7 +18,7 @@ __all__ = [
     "PerceiverIO",
     "Resampler",
     "generate",
-    "papers",
+    "presets",
     "sampling",
     "stream",
 ]

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from perceiver_core import checks
-from perceiver_core.attention import masks
+from perceiver_core import masks
 from perceiver_core.blocks import KeysValues
 from perceiver_core.models.perceiver_ar import PerceiverAR, causal
 from perceiver_core.models.sampling import Choice, greedy
@@ -32,46 +32,49 @@ def generate(  # noqa: PLR0913 (what to go on from, how far, and how)
     *,
     max_new_tokens: int,
     mask: Bool[Tensor, "b n"] | None = None,
-    choose: Choice = greedy,
-    stop: int | Collection[int] = (),
-    start: int | None = None,
-    context: int | None = None,
-    cache: bool = True,
+    sampler: Choice = greedy,
+    stop_ids: int | Collection[int] = (),
+    num_initial_latents: int | None = None,
+    context_length: int | None = None,
+    use_cache: bool = True,
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, "b t"]:
     """The ids that follow a prompt.
 
     Args:
         model: in evaluation mode.
-        prompt: whole numbers, one at least; longer than `context`, its end is read.
+        prompt: whole numbers, one at least; longer than `context_length`, its end is read.
         max_new_tokens: how many ids to generate, at most.
         mask: which tokens of the prompt are there, True = attend; shorter prompts are padded on the left.
-        choose: from logits `b v` and the generator to ids `b`: `sampling.greedy`, `sampling.Sample`, or your own.
-        stop: the id, or ids, that end a sample. A sample that has ended repeats that id until all have.
-        start: how many tokens are latents when a window starts, at most; half of the model's latents unless given.
-        context: how many of the last tokens are read, at most: of a longer sequence what a model would make of its end
-            alone, positions counted from there. As many as the model has positions for unless given; all where these
-            have no end (`positions.Rotary`). Memory is bounded by it. Beyond it, an id costs what it does without a
-            cache: a read of `context` tokens, and the latents.
-        cache: whether keys and values are kept. Without, everything is computed again for every id, to the same result.
-        generator: what `choose` draws from.
+        sampler: from logits `b v` and the generator to ids `b`: `sampling.greedy`, `sampling.Sample`, or your own.
+        stop_ids: the id, or ids, that end a sample. A sample that has ended repeats that id until all have.
+        num_initial_latents: how many tokens are latents when a window starts, at most; half of the model's latents
+            unless given.
+        context_length: how many of the last tokens are read, at most: of a longer sequence what a model would make of
+            its end alone, positions counted from there. As many as the model has positions for unless given; all where
+            these have no end (`positions.Rotary`). Memory is bounded by it. Beyond it, an id costs what it does without
+            a
+            cache: a read of `context_length` tokens, and the latents.
+        use_cache: whether keys and values are kept. Without, everything is computed again for every id, to the same
+            result.
+        generator: what `sampler` draws from.
 
     Returns:
         The new ids; fewer than `max_new_tokens` if all samples ended before.
 
     Raises:
-        TypeError: a prompt, or what `choose` gives, that is not of whole numbers; a model, `choose`, `stop` or
+        TypeError: a prompt, or what `sampler` gives, that is not of whole numbers; a model, `sampler`, `stop_ids` or
             generator that is none.
         ValueError: an empty prompt, ids outside the vocabulary, a mask of another shape or padded elsewhere, numbers
             out of range, a context of more tokens than the model has positions for, a model in training mode; not one
-            id a sample from `choose`.
+            id a sample from `sampler`.
 
     Example:
         >>> import torch
         >>> import perceiver_core as pc
-        >>> model = pc.PerceiverAR(pc.adapters.Ids(vocabulary=256, dim=32), latents=8, depth=2, heads=4).eval()
+        >>> model = pc.PerceiverAR(pc.adapters.TokenEmbedding(vocab_size=256, dim=32), num_latents=8, depth=2, num_heads=4).eval()
         >>> prompt = torch.tensor([list(b"once upon a time")])
-        >>> pc.generate(model, prompt, max_new_tokens=20, choose=pc.models.sampling.Sample(top_p=0.9)).shape
+        >>> pc.generate(model, prompt, max_new_tokens=20, sampler=pc.models.sampling.Sample(top_p=0.9)).shape
         torch.Size([1, 20])
 
     Reference: google-research/perceiver-ar, sample_utils.py, `reset_memory`: there too a full window is computed anew
@@ -82,11 +85,11 @@ def generate(  # noqa: PLR0913 (what to go on from, how far, and how)
         prompt,
         max_new_tokens=max_new_tokens,
         mask=mask,
-        choose=choose,
-        stop=stop,
-        start=start,
-        context=context,
-        cache=cache,
+        sampler=sampler,
+        stop_ids=stop_ids,
+        num_initial_latents=num_initial_latents,
+        context_length=context_length,
+        use_cache=use_cache,
         generator=generator,
     )
     return torch.stack(list(steps), dim=1)
@@ -98,39 +101,39 @@ def stream(  # noqa: PLR0913 (as above)
     *,
     max_new_tokens: int,
     mask: Bool[Tensor, "b n"] | None = None,
-    choose: Choice = greedy,
-    stop: int | Collection[int] = (),
-    start: int | None = None,
-    context: int | None = None,
-    cache: bool = True,
+    sampler: Choice = greedy,
+    stop_ids: int | Collection[int] = (),
+    num_initial_latents: int | None = None,
+    context_length: int | None = None,
+    use_cache: bool = True,
     generator: torch.Generator | None = None,
 ) -> Iterator[Int[Tensor, " b"]]:
     """The ids that follow a prompt, one step at a time, each as soon as it is there.
 
-    Args and errors, which come with the call but for those of what `choose` gives, are those of `generate`.
+    Args and errors, which come with the call but for those of what `sampler` gives, are those of `generate`.
 
     Example:
         >>> import torch
         >>> import perceiver_core as pc
-        >>> model = pc.PerceiverAR(pc.adapters.Ids(vocabulary=256, dim=32), latents=8, depth=2, heads=4).eval()
+        >>> model = pc.PerceiverAR(pc.adapters.TokenEmbedding(vocab_size=256, dim=32), num_latents=8, depth=2, num_heads=4).eval()
         >>> for ids in pc.models.stream(model, torch.tensor([[1, 2, 3]]), max_new_tokens=5):
         ...     assert ids.shape == (1,)
     """
-    _check_parts(model, choose, generator)
-    start = max(1, model.latents // 2) if start is None else start
-    ends = _ids_of(stop, model.vocabulary)
-    context = _check_numbers(model, prompt, mask, max_new_tokens, start, context)
-    logits = _cached if cache else _recomputed
+    _check_parts(model, sampler, generator)
+    num_initial_latents = max(1, model.latents // 2) if num_initial_latents is None else num_initial_latents
+    ends = _ids_of(stop_ids, model.vocabulary)
+    context_length = _check_numbers(model, prompt, mask, max_new_tokens, num_initial_latents, context_length)
+    logits = _cached if use_cache else _recomputed
 
     def chosen(found: Tensor) -> Tensor:
-        ids = choose(found, generator)
+        ids = sampler(found, generator)
         _check_chosen(ids, found)
         return ids
 
-    return _stream(logits, _Stream(model, prompt.long(), mask, start, context), max_new_tokens, chosen, ends)
+    return _stream(logits, _Stream(model, prompt.long(), mask, num_initial_latents, context_length), max_new_tokens, chosen, ends)
 
 
-def plan(latents: int, start: int) -> Iterator[int]:
+def plan(num_latents: int, num_initial_latents: int) -> Iterator[int]:
     """How many of the last tokens are latents for each new id, or all where there are fewer.
 
     It does not depend on the prompt, so samples of a batch follow it together as they would alone.
@@ -138,10 +141,10 @@ def plan(latents: int, start: int) -> Iterator[int]:
     Example:
         >>> from itertools import islice
         >>> from perceiver_core.models.generate import plan
-        >>> list(islice(plan(latents=6, start=3), 7))
+        >>> list(islice(plan(num_latents=6, num_initial_latents=3), 7))
         [3, 4, 5, 6, 3, 4, 5]
     """
-    return cycle(range(start, latents + 1))
+    return cycle(range(num_initial_latents, num_latents + 1))
 
 
 class _Stream:

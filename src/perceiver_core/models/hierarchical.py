@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from perceiver_core import checks, init
 from perceiver_core.blocks import CrossAttend, GroupedRead, Level
-from perceiver_core.blocks.grouped_read import PROCESS, grouped
+from perceiver_core.blocks.grouped_read import LATENT_TRANSFORMER, grouped
 from perceiver_core.positions import Positions
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
@@ -40,11 +40,11 @@ class HierarchicalPerceiver(nn.Module):
         input_dim: the width of the input's tokens.
         levels: the sizes of each level. The paper's groups become fewer, as 16, 4, 1.
         positions: position features that are added to the embedded input, whose width is theirs; the paper's are
-            learned and low-dimensional: `positions.Learned((n,), dim=32)`.
+            learned and low-dimensional: `positions.LearnedGrid((n,), dim=32)`.
         decode: the sizes of the levels after these. The first is opposite the last level but one, and so on back to
             the first, each with as many groups and latents as the level opposite.
-        read: makes the cross-attend of a level from (dim, input_dim).
-        process: makes its latent transformer from (dim, depth=depth, heads=heads).
+        cross_attention: makes the cross-attend of a level from (dim, input_dim).
+        latent_transformer: makes its latent transformer from (dim, depth=depth, heads=heads).
 
     Raises:
         TypeError: positions that are none.
@@ -53,8 +53,8 @@ class HierarchicalPerceiver(nn.Module):
     Example:
         >>> import torch
         >>> import perceiver_core as pc
-        >>> levels = [pc.Level(16, latents=4, dim=32), pc.Level(4, latents=8, dim=48), pc.Level(1, latents=8, dim=64)]
-        >>> encoder = pc.HierarchicalPerceiver(3, levels=levels, positions=pc.positions.Learned((500,), dim=32))
+        >>> levels = [pc.Level(16, num_latents=4, dim=32), pc.Level(4, num_latents=8, dim=48), pc.Level(1, num_latents=8, dim=64)]
+        >>> encoder = pc.HierarchicalPerceiver(3, levels=levels, positions=pc.positions.LearnedGrid((500,), dim=32))
         >>> encoder(torch.randn(2, 500, 3)).shape
         torch.Size([2, 8, 64])
 
@@ -69,18 +69,18 @@ class HierarchicalPerceiver(nn.Module):
         levels: Sequence[Level],
         positions: Positions,
         decode: Sequence[Level] = (),
-        read: Callable[..., nn.Module] = CrossAttend,
-        process: Callable[..., nn.Module] = PROCESS,
+        cross_attention: Callable[..., nn.Module] = CrossAttend,
+        latent_transformer: Callable[..., nn.Module] = LATENT_TRANSFORMER,
     ) -> None:
         super().__init__()
         checks.positive(input_dim=input_dim)
         if isinstance(positions, type) or not isinstance(positions, Positions):
-            raise TypeError(f"positions must be an object such as positions.Learned((n,), dim=32); got {positions!r}")
+            raise TypeError(f"positions must be an object such as positions.LearnedGrid((n,), dim=32); got {positions!r}")
         opposites = _opposites(levels, decode)
         self.input_dim, self.positions = input_dim, positions
         self.embed = init.linear(input_dim, positions.dim)
         widths = [positions.dim, *(level.dim for level in (*levels, *decode))]
-        make = partial(GroupedRead, read=read, process=process)
+        make = partial(GroupedRead, cross_attention=cross_attention, latent_transformer=latent_transformer)
         self.encoding = nn.ModuleList(make(width, level) for width, level in zip(widths, levels, strict=False))
         self.decoding = nn.ModuleList(
             make(width, level, skip_dim=opposite.dim)
@@ -121,7 +121,7 @@ class HierarchicalPerceiver(nn.Module):
 
     def _embedded(self, inputs: Tokens | Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Tokens with their positions added, and which of them are there."""
-        x = inputs.dense() if isinstance(inputs, Tokens) else inputs
+        x = inputs.materialize() if isinstance(inputs, Tokens) else inputs
         checks.is_floating("inputs", x)
         checks.has_shape("inputs", x, "b n c", last=self.input_dim)
         checks.same_place("inputs", x, self.embed.weight)
@@ -143,14 +143,14 @@ class HierarchicalAutoencoder(nn.Module):
     Args:
         perceiver: whose last level has the groups that the answer is made of.
         output_dim: the width of the answer; that of the input unless given.
-        read: makes a cross-attend from (dim, input_dim, residual=False).
+        cross_attention: makes a cross-attend from (dim, input_dim, residual=False).
 
     Example:
         >>> import torch
         >>> import perceiver_core as pc
         >>> from perceiver_core.models import HierarchicalAutoencoder
-        >>> levels = [pc.Level(16, latents=4, dim=32), pc.Level(1, latents=8, dim=64)]
-        >>> where = pc.positions.Learned((500,), dim=32)
+        >>> levels = [pc.Level(16, num_latents=4, dim=32), pc.Level(1, num_latents=8, dim=64)]
+        >>> where = pc.positions.LearnedGrid((500,), dim=32)
         >>> perceiver = pc.HierarchicalPerceiver(3, levels=levels, positions=where, decode=levels[:1])
         >>> HierarchicalAutoencoder(perceiver)(torch.randn(2, 500, 3), mask=torch.rand(2, 500) < 0.15).shape
         torch.Size([2, 500, 3])
@@ -164,12 +164,12 @@ class HierarchicalAutoencoder(nn.Module):
         perceiver: HierarchicalPerceiver,
         output_dim: int | None = None,
         *,
-        read: Callable[..., nn.Module] = CrossAttend,
+        cross_attention: Callable[..., nn.Module] = CrossAttend,
     ) -> None:
         super().__init__()
         self.perceiver = perceiver
         width = perceiver.positions.dim
-        self.read = read(width, perceiver.dim, residual=False)
+        self.cross_attention = cross_attention(width, perceiver.dim, residual=False)
         self.output = init.linear(width, perceiver.input_dim if output_dim is None else output_dim)
 
     def forward(
@@ -181,10 +181,10 @@ class HierarchicalAutoencoder(nn.Module):
             inputs: as those of `HierarchicalPerceiver`.
             mask: likewise.
         """
-        groups, latents = self.perceiver.level.groups, self.perceiver(inputs, mask=mask)
+        groups, latents = self.perceiver.level.num_groups, self.perceiver(inputs, mask=mask)
         places = self.perceiver.places(inputs)
         queries = repeat(grouped(places.unsqueeze(0), groups), "g n p -> (b g) n p", b=latents.shape[0])
-        answers = self.read(queries, rearrange(latents, "b (g z) d -> (b g) z d", g=groups))
+        answers = self.cross_attention(queries, rearrange(latents, "b (g z) d -> (b g) z d", g=groups))
         out: Tensor = rearrange(self.output(answers), "(b g) n o -> b (g n) o", g=groups)
         return F.pad(
             out, (0, 0, 0, places.shape[0] - out.shape[1])
@@ -199,9 +199,9 @@ def _opposites(levels: Sequence[Level], decode: Sequence[Level]) -> list[Level]:
     if len(decode) > len(opposites):
         raise ValueError(f"decode must have at most {len(opposites)} levels, one less than levels; got {len(decode)}")
     for number, (level, opposite) in enumerate(zip(decode, opposites, strict=False)):
-        if (level.groups, level.latents) != (opposite.groups, opposite.latents):
+        if (level.num_groups, level.num_latents) != (opposite.num_groups, opposite.num_latents):
             raise ValueError(
-                f"decode level {number} must have the groups and latents of the level opposite, {opposite.groups} x "
-                f"{opposite.latents}; got {level.groups} x {level.latents}"
+                f"decode level {number} must have the groups and latents of the level opposite, {opposite.num_groups} x "
+                f"{opposite.num_latents}; got {level.num_groups} x {level.num_latents}"
             )
     return opposites

@@ -28,9 +28,9 @@ class Perceiver(nn.Module):
     Example:
         >>> import torch
         >>> import perceiver_core as pc
-        >>> image = pc.adapters.Image(channels=3, positions=pc.positions.Fourier(axes=2, bands=8, max_resolution=32))
-        >>> encoder = pc.Encoder(image.dim, latents=16, dim=32, reads=2, depth=2, heads=4)
-        >>> model = pc.Perceiver(image, encoder, pc.heads.Classify(encoder.dim, classes=10))
+        >>> image = pc.adapters.Image(num_channels=3, positions=pc.positions.Fourier(num_axes=2, num_bands=8, max_resolution=32))
+        >>> encoder = pc.Encoder(image.dim, num_latents=16, dim=32, num_reads=2, depth=2, num_heads=4)
+        >>> model = pc.Perceiver(image, encoder, pc.heads.Classification(encoder.dim, num_classes=10))
         >>> model(torch.rand(2, 3, 31, 23)).shape
         torch.Size([2, 10])
 

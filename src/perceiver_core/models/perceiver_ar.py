@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perceiver_core import checks
-from perceiver_core.attention import masks
-from perceiver_core.attention.masks import Mask
+from perceiver_core import masks
+from perceiver_core.masks import Mask
 from perceiver_core.blocks import CrossAttend, LatentTransformer, MultiHeadAttention, SelfAttend
 from perceiver_core.heads import TiedLogits
 from perceiver_core.positions import Rotary
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
-TURNED = partial(MultiHeadAttention, rotary=Rotary())  # it holds nothing, so all layers may have the same
-READ = partial(CrossAttend, attention=TURNED)
-PROCESS = partial(LatentTransformer, block=partial(SelfAttend, attention=TURNED))
+ROTARY_ATTENTION = partial(MultiHeadAttention, rotary=Rotary())  # it holds nothing, so all layers may have the same
+CROSS_ATTENTION = partial(CrossAttend, attention=ROTARY_ATTENTION)
+LATENT_TRANSFORMER = partial(LatentTransformer, block=partial(SelfAttend, attention=ROTARY_ATTENTION))
 
 
 @register
@@ -34,23 +34,24 @@ class PerceiverAR(nn.Module):
         latents = transformer(latents, causal)          b m d
         logits  = logits(norm(latents))                 b m vocabulary
 
-    The cost in the length of the context is that of one read. Sequences shorter than `latents` have a latent a token.
+    The cost in the length of the context is that of one read. Sequences shorter than `num_latents` have a latent a
+    token.
 
     Args:
-        embed: ids to tokens, with `dim` and `vocabulary`; see `adapters.Ids`.
-        latents: how many of the last tokens are latents, at most.
+        embedding: ids to tokens, with `dim` and `vocabulary`; see `adapters.TokenEmbedding`.
+        num_latents: how many of the last tokens are latents, at most.
         depth: how many self-attends follow the read.
-        heads: heads of these, and of nothing else.
-        read: makes the cross-attend from (dim, dim), with heads of its own: one, as `CrossAttend` has unless told. For
-            eight write `read=partial(perceiver_ar.READ, heads=8)`, as below.
-        process: makes the latent transformer from (dim, depth=depth, heads=heads).
+        num_heads: heads of these, and of nothing else.
+        cross_attention: makes the cross-attend from (dim, dim), with heads of its own: one, as `CrossAttend` has unless
+            told. For eight write `read=partial(perceiver_ar.CROSS_ATTENTION, heads=8)`, as below.
+        latent_transformer: makes the latent transformer from (dim, depth=depth, heads=heads).
         norm: makes the norm before the logits from a width.
-        logits: makes what gives logits from `embed`: `heads.TiedLogits`, `heads.Logits`, or your own.
+        head: makes what gives logits from `embedding`: `heads.TiedLogits`, `heads.Logits`, or your own.
         prefix_dropout: the share of the tokens before the latents that a sample does not read in training, drawn anew
             each time: exactly so many, rounded down.
 
-    Unless given, `read` and `process` turn queries and keys by their positions (`positions.Rotary`, all channels).
-    Parts that do not need an `embed` with positions.
+    Unless given, `cross_attention` and `latent_transformer` turn queries and keys by their positions
+    (`positions.Rotary`, all channels). Parts that do not need an `embedding` with positions.
 
     Raises:
         ValueError: sizes below 1, a rate outside [0, 1).
@@ -58,7 +59,7 @@ class PerceiverAR(nn.Module):
     Example:
         >>> import torch
         >>> import perceiver_core as pc
-        >>> model = pc.PerceiverAR(pc.adapters.Ids(vocabulary=256, dim=32), latents=8, depth=2, heads=4)
+        >>> model = pc.PerceiverAR(pc.adapters.TokenEmbedding(vocab_size=256, dim=32), num_latents=8, depth=2, num_heads=4)
         >>> text = torch.tensor([list(b"a long context, read by its end")])
         >>> model(text).shape, model.loss(text).shape
         (torch.Size([1, 8, 256]), torch.Size([]))
@@ -67,8 +68,8 @@ class PerceiverAR(nn.Module):
 
         >>> from functools import partial
         >>> from perceiver_core.models import perceiver_ar
-        >>> embed, read = pc.adapters.Ids(vocabulary=256, dim=32), partial(perceiver_ar.READ, heads=4)
-        >>> pc.PerceiverAR(embed, latents=8, depth=2, heads=4, read=read).read.attention.heads
+        >>> embed, read = pc.adapters.TokenEmbedding(vocab_size=256, dim=32), partial(perceiver_ar.CROSS_ATTENTION, num_heads=4)
+        >>> pc.PerceiverAR(embed, num_latents=8, depth=2, num_heads=4, cross_attention=read).cross_attention.attention.num_heads
         4
 
     Reference: Hawthorne et al. 2022, "General-purpose, long-context autoregressive modeling with Perceiver AR"; prefix
@@ -77,26 +78,26 @@ class PerceiverAR(nn.Module):
 
     def __init__(  # noqa: PLR0913 (each is a number or a part of the figure)
         self,
-        embed: nn.Module,
+        embedding: nn.Module,
         *,
-        latents: int,
+        num_latents: int,
         depth: int = 6,
-        heads: int = 8,
-        read: Callable[..., nn.Module] = READ,
-        process: Callable[..., nn.Module] = PROCESS,
+        num_heads: int = 8,
+        cross_attention: Callable[..., nn.Module] = CROSS_ATTENTION,
+        latent_transformer: Callable[..., nn.Module] = LATENT_TRANSFORMER,
         norm: Callable[[int], nn.Module] = nn.LayerNorm,
-        logits: Callable[[nn.Module], nn.Module] = TiedLogits,
+        head: Callable[[nn.Module], nn.Module] = TiedLogits,
         prefix_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        checks.positive(latents=latents, heads=heads)
+        checks.positive(num_latents=num_latents, num_heads=num_heads)
         checks.probability(prefix_dropout=prefix_dropout)
-        self.embed, self.latents, self.prefix_dropout = embed, latents, prefix_dropout
-        self.logits = logits(embed)  # says what an adapter lacks
-        self.dim: int = embed.dim  # type: ignore[assignment]
-        self.vocabulary: int = embed.vocabulary  # type: ignore[assignment]
-        self.read = read(self.dim, self.dim)
-        self.process = process(self.dim, depth=depth, heads=heads)
+        self.embedding, self.num_latents, self.prefix_dropout = embedding, num_latents, prefix_dropout
+        self.head = head(embedding)  # says what an adapter lacks
+        self.dim: int = embedding.dim  # type: ignore[assignment]
+        self.vocab_size: int = embedding.vocab_size  # type: ignore[assignment]
+        self.cross_attention = cross_attention(self.dim, self.dim)
+        self.latent_transformer = latent_transformer(self.dim, depth=depth, num_heads=num_heads)
         self.norm = norm(self.dim)
 
     def forward(
@@ -104,7 +105,7 @@ class PerceiverAR(nn.Module):
         ids: Shaped[Tensor, "b n"],
         *,
         mask: Bool[Tensor, "b n"] | None = None,
-        latents: int | None = None,
+        num_latents: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "b m vocabulary"]:
         """Logits of the id after each of the last m tokens.
@@ -113,18 +114,18 @@ class PerceiverAR(nn.Module):
             ids: whole numbers.
             mask: which tokens are there, True = attend; shorter sequences are padded on the left. Where a latent is
                 padding its logits mean nothing.
-            latents: how many of the last tokens are latents; the constructor's unless given.
+            num_latents: how many of the last tokens are latents; the constructor's unless given.
             generator: what prefix dropout draws from.
 
         Raises:
-            TypeError, ValueError: ids or a mask that cannot be read; see `adapters.Ids`.
+            TypeError, ValueError: ids or a mask that cannot be read; see `adapters.TokenEmbedding`.
         """
-        if latents is not None:
-            checks.positive(latents=latents)
-        x, m = self.tokens(ids, mask=mask), self.latents if latents is None else latents
+        if num_latents is not None:
+            checks.positive(num_latents=num_latents)
+        x, m = self.tokens(ids, mask=mask), self.num_latents if num_latents is None else num_latents
         read, allowed = self._memory(x, mask, m, generator)
-        z = self.read(x[:, -m:], read, mask=allowed)
-        z = self.process(z, mask=causal(None if mask is None else mask[:, -m:]))
+        z = self.cross_attention(x[:, -m:], read, mask=allowed)
+        z = self.latent_transformer(z, mask=causal(None if mask is None else mask[:, -m:]))
         return self.answer(z)
 
     def loss(
@@ -145,7 +146,7 @@ class PerceiverAR(nn.Module):
             ValueError: sequences of one id, which leave nothing to foresee; a mask padded elsewhere, or that leaves
                 no sample more than one.
         """
-        checks.ids("ids", ids, self.vocabulary)
+        checks.ids("ids", ids, self.vocab_size)
         if ids.shape[1] < 2:
             raise ValueError(f"ids must be at least 2 long, one to read and one to foresee; got {tuple(ids.shape)}")
         before = None
@@ -173,14 +174,14 @@ class PerceiverAR(nn.Module):
             positions: the index of each in its sequence, where these are a part of it.
         """
         where = {} if positions is None else {"positions": positions}
-        made: Tokens = self.embed(ids, mask=mask, **where)
+        made: Tokens = self.embedding(ids, mask=mask, **where)
         if mask is not None and positions is None:
             checks.padded_on_the_left("mask", mask)
-        return made.dense()
+        return made.materialize()
 
     def answer(self, latents: Float[Tensor, "b m d"]) -> Float[Tensor, "b m vocabulary"]:
         """Logits from latents."""
-        logits: Tensor = self.logits(self.norm(latents))
+        logits: Tensor = self.head(self.norm(latents))
         return logits
 
     def _memory(
@@ -198,7 +199,7 @@ class PerceiverAR(nn.Module):
         at = torch.cat([kept, last], dim=1)
         present = None if mask is None else mask.gather(1, at)
         left = x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))
-        read = self.read.keys_values(  # type: ignore[operator]
+        read = self.cross_attention.keys_values(  # type: ignore[operator]
             left, mask=causal(present), queries=latents, positions=at - (n - 1)
         )
         return read, None

@@ -36,12 +36,12 @@ class PerceiverIO(nn.Module):
     Example:
         >>> import torch
         >>> import perceiver_core as pc
-        >>> image = pc.adapters.Image(channels=3, positions=pc.positions.Fourier(axes=2, bands=8, max_resolution=32))
-        >>> encoder = pc.Encoder(image.dim, latents=16, dim=32, depth=2, heads=4)
-        >>> ask = pc.queries.OnGrid(None, image.positions)
-        >>> model = pc.PerceiverIO(image, encoder, ask, pc.Decoder(encoder.dim, query_dim=ask.dim, out=2))
+        >>> image = pc.adapters.Image(num_channels=3, positions=pc.positions.Fourier(num_axes=2, num_bands=8, max_resolution=32))
+        >>> encoder = pc.Encoder(image.dim, num_latents=16, dim=32, depth=2, num_heads=4)
+        >>> ask = pc.queries.Grid(None, image.positions)
+        >>> model = pc.PerceiverIO(image, encoder, ask, pc.Decoder(encoder.dim, query_dim=ask.dim, out_dim=2))
         >>> pictures = torch.rand(2, 3, 31, 23)
-        >>> model(pictures).shape, model(pictures, at=torch.randint(31 * 23, (2, 50))).shape
+        >>> model(pictures).shape, model(pictures, query_inputs=torch.randint(31 * 23, (2, 50))).shape
         (torch.Size([2, 713, 2]), torch.Size([2, 50, 2]))
 
     Reference: Jaegle et al. 2022, "Perceiver IO: A General Architecture for Structured Inputs & Outputs", figure 2.
@@ -69,22 +69,23 @@ class PerceiverIO(nn.Module):
             check_kinds(queries, head)
         self.adapter, self.encoder, self.queries, self.decoder, self.head = adapter, encoder, queries, decoder, head
 
-    def forward(self, inputs: Any, *, mask: Any = None, at: Any = None, query_mask: Any = None) -> Any:
+    def forward(self, inputs: Any, *, mask: Any = None, query_inputs: Any = None, query_mask: Any = None) -> Any:
         """An output for each query.
 
         Args:
             inputs: what the adapter takes.
             mask: which tokens are there, True = attend, in the shape that the adapter says.
-            at: which queries, as `queries` says; all unless given. A loss on some of the outputs needs only these.
+            query_inputs: which queries, as `queries` says; all unless given. A loss on some of the outputs needs only
+                these.
             query_mask: `b q`, which queries are there, True = answer; a dictionary of these where queries are one.
         """
         tokens = self.adapter(inputs) if mask is None else self.adapter(inputs, mask=mask)
-        asked = self.queries(tokens, at=at)
+        asked = self.queries(tokens, query_indices=query_inputs)
         answers = self.decoder(self.encoder(tokens), asked, mask=query_mask)
-        if not getattr(self.head, "sees_questions", False):
+        if not getattr(self.head, "needs_query_layout", False):
             return self.head(answers)
         grid_of = getattr(self.queries, "grid_of", None)
-        return self.head(answers, at=at, grid=None if grid_of is None else grid_of(tokens))
+        return self.head(answers, query_inputs=query_inputs, grid=None if grid_of is None else grid_of(tokens))
 
 
 def check_kinds(queries: Asked, head: Answered) -> None:

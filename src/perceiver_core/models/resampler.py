@@ -23,7 +23,7 @@ from perceiver_core.tokens import Tokens
 FLAMINGO = partial(
     JointAttend,
     attention=partial(MultiHeadAttention, bias=False, out_bias=False),
-    mlp=partial(MLP, widening=4, activation=SquaredReLU(), bias=False),
+    mlp=partial(MLP, widening_factor=4, activation=SquaredReLU(), bias=False),
 )
 """The paper's layer; without biases, as all published code has it."""
 
@@ -38,11 +38,11 @@ class Resampler(nn.Module):
 
     Args:
         input_dim: the width of the features.
-        latents: how many vectors a sample becomes.
+        num_latents: how many vectors a sample becomes.
         dim: their width; `input_dim` unless given.
         depth: how many layers, each with its own weights.
-        heads: attention heads of a layer.
-        project: makes what brings features to the width of the latents, from (input_dim, dim); a linear layer where
+        num_heads: attention heads of a layer.
+        projection: makes what brings features to the width of the latents, from (input_dim, dim); a linear layer where
             these differ, and nothing where they do not, unless given.
         block: makes a layer from (dim, heads=heads); `functools.partial` of `JointAttend` sets the rest.
         norm: makes the norm of what comes out, from its width.
@@ -53,7 +53,7 @@ class Resampler(nn.Module):
     Example:
         >>> import torch
         >>> import perceiver_core as pc
-        >>> resampler = pc.Resampler(48, latents=8, dim=32, depth=2, heads=4)
+        >>> resampler = pc.Resampler(48, num_latents=8, dim=32, depth=2, num_heads=4)
         >>> resampler(torch.randn(2, 257, 48)).shape
         torch.Size([2, 8, 32])
 
@@ -64,24 +64,24 @@ class Resampler(nn.Module):
         self,
         input_dim: int,
         *,
-        latents: int = 64,
+        num_latents: int = 64,
         dim: int | None = None,
         depth: int = 6,
-        heads: int = 8,
-        project: Callable[[int, int], nn.Module] | None = None,
+        num_heads: int = 8,
+        projection: Callable[[int, int], nn.Module] | None = None,
         block: Callable[..., nn.Module] = FLAMINGO,
         norm: Callable[[int], nn.Module] = nn.LayerNorm,
     ) -> None:
         super().__init__()
         dim = input_dim if dim is None else dim
-        checks.positive(input_dim=input_dim, latents=latents, dim=dim, heads=heads)
+        checks.positive(input_dim=input_dim, num_latents=num_latents, dim=dim, num_heads=num_heads)
         checks.positive(at_most=10_000, depth=depth)
-        if project is None:
-            project = nn.Identity if dim == input_dim else init.linear
+        if projection is None:
+            projection = nn.Identity if dim == input_dim else init.linear
         self.input_dim, self.dim = input_dim, dim
-        self.latents = init.embedding(latents, dim)
-        self.project = project(input_dim, dim)
-        self.layers = nn.ModuleList(block(dim, heads=heads) for _ in range(depth))
+        self.latents = init.embedding(num_latents, dim)
+        self.projection = projection(input_dim, dim)
+        self.layers = nn.ModuleList(block(dim, num_heads=num_heads) for _ in range(depth))
         self.norm = norm(dim)
 
     def forward(
@@ -140,14 +140,14 @@ class Resampler(nn.Module):
         if isinstance(features, Tokens):
             if mask is not None:
                 raise ValueError("mask must be that of the tokens where these are Tokens; make them with it")
-            mask, features = features.flat_mask(), features.dense()
+            mask, features = features.flat_mask(), features.materialize()
         checks.is_floating("features", features)
         checks.has_shape("features", features, "b n c", last=self.input_dim)
         checks.same_place("features", features, self.latents)
         if mask is not None:
             checks.is_mask("mask", mask, features.shape[:-1])
             features = features.masked_fill(~mask.unsqueeze(-1), 0.0)
-        return self.project(features), mask
+        return self.projection(features), mask
 
 
 @register
@@ -158,8 +158,8 @@ class EachFrame(nn.Module):
 
     Args:
         resampler: what reads the features of a frame.
-        times: positions along one axis that are added to the features of each frame; `positions.Indexed` or
-            `positions.Learned`. None for frames that do not know when they are.
+        frame_positions: positions along one axis that are added to the features of each frame;
+            `positions.LearnedEmbedding` or `positions.LearnedGrid`. None for frames that do not know when they are.
 
     Raises:
         TypeError, ValueError: times that are not positions of one axis and of the features' width.
@@ -168,17 +168,17 @@ class EachFrame(nn.Module):
         >>> import torch
         >>> import perceiver_core as pc
         >>> from perceiver_core.models import EachFrame
-        >>> frames = EachFrame(pc.Resampler(48, latents=8, depth=2, heads=4), times=pc.positions.Indexed(5, dim=48))
+        >>> frames = EachFrame(pc.Resampler(48, num_latents=8, depth=2, num_heads=4), frame_positions=pc.positions.LearnedEmbedding(5, dim=48))
         >>> frames(torch.randn(2, 3, 257, 48)).shape
         torch.Size([2, 3, 8, 48])
 
     Reference: flamingo-pytorch, `PerceiverResampler`.
     """
 
-    def __init__(self, resampler: nn.Module, *, times: Positions | None = None) -> None:
+    def __init__(self, resampler: nn.Module, *, frame_positions: Positions | None = None) -> None:
         super().__init__()
-        _check_times(times, resampler)
-        self.resampler, self.times = resampler, times
+        _check_times(frame_positions, resampler)
+        self.resampler, self.frame_positions = resampler, frame_positions
         self.input_dim, self.dim = getattr(resampler, "input_dim", None), getattr(resampler, "dim", None)
 
     def forward(
@@ -193,7 +193,7 @@ class EachFrame(nn.Module):
         Raises:
             TypeError, ValueError: what the resampler does not take; more frames than there are times.
         """
-        features = _at_their_times(features, mask, self.times)
+        features = _at_their_times(features, mask, self.frame_positions)
         flat = None if mask is None else rearrange(mask, "b t n -> (b t) n")
         out: Tensor = self.resampler(rearrange(features, "b t n c -> (b t) n c"), mask=flat)
         return rearrange(out, "(b t) m d -> b t m d", b=features.shape[0])
@@ -207,8 +207,8 @@ class AllFrames(nn.Module):
 
     Args:
         resampler: what reads the features of all frames.
-        times: as those of `EachFrame`. The paper's are `positions.Learned((8,), dim)`, which are interpolated for
-            another number of frames; open_flamingo's are `positions.Indexed(most, dim)`.
+        frame_positions: as those of `EachFrame`. The paper's are `positions.LearnedGrid((8,), dim)`, which are
+            interpolated for another number of frames; open_flamingo's are `positions.LearnedEmbedding(most, dim)`.
 
     Raises:
         TypeError, ValueError: times that are not positions of one axis and of the features' width.
@@ -217,17 +217,17 @@ class AllFrames(nn.Module):
         >>> import torch
         >>> import perceiver_core as pc
         >>> from perceiver_core.models import AllFrames
-        >>> video = AllFrames(pc.Resampler(48, latents=8, depth=2, heads=4), times=pc.positions.Learned((8,), dim=48))
+        >>> video = AllFrames(pc.Resampler(48, num_latents=8, depth=2, num_heads=4), frame_positions=pc.positions.LearnedGrid((8,), dim=48))
         >>> video(torch.randn(2, 30, 17, 48)).shape
         torch.Size([2, 8, 48])
 
     Reference: Alayrac et al. 2022 (Flamingo), appendix A.1.1.
     """
 
-    def __init__(self, resampler: nn.Module, *, times: Positions | None) -> None:
+    def __init__(self, resampler: nn.Module, *, frame_positions: Positions | None) -> None:
         super().__init__()
-        _check_times(times, resampler)
-        self.resampler, self.times = resampler, times
+        _check_times(frame_positions, resampler)
+        self.resampler, self.frame_positions = resampler, frame_positions
         self.input_dim, self.dim = getattr(resampler, "input_dim", None), getattr(resampler, "dim", None)
 
     def forward(
@@ -242,7 +242,7 @@ class AllFrames(nn.Module):
         Raises:
             TypeError, ValueError: what the resampler does not take; more frames than there are times.
         """
-        features = _at_their_times(features, mask, self.times)
+        features = _at_their_times(features, mask, self.frame_positions)
         flat = None if mask is None else rearrange(mask, "b t n -> b (t n)")
         out: Tensor = self.resampler(rearrange(features, "b t n c -> b (t n) c"), mask=flat)
         return out
@@ -252,12 +252,12 @@ def _check_times(times: Positions | None, resampler: nn.Module) -> None:
     if times is None:
         return
     if isinstance(times, type) or not isinstance(times, Positions):
-        raise TypeError(f"times must be positions such as positions.Indexed(8, dim); got {times!r}")
+        raise TypeError(f"times must be positions such as positions.LearnedEmbedding(8, dim); got {times!r}")
     width = getattr(resampler, "input_dim", times.dim)
-    if times.axes != 1 or times.dim != width:
+    if times.num_axes != 1 or times.dim != width:
         raise ValueError(
             f"times must have one axis and the width of the features, {width}, to which they are added; "
-            f"got {times.axes} axes, {times.dim} wide"
+            f"got {times.num_axes} axes, {times.dim} wide"
         )
 
 

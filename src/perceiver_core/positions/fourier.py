@@ -26,8 +26,8 @@ class Fourier(nn.Module):
     max_resolution / 2, ends included. Columns: [x of every axis, sines axis by axis, cosines axis by axis].
 
     Args:
-        axes: how many coordinates a position has.
-        bands: K, the number of frequencies an axis.
+        num_axes: how many coordinates a position has.
+        num_bands: K, the number of frequencies an axis.
         max_resolution: how many samples along an axis (or along each) the highest band resolves: its
             Nyquist frequency is half of this. Usually the size that the model is trained at; it does not
             follow the input, so features mean the same at every size.
@@ -37,7 +37,7 @@ class Fourier(nn.Module):
     Example:
         >>> import torch
         >>> from perceiver_core.positions import Fourier
-        >>> where = Fourier(axes=2, bands=64, max_resolution=224)
+        >>> where = Fourier(num_axes=2, num_bands=64, max_resolution=224)
         >>> where.dim, where(torch.rand(5, 100, 2) * 2 - 1).shape
         (258, torch.Size([5, 100, 258]))
         >>> [tuple(table.shape) for table in where.tables((224, 112), like=torch.zeros(()))]
@@ -49,42 +49,42 @@ class Fourier(nn.Module):
 
     def __init__(
         self,
-        axes: int,
-        bands: int = 64,
+        num_axes: int,
+        num_bands: int = 64,
         *,
         max_resolution: float | Sequence[float] = 224,
         concat_positions: bool = True,
         sine_only: bool = False,
     ) -> None:
         super().__init__()
-        _check_sizes(axes, bands=bands)
-        self.axes, self.bands = axes, bands
-        self.max_resolution = per_axis("max_resolution", max_resolution, axes)
+        _check_sizes(num_axes, num_bands=num_bands)
+        self.num_axes, self.num_bands = num_axes, num_bands
+        self.max_resolution = per_axis("max_resolution", max_resolution, num_axes)
         self.concat_positions, self.sine_only = concat_positions, sine_only
 
     @property
     def dim(self) -> int:
         """The width of the features."""
-        return self.axes * (self.concat_positions + self.bands * (1 if self.sine_only else 2))
+        return self.num_axes * (self.concat_positions + self.num_bands * (1 if self.sine_only else 2))
 
     def forward(self, points: Float[Tensor, "*b axes"]) -> Float[Tensor, "*b dim"]:
         """The features of any points; coordinates in [-1, 1]."""
-        return separable_features(self._features, widened(points, self.axes)).to(points.dtype)
+        return separable_features(self._features, widened(points, self.num_axes)).to(points.dtype)
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "... p"], ...]:
         """One table an axis for a grid; their sum is `forward` at its points."""
-        check_axes(grid, self.axes)
+        check_axes(grid, self.num_axes)
         return separable_tables(self._features, grid, like)
 
     def _features(self, x: Tensor, axis: int) -> list[Tensor]:
-        frequencies = linear_bands(self.max_resolution[axis] / 2, self.bands, x)
+        frequencies = linear_bands(self.max_resolution[axis] / 2, self.num_bands, x)
         angles = math.pi * x[..., None] * frequencies
         groups = [x[..., None]] if self.concat_positions else []
         return groups + ([angles.sin()] if self.sine_only else [angles.sin(), angles.cos()])
 
     def extra_repr(self) -> str:
         """What `repr` shows."""
-        return f"axes={self.axes}, bands={self.bands}, max_resolution={self.max_resolution}"
+        return f"axes={self.num_axes}, bands={self.num_bands}, max_resolution={self.max_resolution}"
 
 
 @register
@@ -92,40 +92,40 @@ class FourierPerAxis(nn.Module):
     """Fourier features axis by axis, [sines, cosines, x] each: the order and bands of perceiver-pytorch.
 
     Args:
-        axes: how many coordinates a position has.
-        bands: the number of frequencies an axis, evenly spaced from 1 to max_frequency / 2.
+        num_axes: how many coordinates a position has.
+        num_bands: the number of frequencies an axis, evenly spaced from 1 to max_frequency / 2.
         max_frequency: one for all axes.
 
     Example:
         >>> import torch
         >>> from perceiver_core.positions import FourierPerAxis
-        >>> FourierPerAxis(axes=2, bands=6, max_frequency=10.0)(torch.rand(7, 2)).shape
+        >>> FourierPerAxis(num_axes=2, num_bands=6, max_frequency=10.0)(torch.rand(7, 2)).shape
         torch.Size([7, 26])
 
     Reference: lucidrains/perceiver-pytorch, `fourier_encode`.
     """
 
-    def __init__(self, axes: int, bands: int = 6, *, max_frequency: float = 10.0) -> None:
+    def __init__(self, num_axes: int, num_bands: int = 6, *, max_frequency: float = 10.0) -> None:
         super().__init__()
-        _check_sizes(axes, bands=bands)
-        self.axes, self.bands, self.max_frequency = axes, bands, max_frequency
+        _check_sizes(num_axes, num_bands=num_bands)
+        self.num_axes, self.num_bands, self.max_frequency = num_axes, num_bands, max_frequency
 
     @property
     def dim(self) -> int:
         """The width of the features."""
-        return self.axes * (2 * self.bands + 1)
+        return self.num_axes * (2 * self.num_bands + 1)
 
     def forward(self, points: Float[Tensor, "*b axes"]) -> Float[Tensor, "*b dim"]:
         """The features of any points; coordinates in [-1, 1]."""
-        return separable_features(self._features, widened(points, self.axes)).to(points.dtype)
+        return separable_features(self._features, widened(points, self.num_axes)).to(points.dtype)
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "... p"], ...]:
         """One table an axis for a grid; their sum is `forward` at its points."""
-        check_axes(grid, self.axes)
+        check_axes(grid, self.num_axes)
         return separable_tables(self._features, grid, like)
 
     def _features(self, x: Tensor, axis: int) -> list[Tensor]:
-        angles = math.pi * x[..., None] * linear_bands(self.max_frequency / 2, self.bands, x)
+        angles = math.pi * x[..., None] * linear_bands(self.max_frequency / 2, self.num_bands, x)
         return [torch.cat([angles.sin(), angles.cos(), x[..., None]], dim=-1)]
 
 
@@ -136,33 +136,33 @@ class NeRF(nn.Module):
     Example:
         >>> import torch
         >>> from perceiver_core.positions import NeRF
-        >>> NeRF(axes=3, bands=10)(torch.rand(7, 3)).shape
+        >>> NeRF(num_axes=3, num_bands=10)(torch.rand(7, 3)).shape
         torch.Size([7, 60])
 
     Reference: Mildenhall et al. 2020 (NeRF), equation 4.
     """
 
-    def __init__(self, axes: int, bands: int = 10) -> None:
+    def __init__(self, num_axes: int, num_bands: int = 10) -> None:
         super().__init__()
-        _check_sizes(axes, bands=bands)
-        self.axes, self.bands = axes, bands
+        _check_sizes(num_axes, num_bands=num_bands)
+        self.num_axes, self.num_bands = num_axes, num_bands
 
     @property
     def dim(self) -> int:
         """The width of the features."""
-        return self.axes * 2 * self.bands
+        return self.num_axes * 2 * self.num_bands
 
     def forward(self, points: Float[Tensor, "*b axes"]) -> Float[Tensor, "*b dim"]:
         """The features of any points; coordinates in [-1, 1]."""
-        return separable_features(self._features, widened(points, self.axes)).to(points.dtype)
+        return separable_features(self._features, widened(points, self.num_axes)).to(points.dtype)
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "... p"], ...]:
         """One table an axis for a grid; their sum is `forward` at its points."""
-        check_axes(grid, self.axes)
+        check_axes(grid, self.num_axes)
         return separable_tables(self._features, grid, like)
 
     def _features(self, x: Tensor, axis: int) -> list[Tensor]:
-        octaves = 2.0 ** torch.arange(self.bands, device=x.device, dtype=computing_dtype(x))
+        octaves = 2.0 ** torch.arange(self.num_bands, device=x.device, dtype=computing_dtype(x))
         angles = math.pi * x[..., None] * octaves
         return [torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)]
 
@@ -174,14 +174,14 @@ class Gaussian(nn.Module):
     Not separable: each feature mixes all axes, so a grid has one table of its full size.
 
     Args:
-        axes: how many coordinates a position has.
-        features: how many frequency vectors; the width is twice that.
+        num_axes: how many coordinates a position has.
+        num_features: how many frequency vectors; the width is twice that.
         scale: the standard deviation of a frequency; higher resolves finer detail.
 
     Example:
         >>> import torch
         >>> from perceiver_core.positions import Gaussian
-        >>> where = Gaussian(axes=2, features=32, scale=10.0)
+        >>> where = Gaussian(num_axes=2, num_features=32, scale=10.0)
         >>> where(torch.rand(7, 2)).shape, where.tables((3, 5), like=torch.zeros(()))[0].shape
         (torch.Size([7, 64]), torch.Size([3, 5, 64]))
 
@@ -190,11 +190,11 @@ class Gaussian(nn.Module):
 
     frequencies: Tensor
 
-    def __init__(self, axes: int, features: int = 64, *, scale: float = 10.0) -> None:
+    def __init__(self, num_axes: int, num_features: int = 64, *, scale: float = 10.0) -> None:
         super().__init__()
-        _check_sizes(axes, features=features)
-        self.axes = axes
-        self.register_buffer("frequencies", torch.randn(axes, features) * scale)
+        _check_sizes(num_axes, num_features=num_features)
+        self.num_axes = num_axes
+        self.register_buffer("frequencies", torch.randn(num_axes, num_features) * scale)
 
     @property
     def dim(self) -> int:
@@ -203,14 +203,14 @@ class Gaussian(nn.Module):
 
     def forward(self, points: Float[Tensor, "*b axes"]) -> Float[Tensor, "*b dim"]:
         """The features of any points; coordinates in [-1, 1]."""
-        wide = widened(points, self.axes)
+        wide = widened(points, self.num_axes)
         # Not a matrix product, which autocast would take to half precision.
         angles = 2 * math.pi * (wide[..., None] * self.frequencies.to(wide)).sum(-2)
         return torch.cat([angles.cos(), angles.sin()], dim=-1).to(points.dtype)
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "*grid p"], ...]:
         """One table over the whole grid."""
-        check_axes(grid, self.axes)
+        check_axes(grid, self.num_axes)
         return (self(grid_points(grid, like)).to(like.dtype),)
 
 

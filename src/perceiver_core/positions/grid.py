@@ -17,7 +17,7 @@ class Positions(Protocol):
 
     Example:
         >>> from perceiver_core import positions
-        >>> isinstance(positions.Fourier(axes=2, bands=4), positions.Positions)
+        >>> isinstance(positions.Fourier(num_axes=2, num_bands=4), positions.Positions)
         True
     """
 
@@ -27,7 +27,7 @@ class Positions(Protocol):
         ...
 
     @property
-    def axes(self) -> int:
+    def num_axes(self) -> int:
         """How many axes the grid has."""
         ...
 

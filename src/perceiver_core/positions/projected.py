@@ -22,8 +22,8 @@ class Projected(nn.Module):
 
     Example:
         >>> import torch
-        >>> from perceiver_core.positions import Learned, Projected
-        >>> where = Projected(Learned((14, 14), dim=32), dim=256)
+        >>> from perceiver_core.positions import LearnedGrid, Projected
+        >>> where = Projected(LearnedGrid((14, 14), dim=32), dim=256)
         >>> where.tables((14, 14), like=torch.zeros(()))[0].shape
         torch.Size([14, 14, 256])
 
@@ -35,7 +35,7 @@ class Projected(nn.Module):
         if not isinstance(positions, Positions):
             raise TypeError(f"positions must have dim, axes and tables, as Fourier has; got {positions!r}")
         checks.positive(dim=dim)
-        self.positions, self.dim, self.axes = positions, dim, positions.axes
+        self.positions, self.dim, self.num_axes = positions, dim, positions.num_axes
         self.project = init.linear(positions.dim, dim)
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "... p"], ...]:

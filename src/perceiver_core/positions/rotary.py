@@ -13,14 +13,14 @@ from perceiver_core import checks
 from perceiver_core.registry import register
 
 
-@partial(register, name="positions.half_open")
-def half_open(pairs: int, like: Tensor) -> Float[Tensor, " pairs"]:
+@partial(register, name="positions.half_open_exponents")
+def half_open_exponents(pairs: int, like: Tensor) -> Float[Tensor, " pairs"]:
     """Exponents 0, 1 / pairs, ... below 1: RoFormer's, and those of most language models.
 
     Example:
         >>> import torch
         >>> from perceiver_core import positions
-        >>> positions.half_open(4, like=torch.zeros(())).tolist()
+        >>> positions.half_open_exponents(4, like=torch.zeros(())).tolist()
         [0.0, 0.25, 0.5, 0.75]
 
     Reference: Su et al. 2021 (RoFormer), section 3.2.2.
@@ -28,14 +28,14 @@ def half_open(pairs: int, like: Tensor) -> Float[Tensor, " pairs"]:
     return torch.arange(pairs, device=like.device, dtype=like.dtype) / pairs
 
 
-@partial(register, name="positions.inclusive")
-def inclusive(pairs: int, like: Tensor) -> Float[Tensor, " pairs"]:
+@partial(register, name="positions.inclusive_exponents")
+def inclusive_exponents(pairs: int, like: Tensor) -> Float[Tensor, " pairs"]:
     """Exponents from 0 to 1, ends included: Perceiver AR's, whose base is the length of the context.
 
     Example:
         >>> import torch
         >>> from perceiver_core import positions
-        >>> positions.inclusive(5, like=torch.zeros(())).tolist()
+        >>> positions.inclusive_exponents(5, like=torch.zeros(())).tolist()
         [0.0, 0.25, 0.5, 0.75, 1.0]
 
     Reference: google-research/perceiver-ar, perceiver_ar_model.py, `_make_rotation_matrices`.
@@ -54,7 +54,7 @@ class Rotary(nn.Module):
         dim: how many channels of a head are turned, the rest pass unchanged; all of them unless given.
         base: wavelengths go from 2 pi tokens to about 2 pi base.
         exponents: from a number of pairs of channels, and a tensor to be like, to the exponent of each pair:
-            `half_open`, `inclusive`, or your own.
+            `half_open_exponents`, `inclusive_exponents`, or your own.
 
     Raises:
         ValueError: an odd dim, or (in forward) heads narrower than dim or, where all is turned, of an odd width.
@@ -67,8 +67,8 @@ class Rotary(nn.Module):
 
     Perceiver AR's published code turns half of the channels of a head, here 32 of 64, in every layer:
 
-        >>> from perceiver_core.positions import inclusive
-        >>> rotary = Rotary(dim=32, base=8192, exponents=inclusive)
+        >>> from perceiver_core.positions import inclusive_exponents
+        >>> rotary = Rotary(dim=32, base=8192, exponents=inclusive_exponents)
 
     It counts distances from the end upwards, so its turns are the mirror image of these; with positions from the data,
     which its cached generation needs, they are the same.
@@ -82,7 +82,7 @@ class Rotary(nn.Module):
         dim: int | None = None,
         *,
         base: float = 10_000.0,
-        exponents: Callable[[int, Tensor], Tensor] = half_open,
+        exponents: Callable[[int, Tensor], Tensor] = half_open_exponents,
     ) -> None:
         super().__init__()
         if dim is not None:

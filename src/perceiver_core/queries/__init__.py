@@ -6,9 +6,9 @@ A source of queries is a module `(tokens, *, at=None) -> queries`: `tokens` is w
 
 from perceiver_core.queries.coordinates import Coordinates
 from perceiver_core.queries.from_inputs import FromInputs
-from perceiver_core.queries.given import Given
+from perceiver_core.queries.external import External
 from perceiver_core.queries.learned import Learned
 from perceiver_core.queries.multimodal import Multimodal
-from perceiver_core.queries.on_grid import OnGrid
+from perceiver_core.queries.grid import Grid
 
-__all__ = ["Coordinates", "FromInputs", "Given", "Learned", "Multimodal", "OnGrid"]
+__all__ = ["Coordinates", "FromInputs", "External", "Learned", "Multimodal", "Grid"]

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from perceiver_core import checks
-from perceiver_core.positions import Indexed
+from perceiver_core.positions import LearnedEmbedding
 
 
 def check_indices(at: Tensor, count: int) -> None:
@@ -27,8 +27,8 @@ def check_indices(at: Tensor, count: int) -> None:
 def check_takes_points(positions: object) -> None:
     """Raises TypeError unless positions have dim and axes, and features of any point."""
     forward = getattr(type(positions), "forward", None)
-    takes_them = callable(positions) and forward is not nn.Module.forward and not isinstance(positions, Indexed)
-    if not takes_them or not hasattr(positions, "dim") or not hasattr(positions, "axes"):
+    takes_them = callable(positions) and forward is not nn.Module.forward and not isinstance(positions, LearnedEmbedding)
+    if not takes_them or not hasattr(positions, "dim") or not hasattr(positions, "num_axes"):
         raise TypeError(f"positions must have dim and axes and take points, as positions.Fourier; got {positions!r}")
 
 

@@ -22,8 +22,8 @@ class Coordinates(nn.Module):
     Example:
         >>> import torch
         >>> from perceiver_core import positions, queries
-        >>> ask = queries.Coordinates(positions.Fourier(axes=2, bands=8))
-        >>> ask(at=torch.rand(3, 100, 2) * 2 - 1).shape
+        >>> ask = queries.Coordinates(positions.Fourier(num_axes=2, num_bands=8))
+        >>> ask(points=torch.rand(3, 100, 2) * 2 - 1).shape
         torch.Size([3, 100, 34])
     """
 
@@ -37,12 +37,12 @@ class Coordinates(nn.Module):
         """The width of a query."""
         return int(self.positions.dim)
 
-    def forward(self, tokens: Any = None, *, at: Float[Tensor, "*b q axes"] | None = None) -> Float[Tensor, "#b q e"]:
-        """The features of the points `at`, `q axes` or `b q axes`."""
-        if at is None:
-            raise ValueError("at must be points in [-1, 1], q axes or b q axes; Coordinates has none of its own")
-        checks.is_floating("at", at)
-        if at.ndim not in (2, 3) or at.shape[-1] != self.positions.axes:
-            raise ValueError(f"at must be q {self.positions.axes} or b q {self.positions.axes}; got {tuple(at.shape)}")
-        features: Tensor = self.positions(at)
-        return features[None] if at.ndim == 2 else features
+    def forward(self, tokens: Any = None, *, points: Float[Tensor, "*b q axes"] | None = None) -> Float[Tensor, "#b q e"]:
+        """The features of the points `points`, `q axes` or `b q axes`."""
+        if points is None:
+            raise ValueError("points must be points in [-1, 1], q axes or b q axes; Coordinates has none of its own")
+        checks.is_floating("points", points)
+        if points.ndim not in (2, 3) or points.shape[-1] != self.positions.num_axes:
+            raise ValueError(f"points must be q {self.positions.num_axes} or b q {self.positions.num_axes}; got {tuple(points.shape)}")
+        features: Tensor = self.positions(points)
+        return features[None] if points.ndim == 2 else features

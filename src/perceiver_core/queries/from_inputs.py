@@ -37,9 +37,9 @@ class FromInputs(nn.Module):
         return tuple(tokens.grid) if isinstance(tokens, Tokens) else None
 
     def forward(
-        self, tokens: Tokens | Float[Tensor, "b n c"], *, at: Int[Tensor, "*b q"] | None = None
+        self, tokens: Tokens | Float[Tensor, "b n c"], *, query_indices: Int[Tensor, "*b q"] | None = None
     ) -> Float[Tensor, "b q e"]:
         """One query a token."""
-        dense = tokens.dense() if isinstance(tokens, Tokens) else tokens
+        dense = tokens.materialize() if isinstance(tokens, Tokens) else tokens
         checks.has_shape("tokens", dense, "b n c", last=self.dim)
-        return dense if at is None else chosen(dense, at)
+        return dense if query_indices is None else chosen(dense, query_indices)

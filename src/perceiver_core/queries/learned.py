@@ -18,25 +18,25 @@ class Learned(nn.Module):
     """As many learned vectors as there are answers.
 
     Args:
-        count: how many.
+        num_queries: how many.
         dim: their width.
 
     Example:
         >>> import torch
         >>> from perceiver_core import queries
         >>> ask = queries.Learned(2048, dim=768)
-        >>> ask().shape, ask(at=torch.tensor([0, 5])).shape
+        >>> ask().shape, ask(query_indices=torch.tensor([0, 5])).shape
         (torch.Size([1, 2048, 768]), torch.Size([1, 2, 768]))
 
     Reference: deepmind-research/perceiver/perceiver.py, `BasicDecoder` with trainable position encodings.
     """
 
-    def __init__(self, count: int, dim: int) -> None:
+    def __init__(self, num_queries: int, dim: int) -> None:
         super().__init__()
-        checks.positive(count=count, dim=dim)
+        checks.positive(num_queries=num_queries, dim=dim)
         self.dim = dim
-        self.vectors = init.embedding(count, dim)
+        self.vectors = init.embedding(num_queries, dim)
 
-    def forward(self, tokens: Any = None, *, at: Int[Tensor, "*b q"] | None = None) -> Float[Tensor, "#b q e"]:
+    def forward(self, tokens: Any = None, *, query_indices: Int[Tensor, "*b q"] | None = None) -> Float[Tensor, "#b q e"]:
         """The vectors; `tokens` do not matter."""
-        return self.vectors[None] if at is None else chosen(self.vectors[None], at)
+        return self.vectors[None] if query_indices is None else chosen(self.vectors[None], query_indices)

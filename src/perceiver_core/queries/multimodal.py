@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from perceiver_core import checks, init, kinds
+from perceiver_core import checks, init, modalities
 from perceiver_core.queries.from_inputs import FromInputs
-from perceiver_core.queries.on_grid import OnGrid
+from perceiver_core.queries.grid import Grid
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
@@ -27,7 +27,7 @@ class Multimodal(nn.Module):
 
     Args:
         sources: by name.
-        least: how many learned channels the widest kind has.
+        min_modality_channels: how many learned channels the widest kind has.
 
     Raises:
         TypeError: sources that are not modules.
@@ -43,37 +43,37 @@ class Multimodal(nn.Module):
     Reference: Jaegle et al. 2022 (Perceiver IO), section 3.2; deepmind-research/perceiver, `MultimodalDecoder`.
     """
 
-    def __init__(self, sources: Mapping[str, nn.Module], *, least: int = 2) -> None:
+    def __init__(self, sources: Mapping[str, nn.Module], *, min_modality_channels: int = 2) -> None:
         super().__init__()
-        kinds.check("sources", sources, "a source of queries")
-        checks.positive(least=least)
-        self.sources, self.least = nn.ModuleDict(sources), least
+        modalities.check("sources", sources, "a source of queries")
+        checks.positive(min_modality_channels=min_modality_channels)
+        self.sources, self.min_modality_channels = nn.ModuleDict(sources), min_modality_channels
         widths = {name: int(source.dim) for name, source in self.sources.items()}  # type: ignore[arg-type]
-        self.dim = max(widths.values()) + least
+        self.dim = max(widths.values()) + min_modality_channels
         self.padding = nn.ParameterDict({name: init.embedding(self.dim - width) for name, width in widths.items()})
 
-    def forward(self, tokens: Any = None, *, at: Mapping[str, Any] | None = None) -> dict[str, Float[Tensor, "#b q e"]]:
+    def forward(self, tokens: Any = None, *, query_indices: Mapping[str, Any] | None = None) -> dict[str, Float[Tensor, "#b q e"]]:
         """What each source asks.
 
         Args:
             tokens: those of the input, for sources that look at them.
-            at: by name, which queries; all of a source that is not named. A source that is given an empty list or
-                tensor is not asked, and what is asked has no entry for it.
+            query_indices: by name, which queries; all of a source that is not named. A source that is given an empty
+                list or tensor is not asked, and what is asked has no entry for it.
 
         Raises:
-            TypeError: `at` that is not a dictionary.
+            TypeError: `query_indices` that is not a dictionary.
             ValueError: a name that there is not, no source that is asked, queries of different batch sizes, or a source
                 that asks at the places of a kind that is not there.
             TypeError, ValueError: what a source raises, with its name before it.
         """
-        chosen = self._chosen(at)
+        chosen = self._chosen(query_indices)
         asked = {}
         for name, source in self.sources.items():
             if not _is_empty(chosen.get(name)):
-                queries = kinds.call("queries", name, source, self._seen(name, tokens), at=chosen.get(name))
+                queries = modalities.call("queries", name, source, self._seen(name, tokens), query_inputs=chosen.get(name))
                 asked[name] = self._padded(name, queries)
         if not asked:
-            raise ValueError(f"at must leave something to ask; it is empty for all of {list(self.sources)}")
+            raise ValueError(f"query_indices must leave something to ask; it is empty for all of {list(self.sources)}")
         batches = {name: queries.shape[0] for name, queries in asked.items()}
         many = [batch for batch in batches.values() if batch != 1]
         if any(batch != many[0] for batch in many):
@@ -85,7 +85,7 @@ class Multimodal(nn.Module):
         return {
             name: source.grid_of(self._seen(name, tokens))
             for name, source in self.sources.items()
-            if isinstance(source, (FromInputs, OnGrid)) and not self._has_no_places(name, tokens)
+            if isinstance(source, (FromInputs, Grid)) and not self._has_no_places(name, tokens)
         }
 
     def _chosen(self, at: Any) -> Mapping[str, Any]:
@@ -112,7 +112,7 @@ class Multimodal(nn.Module):
         if name not in of_each or of_each[name] is not None:
             return False
         source = self.sources[name]
-        return isinstance(source, FromInputs) or (isinstance(source, OnGrid) and source.grid is None)
+        return isinstance(source, FromInputs) or (isinstance(source, Grid) and source.grid is None)
 
     def _padded(self, name: str, asked: Tensor) -> Tensor:
         vector = self.padding[name].to(asked.dtype)
@@ -121,7 +121,7 @@ class Multimodal(nn.Module):
 
 def _kinds(tokens: Any) -> Mapping[str, Tokens | None]:
     """What the input has of each kind; nothing where it is not of several."""
-    return (tokens.kinds or {}) if isinstance(tokens, Tokens) else {}
+    return (tokens.modalities or {}) if isinstance(tokens, Tokens) else {}
 
 
 def _is_empty(at: Any) -> bool:

@@ -1,5 +1,0 @@
-"""Exact reads of a position-encoded grid that form no keys and no values."""
-
-from perceiver_core.attention.structured.op import GridRead, read_grid
-
-__all__ = ["GridRead", "read_grid"]

@@ -1,0 +1,59 @@
+"""Learned positions: an array over a grid, resampled or cut where the input has another size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from perceiver_core import checks, init
+from perceiver_core.positions.grid import check_axes
+from perceiver_core.registry import register
+
+_RESAMPLING = {1: "linear", 2: "bicubic", 3: "trilinear"}
+
+
+@register
+class LearnedGrid(nn.Module):
+    """A learned vector for every point of a grid of one to three axes.
+
+    An input of another size, square or not, gets the array resampled (linear, bicubic or trilinear, by
+    the number of axes), grid ends on grid ends as coordinates are.
+
+    Args:
+        grid: the size that the array is stored at, usually the training size.
+        dim: the width of a vector.
+
+    Raises:
+        ValueError: a grid of no or more than three axes.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core.positions import LearnedGrid
+        >>> where = LearnedGrid((14, 14), dim=32)
+        >>> where.tables((11, 17), like=torch.zeros(()))[0].shape
+        torch.Size([11, 17, 32])
+
+    Reference: deepmind-research/perceiver/position_encoding.py, `TrainablePositionEncoding`.
+    """
+
+    def __init__(self, grid: Sequence[int], dim: int) -> None:
+        super().__init__()
+        if not 1 <= len(grid) <= 3:
+            raise ValueError(f"grid must have one to three axes; got {tuple(grid)}")
+        check_axes(grid, len(grid))
+        checks.positive(dim=dim)
+        self.num_axes, self.dim = len(grid), dim
+        self.vectors = init.embedding(*grid, dim)
+
+    def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "*grid p"], ...]:
+        """The array at the size of `grid`: one table."""
+        check_axes(grid, self.num_axes)
+        if tuple(grid) == tuple(self.vectors.shape[:-1]):
+            return (self.vectors.to(like.dtype),)
+        channels_first = torch.movedim(self.vectors, -1, 0)[None]
+        resampled = F.interpolate(channels_first, size=tuple(grid), mode=_RESAMPLING[self.num_axes], align_corners=True)
+        return (torch.movedim(resampled[0], 0, -1).to(like.dtype),)

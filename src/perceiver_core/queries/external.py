@@ -1,0 +1,41 @@
+"""Queries that come with each call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from perceiver_core import checks
+from perceiver_core.registry import register
+
+
+@register
+class External(nn.Module):
+    """What is given with each call, as it is.
+
+    Args:
+        dim: the width of a query.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core import queries
+        >>> ask = queries.External(32)
+        >>> ask(queries=torch.randn(100, 32)).shape, ask(queries=torch.randn(2, 100, 32)).shape
+        (torch.Size([1, 100, 32]), torch.Size([2, 100, 32]))
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        checks.positive(dim=dim)
+        self.dim = dim
+
+    def forward(self, tokens: Any = None, *, queries: Float[Tensor, "*b q e"] | None = None) -> Float[Tensor, "#b q e"]:
+        """The queries `queries`, `q e` for all samples or `b q e`; `tokens` do not matter."""
+        if queries is None:
+            raise ValueError(f"queries must be the queries, q {self.dim} or b q {self.dim}; Given has none of its own")
+        checks.is_floating("queries", queries)
+        if queries.ndim not in (2, 3) or queries.shape[-1] != self.dim:
+            raise ValueError(f"queries must be q {self.dim} or b q {self.dim}; got shape {tuple(queries.shape)}")
+        return queries[None] if queries.ndim == 2 else queries

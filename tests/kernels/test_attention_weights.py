@@ -1,0 +1,67 @@
+"""The weights that a kernel gives are those by which its values add up."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+import perceiver_core as pc
+from perceiver_core import masks
+from perceiver_core.kernels import add_zero_attn, chunked, fastest, inverted, reference, sdpa, weights_of
+
+EXACT = {"rtol": 1e-10, "atol": 1e-11}
+
+
+def own(q, k, v, *, mask=None):
+    """A kernel that the library does not know: no softmax."""
+    scores = (q @ k.mT).relu()
+    return (scores if mask is None else scores * masks.materialize(mask, queries=q.shape[-2], keys=k.shape[-2])) @ v
+
+
+KERNELS = {
+    "fastest": fastest,
+    "sdpa": sdpa,
+    "chunked": partial(chunked, chunk_size=3),
+    "reference": reference,
+    "inverted": inverted,
+    "zero token": add_zero_attn,
+    "zero token, chunked": partial(add_zero_attn, kernel=partial(chunked, chunk_size=3)),
+    "a user's": own,
+}
+
+
+def inputs(queries=5, keys=11):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, 3, n, 7, generator=generator, dtype=torch.float64) for n in (queries, keys, keys)]
+
+
+@pytest.mark.parametrize("block", [1, 4, 256])
+@pytest.mark.parametrize("keys", [1, 11])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+def test_values_add_up_by_them(kernel, masked, keys, block):
+    q, k, v = inputs(keys=keys)
+    mask = masks.Padding(torch.arange(keys) < torch.tensor([[keys], [max(1, keys - 4)]])) if masked else None
+    found = weights_of(kernel, q, k, mask=mask, block=block)
+    torch.testing.assert_close(found @ v, kernel(q, k, v, mask=mask), **EXACT)
+    chosen = weights_of(kernel, q, k, mask=mask, queries=[4, 0], block=block)
+    torch.testing.assert_close(chosen, found[:, :, [4, 0]], **EXACT)
+
+
+@pytest.mark.parametrize("kernel", [inverted, add_zero_attn], ids=["inverted", "zero token"])
+def test_maps_of_parts_are_those_of_their_kernel(kernel):
+    torch.manual_seed(0)
+    attention = partial(pc.MultiHeadAttention, kernel=kernel)
+    read = pc.CrossAttend(12, 10, num_heads=2, attention=attention, mlp=None, residual=False).double()
+    x, tokens = torch.randn(2, 5, 12).double(), torch.randn(2, 11, 10).double()
+    values = read.attention.value(read.input_norm(tokens)).unflatten(-1, (2, -1)).transpose(1, 2)
+    attended = (read.attention_map(x, tokens) @ values).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(read.attention.output(attended), read(x, tokens), **EXACT)
+
+
+def test_a_zero_token_takes_its_share():
+    q, k, _ = inputs()
+    assert (weights_of(add_zero_attn, q, k).sum(-1) < 1).all()
+    torch.testing.assert_close(weights_of(inverted, q, k).sum(-1), torch.ones(2, 3, 5).double())
