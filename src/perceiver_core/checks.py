@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
@@ -190,12 +191,24 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
 
 
 def positive(*, at_most: int | None = None, **sizes: int) -> None:
-    """Raises ValueError unless every named size is a whole number of at least 1, and at most `at_most`."""
+    """Raises ValueError unless every named size is a whole number of at least 1, and at most `at_most`.
+
+    Whole numbers are those that Python takes as an index, NumPy's for example; not booleans, and not tensors.
+    """
     for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        if not _is_whole(size) or size < 1:
             raise ValueError(f"{name} must be a whole number of at least 1; got {size!r}")
         if at_most is not None and size > at_most:
             raise ValueError(f"{name} must be at most {at_most}; got {size}")
+
+
+def _is_whole(size: object) -> bool:
+    if isinstance(size, int):
+        return not isinstance(size, bool)
+    try:
+        return not isinstance(size, Tensor) and operator.index(size) is not None  # type: ignore[arg-type]
+    except TypeError:
+        return False
 
 
 def part_of(n: int, share: float) -> int:

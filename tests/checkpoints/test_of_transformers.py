@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import perceiver_core as pc
 from perceiver_core import reads
-from perceiver_core.checkpoints import files, folder, hugging_face, published, to_hugging_face
+from perceiver_core.checkpoints import files, hugging_face, published, to_hugging_face
 from perceiver_core.checkpoints.convert import Plan, convert
 from perceiver_core.checkpoints.of_transformers import build
 from tests.checkpoints.test_of_haiku import KINDS, SMALL
@@ -426,6 +426,6 @@ def test_files_have_the_modes_that_the_user_has_set(tmp_path: Path) -> None:
 
 
 def test_it_is_saved_as_ours_and_written_again(theirs: Path, tmp_path: Path) -> None:
-    again = pc.load(folder.save(hugging_face(theirs), tmp_path / "ours"))
+    again = pc.load(pc.save(hugging_face(theirs), tmp_path / "ours"))
     path = to_hugging_face(again, tmp_path / "again", config=theirs)
     assert (path / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()

@@ -15,12 +15,13 @@ from torch import nn
 from perceiver_core.checkpoints import beside, files, hub
 from perceiver_core.checkpoints.card import card
 from perceiver_core.checkpoints.files import CONFIG
-from perceiver_core.checkpoints.folder import load, save
+from perceiver_core.checkpoints.loading import load
 from perceiver_core.checkpoints.lucidrains import lucidrains
 from perceiver_core.checkpoints.of_haiku import with_config
 from perceiver_core.checkpoints.of_transformers import hugging_face, read_config, to_hugging_face
 from perceiver_core.checkpoints.origin import KINDS, origin
 from perceiver_core.checkpoints.published import DEEPMIND, TRANSFORMERS, Numerics
+from perceiver_core.checkpoints.saving import save
 
 TARGETS = ("perceiver-core", "transformers")
 NUMERICS = {"transformers": TRANSFORMERS, "deepmind": DEEPMIND}
@@ -187,7 +188,7 @@ def _written(found: Found, plan: Plan, folder: Path) -> nn.Module:
     if plan.target == "transformers":
         to_hugging_face(found.model, folder, config=found.config, numerics=found.numerics)
         return hugging_face(folder, numerics=found.numerics)
-    again: nn.Module = load(save(found.model, folder))
+    again = load(save(found.model, folder))
     (folder / hub.CARD).write_text(card(again, plan.destination.absolute().name), encoding="utf-8")
     return again
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from perceiver_core.checkpoints import hub
-from perceiver_core.checkpoints.folder import Kinds, dtype_named, kinds_of
+from perceiver_core.checkpoints.state import TensorSpecs, specs_in, tensor_specs
 
 CONFIG, WEIGHTS, BINARY = "config.json", "model.safetensors", "pytorch_model.bin"
 INDEX = ".index.json"
@@ -35,7 +35,7 @@ class Weights(NamedTuple):
     """
 
     path: Path
-    kinds: Kinds
+    kinds: TensorSpecs
     read: Callable[[], dict[str, Tensor]]
 
 
@@ -101,8 +101,7 @@ def weights_in(folder: Path) -> Weights:
 def _of_safetensors(path: Path) -> Weights:
     try:
         with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            kinds = {name: (tuple(s.get_shape()), dtype_named(s.get_dtype())) for name, s in slices.items()}
+            kinds = specs_in(file)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}. Copy it again") from error
     return Weights(path, kinds, lambda: load_file(path))
@@ -125,7 +124,7 @@ def _of_binary(path: Path) -> Weights:
             raise ValueError(f"{path} must hold dense tensors with their values; {name} {trouble}")
     if sum(tensor.numel() * tensor.element_size() for tensor in found.values()) > size:
         raise ValueError(f"{path} holds tensors that share values, and is smaller than they are; write each on its own")
-    return Weights(path, kinds_of(dict(found)), lambda: dict(found))
+    return Weights(path, tensor_specs(dict(found)), lambda: dict(found))
 
 
 def _check_archive(path: Path, size: int) -> None:

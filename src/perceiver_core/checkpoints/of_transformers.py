@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from perceiver_core import registry
 from perceiver_core.checkpoints.configuration import filled_in
+from perceiver_core.checkpoints.differences import model_differences, spec_differences
 from perceiver_core.checkpoints.files import CONFIG, WEIGHTS, fetched, read_json, weights_in
-from perceiver_core.checkpoints.folder import Kinds, changes_of, kinds_of, misfits, tensors_of, with_values, write_all
+from perceiver_core.checkpoints.folder import write_atomically
 from perceiver_core.checkpoints.published import ACTIVATIONS, MODELS, TRANSFORMERS, Numerics
+from perceiver_core.checkpoints.state import TensorSpecs, check_values, state_tensors, tensor_specs
 from perceiver_core.models import PerceiverIO
 
 STEM = "perceiver.input_preprocessor.convnet.conv.weight"
@@ -106,7 +108,8 @@ def to_hugging_face(
         raise ValueError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     folder, config = Path(folder), _as_dictionary(config)
     _check_described(model, config, numerics)
-    state = with_values(tensors_of(model))
+    state = state_tensors(model)
+    check_values(state)
     dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
     if len(dtypes) != 1 or not dtypes <= set(FLOATS):
         raise ValueError(
@@ -121,7 +124,7 @@ def to_hugging_face(
     except (TypeError, ValueError) as error:
         raise ValueError(f"config must hold what JSON has words for: {error}") from error
     folder.mkdir(parents=True, exist_ok=True)
-    write_all(
+    write_atomically(
         {
             folder / WEIGHTS: lambda path: save_file(theirs, path, {"format": "pt"}),
             folder / CONFIG: lambda path: path.write_text(text, encoding="utf-8"),
@@ -185,8 +188,8 @@ def _check_described(model: nn.Module, config: Mapping[str, Any], numerics: Nume
     with torch.device("meta"):
         made, theirs = build(config, numerics), build(_as_transformers_computes(config, numerics))
     wanted, found = registry.to_config(made), registry.to_config(model)
-    different = _difference(wanted, found) or changes_of(made, model)
-    different = different or misfits(kinds_of(tensors_of(made)), kinds_of(tensors_of(model)))
+    different = _difference(wanted, found) or model_differences(made, model)
+    different = different or spec_differences(tensor_specs(state_tensors(made)), tensor_specs(state_tensors(model)))
     if different:
         raise ValueError(
             f"model must be the {_kind(config)} that config and numerics make: {different}. Give what it was made with"
@@ -342,7 +345,7 @@ def fill(model: nn.Module, theirs: Mapping[str, Tensor], config: Mapping[str, An
     Raises:
         ValueError: tensors that are missing, of another shape or dtype, or that there is no place for.
     """
-    kinds = kinds_of(dict(theirs))
+    kinds = tensor_specs(dict(theirs))
     _check_names(config, kinds)
     _check_kinds(model, config, kinds)
     wanted = model.state_dict()
@@ -356,7 +359,7 @@ def fill(model: nn.Module, theirs: Mapping[str, Tensor], config: Mapping[str, An
     _tie(model, config)
 
 
-def _check_names(config: Mapping[str, Any], found: Kinds) -> None:
+def _check_names(config: Mapping[str, Any], found: TensorSpecs) -> None:
     """Raises ValueError unless a file has the names of a configuration's weights, all of them and no others."""
     places = names(config)
     missing, unknown = sorted(places.keys() - found.keys()), sorted(found.keys() - places.keys())
@@ -368,7 +371,7 @@ def _check_names(config: Mapping[str, Any], found: Kinds) -> None:
         )
 
 
-def _check_kinds(model: nn.Module, config: Mapping[str, Any], found: Kinds) -> None:
+def _check_kinds(model: nn.Module, config: Mapping[str, Any], found: TensorSpecs) -> None:
     """Raises ValueError unless weights have the shapes of a model's in transformers, and one dtype."""
     state = model.state_dict()
     first = ""

@@ -1,4 +1,4 @@
-"""What a description says, and what may be described."""
+"""Configurations of values, and values of configurations."""
 
 from __future__ import annotations
 
@@ -16,15 +16,7 @@ import perceiver_core as pc
 from perceiver_core import registry
 from perceiver_core.registry import from_config, register, to_config
 
-
-@pytest.fixture(autouse=True)
-def as_it_was():
-    tables = (registry._named, registry._names, registry._adopted)
-    before = [table.copy() for table in tables]
-    yield
-    for table, old in zip(tables, before, strict=True):
-        table.clear()
-        table.update(old)
+pytestmark = pytest.mark.no_shape_checks
 
 
 @register
@@ -116,7 +108,7 @@ def test_a_plain_value_comes_back(value):
 
 @pytest.mark.parametrize(
     "value",
-    [{1: 2}, {3, 5}, float("nan"), float("inf"), np.int64(3), torch.zeros(3), torch.float32, object(), b"x"],
+    [{1: 2}, {3, 5}, float("nan"), float("inf"), np.zeros((3, 5)), torch.zeros(3), torch.float32, object(), b"x"],
     ids=lambda value: type(value).__name__,
 )
 def test_a_value_without_a_word_in_json_is_refused_with_its_place(value):
