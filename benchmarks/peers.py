@@ -25,7 +25,7 @@ def there(module: str) -> bool:
 def perceiver_pytorch(sizes: dict[str, Any]) -> dict[str, nn.Module]:
     """lucidrains/perceiver-pytorch's Perceiver of these sizes, its arguments by name; pictures `b h w c`."""
     theirs = importlib.import_module("perceiver_pytorch").Perceiver(**sizes)
-    ours = pc.checkpoints.lucidrains(theirs.state_dict(), **sizes)  # its weights are theirs, the very tensors
+    ours = pc.interop.load_perceiver_pytorch(theirs.state_dict(), **sizes)  # its weights are theirs, the very tensors
     return {"perceiver-pytorch": theirs, "ours": ours}
 
 

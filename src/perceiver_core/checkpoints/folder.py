@@ -51,7 +51,7 @@ def parse_config(text: str | bytes, source: str) -> registry.Json:
     if not isinstance(config, dict) or config.get("library") != "perceiver_core" or "model" not in config:
         raise ValueError(
             f"{source} was not written by perceiver_core.save; give load a folder that was, and one of transformers to "
-            "checkpoints.hugging_face"
+            "interop.load_transformers"
         )
     written = config.get("format")
     if type(written) is not int or written != FORMAT:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 import perceiver_core as pc
 from perceiver_core.__main__ import main
-from perceiver_core.checkpoints import beside, hugging_face, of_transformers, published, to_hugging_face
-from perceiver_core.checkpoints.convert import Plan, convert
-from perceiver_core.checkpoints.origin import origin
-from tests.checkpoints.test_of_haiku import KINDS, SMALL, Haiku, original
+from perceiver_core.interop import DEEPMIND_NUMERICS, convert, load_transformers, reference_run, save_transformers
+from perceiver_core.interop.format_detection import detect_format
+from perceiver_core.interop.published_models import build
+from tests.interop.haiku_writer import KINDS, SMALL, Haiku, original
 
 FOURIER = "PerceiverForImageClassificationFourier"
 CONV = "PerceiverForImageClassificationConvProcessing"
@@ -37,7 +37,7 @@ def configured(kind: str) -> dict[str, Any]:
 def theirs(tmp_path: Path) -> Path:
     """A folder that transformers loads."""
     torch.manual_seed(0)
-    return to_hugging_face(of_transformers.build(configured(FOURIER)), tmp_path / "theirs", config=configured(FOURIER))
+    return save_transformers(build(configured(FOURIER)), tmp_path / "theirs", config=configured(FOURIER))
 
 
 @pytest.fixture
@@ -46,8 +46,8 @@ def arrays(tmp_path: Path) -> Path:
     return haiku(FOURIER, tmp_path)
 
 
-def haiku(kind: str, folder: Path) -> Path:
-    found = Haiku(kind, original(kind)[1]).found
+def haiku(kind: str, folder: Path, **sizes: Any) -> Path:
+    found = Haiku(kind, original(kind, **sizes)[1]).found
     flat = {f"{scope}/{name}": array for scope, parameters in found.items() for name, array in parameters.items()}
     np.savez(folder / "weights.npz", **flat)
     return folder / "weights.npz"
@@ -94,9 +94,9 @@ def test_transformers_to_ours(theirs, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == f"written: {tmp_path / 'ours'}\n"
     assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == ["README.md", "config.json", "model.safetensors"]
     assert 'from_pretrained("ours")' in (tmp_path / "ours" / "README.md").read_text()
-    same(pc.load(tmp_path / "ours"), hugging_face(theirs))
+    same(pc.load(tmp_path / "ours"), load_transformers(theirs))
     assert command(monkeypatch, theirs, tmp_path / "deep", "--numerics", "deepmind") == 0
-    same(pc.load(tmp_path / "deep"), hugging_face(theirs, numerics=published.DEEPMIND))
+    same(pc.load(tmp_path / "deep"), load_transformers(theirs, numerics=DEEPMIND_NUMERICS))
 
 
 def test_deepmind_to_ours(arrays, tmp_path, monkeypatch):
@@ -110,8 +110,8 @@ def test_deepmind_to_ours(arrays, tmp_path, monkeypatch):
 def test_deepmind_to_transformers_and_back(tmp_path, monkeypatch):
     told = ["--to", "transformers", "--arguments", json.dumps(TOLD)]
     assert command(monkeypatch, haiku(FOURIER, tmp_path), tmp_path / "theirs", *told) == 0
-    same(hugging_face(tmp_path / "theirs"), original(FOURIER)[0])
-    same(hugging_face(tmp_path / "theirs", numerics=published.DEEPMIND), original(FOURIER)[0])
+    same(load_transformers(tmp_path / "theirs"), original(FOURIER)[0])
+    same(load_transformers(tmp_path / "theirs", numerics=DEEPMIND_NUMERICS), original(FOURIER)[0])
     config = json.loads((tmp_path / "theirs" / "config.json").read_text())
     assert config["model_type"] == "perceiver" and config["hidden_act"] == "gelu_pytorch_tanh"
 
@@ -120,17 +120,33 @@ def test_deepmind_to_transformers_and_back(tmp_path, monkeypatch):
 def test_what_transformers_has_no_word_for_is_written_as_it_computes_alone(kind, tmp_path, monkeypatch, capsys):
     path = haiku(kind, tmp_path)
     told = ["--to", "transformers", "--arguments", json.dumps(TOLD)]
-    assert "no word for what this model computes" in refused(monkeypatch, capsys, path, tmp_path / "theirs", *told)
+    assert "cannot express what this model computes" in refused(monkeypatch, capsys, path, tmp_path / "theirs", *told)
     assert command(monkeypatch, path, tmp_path / "theirs", *told, "--numerics", "transformers") == 0
+
+
+def test_other_sizes_of_fourier_features_are_converted_to_ours_alone(tmp_path, monkeypatch, capsys):
+    sizes = {"num_bands": 6, "max_resolution": [5, 7]}
+    path, given = haiku(FOURIER, tmp_path, **sizes), json.dumps(TOLD | {"max_resolution": [5, 7]})
+    assert command(monkeypatch, path, tmp_path / "ours", "--arguments", given) == 0
+    same(pc.load(tmp_path / "ours"), original(FOURIER, **sizes)[0])
+    said = refused(monkeypatch, capsys, path, tmp_path / "theirs", "--arguments", given, "--to", "transformers")
+    assert "transformers cannot express what this model computes: adapter.positions.bands is 6, not 64" in said
+
+
+def test_published_sizes_of_fourier_features_are_written_for_transformers(tmp_path, monkeypatch):
+    given = json.dumps(TOLD | {"num_bands": 64, "max_resolution": [224, 224]})
+    told = ["--to", "transformers", "--arguments", given]
+    assert command(monkeypatch, haiku(FOURIER, tmp_path), tmp_path / "theirs", *told) == 0
+    assert not {"num_bands", "max_resolution"} & json.loads((tmp_path / "theirs" / "config.json").read_text()).keys()
 
 
 def test_perceiver_pytorch_to_ours(lucid, tmp_path, monkeypatch):
     assert command(monkeypatch, lucid, tmp_path / "ours", "--arguments", json.dumps(LUCID)) == 0
-    same(pc.load(tmp_path / "ours"), pc.checkpoints.lucidrains(lucid, **LUCID))
+    same(pc.load(tmp_path / "ours"), pc.interop.load_perceiver_pytorch(lucid, **LUCID))
 
 
 def test_ours_to_transformers(theirs, tmp_path, monkeypatch):
-    pc.save(hugging_face(theirs), tmp_path / "ours")
+    pc.save(load_transformers(theirs), tmp_path / "ours")
     (tmp_path / "again").mkdir()  # an empty folder may be there
     told = ["--to", "transformers", "--arguments", theirs / "config.json"]
     assert command(monkeypatch, tmp_path / "ours", tmp_path / "again", *told) == 0
@@ -148,10 +164,10 @@ def test_a_name_on_the_hub_is_fetched(theirs, tmp_path, monkeypatch):
     assert command(monkeypatch, "me/perceiver", "ours") == 0
     safe = ["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
     assert asked == [("me/perceiver", {"allow_patterns": ["config.json", *safe]})]
-    same(pc.load(tmp_path / "ours"), hugging_face(theirs))
+    same(pc.load(tmp_path / "ours"), load_transformers(theirs))
     torch.save(load_file(theirs / "model.safetensors"), theirs / "pytorch_model.bin")
     (theirs / "model.safetensors").unlink()
-    same(hugging_face("me/perceiver"), pc.load(tmp_path / "ours"))
+    same(load_transformers("me/perceiver"), pc.load(tmp_path / "ours"))
     old = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"]
     assert asked[2:] == [("me/perceiver", {"allow_patterns": ["config.json", *old]})]
 
@@ -160,7 +176,7 @@ def test_a_name_on_the_hub_is_fetched(theirs, tmp_path, monkeypatch):
 def test_the_original_is_run_beside_ours(kind, tmp_path, monkeypatch, capsys):
     pytest.importorskip("transformers")
     torch.manual_seed(0)
-    theirs = to_hugging_face(of_transformers.build(configured(kind)), tmp_path / "theirs", config=configured(kind))
+    theirs = save_transformers(build(configured(kind)), tmp_path / "theirs", config=configured(kind))
     assert command(monkeypatch, theirs, tmp_path / "ours", "--check") == 0
     said = capsys.readouterr().out
     assert float(said.split("original: ")[1].split(" standard deviations of its output\n")[0]) < 1e-9
@@ -196,20 +212,20 @@ def test_perceiver_io_of_perceiver_pytorch_is_run_beside_ours(tmp_path, monkeypa
 
 @pytest.mark.parametrize("difference", [2e-4, float("nan")])
 def test_too_large_a_difference_writes_nothing(difference, theirs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(beside, "transformers", lambda folder, ours: difference)
+    monkeypatch.setattr(reference_run, "transformers", lambda folder, ours: difference)
     assert command(monkeypatch, theirs, tmp_path / "ours", "--check") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
-    assert convert(Plan(str(theirs), tmp_path / "ours", check=True, tolerance=1.0)) is not None
+    assert convert(theirs, tmp_path / "ours", check=True, tolerance=1.0) is not None
 
 
 def test_a_difference_is_found(theirs, tmp_path):
     pytest.importorskip("transformers")
-    ours = hugging_face(theirs).double().requires_grad_(False)
+    ours = load_transformers(theirs).double().requires_grad_(False)
     picture = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     deviation = ours(picture.double()).std(correction=0)
     with torch.no_grad():
         ours.decoder.output.bias[1] += 0.25
-    assert beside.transformers(theirs, ours) == pytest.approx(0.25 / float(deviation), rel=0.05)
+    assert reference_run.transformers(theirs, ours) == pytest.approx(0.25 / float(deviation), rel=0.05)
 
 
 def test_a_difference_of_small_outputs_is_found(tmp_path):
@@ -217,34 +233,37 @@ def test_a_difference_of_small_outputs_is_found(tmp_path):
     pytest.importorskip("transformers")
     told = configured("PerceiverForOpticalFlow")
     torch.manual_seed(0)
-    theirs = to_hugging_face(of_transformers.build(told), tmp_path / "theirs", config=told)
-    ours = hugging_face(theirs)
-    assert beside.transformers(theirs, ours) < 1e-9
+    theirs = save_transformers(build(told), tmp_path / "theirs", config=told)
+    ours = load_transformers(theirs)
+    assert reference_run.transformers(theirs, ours) < 1e-9
     for attention in (block.attention for block in ours.encoder.transformers[0].blocks):
         attention.num_heads = attention.num_kv_heads = 2
-    assert beside.transformers(theirs, ours) > 1e-4
+    assert reference_run.transformers(theirs, ours) > 1e-4
 
 
 def test_one_value_alone_has_no_deviation():
     one = torch.tensor([[4.0]])
-    assert beside._difference(one, one + 2.0) == 0.5 and beside._difference(0 * one, one) == 4.0
-    assert np.isnan(beside._difference({"a": one, "b": one}, {"a": one, "b": one * float("nan")}))
+    assert (
+        reference_run.largest_difference(one, one + 2.0) == 0.5
+        and reference_run.largest_difference(0 * one, one) == 4.0
+    )
+    assert np.isnan(reference_run.largest_difference({"a": one, "b": one}, {"a": one, "b": one * float("nan")}))
 
 
 def test_a_check_of_text_hides_tokens_anywhere(tmp_path):
     pytest.importorskip("transformers")
     torch.manual_seed(0)
     kind = "PerceiverForMaskedLM"
-    theirs = to_hugging_face(of_transformers.build(configured(kind)), tmp_path / "theirs", config=configured(kind))
-    ours = hugging_face(theirs)
-    assert beside.transformers(theirs, ours) < 1e-9
+    theirs = save_transformers(build(configured(kind)), tmp_path / "theirs", config=configured(kind))
+    ours = load_transformers(theirs)
+    assert reference_run.transformers(theirs, ours) < 1e-9
     ours.adapter.positions_include_padding = False
-    assert beside.transformers(theirs, ours) > 1e-3
+    assert reference_run.transformers(theirs, ours) > 1e-3
 
 
 @pytest.mark.parametrize("library", ["transformers", "perceiver_pytorch"])
 def test_errors_where_the_original_is_not_installed(library, theirs, lucid, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("perceiver_core.checkpoints.convert._read", lambda *_: pytest.fail("read before it was sought"))
+    monkeypatch.setattr("perceiver_core.interop.conversion._read", lambda *_: pytest.fail("read before it was sought"))
     for name in [name for name in sys.modules if name.split(".")[0] == library]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, library, None)
@@ -268,7 +287,7 @@ REFUSED = {
     "another kind than told": (["theirs", "out", "--from", "perceiver-pytorch"], "give the path of a safetensors file"),
     "truncated weights": (["cut", "out"], "is not a whole safetensors file"),
     "truncated weights of old": (["old", "out"], "is not a whole file of tensors alone"),
-    "half of the parameters": (["half.npz", "out"], "must hold all of a published Perceiver IO; it lacks"),
+    "half of the parameters": (["half.npz", "out"], "must hold a published Perceiver IO; it lacks"),
     "arguments that are none": (["theirs", "out", "--arguments", "[3]"], "must be a JSON object"),
     "arguments of another type": (["theirs", "out", "--arguments", "list.json"], "must be a JSON object; got a list"),
     "arguments that are misspelled": (
@@ -284,7 +303,7 @@ REFUSED = {
     ),
     "ours of another size": (
         ["ours", "out", "--to", "transformers", "--arguments", json.dumps(configured(FOURIER) | {"num_labels": 7})],
-        "decoder.out_dim is 3, not 7",
+        "decoder.out is 3, not 7",
     ),
     "a check of DeepMind's code": (["arrays.npz", "out", "--check"], "cannot run DeepMind's code"),
     "a check with other numerics": (
@@ -301,7 +320,7 @@ def test_a_link_to_where_a_folder_can_be_is_followed(theirs, tmp_path, monkeypat
         link.symlink_to(tmp_path / place)
         assert command(monkeypatch, theirs, link) == 0
         assert link.is_symlink()
-        same(pc.load(tmp_path / place), hugging_face(theirs))
+        same(pc.load(tmp_path / place), load_transformers(theirs))
 
 
 PLACES = {
@@ -313,9 +332,7 @@ PLACES = {
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_destination_that_cannot_be_is_refused_before_the_work(place, theirs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        "perceiver_core.checkpoints.convert._read", lambda *_: pytest.fail("read before it was refused")
-    )
+    monkeypatch.setattr("perceiver_core.interop.conversion._read", lambda *_: pytest.fail("read before it was refused"))
     (tmp_path / "file").write_text("x")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "link_to_full").symlink_to(theirs)
@@ -330,7 +347,7 @@ def test_a_reader_that_runs_into_something_says_so(error, theirs, tmp_path, monk
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("perceiver_core.checkpoints.convert._read", fail)
+    monkeypatch.setattr("perceiver_core.interop.conversion._read", fail)
     said = " ".join(refused(monkeypatch, capsys, theirs, tmp_path / "out").split())
     assert f"theirs cannot be read ({type(error).__name__}: {error})" in said
 
@@ -362,7 +379,7 @@ def test_arguments_that_are_no_json(theirs, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_refused_leaves_nothing_behind(case, theirs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    pc.save(hugging_face(theirs), tmp_path / "ours")
+    pc.save(load_transformers(theirs), tmp_path / "ours")
     haiku(FOURIER, tmp_path).rename("arrays.npz")
     with np.load("arrays.npz") as file:
         np.savez("half.npz", **{name: file[name] for name in file.files if "pos_embs" not in name})
@@ -390,25 +407,25 @@ def test_perceiver_pytorch_has_no_counterpart_in_transformers(lucid, tmp_path, m
 
 
 def test_errors_of_a_plan_name_what_is_known(theirs, tmp_path):
-    for name in ("kind", "target", "numerics"):
+    for name in ("source_format", "target", "numerics"):
         with pytest.raises(ValueError, match=rf"{name} must be one of \(.*\); got 'jax'"):
-            convert(Plan(str(theirs), tmp_path / "out", **{name: "jax"}))
+            convert(theirs, tmp_path / "out", **{name: "jax"})
 
 
 def test_a_failure_while_writing_leaves_nothing(theirs, tmp_path, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise OSError("the disk is full")
 
-    monkeypatch.setattr("perceiver_core.checkpoints.convert.card", fail)
+    monkeypatch.setattr("perceiver_core.interop.conversion.card", fail)
     with pytest.raises(OSError, match="full"):
-        convert(Plan(str(theirs), tmp_path / "out"))
+        convert(theirs, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
 
 
 def test_what_is_there_says_whose_it_is(theirs, arrays, lucid, tmp_path):
-    ours = pc.save(hugging_face(theirs), tmp_path / "ours")
-    assert [origin(path) for path in (ours, theirs, arrays, lucid)] == [
-        "perceiver-core", "transformers", "deepmind", "perceiver-pytorch",
+    ours = pc.save(load_transformers(theirs), tmp_path / "ours")
+    assert [detect_format(path) for path in (ours, theirs, arrays, lucid)] == [
+        "perceiver-core", "transformers", "haiku", "perceiver-pytorch",
     ]  # fmt: skip
     with pytest.raises(FileNotFoundError, match="there is no file or folder"):
-        origin(tmp_path / "nowhere")
+        detect_format(tmp_path / "nowhere")

@@ -1,4 +1,4 @@
-"""What a file or a folder holds: whose model it is."""
+"""Detection of the format of a file or folder from its content."""
 
 from __future__ import annotations
 
@@ -7,50 +7,50 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from perceiver_core.checkpoints.lucidrains import LAYOUTS
-from perceiver_core.checkpoints.of_transformers import read_config
+from perceiver_core.interop.perceiver_pytorch import layout_of
+from perceiver_core.interop.transformers_config import read_config
 
-KINDS = ("perceiver-core", "transformers", "deepmind", "perceiver-pytorch")
+FORMATS = ("perceiver-core", "transformers", "haiku", "perceiver-pytorch")
 
 
-def origin(path: Path) -> str:
-    """Which of `KINDS` wrote a file or a folder, by what it holds. Nothing is unpickled.
+def detect_format(path: Path) -> str:
+    """Return the one of `FORMATS` that a file or folder has. Nothing is unpickled.
 
     Args:
-        path: a folder with `config.json`, a safetensors file, an `.npz`, or a pickle.
+        path: Folder with `config.json`, safetensors file, `.npz`, or pickle.
 
     Raises:
-        FileNotFoundError: there is nothing, or a folder without `config.json`.
-        ValueError: something else.
+        FileNotFoundError: There is nothing, or a folder without `config.json`.
+        ValueError: The format is another one.
 
     Example:
         >>> import tempfile
         >>> import perceiver_core as pc
-        >>> from perceiver_core.checkpoints.origin import origin
+        >>> from perceiver_core.interop.format_detection import detect_format
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     origin(pc.save(pc.Encoder(10, num_latents=7, dim=32, depth=1, num_heads=4), folder))
+        ...     detect_format(pc.save(pc.Encoder(10, num_latents=7, dim=32, depth=1, num_heads=4), folder))
         'perceiver-core'
     """
     if path.is_dir():
-        return _of_folder(path)
+        return _folder_format(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file or folder {path}")
     with path.open("rb") as file:
-        start = file.read(16)
-    if start[:1] == b"\x80" or path.suffix in (".pystate", ".pkl", ".pickle"):
-        return "deepmind"  # old pickles have no mark at their start
+        start = file.read(1)
+    if start == b"\x80" or path.suffix in (".pystate", ".pkl", ".pickle"):
+        return "haiku"  # pickles of old protocols do not start with a mark
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if all(name.endswith(".npy") for name in archive.namelist()):
-                return "deepmind"
+                return "haiku"
         raise ValueError(
             f"{path} is a zip file, but not one of NumPy's arrays. If PyTorch wrote it, read it by torch.load with "
             "weights_only=True, and write its state dict by safetensors.torch.save_file"
         )
-    return _of_weights(path)
+    return _state_dict_format(path)
 
 
-def _of_folder(folder: Path) -> str:
+def _folder_format(folder: Path) -> str:
     config = read_config(folder)
     if config.get("library") == "perceiver_core":
         return "perceiver-core"
@@ -59,13 +59,13 @@ def _of_folder(folder: Path) -> str:
     raise ValueError(f"{folder / 'config.json'} was written neither by perceiver-core nor by transformers")
 
 
-def _of_weights(path: Path) -> str:
+def _state_dict_format(path: Path) -> str:
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file, no .npz and no pickle: {error}") from error
-    if any(f"{layout.read.format(0)}.norm_context.weight" in names for layout in LAYOUTS):
+    if layout_of(names) is not None:
         return "perceiver-pytorch"
     if "perceiver.embeddings.latents" in names:
         raise ValueError(f"{path} holds weights of transformers; give their folder, which has config.json too")

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 import perceiver_core
-from perceiver_core.checkpoints import deepmind, held, restricted, stand_ins
+from perceiver_core.interop import load_haiku
+from perceiver_core.interop.weight_files import array_header, pickle_values, safe_pickle
 
 
 class Harm:
@@ -35,7 +36,7 @@ def test_pickles_that_execute_are_refused(
     path = tmp_path / "it"
     path.write_bytes(pickle.dumps(holds, protocol))
     with pytest.raises(ValueError, match=r"may run code|only arrays of numbers"):
-        restricted.read(path)
+        safe_pickle.read(path)
     assert "executed" not in capsys.readouterr().out
 
 
@@ -43,7 +44,7 @@ def test_pickles_that_execute_are_refused(
 def test_what_is_no_such_pickle_is_refused(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "it").write_bytes(data)
     with pytest.raises(ValueError, match=r"pickle|may run code|dictionary"):
-        deepmind(tmp_path / "it")
+        load_haiku(tmp_path / "it")
 
 
 def test_arrays_and_dictionaries_are_read(tmp_path: Path) -> None:
@@ -54,7 +55,7 @@ def test_arrays_and_dictionaries_are_read(tmp_path: Path) -> None:
     }
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         (tmp_path / "it").write_bytes(pickle.dumps(held, protocol))
-        found = restricted.read(tmp_path / "it")
+        found = safe_pickle.read(tmp_path / "it")
         np.testing.assert_array_equal(found["a"].read(), held["a"])
         assert found["b"][:3] == held["b"][:3] and found["b"][3].read() == 3.5 and found["c"]["d"].read() == 1
 
@@ -68,7 +69,7 @@ def test_references_to_elsewhere_are_refused(tmp_path: Path) -> None:
     Referring(buffer).dump({"a": 7})
     (tmp_path / "it").write_bytes(buffer.getvalue())
     with pytest.raises(ValueError, match="outside itself"):
-        restricted.read(tmp_path / "it")
+        safe_pickle.read(tmp_path / "it")
 
 
 def plain(value: Any) -> bytes:
@@ -152,11 +153,11 @@ HARM = {
     "a long key": (b"}" + plain("x" * 1001) + b"Ns.", "1000 letters"),
     "a far place in the memo": (b"}r" + struct.pack("<I", 2**31 - 1) + b"0.", "none that data need"),
     "nothing in the memo": (b"h\x07.", "value 7, which was not kept"),
-    "a long number": (b"\x8b" + struct.pack("<i", 2**20) + bytes(2**20) + b".", "more than 8 bytes"),
-    "a long number of digits": (b"I" + b"9" * 5000 + b"\n.", "a line does not end"),
-    "text beyond the end": (b"\x8d" + struct.pack("<Q", 2**62) + b"a", "ends too early"),
-    "bytes beyond the end": (b"\x8e" + struct.pack("<Q", 2**62) + b"a", "ends too early"),
-    "an array beyond the end": (b"\x96" + struct.pack("<Q", 2**62) + b"a", "ends too early"),
+    "a long number": (b"\x8b" + struct.pack("<i", 2**20) + b"\1" * 2**20 + b".", "more than 8 bytes"),
+    "a long number of digits": (b"I" + b"9" * 5000 + b"\n.", "digits|8 bytes"),
+    "text beyond the end": (b"\x8d" + struct.pack("<Q", 2**62) + b"a", "but only 1 remain"),
+    "bytes beyond the end": (b"\x8e" + struct.pack("<Q", 2**62) + b"a", "but only 1 remain"),
+    "an array beyond the end": (b"\x96" + struct.pack("<Q", 2**62) + b"a", "but only 1 remain"),
     "nesting": (b"]" * 20_000 + b"a" * 19_999 + b".", "16 in one another"),
     "itself": (b"]q\x01h\x01a.", "16 in one another"),
     "too many values": (b"](" + b"N" * 200_000 + b"e.", "more than 100000 instructions"),
@@ -188,24 +189,24 @@ def test_harm_is_refused(case: str, tmp_path: Path) -> None:
     """Each at once, naming the file, with little memory, and without a trace."""
     code, message = HARM[case]
     (tmp_path / "it").write_bytes(b"\x80\x02" + code)
-    before = {name: dict(vars(part)) for name, part in vars(stand_ins).items() if isinstance(part, type)}
-    functions = [part for part in stand_ins.KNOWN.values() if part is not None]
+    before = {name: dict(vars(part)) for name, part in vars(pickle_values).items() if isinstance(part, type)}
+    functions = [part for part in pickle_values.KNOWN.values() if part is not None]
     defaults = [part.__defaults__ for part in functions]
     tracemalloc.start()
     try:
         with pytest.raises(ValueError, match=rf"it is not a pickle of dictionaries and arrays: .*{message}"):
-            restricted.read(tmp_path / "it")
+            safe_pickle.read(tmp_path / "it")
         assert tracemalloc.get_traced_memory()[1] < 100e6
     finally:
         tracemalloc.stop()
     assert [part.__defaults__ for part in functions] == defaults
-    assert {name: dict(vars(part)) for name, part in vars(stand_ins).items() if isinstance(part, type)} == before
+    assert {name: dict(vars(part)) for name, part in vars(pickle_values).items() if isinstance(part, type)} == before
 
 
 def test_a_pointer_is_not_followed(tmp_path: Path) -> None:
     """In a process of its own, which would be killed: the dtype that NumPy's own `__setstate__` would accept."""
     (tmp_path / "it").write_bytes(b"\x80\x02" + HARM["a pointer"][0])
-    code = "import sys; from perceiver_core.checkpoints import deepmind; deepmind(sys.argv[1])"
+    code = "import sys; from perceiver_core.interop import load_haiku; load_haiku(sys.argv[1])"
     run = [sys.executable, "-c", code, str(tmp_path / "it")]
     source = str(Path(perceiver_core.__file__).parents[1])
     found = subprocess.run(run, capture_output=True, text=True, env={"PYTHONPATH": source})
@@ -214,24 +215,27 @@ def test_a_pointer_is_not_followed(tmp_path: Path) -> None:
 
 def test_what_is_called_is_in_this_library() -> None:
     """Nothing of NumPy or of Python's own stands in the table."""
-    for make in stand_ins.KNOWN.values():
-        assert make is None or (isinstance(make, types.FunctionType) and make.__module__ == stand_ins.__name__)
-    assert all("__slots__" in vars(part) for part in (stand_ins.Global, stand_ins.Type, stand_ins.Array))
+    for make in pickle_values.KNOWN.values():
+        assert make is None or (isinstance(make, types.FunctionType) and make.__module__ == pickle_values.__name__)
+    assert all(
+        "__slots__" in vars(part)
+        for part in (pickle_values.Global, pickle_values.DTypeStandIn, pickle_values.ArrayStandIn)
+    )
 
 
 def test_reading_stops_at_the_first_unknown_name_and_errors_name_it(tmp_path: Path) -> None:
     (tmp_path / "it").write_bytes(b"\x80\x02" + named("os", "system") + b"r")
     with pytest.raises(ValueError, match=r"it is not a pickle .* asks for os\.system, which may run code"):
-        restricted.read(tmp_path / "it")
+        safe_pickle.read(tmp_path / "it")
 
 
 def test_sizes_that_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").write_bytes(b"")
     with (tmp_path / "large").open("wb") as file:
-        file.truncate(held.LARGEST + 1)
+        file.truncate(array_header.LARGEST + 1)
     for name in ("empty", "large"):
         with pytest.raises(ValueError, match=rf"{name} must hold a published Perceiver IO, at most 8589934592 bytes"):
-            deepmind(tmp_path / name)
+            load_haiku(tmp_path / name)
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -245,7 +249,7 @@ def test_arrays_of_all_layouts_are_read(protocol: int, tmp_path: Path) -> None:
     (tmp_path / "it").write_bytes(
         pickle.dumps({"a": saved, "b": [whole[0].dtype.name, 2**40, -3, 0.5, True]}, protocol)
     )
-    found = restricted.read(tmp_path / "it")
+    found = safe_pickle.read(tmp_path / "it")
     for wanted, got in zip(whole, found["a"].values(), strict=True):
         again = got.read()
         np.testing.assert_array_equal(again, wanted)
@@ -263,10 +267,10 @@ def test_arrays_of_jax_are_read(module: str, name: str, tmp_path: Path) -> None:
     args = b"(" + ndarray + plain((0,)) + plain(b"b") + b"t"
     made = called(named(module, name), reconstruct, args, state, plain({"weak_type": False}))
     (tmp_path / "it").write_bytes(b"\x80\x02" + made + b".")
-    assert restricted.read(tmp_path / "it").read().tolist() == [[2.5]]
+    assert safe_pickle.read(tmp_path / "it").read().tolist() == [[2.5]]
     (tmp_path / "it").write_bytes(b"\x80\x02" + called(named(module, name), ndarray, args, state, b"N") + b".")
     with pytest.raises(ValueError, match="not as JAX pickles one"):
-        restricted.read(tmp_path / "it")
+        safe_pickle.read(tmp_path / "it")
 
 
 def test_mappings_of_haiku_are_read(tmp_path: Path) -> None:
@@ -274,17 +278,17 @@ def test_mappings_of_haiku_are_read(tmp_path: Path) -> None:
     mapping, inside = named("haiku._src.data_structures", "FlatMapping"), plain({"a": 3})
     for filled in (inside, plain({"_mapping": {"a": 3}}), b"(" + inside + b"Nt"):
         (tmp_path / "it").write_bytes(b"\x80\x02" + mapping + b")\x81" + filled + b"b.")
-        assert restricted.read(tmp_path / "it") == {"a": 3}
+        assert safe_pickle.read(tmp_path / "it") == {"a": 3}
     (tmp_path / "it").write_bytes(b"\x80\x02" + called(mapping, inside) + b".")
-    assert restricted.read(tmp_path / "it") == {"a": 3}
+    assert safe_pickle.read(tmp_path / "it") == {"a": 3}
     for wrong in (called(mapping, plain([1])), called(mapping, inside, inside), mapping + b")\x81" + plain([1]) + b"b"):
         (tmp_path / "it").write_bytes(b"\x80\x02" + wrong + b".")
         with pytest.raises(ValueError, match="a mapping is"):
-            restricted.read(tmp_path / "it")
+            safe_pickle.read(tmp_path / "it")
 
 
 def test_references_to_buffers_outside_are_refused(tmp_path: Path) -> None:
     data = pickle.dumps(np.arange(3.0), 5, buffer_callback=lambda _: False)
     (tmp_path / "it").write_bytes(data)
     with pytest.raises(ValueError, match="outside itself"):
-        restricted.read(tmp_path / "it")
+        safe_pickle.read(tmp_path / "it")

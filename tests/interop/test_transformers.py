@@ -17,10 +17,18 @@ from torch import Tensor, nn
 
 import perceiver_core as pc
 from perceiver_core import reads
-from perceiver_core.checkpoints import files, hugging_face, published, to_hugging_face
-from perceiver_core.checkpoints.convert import Plan, convert
-from perceiver_core.checkpoints.of_transformers import build
-from tests.checkpoints.test_of_haiku import KINDS, SMALL
+from perceiver_core.checkpoints import folder
+from perceiver_core.interop import (
+    DEEPMIND_NUMERICS,
+    TRANSFORMERS_NUMERICS,
+    Numerics,
+    convert,
+    load_transformers,
+    save_transformers,
+)
+from perceiver_core.interop.published_models import build
+from perceiver_core.interop.weight_files import state_dict_files
+from tests.interop.haiku_writer import KINDS, SMALL
 
 TEXT = "PerceiverForMaskedLM"
 LEARNED = "PerceiverForImageClassificationLearned"
@@ -28,14 +36,14 @@ FOURIER = "PerceiverForImageClassificationFourier"
 CONV = "PerceiverForImageClassificationConvProcessing"
 STEM = "perceiver.input_preprocessor.convnet.conv.weight"
 LATENTS = "perceiver.embeddings.latents"
-DEEP = published.DEEPMIND
+DEEP = DEEPMIND_NUMERICS
 
 
 def configured(kind: str) -> dict[str, Any]:
     return SMALL | KINDS[kind] | {"architectures": [kind], "model_type": "perceiver"}
 
 
-def made(kind: str, numerics: published.Numerics = published.TRANSFORMERS, **more: Any) -> nn.Module:
+def made(kind: str, numerics: Numerics = TRANSFORMERS_NUMERICS, **more: Any) -> nn.Module:
     torch.manual_seed(0)
     return build(configured(kind) | more, numerics)
 
@@ -46,7 +54,7 @@ def theirs(tmp_path: Path) -> Path:
 
 
 def written(kind: str, path: Path) -> Path:
-    return to_hugging_face(made(kind), path / "theirs", config=configured(kind))
+    return save_transformers(made(kind), path / "theirs", config=configured(kind))
 
 
 def same(one: nn.Module, other: nn.Module) -> None:
@@ -56,7 +64,7 @@ def same(one: nn.Module, other: nn.Module) -> None:
 def refused(path: Path, *said: str) -> str:
     """What is said of a folder; each of these among it."""
     with pytest.raises(ValueError) as caught:
-        hugging_face(path)
+        load_transformers(path)
     for words in said:
         assert words in str(caught.value)
     return str(caught.value)
@@ -85,10 +93,10 @@ def index(path: Path, end: str, places: Any) -> None:
 
 @pytest.mark.parametrize("end", ["safetensors", "bin"])
 def test_shards(end: str, theirs: Path) -> None:
-    whole = hugging_face(theirs)
+    whole = load_transformers(theirs)
     places = sharded(theirs, end)
-    same(hugging_face(theirs), whole)
-    convert(Plan(str(theirs), theirs.parent / "ours"))
+    same(load_transformers(theirs), whole)
+    convert(theirs, theirs.parent / "ours")
     same(pc.load(theirs.parent / "ours"), whole)
     file = places[LATENTS]
     index(theirs, end, places | {"more": file})
@@ -98,7 +106,7 @@ def test_shards(end: str, theirs: Path) -> None:
     index(theirs, end, places)
     (theirs / file).unlink()
     with pytest.raises(FileNotFoundError, match=f"names {file}, which is not there"):
-        hugging_face(theirs)
+        load_transformers(theirs)
 
 
 ELSEWHERE = ["../x.safetensors", "a/x.safetensors", "/x.safetensors", "..", "x.bin", ".safetensors", ""]
@@ -122,7 +130,7 @@ def test_an_index_of_something_else(places: Any, theirs: Path) -> None:
 
 def test_the_size_of_an_index_is_bounded(theirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sharded(theirs, "safetensors")
-    monkeypatch.setattr(files, "LARGEST_INDEX", 100)
+    monkeypatch.setattr(state_dict_files, "LARGEST_INDEX", 100)
     refused(theirs, "model.safetensors.index.json must have at most 100 bytes")
 
 
@@ -157,10 +165,10 @@ def test_tensors_that_share_values_are_not_copied(theirs: Path) -> None:
 
 
 def test_parameters_and_pictures_laid_out_by_channel(theirs: Path) -> None:
-    whole = hugging_face(theirs)
+    whole = load_transformers(theirs)
     kernel = whole.adapter.stem.convolution.weight.detach().clone(memory_format=torch.channels_last)
     pickled(theirs, **{STEM: nn.Parameter(kernel), LATENTS: nn.Parameter(whole.encoder.latents.detach())})
-    same(hugging_face(theirs), whole)
+    same(load_transformers(theirs), whole)
 
 
 def test_a_compressed_file_is_not_unpacked(theirs: Path) -> None:
@@ -194,12 +202,12 @@ def changed(path: Path, **changes: Tensor) -> Path:
 
 def test_a_kernel_of_another_shape(theirs: Path) -> None:
     kernel = load_file(theirs / "model.safetensors")[STEM]
-    said = f"{STEM} must have shape (64, 3, 7, 7); got (3, 64, 7, 7)"
+    said = f"{STEM} has shape (3, 64, 7, 7), expected (64, 3, 7, 7)"
     refused(changed(theirs, **{STEM: kernel.transpose(0, 1).contiguous()}), str(theirs / "model.safetensors"), said)
 
 
 def test_latents_with_an_axis_too_many(theirs: Path) -> None:
-    refused(changed(theirs, **{LATENTS: torch.zeros(1, 5, 16)}), f"{LATENTS} must have shape (5, 16); got (1, 5, 16)")
+    refused(changed(theirs, **{LATENTS: torch.zeros(1, 5, 16)}), f"{LATENTS} has shape (1, 5, 16), expected (5, 16)")
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.float16, torch.bool])
@@ -210,20 +218,20 @@ def test_weights_of_another_dtype(dtype: torch.dtype, theirs: Path) -> None:
 
 def test_a_counter_that_does_not_count(theirs: Path) -> None:
     name = "perceiver.input_preprocessor.convnet.batchnorm.num_batches_tracked"
-    refused(changed(theirs, **{name: torch.tensor(0.0)}), f"{name} must be of torch.int64; got torch.float32")
+    refused(changed(theirs, **{name: torch.tensor(0.0)}), f"{name} is of torch.float32, expected torch.int64")
 
 
 def test_names_with_a_mark_of_data_parallel(theirs: Path) -> None:
     weights = {f"module.{name}": value for name, value in load_file(theirs / "model.safetensors").items()}
     save_file(weights, theirs / "model.safetensors")
-    refused(theirs, str(theirs / "model.safetensors"), "Take off the module. at the start")
+    refused(theirs, str(theirs / "model.safetensors"), "take off the module. at the start")
 
 
 def test_half_precision_and_nan_load(theirs: Path) -> None:
     weights = load_file(theirs / "model.safetensors")
     weights = {name: value.bfloat16() if value.is_floating_point() else value for name, value in weights.items()}
     save_file(weights | {LATENTS: weights[LATENTS] * float("nan")}, theirs / "model.safetensors")
-    model = hugging_face(theirs)
+    model = load_transformers(theirs)
     assert model.encoder.latents.isnan().all() and model.encoder.latents.dtype == torch.bfloat16
 
 
@@ -266,9 +274,14 @@ def test_values_of_a_configuration(case: str, theirs: Path) -> None:
 
 def test_labels_that_are_not_said_are_two(tmp_path: Path) -> None:
     config = configured(FOURIER) | {"num_labels": 2}
-    path = to_hugging_face(made(FOURIER, num_labels=2), tmp_path / "two", config=config)
-    assert hugging_face(reconfigured(path, id2label=None)).decoder.out_dim == 2
-    assert hugging_face(reconfigured(path, id2label={"0": "a", "1": "b"}, num_labels=7)).decoder.out_dim == 2
+    path = save_transformers(made(FOURIER, num_labels=2), tmp_path / "two", config=config)
+    assert load_transformers(reconfigured(path, id2label=None)).decoder.out_dim == 2
+    assert load_transformers(reconfigured(path, id2label={"0": "a", "1": "b"}, num_labels=7)).decoder.out_dim == 2
+
+
+def test_sizes_that_transformers_does_not_have_are_ignored(tmp_path: Path) -> None:
+    whole = load_transformers(written(FOURIER, tmp_path))
+    same(load_transformers(reconfigured(tmp_path / "theirs", num_bands=3, max_resolution="x")), whole)
 
 
 def test_sizes_that_overflow(tmp_path: Path) -> None:
@@ -296,7 +309,7 @@ def test_texts_of_a_configuration(case: str, theirs: Path) -> None:
 
 @pytest.mark.parametrize("layers", [30, 10_000, 2**31 - 1])
 def test_layers_that_there_are_no_weights_for(layers: int, theirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("perceiver_core.checkpoints.of_transformers.build", lambda *_: pytest.fail("made a model"))
+    monkeypatch.setattr("perceiver_core.interop.transformers.build", lambda *_: pytest.fail("made a model"))
     start = time.perf_counter()
     refused(reconfigured(theirs, num_self_attends_per_block=layers), str(theirs / "model.safetensors"))
     assert time.perf_counter() - start < 5
@@ -307,7 +320,7 @@ def test_layers_that_there_are_no_weights_for(layers: int, theirs: Path, monkeyp
 
 def not_written(message: str, model: Any, config: Any, tmp_path: Path, **options: Any) -> None:
     with pytest.raises(ValueError, match=message):
-        to_hugging_face(model, tmp_path / "out", config=config, **options)
+        save_transformers(model, tmp_path / "out", config=config, **options)
     assert not (tmp_path / "out").exists()
 
 
@@ -348,7 +361,7 @@ def test_a_model_that_was_changed(tmp_path: Path) -> None:
 def test_a_path_changes_no_result(tmp_path: Path) -> None:
     model = made(FOURIER)
     reads.set_strategy(model, reads.Dense())
-    same(hugging_face(to_hugging_face(model, tmp_path, config=configured(FOURIER))), model)
+    same(load_transformers(save_transformers(model, tmp_path, config=configured(FOURIER))), model)
 
 
 @pytest.mark.parametrize("kind", [CONV, LEARNED, FOURIER])
@@ -359,16 +372,18 @@ def test_numerics_that_were_not_said(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [CONV, LEARNED])
 def test_numerics_that_transformers_has_no_word_for(kind: str, tmp_path: Path) -> None:
     message = {CONV: "adapter.stem.*ConvStem", LEARNED: "decoder.cross_attention.residual is False, not True"}[kind]
-    not_written(f"no word for.*{message}", made(kind, DEEP), configured(kind), tmp_path, numerics=DEEP)
-    turned = published.TRANSFORMERS._replace(transposed=True)
+    not_written(f"cannot express.*{message}", made(kind, DEEP), configured(kind), tmp_path, numerics=DEEP)
+    turned = TRANSFORMERS_NUMERICS._replace(transposed_stem=True)
     if kind == CONV:
-        not_written("the kernel of its stem is turned", made(kind, turned), configured(kind), tmp_path, numerics=turned)
+        not_written(
+            "the kernel of its stem is transposed", made(kind, turned), configured(kind), tmp_path, numerics=turned
+        )
 
 
 def test_activations_are_written_by_name(tmp_path: Path) -> None:
-    path = to_hugging_face(made(FOURIER, DEEP), tmp_path, config=configured(FOURIER), numerics=DEEP)
-    assert files.read_json(path / "config.json")["hidden_act"] == "gelu_pytorch_tanh"
-    assert hugging_face(path).encoder.reads[0].mlp.activation.approximate == "tanh"
+    path = save_transformers(made(FOURIER, DEEP), tmp_path, config=configured(FOURIER), numerics=DEEP)
+    assert state_dict_files.read_json(path / "config.json")["hidden_act"] == "gelu_pytorch_tanh"
+    assert load_transformers(path).encoder.reads[0].mlp.activation.approximate == "tanh"
 
 
 class Configuration:
@@ -381,18 +396,18 @@ class Configuration:
 def test_what_a_configuration_may_come_as(theirs: Path, tmp_path: Path) -> None:
     path = written(FOURIER, tmp_path / "fourier")
     for i, config in enumerate([path, str(path), path / "config.json", Configuration()]):
-        same(hugging_face(to_hugging_face(made(FOURIER), tmp_path / f"{i}", config=config)), made(FOURIER))
+        same(load_transformers(save_transformers(made(FOURIER), tmp_path / f"{i}", config=config)), made(FOURIER))
     not_written("config must be a dictionary, a configuration of transformers or the path", made(FOURIER), 3, tmp_path)
-    not_written("JSON has words for", made(FOURIER), configured(FOURIER) | {"x": object()}, tmp_path)
+    not_written("JSON can express", made(FOURIER), configured(FOURIER) | {"x": object()}, tmp_path)
     with pytest.raises(FileNotFoundError):
-        to_hugging_face(made(FOURIER), tmp_path / "out", config=tmp_path / "nowhere")
+        save_transformers(made(FOURIER), tmp_path / "out", config=tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_the_dtype_is_that_of_the_weights(dtype: torch.dtype, tmp_path: Path) -> None:
     config = configured(CONV) | {"torch_dtype": "float16", "id2label": {"0": "größer", "1": "b", "2": "c"}}
-    path = to_hugging_face(made(CONV).to(dtype), tmp_path, config=config)
-    found = files.read_json(path / "config.json")
+    path = save_transformers(made(CONV).to(dtype), tmp_path, config=config)
+    found = state_dict_files.read_json(path / "config.json")
     assert found["dtype"] == str(dtype).removeprefix("torch.") and "torch_dtype" not in found
     assert found["id2label"]["0"] == "größer" and "größer" in (path / "config.json").read_bytes().decode()
 
@@ -409,10 +424,10 @@ def test_a_failure_leaves_the_old_files_and_no_others(
     def fail(*_: Any) -> None:
         raise OSError("the disk is full")
 
-    name = "perceiver_core.checkpoints.of_transformers.save_file" if where == "save_file" else "os.replace"
+    name = "perceiver_core.interop.transformers.save_file" if where == "save_file" else "os.replace"
     monkeypatch.setattr(name, fail)
     with pytest.raises(OSError, match="full"):
-        to_hugging_face(made(CONV), theirs, config=configured(CONV))
+        save_transformers(made(CONV), theirs, config=configured(CONV))
     assert {path.name: path.read_bytes() for path in theirs.iterdir()} == before
 
 
@@ -426,6 +441,6 @@ def test_files_have_the_modes_that_the_user_has_set(tmp_path: Path) -> None:
 
 
 def test_it_is_saved_as_ours_and_written_again(theirs: Path, tmp_path: Path) -> None:
-    again = pc.load(pc.save(hugging_face(theirs), tmp_path / "ours"))
-    path = to_hugging_face(again, tmp_path / "again", config=theirs)
+    again = pc.load(pc.save(load_transformers(theirs), tmp_path / "ours"))
+    path = save_transformers(again, tmp_path / "again", config=theirs)
     assert (path / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
