@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from perceiver_core.checkpoints.folder import tensors_of
+from perceiver_core.checkpoints.state import state_tensors
 from perceiver_core.interop import DEEPMIND_NUMERICS
 from perceiver_core.interop.published_models import build
 from perceiver_core.interop.published_weights import from_transformers
@@ -142,5 +142,5 @@ def original(kind: str, **more: Any) -> tuple[PerceiverIO, dict[str, Tensor], di
         for tensor in model.state_dict().values():
             if tensor.is_floating_point():
                 tensor.copy_(torch.rand_like(tensor) * 0.4 + 0.1)
-    tensors = from_transformers(config, transposed_stem=False).save(tensors_of(model))
+    tensors = from_transformers(config, transposed_stem=False).save(state_tensors(model))
     return model, {name: tensor.detach().clone() for name, tensor in tensors.items()}, config

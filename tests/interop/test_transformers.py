@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 import perceiver_core as pc
 from perceiver_core import reads
-from perceiver_core.checkpoints import folder
 from perceiver_core.interop import (
     DEEPMIND_NUMERICS,
     TRANSFORMERS_NUMERICS,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import perceiver_core as pc
-from perceiver_core.checkpoints.folder import tensors_of
+from perceiver_core.checkpoints.state import state_tensors
 from perceiver_core.interop import load_transformers, save_transformers
 from perceiver_core.interop.published_models import build
 from perceiver_core.interop.published_weights import from_transformers
@@ -141,7 +141,7 @@ def test_outputs_and_gradients_are_theirs(kind: str, tmp_path: Any) -> None:
     own_gradients = torch.autograd.grad(found, list(own_parameters.values()), along, allow_unused=True)
     mine = dict(zip(own_parameters, own_gradients, strict=True))
     state = {
-        name: torch.zeros_like(x) if mine.get(name) is None else mine[name] for name, x in tensors_of(ours).items()
+        name: torch.zeros_like(x) if mine.get(name) is None else mine[name] for name, x in state_tensors(ours).items()
     }
     mine = from_transformers(config_of(tmp_path), transposed_stem=False).save(state)
     for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):

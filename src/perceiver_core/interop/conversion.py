@@ -15,7 +15,8 @@ from torch import nn
 
 from perceiver_core.checkpoints import hub
 from perceiver_core.checkpoints.card import card
-from perceiver_core.checkpoints.folder import load, save
+from perceiver_core.checkpoints.loading import load
+from perceiver_core.checkpoints.saving import save
 from perceiver_core.interop import reference_run
 from perceiver_core.interop.format_detection import FORMATS, detect_format
 from perceiver_core.interop.haiku import load_with_config

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from perceiver_core.checkpoints.folder import tensors_of
+from perceiver_core.checkpoints.state import state_tensors
 from perceiver_core.interop.checked_arguments import CheckedArguments
 from perceiver_core.interop.published_models import DEEPMIND_NUMERICS, Numerics, build
 from perceiver_core.interop.published_weights import (
@@ -91,7 +91,7 @@ def load_with_config(path: Path, numerics: Numerics, given: Config) -> tuple[Per
         mapping.check(headers)
         with torch.device("meta"):
             model = build(config, numerics)
-        mapping.check(headers, like=tensors_of(model))
+        mapping.check(headers, like=state_tensors(model))
         tensors = mapping.load({name: torch.from_numpy(array.read()) for name, array in arrays.items()})
         assign(model, {name: tensor.contiguous() for name, tensor in tensors.items()})
     return model.eval(), config

@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from perceiver_core import registry
-from perceiver_core.checkpoints.folder import changes_of, kinds_of, misfits, tensors_of, with_values, write_all
+from perceiver_core.checkpoints.differences import model_differences, spec_differences
+from perceiver_core.checkpoints.folder import write_atomically
+from perceiver_core.checkpoints.state import check_values, state_tensors, tensor_specs
 from perceiver_core.interop.published_models import ACTIVATIONS, TRANSFORMERS_NUMERICS, Numerics, build
 from perceiver_core.interop.published_weights import CONVOLUTIONAL, from_transformers
 from perceiver_core.interop.transformers_config import (
@@ -66,7 +68,7 @@ def load_transformers(
     with errors_with_path(folder / CONFIG), torch.device("meta"):
         model = build(config, numerics)
     with errors_with_path(weights.path):
-        mapping.check(weights.headers, like=tensors_of(model))
+        mapping.check(weights.headers, like=state_tensors(model))
         check_floats({name: header for name, header in weights.headers.items() if not name.endswith("_tracked")})
         assign(model, {name: tensor.contiguous() for name, tensor in mapping.load(weights.read()).items()})
     return model.eval()
@@ -111,7 +113,8 @@ def save_transformers(
         raise ValueError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     folder, entries = Path(folder), as_dictionary(config)
     _check_described(model, entries, numerics)
-    state = with_values(tensors_of(model))
+    state = state_tensors(model)
+    check_values(state)
     dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
     if len(dtypes) != 1 or not dtypes <= set(FLOATS):
         raise ValueError(
@@ -126,7 +129,7 @@ def save_transformers(
     except (TypeError, ValueError) as error:
         raise ValueError(f"config must hold what JSON can express: {error}") from error
     folder.mkdir(parents=True, exist_ok=True)
-    write_all(
+    write_atomically(
         {
             folder / WEIGHTS: lambda path: save_file(theirs, path, {"format": "pt"}),
             folder / CONFIG: lambda path: path.write_text(text, encoding="utf-8"),
@@ -140,8 +143,8 @@ def _check_described(model: nn.Module, config: Config, numerics: Numerics) -> No
     with torch.device("meta"):
         described, theirs = build(config, numerics), build(_expressed(config, numerics))
     expected, actual = registry.to_config(described), registry.to_config(model)
-    different = _difference(expected, actual) or changes_of(described, model)
-    different = different or misfits(kinds_of(tensors_of(described)), kinds_of(tensors_of(model)))
+    different = _difference(expected, actual) or model_differences(described, model)
+    different = different or spec_differences(tensor_specs(state_tensors(described)), tensor_specs(state_tensors(model)))
     if different:
         raise ValueError(
             f"model must be the {architecture_of(config)} that config and numerics make: {different}. Give what it was "

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from perceiver_core.checkpoints import hub
-from perceiver_core.checkpoints.folder import dtype_named
+from perceiver_core.checkpoints.state import dtype_named
 from perceiver_core.registry import Json
 
 CONFIG, WEIGHTS, BINARY = "config.json", "model.safetensors", "pytorch_model.bin"
