@@ -28,12 +28,9 @@ test: $(VENV)/.installed-dev $(VENV)/.installed-akoa ## run the tests with cover
 # A process for each core, four at most: each takes some gigabytes with the models of full size.
 WORKERS := -n auto --maxprocesses 4 --dist worksteal
 
-# Left out: tests of refusals, where jaxtyping would speak before the library does, and torch.compile, which cannot
-# trace through the checks.
-SHAPES := --jaxtyping-packages=perceiver_core,tools.shapes.check -m "not compile and not slow and not gpu and not triton" \
-  -k "not (errors or refused or must or boolean or whole_number)" \
-  --ignore=tests/akoa --ignore=tests/examples --ignore=tests/checkpoints \
-  --ignore=tests/test_checks.py --ignore=tests/test_project.py --ignore=tests/test_registry.py
+# The markers are described in pyproject.toml; torch.compile cannot trace through the checks.
+SHAPES := --jaxtyping-packages=perceiver_core,tools.shapes.check \
+  -m "not (compile or slow or gpu or triton or refusal or no_shape_checks)"
 
 lint: $(VENV)/.installed-dev $(VENV)/.installed-akoa ## check style, types and the direction of imports
 	$(RUN) -m ruff check .

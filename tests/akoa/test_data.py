@@ -1,4 +1,4 @@
-"""Batches: what is decoded, in which order it comes, and what augmentation may do to a label."""
+"""Batches: decoding, order, and the effect of augmentation on labels."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +13,8 @@ from examples.akoa import augmentation, phantom
 from examples.akoa.augmentation import augment, draw_motion, generator_for, half_turn, mirror, upend
 from examples.akoa.data import Knees, Pictures, Share, Split, as_input, read_picture, read_pictures
 from examples.akoa.labels import Row, write_labels
+
+pytestmark = pytest.mark.no_shape_checks
 
 H, W = 31, 37
 
@@ -46,7 +48,7 @@ def make(folder: Path, **more) -> Knees:
 
 
 def placed(knees: Knees, rank: int = 0, ranks: int = 1, step: int = 0, training: bool = True) -> Knees:
-    """As a trainer would place it."""
+    """Returns the batch as a trainer places it on the device."""
     knees.trainer = SimpleNamespace(global_rank=rank, world_size=ranks, global_step=step, training=training)
     return knees
 
@@ -88,7 +90,7 @@ def test_motions_never_reflect():
     assert (torch.linalg.det(motion[:, :, :2]) > 0.5).all()
 
 
-def test_motions_turn_pictures_that_are_not_square_without_shear():
+def test_motions_turn_images_that_are_not_square_without_shear():
     """In pixels, the matrix of each motion is a rotation times a scale."""
     motion = draw_motion(torch.zeros(50), (H, W), generator_for(torch.device("cpu"), 0))[:, :, :2]
     pixels = torch.tensor([W, H]) / 2
@@ -133,7 +135,7 @@ def test_augmentation_keeps_shape_type_and_range(batch):
     assert set(labels.tolist()) <= {0.0, 1.0}
 
 
-def test_generators_tell_keys_apart():
+def test_generators_differ_by_key():
     keys = [(0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 1), (10,), (1, 0)]
     drawn = [torch.rand(1, generator=generator_for(torch.device("cpu"), *key)).item() for key in keys]
     assert len(set(drawn)) == len(keys)
@@ -142,7 +144,7 @@ def test_generators_tell_keys_apart():
 # Pictures
 
 
-def test_pictures_are_shrunk_without_aliasing(tmp_path):
+def test_images_are_shrunk_without_aliasing(tmp_path):
     stripes = np.tile(np.array([0, 255], np.uint8), (40, 30))
     Image.fromarray(stripes).save(tmp_path / "stripes.png")
     small = read_picture(tmp_path / "stripes.png", (8, 7))
@@ -151,7 +153,7 @@ def test_pictures_are_shrunk_without_aliasing(tmp_path):
     assert np.abs(small.astype(int) - 127).max() < 20
 
 
-def test_pictures_come_in_the_order_of_the_rows(folder):
+def test_images_come_in_the_order_of_the_rows(folder):
     knees = make(folder)
     rows = knees.rows[::-1]
     pictures = read_pictures(folder, rows, (13, 11), progress=False)
@@ -161,8 +163,9 @@ def test_pictures_come_in_the_order_of_the_rows(folder):
         assert torch.equal(picture, torch.from_numpy(read_picture(folder / row.image, (13, 11)).copy()))
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize("content", [None, b"", b"no PNG", "half"])
-def test_errors_name_a_picture_that_cannot_be_read(folder, tmp_path, content):
+def test_errors_name_an_unreadable_image(folder, tmp_path, content):
     path = tmp_path / "bad.png"
     if content is not None:
         whole = next(folder.glob("*.png")).read_bytes()
@@ -203,7 +206,7 @@ def test_batches_are_indexed_whole(folder):
         assert labels[place] == pictures[index][1]
 
 
-def test_an_epoch_shows_every_picture_once_in_another_order(folder):
+def test_an_epoch_shows_every_image_once_in_another_order(folder):
     loader = make(folder).train_dataloader()
     orders = []
     for epoch in (0, 1, 0):
@@ -243,7 +246,7 @@ def test_only_training_batches_are_augmented(folder):
     assert torch.equal(drawn[0], seen(knees, step=4))
 
 
-def test_folds_share_what_was_decoded(tmp_path):
+def test_folds_share_decoded_images(tmp_path):
     labels = write_knees(tmp_path, patients=4, slices=1, folds=4)
     knees = Knees(labels=labels, data=tmp_path, size=7, fold=0, progress=False)
     other = knees.with_fold(2)
@@ -261,7 +264,8 @@ def test_folds_share_what_was_decoded(tmp_path):
 # Errors
 
 
-def test_errors_of_knees(folder, tmp_path):
+@pytest.mark.refusal
+def test_invalid_knees_raise(folder, tmp_path):
     labels = write_knees(tmp_path, patients=4, slices=1, folds=4)
     with pytest.raises(ValueError, match="choose one with fold"):
         Knees(labels=labels, data=tmp_path)
@@ -273,7 +277,8 @@ def test_errors_of_knees(folder, tmp_path):
         make(folder).split("all")
 
 
-def test_errors_of_a_leaking_split(tmp_path):
+@pytest.mark.refusal
+def test_a_leaking_split_raises(tmp_path):
     labels = write_knees(tmp_path, patients=4, slices=2)
     lines = labels.read_text().splitlines()
     lines[1] = lines[1].replace("train", "test")
@@ -282,7 +287,7 @@ def test_errors_of_a_leaking_split(tmp_path):
         Knees(labels=labels, data=tmp_path)
 
 
-def test_retoning_is_a_curve_of_the_gray_alone_and_leaves_every_other_picture():
+def test_retoning_is_a_curve_of_the_gray_alone_and_leaves_every_other_image():
     ramp = torch.linspace(0, 1, W).expand(400, 1, H, W)
     retoned = augmentation._retone(ramp, generator_for(torch.device("cpu"), 3))
     assert torch.equal(retoned, retoned[:, :, :1].expand_as(retoned))  # the same gray gives the same gray

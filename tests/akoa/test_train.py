@@ -1,4 +1,4 @@
-"""Training: schedule, losses, checkpoints, resuming, and the one look at the test set."""
+"""Training: schedule, losses, checkpoints, resuming, and the single evaluation on the test set."""
 
 import csv
 import json
@@ -20,6 +20,8 @@ from examples.akoa import train
 from examples.akoa.labels import Row, write_labels
 from examples.akoa.laterality import Checkpoints, Laterality, learning_curve, moving_average, smoothed_losses
 from examples.akoa.model import knee_model
+
+pytestmark = pytest.mark.no_shape_checks
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def looks(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Stands in for the evaluation, which takes seconds: where it was asked for."""
+    """Replaces the evaluation, which takes seconds; records the folders it is called with."""
     seen: list[Path] = []
 
     def evaluate_run(model, splits, out, *, history, **_):
@@ -63,8 +65,8 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def arguments(folder: Path, out: Path, *more: str) -> list[str]:
-    asked = f"--data {folder} --labels {folder / 'labels.csv'} --out {out} --size 16 12 --batch 7 --epochs 3"
-    return [*asked.split(), "--accelerator", "cpu", *more]
+    queried = f"--data {folder} --labels {folder / 'labels.csv'} --out {out} --size 16 12 --batch 7 --epochs 3"
+    return [*queried.split(), "--accelerator", "cpu", *more]
 
 
 def watch(monkeypatch: pytest.MonkeyPatch, callback: Callback) -> None:
@@ -161,8 +163,8 @@ def test_a_ragged_last_batch_weighs_as_much_as_it_holds(folder, tmp_path, looks,
 def test_label_smoothing_draws_targets_together():
     logits, labels = torch.tensor([2.0, -1.0, 0.5]), torch.tensor([1.0, 0.0, 1.0])
     p = logits.sigmoid()
-    wanted = -torch.tensor([0.9, 0.1, 0.9]) * p.log() - torch.tensor([0.1, 0.9, 0.1]) * (1 - p).log()
-    torch.testing.assert_close(smoothed_losses(logits, labels, 0.2), wanted)
+    expected = -torch.tensor([0.9, 0.1, 0.9]) * p.log() - torch.tensor([0.1, 0.9, 0.1]) * (1 - p).log()
+    torch.testing.assert_close(smoothed_losses(logits, labels, 0.2), expected)
 
 
 def test_the_moving_average_forgets_its_start():
@@ -172,7 +174,8 @@ def test_the_moving_average_forgets_its_start():
     assert 0 < average.max() < 0.1
 
 
-def test_errors_of_laterality():
+@pytest.mark.refusal
+def test_invalid_laterality_settings_raise():
     for wrong in ({"learning_rate": 0.0}, {"weight_decay": -1.0}, {"label_smoothing": 1.0}):
         with pytest.raises(ValueError, match="need learning_rate > 0"):
             Laterality(torch.nn.Identity(), **wrong)
@@ -223,7 +226,7 @@ def test_a_run_leaves_its_best_weights_as_a_model(folder, tmp_path, looks):
     assert not list(out.rglob("*.partial"))
 
 
-def test_the_test_set_is_looked_at_once(folder, tmp_path, looks, capsys):
+def test_the_test_set_is_evaluated_once(folder, tmp_path, looks, capsys):
     out = tmp_path / "run"
     assert train.main(arguments(folder, out, "--epochs", "1")) == 0
     assert train.main(arguments(folder, out, "--epochs", "1", "--resume")) == 0
@@ -234,7 +237,8 @@ def test_the_test_set_is_looked_at_once(folder, tmp_path, looks, capsys):
     assert looks == [out, out]
 
 
-def test_errors_of_a_folder_that_holds_a_run(folder, tmp_path, looks, capsys):
+@pytest.mark.refusal
+def test_a_folder_with_a_run_is_reported(folder, tmp_path, looks, capsys):
     out = tmp_path / "run"
     assert train.main(arguments(folder, out, "--epochs", "1")) == 0
     (out / "report.json").unlink()
@@ -244,7 +248,8 @@ def test_errors_of_a_folder_that_holds_a_run(folder, tmp_path, looks, capsys):
     assert "lr 0.002 there, 0.5 asked for" in capsys.readouterr().err
 
 
-def test_errors_of_a_leaking_split(folder, tmp_path, looks, capsys):
+@pytest.mark.refusal
+def test_a_leaking_split_is_reported(folder, tmp_path, looks, capsys):
     lines = (folder / "labels.csv").read_text().splitlines()
     lines[1] = lines[1].replace("train", "test")
     (tmp_path / "leak.csv").write_text("\n".join(lines) + "\n")
@@ -254,11 +259,12 @@ def test_errors_of_a_leaking_split(folder, tmp_path, looks, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize(
     "wrong",
     ["--size 3 4 5", "--epochs 0", "--seed -1", "--fold 1 --folds 3", "--folds 3 --devices 2", "--precision"],
 )
-def test_errors_of_the_command_line(folder, tmp_path, wrong):
+def test_command_line_errors(folder, tmp_path, wrong):
     with pytest.raises(SystemExit) as stop:
         train.main(arguments(folder, tmp_path, *wrong.split()))
     assert stop.value.code == 2
@@ -282,7 +288,8 @@ def test_a_checkpoint_is_whole_or_the_old_one(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
 
-def test_errors_of_checkpoints_that_hold_more_than_tensors(tmp_path):
+@pytest.mark.refusal
+def test_checkpoints_with_more_than_tensors_raise(tmp_path):
     path = tmp_path / "evil.ckpt"
     torch.save({"state_dict": Path("anything")}, path)
     with pytest.raises(ValueError, match="cannot be loaded as a checkpoint"):
@@ -301,10 +308,10 @@ def test_errors_of_checkpoints_that_hold_more_than_tensors(tmp_path):
 def test_folds_are_trained_and_pooled(tmp_path, capsys):
     write_knees(tmp_path, 6, ("fold0", "fold1", "fold2"))
     out = tmp_path / "run"
-    asked = ["--epochs", "1", "--folds"]
-    assert train.main(arguments(tmp_path, out, *asked, "4")) == 2
+    queried = ["--epochs", "1", "--folds"]
+    assert train.main(arguments(tmp_path, out, *queried, "4")) == 2
     assert "holds 3 folds, not 4" in capsys.readouterr().err
-    assert train.main(arguments(tmp_path, out, *asked, "3")) == 0
+    assert train.main(arguments(tmp_path, out, *queried, "3")) == 0
     summary = json.loads((out / "summary.json").read_text())
     assert summary["folds"] == 3
     assert summary["data"]["patients"] == 6

@@ -1,4 +1,4 @@
-"""The flow is what the frames were made with, all methods say it the same way round, and the example runs."""
+"""The flow is the one that generated the frames, all methods use the same direction, and the example runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 import pytest
 import torch
 from torch.nn import functional as F
+
+pytestmark = pytest.mark.no_shape_checks
 
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
@@ -18,7 +20,7 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def test_a_toy_run_writes_its_result_and_picture(tmp_path):
+def test_a_toy_run_writes_its_result_and_image(tmp_path):
     result = moving.main(["--toy", "--out", str(tmp_path / "new")])
     assert result == json.loads((tmp_path / "new" / "result.json").read_text())
     assert (tmp_path / "new" / "picture.png").read_bytes().startswith(b"\x89PNG")
@@ -28,7 +30,7 @@ def test_a_toy_run_writes_its_result_and_picture(tmp_path):
 
 
 def test_frame_1_is_the_texture_where_the_flow_leads():
-    """Of a texture that is known everywhere, at any place."""
+    """For a texture that is defined at every position."""
 
     def texture(rows, columns):
         return 0.5 + 0.2 * torch.sin(0.5 * rows + 0.2 * columns) + 0.2 * torch.cos(0.3 * rows - 0.6 * columns)
@@ -46,7 +48,7 @@ def test_frame_1_is_the_texture_where_the_flow_leads():
 
 @pytest.mark.parametrize(("kind", "less"), [("generated", 4), ("photographs", 2)])
 def test_warping_frame_2_by_the_flow_gives_frame_1(kind, less):
-    """But for what interpolation between a frame's pixels loses, which is more of a photograph."""
+    """Up to the interpolation error between pixels, which is larger for photographs."""
     textures = moving.photographs() if kind == "photographs" else moving.generated(50, generator())
     flow = moving.flows(len(textures), generator(1))
     first, second = moving.warped(textures, flow).unbind(1)
@@ -69,21 +71,21 @@ def test_flows_are_as_long_as_they_say():
 
 @pytest.mark.parametrize("method", ["tvl1", "ilk"])
 @pytest.mark.parametrize("zoom", [1, 2])
-def test_the_baselines_say_it_the_same_way_round(method, zoom):
+def test_the_baselines_use_the_same_direction(method, zoom):
     textures = moving.generated(4, generator())
     flow = torch.tensor([1.0, -0.5])[:, None, None].expand(4, 2, moving.HIGH, moving.WIDE)
-    found = moving.classical(moving.normalized(moving.warped(textures, flow)), method, zoom=zoom)
-    assert found.shape == flow.shape
-    torch.testing.assert_close(found[:, :, 4:-4, 4:-4].mean((0, 2, 3)), torch.tensor([1.0, -0.5]), rtol=0, atol=0.1)
-    assert (moving.errors(found, flow) < moving.errors(0 * flow, flow) / 3).all()
+    actual = moving.classical(moving.normalized(moving.warped(textures, flow)), method, zoom=zoom)
+    assert actual.shape == flow.shape
+    torch.testing.assert_close(actual[:, :, 4:-4, 4:-4].mean((0, 2, 3)), torch.tensor([1.0, -0.5]), rtol=0, atol=0.1)
+    assert (moving.errors(actual, flow) < moving.errors(0 * flow, flow) / 3).all()
 
 
-def test_errors_are_lengths_over_what_is_in_both_frames():
+def test_end_point_errors_cover_pixels_visible_in_both_frames():
     flow = torch.zeros(1, 2, moving.HIGH, moving.WIDE)
     flow[:, 1] = 3.0
-    found = flow.clone()
-    found[:, :, :, -3:] = 1e6  # the last three columns have left
-    assert moving.errors(found, flow).item() == 0
+    actual = flow.clone()
+    actual[:, :, :, -3:] = 1e6  # the last three columns have left
+    assert moving.errors(actual, flow).item() == 0
     assert moving.errors(torch.zeros_like(flow), flow).item() == pytest.approx(3)
 
 
@@ -106,18 +108,18 @@ def test_pairs_are_repeatable_and_normalized():
     assert (first.frames.std((3, 4)) - 0.9).abs().max() < 0.2
 
 
-def test_chunks_answer_what_all_at_once_do():
+def test_chunks_have_no_effect():
     torch.manual_seed(0)
     model = moving.build().eval()
     frames = moving.pairs(moving.generated(2, generator()), generator()).frames
     assert model.decoder.chunk_size < moving.HIGH * moving.WIDE
-    found = moving.answers(model, frames)
+    actual = moving.answers(model, frames)
     model.decoder.chunk_size = None
-    torch.testing.assert_close(found, moving.answers(model, frames))
-    assert found.shape == (2, 2, moving.HIGH, moving.WIDE)
+    torch.testing.assert_close(actual, moving.answers(model, frames))
+    assert actual.shape == (2, 2, moving.HIGH, moving.WIDE)
 
 
-def test_photographs_that_show_nothing_are_left_out():
+def test_featureless_photographs_are_left_out():
     crops = moving.photographs()
     assert crops.shape[1:] == (1, *moving.TEXTURE)
     assert (crops.min(), crops.max()) >= (0, 0)

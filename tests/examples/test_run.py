@@ -1,4 +1,4 @@
-"""What the short examples share: intervals, tables, files that are whole, training that can be stopped."""
+"""Shared code of the short examples: intervals, tables, atomic writes, interruptible training."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 import pytest
 import torch
 from torch import nn
+
+pytestmark = pytest.mark.no_shape_checks
 
 _run = pytest.importorskip("examples._run")
 
@@ -30,7 +32,7 @@ def test_models_are_compared_sample_by_sample_with_the_best_of_the_others():
         assert value == pytest.approx(0.5)  # though the scores themselves vary
 
 
-def test_where_less_is_better_the_best_is_the_least():
+def test_the_minimum_is_best_where_less_is_better():
     rows = _run.compare(
         {"poor": torch.full((5,), 3.0), "best": torch.ones(5), "Perceiver": torch.zeros(5)}, ours="Perceiver", best=min
     )
@@ -43,7 +45,7 @@ def test_a_table_is_aligned():
     assert lines.splitlines()[2] == "| a      | 1.00 | 0.50 to 100.00 |"
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+def test_files_are_written_atomically(tmp_path):
     path = tmp_path / "result"
     _run.write(path, lambda part: part.write_text("old"))
 

@@ -1,4 +1,4 @@
-"""The spoken words are what they say they are, and the example runs."""
+"""The spoken words have their documented properties, and the example runs."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+pytestmark = pytest.mark.no_shape_checks
+
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 spoken = pytest.importorskip("examples.spoken_digits")
 
 
-def test_a_toy_run_writes_its_result_and_picture(tmp_path):
+def test_a_toy_run_writes_its_result_and_image(tmp_path):
     result = spoken.main(["--toy", "--out", str(tmp_path / "new")])
     assert result == json.loads((tmp_path / "new" / "result.json").read_text())
     assert (tmp_path / "new" / "picture.png").read_bytes().startswith(b"\x89PNG")
@@ -56,7 +58,7 @@ def test_a_spectrogram_shows_a_tone_where_it_is():
 
 
 def test_mirrored_words_have_one_mean_spectrum():
-    """What the first baseline sees of "ai" and "ia" is the same but for the voice."""
+    """The first baseline's features of "ai" and "ia" are equal up to the voice."""
     rng = np.random.default_rng(0)
     means = {}
     for word in ("ai", "ia", "su"):

@@ -19,12 +19,12 @@ def test_every_point_is_a_token(grid, channels):
     assert adapter(x).grid == grid
     assert dense.shape[-1] == adapter.dim
     torch.testing.assert_close(dense[..., :channels], x.flatten(1, -2), rtol=0, atol=0)
-    wanted = where(positions.grid_points(grid, like=x)).flatten(0, -2)
-    torch.testing.assert_close(dense[0, :, channels:], wanted, rtol=1e-5, atol=1e-5)
+    expected = where(positions.grid_points(grid, like=x)).flatten(0, -2)
+    torch.testing.assert_close(dense[0, :, channels:], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("grid", [(11,), (3, 7), (2, 3, 5)], ids=str)
-def test_a_set_has_any_axes(grid):
+def test_without_positions_a_grid_has_any_number_of_axes(grid):
     x = torch.randn(2, *grid, 3)
     torch.testing.assert_close(Grid(3, positions=None)(x).materialize(), x.flatten(1, -2), rtol=0, atol=0)
 
@@ -37,7 +37,8 @@ def test_a_mask_over_the_grid():
     torch.testing.assert_close(tokens.materialize(), (x * mask[..., None]).flatten(1, 2), rtol=0, atol=0)
 
 
-def test_errors():
+@pytest.mark.refusal
+def test_invalid_arrays_raise():
     with pytest.raises(ValueError, match=r"array must be b \*grid c with 2 grid axes; got shape \(2, 5, 7\)"):
         Grid(7, positions=positions.NeRF(num_axes=2))(torch.rand(2, 5, 7))
     with pytest.raises(ValueError, match=r"array must be b \*grid c with 1 grid axes; got shape \(2, 7\)"):

@@ -1,4 +1,4 @@
-"""Heads against their formulas."""
+"""Heads of latents against their formulas."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def latents():
 
 
 @pytest.mark.parametrize("head", [Classification(DIM, 7), Regression(DIM, 3)], ids=["Classify", "Regress"])
-def test_mean_norm_linear(head):
+def test_heads_are_mean_norm_linear(head):
     head = head.double()
     layer = head.logits if isinstance(head, Classification) else head.values
     normed = F.layer_norm(latents().mean(1), (DIM,))
@@ -40,16 +40,17 @@ def test_dropout_is_for_training_only(make):
     assert not torch.allclose(head.train()(latents()), head(latents()))
 
 
-def test_regress_gives_one_value_unless_told():
+def test_regression_has_one_output_by_default():
     assert Regression(DIM)(torch.randn(2, M, DIM)).shape == (2, 1)
 
 
-def test_latents_pass():
+def test_latents_are_passed_through():
     x = latents()
     assert Identity()(x) is x
 
 
-def test_errors():
+@pytest.mark.refusal
+def test_invalid_sizes_and_rates_raise():
     with pytest.raises(ValueError, match="classes must be a whole number of at least 1; got 0"):
         Classification(DIM, 0)
     with pytest.raises(ValueError, match=r"dropout must lie in \[0, 1\); got 1\.0"):
