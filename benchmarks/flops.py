@@ -45,12 +45,12 @@ def transformer(model: pc.LatentTransformer, *, latents: int) -> int:
     """All self-attends of a latent transformer."""
     blocks: Any = model.blocks
     once = sum(2 * latents * _weights(block) + _scores(block.attention, latents, latents) for block in blocks)
-    return model.repeats * once
+    return model.num_repeats * once
 
 
 def decoder(model: pc.Decoder, *, queries: int, latents: int) -> int:
     """The read of a decoder and its output."""
-    return read(model.read, latents=queries, tokens=latents) + 2 * queries * _weights(model.output)
+    return read(model.cross_attention, latents=queries, tokens=latents) + 2 * queries * _weights(model.output)
 
 
 def _weights(module: nn.Module) -> int:

@@ -66,7 +66,7 @@ def einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def library(path: reads.Strategy, read: pc.CrossAttend, x: Tensor, tokens: pc.Tokens) -> Tensor:
     """A read by this library."""
-    read.path = path
+    read.strategy = path
     out: Tensor = read.attention(read.query_norm(x), read.keys_values(tokens, queries=x.shape[1]))
     return out
 

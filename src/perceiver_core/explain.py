@@ -86,7 +86,7 @@ def explain_reads(model: nn.Module, *inputs: Any, **named: Any) -> ReadExplanati
         >>> model = pc.Perceiver(image, encoder, pc.heads.Identity())
         >>> reads.set_strategy(model, reads.Factored())
         >>> [read] = pc.explain_reads(model, torch.rand(1, 3, 96, 64))
-        >>> read.read, read.path, read.sizes.queries, read.sizes.axes
+        >>> read.read, read.strategy, read.sizes.queries, read.sizes.axes
         ('encoder.reads.0', Factored(), 256, (96, 64))
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps; explained as it runs without
@@ -118,14 +118,14 @@ class _Listener:
 @contextmanager
 def _listening(model: nn.Module, requests: list[tuple[str, Strategy, Request]]) -> Iterator[None]:
     reads = reads_of(model)
-    taken = {name: read.path for name, read in reads.items()}
+    taken = {name: read.strategy for name, read in reads.items()}
     try:
         for name, read in reads.items():
-            read.path = _Listener(name, taken[name], requests)
+            read.strategy = _Listener(name, taken[name], requests)
         yield
     finally:
         for name, read in reads.items():
-            read.path = taken[name]
+            read.strategy = taken[name]
 
 
 @contextmanager
@@ -172,7 +172,7 @@ def _row(read: ReadExplanation) -> tuple[str, ...]:
     s = read.sizes
     tokens = f"{s.batch} x {' x '.join(map(str, s.axes))} x ({s.channels} + {s.width - s.channels})"
     cost = (f"{read.cost.flops / 1e9:.3g}", f"{read.cost.bytes / 1e6:.3g}", _milliseconds(read.cost, s))
-    return (read.read or "(itself)", str(s.queries), tokens, _name(read.path), *cost, read.why)
+    return (read.read or "(itself)", str(s.queries), tokens, _name(read.strategy), *cost, read.why)
 
 
 def _name(path: Strategy) -> str:

@@ -16,13 +16,15 @@ from sklearn import metrics as sk
 from torch import Tensor, nn
 
 import perceiver_core as pc
-from examples.akoa import baselines, evaluate, findings, illustrate, metrics, plots, predictions, report, runs
-from examples.akoa.data import Split
-from examples.akoa.evaluate import evaluate_run, summarize_folds
-from examples.akoa.folds import count
-from examples.akoa.inference import attention, picture_size, predict
-from examples.akoa.labels import Row, write_labels
+from examples.akoa import evaluate
+from examples.akoa.dataset.datamodule import Split
+from examples.akoa.dataset.labels import Row, write_labels
+from examples.akoa.evaluate import evaluate_run
+from examples.akoa.evaluation import analysis, baselines, figures, metrics, plots, predictions, report
+from examples.akoa.evaluation.cross_validation import count_data, summarize_folds
+from examples.akoa.evaluation.inference import attention_maps, image_size, predict
 from examples.akoa.model import knee_model
+from examples.akoa.training import run_record
 
 HEIGHT, WIDTH, SLICES = 23, 19, 3
 PATIENTS = {"train": 11, "val": 4, "test": 5}
@@ -81,7 +83,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, splits: dict[str, Split], mode
     out = tmp_path_factory.mktemp("run")
     pc.save(model, out / "weights")
     rows = [row for split in splits.values() for row in split.rows]
-    record = {"size": [HEIGHT, WIDTH], "fold": None, "rows": runs.digest(rows)}
+    record = {"size": [HEIGHT, WIDTH], "fold": None, "rows": run_record.rows_digest(rows)}
     (out / "run.json").write_text(json.dumps(record), encoding="utf-8")
     header = "epoch,step,train_loss,val_loss,train_accuracy,val_accuracy\n"
     (out / "history.csv").write_text(header + "0,5,,0.6,,0.7\n0,5,0.7,,0.5,\n1,9,,0.5,,0.8\n", encoding="utf-8")
@@ -131,7 +133,7 @@ def test_patient_is_right_only_if_every_volume_is() -> None:
 
 def test_volume_logit_is_the_mean_whatever_the_order() -> None:
     rows = [row(1, "left", 0), row(2, "right", 0), row(1, "left", 1), row(2, "right", 1)]
-    found = predictions.volumes(rows, np.array([-1.0, 5.0, 3.0, -1.0]))
+    found = predictions.by_volume(rows, np.array([-1.0, 5.0, 3.0, -1.0]))
     np.testing.assert_allclose(found.logits, [1.0, 2.0])
     assert found.right.tolist() == [False, True]
     assert found.correct.tolist() == [False, True]
@@ -141,7 +143,7 @@ def test_volume_logit_is_the_mean_whatever_the_order() -> None:
 def test_draws_of_everybody_once_are_the_values(seed: int) -> None:
     """The vectorized statistics are those of scikit-learn and torchmetrics."""
     given = sample(seed)
-    drawn = metrics.draw_values(given, np.ones((1, given.count), np.int64))
+    drawn = metrics.draw_values(given, np.ones((1, given.num_patients), np.int64))
     for name, value in metrics.values(given).items():
         assert drawn[name][0] == pytest.approx(value, abs=1e-6), name
 
@@ -150,8 +152,10 @@ def test_draws_of_everybody_once_are_the_values(seed: int) -> None:
 def test_draws_are_figures_of_the_drawn_patients(seed: int) -> None:
     """One draw equals scikit-learn on a sample in which patients stand as often as they were drawn."""
     given = sample(seed)
-    weights = metrics.resample(given.count, seed, draws=1)
-    index = np.concatenate([np.flatnonzero(given.patients == p) for p in np.repeat(range(given.count), weights[0])])
+    weights = metrics.resample(given.num_patients, seed, draws=1)
+    index = np.concatenate(
+        [np.flatnonzero(given.patients == p) for p in np.repeat(range(given.num_patients), weights[0])]
+    )
     right, logits = given.right[index], given.logits[index]
     drawn = metrics.draw_values(given, weights)
     assert drawn["auc"][0] == pytest.approx(sk.roc_auc_score(right, logits))
@@ -181,7 +185,7 @@ def test_one_side_alone_leaves_figures_undefined() -> None:
     found = metrics.score(rows, np.array([1.0, -1.0]), metrics.resample(2, 0))
     for name in ("auc", "balanced_accuracy", "sensitivity_left"):
         assert found["slice"][name] == {"value": None, "low": None, "high": None}
-    assert report.show(found["slice"]["auc"]) == "not defined"
+    assert report.format_estimate(found["slice"]["auc"]) == "not defined"
 
 
 @pytest.mark.parametrize(("hits", "n"), [(29, 29), (0, 7), (17, 20), (1, 1)])
@@ -263,7 +267,7 @@ def test_errors_by_slice() -> None:
 
 
 def test_predict_is_the_model_in_evaluation_mode(splits: dict[str, Split]) -> None:
-    model, pictures = Bright().train(), splits["test"].pictures
+    model, pictures = Bright().train(), splits["test"].images
     model.drop.eval()
     logits = predict(model, pictures, batch=7)
     assert (model.training, model.drop.training) == (True, False)
@@ -276,29 +280,29 @@ def test_predict_is_the_model_in_evaluation_mode(splits: dict[str, Split]) -> No
 def test_predict_errors(splits: dict[str, Split]) -> None:
     two = nn.Sequential(nn.Flatten(), nn.Linear(HEIGHT * WIDTH, 2))
     with pytest.raises(ValueError, match="one logit each"):
-        predict(two, splits["test"].pictures)
+        predict(two, splits["test"].images)
     with pytest.raises(ValueError, match="not finite"):
-        predict(Bright(float("nan")), splits["test"].pictures)
+        predict(Bright(float("nan")), splits["test"].images)
 
 
 def test_attention_adds_to_one_on_the_grid(splits: dict[str, Split], model: pc.Perceiver) -> None:
-    maps = attention(nn.Sequential(model), splits["test"].pictures[:5], batch=2)
+    maps = attention_maps(nn.Sequential(model), splits["test"].images[:5], batch=2)
     assert maps.shape == (5, 6, 5)
     np.testing.assert_allclose(maps.sum((1, 2)), 1, rtol=1e-5)
-    with pytest.raises(ValueError, match="holds no Perceiver"):
-        attention(Bright(), splits["test"].pictures)
+    with pytest.raises(ValueError, match="contains no Perceiver"):
+        attention_maps(Bright(), splits["test"].images)
 
 
 def test_size_of_pictures_is_known_from_weights(tmp_path: Path, model: pc.Perceiver) -> None:
-    assert picture_size(knee_model((64, 52))) == (64, 52)
-    assert runs.trained_size(tmp_path / "weights", model) == (24, 20)  # up to the next token
+    assert image_size(knee_model((64, 52))) == (64, 52)
+    assert run_record.trained_size(tmp_path / "weights", model) == (24, 20)  # up to the next token
     (tmp_path / "run.json").write_text('{"size": [23, 19]}', encoding="utf-8")
-    assert runs.trained_size(tmp_path / "weights", model) == (HEIGHT, WIDTH)
+    assert run_record.trained_size(tmp_path / "weights", model) == (HEIGHT, WIDTH)
 
 
 def test_mirror_test_of_a_symmetric_and_of_a_stubborn_model(splits: dict[str, Split]) -> None:
     test, weights = splits["test"], metrics.resample(PATIENTS["test"], 0)
-    fair = findings.mirror_test(Bright(), test, predict(Bright(), test.pictures), weights)
+    fair = analysis.mirror_test(Bright(), test, predict(Bright(), test.images), weights)
     assert fair["max"] < 1e-6
     assert fair["same_verdict"]["value"] == 0
 
@@ -307,7 +311,7 @@ def test_mirror_test_of_a_symmetric_and_of_a_stubborn_model(splits: dict[str, Sp
             return x.new_full((len(x),), 2.0)
 
     p = 1 / (1 + np.exp(-2))
-    stubborn = findings.mirror_test(Always(), test, predict(Always(), test.pictures), weights)
+    stubborn = analysis.mirror_test(Always(), test, predict(Always(), test.images), weights)
     assert stubborn["mean"]["value"] == pytest.approx(2 * p - 1)
     assert stubborn["max"] == pytest.approx(2 * p - 1)
     assert stubborn["same_verdict"]["value"] == 1
@@ -326,37 +330,35 @@ def test_border_and_inside_make_the_picture() -> None:
 
 def test_linear_model_is_scikit_learns(splits: dict[str, Split]) -> None:
     linear = baselines.fit_linear(splits["train"], splits["val"], mirrored=False)
-    pictures = splits["test"].pictures
-    train = splits["train"].pictures.flatten(1).double().numpy()
+    pictures = splits["test"].images
+    train = splits["train"].images.flatten(1).double().numpy()
     seen = (pictures.flatten(1).double().numpy() - train.mean(0)) / train.std(0)
     wanted = seen @ linear.classifier.coef_[0] + linear.classifier.intercept_[0]
     np.testing.assert_allclose(linear.logits(pictures), wanted, rtol=1e-3, atol=1e-3)
     truth = splits["val"].labels.numpy() > 0
-    loss = sk.log_loss(truth, predictions.probability(linear.logits(splits["val"].pictures)))
+    loss = sk.log_loss(truth, predictions.probability(linear.logits(splits["val"].images)))
     assert linear.validation_loss == pytest.approx(loss, abs=1e-4)
-    assert float(linear.classifier.C) in baselines.STRENGTHS
+    assert float(linear.classifier.C) in baselines.INVERSE_PENALTIES
 
 
 def test_mirrored_linear_model_is_antisymmetric(splits: dict[str, Split]) -> None:
     """Fit on knees and their mirror images, it cannot prefer a side."""
     linear = baselines.fit_linear(splits["train"], splits["val"], mirrored=True)
-    pictures = splits["test"].pictures
+    pictures = splits["test"].images
     there, back = linear.logits(pictures), linear.logits(baselines.mirror(pictures))
     np.testing.assert_allclose(there, -back, atol=0.05)
     assert np.mean((there > 0) == (splits["test"].labels.numpy() > 0)) > 0.7
 
 
 def test_linear_model_shrinks_large_pictures(splits: dict[str, Split]) -> None:
-    large = {
-        n: replace(s, pictures=s.pictures.repeat_interleave(7, 1).repeat_interleave(3, 2)) for n, s in splits.items()
-    }
+    large = {n: replace(s, images=s.images.repeat_interleave(7, 1).repeat_interleave(3, 2)) for n, s in splits.items()}
     linear = baselines.fit_linear(large["train"], large["val"], mirrored=False)
     assert linear.classifier.coef_.shape == (1, 64 * 57)
 
 
 def test_linear_model_errors(splits: dict[str, Split]) -> None:
     lefts = [i for i, row in enumerate(splits["train"].rows) if row.side == "left"]
-    one = Split([splits["train"].rows[i] for i in lefts], splits["train"].pictures[lefts])
+    one = Split([splits["train"].rows[i] for i in lefts], splits["train"].images[lefts])
     with pytest.raises(ValueError, match="one side"):
         baselines.fit_linear(one, splits["val"], mirrored=False)
 
@@ -373,8 +375,8 @@ def test_majority_is_of_the_training_pictures() -> None:
 def test_patient_in_two_splits_errors(one: str, other: str, splits: dict[str, Split], tmp_path: Path) -> None:
     """Earlier projects split by picture, or let validation and test share patients."""
     guest = replace(splits[one].rows[0], slice=77, image="elsewhere.png")
-    crowded = Split([*splits[other].rows, guest], torch.cat([splits[other].pictures, splits[one].pictures[:1]]))
-    with pytest.raises(ValueError, match=f"1 patients stand in two splits .*{guest.patient}"):
+    crowded = Split([*splits[other].rows, guest], torch.cat([splits[other].images, splits[one].images[:1]]))
+    with pytest.raises(ValueError, match=f"1 patients are in two splits .*{guest.patient}"):
         evaluate_run(Bright(), {**splits, other: crowded}, tmp_path / "out", history=None)
     assert not (tmp_path / "out").exists()
 
@@ -395,7 +397,7 @@ def test_evaluation_does_not_depend_on_the_training_mode(
 ) -> None:
     """Dropout stood after the logits of the seed project, and batch norm must not learn from the test set."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    logits = predict(model.train(), splits["test"].pictures)
+    logits = predict(model.train(), splits["test"].images)
     model.eval()
     rows, found = predictions.read_predictions(run / "predictions.csv")
     kept = found["perceiver"][[row.split == "test" for row in rows]]
@@ -410,10 +412,10 @@ def test_evaluation_does_not_depend_on_the_training_mode(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: {"train": s["train"], "test": s["test"]}, "need pictures in each"),
-        (lambda s: {**s, "test": Split([], s["test"].pictures[:0])}, "need pictures in each"),
-        (lambda s: {**s, "other": s["test"]}, "need pictures in each"),
-        (lambda s: {**s, "val": Split(s["val"].rows[1:], s["val"].pictures)}, "rows for"),
+        (lambda s: {"train": s["train"], "test": s["test"]}, "need images in each"),
+        (lambda s: {**s, "test": Split([], s["test"].images[:0])}, "need images in each"),
+        (lambda s: {**s, "other": s["test"]}, "need images in each"),
+        (lambda s: {**s, "val": Split(s["val"].rows[1:], s["val"].images)}, "rows for"),
     ],
 )
 def test_incomplete_splits_errors(change: Any, message: str, splits: dict[str, Split]) -> None:
@@ -462,15 +464,15 @@ def test_predictions_come_back(run: Path, splits: dict[str, Split], told: Mappin
 def test_suspects_are_the_confident_disagreements() -> None:
     rows = [row(1, "right", 0), row(1, "right", 1), row(2, "left", 0), row(2, "left", 1), row(3, "left", 4)]
     logits = np.array([-4.0, -3.0, 1.0, -9.0, 0.5])
-    whole = findings.suspect_volumes(rows, logits)
+    whole = analysis.suspect_volumes(rows, logits)
     assert [(v["patient"], v["disagreeing"], v["slices"]) for v in whole] == [("0000001", 2, 2), ("0000003", 1, 1)]
     assert whole[0]["image"] == rows[0].image
     assert whole[0]["probability_right"] == pytest.approx(1 / (1 + np.exp(3.5)))
-    assert [s["image"] for s in findings.suspect_slices(rows, logits)] == [rows[2].image]
+    assert [s["image"] for s in analysis.suspect_slices(rows, logits)] == [rows[2].image]
 
 
 def test_history_is_gathered_by_epoch(run: Path) -> None:
-    found = illustrate.read_history(run / "history.csv")
+    found = figures.read_history(run / "history.csv")
     assert [line["epoch"] for line in found] == [0, 1]
     assert (found[0]["train_loss"], found[0]["val_accuracy"]) == (0.7, 0.7)
     assert "train_loss" not in found[1]
@@ -485,15 +487,15 @@ def test_kind_of_data(splits: dict[str, Split]) -> None:
 def test_plots_of_nothing_wrong() -> None:
     """A perfect model has no errors to show, and its report must not fail for that."""
     rows = [row(p, side) for p in range(3) for side in ("left", "right")]
-    given = predictions.slices(rows, np.array([-9.0, 9.0] * 3))
+    given = predictions.by_slice(rows, np.array([-9.0, 9.0] * 3))
     weights = metrics.resample(3, 0)
     found = metrics.score(rows, given.logits, weights)
-    assert report.show(found["slice"]["accuracy"]) == "100.0 % (100.0 to 100.0) †"
+    assert report.format_estimate(found["slice"]["accuracy"]) == "100.0 % (100.0 to 100.0) †"
     assert found["patient"]["accuracy_wilson"]["low"] == pytest.approx(0.4385, abs=1e-4)
     plots.errors_by_slice(metrics.error_by_slice(rows, given.logits, weights))
     plots.gallery(np.empty((0, HEIGHT, WIDTH), np.uint8), [], [])
     plots.abstention({"slice": metrics.coverage_curve(given)}, metrics.abstention(given, weights))
-    assert findings.suspect_volumes(rows, given.logits) == []
+    assert analysis.suspect_volumes(rows, given.logits) == []
 
 
 # ---- again, and folds
@@ -501,7 +503,7 @@ def test_plots_of_nothing_wrong() -> None:
 
 def write_data(folder: Path, splits: Mapping[str, Split], labels: Path) -> None:
     for split in splits.values():
-        for each, picture in zip(split.rows, split.pictures, strict=True):
+        for each, picture in zip(split.rows, split.images, strict=True):
             (folder / each.image).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture.numpy()).save(folder / each.image)
     write_labels(labels, [row for split in splits.values() for row in split.rows])
@@ -514,7 +516,7 @@ def test_again_is_counted(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(evaluate, "draw", lambda *_: {})  # it was drawn once, which takes seconds
+    monkeypatch.setattr(evaluate, "draw_figures", lambda *_: {})  # it was drawn once, which takes seconds
     write_data(tmp_path, splits, tmp_path / "labels.csv")
     command = ["--run", str(run), "--data", str(tmp_path), "--labels", str(tmp_path / "labels.csv")]
     before = (run / "report.json").read_text(encoding="utf-8")
@@ -526,7 +528,7 @@ def test_again_is_counted(
         found = json.loads((run / "report.json").read_text(encoding="utf-8"))
         assert found["test_looked_at"] == 2
         assert found["models"]["perceiver"] == json.loads(before)["models"]["perceiver"]
-        assert found["command"] == evaluate.regenerate(run, tmp_path, tmp_path / "labels.csv")
+        assert found["command"] == evaluate.evaluation_command(run, tmp_path, tmp_path / "labels.csv")
         assert "looked at **2 times**" in (run / "report.md").read_text(encoding="utf-8")
     finally:
         (run / "report.json").write_text(before, encoding="utf-8")
@@ -535,21 +537,21 @@ def test_again_is_counted(
 def test_labels_of_another_split_errors(run: Path, splits: dict[str, Split], tmp_path: Path) -> None:
     """With other labels, patients of the test set may have been trained on."""
     rows = [row for split in splits.values() for row in split.rows]
-    runs.check_rows(run, rows)
+    run_record.check_rows(run, rows)
     with pytest.raises(ValueError, match="are not those that"):
-        runs.check_rows(run, [replace(rows[0], split="val"), *rows[1:]])
+        run_record.check_rows(run, [replace(rows[0], split="val"), *rows[1:]])
     with pytest.raises(ValueError, match="does not say which rows"):
-        runs.check_rows(tmp_path, rows)
+        run_record.check_rows(tmp_path, rows)
 
 
 def test_unreadable_report_errors(tmp_path: Path) -> None:
-    assert evaluate.looked_at(tmp_path) == 0
+    assert evaluate.count_looks(tmp_path) == 0
     (tmp_path / "report.json").write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match="looks cannot be counted"):
-        evaluate.looked_at(tmp_path)
+        evaluate.count_looks(tmp_path)
     (tmp_path / "report.json").write_text('{"test_looked_at": "once"}', encoding="utf-8")
     with pytest.raises(ValueError, match="need a whole number"):
-        evaluate.looked_at(tmp_path)
+        evaluate.count_looks(tmp_path)
 
 
 def fold(path: Path, first: int, logits: list[float]) -> tuple[dict[str, Any], Path]:
@@ -562,7 +564,7 @@ def fold(path: Path, first: int, logits: list[float]) -> tuple[dict[str, Any], P
     known = [replace(row(first + 500), split="val")]
     both = {name: np.append(5.0, each) for name, each in all_logits.items()}
     predictions.write_predictions(path, known + rows, both)
-    return {"data": {"kind": "phantom", **count(rows)}, "models": models}, path
+    return {"data": {"kind": "phantom", **count_data(rows)}, "models": models}, path
 
 
 def test_folds_are_pooled_by_patient(tmp_path: Path) -> None:
@@ -578,7 +580,7 @@ def test_folds_are_pooled_by_patient(tmp_path: Path) -> None:
     assert [each["slice"] for each in found["each"]] == [1.0, 0.5]
     assert found["spread"]["slice"]["mean"] == 0.75
     assert found["spread"]["slice"]["sd"] == pytest.approx(np.std([1, 0.5], ddof=1))
-    assert "2 folds, pooled" in evaluate.folds_markdown(found)
+    assert "2 folds, pooled" in report.folds_markdown(found)
     json.dumps(found, allow_nan=False)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-_run = pytest.importorskip("examples._run")
+scores = pytest.importorskip("examples.common.scores")
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "examples.md").read_text()
@@ -32,12 +32,12 @@ def test_a_kept_result_is_a_whole_run(path):
     assert result["command"] == f"python -m examples.{name} --out examples/results/{name}"
     assert result["command"] in PAGE
     assert all(model["steps"] == model["of"] for model in result["trained"].values())
-    assert path.with_name("picture.png").read_bytes().startswith(b"\x89PNG")
-    assert f"../examples/results/{name}/picture.png" in PAGE
+    assert path.with_name("figure.png").read_bytes().startswith(b"\x89PNG")
+    assert f"../examples/results/{name}/figure.png" in PAGE
 
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.parent.name)
 def test_the_page_shows_what_was_found(path):
     shown = re.findall(r"^\| (.*?) +\| +(-?[\d.]+) \| +(-?[\d.]+) to +(-?[\d.]+) \|$", PAGE, re.MULTILINE)
     for name, row in rows(json.loads(path.read_text())):
-        assert (name, *(_run.said(row[key]) for key in ("mean", "low", "high"))) in shown
+        assert (name, *(scores.format_number(row[key]) for key in ("mean", "low", "high"))) in shown

@@ -357,7 +357,7 @@ def test_many_tokens_are_taken_a_slab_at_a_time(monkeypatch):
 def model_of(path=None, share=True):
     torch.manual_seed(0)
     image = pc.adapters.Image(num_channels=3, positions=positions.Fourier(num_axes=2, num_bands=3, max_resolution=19))
-    read = partial(CrossAttend, **({} if path is None else {"path": path}))
+    read = partial(CrossAttend, **({} if path is None else {"strategy": path}))
     encoder = Encoder(image.dim, num_latents=11, dim=14, num_reads=3, depth=1, num_heads=2, share=share, cross_attention=read)
     return pc.Perceiver(image, encoder, pc.heads.Classification(14, 5)).double()
 
@@ -416,7 +416,7 @@ def test_shared_reads_of_ones_own():
 def test_a_path_is_saved_with_the_model(tmp_path):
     path = Auto(strategies=[Factored(), Dense()], machine=Machine(matmul=3.0))
     pc.save(model_of(path), tmp_path)
-    assert pc.load(tmp_path).encoder.reads[0].path == path
+    assert pc.load(tmp_path).encoder.reads[0].strategy == path
 
 
 def test_a_path_that_was_set_later_does_not_stand_in_the_way_of_saving(tmp_path):
@@ -424,7 +424,7 @@ def test_a_path_that_was_set_later_does_not_stand_in_the_way_of_saving(tmp_path)
     model = model_of()
     reads.set_strategy(model, Dense())
     again = pc.load(pc.save(model, tmp_path))
-    assert again.encoder.reads[0].path == Auto()
+    assert again.encoder.reads[0].strategy == Auto()
     pictures = torch.rand(2, 3, 19, 23, dtype=torch.float64)
     torch.testing.assert_close(again.double()(pictures), model(pictures))
 
@@ -464,7 +464,7 @@ class TestExplain:
         [read, _] = explain_reads(model, pictures)
         assert read.strategy == path
         assert read.why.startswith("forced; ")
-        assert model.encoder.reads[0].path == path
+        assert model.encoder.reads[0].strategy == path
 
     def test_says_why_not(self):
         model = model_of()
@@ -499,18 +499,18 @@ class TestExplain:
         torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
         assert torch.equal(torch.get_rng_state(), seed)
         assert all(module.training for module in model.modules())
-        assert model.encoder.reads[0].path == Auto()
+        assert model.encoder.reads[0].strategy == Auto()
 
     def test_a_failure_leaves_none_either(self):
         model = model_of()
         with pytest.raises(ValueError, match="channels"):
             explain_reads(model, torch.rand(2, 5, 19, 23, dtype=torch.float64))
-        assert model.encoder.reads[0].path == Auto()
+        assert model.encoder.reads[0].strategy == Auto()
 
     def test_printed(self):
         text = str(explain_reads(model_of(), torch.rand(2, 3, 19, 23, dtype=torch.float64)))
         head, first, second = text.splitlines()
-        assert head.split() == ["read", "queries", "tokens", "path", "GFLOP", "MB", "ms", "why"]
+        assert head.split() == ["read", "queries", "tokens", "strategy", "GFLOP", "MB", "ms", "why"]
         assert first.startswith("encoder.reads.0  11")
         assert "2 x 19 x 23 x (3 + 14)" in first
         assert second.startswith("encoder.reads.1  22")

@@ -192,7 +192,7 @@ def _perceiver(told: Told, layout: Layout) -> tuple[Perceiver, Sources]:
         sources |= _read(f"encoder.reads.{number}", read) | _mlp(f"encoder.reads.{number}", read_mlp)
         for index in range(thinks):
             sources |= _think(f"encoder.transformers.{number}.blocks.{index}", layout.think.format(number, index))
-        sources |= _residual(f"encoder.pools.{number}", number) if parts.pool else {}
+        sources |= _residual(f"encoder.aggregates.{number}", number) if parts.pool else {}
     if not told.agreed("final_classifier_head", "to_logits.2.weight" in told.weights, "to_logits"):
         return Perceiver(adapter, encoder, answers.Identity()), sources
     head = answers.Classification(encoder.dim, told.size("num_classes", "to_logits.2.weight"))
@@ -222,7 +222,7 @@ def _perceiver_io(told: Told, layout: Layout) -> tuple[PerceiverIO, Sources]:
     sources |= _read("encoder.reads.0", layout.read) | _mlp("encoder.reads.0", layout.read_mlp)
     for index in range(1 if tied else depth):
         sources |= _think(f"encoder.transformers.0.blocks.{index}", layout.think.format(index, 0))
-        sources |= _residual(f"encoder.transformers.0.pools.{index}", index) if parts.pool else {}
+        sources |= _residual(f"encoder.transformers.0.aggregates.{index}", index) if parts.pool else {}
     decoder, answered = _decoder(told, encoder.dim, parts)
     return PerceiverIO(adapter, encoder, queries.External(decoder.query_dim), decoder), sources | answered
 

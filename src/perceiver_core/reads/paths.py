@@ -225,7 +225,7 @@ def set_strategy(module: nn.Module, path: Strategy) -> None:
     """
     check_strategy(path)
     for read in reads_of(module).values():
-        read.path = path
+        read.strategy = path
 
 
 def check_strategy(path: Strategy) -> None:
