@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from examples.akoa.knee import Knee, Side, render
-from examples.akoa.phantom import FOLDER, MANIFEST, SPELLINGS, Layout, Volume, main, plan, write
-from examples.akoa.shapes import HEIGHT, WIDTH
+from examples.akoa.phantom.anatomy import Knee, Side
+from examples.akoa.phantom.canvas import HEIGHT, WIDTH
+from examples.akoa.phantom.dataset import FOLDER, MANIFEST, SPELLINGS, Layout, Volume, main, plan, write
+from examples.akoa.phantom.rendering import render
 
 pytestmark = pytest.mark.no_shape_checks
 
@@ -112,7 +113,7 @@ def test_other_spellings_leave_every_image_unchanged(
         actual = [(NAME.fullmatch(p.name), p) for p in pictures(out)]
         return {(m[1], m[2], m[3], m[4][0].upper(), m[5]): p.read_bytes() for m, p in actual if m}
 
-    monkeypatch.setattr("examples.akoa.phantom.plan", reversed_spellings)
+    monkeypatch.setattr("examples.akoa.phantom.dataset.plan", reversed_spellings)
     write(tmp_path, patients=PATIENTS, slices=SLICES)
     assert {p.name for p in pictures(tmp_path)} != {p.name for p in pictures(data)}
     assert unspelled(tmp_path) == unspelled(data)
@@ -191,7 +192,7 @@ def test_a_complete_phantom_is_left_alone_and_a_partial_one_is_finished(
 def test_files_of_another_phantom_are_neither_mixed_nor_overwritten(tmp_path: Path) -> None:
     write(tmp_path, patients=2, slices=2)
     before = content(tmp_path)
-    with pytest.raises(ValueError, match=r"holds \d+ files that are not of this phantom"):
+    with pytest.raises(ValueError, match=r"contains \d+ files that are not of this phantom"):
         write(tmp_path, patients=2, slices=2, seed=1)
     assert content(tmp_path) == before
 
@@ -217,10 +218,10 @@ def test_neither_brightness_nor_border_reveals_the_side() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"patients": 0}, "patients=0: wanted 1 or more"),
-        ({"slices": 0}, "slices=0: wanted 1 or more"),
-        ({"seed": -1}, "seed=-1: wanted 0 or more"),
-        ({"layout": "heap"}, "layout='heap': wanted one of flat, nested, sides"),
+        ({"patients": 0}, "patients=0: expected 1 or more"),
+        ({"slices": 0}, "slices=0: expected 1 or more"),
+        ({"seed": -1}, "seed=-1: expected 0 or more"),
+        ({"layout": "heap"}, "layout='heap': expected one of flat, nested, sides"),
     ],
 )
 def test_invalid_arguments_are_named(tmp_path: Path, arguments: dict[str, int], message: str) -> None:
@@ -233,4 +234,4 @@ def test_invalid_arguments_are_named(tmp_path: Path, arguments: dict[str, int], 
 def test_the_command_line_reports_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["--out", str(tmp_path), "--patients", "-3"])
-    assert "patients=-3: wanted 1 or more" in capsys.readouterr().err
+    assert "patients=-3: expected 1 or more" in capsys.readouterr().err

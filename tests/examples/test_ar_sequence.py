@@ -16,7 +16,7 @@ example = pytest.importorskip("examples.ar_sequence")
 def test_a_toy_run_writes_its_result_and_image(tmp_path, capsys):
     result = example.main(["--toy", "--out", str(tmp_path / "new")])
     assert result == json.loads((tmp_path / "new" / "result.json").read_text())
-    assert (tmp_path / "new" / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "new" / "figure.png").read_bytes().startswith(b"\x89PNG")
     rows, printed = result["tables"]["right, %"], capsys.readouterr().out.split()
     assert list(rows) == ["latents alone", "Perceiver AR", "Perceiver AR less latents alone"]
     assert {f"{row['mean']:.2f}" for row in rows.values()} <= {*printed}
