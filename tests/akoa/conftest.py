@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import perceiver_core as pc
-from examples.akoa.data import Split
+from examples.akoa.dataset.datamodule import Split
 from examples.akoa.model import knee_model
 from tests.akoa.evaluation_cases import HEIGHT, PATIENTS, WIDTH, split_of
 

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from examples.akoa import predictions
-from examples.akoa.data import Split
-from examples.akoa.labels import Row
+from examples.akoa.dataset.datamodule import Split
+from examples.akoa.dataset.labels import Row
 
 HEIGHT, WIDTH, SLICES = 23, 19, 3
 PATIENTS = {"train": 11, "val": 4, "test": 5}

@@ -15,10 +15,10 @@ from torch import nn
 
 import perceiver_core as pc
 from examples.akoa import evaluate, findings, illustrate, metrics, plots, predictions, report, runs
-from examples.akoa.data import Split
+from examples.akoa.dataset.datamodule import Split
 from examples.akoa.evaluate import evaluate_run
-from examples.akoa.inference import predict
-from examples.akoa.labels import write_labels
+from examples.akoa.evaluation.inference import predict
+from examples.akoa.dataset.labels import write_labels
 from tests.akoa.evaluation_cases import HEIGHT, PATIENTS, WIDTH, Bright, row
 
 pytestmark = pytest.mark.no_shape_checks
@@ -30,7 +30,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, splits: dict[str, Split], mode
     out = tmp_path_factory.mktemp("run")
     pc.save(model, out / "weights")
     rows = [row for split in splits.values() for row in split.rows]
-    record = {"size": [HEIGHT, WIDTH], "fold": None, "rows": runs.digest(rows)}
+    record = {"size": [HEIGHT, WIDTH], "fold": None, "rows": run_record.rows_digest(rows)}
     (out / "run.json").write_text(json.dumps(record), encoding="utf-8")
     header = "epoch,step,train_loss,val_loss,train_accuracy,val_accuracy\n"
     (out / "history.csv").write_text(header + "0,5,,0.6,,0.7\n0,5,0.7,,0.5,\n1,9,,0.5,,0.8\n", encoding="utf-8")
@@ -52,8 +52,8 @@ def saved_report(run: Path) -> dict[str, Any]:
 def test_a_patient_in_two_splits_raises(one: str, other: str, splits: dict[str, Split], tmp_path: Path) -> None:
     """Earlier projects split by picture, or let validation and test share patients."""
     guest = replace(splits[one].rows[0], slice=77, image="elsewhere.png")
-    crowded = Split([*splits[other].rows, guest], torch.cat([splits[other].pictures, splits[one].pictures[:1]]))
-    with pytest.raises(ValueError, match=f"1 patients stand in two splits .*{guest.patient}"):
+    crowded = Split([*splits[other].rows, guest], torch.cat([splits[other].images, splits[one].images[:1]]))
+    with pytest.raises(ValueError, match=f"1 patients are in two splits .*{guest.patient}"):
         evaluate_run(Bright(), {**splits, other: crowded}, tmp_path / "out", history=None)
     assert not (tmp_path / "out").exists()
 
@@ -74,7 +74,7 @@ def test_evaluation_does_not_depend_on_the_training_mode(
 ) -> None:
     """Dropout stood after the logits of the seed project, and batch norm must not learn from the test set."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    logits = predict(model.train(), splits["test"].pictures)
+    logits = predict(model.train(), splits["test"].images)
     model.eval()
     rows, actual = predictions.read_predictions(run / "predictions.csv")
     kept = actual["perceiver"][[row.split == "test" for row in rows]]
@@ -90,10 +90,10 @@ def test_evaluation_does_not_depend_on_the_training_mode(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: {"train": s["train"], "test": s["test"]}, "need pictures in each"),
-        (lambda s: {**s, "test": Split([], s["test"].pictures[:0])}, "need pictures in each"),
-        (lambda s: {**s, "other": s["test"]}, "need pictures in each"),
-        (lambda s: {**s, "val": Split(s["val"].rows[1:], s["val"].pictures)}, "rows for"),
+        (lambda s: {"train": s["train"], "test": s["test"]}, "need images in each"),
+        (lambda s: {**s, "test": Split([], s["test"].images[:0])}, "need images in each"),
+        (lambda s: {**s, "other": s["test"]}, "need images in each"),
+        (lambda s: {**s, "val": Split(s["val"].rows[1:], s["val"].images)}, "rows for"),
     ],
 )
 def test_incomplete_splits_raise(change: Any, message: str, splits: dict[str, Split]) -> None:
@@ -148,15 +148,15 @@ def test_predictions_are_written_and_read(run: Path, splits: dict[str, Split], s
 def test_suspects_are_the_confident_disagreements() -> None:
     rows = [row(1, "right", 0), row(1, "right", 1), row(2, "left", 0), row(2, "left", 1), row(3, "left", 4)]
     logits = np.array([-4.0, -3.0, 1.0, -9.0, 0.5])
-    whole = findings.suspect_volumes(rows, logits)
+    whole = analysis.suspect_volumes(rows, logits)
     assert [(v["patient"], v["disagreeing"], v["slices"]) for v in whole] == [("0000001", 2, 2), ("0000003", 1, 1)]
     assert whole[0]["image"] == rows[0].image
     assert whole[0]["probability_right"] == pytest.approx(1 / (1 + np.exp(3.5)))
-    assert [s["image"] for s in findings.suspect_slices(rows, logits)] == [rows[2].image]
+    assert [s["image"] for s in analysis.suspect_slices(rows, logits)] == [rows[2].image]
 
 
 def test_history_is_gathered_by_epoch(run: Path) -> None:
-    actual = illustrate.read_history(run / "history.csv")
+    actual = figures.read_history(run / "history.csv")
     assert [line["epoch"] for line in actual] == [0, 1]
     assert (actual[0]["train_loss"], actual[0]["val_accuracy"]) == (0.7, 0.7)
     assert "train_loss" not in actual[1]
@@ -171,15 +171,15 @@ def test_the_kind_of_data_is_detected(splits: dict[str, Split]) -> None:
 def test_plots_of_a_perfect_model() -> None:
     """A perfect model has no errors to plot, and its report must not fail."""
     rows = [row(p, side) for p in range(3) for side in ("left", "right")]
-    given = predictions.slices(rows, np.array([-9.0, 9.0] * 3))
+    given = predictions.by_slice(rows, np.array([-9.0, 9.0] * 3))
     weights = metrics.resample(3, 0)
     actual = metrics.score(rows, given.logits, weights)
-    assert report.show(actual["slice"]["accuracy"]) == "100.0 % (100.0 to 100.0) †"
+    assert report.format_estimate(actual["slice"]["accuracy"]) == "100.0 % (100.0 to 100.0) †"
     assert actual["patient"]["accuracy_wilson"]["low"] == pytest.approx(0.4385, abs=1e-4)
     plots.errors_by_slice(metrics.error_by_slice(rows, given.logits, weights))
     plots.gallery(np.empty((0, HEIGHT, WIDTH), np.uint8), [], [])
     plots.abstention({"slice": metrics.coverage_curve(given)}, metrics.abstention(given, weights))
-    assert findings.suspect_volumes(rows, given.logits) == []
+    assert analysis.suspect_volumes(rows, given.logits) == []
 
 
 # ---- repeated evaluation
@@ -187,7 +187,7 @@ def test_plots_of_a_perfect_model() -> None:
 
 def write_data(folder: Path, splits: Mapping[str, Split], labels: Path) -> None:
     for split in splits.values():
-        for each, picture in zip(split.rows, split.pictures, strict=True):
+        for each, picture in zip(split.rows, split.images, strict=True):
             (folder / each.image).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture.numpy()).save(folder / each.image)
     write_labels(labels, [row for split in splits.values() for row in split.rows])
@@ -200,7 +200,7 @@ def test_repeated_evaluations_are_counted(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(evaluate, "draw", lambda *_: {})  # plotting takes seconds and is tested above
+    monkeypatch.setattr(evaluate, "draw_figures", lambda *_: {})  # plotting takes seconds and is tested above
     write_data(tmp_path, splits, tmp_path / "labels.csv")
     command = ["--run", str(run), "--data", str(tmp_path), "--labels", str(tmp_path / "labels.csv")]
     before = (run / "report.json").read_text(encoding="utf-8")
@@ -212,7 +212,7 @@ def test_repeated_evaluations_are_counted(
         actual = json.loads((run / "report.json").read_text(encoding="utf-8"))
         assert actual["test_looked_at"] == 2
         assert actual["models"]["perceiver"] == json.loads(before)["models"]["perceiver"]
-        assert actual["command"] == evaluate.regenerate(run, tmp_path, tmp_path / "labels.csv")
+        assert actual["command"] == evaluate.evaluation_command(run, tmp_path, tmp_path / "labels.csv")
         assert "looked at **2 times**" in (run / "report.md").read_text(encoding="utf-8")
     finally:
         (run / "report.json").write_text(before, encoding="utf-8")
@@ -222,19 +222,19 @@ def test_repeated_evaluations_are_counted(
 def test_labels_of_another_split_raise(run: Path, splits: dict[str, Split], tmp_path: Path) -> None:
     """With other labels, patients of the test set may have been trained on."""
     rows = [row for split in splits.values() for row in split.rows]
-    runs.check_rows(run, rows)
+    run_record.check_rows(run, rows)
     with pytest.raises(ValueError, match="are not those that"):
-        runs.check_rows(run, [replace(rows[0], split="val"), *rows[1:]])
+        run_record.check_rows(run, [replace(rows[0], split="val"), *rows[1:]])
     with pytest.raises(ValueError, match="does not say which rows"):
-        runs.check_rows(tmp_path, rows)
+        run_record.check_rows(tmp_path, rows)
 
 
 @pytest.mark.refusal
 def test_an_unreadable_report_raises(tmp_path: Path) -> None:
-    assert evaluate.looked_at(tmp_path) == 0
+    assert evaluate.count_looks(tmp_path) == 0
     (tmp_path / "report.json").write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match="looks cannot be counted"):
-        evaluate.looked_at(tmp_path)
+        evaluate.count_looks(tmp_path)
     (tmp_path / "report.json").write_text('{"test_looked_at": "once"}', encoding="utf-8")
     with pytest.raises(ValueError, match="need a whole number"):
-        evaluate.looked_at(tmp_path)
+        evaluate.count_looks(tmp_path)

@@ -10,7 +10,6 @@ import pytest
 
 from examples.akoa import evaluate, metrics, predictions
 from examples.akoa.evaluate import summarize_folds
-from examples.akoa.folds import count
 from tests.akoa.evaluation_cases import row
 
 pytestmark = pytest.mark.no_shape_checks
@@ -26,7 +25,7 @@ def fold(path: Path, first: int, logits: list[float]) -> tuple[dict[str, Any], P
     known = [replace(row(first + 500), split="val")]
     both = {name: np.append(5.0, each) for name, each in all_logits.items()}
     predictions.write_predictions(path, known + rows, both)
-    return {"data": {"kind": "phantom", **count(rows)}, "models": models}, path
+    return {"data": {"kind": "phantom", **count_data(rows)}, "models": models}, path
 
 
 def test_folds_are_pooled_by_patient(tmp_path: Path) -> None:
@@ -42,7 +41,7 @@ def test_folds_are_pooled_by_patient(tmp_path: Path) -> None:
     assert [each["slice"] for each in actual["each"]] == [1.0, 0.5]
     assert actual["spread"]["slice"]["mean"] == 0.75
     assert actual["spread"]["slice"]["sd"] == pytest.approx(np.std([1, 0.5], ddof=1))
-    assert "2 folds, pooled" in evaluate.folds_markdown(actual)
+    assert "2 folds, pooled" in report.folds_markdown(actual)
     json.dumps(actual, allow_nan=False)
 
 

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from examples.akoa import generate_labels, lookalikes, phantom
-from examples.akoa import labels as lb
+from examples.akoa import generate_labels
+from examples.akoa.dataset import near_duplicates
+from examples.akoa.phantom import dataset as phantom
+from examples.akoa.dataset import file_names
+from examples.akoa.dataset import labels as lb
 from examples.akoa.generate_labels import main
-from examples.akoa.labels import Row
+from examples.akoa.dataset.labels import Row
 
 pytestmark = pytest.mark.no_shape_checks
 
@@ -85,9 +88,9 @@ def spoil(files: dict[str, bytes]) -> dict[str, list[str]]:
     files[copy] = png(draw(903))
     gray = np.asarray(Image.open(io.BytesIO(files[second])).convert("L"))
     for patient in (71, 72, 73):  # three, so that the split parts one from the others
-        files[file_name(patient, 3, lb.parse_name(second).side, 0)] = png(gray)
-    files[file_name(74, 3, lb.parse_name(third).side, 0)] = png(draw(904))
-    files[file_name(74, 4, lb.parse_name(third).side, 0)] = png(draw(904)[:, ::-1])
+        files[file_name(patient, 3, file_names.parse_name(second).side, 0)] = png(gray)
+    files[file_name(74, 3, file_names.parse_name(third).side, 0)] = png(draw(904))
+    files[file_name(74, 4, file_names.parse_name(third).side, 0)] = png(draw(904)[:, ::-1])
     return {
         "unparsed": [jpeg],
         "unreadable": [broken],
@@ -119,7 +122,7 @@ def test_labels_do_not_depend_on_the_order_of_the_listing(folder: Folder, monkey
 
 def test_all_layouts_give_one_split(folder: Folder) -> None:
     flat = knees(7)
-    side = {name: lb.parse_name(name).side for name in flat}
+    side = {name: file_names.parse_name(name).side for name in flat}
     places: tuple[Callable[[str], str], ...] = (
         lambda name: name,
         lambda name: f"AKOA_Analysis/AKOA_Analysis/{name}",
@@ -157,7 +160,7 @@ def test_ignored_files_are_counted_by_extension(folder: Folder, capsys: pytest.C
 
 
 def test_an_unprintable_name_does_not_stop_the_report() -> None:
-    text = generate_labels.manifest([], [], ["a.\udcff"], Counter())
+    text = generate_labels.summarize([], [], ["a.\udcff"], Counter())
     assert "ignored     .\\udcff 1\n" in text
 
 
@@ -182,19 +185,19 @@ def test_every_kind_stops_the_run_until_all_are_allowed(folder: Folder, capsys: 
     data = folder(files)
     code, rows, problems = run(data)
     assert (code, rows) == (1, [])
-    assert {problem["kind"] for problem in problems} == set(lb.KINDS) == set(left_out)
+    assert {problem["kind"] for problem in problems} == set(file_names.PROBLEM_KINDS) == set(left_out)
     for kind, images in left_out.items():
         actual = [problem["image"] for problem in problems if problem["kind"] == kind]
         assert actual == images or not images
     second = sorted(knees(8))[1]
-    copies = {second, *(file_name(n, 3, lb.parse_name(second).side, 0) for n in (71, 72, 73))}
+    copies = {second, *(file_name(n, 3, file_names.parse_name(second).side, 0) for n in (71, 72, 73))}
     alike = [problem for problem in problems if problem["kind"] == "near-duplicates"]
     assert {problem[key] for problem in alike for key in ("image", "other")} == copies
     text = capsys.readouterr().out
-    for kind, advice in lb.KINDS.items():
+    for kind, advice in file_names.PROBLEM_KINDS.items():
         assert f"--allow {kind}; then {advice.allowed}" in text
-        assert advice.mend in text
-        others = [other for other in lb.KINDS if other != kind]
+        assert advice.fix in text
+        others = [other for other in file_names.PROBLEM_KINDS if other != kind]
         assert run(data, "--allow", *others)[:2] == (1, [])
     code, rows, again = run(data, "--allow", "all")
     assert (code, again) == (0, problems)
@@ -216,9 +219,9 @@ def test_an_image_cut_short_is_unreadable(tmp_path: Path, cut: int) -> None:
     whole = png(np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH), dtype=np.uint8))
     path = tmp_path / "a.png"
     path.write_bytes(whole)
-    assert generate_labels.read_thumbnail(path)[0].shape == lookalikes.THUMB
+    assert generate_labels.read_thumbnail(path)[0].shape == near_duplicates.THUMBNAIL_SIZE
     path.write_bytes(whole[:-cut])
-    with pytest.raises(ValueError, match=r"truncated|cut short"):
+    with pytest.raises(ValueError, match=r"truncated"):
         generate_labels.read_thumbnail(path)
 
 
@@ -275,7 +278,7 @@ def test_too_few_patients_says_what_was_left_out(folder: Folder, capsys: pytest.
 def test_a_folder_without_images_is_reported(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
     data = folder({"Thumbs.db": b"", "readme.txt": b""})
     assert main(["--data", str(data), "--out", str(data.parent / "labels.csv")]) == 2
-    assert "holds no PNG files" in capsys.readouterr().err
+    assert "contains no PNG files" in capsys.readouterr().err
 
 
 def test_an_interrupt_leaves_no_files(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from examples.akoa import lookalikes
-from examples.akoa.labels import SPLITS, Row
+from examples.akoa.dataset import near_duplicates
+from examples.akoa.dataset.labels import SPLITS, Row
 
 pytestmark = pytest.mark.no_shape_checks
 
@@ -21,9 +21,9 @@ def draw(seed: int) -> np.ndarray:
 
 
 def look(*pairs: tuple[Row, np.ndarray]) -> list[tuple[str, str, str]]:
-    size = lookalikes.THUMB[::-1]
+    size = near_duplicates.THUMBNAIL_SIZE[::-1]
     thumbs = [np.asarray(Image.fromarray(gray).resize(size)) for _, gray in pairs]
-    actual = lookalikes.find_lookalikes([row for row, _ in pairs], np.stack(thumbs))
+    actual = near_duplicates.find_near_duplicates([row for row, _ in pairs], np.stack(thumbs))
     return [(p.kind, p.image, p.other) for p in actual]
 
 
@@ -81,5 +81,5 @@ def test_tiles_do_not_change_what_is_found(monkeypatch: pytest.MonkeyPatch) -> N
     pictures[1], pictures[28], pictures[12] = pictures[22], pictures[3], pictures[11]
     whole = look(*zip(rows, pictures, strict=True))
     assert [pair for _, *pair in whole] == [["01", "22"], ["03", "28"], ["11", "12"]]
-    monkeypatch.setattr(lookalikes, "_TILE", 5)
+    monkeypatch.setattr(near_duplicates, "_TILE_SIZE", 5)
     assert look(*zip(rows, pictures, strict=True)) == whole

@@ -37,7 +37,7 @@ def test_patient_is_right_only_if_every_volume_is() -> None:
 
 def test_volume_logit_is_the_mean_whatever_the_order() -> None:
     rows = [row(1, "left", 0), row(2, "right", 0), row(1, "left", 1), row(2, "right", 1)]
-    actual = predictions.volumes(rows, np.array([-1.0, 5.0, 3.0, -1.0]))
+    actual = predictions.by_volume(rows, np.array([-1.0, 5.0, 3.0, -1.0]))
     np.testing.assert_allclose(actual.logits, [1.0, 2.0])
     assert actual.right.tolist() == [False, True]
     assert actual.correct.tolist() == [False, True]
@@ -47,7 +47,7 @@ def test_volume_logit_is_the_mean_whatever_the_order() -> None:
 def test_a_draw_of_each_patient_once_equals_the_values(seed: int) -> None:
     """The vectorized statistics are those of scikit-learn and torchmetrics."""
     given = sample(seed)
-    drawn = metrics.draw_values(given, np.ones((1, given.count), np.int64))
+    drawn = metrics.draw_values(given, np.ones((1, given.num_patients), np.int64))
     for name, value in metrics.values(given).items():
         assert drawn[name][0] == pytest.approx(value, abs=1e-6), name
 
@@ -56,8 +56,9 @@ def test_a_draw_of_each_patient_once_equals_the_values(seed: int) -> None:
 def test_draws_equal_scikit_learn_on_the_drawn_patients(seed: int) -> None:
     """One draw equals scikit-learn on a sample that repeats patients as often as they are drawn."""
     given = sample(seed)
-    weights = metrics.resample(given.count, seed, draws=1)
-    index = np.concatenate([np.flatnonzero(given.patients == p) for p in np.repeat(range(given.count), weights[0])])
+    weights = metrics.resample(given.num_patients, seed, draws=1)
+    drawn_patients = np.repeat(range(given.num_patients), weights[0])
+    index = np.concatenate([np.flatnonzero(given.patients == p) for p in drawn_patients])
     right, logits = given.right[index], given.logits[index]
     drawn = metrics.draw_values(given, weights)
     assert drawn["auc"][0] == pytest.approx(sk.roc_auc_score(right, logits))
@@ -87,7 +88,7 @@ def test_metrics_of_one_side_alone_are_undefined() -> None:
     actual = metrics.score(rows, np.array([1.0, -1.0]), metrics.resample(2, 0))
     for name in ("auc", "balanced_accuracy", "sensitivity_left"):
         assert actual["slice"][name] == {"value": None, "low": None, "high": None}
-    assert report.show(actual["slice"]["auc"]) == "not defined"
+    assert report.format_estimate(actual["slice"]["auc"]) == "not defined"
 
 
 @pytest.mark.parametrize(("hits", "n"), [(29, 29), (0, 7), (17, 20), (1, 1)])

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from examples.akoa import splits
-from examples.akoa.labels import Picture, Row, audit_split, parse_name
+from examples.akoa.dataset import splits
+from examples.akoa.dataset.file_names import ImageFile, parse_name
+from examples.akoa.dataset.labels import Row, audit_split
 
 pytestmark = pytest.mark.no_shape_checks
 
@@ -17,7 +18,7 @@ THREE_WAY = {"train": 0.6, "val": 0.2, "test": 0.2}
 SIDES_OF = st.tuples(st.integers(0, 7), st.integers(0, 7)).filter(any)
 
 
-def pictures_of(patients: int, visits: int = 1, slices: int = 1) -> list[Picture]:
+def pictures_of(patients: int, visits: int = 1, slices: int = 1) -> list[ImageFile]:
     """Images of patients with a right knee, a left knee or both."""
     names = [
         f"OAI{patient:07}_BaseLine_{3 + visit}_de3d1_SAG_3D_DESS_WE_{side}.nii.gz_{k}.png"
@@ -26,7 +27,7 @@ def pictures_of(patients: int, visits: int = 1, slices: int = 1) -> list[Picture
         for visit in range(visits)
         for k in range(slices)
     ]
-    return [Picture(name, parse_name(name)) for name in names]
+    return [ImageFile(name, parse_name(name)) for name in names]
 
 
 def parts_of(rows: Iterable[Row]) -> dict[str, set[str]]:
@@ -88,10 +89,10 @@ def test_folds_share_every_stratum(counts: list[tuple[int, int]], folds: int, se
 
 @settings(max_examples=15, deadline=None)
 @given(st.permutations(pictures_of(11, slices=2)))
-def test_any_order_of_the_files_gives_the_same_rows(pictures: Sequence[Picture]) -> None:
+def test_any_order_of_the_files_gives_the_same_rows(pictures: Sequence[ImageFile]) -> None:
     rows = splits.make_rows(pictures, THREE_WAY, seed=5)
     assert rows == splits.make_rows(pictures_of(11, slices=2), THREE_WAY, seed=5)
-    assert [row.image for row in rows] == sorted(picture.image for picture in pictures)
+    assert [row.image for row in rows] == sorted(picture.path for picture in pictures)
 
 
 def test_sides_are_balanced_over_the_split() -> None:

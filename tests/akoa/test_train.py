@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 import perceiver_core as pc
 from examples.akoa import train
-from examples.akoa.labels import Row, write_labels
-from examples.akoa.laterality import Checkpoints, Laterality, learning_curve, moving_average, smoothed_losses
+from examples.akoa.dataset.labels import Row, write_labels
+from examples.akoa.training.laterality import AtomicCheckpointIO, Laterality, learning_rate_factor, moving_average, smoothed_losses
 from examples.akoa.model import knee_model
 
 pytestmark = pytest.mark.no_shape_checks
@@ -82,7 +82,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, callback: Callback) -> None:
 
 
 def last(out: Path) -> dict:
-    return Checkpoints().load_checkpoint(out / "checkpoints" / "last.ckpt")
+    return AtomicCheckpointIO().load_checkpoint(out / "checkpoints" / "last.ckpt")
 
 
 def same_training(one: dict, other: dict) -> None:
@@ -117,7 +117,7 @@ def test_every_weight_of_the_model_learns():
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 100, 1013])
 def test_the_learning_rate_warms_up_and_ends_near_zero(steps):
-    curve = [learning_curve(step, steps) for step in range(steps)]
+    curve = [learning_rate_factor(step, steps) for step in range(steps)]
     top = curve.index(max(curve))
     assert max(curve) == 1
     assert curve[: top + 1] == sorted(curve[: top + 1])
@@ -138,7 +138,7 @@ def test_the_learning_rate_moves_every_step_and_knows_how_many_there_are(folder,
     watch(monkeypatch, Watch())
     assert train.main(arguments(folder, tmp_path / "run", "--lr", "0.01")) == 0
     steps = 3 * 3  # 18 pictures in batches of 7
-    assert rates == pytest.approx([0.01 * learning_curve(step, steps) for step in range(steps)])
+    assert rates == pytest.approx([0.01 * learning_rate_factor(step, steps) for step in range(steps)])
 
 
 def test_a_ragged_last_batch_weighs_as_much_as_it_holds(folder, tmp_path, looks, monkeypatch):
@@ -150,7 +150,7 @@ def test_a_ragged_last_batch_weighs_as_much_as_it_holds(folder, tmp_path, looks,
         sums["train" if torch.is_grad_enabled() else "val"].append(losses.detach().double())
         return losses
 
-    monkeypatch.setattr("examples.akoa.laterality.smoothed_losses", keep)
+    monkeypatch.setattr("examples.akoa.training.laterality.smoothed_losses", keep)
     assert train.main(arguments(folder, tmp_path / "run", "--epochs", "1")) == 0
     assert [len(losses) for losses in sums["val"]] == [7, 5]
     assert [len(losses) for losses in sums["train"]] == [7, 7, 4]
@@ -207,7 +207,7 @@ def test_an_interrupted_run_resumes_exactly(folder, tmp_path, looks, monkeypatch
             train.main(arguments(folder, tmp_path / "cut"))
     signal.signal(signal.SIGINT, handler)  # Lightning has switched it off
     assert stop.value.code == 1
-    assert "--resume goes on from" in capsys.readouterr().err
+    assert "--resume continues from" in capsys.readouterr().err
     assert last(tmp_path / "cut")["global_step"] == 6
     assert looks == [tmp_path / "whole"]
     assert train.main(arguments(folder, tmp_path / "cut", "--resume")) == 0
@@ -220,7 +220,7 @@ def test_an_interrupted_run_resumes_exactly(folder, tmp_path, looks, monkeypatch
 def test_a_run_leaves_its_best_weights_as_a_model(folder, tmp_path, looks):
     out = tmp_path / "run"
     assert train.main(arguments(folder, out)) == 0
-    best = Checkpoints().load_checkpoint(out / "checkpoints" / "best.ckpt")["state_dict"]
+    best = AtomicCheckpointIO().load_checkpoint(out / "checkpoints" / "best.ckpt")["state_dict"]
     for name, tensor in pc.load(out / "weights").state_dict().items():
         assert torch.equal(tensor, best[f"model.{name}"])
     assert not list(out.rglob("*.partial"))
@@ -243,9 +243,9 @@ def test_a_folder_with_a_run_is_reported(folder, tmp_path, looks, capsys):
     assert train.main(arguments(folder, out, "--epochs", "1")) == 0
     (out / "report.json").unlink()
     assert train.main(arguments(folder, out, "--epochs", "1")) == 2
-    assert "holds a run already" in capsys.readouterr().err
+    assert "contains a run already" in capsys.readouterr().err
     assert train.main(arguments(folder, out, "--epochs", "1", "--resume", "--lr", "0.5")) == 2
-    assert "lr 0.002 there, 0.5 asked for" in capsys.readouterr().err
+    assert "lr is 0.002 in its run.json but 0.5 here" in capsys.readouterr().err
 
 
 @pytest.mark.refusal
@@ -254,7 +254,7 @@ def test_a_leaking_split_is_reported(folder, tmp_path, looks, capsys):
     lines[1] = lines[1].replace("train", "test")
     (tmp_path / "leak.csv").write_text("\n".join(lines) + "\n")
     assert train.main(arguments(folder, tmp_path / "run", "--labels", str(tmp_path / "leak.csv"))) == 2
-    assert "stand in two parts" in capsys.readouterr().err
+    assert "are in two parts" in capsys.readouterr().err
     assert not looks
     assert not (tmp_path / "run").exists()
 
@@ -270,12 +270,12 @@ def test_command_line_errors(folder, tmp_path, wrong):
     assert stop.value.code == 2
 
 
-# Checkpoints
+# AtomicCheckpointIO
 
 
 def test_a_checkpoint_is_whole_or_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "last.ckpt"
-    Checkpoints().save_checkpoint({"step": 1}, path)
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
 
     def torn(checkpoint, file):
         file.write(b"half")
@@ -283,8 +283,8 @@ def test_a_checkpoint_is_whole_or_the_old_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", torn)
     with pytest.raises(OSError, match="disk full"):
-        Checkpoints().save_checkpoint({"step": 2}, path)
-    assert Checkpoints().load_checkpoint(path) == {"step": 1}
+        AtomicCheckpointIO().save_checkpoint({"step": 2}, path)
+    assert AtomicCheckpointIO().load_checkpoint(path) == {"step": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
 
@@ -293,12 +293,12 @@ def test_checkpoints_with_more_than_tensors_raise(tmp_path):
     path = tmp_path / "evil.ckpt"
     torch.save({"state_dict": Path("anything")}, path)
     with pytest.raises(ValueError, match="cannot be loaded as a checkpoint"):
-        Checkpoints().load_checkpoint(path, weights_only=False)
+        AtomicCheckpointIO().load_checkpoint(path, weights_only=False)
     path.write_bytes(b"torn")
     with pytest.raises(ValueError, match="cannot be loaded as a checkpoint"):
-        Checkpoints().load_checkpoint(path)
+        AtomicCheckpointIO().load_checkpoint(path)
     with pytest.raises(FileNotFoundError):
-        Checkpoints().load_checkpoint(tmp_path / "none.ckpt")
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "none.ckpt")
 
 
 # Whole commands
@@ -310,7 +310,7 @@ def test_folds_are_trained_and_pooled(tmp_path, capsys):
     out = tmp_path / "run"
     queried = ["--epochs", "1", "--folds"]
     assert train.main(arguments(tmp_path, out, *queried, "4")) == 2
-    assert "holds 3 folds, not 4" in capsys.readouterr().err
+    assert "contains 3 folds, not 4" in capsys.readouterr().err
     assert train.main(arguments(tmp_path, out, *queried, "3")) == 0
     summary = json.loads((out / "summary.json").read_text())
     assert summary["folds"] == 3

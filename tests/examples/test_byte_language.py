@@ -23,11 +23,11 @@ def model():
 def test_a_toy_run_writes_its_result_and_image(tmp_path):
     result = language.main(["--toy", "--out", str(tmp_path / "new")])
     assert result == json.loads((tmp_path / "new" / "result.json").read_text())
-    assert (tmp_path / "new" / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "new" / "figure.png").read_bytes().startswith(b"\x89PNG")
     rows = {"counts, order 3", "counts, order 5", "lzma", "lzma, after the training text", "uniform", "Perceiver AR"}
     assert set(result["tables"]["bits per byte"]) >= rows
     assert set(result["trained"]) == {"Perceiver AR"}
-    assert len(result["said"]["new"]) == 40
+    assert len(result["sample"]["new"]) == 40
 
 
 def test_the_last_bytes_of_windows_are_the_text_once_and_in_order():
@@ -62,16 +62,16 @@ def test_no_score_depends_on_its_byte_or_a_later_one(model):
 
 def test_counts_use_the_preceding_bytes():
     ids = torch.tensor([list(b"0123456"), list(b"abcdefg")])
-    actual = [bytes(row) for row in language.before(ids, 3, 2).tolist()]
+    actual = [bytes(row) for row in language.preceding_bytes(ids, 3, 2).tolist()]
     assert actual == [b"32", b"43", b"54", b"dc", b"ed", b"fe"]
 
 
 def test_compressed_size_is_the_growth_of_the_file():
     first, more = bytes(range(256)) * 4, b"what comes then " * 9
     sizes = [len(lzma.compress(x, preset=9 | lzma.PRESET_EXTREME)) for x in (first, first + more)]
-    actual = language.packed(torch.tensor(list(more), dtype=torch.uint8), first)
+    actual = language.lzma_bits(torch.tensor(list(more), dtype=torch.uint8), first)
     assert actual == pytest.approx(8 * (sizes[1] - sizes[0]) / len(more))
 
 
 def test_unprintable_bytes_are_marked():
-    assert language.readable(torch.tensor([10, 27, 65, 200])) == "\n\ufffdA\ufffd"
+    assert language.printable(torch.tensor([10, 27, 65, 200])) == "\n\ufffdA\ufffd"

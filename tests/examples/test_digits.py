@@ -30,24 +30,24 @@ def test_a_toy_run_prints_the_table_and_draws(tmp_path, capsys):
 
 
 def test_shuffled_pixels_keep_their_place():
-    pictures = digits.load()[1].pictures[:5]
-    points = digits.as_points(pictures, SHUFFLED)
-    torch.testing.assert_close(points[:, SHUFFLED.argsort()], digits.as_points(pictures, IN_ORDER), rtol=0, atol=0)
+    images = digits.load()[1].images[:5]
+    points = digits.as_points(images, SHUFFLED)
+    torch.testing.assert_close(points[:, SHUFFLED.argsort()], digits.as_points(images, IN_ORDER), rtol=0, atol=0)
     row, column, brightness = points[3, 17]
-    assert brightness == pictures[3, 0, round((row.item() + 1) * 3.5), round((column.item() + 1) * 3.5)]
+    assert brightness == images[3, 0, round((row.item() + 1) * 3.5), round((column.item() + 1) * 3.5)]
 
 
 def test_the_output_does_not_depend_on_the_order():
     torch.manual_seed(0)
-    model, pictures = digits.build().eval(), digits.load()[1].pictures[:5]
-    in_order, shuffled = (model(digits.as_points(pictures, order)) for order in (IN_ORDER, SHUFFLED))
+    model, images = digits.build().eval(), digits.load()[1].images[:5]
+    in_order, shuffled = (model(digits.as_points(images, order)) for order in (IN_ORDER, SHUFFLED))
     torch.testing.assert_close(in_order, shuffled, rtol=1e-5, atol=1e-5)
 
 
 def test_augmentation_moves_the_points_of_each_image_differently():
-    points = digits.as_points(digits.load()[0].pictures[:1].expand(23, -1, -1, -1), IN_ORDER)
+    points = digits.as_points(digits.load()[0].images[:1].expand(23, -1, -1, -1), IN_ORDER)
     torch.manual_seed(0)
-    moved = digits.wobble(points)
+    moved = digits.augment(points)
     torch.testing.assert_close(moved[..., 2], points[..., 2], rtol=0, atol=0)
     steps = (moved - points)[..., :2].norm(dim=-1)
     assert 0.02 < steps.mean() < 0.5

@@ -24,20 +24,20 @@ def ramp(channels=3):
 
 def places(count=1, among=307):
     torch.manual_seed(0)
-    return completion.some(count, among, completion.SIDE**2)
+    return completion.random_pixels(count, among, completion.SIDE**2)
 
 
 def test_a_toy_run_writes_its_result_and_image(tmp_path):
     result = completion.main(["--toy", "--out", str(tmp_path / "new")])
     assert result == json.loads((tmp_path / "new" / "result.json").read_text())
-    assert (tmp_path / "new" / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "new" / "figure.png").read_bytes().startswith(b"\x89PNG")
     rows = {"nearest", "linear", "cubic", "spline", "normal distribution", "Perceiver IO"}
     for kind in ("digits", "photographs"):
         assert set(result["tables"][kind]) >= rows
 
 
 def test_no_pixel_of_a_test_crop_is_in_a_training_crop():
-    begins = [x for x in range(640 - 31) if not completion.in_test(x)]
+    begins = [x for x in range(640 - 31) if not completion.overlaps_test(x)]
     seen = {column for x in begins for column in range(x, x + 32)}
     unseen = {column for strip in completion.STRIPS for column in range(strip, strip + 64)}
     assert seen & unseen == set()
@@ -52,7 +52,7 @@ def test_positions_are_sampled_without_repetition():
 
 def test_visible_pixels_have_the_colors_of_their_positions():
     picture, at = torch.rand(1, 3, 32, 32), places(1, 11)
-    points, mean, deviation = completion.look(picture, at, 0.02)
+    points, mean, deviation = completion.visible_points(picture, at, 0.02)
     row, column = ((points[0, 5, :2] + 1) * 15.5).round().int().tolist()
     torch.testing.assert_close((points * 1)[0, 5, 2:] * deviation[0, 0] + mean[0, 0], picture[0, :, row, column])
 
@@ -67,15 +67,15 @@ def test_the_normal_distribution_is_exact_for_few_degrees_of_freedom():
     torch.manual_seed(0)
     basis = ramp(1) * 0.5, ramp(1).mT.flip(2) * 0.5
     seen = sum(torch.rand(200, 1, 1, 1) * part for part in basis)
-    data = completion.Pictures(seen[:190], seen[190:], visible=41, least=1.0)
-    actual = completion.gaussian(data, data.unseen, places(10, 41), noise=1e-9)
+    data = completion.ImageSet(seen[:190], seen[190:], num_visible=41, min_deviation=1.0)
+    actual = completion.gaussian(data, data.test, places(10, 41), noise=1e-9)
     # Digits are moved by some pixels before the fit, which wraps edges around: the middle remains.
-    assert (actual - data.unseen)[..., 8:24, 8:24].abs().max() < 0.03
+    assert (actual - data.test)[..., 8:24, 8:24].abs().max() < 0.03
 
 
 def test_visible_pixels_are_kept():
     picture, at = torch.rand(2, 3, 32, 32), places(2, 41)
-    actual = completion.kept(torch.full_like(picture, 7.0), picture, at)
+    actual = completion.keep_visible(torch.full_like(picture, 7.0), picture, at)
     same = (actual == picture).all(1).flatten(1)
     assert same.sum(1).tolist() == [41, 41]
     assert same.gather(1, at).all()
@@ -90,12 +90,12 @@ def test_psnr_is_that_of_the_formula():
 
 def test_the_loss_queries_only_some_positions(monkeypatch):
     torch.manual_seed(0)
-    queried, data = [], completion.Pictures(torch.rand(3, 1, 32, 32), torch.rand(1, 1, 32, 32), visible=41, least=1.0)
+    queried, data = [], completion.ImageSet(torch.rand(3, 1, 32, 32), torch.rand(1, 1, 32, 32), num_visible=41, min_deviation=1.0)
     model = completion.build(1)
     answer = model.forward
     monkeypatch.setattr(model, "forward", lambda points, at: queried.append((points, at)) or answer(points, query_inputs=at))
     completion.loss(model, data, batch=5).backward()
     ((points, at),) = queried
     assert points.shape == (5, 41, 3)
-    assert at.shape == (5, completion.ASKED)
+    assert at.shape == (5, completion.NUM_QUERIES)
     assert all(p.grad is not None for p in model.parameters())

@@ -23,7 +23,7 @@ def model():
 def test_a_toy_run_writes_its_result_and_image(tmp_path):
     result = language.main(["--toy", "--out", str(tmp_path / "new")])
     assert result == json.loads((tmp_path / "new" / "result.json").read_text())
-    assert (tmp_path / "new" / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "new" / "figure.png").read_bytes().startswith(b"\x89PNG")
     rows = {"most frequent byte", "counts, two neighbors", "counts, four neighbors", "Perceiver IO"}
     for table in result["tables"].values():
         assert set(table) >= rows
@@ -33,13 +33,13 @@ def test_a_toy_run_writes_its_result_and_image(tmp_path):
 @pytest.mark.parametrize("length", [1, 16, 100, 256])
 def test_15_percent_are_masked_and_labeled(length):
     windows = torch.randint(256, (50, length), dtype=torch.uint8)
-    ids, labels = language.masked(windows)
+    ids, labels = language.mask_bytes(windows)
     hidden = ids == language.MASK
     assert (hidden.sum(1) == max(1, round(0.15 * length))).all()
     assert torch.equal(labels[hidden], windows[hidden].long())
-    assert (labels[~hidden] == language.IGNORED).all()
+    assert (labels[~hidden] == language.IGNORE_INDEX).all()
     assert torch.equal(ids[~hidden], windows[~hidden].long())
-    assert torch.equal(language.asked(labels), torch.stack([row.nonzero()[:, 0] for row in hidden]))
+    assert torch.equal(language.masked_positions(labels), torch.stack([row.nonzero()[:, 0] for row in hidden]))
     if length == 100:
         assert (hidden.sum(0) > 0).all()  # any position may be
 
@@ -47,15 +47,15 @@ def test_15_percent_are_masked_and_labeled(length):
 @pytest.mark.parametrize("length", [7, 100, 256])
 def test_querying_masked_positions_equals_the_loss_on_labels(model, length):
     """Also for shorter sequences, where all outputs are queried."""
-    ids, labels = language.masked(torch.randint(256, (3, length), dtype=torch.uint8))
+    ids, labels = language.mask_bytes(torch.randint(256, (3, length), dtype=torch.uint8))
     with torch.no_grad():
         logits = model(ids)
     assert logits.shape == (3, length, language.MASK + 1)
-    whole = F.cross_entropy(logits.mT, labels, ignore_index=language.IGNORED) / torch.log(torch.tensor(2.0))
-    said, costs = language.answers(model, ids, labels)
+    whole = F.cross_entropy(logits.mT, labels, ignore_index=language.IGNORE_INDEX) / torch.log(torch.tensor(2.0))
+    said, costs = language.predict(model, ids, labels)
     torch.testing.assert_close(costs.mean(), whole)
     assert torch.equal(
-        said, logits.gather(1, language.asked(labels)[..., None].expand(-1, -1, 257))[..., :256].argmax(-1)
+        said, logits.gather(1, language.masked_positions(labels)[..., None].expand(-1, -1, 257))[..., :256].argmax(-1)
     )
 
 
@@ -67,14 +67,14 @@ def test_a_short_sequence_may_be_padded(model):
 
 
 def test_counts_use_the_surrounding_tokens():
-    actual = language.around(torch.tensor([list(b"abcde")]))
+    actual = language.neighbors(torch.tensor([list(b"abcde")]))
     assert bytes(actual[0, 2].tolist()) == b"bdae"
     assert actual[0, 0].tolist() == [language.MASK, ord("b"), language.MASK, ord("c")]
 
 
 def test_counts_learn_from_unmasked_tokens():
     text = torch.tensor(list(b"abcabc" * 500), dtype=torch.uint8)
-    counts = language.count(text, 4)
+    counts = language.fit_counts(text, 4)
     mask, (a, b, c) = language.MASK, b"abc"
     contexts = torch.tensor([[a, c, c, a], [mask, c, c, mask], [mask, mask, c, a], [b, mask, a, b]]).numpy()
-    assert bytes(counts.best(contexts).tolist()) == b"bbbc"
+    assert bytes(counts.most_likely(contexts).tolist()) == b"bbbc"

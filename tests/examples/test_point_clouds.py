@@ -22,7 +22,7 @@ def drawn(name, n=997):
 def test_a_toy_run_writes_its_result_and_image(tmp_path, capsys):
     result = clouds.main(["--toy", "--out", str(tmp_path / "new")])
     assert result == json.loads((tmp_path / "new" / "result.json").read_text())
-    assert (tmp_path / "new" / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "new" / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert set(result["tables"]["correct, %"]) >= {"chance", "Perceiver", "random forest, distances to the centroid"}
     printed = capsys.readouterr().out
     assert all(f"| {name} " in printed for name in result["tables"]["correct, %"])
@@ -45,8 +45,8 @@ def test_no_cloud_of_the_test_is_one_of_training():
 def test_clouds_have_the_sizes_that_are_promised_and_lie_in_the_unit_ball():
     points = clouds.generate(clouds.TRAIN, 200).points
     sizes = [len(x) for x in points]
-    assert clouds.FEWEST <= min(sizes) < 310
-    assert 440 < max(sizes) <= clouds.MOST
+    assert clouds.MIN_POINTS <= min(sizes) < 310
+    assert 440 < max(sizes) <= clouds.MAX_POINTS
     for x in points:
         torch.testing.assert_close(x.mean(0), torch.zeros(3), rtol=0, atol=1e-5)
         assert x.norm(dim=1).max() == pytest.approx(1, abs=1e-5)
@@ -75,7 +75,7 @@ def test_a_cube_has_points_on_all_faces():
     np.testing.assert_allclose(faces, 1 / 6, atol=0.04)
 
 
-@pytest.mark.parametrize("features", [clouds.from_centroid, clouds.between_pairs])
+@pytest.mark.parametrize("features", [clouds.centroid_histogram, clouds.pair_histogram])
 def test_the_baselines_are_invariant_to_rotation(features):
     points = clouds.generate(clouds.TEST, 1).points[0]
     turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)))[0]
@@ -85,6 +85,6 @@ def test_the_baselines_are_invariant_to_rotation(features):
 def test_padding_has_no_effect():
     torch.manual_seed(0)
     model, some = clouds.build().eval(), clouds.generate(clouds.TEST, 5)
-    together = clouds.answers(model, some)
+    together = clouds.predict(model, some)
     alone = torch.cat([model(points[None]).argmax(-1) for points in some.points])
     assert torch.equal(together, alone)

@@ -10,7 +10,7 @@ import pytest
 
 pytestmark = pytest.mark.no_shape_checks
 
-_run = pytest.importorskip("examples._run")
+scores = pytest.importorskip("examples.common.scores")
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "examples.md").read_text()
@@ -34,12 +34,12 @@ def test_stored_results_are_complete_runs(path):
     assert result["command"] == f"python -m examples.{name} --out examples/results/{name}"
     assert result["command"] in PAGE
     assert all(model["steps"] == model["of"] for model in result["trained"].values())
-    assert path.with_name("picture.png").read_bytes().startswith(b"\x89PNG")
-    assert f"../examples/results/{name}/picture.png" in PAGE
+    assert path.with_name("figure.png").read_bytes().startswith(b"\x89PNG")
+    assert f"../examples/results/{name}/figure.png" in PAGE
 
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.parent.name)
 def test_the_page_shows_the_results(path):
     shown = re.findall(r"^\| (.*?) +\| +(-?[\d.]+) \| +(-?[\d.]+) to +(-?[\d.]+) \|$", PAGE, re.MULTILINE)
     for name, row in rows(json.loads(path.read_text())):
-        assert (name, *(_run.said(row[key]) for key in ("mean", "low", "high"))) in shown
+        assert (name, *(scores.format_number(row[key]) for key in ("mean", "low", "high"))) in shown

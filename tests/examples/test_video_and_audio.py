@@ -12,7 +12,8 @@ pytestmark = pytest.mark.no_shape_checks
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
-clips = pytest.importorskip("examples.video_and_sound")
+clips = pytest.importorskip("examples.common.moving_shapes")
+example = pytest.importorskip("examples.video_and_audio")
 
 TIME = np.arange(clips.FRAMES * clips.NOTE) / (clips.FRAMES * clips.NOTE)
 
@@ -22,10 +23,10 @@ def moved(kind, seed=0):
 
 
 def test_a_toy_run_writes_its_result_and_image(tmp_path):
-    result = clips.main(["--toy", "--out", str(tmp_path / "new")])
+    result = example.main(["--toy", "--out", str(tmp_path / "new")])
     assert result == json.loads((tmp_path / "new" / "result.json").read_text())
-    assert (tmp_path / "new" / "picture.png").read_bytes().startswith(b"\x89PNG")
-    assert list(result["tables"]) == ["video, PSNR in dB", "sound, SNR in dB", "labels, % correct"]
+    assert (tmp_path / "new" / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert list(result["tables"]) == ["video, PSNR in dB", "audio, SNR in dB", "labels, % correct"]
     assert all(np.isfinite(row["mean"]) for table in result["tables"].values() for row in table.values())
 
 
@@ -34,7 +35,7 @@ def test_labels_are_balanced_and_clips_are_repeatable():
     assert torch.equal(some.label.bincount(), torch.full((6,), 5))
     assert all(torch.equal(x, y) for x, y in zip(some, clips.generate(clips.TRAIN, 30), strict=True))
     assert some.video.shape == (30, 8, 1, 16, 20)
-    assert some.sound.shape == (30, 512)
+    assert some.audio.shape == (30, 512)
     assert 0 == some.video.min() < some.video.max() <= 1
 
 
@@ -53,7 +54,7 @@ def test_a_shape_is_where_it_is_drawn_and_sounds_as_high_and_as_near(shape):
     rows, columns = ((frames * axis).sum((1, 2)) / frames.sum((1, 2)) for axis in (y, x))
     np.testing.assert_allclose(rows, 2.5 + (1 - height) * 10, atol=0.05)
     np.testing.assert_allclose(columns, 2.5 + column * 14, atol=0.05)
-    notes = clips.play(shape, height, column).reshape(4, clips.NOTE)
+    notes = clips.play_notes(shape, height, column).reshape(4, clips.NOTE)
     power = abs(np.fft.rfft(notes, 64 * clips.NOTE))
     lowest = [next(i for i in range(64, len(row)) if row[i] > 0.8 * row.max() and row[i] > row[i + 1]) for row in power]
     np.testing.assert_allclose(np.array(lowest) / 64, 2.5 * (9 / 2.5) ** height, rtol=0.1)
@@ -63,7 +64,7 @@ def test_a_shape_is_where_it_is_drawn_and_sounds_as_high_and_as_near(shape):
 def test_pitch_follows_height_in_whole_clips():
     some = clips.generate(clips.TEST, 120)
     rows = (some.video * torch.arange(clips.ROWS)[:, None]).sum((2, 3, 4)) / some.video.sum((2, 3, 4))
-    power = torch.fft.rfft(some.sound.unflatten(1, (clips.FRAMES, clips.NOTE)), 1024).abs()
+    power = torch.fft.rfft(some.audio.unflatten(1, (clips.FRAMES, clips.NOTE)), 1024).abs()
     power = power[..., 32:]  # two periods a note or more
     lowest = (power > 0.6 * power.amax(-1, keepdim=True)).float().argmax(-1) + 32  # the first of the loud harmonics
     both = torch.stack([rows.flatten(), lowest.flatten().float().log()])
@@ -79,7 +80,7 @@ def test_movements_stay_inside_and_click_where_they_touch(kind, seed):
     near = np.minimum.reduce([height, column, 1 - column, 1 - height])
     assert (near[hits] < 0.03).all()
     assert (len(hits) > 0) == (kind in ("fall", "billiard"))
-    assert (clips.clicks(touched) != 0).any() == (len(hits) > 0)
+    assert (clips.click_track(touched) != 0).any() == (len(hits) > 0)
 
 
 @pytest.mark.parametrize(("kind", "turn"), [("clockwise", 1), ("counterclockwise", -1)])
@@ -94,22 +95,22 @@ def test_circles_turn_the_way_their_names_say(kind, turn):
 
 def test_blocks_are_those_that_the_adapter_makes_tokens_of():
     video = clips.generate(clips.TEST, 2).video
-    adapter = clips.build().adapter.adapters["video"]
-    pixels = adapter(video).materialize()[..., : clips.BLOCK[0] * clips.BLOCK[1]]
-    assert torch.equal(pixels, clips.blocks(video))
-    assert torch.equal(clips.film(clips.blocks(video)), video)
+    adapter = example.build().adapter.adapters["video"]
+    pixels = adapter(video).materialize()[..., : example.BLOCK[0] * example.BLOCK[1]]
+    assert torch.equal(pixels, example.to_blocks(video))
+    assert torch.equal(example.from_blocks(example.to_blocks(video)), video)
 
 
 def test_outputs_do_not_depend_on_absent_modalities():
     torch.manual_seed(0)
-    model, some = clips.build().eval(), clips.generate(clips.TEST, 4)
+    model, some = example.build().eval(), clips.generate(clips.TEST, 4)
     other = some._replace(video=some.video.flip(0), label=some.label.flip(0))
-    for x, y in zip(clips.answer(model, some, ["sound"]), clips.answer(model, other, ["sound"]), strict=True):
+    for x, y in zip(example.predict(model, some, ["audio"]), example.predict(model, other, ["audio"]), strict=True):
         assert torch.equal(x, y)
 
 
 def test_ratios_are_in_decibels():
     some = clips.generate(clips.TEST, 3)
-    off = some._replace(video=some.video + 0.1, sound=some.sound * 0.9)
-    torch.testing.assert_close(clips.psnr(off, some), torch.full((3,), 20.0))
-    torch.testing.assert_close(clips.snr(off, some), torch.full((3,), 20.0))
+    off = some._replace(video=some.video + 0.1, audio=some.audio * 0.9)
+    torch.testing.assert_close(example.psnr(off, some), torch.full((3,), 20.0))
+    torch.testing.assert_close(example.snr(off, some), torch.full((3,), 20.0))
