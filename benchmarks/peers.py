@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from perceiver_core.checkpoints.published import TRANSFORMERS
 from torch import Tensor, nn
 
 import perceiver_core as pc
 from perceiver_core.checkpoints import of_transformers
-from perceiver_core.checkpoints.published import TRANSFORMERS
 
 Weights = dict[str, Tensor]
 

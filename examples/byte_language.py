@@ -38,7 +38,11 @@ def build() -> pc.PerceiverAR:
     """Build the model, with rotary positions of queries and keys."""
     read = partial(pc.models.perceiver_ar.CROSS_ATTENTION, num_heads=3)
     return pc.PerceiverAR(
-        text_data.ConvTokenEmbedding(256, 192, num_previous=7), num_latents=LATENTS, depth=3, num_heads=3, cross_attention=read
+        text_data.ConvTokenEmbedding(256, 192, num_previous=7),
+        num_latents=LATENTS,
+        depth=3,
+        num_heads=3,
+        cross_attention=read,
     )
 
 

@@ -52,7 +52,9 @@ def load() -> tuple[Digits, Digits]:
 
 def build() -> pc.Perceiver:
     """Build the model from 64 points to ten logits, with 16 latents."""
-    points = pc.adapters.PointCloud(num_features=1, positions=pc.positions.Fourier(num_axes=2, num_bands=2, max_resolution=4))
+    points = pc.adapters.PointCloud(
+        num_features=1, positions=pc.positions.Fourier(num_axes=2, num_bands=2, max_resolution=4)
+    )
     mlp = partial(pc.MLP, widening_factor=2)
     attention = partial(pc.MultiHeadAttention, qk_dim=128)
     encoder = pc.Encoder(

@@ -43,7 +43,9 @@ def build() -> pc.PerceiverIO:
     )
     read = partial(pc.CrossAttend, num_heads=8)
     process = partial(pc.LatentTransformer, block=partial(pc.SelfAttend, mlp=partial(pc.MLP, widening_factor=2)))
-    encoder = pc.Encoder(text.dim, num_latents=64, dim=128, depth=3, num_heads=4, cross_attention=read, latent_transformer=process)
+    encoder = pc.Encoder(
+        text.dim, num_latents=64, dim=128, depth=3, num_heads=4, cross_attention=read, latent_transformer=process
+    )
     queries = pc.queries.FromInputs(text.dim)
     output_read = partial(pc.CrossAttend, residual=True, mlp=partial(pc.MLP, widening_factor=4))
     decoder = pc.Decoder(encoder.dim, query_dim=queries.dim, out_dim=text.dim, num_heads=8, cross_attention=output_read)
@@ -79,7 +81,9 @@ def loss(model: nn.Module, text: Tensor, batch: int = 16) -> Tensor:
 @torch.no_grad()
 def predict(model: nn.Module, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Most likely byte at each masked position, and the bits of the original byte, both `n q`."""
-    logits = torch.cat([model(x, query_inputs=masked_positions(y)) for x, y in zip(ids.split(64), labels.split(64), strict=True)])
+    logits = torch.cat(
+        [model(x, query_inputs=masked_positions(y)) for x, y in zip(ids.split(64), labels.split(64), strict=True)]
+    )
     bits = F.cross_entropy(logits.mT, labels.gather(1, masked_positions(labels)), reduction="none") / math.log(2)
     return logits[..., :MASK].argmax(-1), bits
 

@@ -161,10 +161,14 @@ def build() -> pc.PerceiverIO:
     attention = partial(pc.MultiHeadAttention, qk_dim=128, v_dim=128)
     read = partial(pc.CrossAttend, num_heads=8, attention=attention, mlp=partial(pc.MLP, widening_factor=2))
     process = partial(pc.LatentTransformer, block=partial(pc.SelfAttend, mlp=partial(pc.MLP, widening_factor=2)))
-    encoder = pc.Encoder(pair.dim, num_latents=32, dim=128, depth=2, num_heads=4, cross_attention=read, latent_transformer=process)
+    encoder = pc.Encoder(
+        pair.dim, num_latents=32, dim=128, depth=2, num_heads=4, cross_attention=read, latent_transformer=process
+    )
     queries = pc.queries.FromInputs(pair.dim)
     output_read = partial(pc.CrossAttend, residual=True, attention=attention, mlp=partial(pc.MLP, widening_factor=4))
-    decoder = pc.Decoder(encoder.dim, query_dim=queries.dim, out_dim=2, num_heads=8, cross_attention=output_read, chunk_size=256)
+    decoder = pc.Decoder(
+        encoder.dim, query_dim=queries.dim, out_dim=2, num_heads=8, cross_attention=output_read, chunk_size=256
+    )
     return pc.PerceiverIO(pair, encoder, queries, decoder, pc.heads.Grid((HEIGHT, WIDTH), scale=0.25))
 
 

@@ -108,13 +108,24 @@ def build(adapter: nn.Module, *, qk_dim: int) -> pc.Perceiver:
     """
     read = partial(pc.CrossAttend, num_heads=8, attention=partial(pc.MultiHeadAttention, qk_dim=qk_dim, v_dim=128))
     process = partial(pc.LatentTransformer, block=partial(pc.SelfAttend, mlp=partial(pc.MLP, widening_factor=2)))
-    encoder = pc.Encoder(adapter.dim, num_latents=32, dim=128, num_reads=2, depth=2, num_heads=4, cross_attention=read, latent_transformer=process)
+    encoder = pc.Encoder(
+        adapter.dim,
+        num_latents=32,
+        dim=128,
+        num_reads=2,
+        depth=2,
+        num_heads=4,
+        cross_attention=read,
+        latent_transformer=process,
+    )
     return pc.Perceiver(adapter, encoder, pc.heads.Classification(encoder.dim, num_classes=len(WORDS)))
 
 
 def waveform_model() -> pc.Perceiver:
     """Build the model that reads 80 tokens of 64 samples."""
-    return build(pc.adapters.Audio(64, positions=pc.positions.Fourier(num_axes=1, num_bands=32, max_resolution=80)), qk_dim=256)
+    return build(
+        pc.adapters.Audio(64, positions=pc.positions.Fourier(num_axes=1, num_bands=32, max_resolution=80)), qk_dim=256
+    )
 
 
 def spectrogram_model() -> pc.Perceiver:

@@ -50,7 +50,15 @@ def build() -> pc.PerceiverIO:
     read = partial(pc.CrossAttend, num_heads=4, attention=attention, mlp=mlp)
     process = partial(pc.LatentTransformer, block=partial(pc.SelfAttend, mlp=mlp))
     encoder = pc.Encoder(
-        adapter.dim, num_latents=LATENTS, dim=DIM, num_reads=2, depth=2, num_heads=4, share=False, cross_attention=read, latent_transformer=process
+        adapter.dim,
+        num_latents=LATENTS,
+        dim=DIM,
+        num_reads=2,
+        depth=2,
+        num_heads=4,
+        share=False,
+        cross_attention=read,
+        latent_transformer=process,
     )
     sources = {
         "video": pc.queries.Grid(GRID, video_positions),

@@ -10,9 +10,7 @@ import torch
 from torch import nn
 
 import perceiver_core as pc
-from perceiver_core import CrossAttend, Encoder, MultiHeadAttention, SelfAttend, Tokens, sharing
-from perceiver_core import masks
-from perceiver_core.kernels import fastest, reference
+from perceiver_core import CrossAttend, Encoder, MultiHeadAttention, SelfAttend, Tokens, masks, sharing
 from perceiver_core.blocks import LatentTransformer
 from perceiver_core.kernels import fastest, reference
 from perceiver_core.sharing import Sharing

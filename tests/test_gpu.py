@@ -15,12 +15,11 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import perceiver_core as pc
-from perceiver_core import reads
-from perceiver_core import masks
+from perceiver_core import masks, reads
 from perceiver_core.kernels import reference, sdpa
-from perceiver_core.masks import Mask
-from perceiver_core.kernels.sdpa import kernel_for
 from perceiver_core.kernels.grid import read_grid, triton_launch
+from perceiver_core.kernels.sdpa import kernel_for
+from perceiver_core.masks import Mask
 
 pytestmark = [
     pytest.mark.gpu,

@@ -80,7 +80,9 @@ def test_the_content_of_an_absent_modality_has_no_effect():
     expected = both(given, mask=masks)
     given["sound"][~there] = torch.nan
     given["label"][~there] = -1  # not a valid class
-    torch.testing.assert_close(both(given, mask=masks).materialize()[expected.mask], expected.materialize()[expected.mask], **EXACT)
+    torch.testing.assert_close(
+        both(given, mask=masks).materialize()[expected.mask], expected.materialize()[expected.mask], **EXACT
+    )
     assert both(given, mask=masks).content.isfinite().all() and given["sound"].isnan().any()
 
 
@@ -192,7 +194,9 @@ class TestModalities:
         assert list(tokens.modalities) == ["picture", "text", "label"] and tokens.modalities["label"] is None
         picture, text = tokens.modalities["picture"], tokens.modalities["text"]
         assert picture.grid == (5, 7) and picture.mask is None and text.grid == (9,) and torch.equal(text.mask, mask)
-        torch.testing.assert_close(picture.materialize(), both.adapters["picture"](given["picture"]).materialize(), **EXACT)
+        torch.testing.assert_close(
+            picture.materialize(), both.adapters["picture"](given["picture"]).materialize(), **EXACT
+        )
         expected = both.adapters["text"](given["text"], mask=mask)
         torch.testing.assert_close(text.materialize(), expected.materialize(), **EXACT)
 
@@ -255,7 +259,11 @@ class TestModalityDropout:
 
     def test_the_seed_determines_the_drops(self):
         actual = [
-            made(modality_dropout={"set": 0.5}, token_mask_rate={"set": 0.5}, generator=torch.Generator().manual_seed(seed))(inputs())
+            made(
+                modality_dropout={"set": 0.5},
+                token_mask_rate={"set": 0.5},
+                generator=torch.Generator().manual_seed(seed),
+            )(inputs())
             for seed in (3, 3, 4)
         ]
         assert torch.equal(actual[0].mask, actual[1].mask) and torch.equal(actual[0].content, actual[1].content)
@@ -301,7 +309,12 @@ class TestModalityDropout:
 
 
 def test_the_generator_is_not_saved(tmp_path):
-    both = Multimodal(adapters(), modality_dropout={"set": 0.5}, token_mask_rate={"label": 1.0}, generator=torch.Generator().manual_seed(7))
+    both = Multimodal(
+        adapters(),
+        modality_dropout={"set": 0.5},
+        token_mask_rate={"label": 1.0},
+        generator=torch.Generator().manual_seed(7),
+    )
     again = pc.load(pc.save(both, tmp_path))
     assert (
         again.generator is None

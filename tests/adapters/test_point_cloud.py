@@ -70,7 +70,9 @@ def test_positions_that_take_no_points_raise(positions: object) -> None:
 
 
 @pytest.mark.refusal
-@pytest.mark.parametrize("positions", [pc.positions.LearnedGrid((5, 7, 3), dim=4), pc.positions.LearnedEmbedding(5, dim=4)])
+@pytest.mark.parametrize(
+    "positions", [pc.positions.LearnedGrid((5, 7, 3), dim=4), pc.positions.LearnedEmbedding(5, dim=4)]
+)
 def test_learned_positions_raise(positions: object) -> None:
     with pytest.raises(TypeError, match="features of any point"):
         adapters.PointCloud(positions=positions)

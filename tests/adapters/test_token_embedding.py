@@ -25,7 +25,9 @@ MASKS = {"left": [0, 0, 1, 1, 1], "right": [1, 1, 1, 0, 0], "gap": [1, 0, 1, 0, 
     ],
 )
 def test_positions_without_indices_raise(where):
-    with pytest.raises(TypeError, match=r"positions must be a module from indices to vectors, as positions\.LearnedEmbedding"):
+    with pytest.raises(
+        TypeError, match=r"positions must be a module from indices to vectors, as positions\.LearnedEmbedding"
+    ):
         TokenEmbedding(11, 6, positions=where)
 
 

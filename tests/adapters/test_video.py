@@ -30,7 +30,9 @@ def test_a_token_is_its_block_padded_with_zeros(patch, channels):
 
 def test_a_video_of_one_frame_equals_an_image():
     pictures = film(2, 3, 7, 11)
-    expected = pc.adapters.Image(3, positions=None, stem=lambda channels: pc.adapters.Patches(channels, patch_size=(2, 4)))
+    expected = pc.adapters.Image(
+        3, positions=None, stem=lambda channels: pc.adapters.Patches(channels, patch_size=(2, 4))
+    )
     actual = Video(positions=None, patch_size=(1, 2, 4))(pictures[:, None])
     torch.testing.assert_close(actual.materialize(), expected(pictures).materialize(), rtol=0, atol=0)
 

@@ -45,9 +45,7 @@ def test_mirrored_linear_model_is_antisymmetric(splits: dict[str, Split]) -> Non
 
 
 def test_linear_model_shrinks_large_images(splits: dict[str, Split]) -> None:
-    large = {
-        n: replace(s, images=s.images.repeat_interleave(7, 1).repeat_interleave(3, 2)) for n, s in splits.items()
-    }
+    large = {n: replace(s, images=s.images.repeat_interleave(7, 1).repeat_interleave(3, 2)) for n, s in splits.items()}
     linear = baselines.fit_linear(large["train"], large["val"], mirrored=False)
     assert linear.classifier.coef_.shape == (1, 64 * 57)
 

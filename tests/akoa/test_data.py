@@ -10,10 +10,25 @@ import torch
 from PIL import Image
 
 from examples.akoa.dataset import augmentation
-from examples.akoa.phantom import anatomy, rendering
-from examples.akoa.dataset.augmentation import augment, random_affine, seeded_generator, rotate_180, mirror, flip_vertical
-from examples.akoa.dataset.datamodule import ImageDataset, KneeDataModule, ShardSampler, Split, read_image, read_images, to_model_input
+from examples.akoa.dataset.augmentation import (
+    augment,
+    flip_vertical,
+    mirror,
+    random_affine,
+    rotate_180,
+    seeded_generator,
+)
+from examples.akoa.dataset.datamodule import (
+    ImageDataset,
+    KneeDataModule,
+    ShardSampler,
+    Split,
+    read_image,
+    read_images,
+    to_model_input,
+)
 from examples.akoa.dataset.labels import Row, write_labels
+from examples.akoa.phantom import anatomy, rendering
 
 pytestmark = pytest.mark.no_shape_checks
 

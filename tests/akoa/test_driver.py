@@ -126,7 +126,11 @@ def test_volumes_are_gathered_by_name_and_folder() -> None:
         for (folder, side, k), logit in zip(names, [1.0, 3.0, -1.0, -2.0], strict=True)
     ]
     actual = group_by_volume([*verdicts, Verdict(Path("a/holiday.png"), 9.0)])
-    assert [(v.named_side, v.num_slices, v.logit) for v in actual] == [("left", 1, -2.0), ("right", 2, 2.0), ("right", 1, -1.0)]
+    assert [(v.named_side, v.num_slices, v.logit) for v in actual] == [
+        ("left", 1, -2.0),
+        ("right", 2, 2.0),
+        ("right", 1, -1.0),
+    ]
 
 
 def test_each_file_once(knees: Path) -> None:

@@ -14,11 +14,11 @@ from PIL import Image
 from torch import nn
 
 import perceiver_core as pc
-from examples.akoa import evaluate, findings, illustrate, metrics, plots, predictions, report, runs
+from examples.akoa import evaluate, metrics, plots, predictions, report
 from examples.akoa.dataset.datamodule import Split
+from examples.akoa.dataset.labels import write_labels
 from examples.akoa.evaluate import evaluate_run
 from examples.akoa.evaluation.inference import predict
-from examples.akoa.dataset.labels import write_labels
 from tests.akoa.evaluation_cases import HEIGHT, PATIENTS, WIDTH, Bright, row
 
 pytestmark = pytest.mark.no_shape_checks

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from examples.akoa import evaluate, metrics, predictions
+from examples.akoa import metrics, predictions
 from examples.akoa.evaluate import summarize_folds
 from tests.akoa.evaluation_cases import row
 

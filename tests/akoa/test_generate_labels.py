@@ -12,12 +12,11 @@ import pytest
 from PIL import Image
 
 from examples.akoa import generate_labels
-from examples.akoa.dataset import near_duplicates
-from examples.akoa.phantom import dataset as phantom
-from examples.akoa.dataset import file_names
+from examples.akoa.dataset import file_names, near_duplicates
 from examples.akoa.dataset import labels as lb
-from examples.akoa.generate_labels import main
 from examples.akoa.dataset.labels import Row
+from examples.akoa.generate_labels import main
+from examples.akoa.phantom import dataset as phantom
 
 pytestmark = pytest.mark.no_shape_checks
 

@@ -7,7 +7,7 @@ import pytest
 from torch import Tensor, nn
 
 import perceiver_core as pc
-from examples.akoa import findings, metrics, runs
+from examples.akoa import metrics
 from examples.akoa.dataset.datamodule import Split
 from examples.akoa.evaluation.inference import attention_maps, image_size, predict
 from examples.akoa.model import knee_model

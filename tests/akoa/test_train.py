@@ -18,8 +18,14 @@ from torch.nn import functional as F
 import perceiver_core as pc
 from examples.akoa import train
 from examples.akoa.dataset.labels import Row, write_labels
-from examples.akoa.training.laterality import AtomicCheckpointIO, Laterality, learning_rate_factor, moving_average, smoothed_losses
 from examples.akoa.model import knee_model
+from examples.akoa.training.laterality import (
+    AtomicCheckpointIO,
+    Laterality,
+    learning_rate_factor,
+    moving_average,
+    smoothed_losses,
+)
 
 pytestmark = pytest.mark.no_shape_checks
 

@@ -11,8 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import perceiver_core as pc
-from perceiver_core import KeysValues, MultiHeadAttention
-from perceiver_core import masks
+from perceiver_core import KeysValues, MultiHeadAttention, masks
 from perceiver_core.kernels import chunked, reference, sdpa
 from perceiver_core.positions import Rotary
 

@@ -35,7 +35,10 @@ pytestmark = pytest.mark.no_shape_checks
 ADAPTERS = {
     "Image": (lambda: adapters.Image(positions=fourier(2)), PICTURES),
     "Image without positions": (lambda: adapters.Image(3, positions=None), PICTURES),
-    "Patches": (lambda: adapters.Image(positions=fourier(2), stem=partial(adapters.Patches, patch_size=(2, 5))), PICTURES),
+    "Patches": (
+        lambda: adapters.Image(positions=fourier(2), stem=partial(adapters.Patches, patch_size=(2, 5))),
+        PICTURES,
+    ),
     "Project": (lambda: adapters.Image(positions=fourier(2), stem=partial(adapters.Project, dim=5)), PICTURES),
     "ConvStem": (lambda: adapters.Image(positions=fourier(2), stem=partial(adapters.ConvStem, dim=5)), PICTURES),
     "Pixels": (lambda: adapters.Image(positions=fourier(2), stem=adapters.Pixels), PICTURES),

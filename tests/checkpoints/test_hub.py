@@ -14,8 +14,8 @@ from torch import nn
 
 import perceiver_core as pc
 from perceiver_core.checkpoints import from_pretrained, push_to_hub, save_pretrained
-from perceiver_core.interop import load_transformers
 from perceiver_core.checkpoints.card import as_calls, card
+from perceiver_core.interop import load_transformers
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 

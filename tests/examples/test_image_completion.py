@@ -90,10 +90,15 @@ def test_psnr_is_that_of_the_formula():
 
 def test_the_loss_queries_only_some_positions(monkeypatch):
     torch.manual_seed(0)
-    queried, data = [], completion.ImageSet(torch.rand(3, 1, 32, 32), torch.rand(1, 1, 32, 32), num_visible=41, min_deviation=1.0)
+    queried, data = (
+        [],
+        completion.ImageSet(torch.rand(3, 1, 32, 32), torch.rand(1, 1, 32, 32), num_visible=41, min_deviation=1.0),
+    )
     model = completion.build(1)
     answer = model.forward
-    monkeypatch.setattr(model, "forward", lambda points, at: queried.append((points, at)) or answer(points, query_inputs=at))
+    monkeypatch.setattr(
+        model, "forward", lambda points, at: queried.append((points, at)) or answer(points, query_inputs=at)
+    )
     completion.loss(model, data, batch=5).backward()
     ((points, at),) = queried
     assert points.shape == (5, 41, 3)

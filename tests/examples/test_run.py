@@ -10,8 +10,8 @@ from torch import nn
 
 pytestmark = pytest.mark.no_shape_checks
 
-from examples.common import scores
 from examples.common import run as runs
+from examples.common import scores
 
 
 def test_an_interval_is_that_of_the_formula():
@@ -41,7 +41,9 @@ def test_the_minimum_is_best_where_less_is_better():
 
 
 def test_a_table_is_aligned():
-    lines = scores.markdown_table({"a": {"mean": 1, "low": 0.5, "high": 100}, "longer": {"mean": 3, "low": 2, "high": 4}}, "dB")
+    lines = scores.markdown_table(
+        {"a": {"mean": 1, "low": 0.5, "high": 100}, "longer": {"mean": 3, "low": 2, "high": 4}}, "dB"
+    )
     assert len({len(line) for line in lines.splitlines()}) == 1
     assert lines.splitlines()[2] == "| a      | 1.00 | 0.50 to 100.00 |"
 

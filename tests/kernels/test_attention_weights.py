@@ -9,7 +9,7 @@ import torch
 
 import perceiver_core as pc
 from perceiver_core import masks
-from perceiver_core.kernels import add_zero_attn, chunked, fastest, inverted, reference, sdpa, kernel_attention_map
+from perceiver_core.kernels import add_zero_attn, chunked, fastest, inverted, kernel_attention_map, reference, sdpa
 
 EXACT = {"rtol": 1e-10, "atol": 1e-11}
 

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from perceiver_core import Tokens
-from perceiver_core import masks
+from perceiver_core import Tokens, masks
 from tests.kernels.cases import (
     B,
     D,

@@ -29,7 +29,8 @@ def turning(rotary):
 POSITIONS = {
     "rotary": {},
     "google's rotary": turning(GOOGLE),
-    "learned": turning(None) | {"embed": pc.adapters.TokenEmbedding(VOCABULARY, DIM, positions=pc.positions.LearnedEmbedding(101, DIM))},
+    "learned": turning(None)
+    | {"embed": pc.adapters.TokenEmbedding(VOCABULARY, DIM, positions=pc.positions.LearnedEmbedding(101, DIM))},
 }
 each_kind = pytest.mark.parametrize("options", POSITIONS.values(), ids=POSITIONS)
 
@@ -45,7 +46,11 @@ def shaken(model, seed=0):
 
 def model_of(*, embed=None, latents=LATENTS, depth=2, **options):
     torch.manual_seed(0)
-    embed = pc.adapters.TokenEmbedding(VOCABULARY, DIM) if embed is None else pc.registry.from_config(pc.registry.to_config(embed))
+    embed = (
+        pc.adapters.TokenEmbedding(VOCABULARY, DIM)
+        if embed is None
+        else pc.registry.from_config(pc.registry.to_config(embed))
+    )
     return shaken(pc.PerceiverAR(embed, num_latents=latents, depth=depth, num_heads=HEADS, **options))
 
 

@@ -147,7 +147,12 @@ class TestContext:
         model, prompt, mask = model_of(**options), ids_of(len(lengths), seed=seed), padding(*lengths)
         expected = continued(model, prompt, 11, context=context, start=start, mask=mask)
         for cache in (True, False):
-            queried = {"max_new_tokens": 11, "context_length": context, "num_initial_latents": start, "use_cache": cache}
+            queried = {
+                "max_new_tokens": 11,
+                "context_length": context,
+                "num_initial_latents": start,
+                "use_cache": cache,
+            }
             assert torch.equal(pc.generate(model, prompt, mask=mask, **queried), expected)
         for row, length, actual in zip(prompt, lengths, expected, strict=True):
             assert torch.equal(pc.generate(model, row[None, 13 - length :], **queried)[0], actual)
@@ -155,7 +160,9 @@ class TestContext:
     @pytest.mark.parametrize("n", [3, 8, 13])
     @pytest.mark.parametrize("cache", [True, False])
     def test_it_defaults_to_the_number_of_positions(self, n, cache):
-        model = model_of(**turning(None), embed=pc.adapters.TokenEmbedding(19, 28, positions=pc.positions.LearnedEmbedding(8, 28)))
+        model = model_of(
+            **turning(None), embed=pc.adapters.TokenEmbedding(19, 28, positions=pc.positions.LearnedEmbedding(8, 28))
+        )
         actual = pc.generate(model, ids_of(n=n), max_new_tokens=12, use_cache=cache)
         assert torch.equal(actual, continued(model, ids_of(n=n), 12, context=8, start=2))
 
@@ -392,5 +399,7 @@ class TestErrors:
             pc.generate(model_of().train(), ids_of(), max_new_tokens=3)
 
     def test_a_context_longer_than_the_positions_raises(self):
-        with pytest.raises(ValueError, match="context_length must be at most 101, as many as there are positions; got 102"):
+        with pytest.raises(
+            ValueError, match="context_length must be at most 101, as many as there are positions; got 102"
+        ):
             pc.generate(model_of(**POSITIONS["learned"]), ids_of(), max_new_tokens=5, context_length=102)

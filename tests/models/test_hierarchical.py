@@ -78,7 +78,11 @@ class TestGroupedRead:
                 stretch = slice(group * size, (group + 1) * size)
                 tokens = x[sample, stretch][mask[sample, stretch]][None]
                 latents = block.latents[group][None]
-                read = block.cross_attention(latents, tokens) if tokens.numel() else self.without_tokens(block.cross_attention, latents)
+                read = (
+                    block.cross_attention(latents, tokens)
+                    if tokens.numel()
+                    else self.without_tokens(block.cross_attention, latents)
+                )
                 actual = out[sample, 3 * group : 3 * (group + 1)]
                 torch.testing.assert_close(actual, block.latent_transformer(read)[0], **EXACT)
 

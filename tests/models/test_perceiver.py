@@ -70,7 +70,10 @@ def test_parts_of_different_widths_raise():
 
 @pytest.mark.refusal
 def test_parts_of_different_widths_raise_at_construction() -> None:
-    grid, encoder = pc.adapters.Grid(num_channels=7, positions=None), pc.Encoder(6, num_latents=5, dim=14, depth=1, num_heads=2)
+    grid, encoder = (
+        pc.adapters.Grid(num_channels=7, positions=None),
+        pc.Encoder(6, num_latents=5, dim=14, depth=1, num_heads=2),
+    )
     with pytest.raises(ValueError, match="encoder must take what adapter gives: 7 wide; it takes 6"):
         pc.Perceiver(grid, encoder, pc.heads.Identity())
     with pytest.raises(ValueError, match="head must take what encoder gives: 14 wide; it takes 13"):
@@ -80,7 +83,11 @@ def test_parts_of_different_widths_raise_at_construction() -> None:
 
 
 def test_it_runs_on_the_meta_device() -> None:
-    image = pc.adapters.Image(num_channels=3, positions=pc.positions.Fourier(num_axes=2, num_bands=2, max_resolution=16))
+    image = pc.adapters.Image(
+        num_channels=3, positions=pc.positions.Fourier(num_axes=2, num_bands=2, max_resolution=16)
+    )
     with torch.device("meta"):
-        model = pc.Perceiver(image, pc.Encoder(image.dim, num_latents=5, dim=14, num_heads=2), pc.heads.Classification(14, 3))
+        model = pc.Perceiver(
+            image, pc.Encoder(image.dim, num_latents=5, dim=14, num_heads=2), pc.heads.Classification(14, 3)
+        )
         assert model(torch.rand(2, 3, 7, 5)).shape == (2, 3)

@@ -247,7 +247,10 @@ class TestErrors:
 
     @pytest.mark.refusal
     def test_invalid_widths_of_multimodal_heads_raise(self):
-        for head in (heads.SingleQuery(heads.Linear(7, 2)), heads.Multimodal({"a": heads.SingleQuery(heads.Linear(7, 2))})):
+        for head in (
+            heads.SingleQuery(heads.Linear(7, 2)),
+            heads.Multimodal({"a": heads.SingleQuery(heads.Linear(7, 2))}),
+        ):
             with pytest.raises(ValueError, match="head must take what decoder gives: 5 wide; it takes 7"):
                 PerceiverIO(**{**self.parts(), "head": head})
 

@@ -70,7 +70,9 @@ class TestModalities:
 
     @pytest.mark.refusal
     def test_query_inputs_that_are_no_dictionary_raise(self):
-        with pytest.raises(TypeError, match=r"query_indices must be a dictionary by modality, of \['sound', 'label'\]; got Tensor"):
+        with pytest.raises(
+            TypeError, match=r"query_indices must be a dictionary by modality, of \['sound', 'label'\]; got Tensor"
+        ):
             several()(self.given(), query_inputs=torch.tensor([0]))
 
 
@@ -100,7 +102,9 @@ class TestQueriesFromInputs:
         model, given = captions(), self.given()
         queried = model.queries(model.adapter(given))["picture"]
         width = model.adapter.adapters["picture"].dim
-        torch.testing.assert_close(queried[..., :width], model.adapter.adapters["picture"](given["picture"]).materialize())
+        torch.testing.assert_close(
+            queried[..., :width], model.adapter.adapters["picture"](given["picture"]).materialize()
+        )
 
     def test_padding_of_the_text_has_no_effect(self):
         model, given = captions(), self.given()
@@ -195,4 +199,6 @@ def test_masks_and_query_indices_are_exported_for_any_batch():
     program = torch.export.export(model, (given,), {"mask": mask, "at": at}, dynamic_shapes=shapes)
     for size in (2, 3, 7):
         given, mask, at = arguments(size)
-        torch.testing.assert_close(program.module()(given, mask=mask, query_inputs=at), model(given, mask=mask, query_inputs=at), **EXACT)
+        torch.testing.assert_close(
+            program.module()(given, mask=mask, query_inputs=at), model(given, mask=mask, query_inputs=at), **EXACT
+        )

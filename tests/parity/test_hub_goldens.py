@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from perceiver_core.checkpoints import from_pretrained, save_pretrained
-from perceiver_core.interop import load_transformers
 
 allowed = pytest.mark.skipif(os.environ.get("PERCEIVER_CORE_HUB") != "1", reason="downloads; set PERCEIVER_CORE_HUB=1")
 image = pytest.importorskip("PIL.Image")

@@ -192,7 +192,9 @@ def test_what_shapes_tell_need_not_be_told(model, base, cases):
 def test_widths_of_heads_tell_their_number():
     weights = state(made("Perceiver", PERCEIVER))
     our = load_perceiver_pytorch(weights, max_freq=7.0, cross_dim_head=11, latent_dim_head=6)
-    assert our.encoder.reads[0].attention.num_heads == 1 and our.encoder.transformers[0].blocks[0].attention.num_heads == 2
+    assert (
+        our.encoder.reads[0].attention.num_heads == 1 and our.encoder.transformers[0].blocks[0].attention.num_heads == 2
+    )
 
 
 def test_their_defaults_are_ours():

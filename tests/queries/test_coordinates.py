@@ -18,7 +18,9 @@ class TestCoordinates:
 
     def test_the_points_of_a_grid_give_the_queries_of_the_grid(self):
         points = pc.positions.grid_points((5, 7), torch.zeros(())).flatten(0, 1)
-        torch.testing.assert_close(Coordinates(fourier(2))(points=points), Grid((5, 7), fourier(2))(), rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            Coordinates(fourier(2))(points=points), Grid((5, 7), fourier(2))(), rtol=0, atol=1e-6
+        )
 
     def test_gradients_reach_the_points(self):
         points = drawn(1, 3, 1).double().clamp(-0.9, 0.9).requires_grad_()

@@ -12,7 +12,9 @@ from tests.queries.cases import EXACT, drawn, fourier
 
 class TestMultimodal:
     def test_each_modality_is_padded_by_its_own_vector(self):
-        source = Multimodal({"label": queries.Learned(1, 5), "places": Grid((5, 7), fourier(2))}, min_modality_channels=3)
+        source = Multimodal(
+            {"label": queries.Learned(1, 5), "places": Grid((5, 7), fourier(2))}, min_modality_channels=3
+        )
         queried = source()
         width = fourier(2).dim
         assert source.dim == width + 3 and list(queried) == ["label", "places"]

@@ -196,7 +196,13 @@ def test_a_model_of_numbers_of_other_libraries_is_that_of_pythons(tmp_path):
         image = pc.adapters.Image(whole(1), positions=pc.positions.Fourier(whole(2), whole(3), max_resolution=grid))
         read = partial(pc.CrossAttend, num_heads=whole(5), dropout=rate(0.5))
         encoder = pc.Encoder(
-            image.dim, num_latents=whole(7), dim=whole(14), num_reads=whole(2), depth=whole(1), num_heads=whole(7), cross_attention=read
+            image.dim,
+            num_latents=whole(7),
+            dim=whole(14),
+            num_reads=whole(2),
+            depth=whole(1),
+            num_heads=whole(7),
+            cross_attention=read,
         )
         return pc.Perceiver(image, encoder, pc.heads.Classification(encoder.dim, whole(5), dropout=rate(0.25)))
 

@@ -127,8 +127,14 @@ def test_models_with_lambdas_and_local_functions_are_copied_and_pickled():
     "options, message",
     [
         ({"cross_attention": lambda dim, width: pc.CrossAttend(dim, width)}, r"encoder\.read is .*<lambda>"),
-        ({"cross_attention": partial(pc.CrossAttend, mlp=lambda dim: pc.MLP(dim))}, r"encoder\.read\.mlp is .*<lambda>"),
-        ({"cross_attention": partial(lambda dim, width, by: pc.CrossAttend(dim, width), by=3)}, r"encoder\.read is .*<lambda>"),
+        (
+            {"cross_attention": partial(pc.CrossAttend, mlp=lambda dim: pc.MLP(dim))},
+            r"encoder\.read\.mlp is .*<lambda>",
+        ),
+        (
+            {"cross_attention": partial(lambda dim, width, by: pc.CrossAttend(dim, width), by=3)},
+            r"encoder\.read is .*<lambda>",
+        ),
         (
             {"latent_transformer": partial(pc.LatentTransformer, block=partial(pc.SelfAttend, norm=OwnNorm))},
             r"encoder\.process\.block\.norm is test_record\.OwnNorm",

@@ -17,7 +17,6 @@ from torch import Tensor
 from perceiver_core import checks, queries, sharing
 from perceiver_core import heads as heads_
 from perceiver_core.adapters import DropTokens, Grid
-from perceiver_core.kernels import inverted
 from perceiver_core.blocks import (
     GEGLU,
     MLP,
@@ -32,6 +31,7 @@ from perceiver_core.encoder import Encoder
 from perceiver_core.interop.checked_arguments import CheckedArguments
 from perceiver_core.interop.weight_files.state_dict_files import read_state_dict
 from perceiver_core.interop.weight_mapping import Entry, WeightMapping, assign, fused, renamed
+from perceiver_core.kernels import inverted
 from perceiver_core.models import Perceiver, PerceiverIO
 from perceiver_core.positions import FourierPerAxis
 from perceiver_core.registry import Json
@@ -223,7 +223,9 @@ def _perceiver_io(checked: CheckedArguments, layout: Layout) -> tuple[PerceiverI
     depth, tied = checked.layers(first=0)
     grid = Grid(checked.size("dim", f"{layout.read}.norm_context.weight"), positions=None)
     rate, blocks = checked.get("seq_dropout_prob", 0.0), 1 if tied else depth
-    transformer = partial(LatentTransformer, num_repeats=depth if tied else 1, block=parts.self_attend, aggregate=parts.residual)
+    transformer = partial(
+        LatentTransformer, num_repeats=depth if tied else 1, block=parts.self_attend, aggregate=parts.residual
+    )
     encoder = Encoder(
         grid.dim,
         num_latents=checked.size("num_latents", "latents"),

@@ -144,7 +144,9 @@ def _check_described(model: nn.Module, config: Config, numerics: Numerics) -> No
         described, theirs = build(config, numerics), build(_expressed(config, numerics))
     expected, actual = registry.to_config(described), registry.to_config(model)
     different = _difference(expected, actual) or model_differences(described, model)
-    different = different or spec_differences(tensor_specs(state_tensors(described)), tensor_specs(state_tensors(model)))
+    different = different or spec_differences(
+        tensor_specs(state_tensors(described)), tensor_specs(state_tensors(model))
+    )
     if different:
         raise ValueError(
             f"model must be the {architecture_of(config)} that config and numerics make: {different}. Give what it was "

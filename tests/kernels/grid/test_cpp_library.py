@@ -14,8 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from perceiver_core import CrossAttend, Tokens
-from perceiver_core import reads
+from perceiver_core import CrossAttend, Tokens, reads
 from perceiver_core.kernels.grid import GridFallbackWarning, cpp_library, read_grid
 
 COMPILER = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
