@@ -14,9 +14,7 @@ from perceiver_core.blocks import CrossAttend, JointAttend, SelfAttend
 M = TypeVar("M", bound=nn.Module)
 
 
-def checkpoint_activations(
-    model: M, blocks: tuple[type[nn.Module], ...] = (CrossAttend, SelfAttend, JointAttend)
-) -> M:
+def checkpoint_activations(model: M, blocks: tuple[type[nn.Module], ...] = (CrossAttend, SelfAttend, JointAttend)) -> M:
     """Make every block of a model recompute its activations in the backward pass, which saves memory.
 
     Kept are the inputs of each block: latents, and the tokens of a read. Where reads share their weights, the keys and

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from typing import SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -177,12 +178,24 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
 
 
 def positive(*, at_most: int | None = None, **sizes: int) -> None:
-    """Raise ValueError unless every named size is an integer of at least 1, and at most `at_most`."""
+    """Raise ValueError unless every named size is an integer of at least 1, and at most `at_most`.
+
+    Integers are those that Python takes as an index, such as NumPy's, but not booleans or tensors.
+    """
     for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        if not _is_integer(size) or size < 1:
             raise ValueError(f"{name} must be a whole number of at least 1; got {size!r}")
         if at_most is not None and size > at_most:
             raise ValueError(f"{name} must be at most {at_most}; got {size}")
+
+
+def _is_integer(size: object) -> bool:
+    if isinstance(size, int):
+        return not isinstance(size, bool)
+    try:
+        return isinstance(size, SupportsIndex) and not isinstance(size, Tensor) and operator.index(size) is not None
+    except TypeError:
+        return False
 
 
 def part_of(n: int, share: float) -> int:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TypeVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -103,7 +103,7 @@ class Decoder(nn.Module):
             joined, sizes = _join(latents, queries)
             joined_mask = None if mask is None else _join_masks(mask, queries, latents, sizes)
             outputs = self._decode(latents, self._checked(latents, joined, joined_mask), joined_mask, capture)
-            return dict(zip(queries, outputs.split(sizes, dim=1), strict=True))
+            return dict(zip(queries, torch.split(outputs, sizes, dim=1), strict=True))
         if mask is not None and not isinstance(mask, Tensor):
             raise TypeError(f"mask must be a boolean tensor b q, as the queries are a tensor; got {mask!r:.80}")
         return self._decode(latents, self._checked(latents, queries, mask), mask, capture)
@@ -137,7 +137,7 @@ class Decoder(nn.Module):
         if not isinstance(queries, dict):
             return capture.result()
         sizes = [x.shape[1] for x in outputs.values()]
-        return dict(zip(queries, capture.result().split(sizes, dim=2), strict=True))
+        return dict(zip(queries, torch.split(capture.result(), sizes, dim=2), strict=True))
 
     def _checked(self, latents: Tensor, queries: Tensor, mask: Tensor | None) -> Tensor:
         """Return the queries with a batch axis, after checks."""

@@ -152,9 +152,9 @@ def sdpa_kernel_of(context: ReadContext) -> Kernel | None:
     if attention.kernel not in (fastest, sdpa):
         return None
     key, value = attention.key, attention.value
-    widths = [int(layer.weight.shape[0]) // attention.num_kv_heads for layer in (key, value)]  # type: ignore[union-attr]
+    key_dim, value_dim = (layer.weight.shape[0] // attention.num_kv_heads for layer in (key, value))
     content = context.content
-    return kernel_for(*widths, checks.product_dtype(content), content.device, context.whole_mask())
+    return kernel_for(key_dim, value_dim, checks.product_dtype(content), content.device, context.whole_mask())
 
 
 def _row(read: ReadExplanation) -> tuple[str, ...]:

@@ -19,7 +19,6 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-
 MIN_PRODUCTS = 2**22  # multiplications below which MKL starts sooner
 MIN_WIDTH = 16  # columns and terms below which oneDNN cannot fill its vectors
 MAX_DEPTH = 8  # terms of a sum per row or column of the result, above which MKL distributes work better

@@ -1,8 +1,8 @@
 """Attention masks, True = attend: boolean tensors and rules.
 
 A mask is a boolean tensor that broadcasts to `b h q k`, or a rule: a function of query and key positions. A rule need
-not be materialized whole: `chunked` evaluates it one chunk at a time, the other kernels at once. Positions count from the
-end of the sequence (the last is -1), so a few queries at the end of a long input (Perceiver AR) align with its keys.
+not be materialized whole: `chunked` evaluates it one chunk at a time, the other kernels at once. Positions count from
+the end of the sequence (the last is -1), so the last queries of a long input (Perceiver AR) align with its keys.
 """
 
 from __future__ import annotations

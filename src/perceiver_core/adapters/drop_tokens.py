@@ -31,7 +31,7 @@ class DropTokens(nn.Module):
         >>> import perceiver_core as pc
         >>> adapter = pc.adapters.DropTokens(pc.adapters.Grid(num_channels=10, positions=None), rate=0.25)
         >>> x = torch.randn(2, 48, 10)
-        >>> adapter.train()(x).n, adapter.eval()(x).n
+        >>> adapter.train()(x).num_tokens, adapter.eval()(x).num_tokens
         (36, 48)
 
     Reference: Hawthorne et al. 2022 (Perceiver AR), section 3.3 (cross-attend dropout); lucidrains/perceiver-pytorch,
@@ -56,7 +56,9 @@ class DropTokens(nn.Module):
             return tokens
         content = tokens.materialize()
         # Not torch.randn: with a generator it takes no sizes that torch.compile leaves open.
-        order = torch.empty(content.shape[:2], device=content.device).normal_(generator=self._draws.generator(self.generator))
+        order = torch.empty(content.shape[:2], device=content.device).normal_(
+            generator=self._draws.generator(self.generator)
+        )
         present = None if tokens.mask is None else tokens.mask.flatten(1)
         if present is not None:
             order = order.masked_fill(~present, -torch.inf)

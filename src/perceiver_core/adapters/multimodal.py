@@ -45,7 +45,7 @@ class Multimodal(nn.Module):
         >>> both = pc.adapters.Multimodal({"sound": sound, "label": pc.adapters.OneHotLabel(10)})
         >>> both({"sound": torch.randn(2, 960), "label": torch.tensor([1, 2])}).content.shape
         torch.Size([2, 61, 37])
-        >>> both({"sound": torch.randn(2, 960)}).n
+        >>> both({"sound": torch.randn(2, 960)}).num_tokens
         60
 
     Reference: Jaegle et al. 2022 (Perceiver IO), section 4.3; deepmind-research/perceiver, `MultimodalPreprocessor`.
@@ -145,7 +145,9 @@ class Multimodal(nn.Module):
         seen = torch.where(seen.any(1, keepdim=True), seen, there)
         kept = torch.stack([~self._drawn(rate, there.shape[:1], there) for rate in rates], dim=1)
         lost = ~(kept & seen).any(1, keepdim=True)
-        chances = torch.empty(there.shape, device=there.device).uniform_(generator=self._draws.generator(self.generator))
+        chances = torch.empty(there.shape, device=there.device).uniform_(
+            generator=self._draws.generator(self.generator)
+        )
         one = chances.masked_fill(~seen, -1.0).argmax(1, keepdim=True)
         kept = kept | (lost & torch.zeros_like(kept).scatter(1, one, True))
         return {
@@ -165,7 +167,10 @@ class Multimodal(nn.Module):
 
     def _drawn(self, rate: float, shape: Any, like: Tensor) -> Tensor:
         # Not torch.rand: with a generator it takes no sizes that torch.compile leaves open.
-        return torch.empty(tuple(shape), device=like.device).uniform_(generator=self._draws.generator(self.generator)) < rate
+        return (
+            torch.empty(tuple(shape), device=like.device).uniform_(generator=self._draws.generator(self.generator))
+            < rate
+        )
 
 
 def _over(samples: Tensor, like: Tensor) -> Tensor:

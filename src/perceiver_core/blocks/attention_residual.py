@@ -56,9 +56,7 @@ class AttentionResidual(nn.Module):
         return (weights * past).sum(-2)
 
 
-def aggregate_states(
-    aggregate: nn.Module, states: list[Tensor], x: Float[Tensor, "b m d"]
-) -> Float[Tensor, "b m d"]:
+def aggregate_states(aggregate: nn.Module, states: list[Tensor], x: Float[Tensor, "b m d"]) -> Float[Tensor, "b m d"]:
     """Append the output of a block to the states before it, and return what `aggregate` makes of all."""
     states.append(x)
     combined: Tensor = aggregate(states)

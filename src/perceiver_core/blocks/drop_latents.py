@@ -45,6 +45,8 @@ class DropLatents(nn.Module):
         """Some of the latents in training, all otherwise."""
         if not self.training or not self.rate:
             return latents
-        order = torch.empty(latents.shape[1], device=latents.device).normal_(generator=self._draws.generator(self.generator))
+        order = torch.empty(latents.shape[1], device=latents.device).normal_(
+            generator=self._draws.generator(self.generator)
+        )
         kept = order.topk(max(1, checks.part_of(latents.shape[1], 1 - self.rate))).indices
         return latents[:, kept.sort().values]

@@ -14,7 +14,7 @@ from perceiver_core.kernels import fastest
 from perceiver_core.masks import Mask
 from perceiver_core.reads.dense import project, rotate, split_heads
 from perceiver_core.reads.source import AttentionCapture, Cache
-from perceiver_core.reads.strategy import AttentionInput
+from perceiver_core.reads.strategy import AttentionInput, Memory
 from perceiver_core.registry import register
 
 
@@ -118,6 +118,7 @@ class MultiHeadAttention(nn.Module):
             cache: Cache to which the keys and values are added.
             capture: Receives the attention weights.
         """
+        memory: Memory
         if inputs is None:
             memory = project(self, x, positions)
         else:
@@ -139,9 +140,9 @@ def _check_heads(num_heads: int, **widths: int) -> None:
         if width % num_heads:
             raise ValueError(
                 f"num_heads must divide {name}; got num_heads={num_heads}, {name}={width}. Choose another number of "
-                f"heads, or set the width: attention=partial(MultiHeadAttention, "
-                f"{name}={-(-width // num_heads) * num_heads}). By default qk_dim is input_dim, which in self-attention "
-                "is dim, and v_dim is qk_dim"
+                "heads, or set the width: attention=partial(MultiHeadAttention, "
+                f"{name}={-(-width // num_heads) * num_heads}). By default qk_dim is input_dim, which is dim in "
+                "self-attention, and v_dim is qk_dim"
             )
 
 

@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from perceiver_core.checkpoints.card import card
-from perceiver_core.checkpoints.folder import CONFIG, WEIGHTS, load, save
+from perceiver_core.checkpoints.folder import CONFIG, WEIGHTS
+from perceiver_core.checkpoints.loading import load
+from perceiver_core.checkpoints.saving import save
 
 CARD = "README.md"
 

@@ -1,7 +1,7 @@
 """Generation with Perceiver AR, token by token, with cached keys and values.
 
-Each new token becomes one more latent, so its keys and values are appended to the caches. When all latents are used, the
-window slides: latents are recomputed for the last `num_initial_latents` tokens and their number grows again; cached
+Each new token becomes one more latent, so its keys and values are appended to the caches. When all latents are used,
+the window slides: latents are recomputed for the last `num_initial_latents` tokens and their number grows again; cached
 keys and values of the cross-attention, which depend on no latent, are kept. The schedule is the same without caches, so
 both give the same logits.
 
@@ -195,7 +195,7 @@ class _Sequence:
         return torch.arange(n - count, n, device=self.ids.device)
 
     def attention_mask(self, queries: int, keys: int) -> masks.Mask | None:
-        """Return the mask from the last `queries` to the last `keys` tokens; a single query attends to all valid ones."""
+        """Return the mask from the last `queries` to the last `keys` tokens; one query attends to all valid tokens."""
         valid = self.valid(keys)
         if queries > 1:
             return causal(valid)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn

@@ -43,9 +43,8 @@ class Decision(NamedTuple):
 class Auto:
     """Take the fastest of several strategies on a CPU or CUDA GPU, by predicted cost; on other devices `Dense`.
 
-    On a CPU, `Dense` is not taken where it would write out more than a gibibyte and another strategy can compute the
-    read: the others process a large input in slabs. On a GPU, `Factored` is not taken where another strategy can compute
-    the read: its slabs are made for CPU caches.
+    On a CPU, `Dense` comes last where it would write out more than a gibibyte: the others process a large input in
+    slabs. On a GPU, `Factored` comes last: its slabs are made for CPU caches.
 
     Args:
         strategies: Strategies to choose from; one that is left out is never taken.

@@ -1,4 +1,4 @@
-"""Dense reads: tokens are written out, normalized and projected to keys and values; then any kernel attends to these."""
+"""Dense reads: tokens are written out, normalized and projected to keys and values, which any kernel attends to."""
 
 from __future__ import annotations
 
@@ -124,12 +124,14 @@ def project(attention: Attention, inputs: Tensor, positions: Tensor | None = Non
     """Return the keys and values of an input `b n c`: linear projections, key norm, rotary embedding."""
     keys = attention.key_norm(split_heads(attention.key(inputs), attention.num_kv_heads))
     values = split_heads(attention.value(inputs), attention.num_kv_heads)
-    return KeysValues(attention.rotary(keys) if positions is None else rotate(attention.rotary, keys, positions), values)
+    return KeysValues(
+        attention.rotary(keys) if positions is None else rotate(attention.rotary, keys, positions), values
+    )
 
 
 def split_heads(x: Float[Tensor, "b n hd"], num_heads: int) -> Float[Tensor, "b h n d"]:
     """Return the heads of a projection; in plain PyTorch, since a small read is bound by the overhead of its calls."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    return torch.unflatten(x, -1, (num_heads, -1)).transpose(1, 2)
 
 
 def rotate(rotary: nn.Module, heads: Tensor, positions: Tensor) -> Tensor:

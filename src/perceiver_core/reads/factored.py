@@ -14,15 +14,15 @@ from perceiver_core.kernels import PartialAttention, fastest, partial_attention
 from perceiver_core.kernels.fastest import uses_chunks
 from perceiver_core.linear import Linear
 from perceiver_core.reads import slabs
-from perceiver_core.reads.factored_keys_values import AttendSlab, FactoredKeysValues, Norm, factor
 from perceiver_core.reads.dense import KeysValues, rotate
+from perceiver_core.reads.factored_keys_values import AttendSlab, FactoredKeysValues, Norm, factor
 from perceiver_core.reads.machine import Machine
 from perceiver_core.reads.strategy import Cost, ReadContext, Sizes, check_able, kernel_cost
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
-# An RMSNorm without eps takes that of float32 in half precision, in which it computes; PyTorch 2.6 took that of the half
-# precision dtype, which nearly flattens numbers as small as this one.
+# In half precision, an RMSNorm without eps takes that of float32, in which it computes; PyTorch 2.6 took that of the
+# half-precision dtype, which nearly flattens numbers as small as this one.
 RMS_NORM_USES_HALF_EPS = bool(
     nn.functional.rms_norm(torch.full((1,), 2.0**-10, dtype=torch.bfloat16, device="cpu"), (1,)) < 0.5
 )
@@ -49,7 +49,7 @@ class Factored:
         return why_not_factored(context)
 
     def cost(self, sizes: Sizes, machine: Machine) -> Cost:
-        """Return the cost of projecting the content and, once per batch, the tables, of their sum, and of the kernel."""
+        """Return the cost of projecting the content and (once per batch) the tables, of their sum, and of a kernel."""
         per_token = sizes.batch * sizes.num_tokens
         table_products = sum(sizes.axes) * (sizes.token_dim - sizes.num_channels)
         flops = 2 * sizes.kv_dim * (per_token * sizes.num_channels + table_products)
@@ -58,7 +58,7 @@ class Factored:
         return cost._replace(seconds=cost.seconds + machine.start * 1e-6)
 
     def prepare(self, context: ReadContext) -> KeysValues | FactoredKeysValues:
-        """Return the keys and values of all tokens; of a large input, those of one slab at a time if the kernel allows."""
+        """Return the keys and values of all tokens; of a large input, in slabs if the kernel allows."""
         check_able(self, why_not_factored(context))
         attention = context.attention
         limit = max(1, min(slabs.TOKENS, slabs.FORMED_NUMBERS // attention.kv_dim))

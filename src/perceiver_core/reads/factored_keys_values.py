@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import combinations
-from math import prod
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -26,10 +25,10 @@ from perceiver_core import checks, masks
 from perceiver_core.kernels import PartialAttention
 from perceiver_core.masks import Mask
 from perceiver_core.reads import slabs
+from perceiver_core.reads.axes import axis_tables
 from perceiver_core.reads.dense import KeysValues
 from perceiver_core.reads.slabs import Slab
 from perceiver_core.reads.strategy import Attention, Kernel, QueryIndices
-from perceiver_core.reads.axes import axis_tables
 from perceiver_core.tokens import Tokens
 
 

@@ -38,8 +38,7 @@ class Machine:
 
     Example:
         >>> import perceiver_core as pc
-        >>> pc.CrossAttend(32, 10, strategy=pc.reads.Auto(machine=pc.reads.Machine(linear=400.0))).strategy.machine.linear
-        400.0
+        >>> read = pc.CrossAttend(32, 10, strategy=pc.reads.Auto(machine=pc.reads.Machine(linear=400.0)))
     """
 
     linear: float = 200.0
@@ -58,7 +57,7 @@ class Machine:
 
 MEASURED_CPU = Machine()
 # A GPU of the Hopper generation, estimated and not measured: products and copies from the vendor's peak rates, less the
-# usual losses; structured reads from the instruction count of their loop; the overhead from the number of kernels launched.
+# usual losses; structured reads from the instruction count of their loop; the overhead from the number of launches.
 ESTIMATED_GPU = Machine(
     linear=45_000.0,
     matmul=45_000.0,

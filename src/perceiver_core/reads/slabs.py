@@ -39,7 +39,7 @@ def attend(q: Float[Tensor, "#b h q d"], memory: FactoredKeysValues) -> PartialA
     if len(slabs) == 1:
         return memory.attend_slab(q, memory)
     leaves, spec = tree_flatten((q, memory))
-    return PartialAttention(*_InSlabs.apply(memory.attend_slab, slabs, spec, *leaves))
+    return PartialAttention(*_InSlabs.apply(memory.attend_slab, slabs, spec, *leaves))  # type: ignore[no-untyped-call]
 
 
 def factor_for(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""Input of a read on its way from a block to its attention, and what may travel with it: caches and captured weights."""
+"""Input of a read on its way from a block to its attention; caches and captured weights that may go with it."""
 
 from __future__ import annotations
 
@@ -75,11 +75,10 @@ class Cache(Protocol):
 
 
 class SharedMemory:
-    """Cache of a memory that several reads with the same weights share: `read(x, tokens, cache=cache)` stores it, and
-    `read(x, cache.memory)` attends to it again.
+    """Cache of a memory that several reads with the same weights share.
 
-    The memory is passed to the later reads as their input, so each call does the same when activation checkpointing
-    runs it again.
+    `read(x, tokens, cache=cache)` stores it, and `read(x, cache.memory)` attends to it again. Later reads get it as
+    their input, so that each call does the same when activation checkpointing runs it again.
 
     Args:
         num_queries: Total number of queries of these reads, from which the strategy is chosen.
@@ -179,7 +178,7 @@ _recording: _Recording | None = None
 @contextmanager
 def recorded_reads() -> Iterator[list[tuple[ReadContext, Strategy]]]:
     """Collect, in the order in which they happen, the reads that this thread prepares, with their strategies."""
-    global _recording  # noqa: PLW0603 (a read cannot be passed a listener through modules of other libraries)
+    global _recording
     before, _recording = _recording, _Recording(threading.get_ident(), [])
     try:
         yield _recording.reads

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from perceiver_core import checks, masks
 from perceiver_core.kernels.varlen import WIDEST
 from perceiver_core.masks import Mask
-from perceiver_core.reads.machine import Machine
 from perceiver_core.reads.axes import merged_axes
+from perceiver_core.reads.machine import Machine
 from perceiver_core.tokens import Tokens
 
 Kernel: TypeAlias = Callable[..., Tensor]
@@ -23,7 +23,7 @@ QueryIndices: TypeAlias = "int | Sequence[int] | Int[Tensor, ' chosen'] | None"
 
 
 class AttentionInput(Protocol):
-    """Input of an attention module: a `Source`, whose keys and values it forms, or a `Memory` that an earlier read made."""
+    """Input of an attention module: a `Source`, or a `Memory` that an earlier read made."""
 
     def memory(self, attention: Attention) -> Memory:
         """Return the memory for an attention module, which calls this in its own forward."""
@@ -60,8 +60,8 @@ class Attention(Protocol):
     dropout: float
     training: bool
     kernel: Kernel
-    key: nn.Module
-    value: nn.Module
+    key: nn.Linear
+    value: nn.Linear
     key_norm: nn.Module
     rotary: nn.Module
 
@@ -227,7 +227,9 @@ def check_strategy(strategy: Strategy) -> None:
 def check_able(strategy: Strategy, reason: str) -> None:
     """Raise ValueError if there is a reason why a strategy cannot compute a read."""
     if reason:
-        raise ValueError(f"{strategy} cannot compute this read: {reason}. Choose another strategy, such as reads.Auto()")
+        raise ValueError(
+            f"{strategy} cannot compute this read: {reason}. Choose another strategy, such as reads.Auto()"
+        )
 
 
 def kernel_cost(sizes: Sizes, machine: Machine, matmul: float, *, flops: float, moved: float) -> Cost:
@@ -246,8 +248,6 @@ def kernel_cost(sizes: Sizes, machine: Machine, matmul: float, *, flops: float, 
     if half and kv_width > 2 * WIDEST * sizes.num_heads:
         blocks = sizes.batch * sizes.num_heads * -(-sizes.num_queries // 32)
         attention = machine.attention_wide * min(1.0, blocks / machine.blocks)
-    seconds = 1e-9 * (
-        flops / matmul + moved / machine.copy + kernel / attention + sizes.pairs * machine.softmax
-    )
+    seconds = 1e-9 * (flops / matmul + moved / machine.copy + kernel / attention + sizes.pairs * machine.softmax)
     written = sizes.batch * sizes.num_tokens * sizes.kv_dim * sizes.element_size
     return Cost(flops + kernel, moved + written, seconds)

@@ -42,7 +42,7 @@ class Structured:
         return why_not_factored(context) or needs_kernel(context)
 
     def cost(self, sizes: Sizes, machine: Machine) -> Cost:
-        """Return the cost with the compiled loop: products with queries and tables, and some work per query and token."""
+        """Return the cost with the compiled loop: products with queries and tables, and work per query and token."""
         s, indices, pairs = sizes, sum(sizes.axes), sizes.pairs
         table_products = indices * (s.token_dim - s.num_channels)
         products = 2 * s.kv_dim * (s.batch * s.num_queries * (s.num_channels + indices) + table_products)

@@ -10,7 +10,7 @@ the number of samples, or 1 where all samples share their queries.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -66,6 +66,7 @@ class GridGradients(NamedTuple):
     scale: Float[Tensor, ...]
 
 
+@runtime_checkable
 class Backend(Protocol):
     """Functions that a backend module defines."""
 

@@ -82,7 +82,7 @@ def read_grid(
 
 
 def missing_kernel(device: torch.device, channels: int) -> str:
-    """Returns why no compiled kernel reads a grid on a device; empty if one does. On a CPU it is compiled if need be."""
+    """Returns why no compiled kernel is available for a device; empty if one is, which on a CPU may be compiled now."""
     if device.type != "cpu":
         return triton.why_unavailable(device, channels)
     return "" if cpp_library.available() else "it would need a C++ compiler"
