@@ -186,7 +186,7 @@ H200 = torch.device("cuda")
         ((64, 64), torch.float32, None, "memory-efficient", "not float32; use torch.autocast"),
         ((64, 64), torch.bfloat16, masks.Causal(), "flash, packed", ""),
         ((64, 64), torch.bfloat16, masks.Padding(torch.ones(1, 2).bool()), "flash, packed", ""),
-        ((64, 64), torch.bfloat16, torch.ones(1, 1, 2, 2).bool(), "cuDNN or memory-efficient", "key-padding masks and causal"),
+        ((64, 64), torch.bfloat16, torch.ones(1, 1, 2, 2).bool(), "cuDNN or memory-efficient", "key-padding masks"),
     ],
 )
 def test_kernel_for_returns_the_kernel_and_the_reason(widths, dtype, mask, name, why, monkeypatch) -> None:  # type: ignore[no-untyped-def]
