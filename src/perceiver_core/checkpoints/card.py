@@ -13,7 +13,7 @@ _WIDTH = 100
 
 
 def card(model: nn.Module, name: str) -> str:
-    """Returns the text of a model card, with the metadata that the hub reads.
+    """Return the text of a model card, with the metadata that the hub reads.
 
     Args:
         model: Made of registered parts.
@@ -45,7 +45,7 @@ def card(model: nn.Module, name: str) -> str:
 
 
 def as_calls(config: registry.Json, indent: int = 0) -> str:
-    """Returns the constructor calls of a configuration of `registry.to_config`, as Python.
+    """Return the constructor calls of a configuration of `registry.to_config`, as Python.
 
     A part in two places is written out in the first; in the second its path is written.
 
@@ -78,7 +78,7 @@ def as_calls(config: registry.Json, indent: int = 0) -> str:
 
 
 def _wrapped(start: str, items: list[str], end: str, indent: int) -> str:
-    """Returns items on one line if they fit, otherwise each on its own."""
+    """Return items on one line if they fit, otherwise each on its own."""
     line = f"{start}{', '.join(items)}{end}"
     if "\n" not in line and indent + len(line) <= _WIDTH:
         return line
@@ -87,12 +87,12 @@ def _wrapped(start: str, items: list[str], end: str, indent: int) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Returns a string literal with double quotes, as formatters of Python write it."""
+    """Return a string literal with double quotes, as formatters of Python write it."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def _home(module: nn.Module) -> str:
-    """Returns "perceiver_core" or "torch" for modules of these libraries, and the module's name for others."""
+    """Return "perceiver_core" or "torch" for modules of these libraries, and the module's name for others."""
     home = type(module).__module__
     top = home.partition(".")[0]
     return top if top in ("perceiver_core", "torch") else home

@@ -21,7 +21,7 @@ LARGEST_CONFIG = 2**20  # bytes
 
 
 def config_text(model: nn.Module) -> str:
-    """Returns the text of a model's `config.json`.
+    """Return the text of a model's `config.json`.
 
     Raises:
         ValueError: A part that is not registered, or an argument that JSON has no word for.
@@ -31,7 +31,7 @@ def config_text(model: nn.Module) -> str:
 
 
 def parse_config(text: str | bytes, source: str) -> registry.Json:
-    """Returns the configuration of the model in the text of a `config.json`.
+    """Return the configuration of the model in the text of a `config.json`.
 
     Args:
         text: Text, or its bytes in UTF-8.
@@ -77,7 +77,7 @@ def _finite(number: str) -> float:
 
 
 def write_atomically(files: dict[Path, Callable[[Path], object]]) -> None:
-    """Writes files in full under other names, then moves each to its place; leaves none of those names behind.
+    """Write files in full under other names, then moves each to its place; leaves none of those names behind.
 
     Args:
         files: For each path, a function that writes a file to the path it is given.

@@ -23,7 +23,7 @@ CARD = "README.md"
 
 
 def save_pretrained(model: nn.Module, folder: str | PathLike[str]) -> Path:
-    """Writes a model to a folder as `save` does, and a model card beside it.
+    """Write a model to a folder as `save` does, and a model card beside it.
 
     Args:
         model: made of registered parts (all of the library's are).

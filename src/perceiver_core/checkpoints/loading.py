@@ -20,7 +20,7 @@ from perceiver_core.checkpoints.state import first_names, specs_in, state_tensor
 
 
 def load(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> nn.Module:
-    """Builds a model from a folder that `save` wrote, in evaluation mode.
+    """Build a model from a folder that `save` wrote, in evaluation mode.
 
     Executes nothing from the files: only registered parts are built, see `register`. Weights keep the
     dtype that they were saved in.
@@ -69,7 +69,7 @@ def load(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") 
 
 
 def build_without_values(config: registry.Json, tensors: int) -> nn.Module:
-    """Builds a model on the meta device, where nothing takes memory.
+    """Build a model on the meta device, where nothing takes memory.
 
     Args:
         config: Configuration of the model.

@@ -21,7 +21,7 @@ from perceiver_core.checkpoints.state import check_values, state_tensors, tensor
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
-    """Writes a model to a folder, which is made if it is not there.
+    """Write a model to a folder, which is made if it is not there.
 
     Both files are written in full beside the old ones before either is replaced, each in one step. A
     tensor that has several names (tied weights, a part used twice) is written once.
@@ -75,7 +75,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Returns the model inside of the modules that PyTorch wraps around one to run it."""
+    """Return the model inside of the modules that PyTorch wraps around one to run it."""
     if isinstance(model, DataParallel | DistributedDataParallel):
         return unwrapped(model.module)
     return unwrapped(model._orig_mod) if _is_compiled(model) else model  # type: ignore[arg-type]
@@ -87,7 +87,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _check_not_compiled(model: nn.Module) -> None:
-    """Raises ValueError if a part of a model is wrapped by torch.compile, under other names then."""
+    """Raise ValueError if a part of a model is wrapped by torch.compile, under other names then."""
     for path, module in model.named_modules():
         if _is_compiled(module):
             raise ValueError(

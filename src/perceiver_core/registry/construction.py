@@ -17,7 +17,7 @@ _budget = threading.local()
 
 
 def from_config(config: Json) -> Any:
-    """Makes the value that `to_config` described.
+    """Make the value that `to_config` described.
 
     Raises:
         ValueError: A name that is not registered, arguments that do not fit, or a malformed configuration.
@@ -84,7 +84,7 @@ def _a_dict(value: object, at: str) -> dict[str, Json]:
 
 
 def _check_external(thing: Callable[..., Any], arguments: dict[str, Any], at: str) -> None:
-    """Raises ValueError for arguments of other libraries' classes that a file must not choose, such as a device."""
+    """Raise ValueError for arguments of other libraries' classes that a file must not choose, such as a device."""
     if inspect.isclass(thing) and thing in _external and not arguments.keys() <= set(_external[thing]):
         raise ValueError(
             f"{at or 'the model'} gives {_names[thing]} {short(sorted(arguments))}; "
@@ -94,7 +94,7 @@ def _check_external(thing: Callable[..., Any], arguments: dict[str, Any], at: st
 
 @contextmanager
 def at_most(modules: int) -> Iterator[None]:
-    """Bounds the number of modules that this thread builds or puts into others, so that a small file makes few.
+    """Bound the number of modules that this thread builds or puts into others, so that a small file makes few.
 
     Raises:
         ValueError: Inside, at the first module too many.

@@ -15,7 +15,7 @@ _LONGEST = 2**19  # items; a configuration, of at most 2**20 bytes, cannot hold 
 
 
 def plain(value: Any, *, mappings: bool = False) -> Any:
-    """Returns a value with the numbers of NumPy and the lists of configuration libraries as Python's own.
+    """Return a value with the numbers of NumPy and the lists of configuration libraries as Python's own.
 
     Converted are scalars of NumPy, its arrays of at most one axis, and sequences that are neither lists nor tuples if
     all they hold is numbers, strings, None and containers of these (those of OmegaConf, for example). Lists, tuples and
@@ -58,7 +58,7 @@ def _of_numpy(value: np.generic | np.ndarray[Any, Any]) -> Any:
 
 
 def _of_container(value: Sequence[Any] | Mapping[Any, Any], mappings: bool) -> Any:
-    """Returns a list or a dictionary; the container as it is if it holds anything but plain values."""
+    """Return a list or a dictionary; the container as it is if it holds anything but plain values."""
     items: list[tuple[Any, Any]] = []
     try:
         for key in islice(value, _LONGEST + 1):  # not all at once: a sequence that computes its items may be slow

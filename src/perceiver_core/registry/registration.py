@@ -17,7 +17,7 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 
 def register(thing: T, *, name: str | None = None) -> T:
-    """Lets `save` and `load` write and build a class or function. Use it as a decorator.
+    """Let `save` and `load` write and build a class or function. Use it as a decorator.
 
     A class's constructor arguments are recorded when it is called, so a part needs no configuration class. The record
     is data: numbers, strings, lists and descriptions of parts and partials. Where an argument is a module (or a list
@@ -62,7 +62,7 @@ def register(thing: T, *, name: str | None = None) -> T:
 
 
 def register_external(thing: type, *arguments: str) -> None:
-    """Registers a class of another library.
+    """Register a class of another library.
 
     Args:
         thing: Class, which is named by its own name in `config.json`.
@@ -80,7 +80,7 @@ def register_external(thing: type, *arguments: str) -> None:
 
 
 def _signature(part: Any) -> inspect.Signature:
-    """Returns the signature of a constructor, if all arguments can be written by name."""
+    """Return the signature of a constructor, if all arguments can be written by name."""
     construct = part.__init__
     signature = inspect.signature(construct)
     if construct in (nn.Module.__init__, object.__init__):  # those take *args and refuse them
@@ -118,7 +118,7 @@ def _record_arguments(part: type, signature: inspect.Signature) -> None:
 
 
 def _by_name(signature: inspect.Signature, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """Returns the arguments of a call, those of `**kwargs` among them, without `self`."""
+    """Return the arguments of a call, those of `**kwargs` among them, without `self`."""
     given: dict[str, Any] = {}
     try:
         bound = signature.bind(*args, **kwargs)
@@ -131,7 +131,7 @@ def _by_name(signature: inspect.Signature, *args: Any, **kwargs: Any) -> dict[st
 
 
 def _copied(value: Any) -> Any:
-    """Returns lists and dictionaries as they are now."""
+    """Return lists and dictionaries as they are now."""
     if isinstance(value, dict):
         return {key: _copied(item) for key, item in value.items()}
     return [_copied(item) for item in value] if isinstance(value, (list, tuple)) else value
@@ -146,7 +146,7 @@ def _holds_a_module(value: Any) -> bool:
 
 
 def _kept(part: Any, name: str, value: Any) -> Node:
-    """Returns where a part keeps modules that it was given as an argument.
+    """Return where a part keeps modules that it was given as an argument.
 
     That is its attribute of the argument's name, or whatever place the modules have in it. Modules that are nowhere in
     the part (it has copied them, or needed them in its constructor only) are described as they are now.

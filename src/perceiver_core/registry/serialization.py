@@ -13,7 +13,7 @@ from perceiver_core.registry.snapshot import Node, Part, Partial, Refusal, snaps
 
 
 def to_config(value: Any) -> Json:
-    """Returns what `from_config` needs to make a value again, as JSON.
+    """Return what `from_config` needs to make a value again, as JSON.
 
     Raises:
         ValueError: A part that is not registered, or a value that JSON has no word for.
@@ -28,7 +28,7 @@ def to_config(value: Any) -> Json:
 
 
 def _written(node: Node, at: str, seen: dict[int, str]) -> Json:
-    """Writes a node as JSON.
+    """Write a node as JSON.
 
     Args:
         node: What is written.
@@ -58,7 +58,7 @@ def _written_each(nodes: Mapping[str, Node], at: str, seen: dict[int, str]) -> d
 
 
 def settings(module: nn.Module) -> str:
-    """Returns a module's class and its settings in a line, which shows whether it was changed after its construction.
+    """Return a module's class and its settings in a line, which shows whether it was changed after its construction.
 
     Settings that the class names in `changes_no_result` are left out: how something is computed, not what.
     """

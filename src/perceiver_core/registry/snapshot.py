@@ -76,7 +76,7 @@ Node: TypeAlias = (
 
 
 def snapshot(value: Any) -> Node:
-    """Returns a value as data, as it is now.
+    """Return a value as data, as it is now.
 
     Parts are described by the arguments that make them as they are now. What cannot be described becomes a `Refusal`,
     so that a model may be made of it, copied and pickled, but not saved.
@@ -107,7 +107,7 @@ def _each(values: dict[str, Any]) -> dict[str, Node]:
 
 
 def _scalar(value: bool | int | float | str) -> Node:
-    """Returns what JSON writes, of subclasses (enumerations) as well."""
+    """Return what JSON writes, of subclasses (enumerations) as well."""
     if isinstance(value, bool):
         return value
     if isinstance(value, int):
@@ -128,7 +128,7 @@ _described = _Described()
 
 @contextmanager
 def each_partial_once() -> Iterator[None]:
-    """Describes a partial that is given to many parts only once inside, so that a deep model is recorded quickly."""
+    """Describe a partial that is given to many parts only once inside, so that a deep model is recorded quickly."""
     if _described.partials is not None:
         yield
         return
@@ -153,7 +153,7 @@ def _partial(value: functools.partial[Any]) -> Node:
 
 
 def _part(part: Any) -> Node:
-    """Describes an instance of a registered class by the arguments that make it as it is now."""
+    """Describe an instance of a registered class by the arguments that make it as it is now."""
     if type(part) in _external:
         found = {name: getattr(part, name) for name in _external[type(part)]}
         given = {name: value is not None if name == "bias" else value for name, value in found.items()}
@@ -165,7 +165,7 @@ def _part(part: Any) -> Node:
 
 
 def _current(part: Any, node: Node) -> Node:
-    """Returns a recorded argument with what stands in attributes in place of their paths."""
+    """Return a recorded argument with what stands in attributes in place of their paths."""
     if isinstance(node, list):
         return [_current(part, item) for item in node]
     if isinstance(node, dict):
@@ -186,14 +186,14 @@ def _current(part: Any, node: Node) -> Node:
 
 
 def attribute(part: Any, path: str) -> Any:
-    """Returns what a part has at a path of attributes; None if nothing."""
+    """Return what a part has at a path of attributes; None if nothing."""
     for name in path.split("."):
         part = getattr(part, name, None)
     return part
 
 
 def _number(value: Any) -> int | float | None:
-    """Returns a number of another library as Python's; None for anything else."""
+    """Return a number of another library as Python's; None for anything else."""
     if type(value) is Tensor:
         is_number = value.ndim == 0 and value.device.type == "cpu" and not value.is_complex()
         return value.item() if is_number else None
