@@ -42,7 +42,7 @@ def test_an_encoder_reads_them_in_turn():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="inputs must be 2, one an adapter; got 1"):
+    with pytest.raises(ValueError, match="inputs must be 2, one per adapter; got 1"):
         both()((torch.rand(2, 3, 7, 5),))
-    with pytest.raises(ValueError, match="masks must be 2, one an adapter; got 1"):
+    with pytest.raises(ValueError, match="masks must be 2, one per adapter; got 1"):
         both()((torch.rand(2, 3, 7, 5), torch.rand(2, 23)), mask=[None])

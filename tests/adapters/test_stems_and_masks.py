@@ -40,7 +40,7 @@ def test_a_nan_is_refused_before_batch_norm_keeps_it() -> None:
     adapter = image("conv").train()
     pictures = torch.rand(2, 3, 23, 17)
     pictures[1, 2, 3, 5] = torch.nan
-    with pytest.raises(ValueError, match="pictures holds NaN"):
+    with pytest.raises(ValueError, match="images holds NaN"):
         adapter(pictures)
     assert adapter.stem.norm.running_mean.isfinite().all()
     assert adapter.stem.norm.num_batches_tracked == 0
@@ -48,9 +48,9 @@ def test_a_nan_is_refused_before_batch_norm_keeps_it() -> None:
 
 @pytest.mark.parametrize("stem", ["project", "conv"])
 def test_pictures_of_another_dtype_or_device_are_refused_in_words(stem: str) -> None:
-    with pytest.raises(TypeError, match=r"pictures is torch\.float64, the model torch\.float32"):
+    with pytest.raises(TypeError, match=r"images is torch\.float64, the model torch\.float32"):
         image(stem)(torch.rand(2, 3, 23, 17, dtype=torch.float64))
-    with pytest.raises(ValueError, match="pictures is on meta, the model on cpu"):
+    with pytest.raises(ValueError, match="images is on meta, the model on cpu"):
         image(stem)(torch.rand(2, 3, 23, 17, device="meta"))
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match=r"torch\.float64"):
         image(stem)(torch.rand(2, 3, 23, 17, dtype=torch.float64))
@@ -102,5 +102,5 @@ def test_stereo_is_two_channels_side_by_side() -> None:
     assert content[:, -1, 6:].abs().max() == 0  # what is left over is padded
     mono = adapters.Audio(patch_size=5, positions=None)
     torch.testing.assert_close(mono(samples[:, 0]).content, mono(samples[:, :1]).content)
-    with pytest.raises(ValueError, match="samples must have 2 channels in axis 1; got 1"):
+    with pytest.raises(ValueError, match="waveform must have 2 channels in axis 1; got 1"):
         stereo(samples[:, :1])

@@ -107,7 +107,7 @@ def test_it_holds_nothing_to_save() -> None:
 
 
 def test_odd_and_empty_widths_are_refused() -> None:
-    with pytest.raises(ValueError, match="dim must be even, channels are turned in pairs; got 7"):
+    with pytest.raises(ValueError, match="dim must be even, since channels are rotated in pairs; got 7"):
         Rotary(7)
     with pytest.raises(ValueError, match="dim must be a whole number of at least 1; got 0"):
         Rotary(0)
@@ -178,7 +178,7 @@ def test_queries_that_end_with_the_keys_meet_them_at_their_distance(rotary: Rota
 
 def test_odd_heads_and_bases_of_nothing_are_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"heads must be of an even width, channels are turned in pairs; got 13\. Give"
+        ValueError, match=r"heads must have an even width, since channels are rotated in pairs; got 13\. Give"
     ):
         Rotary()(draw(B, H, N, D))
     with pytest.raises(ValueError, match=r"base must be above 0; got 0\.0"):

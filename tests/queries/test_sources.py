@@ -160,9 +160,7 @@ class TestMultimodal:
         assert list(asked) == ["label"]
         torch.testing.assert_close(asked["label"], source()["label"], **EXACT)
         assert list(source(query_indices={"places": None})) == ["label", "places"]
-        with pytest.raises(
-            ValueError, match=r"query_indices must leave something to ask; .* all of \['label', 'places'\]"
-        ):
+        with pytest.raises(ValueError, match=r"query_indices must leave some queries; .* all of \['label', 'places'\]"):
             source(query_indices={"places": empty, "label": empty})
 
     def test_a_source_of_the_name_of_a_kind_looks_at_this_kind(self):
@@ -185,7 +183,7 @@ class TestMultimodal:
     def test_places_of_a_kind_that_is_not_there_cannot_be_asked_for(self, source):
         tokens = Tokens(drawn(2, 5, 3), modalities={"sound": None, "text": Tokens(drawn(2, 5, 3))})
         both = Multimodal({"sound": source, "text": FromInputs(3)})
-        with pytest.raises(ValueError, match=r"queries\['sound'\] ask at the places of an input that is not there"):
+        with pytest.raises(ValueError, match=r"queries\['sound'\] need the tokens of an absent input"):
             both(tokens)
         assert list(both(tokens, query_indices={"sound": []})) == ["text"]
 
@@ -210,7 +208,7 @@ REFUSED = {
         queries.Learned(3, 2),
         torch.tensor([0.5]),
         TypeError,
-        "query_indices must be indices, a tensor of whole",
+        "query_indices must be indices, an integer tensor",
     ),
     "a mask": (queries.Learned(3, 2), torch.ones(3).bool(), TypeError, "query_indices must be indices"),
     "a list": (queries.Learned(3, 2), [0, 1], TypeError, "got list"),
@@ -223,7 +221,7 @@ REFUSED = {
     "a scalar": (queries.Learned(3, 2), torch.tensor(1), ValueError, "query_indices must be q or b q"),
     "off the grid": (Grid((5, 7), fourier(2)), torch.tensor([35]), ValueError, r"0 \.\.\. 34; got 35"),
     "left of the grid": (Grid((5, 7), fourier(2), endpoint=False), torch.tensor([35]), ValueError, r"0 \.\.\. 34"),
-    "no grid": (Grid(None, fourier(2)), AT, ValueError, "tokens must be Tokens, whose grid is asked for"),
+    "no grid": (Grid(None, fourier(2)), AT, ValueError, "tokens must be Tokens, whose grid is used"),
     "no points": (Coordinates(fourier(2)), None, ValueError, "points must be points in"),
     "points of three": (Coordinates(fourier(2)), torch.zeros(5, 3), ValueError, "points must be q 2 or b q 2"),
     "whole points": (Coordinates(fourier(2)), torch.zeros(5, 2).long(), TypeError, "points must be floating point"),
