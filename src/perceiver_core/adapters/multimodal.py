@@ -36,10 +36,6 @@ class Multimodal(nn.Module):
             unless a sample has no others.
         generator: Generator of the random draws; PyTorch's default generator by default. It is not saved.
 
-    Raises:
-        TypeError: Adapters that are not modules.
-        ValueError: No adapters, a name that a module cannot have, rates of unknown modalities or outside [0, 1].
-
     Example:
         >>> import torch
         >>> import perceiver_core as pc
@@ -88,7 +84,6 @@ class Multimodal(nn.Module):
                 modality, `b`. Tensors of a modality have no effect for other samples, NaN included.
 
         Raises:
-            TypeError: Inputs that are not a dictionary.
             ValueError: Unknown names, no modality at all, or modalities of different batch sizes.
             TypeError, ValueError: Errors of an adapter, preceded by its modality.
         """

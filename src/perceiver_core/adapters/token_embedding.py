@@ -21,15 +21,11 @@ class TokenEmbedding(nn.Module):
     Args:
         vocab_size: Number of ids.
         dim: Width of a vector.
-        positions: Module from indices `b n` to vectors `b n d`, such as `positions.LearnedEmbedding`; none by default,
-            for models with rotary positions (`positions.Rotary`).
+        positions: Module from indices `b n` to vectors of width `dim`, such as `positions.LearnedEmbedding`; none by
+            default, for models with rotary positions (`positions.Rotary`).
         positions_include_padding: Whether positions count masked tokens too, so that a token's position is its index in
             the array (as in DeepMind's Perceiver IO). By default the first valid token has position 0, after any
             padding (as in Perceiver AR).
-
-    Raises:
-        TypeError: Positions that do not take indices.
-        ValueError: Positions of another width.
 
     Example:
         >>> import torch

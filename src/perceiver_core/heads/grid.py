@@ -24,9 +24,6 @@ class Grid(nn.Module):
         channel_axis: Axis of the array that holds the channels: 1 for `b c h w`, 2 for videos `b t c h w`, -1 for the
             last.
 
-    Raises:
-        ValueError: A channel axis outside the array.
-
     Example:
         >>> import torch
         >>> from perceiver_core import heads

@@ -16,11 +16,7 @@ class Multimodal(nn.Module):
     """Dictionary of heads, one for each modality of the output.
 
     Args:
-        heads: Heads by modality, with the names of the queries.
-
-    Raises:
-        TypeError: Heads that are not modules.
-        ValueError: No heads, a name that a module cannot have, or heads of different widths (`.dim`).
+        heads: Heads by modality, with the names of the queries; those with a width (`.dim`) must have the same.
 
     Example:
         >>> import torch

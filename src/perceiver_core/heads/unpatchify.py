@@ -22,11 +22,8 @@ class Unpatchify(nn.Module):
     Args:
         dim: Width of a decoder output.
         grid: Number of patches along each axis; None for the grid of the queries.
-        patch_size: Number of pixels of a patch along each axis.
+        patch_size: Number of pixels of a patch along each of the two or three axes.
         num_channels: Number of channels of a pixel.
-
-    Raises:
-        ValueError: A number of axes other than two or three.
 
     Example:
         >>> import torch

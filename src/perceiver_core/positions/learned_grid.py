@@ -27,9 +27,6 @@ class LearnedGrid(nn.Module):
         grid: Size of the array, usually the size in training.
         dim: Width of a vector.
 
-    Raises:
-        ValueError: A grid without axes, or of more than three.
-
     Example:
         >>> import torch
         >>> from perceiver_core.positions import LearnedGrid

@@ -51,13 +51,10 @@ class Rotary(nn.Module):
     a longer input have the right distances to its keys without further arguments.
 
     Args:
-        dim: Number of channels of a head that are rotated, the others pass unchanged; all by default.
+        dim: Number of channels of a head that are rotated, the others pass unchanged; all by default. It must be even.
         base: Base of the wavelengths, which range from 2 pi tokens to about 2 pi base.
         exponents: Function from a number of channel pairs, and a tensor whose dtype and device it uses, to the exponent
             of each pair: `half_open_exponents`, `inclusive_exponents`, or your own.
-
-    Raises:
-        ValueError: An odd dim, or (in forward) heads narrower than dim or, without dim, of an odd width.
 
     Example:
         >>> import torch

@@ -30,10 +30,6 @@ class Grid(nn.Module):
             axis, so that the last one is at 1 (as in `numpy.linspace`). If False they are at -1 + 2 i / size, as in
             the published multimodal model; this requires positions that take points, such as `positions.Fourier`.
 
-    Raises:
-        TypeError: `endpoint=False` with positions that do not take points.
-        ValueError: A grid with another number of axes than the positions.
-
     Example:
         >>> import torch
         >>> from perceiver_core import positions, queries

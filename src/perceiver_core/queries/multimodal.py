@@ -29,10 +29,6 @@ class Multimodal(nn.Module):
         sources: Sources of queries by modality.
         min_modality_channels: Number of learned channels of the widest modality.
 
-    Raises:
-        TypeError: Sources that are not modules.
-        ValueError: No sources, or a name that a module cannot have.
-
     Example:
         >>> import torch
         >>> from perceiver_core import queries
@@ -63,7 +59,6 @@ class Multimodal(nn.Module):
                 source with an empty list or tensor is left out of the result.
 
         Raises:
-            TypeError: `query_indices` that is not a dictionary.
             ValueError: An unknown name, no queries at all, queries of different batch sizes, or a source that needs the
                 tokens of an absent modality.
             TypeError, ValueError: Errors of a source, preceded by its modality.
