@@ -7,6 +7,7 @@ the state of other generators: their draws would differ, and gradients would be 
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections import OrderedDict
 from weakref import WeakKeyDictionary, ref
 
@@ -74,11 +75,15 @@ _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", Non
 def _checkpoint_frame() -> object | None:
     """Return the frame of the innermost non-reentrant checkpoint, in an original pass and in a repeated one."""
     hooks = None if _top_hooks is None else _top_hooks(True)
-    for cell in (getattr(hooks[0], "__closure__", None) or ()) if hooks else ():
-        frame = cell.cell_contents
-        frame = frame() if isinstance(frame, ref) else frame
-        if type(frame).__name__ == "_CheckpointFrame":
-            return frame
+    return None if hooks is None else _frame_in(inspect.unwrap(hooks[0]))
+
+
+def _frame_in(hook: object) -> object | None:
+    """Return the frame that the hook of a checkpoint holds in its closure, weakly in a repeated pass."""
+    for cell in getattr(hook, "__closure__", None) or ():
+        held = cell.cell_contents() if isinstance(cell.cell_contents, ref) else cell.cell_contents
+        if type(held).__name__ == "_CheckpointFrame":
+            return held
     return None
 
 
