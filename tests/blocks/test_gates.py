@@ -143,5 +143,5 @@ def test_both_gates_closed_change_nothing():
 
 @pytest.mark.parametrize("residual", ["gate", GRUGate(13)])
 def test_refused_residuals(residual):
-    with pytest.raises(TypeError, match="residual must be True, False or what makes a gate from a width"):
+    with pytest.raises(TypeError, match="residual must be True, False or a factory `dim -> gate`"):
         CrossAttend(13, 10, residual=residual)

@@ -18,9 +18,9 @@ def encoder(**options: object) -> pc.Encoder:
 
 def test_parts_whose_widths_do_not_meet_are_refused_when_built() -> None:
     grid = pc.adapters.Grid(num_channels=7, positions=None)
-    with pytest.raises(ValueError, match="encoder must take what adapter gives: 7 wide; it takes 6"):
+    with pytest.raises(ValueError, match="encoder must accept the output width of adapter, 7; got 6"):
         pc.Perceiver(grid, encoder(), pc.heads.Identity())
-    with pytest.raises(ValueError, match="head must take what encoder gives: 14 wide; it takes 13"):
+    with pytest.raises(ValueError, match="head must accept the output width of encoder, 14; got 13"):
         pc.Perceiver(nn.Identity(), encoder(), pc.heads.Regression(13))
     with pytest.raises(TypeError, match="head must be a module; got type"):
         pc.Perceiver(nn.Identity(), encoder(), pc.heads.Identity)

@@ -58,9 +58,9 @@ def test_its_weights_are_those_of_its_parts():
 
 def test_errors_of_parts_that_do_not_meet():
     whole = perceiver()
-    with pytest.raises(ValueError, match="encoder must take what adapter gives: 1 wide; it takes 13"):
+    with pytest.raises(ValueError, match="encoder must accept the output width of adapter, 1; got 13"):
         Perceiver(adapters.Grid(1, positions=None), whole.encoder, whole.head)
-    with pytest.raises(ValueError, match="head must take what encoder gives: 14 wide; it takes 13"):
+    with pytest.raises(ValueError, match="head must accept the output width of encoder, 14; got 13"):
         Perceiver(whole.adapter, whole.encoder, heads.Regression(13))
     with pytest.raises(TypeError, match="head must be a module; got type"):
         Perceiver(whole.adapter, whole.encoder, heads.Identity)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import perceiver_core as pc
 from perceiver_core import masks
 from perceiver_core.kernels import reference
-from perceiver_core.models.perceiver_ar import kept_of_prefix, next_id_loss
+from perceiver_core.models.perceiver_ar import kept_prefix, next_token_loss
 
 VOCABULARY, DIM, LATENTS, HEADS = 19, 28, 5, 7
 EXACT = {"rtol": 0, "atol": 1e-12}  # float64
@@ -37,7 +37,7 @@ POSITIONS = {
     "rotary": {},
     "google's rotary": turning(GOOGLE),
     "learned": turning(None)
-    | {"embed": pc.adapters.TokenEmbedding(VOCABULARY, DIM, positions=pc.positions.LearnedEmbedding(101, DIM))},
+    | {"embedding": pc.adapters.TokenEmbedding(VOCABULARY, DIM, positions=pc.positions.LearnedEmbedding(101, DIM))},
 }
 each_kind = pytest.mark.parametrize("options", POSITIONS.values(), ids=POSITIONS)
 
@@ -51,14 +51,14 @@ def shaken(model, seed=0):
     return model.eval()
 
 
-def model_of(*, embed=None, latents=LATENTS, depth=2, **options):
+def model_of(*, embedding=None, latents=LATENTS, depth=2, **options):
     torch.manual_seed(0)
-    embed = (
+    embedding = (
         pc.adapters.TokenEmbedding(VOCABULARY, DIM)
-        if embed is None
-        else pc.registry.from_config(pc.registry.to_config(embed))
+        if embedding is None
+        else pc.registry.from_config(pc.registry.to_config(embedding))
     )
-    return shaken(pc.PerceiverAR(embed, num_latents=latents, depth=depth, num_heads=HEADS, **options))
+    return shaken(pc.PerceiverAR(embedding, num_latents=latents, depth=depth, num_heads=HEADS, **options))
 
 
 def ids_of(b=2, n=13, seed=0):
@@ -159,7 +159,7 @@ class TestMathematics:
         torch.testing.assert_close(*gradients, **EXACT)
 
     def test_loss_where_nothing_counts_is_zero(self):
-        found = next_id_loss(torch.randn(2, 3, 7), torch.zeros(2, 5, dtype=torch.long), mask=padding(1, 1, n=5))
+        found = next_token_loss(torch.randn(2, 3, 7), torch.zeros(2, 5, dtype=torch.long), mask=padding(1, 1, n=5))
         assert found == 0
 
     def test_more_or_fewer_latents(self):
@@ -247,13 +247,13 @@ class TestPadding:
 class TestPrefixDropout:
     @pytest.mark.parametrize("rate, left", [(0.0, 23), (0.1, 21), (0.5, 12), (0.75, 6), (0.99, 1)])
     def test_so_many_are_left_in_order(self, rate, left):
-        kept = kept_of_prefix(7, 23, rate, generator=torch.Generator().manual_seed(0))
+        kept = kept_prefix(7, 23, rate, generator=torch.Generator().manual_seed(0))
         assert kept.shape == (7, left)
         assert (kept.diff(dim=1) > 0).all()
         assert kept.min() >= 0 and kept.max() < 23
 
     def test_every_token_is_as_likely_and_samples_are_independent(self):
-        kept = kept_of_prefix(20_000, 10, 0.4, generator=torch.Generator().manual_seed(0))
+        kept = kept_prefix(20_000, 10, 0.4, generator=torch.Generator().manual_seed(0))
         there = torch.zeros(20_000, 10).scatter(1, kept, 1.0)
         torch.testing.assert_close(there.mean(0), torch.full((10,), 0.6), rtol=0, atol=0.02)
         together = (there.T @ there / 20_000)[~torch.eye(10, dtype=torch.bool)]
@@ -264,7 +264,7 @@ class TestPrefixDropout:
     def test_what_is_left_is_read_as_if_the_rest_were_masked(self, options):
         model, ids = model_of(prefix_dropout=0.6, **options).train(), ids_of(n=17)
         found = model(ids, generator=torch.Generator().manual_seed(3))
-        kept = kept_of_prefix(2, 12, 0.6, generator=torch.Generator().manual_seed(3))
+        kept = kept_prefix(2, 12, 0.6, generator=torch.Generator().manual_seed(3))
         there = torch.zeros(2, 12, dtype=torch.bool).scatter(1, kept, True)
         there = torch.cat([there, torch.ones(2, LATENTS, dtype=torch.bool)], 1)
         x = model.eval().tokens(ids)
@@ -468,12 +468,12 @@ class TestErrors:
 
     def test_of_loss_without_a_next_id(self):
         with pytest.raises(
-            ValueError, match=r"ids must be at least 2 long, one to read and one to foresee; got \(2, 1\)"
+            ValueError, match=r"ids must be at least 2 long, an input and a target; got \(2, 1\)"
         ):
             model_of().loss(ids_of(n=1))
 
     def test_of_loss_without_a_next_id_in_any_sample(self):
-        message = "mask must leave a sample 2 ids at least, one to read and one to foresee; all have 1"
+        message = "mask must leave at least 2 tokens, an input and a target, in a sample; all have 1"
         for n in (2, 13):
             with pytest.raises(ValueError, match=message):
                 model_of().loss(ids_of(n=n), mask=padding(1, 1, n=n))

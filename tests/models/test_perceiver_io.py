@@ -389,11 +389,11 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("name", "part", "message"),
         [
-            ("adapter", adapters.Grid(5, positions=None), "encoder must take what adapter gives: 5 wide; it takes 3"),
-            ("encoder", Encoder(3, num_latents=2, dim=16), "decoder must take what encoder gives: 16 wide; it takes 8"),
-            ("queries", queries.Learned(2, 7), "decoder must take what queries gives: 7 wide; it takes 4"),
-            ("decoder", Decoder(8, query_dim=4), "head must take what decoder gives: 4 wide; it takes 5"),
-            ("head", heads.Linear(7, 2), "head must take what decoder gives: 5 wide; it takes 7"),
+            ("adapter", adapters.Grid(5, positions=None), "encoder must accept the output width of adapter, 5; got 3"),
+            ("encoder", Encoder(3, num_latents=2, dim=16), "decoder must accept the output width of encoder, 16; got 8"),
+            ("queries", queries.Learned(2, 7), "decoder must accept the output width of queries, 7; got 4"),
+            ("decoder", Decoder(8, query_dim=4), "head must accept the output width of decoder, 4; got 5"),
+            ("head", heads.Linear(7, 2), "head must accept the output width of decoder, 5; got 7"),
         ],
     )
     def test_refused_widths(self, name, part, message):
@@ -408,7 +408,7 @@ class TestRefusals:
     @pytest.mark.parametrize("embed", [heads.Logits, heads.TiedLogits])
     def test_refused_widths_of_logits(self, embed):
         text = adapters.TokenEmbedding(13, dim=3)
-        with pytest.raises(ValueError, match="head must take what decoder gives: 5 wide; it takes 3"):
+        with pytest.raises(ValueError, match="head must accept the output width of decoder, 5; got 3"):
             PerceiverIO(**{**self.parts(), "adapter": text, "head": embed})
 
     def test_refused_widths_of_a_head_of_several(self):
@@ -416,14 +416,14 @@ class TestRefusals:
             heads.SingleQuery(heads.Linear(7, 2)),
             heads.Multimodal({"a": heads.SingleQuery(heads.Linear(7, 2))}),
         ):
-            with pytest.raises(ValueError, match="head must take what decoder gives: 5 wide; it takes 7"):
+            with pytest.raises(ValueError, match="head must accept the output width of decoder, 5; got 7"):
                 PerceiverIO(**{**self.parts(), "head": head})
 
     @pytest.mark.parametrize(
         "head", [heads.SingleQuery, heads.Identity, heads.Linear, heads.Grid, heads.Multimodal, nn.Identity, "logits"]
     )
     def test_refused_classes_of_heads(self, head):
-        with pytest.raises(TypeError, match="head must be a module, or make one from the adapter"):
+        with pytest.raises(TypeError, match="head must be a module, or a factory of one from the adapter"):
             PerceiverIO(**{**self.parts(), "head": head})
 
     def test_heads_are_named_as_queries_are(self):
@@ -433,7 +433,7 @@ class TestRefusals:
         model = PerceiverIO(**{**given, "head": heads.Multimodal(each)})
         assert list(model(torch.zeros(1, 2, 3))) == ["a", "b"]
         each.pop("b")
-        with pytest.raises(ValueError, match=r"a head for each kind of queries; it has none for \['b'\]"):
+        with pytest.raises(ValueError, match=r"a head for each modality of the queries; it has none for \['b'\]"):
             PerceiverIO(**{**given, "head": heads.Multimodal(each)})
 
     def test_refused_masks_of_queries(self):

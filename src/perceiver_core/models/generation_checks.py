@@ -1,4 +1,4 @@
-"""Checks of what `generate` is given."""
+"""Checks of the arguments of `generate` and of the ids that its sampler returns."""
 
 from __future__ import annotations
 
@@ -16,24 +16,21 @@ REQUIRED = ("vocab_size", "num_latents", "embedding", "latent_transformer", "tra
 
 
 def check_parts(model: PerceiverAR, sampler: Sampler, generator: torch.Generator | None) -> None:
-    """Raise unless the model is a Perceiver AR in evaluation mode, and sampler and generator are such."""
-    missing = [name for name in REQUIRED if not hasattr(model, name)]
-    if missing:
+    """Raise unless the model is a Perceiver AR in evaluation mode, and sampler and generator have the right types."""
+    if missing := [name for name in REQUIRED if not hasattr(model, name)]:
         raise TypeError(
             f"model must be a PerceiverAR, or have its attributes; got {_name(model)} without {', '.join(missing)}"
         )
     if model.training:
         raise ValueError("model must be in evaluation mode, without dropout; call model.eval()")
     if isinstance(sampler, type) or not callable(sampler):
-        hint = f". Make one: {sampler.__name__}()" if isinstance(sampler, type) else ""
+        hint = f". Build it: {sampler.__name__}()" if isinstance(sampler, type) else ""
         raise TypeError(
             "sampler must be a function of logits and a generator, such as sampling.greedy or sampling.Sample(); "
             f"got {_name(sampler)}{hint}"
         )
     if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(
-            f"generator must be a torch.Generator; got {generator!r}. Make one: torch.Generator().manual_seed(3)"
-        )
+        raise TypeError(f"generator must be a torch.Generator; got {generator!r}. Build one: torch.Generator()")
 
 
 def checked_stop_ids(stop_ids: int | Collection[int], vocab_size: int) -> tuple[int, ...]:
@@ -65,11 +62,9 @@ def check_sampled(ids: Tensor, logits: Float[Tensor, "b v"]) -> None:
     if not isinstance(ids, Tensor):
         raise TypeError(f"sampler must return a torch.Tensor of ids; got {_name(ids)}")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise TypeError(f"sampler must return ids, integers; got {ids.dtype}")
+        raise TypeError(f"sampler must return integer ids; got {ids.dtype}")
     if ids.shape != logits.shape[:1]:
-        raise ValueError(
-            f"sampler must return one id per sample, shape {tuple(logits.shape[:1])}; got {tuple(ids.shape)}"
-        )
+        raise ValueError(f"sampler must return one id per sample, shape ({len(logits)},); got {tuple(ids.shape)}")
     checks.below("ids from the sampler", ids, logits.shape[1])
 
 
