@@ -154,7 +154,8 @@ class TestContext:
     @pytest.mark.parametrize("cache", [True, False])
     def test_it_is_what_positions_allow_unless_given(self, n, cache):
         model = model_of(
-            **turning(None), embedding=pc.adapters.TokenEmbedding(19, 28, positions=pc.positions.LearnedEmbedding(8, 28))
+            **turning(None),
+            embedding=pc.adapters.TokenEmbedding(19, 28, positions=pc.positions.LearnedEmbedding(8, 28)),
         )
         found = pc.generate(model, ids_of(n=n), max_new_tokens=12, use_cache=cache)
         assert torch.equal(found, continued(model, ids_of(n=n), 12, context=8, start=2))

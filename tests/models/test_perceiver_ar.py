@@ -467,9 +467,7 @@ class TestErrors:
             model(ids, mask=padding(4, 0))
 
     def test_of_loss_without_a_next_id(self):
-        with pytest.raises(
-            ValueError, match=r"ids must be at least 2 long, an input and a target; got \(2, 1\)"
-        ):
+        with pytest.raises(ValueError, match=r"ids must be at least 2 long, an input and a target; got \(2, 1\)"):
             model_of().loss(ids_of(n=1))
 
     def test_of_loss_without_a_next_id_in_any_sample(self):

@@ -390,7 +390,11 @@ class TestRefusals:
         ("name", "part", "message"),
         [
             ("adapter", adapters.Grid(5, positions=None), "encoder must accept the output width of adapter, 5; got 3"),
-            ("encoder", Encoder(3, num_latents=2, dim=16), "decoder must accept the output width of encoder, 16; got 8"),
+            (
+                "encoder",
+                Encoder(3, num_latents=2, dim=16),
+                "decoder must accept the output width of encoder, 16; got 8",
+            ),
             ("queries", queries.Learned(2, 7), "decoder must accept the output width of queries, 7; got 4"),
             ("decoder", Decoder(8, query_dim=4), "head must accept the output width of decoder, 4; got 5"),
             ("head", heads.Linear(7, 2), "head must accept the output width of decoder, 5; got 7"),

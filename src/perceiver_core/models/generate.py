@@ -1,17 +1,15 @@
 """Generation with Perceiver AR, token by token, with cached keys and values.
 
-Each new token becomes one more latent, so its keys and values are appended to the caches. When the number of latents
-has reached its maximum, a new window starts: latents are recomputed for the last `num_initial_latents` tokens only, and
-their number grows again. Cached keys and values of the cross-attention do not depend on latents and are kept. The
-schedule is the same without caches, so both give the same logits.
-
-Once the sequence is longer than `context_length`, each new token drops the oldest one. Cached latents then depend on a
-dropped token, so everything is recomputed for each token.
+Each new token becomes one more latent, whose keys and values are appended to the caches. After the maximum number of
+latents a new window starts: latents are recomputed for the last `num_initial_latents` tokens only, and their number
+grows again. Cached keys and values of the cross-attention do not depend on latents and are kept. The schedule is the
+same without caches, so both give the same logits. Once the sequence is longer than `context_length`, each new token
+drops the oldest one, on which cached latents depend, so everything is recomputed for each token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import cycle
 from typing import cast
 
@@ -21,12 +19,6 @@ from torch import Tensor
 
 from perceiver_core import checks, masks
 from perceiver_core.blocks import LatentTransformer
-from perceiver_core.models.generation_checks import (
-    check_parts,
-    check_sampled,
-    checked_context_length,
-    checked_stop_ids,
-)
 from perceiver_core.models.perceiver_ar import DecodingStep, PerceiverAR, causal
 from perceiver_core.models.sampling import Sampler, greedy
 from perceiver_core.reads import KeysValuesCache
@@ -52,27 +44,22 @@ def generate(  # noqa: PLR0913 (the prompt, its length and all options of the ge
         prompt: Token ids, at least one per sample. Only the last `context_length` are used.
         max_new_tokens: Maximum number of tokens to generate.
         mask: Valid tokens of the prompt, True = attend; shorter prompts are padded on the left.
-        sampler: Function from logits `b v` and the generator to ids `b`, such as `sampling.greedy` or
-            `sampling.Sample()`.
+        sampler: Function `(logits: b v, generator) -> ids: b`, such as `sampling.greedy` or `sampling.Sample()`.
         stop_ids: Token id, or ids, that end a sample. A finished sample repeats its last id until all are finished.
         num_initial_latents: Maximum number of latents when a window starts; half of the model's latents by default.
-        context_length: Number of last tokens that are attended to, with positions counted from the first of these. By
-            default the number of positions of the model's embedding; unlimited if these are unlimited, as with
-            `positions.Rotary`. It bounds memory. Beyond it, each token costs as much as without caches: a read of
-            `context_length` tokens, and the latents.
-        use_cache: Whether keys and values are cached. Without caches everything is recomputed for each token, with the
-            same result.
+        context_length: Maximum number of last tokens that are attended to, with positions counted from the first of
+            these. It bounds memory; beyond it, each token costs as much as without caches. By default the number of
+            positions of the model's embedding, or unlimited if these are (`positions.Rotary`).
+        use_cache: Whether keys and values are cached or recomputed for each token, with the same result.
         generator: Random generator of the sampler.
 
     Returns:
         The new ids; fewer than `max_new_tokens` if all samples finish earlier.
 
     Raises:
-        TypeError: A model, prompt, sampler, stop_ids or generator of another type; ids from the sampler that are not
-            integers.
+        TypeError: Arguments of another type; ids from the sampler that are not integers.
         ValueError: A model in training mode, an empty prompt, ids outside the vocabulary, a mask of another shape or
-            with padding elsewhere, numbers out of range, a context longer than the model's positions; a sampler that
-            does not return one id per sample.
+            with padding elsewhere, numbers out of range; a sampler that does not return one id per sample.
 
     Example:
         >>> import torch
@@ -83,8 +70,8 @@ def generate(  # noqa: PLR0913 (the prompt, its length and all options of the ge
         >>> pc.generate(model, prompt, max_new_tokens=20, sampler=pc.models.sampling.Sample(top_p=0.9)).shape
         torch.Size([1, 20])
 
-    Reference: google-research/perceiver-ar, sample_utils.py, `reset_memory`, which also recomputes the latents of a full
-    window, with half their number.
+    Reference: google-research/perceiver-ar, sample_utils.py, `reset_memory`, where latents of a full window are
+    recomputed too, with half their number.
     """
     tokens = stream(
         model,
@@ -126,8 +113,8 @@ def stream(  # noqa: PLR0913 (as above)
         >>> for ids in pc.models.stream(model, torch.tensor([[1, 2, 3]]), max_new_tokens=5):
         ...     assert ids.shape == (1,)
     """
-    check_parts(model, sampler, generator)
-    stops = checked_stop_ids(stop_ids, model.vocab_size)
+    _check_parts(model, sampler, generator)
+    stops = _checked_stop_ids(stop_ids, model.vocab_size)
     initial = max(1, model.num_latents // 2) if num_initial_latents is None else num_initial_latents
     checks.ids("prompt", prompt, model.vocab_size)
     if mask is not None:
@@ -135,7 +122,7 @@ def stream(  # noqa: PLR0913 (as above)
         checks.padded_on_the_left("mask", mask)
     checks.positive(max_new_tokens=max_new_tokens)
     checks.positive(at_most=model.num_latents, num_initial_latents=initial)
-    sequence = _Sequence(model, prompt.long(), mask, initial, checked_context_length(model, context_length))
+    sequence = _Sequence(model, prompt.long(), mask, initial, _checked_context_length(model, context_length))
     logits = _cached(sequence) if use_cache else _recomputed(sequence)
     return _sampled(logits, sequence, max_new_tokens, sampler, generator, stops)
 
@@ -174,25 +161,20 @@ class _Sequence:
         if self.mask is not None:
             self.mask = torch.cat([self.mask[:, kept], self.mask.new_ones(len(ids), 1)], 1)
 
-    def valid(self, count: int) -> Tensor | None:
-        """Return the mask of the last `count` tokens."""
-        return None if self.mask is None else self.mask[:, -count:]
+    def last(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """Return the last `count` ids and their mask."""
+        return self.ids[:, -count:], None if self.mask is None else self.mask[:, -count:]
 
-    def positions(self, count: int) -> Tensor:
-        """Return the rotary positions of the last `count` tokens; the last token of the prompt has position 0."""
-        now = self.ids.shape[1] - self.prompt_length
-        return torch.arange(now - count + 1, now + 1, device=self.ids.device)
-
-    def indices(self, count: int) -> Tensor:
-        """Return the indices of the last `count` tokens in the sequence, not counting padding."""
-        if self.mask is not None:
-            return (self.mask.long().cumsum(1) - 1).clamp(min=0)[:, -count:]
+    def indices(self, count: int) -> tuple[Tensor, Tensor]:
+        """Return the indices of the last `count` tokens, not counting padding, and their rotary positions."""
         n = self.ids.shape[1]
-        return torch.arange(n - count, n, device=self.ids.device)
+        last = torch.arange(n - count, n, device=self.ids.device)
+        valid = last if self.mask is None else (self.mask.long().cumsum(1) - 1).clamp(min=0)[:, -count:]
+        return valid, last - (self.prompt_length - 1)  # the last token of the prompt has position 0
 
     def attention_mask(self, num_queries: int, num_keys: int) -> masks.Mask | None:
         """Return the causal mask from the last `num_queries` to the last `num_keys` tokens."""
-        valid = self.valid(num_keys)
+        _, valid = self.last(num_keys)
         if num_queries > 1:
             return causal(valid)
         return None if valid is None else masks.Padding(valid)
@@ -207,12 +189,12 @@ def _sampled(
     generator: torch.Generator | None,
     stop_ids: tuple[int, ...],
 ) -> Iterator[Tensor]:
-    """Yield the ids sampled from each logits, after which these ids are appended to the sequence."""
+    """Yield ids sampled from the logits, and append them to the sequence."""
     ids = sequence.ids[:, -1]
     finished, stops = torch.zeros_like(ids, dtype=torch.bool), ids.new_tensor(stop_ids)
     for number, next_logits in enumerate(logits, 1):
         sampled = sampler(next_logits, generator)
-        check_sampled(sampled, next_logits)
+        _check_sampled(sampled, next_logits)
         ids = torch.where(finished, ids, sampled)
         yield ids
         finished = finished | torch.isin(ids, stops)
@@ -236,20 +218,81 @@ def _cached(sequence: _Sequence) -> Iterator[Float[Tensor, "b v"]]:
     cache, before = KeysValuesCache(), 0
     for planned in sequence.schedule:
         n = sequence.ids.shape[1]
-        cache = KeysValuesCache() if sequence.shifted else cache
-        num_latents, num_new = min(planned, n), n if cache.memory is None else 1
-        if starts := planned <= before or cache.memory is None:  # a window
+        if sequence.shifted:
+            cache = KeysValuesCache()
+        num_new = n if cache.memory is None else 1
+        window_starts = cache.memory is None or planned <= before
+        if window_starts:
             latent_caches = [KeysValuesCache() for _ in range(num_layers)]
-        num_queries, before = num_latents if starts else 1, planned
-        count = max(num_queries, num_new)
+        num_latents = min(planned, n)
+        num_queries, before = num_latents if window_starts else 1, planned
+        ids, mask = sequence.last(count := max(num_queries, num_new))
+        indices, positions = sequence.indices(count)
         step = DecodingStep(
-            indices=sequence.indices(count),
-            positions=sequence.positions(count),
+            indices=indices,
+            positions=positions,
             num_new=num_new,
             mask=sequence.attention_mask(num_queries, n),
             latent_mask=sequence.attention_mask(num_queries, num_latents),
             cache=cache,
             latent_caches=latent_caches,
         )
-        last = sequence.ids[:, -count:]
-        yield sequence.model(last, mask=sequence.valid(count), num_latents=num_queries, step=step)[:, 0]
+        yield sequence.model(ids, mask=mask, num_latents=num_queries, step=step)[:, 0]
+
+
+def _check_parts(model: PerceiverAR, sampler: Sampler, generator: torch.Generator | None) -> None:
+    """Raise unless the model is a Perceiver AR in evaluation mode, and sampler and generator have the right types."""
+    required = ("vocab_size", "num_latents", "embedding", "latent_transformer", "training")
+    if missing := [name for name in required if not hasattr(model, name)]:
+        raise TypeError(
+            f"model must be a PerceiverAR, or have its attributes; got {_name(model)} without {', '.join(missing)}"
+        )
+    if model.training:
+        raise ValueError("model must be in evaluation mode, without dropout; call model.eval()")
+    if isinstance(sampler, type) or not callable(sampler):
+        hint = f". Build it: {sampler.__name__}()" if isinstance(sampler, type) else ""
+        raise TypeError(
+            "sampler must be a function of logits and a generator, such as sampling.greedy or sampling.Sample(); "
+            f"got {_name(sampler)}{hint}"
+        )
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator; got {generator!r}. Build one: torch.Generator()")
+
+
+def _checked_stop_ids(stop_ids: int | Collection[int], vocab_size: int) -> tuple[int, ...]:
+    """Return the stop ids as a tuple, after checks."""
+    if isinstance(stop_ids, str) or not isinstance(stop_ids, (int, Iterable)):
+        raise TypeError(f"stop_ids must be an id or a collection of ids; got {stop_ids!r}")
+    ids = (stop_ids,) if isinstance(stop_ids, int) else tuple(stop_ids)
+    for number in ids:
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < vocab_size:
+            raise ValueError(f"stop_ids must be ids of the vocabulary, 0 ... {vocab_size - 1}; got {number!r}")
+    return ids
+
+
+def _checked_context_length(model: PerceiverAR, context_length: int | None) -> int | None:
+    """Return the context length, by default the number of positions of the model's embedding; None for unlimited."""
+    longest: int | None = getattr(model.embedding, "length", None)
+    if context_length is None:
+        return longest
+    checks.positive(context_length=context_length)
+    if longest is not None and context_length > longest:
+        raise ValueError(
+            f"context_length must be at most {longest}, the number of positions of the embedding; got {context_length}"
+        )
+    return context_length
+
+
+def _check_sampled(ids: Tensor, logits: Float[Tensor, "b v"]) -> None:
+    """Raise unless a sampler returned one id of the vocabulary per sample."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"sampler must return a torch.Tensor of ids; got {_name(ids)}")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"sampler must return integer ids; got {ids.dtype}")
+    if ids.shape != logits.shape[:1]:
+        raise ValueError(f"sampler must return one id per sample, shape ({len(logits)},); got {tuple(ids.shape)}")
+    checks.below("ids from the sampler", ids, logits.shape[1])
+
+
+def _name(x: object) -> str:
+    return f"the class {x.__name__}" if isinstance(x, type) else repr(x) if isinstance(x, str) else type(x).__name__

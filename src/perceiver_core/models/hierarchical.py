@@ -34,7 +34,7 @@ class HierarchicalPerceiver(nn.Module):
         for each level:          x = grouped_read(x)
         for each decoder level:  x = grouped_read(x, skip=x of the opposite level)
 
-    It takes the place of an encoder between adapter and head. Decoder levels are for outputs as large as the input; see
+    Used as an encoder, between an adapter and a head. Decoder levels are for outputs as large as the input; see
     `HierarchicalAutoencoder`.
 
     Args:
@@ -49,8 +49,7 @@ class HierarchicalPerceiver(nn.Module):
         latent_transformer: Factory `(dim, depth=depth, num_heads=num_heads) -> module` of a level's latent transformer.
 
     Raises:
-        TypeError: Positions of another type.
-        ValueError: No levels; decoder levels with other sizes than their opposites.
+        TypeError, ValueError: Invalid positions; no levels; decoder levels with other sizes than their opposites.
 
     Example:
         >>> import torch
@@ -105,8 +104,7 @@ class HierarchicalPerceiver(nn.Module):
                 but they count in the division into groups.
 
         Raises:
-            TypeError: Inputs of another dtype, a mask that is not boolean.
-            ValueError: Inputs of another width, rank or device, a mask of another shape.
+            TypeError, ValueError: Inputs of another width, rank, dtype or device; an invalid mask.
         """
         x, mask = self._embedded(inputs, mask)
         outputs = []

@@ -13,7 +13,7 @@ from perceiver_core.registry import register
 
 @register
 class Perceiver(nn.Module):
-    """Perceiver for inputs of any modality and outputs of any kind, depending on its adapter and head.
+    """Perceiver of any modality: its adapter determines the inputs, its head the outputs.
 
         raw input --adapter--> tokens --encoder--> latents --head--> output
 
@@ -62,11 +62,9 @@ class Perceiver(nn.Module):
 
 
 def check_parts(parts: Mapping[str, object], widths: Mapping[str, str]) -> None:
-    """Raise unless all parts are modules, and the widths of outputs equal those of the inputs they are passed to.
+    """Raise unless all parts are modules, and pairs of widths such as ("adapter.dim", "encoder.input_dim") are equal.
 
-    Args:
-        parts: Parts by name.
-        widths: Attributes to compare, such as `{"adapter.dim": "encoder.input_dim"}`; missing ones are skipped.
+    A width is skipped if a part has no such attribute.
     """
     for name, part in parts.items():
         if not isinstance(part, nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perceiver_core import checks, masks
+from perceiver_core.adapters import TokenEmbedding
 from perceiver_core.blocks import CrossAttend, LatentTransformer, MultiHeadAttention, SelfAttend
 from perceiver_core.blocks.factory import build
 from perceiver_core.heads import TiedLogits
@@ -20,18 +21,10 @@ from perceiver_core.positions import Rotary
 from perceiver_core.random_draws import RepeatableDraws
 from perceiver_core.reads import KeysValuesCache
 from perceiver_core.registry import register
-from perceiver_core.tokens import Tokens
 
 ROTARY_ATTENTION = partial(MultiHeadAttention, rotary=Rotary())
 CROSS_ATTENTION = partial(CrossAttend, attention=ROTARY_ATTENTION)
 LATENT_TRANSFORMER = partial(LatentTransformer, block=partial(SelfAttend, attention=ROTARY_ATTENTION))
-
-
-class TokenAdapter(Protocol):
-    """Attributes of an embedding, such as `adapters.TokenEmbedding`."""
-
-    dim: int
-    vocab_size: int
 
 
 class DecodingStep(NamedTuple):
@@ -58,15 +51,15 @@ class DecodingStep(NamedTuple):
 
 @register
 class PerceiverAR(nn.Module):
-    """Autoregressive model of token ids: its latents are the last tokens, which attend causally to the whole sequence.
+    """Autoregressive model of token ids. Its latents are the last tokens, which attend causally to the whole sequence.
 
         x       = embedding(ids)                                    b n d
         latents = cross_attention(last m of x, x, causal)           b m d
         latents = latent_transformer(latents, causal)               b m d
         logits  = head(norm(latents))                               b m vocab_size
 
-    Only the cost of the cross-attention grows with the length of the sequence. A sequence shorter than `num_latents` has
-    one latent per token.
+    Only the cost of the cross-attention grows with the length of the sequence. If it is shorter than `num_latents`,
+    every token is a latent.
 
     Args:
         embedding: Adapter of token ids, with `dim` and `vocab_size`; see `adapters.TokenEmbedding`.
@@ -85,8 +78,7 @@ class PerceiverAR(nn.Module):
     (`positions.Rotary`). Others need an `embedding` that adds positions.
 
     Raises:
-        TypeError: An embedding that the head cannot use.
-        ValueError: Sizes below 1, a rate outside [0, 1).
+        TypeError, ValueError: An embedding that the head cannot use; sizes below 1; a rate outside [0, 1).
 
     Example:
         >>> import torch
@@ -96,15 +88,6 @@ class PerceiverAR(nn.Module):
         >>> ids = torch.tensor([list(b"the last eight bytes are latents")])
         >>> model(ids).shape, model.loss(ids).shape
         (torch.Size([1, 8, 256]), torch.Size([]))
-
-    With four heads in the read as well, as in published models:
-
-        >>> from functools import partial
-        >>> from perceiver_core.models import perceiver_ar
-        >>> read = partial(perceiver_ar.CROSS_ATTENTION, num_heads=4)
-        >>> model = pc.PerceiverAR(embedding, num_latents=8, depth=2, num_heads=4, cross_attention=read)
-        >>> model.cross_attention.attention.num_heads
-        4
 
     Reference: Hawthorne et al. 2022, "General-purpose, long-context autoregressive modeling with Perceiver AR"; prefix
     dropout as in krasserm/perceiver-io, perceiver/model/core/modules.py, `PerceiverAR`.
@@ -128,8 +111,7 @@ class PerceiverAR(nn.Module):
         checks.probability(prefix_dropout=prefix_dropout)
         self.embedding, self.num_latents, self.prefix_dropout = embedding, num_latents, prefix_dropout
         self.head = build(head, embedding)  # raises if the embedding has no dim or vocab_size
-        sizes = cast(TokenAdapter, embedding)
-        self.dim, self.vocab_size = sizes.dim, sizes.vocab_size
+        self.dim, self.vocab_size = cast(TokenEmbedding, embedding).dim, cast(TokenEmbedding, embedding).vocab_size
         self.cross_attention = build(cross_attention, self.dim, self.dim)
         self.latent_transformer = build(latent_transformer, self.dim, depth=depth, num_heads=num_heads)
         self.norm = build(norm, self.dim)
@@ -162,8 +144,7 @@ class PerceiverAR(nn.Module):
             checks.positive(num_latents=num_latents)
         m = self.num_latents if num_latents is None else num_latents
         options = {} if step is None else {"positions": step.indices}
-        embedded: Tokens = self.embedding(ids, mask=mask, **options)
-        x = embedded.materialize()  # padding is zero
+        x = self.embedding(ids, mask=mask, **options).materialize()  # padding is zero
         if step is not None:
             return self._continue(x, m, step)
         if mask is not None:
@@ -205,7 +186,7 @@ class PerceiverAR(nn.Module):
         return next_token_loss(self(ids[:, :-1], mask=input_mask, generator=generator), ids, mask=mask)
 
     def _continue(self, x: Tensor, num_latents: int, step: DecodingStep) -> Tensor:
-        """Return the logits after the last token, by cached keys and values of the earlier tokens."""
+        """Return the logits after the last token, from cached keys and values of the earlier tokens."""
         positions = step.positions[-num_latents:]
         latents = self.cross_attention(
             x[:, -num_latents:],
@@ -254,11 +235,6 @@ def kept_prefix(
     """Draw the indices of the prefix tokens that dropout at `rate` keeps in each sample, in ascending order.
 
     The number of dropped tokens is rounded down; all subsets of this size are equally likely.
-
-    Example:
-        >>> from perceiver_core.models.perceiver_ar import kept_prefix
-        >>> kept_prefix(2, 7, 0.5).shape
-        torch.Size([2, 4])
     """
     # torch.rand with a generator does not accept the dynamic sizes of torch.compile.
     order = torch.empty(batch, prefix, device=device).uniform_(generator=generator).argsort(1)

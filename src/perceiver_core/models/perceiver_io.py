@@ -69,7 +69,10 @@ class PerceiverIO(nn.Module):
                 "decoder.out_dim": "head.dim",
             },
         )
-        _check_modalities(queries, head)
+        if isinstance(queries, MultimodalQueries) and isinstance(head, MultimodalHead):
+            missing = [name for name in queries.sources if name not in head.heads]
+            if missing:
+                raise ValueError(f"head must have a head for each modality of the queries; it has none for {missing}")
         self.adapter, self.encoder, self.queries, self.decoder, self.head = adapter, encoder, queries, decoder, head
 
     def forward(
@@ -101,27 +104,17 @@ class PerceiverIO(nn.Module):
         return self.head(outputs, query_inputs=query_inputs, grid=None if grid_of is None else grid_of(tokens))
 
 
-def _check_modalities(queries: nn.Module, head: object) -> None:
-    """Raise ValueError if a multimodal head lacks a modality of multimodal queries."""
-    if isinstance(queries, MultimodalQueries) and isinstance(head, MultimodalHead):
-        if missing := [name for name in queries.sources if name not in head.heads]:
-            raise ValueError(f"head must have a head for each modality of the queries; it has none for {missing}")
-
-
 def _built(head: nn.Module | Callable[[nn.Module], nn.Module], adapter: nn.Module) -> nn.Module:
     """Return the head; a factory is called with the adapter."""
     if isinstance(head, nn.Module):
         return head
     name = getattr(head, "__name__", repr(head))
     expected = f"head must be a module, or a factory of one from the adapter, such as heads.TiedLogits; got {name}"
-    if isinstance(head, type) and _num_required_arguments(head) != 1:
-        raise TypeError(f"{expected}, which takes other arguments. Build it first")
+    if isinstance(head, type):
+        parameters = inspect.signature(head).parameters.values()
+        if sum(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters) != 1:
+            raise TypeError(f"{expected}, which takes other arguments. Build it first")
     try:
         return build(head, adapter)
     except TypeError as error:
         raise TypeError(f"{expected}: {error}") from error
-
-
-def _num_required_arguments(constructor: type) -> int:
-    parameters = inspect.signature(constructor).parameters.values()
-    return sum(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)

@@ -103,8 +103,7 @@ class Resampler(nn.Module):
             capture: Receives the attention weights of one layer.
 
         Raises:
-            TypeError: Features of another dtype, a mask that is not boolean.
-            ValueError: Features of another width, rank or device, a mask of another shape.
+            TypeError, ValueError: Features of another width, rank, dtype or device; an invalid mask.
         """
         features, mask = self._projected(features, mask)
         x = self.latents.unsqueeze(0)  # a batch of 1 until the first layer
@@ -155,8 +154,40 @@ class Resampler(nn.Module):
         return self.projection(features), mask
 
 
+class _Frames(nn.Module):
+    """Resampler applied to frames to which frame positions are added; subclasses choose how frames are joined."""
+
+    def __init__(self, resampler: nn.Module, *, frame_positions: Positions | None) -> None:
+        super().__init__()
+        if frame_positions is not None:
+            if isinstance(frame_positions, type) or not isinstance(frame_positions, Positions):
+                example = "positions.LearnedEmbedding(8, dim)"
+                raise TypeError(f"frame_positions must be positions such as {example}; got {frame_positions!r}")
+            width = getattr(resampler, "input_dim", frame_positions.dim)
+            if frame_positions.num_axes != 1 or frame_positions.dim != width:
+                raise ValueError(
+                    f"frame_positions must have one axis and the width of the features, {width}, to which they are "
+                    f"added; got {frame_positions.num_axes} axes, {frame_positions.dim} wide"
+                )
+        self.resampler, self.frame_positions = resampler, frame_positions
+        self.input_dim, self.dim = getattr(resampler, "input_dim", None), getattr(resampler, "dim", None)
+
+    def _resampled(self, features: Tensor, mask: Tensor | None, axes: str) -> Tensor:
+        """Return the output of the resampler for features and mask rearranged from `b t n` to `axes`."""
+        positions = self.frame_positions
+        checks.is_floating("features", features)
+        checks.has_shape("features", features, "b t n c", last=None if positions is None else positions.dim)
+        if mask is not None:
+            checks.is_mask("mask", mask, features.shape[:-1])
+            mask = rearrange(mask, f"b t n -> {axes}")
+        if positions is not None:
+            tables = positions.tables((features.shape[1],), like=features)
+            features = features + sum(tables[1:], start=tables[0]).unsqueeze(-2)
+        return self.resampler(rearrange(features, f"b t n c -> {axes} c"), mask=mask)
+
+
 @register
-class EachFrame(nn.Module):
+class EachFrame(_Frames):
     """Resampler applied to each frame of a video separately.
 
         b t n c  --add frame positions-->  (b t) n c  --resampler-->  b t m d
@@ -181,10 +212,7 @@ class EachFrame(nn.Module):
     """
 
     def __init__(self, resampler: nn.Module, *, frame_positions: Positions | None = None) -> None:
-        super().__init__()
-        _check_frame_positions(frame_positions, resampler)
-        self.resampler, self.frame_positions = resampler, frame_positions
-        self.input_dim, self.dim = getattr(resampler, "input_dim", None), getattr(resampler, "dim", None)
+        super().__init__(resampler, frame_positions=frame_positions)
 
     def forward(
         self, features: Float[Tensor, "b t n c"], *, mask: Bool[Tensor, "b t n"] | None = None
@@ -192,29 +220,25 @@ class EachFrame(nn.Module):
         """Return the vectors of every frame.
 
         Args:
-            features: Features of the frames.
+            features: Features of the frames, of which `positions.LearnedEmbedding` limits the number.
             mask: Valid features; as in `Resampler`, a frame may have none.
-
-        Raises:
-            TypeError, ValueError: Invalid features or mask; more frames than frame positions.
         """
-        flat, mask = _joined_frames("(b t) n", features, mask, self.frame_positions)
-        return rearrange(self.resampler(flat, mask=mask), "(b t) m d -> b t m d", b=features.shape[0])
+        return rearrange(self._resampled(features, mask, "(b t) n"), "(b t) m d -> b t m d", b=features.shape[0])
 
 
 @register
-class AllFrames(nn.Module):
+class AllFrames(_Frames):
     """Resampler applied to all frames of a video together: the number of vectors is that of an image.
 
         b t n c  --add frame positions-->  b (t n) c  --resampler-->  b m d
 
     Args:
         resampler: Module from the features of all frames to the vectors of the video.
-        frame_positions: As in `EachFrame`. In the paper `positions.LearnedGrid((8,), dim)`, which are interpolated to
-            other numbers of frames; in open_flamingo `positions.LearnedEmbedding(max_frames, dim)`.
+        frame_positions: As in `EachFrame`, but required. In the paper `positions.LearnedGrid((8,), dim)`, which are
+            interpolated to other numbers of frames; in open_flamingo `positions.LearnedEmbedding(max_frames, dim)`.
 
     Raises:
-        TypeError, ValueError: Frame positions that are not positions of one axis and of the features' width.
+        TypeError, ValueError: As in `EachFrame`.
 
     Example:
         >>> import torch
@@ -227,53 +251,8 @@ class AllFrames(nn.Module):
     Reference: Alayrac et al. 2022 (Flamingo), appendix A.1.1.
     """
 
-    def __init__(self, resampler: nn.Module, *, frame_positions: Positions | None) -> None:
-        super().__init__()
-        _check_frame_positions(frame_positions, resampler)
-        self.resampler, self.frame_positions = resampler, frame_positions
-        self.input_dim, self.dim = getattr(resampler, "input_dim", None), getattr(resampler, "dim", None)
-
     def forward(
         self, features: Float[Tensor, "b t n c"], *, mask: Bool[Tensor, "b t n"] | None = None
     ) -> Float[Tensor, "b m d"]:
-        """Return the vectors of every video.
-
-        Args:
-            features: Features of the frames.
-            mask: Valid features; in a shorter video, those of the frames after its end are invalid.
-
-        Raises:
-            TypeError, ValueError: Invalid features or mask; more frames than frame positions.
-        """
-        flat, mask = _joined_frames("b (t n)", features, mask, self.frame_positions)
-        return self.resampler(flat, mask=mask)
-
-
-def _check_frame_positions(frame_positions: Positions | None, resampler: nn.Module) -> None:
-    if frame_positions is None:
-        return
-    if isinstance(frame_positions, type) or not isinstance(frame_positions, Positions):
-        raise TypeError(
-            f"frame_positions must be positions such as positions.LearnedEmbedding(8, dim); got {frame_positions!r}"
-        )
-    width = getattr(resampler, "input_dim", frame_positions.dim)
-    if frame_positions.num_axes != 1 or frame_positions.dim != width:
-        raise ValueError(
-            f"frame_positions must have one axis and the width of the features, {width}, to which they are added; "
-            f"got {frame_positions.num_axes} axes, {frame_positions.dim} wide"
-        )
-
-
-def _joined_frames(
-    axes: str, features: Tensor, mask: Tensor | None, frame_positions: Positions | None
-) -> tuple[Tensor, Tensor | None]:
-    """Return features with frame positions added, and the mask, both rearranged from `b t n` to `axes`."""
-    checks.is_floating("features", features)
-    checks.has_shape("features", features, "b t n c", last=None if frame_positions is None else frame_positions.dim)
-    if mask is not None:
-        checks.is_mask("mask", mask, features.shape[:-1])
-        mask = rearrange(mask, f"b t n -> {axes}")
-    if frame_positions is not None:
-        tables = frame_positions.tables((features.shape[1],), like=features)
-        features = features + sum(tables[1:], start=tables[0]).unsqueeze(-2)
-    return rearrange(features, f"b t n c -> {axes} c"), mask
+        """Return the vectors of every video; a shorter video has masked frames at its end."""
+        return self._resampled(features, mask, "b (t n)")
