@@ -28,12 +28,9 @@ test: $(VENV)/.installed-dev $(VENV)/.installed-akoa ## run the tests with cover
 # A process for each core, four at most: each takes some gigabytes with the models of full size.
 WORKERS := -n auto --maxprocesses 4 --dist worksteal
 
-# Left out: tests of refusals, where jaxtyping would speak before the library does, and torch.compile, which cannot
-# trace through the checks.
-SHAPES := --jaxtyping-packages=perceiver_core,tools.shapes.check -m "not compile and not slow and not gpu and not triton" \
-  -k "not (errors or refused or must or boolean or whole_number)" \
-  --ignore=tests/akoa --ignore=tests/examples --ignore=tests/checkpoints \
-  --ignore=tests/test_checks.py --ignore=tests/test_project.py --ignore=tests/test_registry.py
+# The markers are described in pyproject.toml; torch.compile cannot trace through the checks.
+SHAPES := --jaxtyping-packages=perceiver_core,tools.shapes.check \
+  -m "not (compile or slow or gpu or triton or refusal or no_shape_checks)"
 
 lint: $(VENV)/.installed-dev $(VENV)/.installed-akoa ## check style, types and the direction of imports
 	$(RUN) -m ruff check .
@@ -46,14 +43,14 @@ docs: $(VENV)/.installed-dev $(VENV)/.installed-docs ## build the pages in docs/
 	$(RUN) -m sphinx -W --keep-going -q -b doctest docs docs/_build/doctest
 	$(RUN) -m pytest -q --doctest-modules src --ignore=src/perceiver_core/kernels/grid/triton_kernels.py
 
-bench: $(VENV)/.installed-dev ## measure, results in benchmarks/results (BENCH="--toy" for seconds)
+bench: $(VENV)/.installed-dev ## measure for 40 minutes at most, results in benchmarks/results (BENCH="--toy" for a trial run)
 	$(RUN) -m benchmarks $(BENCH)
 
 # Where there is a GPU there is mostly a PyTorch for it as well, so no .venv is made: PYTHON is the one that has it.
 gpu: export PYTHONPATH := src
 gpu: ## on a machine with a CUDA GPU: its tests and its tables, by the PyTorch that PYTHON has (BENCH="--toy" for a minute)
 	$(PYTHON) -m pytest -q -p no:cacheprovider -m "gpu or triton" $(GPU_TESTS); tests=$$?; \
-	$(PYTHON) -m benchmarks attention read models --device cuda $(BENCH) && exit $$tests
+	$(PYTHON) -m benchmarks read attention models --device cuda $(BENCH) && exit $$tests
 
 GPU_TESTS := tests/test_gpu.py tests/kernels tests/reads tests/blocks tests/checkpoints tests/benchmarks
 

@@ -1,16 +1,16 @@
-"""A whole picture from a few of its pixels, by asking a Perceiver IO for the color at each coordinate.
+"""Image completion: a Perceiver IO reads a few pixels and predicts the color at every coordinate.
 
-The input is a cloud of visible pixels (row, column, color), the question is a place, the answer is a color. Training
-asks for 256 of the 1,024 places at a time. Two kinds of pictures of 32 x 32 pixels, one model each:
+The input is a cloud of visible pixels (row, column, color); a query is a coordinate, its output a color. A training
+step queries 256 of the 1,024 coordinates. There are two data sets of 32 x 32 pixels, with one model each:
 
-- handwritten digits of scikit-learn, enlarged from 8 x 8, of which 4 % of the pixels are visible;
-- crops of scikit-learn's two photographs, of which 10 % are visible. Test crops come from strips of the photographs
-  that no training crop touches.
+- handwritten digits of scikit-learn, enlarged from 8 x 8, with 4 % of the pixels visible;
+- crops of scikit-learn's two photographs, with 10 % visible. Test crops come from strips of the photographs that no
+  training crop touches.
 
     python -m examples.image_completion --out examples/results/image_completion
 
 The baselines are scipy's interpolations, and the mean, given the visible pixels, of a normal distribution that has the
-mean and covariance of the training pictures.
+mean and covariance of the training images.
 
 Reference: Jaegle et al. 2022 (Perceiver IO), section 3.2 (queries by position).
 """
@@ -19,72 +19,79 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import perceiver_core as pc
-from examples import _run
+from examples.common.run import Result, Run
+from examples.common.scores import compare, markdown_table
 
 SIDE = 32
 STEPS = 4000
-ASKED = 256  # places that a step of training asks for
-STRIPS = (128, 320, 512)  # where the test strips of a photograph begin, each 64 columns wide
+NUM_QUERIES = 256  # coordinates that a training step queries
+STRIPS = (128, 320, 512)  # first columns of the test strips of a photograph, each 64 columns wide
 
 
-class Pictures(NamedTuple):
-    """Pictures `n c 32 32` in [0, 1] to train and to test on.
+class ImageSet(NamedTuple):
+    """Images `n c 32 32` in [0, 1] for training and for the test.
 
-    Their colors are divided by the deviation of the visible ones and `least`, since photographs have flat parts.
+    Attributes:
+        train: Training images.
+        test: Test images.
+        num_visible: Number of visible pixels of an image.
+        min_deviation: Number added to the standard deviation of visible colors before colors are divided by it, since
+            photographs have flat parts.
     """
 
-    seen: Tensor
-    unseen: Tensor
-    visible: int
-    least: float
+    train: Tensor
+    test: Tensor
+    num_visible: int
+    min_deviation: float
 
 
-def digits(toy: bool) -> Pictures:
-    """The test is the last 360, by other writers."""
+def digits(toy: bool) -> ImageSet:
+    """Load scikit-learn's digits, enlarged; the test set is the last 360, by other writers."""
     from sklearn.datasets import load_digits
 
     small = torch.tensor(load_digits().images, dtype=torch.float32)[:, None] / 16
     large = F.interpolate(small, SIDE, mode="bicubic", align_corners=False).clamp(0, 1)
-    return Pictures(large[:1437], large[1437 : 1447 if toy else None], visible=41, least=0.2)
+    return ImageSet(large[:1437], large[1437 : 1447 if toy else None], num_visible=41, min_deviation=0.2)
 
 
-def photographs(toy: bool) -> Pictures:
-    """Training crops lie anywhere between the test strips, test crops side by side in these."""
+def photographs(toy: bool) -> ImageSet:
+    """Crop scikit-learn's photographs: training crops outside the test strips, test crops side by side in them."""
     count = 100 if toy else 8000
     from sklearn.datasets import load_sample_images
 
     whole = torch.tensor(np.stack(load_sample_images().images)).permute(0, 3, 1, 2).float() / 255
-    high, wide = whole.shape[-2:]
+    height, width = whole.shape[-2:]
     rng = np.random.default_rng(0)
-    places = zip(
+    corners = zip(
         rng.integers(2, size=count),
-        rng.integers(high - SIDE + 1, size=count),
-        rng.choice([x for x in range(wide - SIDE + 1) if not in_test(x)], size=count),
+        rng.integers(height - SIDE + 1, size=count),
+        rng.choice([x for x in range(width - SIDE + 1) if not overlaps_test(x)], size=count),
         strict=True,
     )
-    seen = torch.stack([whole[i, :, y : y + SIDE, x : x + SIDE] for i, y, x in places])
-    grid = [(i, y, s + x) for i in (0, 1) for y in range(0, high - SIDE + 1, SIDE) for s in STRIPS for x in (0, SIDE)]
-    unseen = torch.stack([whole[i, :, y : y + SIDE, x : x + SIDE] for i, y, x in grid])
-    return Pictures(seen, unseen[::15] if toy else unseen, visible=102, least=0.02)
+    train = torch.stack([whole[i, :, y : y + SIDE, x : x + SIDE] for i, y, x in corners])
+    grid = [(i, y, s + x) for i in (0, 1) for y in range(0, height - SIDE + 1, SIDE) for s in STRIPS for x in (0, SIDE)]
+    test = torch.stack([whole[i, :, y : y + SIDE, x : x + SIDE] for i, y, x in grid])
+    return ImageSet(train, test[::15] if toy else test, num_visible=102, min_deviation=0.02)
 
 
-def in_test(x: int) -> bool:
-    """Whether a crop that begins in column x shares a column with a test strip."""
+def overlaps_test(x: int) -> bool:
+    """True if a crop that begins in column x shares a column with a test strip."""
     return any(strip - SIDE < x < strip + 2 * SIDE for strip in STRIPS)
 
 
 def build(channels: int) -> pc.PerceiverIO:
-    """The model: visible pixels to 48 latents; a place, to its color."""
-    where = pc.positions.Fourier(num_axes=2, num_bands=8, max_resolution=SIDE // 2)
-    pixels = pc.adapters.PointCloud(num_features=channels, positions=where)
+    """Build the model from visible pixels to the colors at queried coordinates, with 48 latents."""
+    positions = pc.positions.Fourier(num_axes=2, num_bands=8, max_resolution=SIDE // 2)
+    pixels = pc.adapters.PointCloud(num_features=channels, positions=positions)
     mlp, attention = partial(pc.MLP, widening_factor=2), partial(pc.MultiHeadAttention, qk_dim=128, v_dim=128)
     read = partial(pc.CrossAttend, num_heads=8, attention=attention)
     process = partial(pc.LatentTransformer, block=partial(pc.SelfAttend, mlp=mlp))
@@ -98,116 +105,146 @@ def build(channels: int) -> pc.PerceiverIO:
         cross_attention=read,
         latent_transformer=process,
     )
-    ask = pc.queries.Grid((SIDE, SIDE), where)
-    answer = partial(pc.CrossAttend, attention=attention, mlp=partial(pc.MLP, widening_factor=4))
+    queries = pc.queries.Grid((SIDE, SIDE), positions)
+    output_read = partial(pc.CrossAttend, attention=attention, mlp=partial(pc.MLP, widening_factor=4))
     return pc.PerceiverIO(
         pixels,
         encoder,
-        ask,
-        pc.Decoder(encoder.dim, query_dim=ask.dim, out_dim=channels, num_heads=8, cross_attention=answer),
+        queries,
+        pc.Decoder(encoder.dim, query_dim=queries.dim, out_dim=channels, num_heads=8, cross_attention=output_read),
     )
 
 
-def look(pictures: Tensor, at: Tensor, least: float) -> tuple[Tensor, Tensor, Tensor]:
-    """What is visible `b n 2+c`: coordinates, and colors less their mean over their deviation; these two `b 1 c`."""
-    colors = pictures.flatten(2).mT.gather(1, at[..., None].expand(-1, -1, pictures.shape[1]))
-    mean, deviation = colors.mean(1, keepdim=True), colors.std((1, 2), keepdim=True) + least
+def visible_points(images: Tensor, index: Tensor, min_deviation: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Points of the visible pixels, with normalized colors.
+
+    Args:
+        images: Images `b c 32 32`.
+        index: Indices of the visible pixels, `b n`.
+        min_deviation: Number added to the standard deviation of the visible colors.
+
+    Returns:
+        Points `b n 2+c` (row, column, normalized color), and the mean and deviation of the visible colors, which
+        broadcast to `b 1 c`.
+    """
+    colors = images.flatten(2).mT.gather(1, index[..., None].expand(-1, -1, images.shape[1]))
+    mean, deviation = colors.mean(1, keepdim=True), colors.std((1, 2), keepdim=True) + min_deviation
     axis = pc.positions.coordinates(SIDE)
-    return torch.cat([torch.cartesian_prod(axis, axis)[at], (colors - mean) / deviation], dim=-1), mean, deviation
+    return torch.cat([torch.cartesian_prod(axis, axis)[index], (colors - mean) / deviation], dim=-1), mean, deviation
 
 
-def some(count: int, among: int, of: int) -> Tensor:
-    """For each of `count` pictures, `among` of its `of` places, none twice."""
-    return torch.rand(count, of).argsort(1)[:, :among]
+def random_pixels(num_images: int, num_pixels: int, size: int) -> Tensor:
+    """Draw `num_pixels` different indices below `size` for each image, `num_images num_pixels`."""
+    return torch.rand(num_images, size).argsort(1)[:, :num_pixels]
 
 
-def varied(pictures: Tensor) -> Tensor:
-    """Photographs mirrored and turned, digits moved by up to two pixels, all in the same way."""
-    if pictures.shape[1] == 1:
-        return pictures.roll(torch.randint(-2, 3, (2,)).tolist(), (2, 3))
-    flipped = pictures.flip(3) if torch.rand(()) < 0.5 else pictures
+def augment(images: Tensor) -> Tensor:
+    """Augment a batch, all images alike: photographs are flipped and rotated, digits shifted by up to two pixels."""
+    if images.shape[1] == 1:
+        return images.roll(torch.randint(-2, 3, (2,)).tolist(), (2, 3))
+    flipped = images.flip(3) if torch.rand(()) < 0.5 else images
     return flipped.rot90(int(torch.randint(4, ())), (2, 3))
 
 
-def loss(model: nn.Module, data: Pictures, batch: int = 32) -> Tensor:
-    """The squared error at some places, in units of each picture's deviation."""
-    pictures = varied(data.seen[torch.randint(len(data.seen), (batch,))])
-    points, mean, deviation = look(pictures, some(batch, data.visible, SIDE**2), data.least)
-    asked = some(batch, ASKED, SIDE**2)
-    wanted = pictures.flatten(2).mT.gather(1, asked[..., None].expand(-1, -1, pictures.shape[1]))
-    return F.mse_loss(model(points, query_inputs=asked), (wanted - mean) / deviation)
+def loss(model: nn.Module, data: ImageSet, batch: int = 32) -> Tensor:
+    """Squared error at randomly queried pixels, in units of each image's deviation."""
+    images = augment(data.train[torch.randint(len(data.train), (batch,))])
+    points, mean, deviation = visible_points(
+        images, random_pixels(batch, data.num_visible, SIDE**2), data.min_deviation
+    )
+    queried = random_pixels(batch, NUM_QUERIES, SIDE**2)
+    target = images.flatten(2).mT.gather(1, queried[..., None].expand(-1, -1, images.shape[1]))
+    return F.mse_loss(model(points, query_inputs=queried), (target - mean) / deviation)
 
 
 @torch.no_grad()
-def complete(model: nn.Module, pictures: Tensor, at: Tensor, least: float) -> Tensor:
-    """The pictures as the model sees them; the visible pixels are kept."""
-    points, mean, deviation = look(pictures, at, least)
-    found = torch.cat([model(some_points) for some_points in points.split(60)])
-    return kept((found * deviation + mean).mT.unflatten(-1, (SIDE, SIDE)), pictures, at)
+def complete(model: nn.Module, images: Tensor, index: Tensor, min_deviation: float) -> Tensor:
+    """Predict whole images with the model, keeping the visible pixels."""
+    points, mean, deviation = visible_points(images, index, min_deviation)
+    colors = torch.cat([model(batch) for batch in points.split(60)])
+    return keep_visible((colors * deviation + mean).mT.unflatten(-1, (SIDE, SIDE)), images, index)
 
 
-def kept(found: Tensor, pictures: Tensor, at: Tensor) -> Tensor:
-    """What was found, in [0, 1], with the visible pixels as they are."""
-    index = at[:, None].expand(-1, pictures.shape[1], -1)
-    given = pictures.flatten(2).gather(2, index)
-    return found.clamp(0, 1).flatten(2).scatter(2, index, given).unflatten(2, (SIDE, SIDE))
+def keep_visible(completed: Tensor, images: Tensor, index: Tensor) -> Tensor:
+    """Clip completed images to [0, 1], and restore their visible pixels."""
+    index = index[:, None].expand(-1, images.shape[1], -1)
+    visible = images.flatten(2).gather(2, index)
+    return completed.clamp(0, 1).flatten(2).scatter(2, index, visible).unflatten(2, (SIDE, SIDE))
 
 
-def interpolate(pictures: Tensor, at: Tensor, method: str) -> Tensor:
-    """Scipy's interpolation; outside the hull of the visible pixels, the nearest of them."""
+def interpolate(images: Tensor, index: Tensor, method: str) -> Tensor:
+    """Complete images by scipy's interpolation.
+
+    Pixels outside the convex hull of the visible ones get the color of the nearest of them.
+
+    Args:
+        images: Images `n c 32 32`.
+        index: Indices of the visible pixels, `n num_visible`.
+        method: `nearest`, `linear`, `cubic` or `spline` (thin-plate spline).
+    """
     from scipy.interpolate import RBFInterpolator, griddata
 
-    everywhere = np.stack(np.mgrid[:SIDE, :SIDE], -1).reshape(-1, 2)
+    grid = np.stack(np.mgrid[:SIDE, :SIDE], -1).reshape(-1, 2)
 
-    def one(picture: Tensor, chosen: Tensor) -> Tensor:
-        where, colors = everywhere[chosen], picture.flatten(1).T[chosen].double().numpy()
+    def complete_one(image: Tensor, visible: Tensor) -> Tensor:
+        points, colors = grid[visible], image.flatten(1).T[visible].double().numpy()
         if method == "spline":
-            found = RBFInterpolator(where, colors, kernel="thin_plate_spline")(everywhere)
+            result = RBFInterpolator(points, colors, kernel="thin_plate_spline")(grid)
         else:
-            nearest = griddata(where, colors, everywhere, method="nearest")
-            found = griddata(where, colors, everywhere, method=method)
-            found = np.where(np.isnan(found), nearest, found)
-        return torch.tensor(found.T.reshape(picture.shape), dtype=torch.float32)
+            nearest = griddata(points, colors, grid, method="nearest")
+            result = griddata(points, colors, grid, method=method)
+            result = np.where(np.isnan(result), nearest, result)
+        return torch.tensor(result.T.reshape(image.shape), dtype=torch.float32)
 
-    return kept(torch.stack([one(*pair) for pair in zip(pictures, at, strict=True)]), pictures, at)
+    completed = torch.stack([complete_one(*pair) for pair in zip(images, index, strict=True)])
+    return keep_visible(completed, images, index)
 
 
-def gaussian(data: Pictures, pictures: Tensor, at: Tensor, *, noise: float = 1e-4) -> Tensor:
-    """The mean of a normal distribution with the moments of the training pictures, given the visible pixels."""
-    x = torch.cat([varied(part) for part in data.seen.split(50) for _ in range(2)]).flatten(1).double()
+def gaussian(data: ImageSet, images: Tensor, index: Tensor, *, noise: float = 1e-4) -> Tensor:
+    """Complete images by the conditional mean of a normal distribution, given the visible pixels.
+
+    Args:
+        data: Images whose training part gives mean and covariance.
+        images: Images to complete, `n c 32 32`.
+        index: Indices of the visible pixels, `n num_visible`.
+        noise: Variance added to each pixel.
+    """
+    x = torch.cat([augment(part) for part in data.train.split(50) for _ in range(2)]).flatten(1).double()
     mean, covariance = x.mean(0), x.T.cov() + noise * torch.eye(x.shape[1])
-    found = []
-    for picture, chosen in zip(pictures, at, strict=True):
-        i = (torch.arange(pictures.shape[1])[:, None] * SIDE**2 + chosen).flatten()
-        weights = torch.linalg.solve(covariance[i][:, i], picture.flatten().double()[i] - mean[i])
-        found.append((mean + covariance[:, i] @ weights).reshape(picture.shape))
-    return kept(torch.stack(found).float(), pictures, at)
+    completed = []
+    for image, visible in zip(images, index, strict=True):
+        i = (torch.arange(images.shape[1])[:, None] * SIDE**2 + visible).flatten()
+        weights = torch.linalg.solve(covariance[i][:, i], image.flatten().double()[i] - mean[i])
+        completed.append((mean + covariance[:, i] @ weights).reshape(image.shape))
+    return keep_visible(torch.stack(completed).float(), images, index)
 
 
-def tested(model: nn.Module, data: Pictures) -> dict[str, Tensor]:
-    """The test pictures: what is visible, what each method makes of it, what is there."""
-    pictures, at = data.unseen, some(len(data.unseen), data.visible, SIDE**2)
-    found = {name: interpolate(pictures, at, name) for name in ("nearest", "linear", "cubic", "spline")}
-    found["normal distribution"] = gaussian(data, pictures, at)
-    found["Perceiver IO"] = complete(model, pictures, at, data.least)
-    return {"visible": kept(torch.ones_like(pictures) / 2, pictures, at), **found, "truth": pictures}
+def complete_test_set(model: nn.Module, data: ImageSet) -> dict[str, Tensor]:
+    """Complete the test images with every method.
+
+    Returns:
+        Images by name: the `visible` pixels on gray, the result of each method, and the `truth`.
+    """
+    images, index = data.test, random_pixels(len(data.test), data.num_visible, SIDE**2)
+    completed = {name: interpolate(images, index, name) for name in ("nearest", "linear", "cubic", "spline")}
+    completed["normal distribution"] = gaussian(data, images, index)
+    completed["Perceiver IO"] = complete(model, images, index, data.min_deviation)
+    return {"visible": keep_visible(torch.ones_like(images) / 2, images, index), **completed, "truth": images}
 
 
-def psnr(found: Tensor, pictures: Tensor) -> Tensor:
-    """The ratio of peak to noise of each picture, in dB."""
-    return -10 * (found - pictures).square().mean((1, 2, 3)).clamp_min(1e-10).log10()
+def psnr(completed: Tensor, images: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each image, in dB."""
+    return -10 * (completed - images).square().mean((1, 2, 3)).clamp_min(1e-10).log10()
 
 
-def draw(shown: dict[str, dict[str, Tensor]], several: int = 5) -> Any:
-    """Some test pictures of each kind, of the half with more contrast: what is visible, was made of it, was there."""
-    from matplotlib.figure import Figure
-
-    columns = list(next(iter(shown.values())))
+def draw(completed: dict[str, dict[str, Tensor]], num_images: int = 5) -> Figure:
+    """Plot some test images of each data set with every method, from the half with more contrast."""
+    columns = list(next(iter(completed.values())))
     rows = []
-    for kind in shown.values():
-        order = kind["truth"].flatten(1).std(1).argsort(descending=True)
-        picked = order[torch.arange(several) * len(order) // (2 * several)]
-        rows += [{name: x[i] for name, x in kind.items()} for i in picked]
+    for images in completed.values():
+        order = images["truth"].flatten(1).std(1).argsort(descending=True)
+        selected = order[torch.arange(num_images) * len(order) // (2 * num_images)]
+        rows += [{name: x[i] for name, x in images.items()} for i in selected]
     figure = Figure(figsize=(1.35 * len(columns), 1.35 * len(rows) + 0.3), layout="constrained")
     for line, row in zip(figure.subplots(len(rows), len(columns)), rows, strict=True):
         for axes, name in zip(line, columns, strict=True):
@@ -218,24 +255,24 @@ def draw(shown: dict[str, dict[str, Tensor]], several: int = 5) -> Any:
     return figure
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Trains on each kind of pictures, compares, draws, and writes the result."""
-    run = _run.Run("image_completion", __doc__, arguments)
-    rows: dict[str, Any] = {}
-    sizes: dict[str, Any] = {}
-    shown: dict[str, dict[str, Tensor]] = {}
-    for kind, load in {"digits": digits, "photographs": photographs}.items():
+def main(arguments: Sequence[str] | None = None) -> Result:
+    """Train on each data set, compare the methods, and write result and figure."""
+    run = Run("image_completion", __doc__, arguments)
+    tables: dict[str, dict[str, dict[str, float]]] = {}
+    sizes: dict[str, dict[str, int]] = {}
+    completed: dict[str, dict[str, Tensor]] = {}
+    for name, load in {"digits": digits, "photographs": photographs}.items():
         data, steps = load(run.toy), 3 if run.toy else STEPS
-        model = run.train(kind, build(data.seen.shape[1]), partial(loss, data=data), steps=steps, lr=2e-3)
+        model = run.train(name, build(data.train.shape[1]), partial(loss, data=data), steps=steps, lr=2e-3)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # what is visible in the test does not depend on the seed of the run
-            shown[kind] = tested(model, data)
-        truth = shown[kind]["truth"]
-        scores = {name: psnr(x, truth) for name, x in shown[kind].items() if name not in ("visible", "truth")}
-        rows[kind] = _run.compare(scores, ours="Perceiver IO")
-        print(f"{kind}\n{_run.table(rows[kind], 'dB')}")
-        sizes[kind] = {"train": len(data.seen), "test": len(truth), "visible": data.visible, "pixels": SIDE**2}
-    return run.finish(draw(shown), tables=rows, data=sizes)
+            torch.manual_seed(0)  # the selection of visible test pixels does not depend on the seed of the run
+            completed[name] = complete_test_set(model, data)
+        truth = completed[name]["truth"]
+        scores = {method: psnr(x, truth) for method, x in completed[name].items() if method not in ("visible", "truth")}
+        tables[name] = compare(scores, ours="Perceiver IO")
+        print(f"{name}\n{markdown_table(tables[name], 'dB')}")
+        sizes[name] = {"train": len(data.train), "test": len(truth), "visible": data.num_visible, "pixels": SIDE**2}
+    return run.finish(draw(completed), tables=tables, data=sizes)
 
 
 if __name__ == "__main__":

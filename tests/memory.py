@@ -1,4 +1,4 @@
-"""What computations make and keep, seen one operation of PyTorch at a time."""
+"""Memory that computations allocate and keep, measured at each operation of PyTorch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the size of the largest tensor that any operation made, views aside."""
+    """Records the size of the largest tensor that any operation allocates, views excluded."""
 
     size = 0
 
@@ -23,7 +23,7 @@ class Largest(TorchDispatchMode):
 
 
 class Kept(TorchDispatchMode):
-    """Knows how much of what was made inside still lives, a graph's saved tensors included."""
+    """Tracks the storages allocated inside the context that are still alive, saved tensors of a graph included."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Kept(TorchDispatchMode):
 
     @property
     def bytes(self) -> int:
-        """Of all storages that live."""
+        """Total size in bytes of all storages that are alive."""
         return sum(size for storage, size in self._made.values() if not storage.expired())
 
 

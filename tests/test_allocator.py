@@ -1,4 +1,4 @@
-"""Freed memory goes back to the system."""
+"""Freed memory is returned to the operating system."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from perceiver_core.allocator import return_freed_memory
 
-# A process that frees every other one of many tensors, some large ones having been freed before.
+# A process that frees every second one of many tensors, after some large ones.
 PROGRAM = """
 import gc, torch
 from perceiver_core.allocator import return_freed_memory
@@ -30,7 +30,7 @@ print(before - resident())
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator only")
-def test_it_goes_back():
+def test_freed_memory_is_returned():
     given_back = {}
     for asked in (True, False):
         run = [sys.executable, "-c", PROGRAM.format(asked=asked)]
@@ -39,6 +39,6 @@ def test_it_goes_back():
     assert given_back[False] < given_back[True]
 
 
-def test_elsewhere_it_says_so(monkeypatch):
+def test_other_platforms_are_not_supported(monkeypatch):
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     assert return_freed_memory() is False

@@ -1,4 +1,4 @@
-"""Every check lets through what it should, and says what is wrong with the rest."""
+"""Checks accept valid inputs and raise helpful errors for all others."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from perceiver_core import checks
 
+pytestmark = pytest.mark.no_shape_checks
+
 
 def says(error: type[Exception], message: str):  # type: ignore[no-untyped-def]
     return pytest.raises(error, match=f"^{re.escape(message)}$")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_is_floating_takes_every_floating_dtype(dtype: torch.dtype) -> None:
+def test_is_floating_accepts_every_floating_dtype(dtype: torch.dtype) -> None:
     checks.is_floating("x", torch.zeros(3, dtype=dtype))
 
 
-def test_is_floating_refuses_the_rest() -> None:
+def test_is_floating_raises_for_other_inputs() -> None:
     with says(TypeError, "image must be a torch.Tensor; got list. Convert it: torch.as_tensor(...)"):
         checks.is_floating("image", [1.0])  # type: ignore[arg-type]
     for dtype in (torch.uint8, torch.int64, torch.bool, torch.complex64):
-        hint = "Convert and scale it, 8-bit pictures for example: image.float() / 255"
+        hint = "Convert and scale it, 8-bit images for example: image.float() / 255"
         with says(TypeError, f"image must be floating point; got {dtype}. {hint}"):
             checks.is_floating("image", torch.zeros(3, dtype=dtype))
 
@@ -55,7 +57,7 @@ def test_not_empty() -> None:
 
 def test_has_channels() -> None:
     checks.has_channels("image", torch.zeros(2, 3, 5, 7), 1, 3)
-    hint = "Build the adapter with channels=7, or move the channel axis"
+    hint = "Build the adapter with num_channels=7, or move the channel axis"
     with says(ValueError, f"image must have 3 channels in axis 1; got 7 (shape (2, 7, 5, 3)). {hint}"):
         checks.has_channels("image", torch.zeros(2, 7, 5, 3), 1, 3)
 
@@ -79,9 +81,10 @@ def test_is_mask() -> None:
 BAD = "x holds NaN or infinite values; clean it, or mask those tokens"
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_values_that_are_not_finite_are_refused_unless_masked(value: float, dtype: torch.dtype) -> None:
+def test_values_that_are_not_finite_raise_unless_masked(value: float, dtype: torch.dtype) -> None:
     x = torch.ones(2, 3, 5, 7, dtype=dtype)
     mask = torch.ones(2, 3, 5, dtype=torch.bool)
     checks.values("x", x)
@@ -101,7 +104,7 @@ def test_infinities_of_both_signs_do_not_cancel() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
-def test_a_sum_that_overflows_is_not_taken_for_an_infinite_value(dtype: torch.dtype) -> None:
+def test_an_overflowing_sum_is_not_an_infinite_value(dtype: torch.dtype) -> None:
     x = torch.full((2, 3, 5), torch.finfo(dtype).max, dtype=dtype)
     assert x.sum().isinf()
     checks.values("x", x)
@@ -122,7 +125,7 @@ def test_samples_without_a_token_are_named() -> None:
 
 
 @pytest.mark.compile
-def test_values_are_not_looked_at_under_compile() -> None:
+def test_values_are_not_checked_under_compile() -> None:
     def checked(x: Tensor, mask: Tensor) -> Tensor:
         checks.values("x", x, mask)
         return x + 1
@@ -131,7 +134,7 @@ def test_values_are_not_looked_at_under_compile() -> None:
     assert whole(torch.full((2, 3, 5), math.nan), torch.zeros(2, 3, dtype=torch.bool)).isnan().all()
 
 
-def test_values_are_not_looked_at_where_there_are_none_to_see() -> None:
+def test_values_are_not_checked_without_data() -> None:
     bad, mask = torch.full((2, 3, 5), math.nan), torch.zeros(2, 3, dtype=torch.bool)
 
     def checked(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -146,7 +149,7 @@ def test_values_are_not_looked_at_where_there_are_none_to_see() -> None:
         assert checked(fake.from_tensor(bad), None).shape == (2, 3, 5)
 
 
-def test_values_are_looked_at_under_grad() -> None:
+def test_values_are_checked_under_grad() -> None:
     def loss(x: Tensor) -> Tensor:
         checks.values("x", x)
         return x.square().sum()
@@ -156,18 +159,18 @@ def test_values_are_looked_at_under_grad() -> None:
         torch.func.grad(loss)(torch.full((2, 3, 5), math.nan))
 
 
-def test_same_place() -> None:
+def test_matches_weight() -> None:
     weight = torch.zeros(3)
-    checks.same_place("tokens", torch.zeros(2), weight)
+    checks.matches_weight("tokens", torch.zeros(2), weight)
     with says(ValueError, "tokens is on meta, the model on cpu; move one: tokens.to('cpu')"):
-        checks.same_place("tokens", torch.zeros(2, device="meta"), weight)
+        checks.matches_weight("tokens", torch.zeros(2, device="meta"), weight)
     hint = "convert one (tokens.to(torch.float32)), or use torch.autocast"
     with says(TypeError, f"tokens is torch.bfloat16, the model torch.float32; {hint}"):
-        checks.same_place("tokens", torch.zeros(2).bfloat16(), weight)
+        checks.matches_weight("tokens", torch.zeros(2).bfloat16(), weight)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        checks.same_place("tokens", torch.zeros(2).bfloat16(), weight)
+        checks.matches_weight("tokens", torch.zeros(2).bfloat16(), weight)
         with pytest.raises(ValueError, match="tokens is on meta"):
-            checks.same_place("tokens", torch.zeros(2, device="meta"), weight)
+            checks.matches_weight("tokens", torch.zeros(2, device="meta"), weight)
 
 
 @pytest.mark.parametrize("size", [0, -3, 1.0, True, "3", None], ids=repr)

@@ -1,12 +1,15 @@
-"""The encoder: what is shared, what is computed once, what each read sees."""
+"""Encoder: weight sharing, cached keys and values, inputs per read, attention maps."""
 
 from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
+import perceiver_core as pc
 from perceiver_core import CrossAttend, Encoder, MultiHeadAttention, SelfAttend, Tokens, masks, sharing
 from perceiver_core.blocks import LatentTransformer
 from perceiver_core.kernels import fastest, reference
@@ -36,7 +39,7 @@ def encoder(input_dim=INPUT_DIM, *, reads=4, depth=1, **options):
         input_dim, num_latents=LATENTS, dim=DIM, num_reads=reads, depth=depth, num_heads=HEADS, **options
     ).double()
     with torch.no_grad():
-        for parameter in made.parameters():  # biases start at zero, latents small: make all matter
+        for parameter in made.parameters():  # biases start at zero, where tests could not see them
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
     return made
 
@@ -56,7 +59,7 @@ def grid(mask=None):
 
 
 def unshared(shared, *widths):
-    """An encoder with weights of its own for every step, each a copy of what the step uses in `shared`."""
+    """Returns an encoder without weight sharing; the weights of each step are copies of those in `shared`."""
     alone = encoder(list(widths) or INPUT_DIM, reads=shared.sharing.steps, share=False)
     alone.latents = shared.latents
     for step, (read, transformer) in enumerate(zip(shared.sharing.reads, shared.sharing.transformers, strict=True)):
@@ -66,7 +69,7 @@ def unshared(shared, *widths):
 
 
 def calls_of_keys(made):
-    """Counts, in a list that fills while the encoder runs, how often keys are computed."""
+    """Returns a list that records each computation of keys while the encoder runs."""
     calls = []
     for number, read in enumerate(made.reads):
         read.attention.key.register_forward_hook(lambda *_, number=number: calls.append(number))
@@ -82,9 +85,9 @@ class TestSharing:
                 module.register_forward_hook(lambda module, *_: used.append(module))
         made(array())
         plan = share(4)
-        wanted = [made.reads[i] for i in plan.reads], [made.transformers[i] for i in plan.transformers]
-        assert used[0::2] == wanted[0]
-        assert used[1::2] == wanted[1]
+        expected = [made.reads[i] for i in plan.reads], [made.transformers[i] for i in plan.transformers]
+        assert used[0::2] == expected[0]
+        assert used[1::2] == expected[1]
 
     @each_scheme
     def test_each_set_of_weights_has_one_entry_in_the_state(self, share):
@@ -93,29 +96,29 @@ class TestSharing:
         attention = [f"attention.{name}" for name in layers]
         mlp = [f"{name}.{kind}" for name in ("mlp.expand", "mlp.contract", "mlp_norm") for kind in ("weight", "bias")]
         norms = [f"{name}.{kind}" for name in ("query_norm", "input_norm") for kind in ("weight", "bias")]
-        wanted = {"latents"}
-        wanted |= {f"reads.{i}.{name}" for i in set(plan.reads) for name in [*attention, *mlp, *norms]}
-        wanted |= {
+        expected = {"latents"}
+        expected |= {f"reads.{i}.{name}" for i in set(plan.reads) for name in [*attention, *mlp, *norms]}
+        expected |= {
             f"transformers.{i}.blocks.0.{name}"
             for i in set(plan.transformers)
             for name in [*attention, *mlp, "norm.weight", "norm.bias"]
         }
-        assert encoder(share=share).state_dict().keys() == wanted
+        assert encoder(share=share).state_dict().keys() == expected
 
-    def test_true_is_the_papers_scheme_and_false_none(self):
+    def test_true_is_the_scheme_of_the_paper_and_false_is_none(self):
         assert encoder(share=True).sharing == encoder().sharing == sharing.paper(4)
         assert encoder(share=False).sharing == sharing.none(4)
 
     @each_scheme
     @pytest.mark.parametrize("form", ["tensor", "tokens", "masked tokens"])
-    def test_it_computes_what_an_unshared_encoder_with_these_weights_does(self, share, form):
+    def test_it_equals_an_unshared_encoder_with_copied_weights(self, share, form):
         made = encoder(share=share)
         mask = torch.rand(BATCH, 3, 7, generator=torch.Generator().manual_seed(1)) < 0.6
         inputs = {"tensor": array(), "tokens": grid(), "masked tokens": grid(mask)}[form]
         torch.testing.assert_close(made(inputs), unshared(made)(inputs), **EXACT)
 
     @each_scheme
-    def test_gradients_of_shared_weights_are_the_sums_over_their_steps(self, share):
+    def test_gradients_of_shared_weights_are_summed_over_steps(self, share):
         made = encoder(share=share)
         alone = unshared(made)
         made(array()).square().sum().backward()
@@ -137,7 +140,8 @@ class TestSharing:
         made(grid())
         assert len(calls) == 2 * len(set(share(4).reads))
 
-    def test_errors_of_schemes(self):
+    @pytest.mark.refusal
+    def test_invalid_schemes_raise(self):
         with pytest.raises(TypeError, match=r"share must be True, False or a scheme such as sharing\.all_; got 'all'"):
             encoder(share="all")
         with pytest.raises(ValueError, match="share must plan for num_reads=4 steps; it planned 3"):
@@ -145,7 +149,7 @@ class TestSharing:
 
 
 class TestInputsPerRead:
-    def test_each_read_sees_its_own(self):
+    def test_each_read_uses_its_input(self):
         made = encoder([3, 11, 13], reads=3, share=False)
         inputs = [array(1, 3), array(2, 11, n=7), array(3, 13, n=23)]
         x = made.latents.expand(BATCH, -1, -1)
@@ -156,7 +160,7 @@ class TestInputsPerRead:
     @pytest.mark.parametrize(
         "order, computed", [("aba", 2), ("aaa", 1), ("abc", 3), ("abb", 2)], ids=["aba", "aaa", "abc", "abb"]
     )
-    def test_an_input_that_comes_twice_has_its_keys_computed_once(self, order, computed):
+    def test_keys_of_a_repeated_input_are_computed_once(self, order, computed):
         made = encoder([INPUT_DIM] * 3, reads=3, share=sharing.all_)
         named = {"a": array(1), "b": array(2, n=7), "c": array(3)}
         inputs = [named[letter] for letter in order]
@@ -165,7 +169,7 @@ class TestInputsPerRead:
         assert len(calls) == computed
         torch.testing.assert_close(out, unshared(made, *[INPUT_DIM] * 3)(inputs), **EXACT)
 
-    def test_equal_inputs_are_not_taken_for_the_same(self):
+    def test_equal_tensors_are_not_treated_as_one_input(self):
         made = encoder([INPUT_DIM] * 2, reads=2, share=sharing.all_)
         calls = calls_of_keys(made)
         torch.testing.assert_close(made([array(), array()]), made([given := array(), given]), **EXACT)
@@ -177,7 +181,8 @@ class TestInputsPerRead:
         dense = [grid().materialize(), array(), grid().materialize()]
         torch.testing.assert_close(made(inputs), made(dense), **EXACT)
 
-    def test_errors(self):
+    @pytest.mark.refusal
+    def test_invalid_inputs_per_read_raise(self):
         with pytest.raises(ValueError, match=r"read 1 reads 13, an earlier one 11\. Choose share=sharing\.none"):
             encoder([11, 13], reads=2, share=sharing.all_)
         with pytest.raises(
@@ -197,14 +202,14 @@ class TestInputsPerRead:
 
 
 @each_scheme
-def test_a_mask_is_for_every_read(share):
+def test_the_mask_applies_to_every_read(share):
     made = encoder(share=share)
     present = torch.ones(BATCH, N, dtype=torch.bool)
     present[:, 12:] = False
     torch.testing.assert_close(made(array(), mask=masks.Padding(present)), made(array()[:, :12]), **EXACT)
 
 
-def test_a_mask_adds_to_that_of_the_tokens():
+def test_the_mask_is_combined_with_that_of_the_tokens():
     made = encoder()
     generator = torch.Generator().manual_seed(3)
     one, two = (torch.rand(BATCH, 3, 7, generator=generator) < 0.7 for _ in range(2))
@@ -212,7 +217,7 @@ def test_a_mask_adds_to_that_of_the_tokens():
     torch.testing.assert_close(both, made(grid(one & two)), **EXACT)
 
 
-def test_latents_are_those_of_the_encoder_for_every_sample():
+def test_initial_latents_broadcast_over_samples():
     made = encoder(depth=0, reads=1)
     with torch.no_grad():
         for parameter in made.reads.parameters():
@@ -220,7 +225,7 @@ def test_latents_are_those_of_the_encoder_for_every_sample():
     torch.testing.assert_close(made(array()), made.latents.expand(BATCH, LATENTS, DIM), **EXACT)
 
 
-def test_parts_are_made_by_what_is_given():
+def test_factories_build_the_parts():
     made = encoder(
         cross_attention=partial(CrossAttend, num_heads=3, attention=partial(MultiHeadAttention, qk_dim=9)),
         latent_transformer=partial(LatentTransformer, block=partial(SelfAttend, dropout=0.1)),
@@ -245,7 +250,7 @@ class Counting:
 class TestAttentionMap:
     @each_scheme
     @pytest.mark.parametrize("read", [0, 1, 2, 3, -1, -4])
-    def test_it_is_the_formula_at_that_read(self, share, read):
+    def test_it_equals_the_formula_at_that_read(self, share, read):
         made = encoder(share=share)
         x = made.latents.expand(BATCH, -1, -1)
         steps = zip(made.sharing.reads, made.sharing.transformers, strict=True)
@@ -254,10 +259,10 @@ class TestAttentionMap:
         block = made.reads[made.sharing.reads[read]]
         q = block.attention.query(block.query_norm(x))
         k = block.attention.key(block.input_norm(array()))
-        wanted = (q @ k.mT / INPUT_DIM**0.5).softmax(-1)[:, None]
-        torch.testing.assert_close(made.attention_map(array(), read=read), wanted, **EXACT)
+        expected = (q @ k.mT / INPUT_DIM**0.5).softmax(-1)[:, None]
+        torch.testing.assert_close(made.attention_map(array(), read=read), expected, **EXACT)
 
-    def test_chosen_queries(self):
+    def test_selected_queries(self):
         made = encoder(cross_attention=partial(CrossAttend, num_heads=11))
         whole = made.attention_map(array())
         assert whole.shape == (BATCH, 11, LATENTS, N)
@@ -265,7 +270,7 @@ class TestAttentionMap:
             torch.testing.assert_close(made.attention_map(array(), queries=queries), whole[:, :, [4, 0]], **EXACT)
 
     @pytest.mark.parametrize("read", [0, 2, -1])
-    def test_other_reads_stay_on_their_kernel(self, read):
+    def test_other_reads_keep_their_kernel(self, read):
         kernel, latent_kernel = Counting(), Counting()
         made = encoder(
             cross_attention=partial(CrossAttend, attention=partial(MultiHeadAttention, kernel=kernel)),
@@ -275,7 +280,7 @@ class TestAttentionMap:
             ),
         )
         made.attention_map(array(), read=read)
-        assert kernel.calls == read % 4 + 1  # and once for the weights it gives
+        assert kernel.calls == read % 4 + 1  # and once for the attention weights
         assert latent_kernel.calls == read % 4
 
     def test_masked_tokens_get_no_attention(self):
@@ -294,8 +299,9 @@ class TestAttentionMap:
         assert made.attention_map([array(1, 3), array(2, 11, n=7)], read=0).shape == (BATCH, 1, LATENTS, N)
         assert made.attention_map([array(1, 3), array(2, 11, n=7)], read=1).shape == (BATCH, 1, LATENTS, 7)
 
+    @pytest.mark.refusal
     @pytest.mark.parametrize("read", [4, -5])
-    def test_errors_of_reads_that_there_are_not(self, read):
+    def test_reads_out_of_range_raise(self, read):
         with pytest.raises(ValueError, match=rf"read must lie in -4 \.\.\. 3; got {read}"):
             encoder().attention_map(array(), read=read)
 
@@ -304,10 +310,48 @@ def test_the_default_kernel_is_the_fastest():
     assert {read.attention.kernel for read in encoder().reads} == {fastest}
 
 
-def test_errors_of_sizes():
-    with pytest.raises(ValueError, match="latents must be a whole number of at least 1; got 0"):
+@pytest.mark.refusal
+def test_invalid_sizes_raise():
+    with pytest.raises(ValueError, match="num_latents must be a whole number of at least 1; got 0"):
         Encoder(3, num_latents=0, dim=DIM)
     with pytest.raises(ValueError, match="reads must be at most 10000; got 10001"):
         Encoder(3, num_latents=5, dim=DIM, num_reads=10_001)
     with pytest.raises(ValueError, match=r"depth must lie in 0 \.\.\. 10,000; got -1"):
         Encoder(3, num_latents=5, dim=DIM, depth=-1, num_heads=7)
+
+
+def small(**options: object) -> Encoder:
+    torch.manual_seed(0)
+    return Encoder(6, num_latents=5, dim=14, depth=1, num_heads=2, **options)
+
+
+@pytest.mark.parametrize("reads", [1, 3])
+def test_all_forms_of_a_token_mask_are_equivalent(reads: int) -> None:
+    model, x = (
+        small(num_reads=reads),
+        torch.rand(5, 11, 6),
+    )  # 5 samples, 5 latents: shapes are ambiguous
+    mask = torch.rand(5, 11, generator=torch.Generator().manual_seed(1)) < 0.5
+    mask[:, 0] = True
+    expected = model(pc.Tokens(x, mask=mask))
+    for given in (mask, pc.kernels.masks.Padding(mask), mask[:, None, None, :]):
+        torch.testing.assert_close(model(x, mask=given), expected)
+        torch.testing.assert_close(model.attention_map(x, mask=given), model.attention_map(pc.Tokens(x, mask=mask)))
+
+
+@pytest.mark.refusal
+def test_inputs_of_another_type_raise() -> None:
+    with pytest.raises(TypeError, match="inputs must be Tokens, a tensor b n c, or a list of these; got ndarray"):
+        small()(np.zeros((2, 11, 6)))
+
+
+def test_blocks_do_not_share_activation_weights() -> None:
+    block = partial(pc.SelfAttend, mlp=partial(pc.MLP, activation=nn.PReLU()))
+    model = small(latent_transformer=partial(pc.LatentTransformer, block=block), num_reads=2, share=False)
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.PReLU)]
+    assert len({id(weight) for weight in weights}) == 2
+
+
+def test_a_single_query_index() -> None:
+    model, x = small(), torch.rand(2, 11, 6)
+    torch.testing.assert_close(model.attention_map(x, queries=3), model.attention_map(x)[:, :, [3]])

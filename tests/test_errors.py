@@ -1,4 +1,4 @@
-"""What is said to whoever gives a model what it cannot take."""
+"""Error messages for invalid inputs and settings of models."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from perceiver_core import (
     heads,
     positions,
 )
+
+pytestmark = pytest.mark.refusal
 
 
 def fourier(axes):
@@ -60,7 +62,7 @@ def fails(error, *parts):
         (POINTS, torch.rand(11, 5), "points must have 3 axes (b n f); got shape (11, 5)"),
     ],
 )
-def test_a_batch_axis_that_is_missing(adapter, x, message):
+def test_missing_batch_axis(adapter, x, message):
     with fails(ValueError, f"{message}; add a batch axis: {message.split()[0]}.unsqueeze(0)"):
         model(adapter)(x)
 
@@ -77,7 +79,7 @@ def test_wrong_rank(adapter, x, message):
         model(adapter)(x)
 
 
-def test_a_rank_that_is_off_by_more_gets_no_hint_of_a_batch_axis():
+def test_a_rank_off_by_two_gets_no_hint_about_the_batch_axis():
     with pytest.raises(ValueError, match=r"got shape \(7, 5\)$"):
         IMAGE(torch.rand(7, 5))
 
@@ -86,7 +88,7 @@ def test_a_rank_that_is_off_by_more_gets_no_hint_of_a_batch_axis():
     "adapter, x, message",
     [
         (IMAGE, torch.rand(2, 1, 7, 5), "pictures must have 3 channels in axis 1; got 1 (shape (2, 1, 7, 5))"),
-        (IMAGE, torch.rand(2, 1, 7, 5), "Build the adapter with channels=1, or move the channel axis"),
+        (IMAGE, torch.rand(2, 1, 7, 5), "Build the adapter with num_channels=1, or move the channel axis"),
         (IMAGE, torch.rand(2, 7, 5, 3), "pictures must have 3 channels in axis 1; got 7"),
         (VIDEO, torch.rand(2, 3, 2, 5, 7), "array must have 3 channels in axis 4; got 7"),
         (POINTS, torch.rand(2, 11, 3), "points must have 5 features in its last axis (b n f); got shape (2, 11, 3)"),
@@ -115,15 +117,11 @@ def test_nan_and_infinity(adapter, good, grid, name, value):
         model(adapter)(bad, mask=torch.ones(grid, dtype=torch.bool))
 
 
-def test_infinities_that_cancel_are_seen():
+def test_infinities_that_cancel_are_detected():
     bad = torch.rand(2, 23)
     bad[0, 0], bad[0, 1] = torch.inf, -torch.inf
     with fails(ValueError, "samples holds NaN or infinite values"):
         AUDIO(bad)
-
-
-def test_large_values_are_not_infinite():
-    assert AUDIO(torch.full((2, 21), torch.finfo(torch.float32).max)).num_tokens == 3
 
 
 @each_adapter
@@ -158,20 +156,20 @@ def test_integers(adapter, good, grid, name, dtype):
 
 
 @each_adapter
-def test_what_is_no_tensor(adapter, good, grid, name):
+def test_inputs_other_than_tensors(adapter, good, grid, name):
     with fails(TypeError, f"{name} must be a torch.Tensor; got ndarray. Convert it: torch.as_tensor(...)"):
         model(adapter)(good.numpy())
 
 
 @each_adapter
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_another_dtype_than_the_models(adapter, good, grid, name, dtype):
+def test_dtype_other_than_the_model(adapter, good, grid, name, dtype):
     with fails(TypeError, f"tokens is {dtype}, the model torch.float32; convert one (tokens.to(torch.float32))"):
         model(adapter)(good.to(dtype))
 
 
 @each_adapter
-def test_another_device_than_the_models(adapter, good, grid, name):
+def test_device_other_than_the_model(adapter, good, grid, name):
     with fails(ValueError, "tokens is on meta, the model on cpu; move one: tokens.to('cpu')"):
         model(adapter)(good.to("meta"))
 
@@ -187,7 +185,7 @@ def test_masks_of_a_call():
         encoder(x, mask=torch.ones(2, 7, dtype=torch.bool))
 
 
-def test_tokens_that_an_encoder_cannot_read():
+def test_tokens_of_another_width():
     encoder = Encoder(3, num_latents=5, dim=14, depth=1, num_heads=7)
     with fails(ValueError, "tokens must have 3 features in its last axis (b n c); got shape (2, 11, 7)"):
         encoder(torch.rand(2, 11, 7))
@@ -203,7 +201,9 @@ def test_tokens_that_an_encoder_cannot_read():
 def test_heads_that_do_not_divide(width):
     widths = {"qk_dim": 12, "v_dim": 12, width: 14}
     with fails(
-        ValueError, f"heads must divide {width}; got heads=4, {width}=14.", f"partial(MultiHeadAttention, {width}=16)"
+        ValueError,
+        f"num_heads must divide {width}; got num_heads=4, {width}=14.",
+        f"partial(MultiHeadAttention, {width}=16)",
     ):
         MultiHeadAttention(13, num_heads=4, **widths)
     with fails(ValueError, "num_heads must divide qk_dim; got num_heads=3, qk_dim=13"):
@@ -231,16 +231,16 @@ def test_dropout_out_of_range(make, rate):
     "make, name",
     [
         (lambda size: MultiHeadAttention(size), "dim"),
-        (lambda size: MultiHeadAttention(14, num_heads=size), "heads"),
+        (lambda size: MultiHeadAttention(14, num_heads=size), "num_heads"),
         (lambda size: CrossAttend(14, size), "input_dim"),
         (lambda size: SelfAttend(size), "dim"),
-        (lambda size: MLP(14, widening_factor=size), "widening"),
-        (lambda size: Encoder(3, num_latents=size, dim=14), "latents"),
-        (lambda size: Encoder(3, num_latents=5, dim=14, num_reads=size), "reads"),
-        (lambda size: heads.Regression(14, size), "values"),
-        (lambda size: adapters.Image(size, positions=None), "channels"),
-        (lambda size: adapters.Audio(size, positions=None), "patch"),
-        (lambda size: adapters.Grid(size, positions=None), "channels"),
+        (lambda size: MLP(14, widening_factor=size), "widening_factor"),
+        (lambda size: Encoder(3, num_latents=size, dim=14), "num_latents"),
+        (lambda size: Encoder(3, num_latents=5, dim=14, num_reads=size), "num_reads"),
+        (lambda size: heads.Regression(14, size), "num_outputs"),
+        (lambda size: adapters.Image(size, positions=None), "num_channels"),
+        (lambda size: adapters.Audio(size, positions=None), "patch_size"),
+        (lambda size: adapters.Grid(size, positions=None), "num_channels"),
         (lambda size: adapters.Project(3, dim=size), "dim"),
         (lambda size: adapters.ConvStem(3, dim=size), "dim"),
     ],
@@ -254,7 +254,7 @@ def test_sizes(make, name, size):
     "make, name, axes",
     [(adapters.Image, "Image", 2), (adapters.Audio, "Audio", 1), (adapters.Spectrogram, "Spectrogram", 2)],
 )
-def test_positions_of_other_axes(make, name, axes):
+def test_positions_with_another_number_of_axes(make, name, axes):
     with fails(ValueError, f"positions of {name} must have {axes} axes; got 3"):
         make(positions=fourier(3))
 

@@ -1,4 +1,4 @@
-"""What new weights are drawn from, measured."""
+"""Distributions of new weights, measured."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from perceiver_core import init
 
 
 def largest_gap(sample: Tensor, std: float) -> float:
-    """Kolmogorov's distance of a sample from a normal of `std` truncated at two of them."""
+    """Kolmogorov distance of a sample from a normal of `std`, truncated at two standard deviations."""
     x = sample.detach().flatten().double().sort().values / std
     inside = math.erf(2**0.5)
     cdf = (torch.erf(x / 2**0.5) / inside + 1) / 2
@@ -20,7 +20,7 @@ def largest_gap(sample: Tensor, std: float) -> float:
     return float((cdf - steps).abs().max())
 
 
-def test_the_measure_tells_a_truncated_normal_from_others() -> None:
+def test_the_measure_distinguishes_a_truncated_normal() -> None:
     torch.manual_seed(0)
     n = 100_003
     assert largest_gap(nn.init.trunc_normal_(torch.empty(n), std=3.0, a=-6.0, b=6.0), 3.0) < 1.9 / n**0.5
@@ -58,7 +58,7 @@ def test_linear_keeps_the_size_of_its_input() -> None:
     assert abs(out.std().item() - 1) < 0.02
 
 
-def test_fan_in_fills_in_place_and_counts_what_it_is_told() -> None:
+def test_fan_in_fills_in_place_and_accepts_a_fan() -> None:
     torch.manual_seed(0)
     weight = torch.empty(101, 7, 5, 3)
     assert init.fan_in_(weight, 7 * 5 * 3) is weight
@@ -66,7 +66,7 @@ def test_fan_in_fills_in_place_and_counts_what_it_is_told() -> None:
 
 
 @pytest.mark.parametrize("std", [0.02, 0.5])
-def test_embedding_is_a_normal_truncated_at_two_deviations(std: float) -> None:
+def test_embedding_is_a_normal_truncated_at_two_standard_deviations(std: float) -> None:
     torch.manual_seed(0)
     array = init.embedding(503, 211, std=std)
     assert isinstance(array, nn.Parameter) and array.requires_grad
@@ -76,12 +76,12 @@ def test_embedding_is_a_normal_truncated_at_two_deviations(std: float) -> None:
     assert abs(array.std().item() / (std * init.TRUNCATED_STD) - 1) < 5 / (2 * array.numel()) ** 0.5
 
 
-def test_embedding_is_small_unless_told_otherwise() -> None:
+def test_embedding_has_std_0_02_by_default() -> None:
     torch.manual_seed(0)
     assert 0.039 < init.embedding(503, 211).abs().max() <= 0.04
 
 
-def test_seeds_decide() -> None:
+def test_initialization_is_seeded() -> None:
     def drawn(seed: int) -> tuple[Tensor, Tensor]:
         torch.manual_seed(seed)
         return init.linear(5, 7).weight, init.embedding(3, 11)

@@ -1,4 +1,4 @@
-"""What holds for every Perceiver, whatever its parts: order, masks, batches, kernels, gradients, arguments."""
+"""Laws of every Perceiver: order, masks, batches, kernels, gradients, constructor arguments."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def encoder(input_dim, *, share=sharing.paper, kernel=sdpa, reads=3, depth=1):
 
 
 def shaken(module, seed=0):
-    """The module in float64 with every parameter moved: biases start at zero, where laws could not see them."""
+    """Returns the module in float64, all parameters perturbed: biases start at zero, where tests could not see them."""
     generator = torch.Generator().manual_seed(seed)
     module = module.double()
     with torch.no_grad():
@@ -79,7 +79,7 @@ def cloud(batch, n, seed=0):
 
 
 def some(batch, n, seed=0):
-    """A mask that leaves each sample a token at least."""
+    """Random mask that leaves each sample at least one token."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(batch, n, generator=generator) < 0.6
     mask[torch.arange(batch), torch.randint(n, (batch,), generator=generator)] = True
@@ -89,14 +89,14 @@ def some(batch, n, seed=0):
 class TestOrder:
     @few
     @given(seed=seeds, n=st.integers(1, 23), share=schemes)
-    def test_a_cloud_has_none(self, seed, n, share):
+    def test_the_order_of_a_cloud_has_no_effect(self, seed, n, share):
         model, points, mask = cloud_model(share=share), cloud(2, n, seed), some(2, n, seed)
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
         torch.testing.assert_close(model(points[:, order], mask=mask[:, order]), model(points, mask=mask), **EXACT)
 
     @few
     @given(seed=seeds, grid=st.tuples(st.integers(1, 5), st.integers(1, 7)), share=schemes)
-    def test_tokens_of_a_grid_have_none_where_positions_go_along(self, seed, grid, share):
+    def test_permuting_tokens_with_their_positions_has_no_effect(self, seed, grid, share):
         where = positions.Fourier(num_axes=2, num_bands=3, max_resolution=7)
         generator = torch.Generator().manual_seed(seed)
         pictures = torch.rand(2, *grid, 3, generator=generator, dtype=torch.float64)
@@ -105,7 +105,7 @@ class TestOrder:
         model = shaken(encoder(tokens.shape[-1], share=share))
         torch.testing.assert_close(model(tokens[:, order]), model(tokens), **EXACT)
 
-    def test_of_pixels_matters_where_positions_stay(self):
+    def test_permuting_pixels_without_positions_has_an_effect(self):
         adapter = adapters.Image(3, positions=positions.Fourier(num_axes=2, num_bands=3, max_resolution=7))
         model = shaken(Perceiver(adapter, encoder(adapter.dim), heads.Classification(DIM, 11)))
         pictures = torch.rand(2, 3, 7, 5, dtype=torch.float64)
@@ -117,7 +117,7 @@ class TestMasks:
     @given(
         seed=seeds, n=st.integers(1, 23), value=st.sampled_from([float("nan"), float("inf"), 1e30, 0.0]), share=schemes
     )
-    def test_masked_tokens_are_inert(self, seed, n, value, share):
+    def test_masked_tokens_have_no_effect(self, seed, n, value, share):
         model, points, mask = cloud_model(share=share), cloud(3, n, seed), some(3, n, seed)
         out = model(points, mask=mask)
         other = model(points.masked_fill(~mask[..., None], value), mask=mask)
@@ -127,7 +127,7 @@ class TestMasks:
 
     @few
     @given(seed=seeds, value=st.sampled_from([float("nan"), float("inf")]))
-    def test_masked_tokens_are_inert_in_gradients(self, seed, value):
+    def test_masked_tokens_have_no_effect_on_gradients(self, seed, value):
         points, mask = cloud(2, 13, seed), some(2, 13, seed)
         gradients = []
         for held in (points, points.masked_fill(~mask[..., None], value)):
@@ -138,11 +138,11 @@ class TestMasks:
 
     @few
     @given(seed=seeds)
-    def test_a_mask_that_is_all_true_is_no_mask(self, seed):
+    def test_a_mask_of_all_true_has_no_effect(self, seed):
         model, points = cloud_model(), cloud(2, 11, seed)
         torch.testing.assert_close(model(points, mask=torch.ones(2, 11, dtype=torch.bool)), model(points), **EXACT)
 
-    def test_a_token_that_is_not_masked_matters(self):
+    def test_unmasked_tokens_have_an_effect(self):
         model, points = cloud_model(), cloud(2, 11)
         mask = torch.ones(2, 11, dtype=torch.bool)
         mask[:, 4] = False
@@ -163,13 +163,13 @@ def test_samples_of_a_batch_are_independent(seed, batch, share):
 def test_pieces_equal_the_whole(seed, n, chunk, masked, share):
     kernels = (reference, sdpa, partial(chunked, chunk_size=chunk))
     mask = some(2, n, seed) if masked else None
-    found = []
+    actual = []
     for kernel in kernels:
         model, points = cloud_model(seed, kernel=kernel, share=share), cloud(2, n, seed).requires_grad_()
         out = model(points, mask=mask)
-        found.append([out, *torch.autograd.grad(out.square().sum(), [points, *model.parameters()])])
-    for other in found[1:]:
-        torch.testing.assert_close(other, found[0], rtol=1e-8, atol=1e-9)
+        actual.append([out, *torch.autograd.grad(out.square().sum(), [points, *model.parameters()])])
+    for other in actual[1:]:
+        torch.testing.assert_close(other, actual[0], rtol=1e-8, atol=1e-9)
 
 
 FOURIER = partial(positions.Fourier, num_bands=2, max_resolution=7)
@@ -203,12 +203,12 @@ def test_every_parameter_gets_a_gradient(adapter, shape, head, share):
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
-        # q . b is the same for every key, and softmax does not see what all scores share.
+        # q . b is the same for every key, and softmax is invariant to a shift of all scores.
         invisible = name.endswith("key.bias")
         assert (parameter.grad.abs().max() < 1e-10) == invisible, name
 
 
-# Every constructor argument, with two values that must not do the same.
+# Every constructor argument, with two values that must give different results.
 
 X = torch.randn(2, 13, DIM, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.randn(2, 17, 12, generator=torch.Generator().manual_seed(1))
@@ -257,7 +257,7 @@ def at(x):
 
 
 class Twice(reads.Dense):
-    """A path that reads twice the values."""
+    """A strategy that returns twice the output."""
 
     def read(self, request):
         read = super().read(request)
@@ -425,7 +425,7 @@ ARGUMENTS = [
 
 
 def observed(part, make, arguments):
-    """What can be seen of a part: its width, those of its weights, and what it gives in training."""
+    """Observable behavior of a part: its width, the shapes of its weights, and its outputs in training."""
     torch.manual_seed(0)
     module, run = make(part, **arguments)
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
@@ -436,7 +436,7 @@ def observed(part, make, arguments):
         torch.manual_seed(0)
         try:
             out = run()
-        except (RuntimeError, ValueError):  # made for an input of another size
+        except (RuntimeError, ValueError):  # built for an input of another size
             out = torch.empty(0)
     return shapes, out
 
@@ -458,11 +458,11 @@ def test_every_argument_changes_something(part, make, base, change):
 
 
 @pytest.mark.parametrize("part, changes", [pytest.param(c[0], c[3], id=c[0].__name__) for c in ARGUMENTS])
-def test_no_argument_is_forgotten_above(part, changes):
+def test_every_constructor_argument_is_covered(part, changes):
     assert set(inspect.signature(part).parameters) == set(changes)
 
 
-def test_a_mask_of_a_call_reaches_every_read():
+def test_the_mask_of_a_call_reaches_every_read():
     model = shaken(encoder(12, share=False))
     allowed = masks.Padding(some(2, 17))
     for step in range(3):

@@ -1,4 +1,4 @@
-"""Linear layers by oneDNN are nn.Linear: results, gradients, second derivatives; they step aside where they must."""
+"""Linear layers with oneDNN equal nn.Linear: results, gradients, second derivatives, and fallbacks to PyTorch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ there = pytest.mark.skipif(
 
 @pytest.fixture
 def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """oneDNN takes all products, however small, on any processor; their shapes (rows, terms, columns)."""
+    """Makes all products use oneDNN on any processor; returns their shapes (rows, terms, columns)."""
     seen: list[tuple[int, ...]] = []
     forward = linear._Product.forward
 
@@ -67,19 +67,19 @@ LAYOUTS = {
 @there
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_it_is_nn_linear_to_rounding(layout: str, bias: bool, products: list[tuple[int, ...]]) -> None:
+def test_it_equals_nn_linear_up_to_rounding(layout: str, bias: bool, products: list[tuple[int, ...]]) -> None:
     layer, x = layer_of(bias=bias), LAYOUTS[layout]()
     exact = nn.Linear(17, 13, bias=bias).double()
     exact.load_state_dict(layer.state_dict())
-    for found, wanted in zip(outcome(layer, x), outcome(exact, x.double()), strict=True):
-        torch.testing.assert_close(found.double(), wanted, rtol=0.0, atol=2e-6 * float(wanted.abs().max()))
+    for actual, wanted in zip(outcome(layer, x), outcome(exact, x.double()), strict=True):
+        torch.testing.assert_close(actual.double(), wanted, rtol=0.0, atol=2e-6 * float(wanted.abs().max()))
     rows = x.numel() // 17
     assert products[:3] == [(rows, 17, 13), (rows, 13, 17), (13, rows, 17)]
 
 
 @there
 @pytest.mark.parametrize("given", ["tokens", "weights"])
-def test_only_wanted_gradients_are_computed(given: str, products: list[tuple[int, ...]]) -> None:
+def test_only_required_gradients_are_computed(given: str, products: list[tuple[int, ...]]) -> None:
     layer, x = layer_of(), torch.randn(11, 17, requires_grad=given == "tokens")
     layer.requires_grad_(given == "weights")
     layer(x).sum().backward()
@@ -94,8 +94,8 @@ def test_no_tokens(products: list[tuple[int, ...]]) -> None:
 
 @there
 @pytest.mark.parametrize("bias", ["with gaps", "the same again", "one for all", "one row"])
-def test_any_bias(bias: str, products: list[tuple[int, ...]]) -> None:
-    """Those that are no vector of their own memory are made one, or left to PyTorch."""
+def test_any_memory_layout_of_the_bias(bias: str, products: list[tuple[int, ...]]) -> None:
+    """A bias without contiguous memory of its own is copied or left to PyTorch."""
     layer, x = layer_of(), torch.randn(11, 17)
     wide = torch.randn(13, 2)
     made = {
@@ -104,13 +104,13 @@ def test_any_bias(bias: str, products: list[tuple[int, ...]]) -> None:
         "one for all": wide[0, 0],
         "one row": wide[:, :1].T,
     }[bias]
-    found = functional_call(layer, {"weight": layer.weight, "bias": made}, x)
-    torch.testing.assert_close(found, F.linear(x, layer.weight) + made)
+    actual = functional_call(layer, {"weight": layer.weight, "bias": made}, x)
+    torch.testing.assert_close(actual, F.linear(x, layer.weight) + made)
 
 
 @there
-def test_only_what_gradients_need_is_kept(products: list[tuple[int, ...]]) -> None:
-    """So what they do not need may be changed in place, as with nn.Linear."""
+def test_only_tensors_that_gradients_need_are_saved(products: list[tuple[int, ...]]) -> None:
+    """Tensors that gradients do not need may be changed in place, as with nn.Linear."""
     frozen, layer, x = layer_of().requires_grad_(False), layer_of(), torch.randn(11, 17)
     hidden = x.clone().requires_grad_() * 1
     out = frozen(hidden)
@@ -130,7 +130,7 @@ def test_only_what_gradients_need_is_kept(products: list[tuple[int, ...]]) -> No
 
 @there
 @pytest.mark.usefixtures("products")
-def test_a_gradient_that_never_comes_is_none() -> None:
+def test_a_missing_gradient_is_none() -> None:
     class Nothing(torch.autograd.Function):
         @staticmethod
         def forward(ctx: object, x: Tensor) -> Tensor:
@@ -147,8 +147,8 @@ def test_a_gradient_that_never_comes_is_none() -> None:
 
 @there
 @pytest.mark.usefixtures("products")
-def test_weights_are_looked_up_once_and_their_sizes_are_their_own() -> None:
-    """A parametrization may change with every look; weights may be cut after the layer was made."""
+def test_weights_are_accessed_once_and_their_sizes_are_used() -> None:
+    """A parametrization may change with every access; weights may be sliced after construction."""
 
     class Counted(nn.Module):
         calls = 0
@@ -168,8 +168,8 @@ def test_weights_are_looked_up_once_and_their_sizes_are_their_own() -> None:
 
 
 @there
-def test_gradients_of_gradients_of_many_at_once(products: list[tuple[int, ...]]) -> None:
-    """torch.func looks at a graph that was made without it; so do modes that begin after the forward pass."""
+def test_batched_second_derivatives(products: list[tuple[int, ...]]) -> None:
+    """torch.func and modes that begin after the forward pass use a graph recorded without them."""
     layer, x = layer_of(), torch.randn(11, 17, requires_grad=True)
     y = layer(x)
     each = vmap(lambda v: torch.autograd.grad(y, x, v.expand(11, 13), retain_graph=True)[0])(torch.eye(13)[:3])
@@ -186,8 +186,9 @@ def test_sparse_inputs() -> None:
     torch.testing.assert_close(layer(x), F.linear(x.to_dense(), layer.weight))
 
 
+@pytest.mark.refusal
 @pytest.mark.usefixtures("products")
-def test_weights_that_were_never_made_are_refused() -> None:
+def test_weights_on_the_meta_device_raise() -> None:
     with pytest.raises((RuntimeError, ValueError)):
         layer_of().to("meta")(torch.randn(11, 17))
 
@@ -198,16 +199,16 @@ def test_no_inputs() -> None:
     assert Linear(0, 5)(torch.randn(3, 0)).shape == (3, 5)
 
 
-@pytest.mark.compile  # what is traced is no tensor, which checked shapes refuse
+@pytest.mark.compile  # fx traces proxies, which shape checking does not accept
 @pytest.mark.usefixtures("products")
-def test_fx() -> None:
+def test_it_is_traced_by_fx() -> None:
     layer, x = layer_of(), torch.randn(11, 17)
     torch.testing.assert_close(torch.fx.symbolic_trace(nn.Sequential(layer))(x), layer(x))
 
 
 @there
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
-def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onednn_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "_is_faster", lambda: True)
     assert linear.is_faster()
     with torch.backends.mkldnn.flags(enabled=False):
@@ -215,13 +216,13 @@ def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("products")
-def test_a_wrong_width_has_pytorchs_error() -> None:
+def test_a_wrong_width_raises_the_error_of_pytorch() -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         layer_of()(torch.randn(11, 16))
 
 
-class TestSteppingAside:
-    """What knows only ordinary operators sees those, and the results are theirs to the last bit."""
+class TestFallback:
+    """Transforms and modes see ordinary operators, and results are equal to the last bit."""
 
     def test_other_dtypes_and_devices(self, products: list[tuple[int, ...]]) -> None:
         for dtype in (torch.float64, torch.bfloat16, torch.float16):
@@ -279,7 +280,7 @@ class TestSteppingAside:
         assert products == []
 
 
-def test_little_work_and_deep_sums_are_left_to_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_products_and_long_sums_use_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "is_faster", lambda: True)
     taken = {
         (rows, inner, columns): linear.uses_onednn(torch.empty(rows, inner), torch.empty(columns, inner))
@@ -294,7 +295,7 @@ def test_little_work_and_deep_sums_are_left_to_mkl(monkeypatch: pytest.MonkeyPat
     ("capability", "vendor", "expected"),
     [("AVX512", "AuthenticAMD", True), ("AVX512", "GenuineIntel", False), ("AVX2", "AuthenticAMD", False)],
 )
-def test_which_processors(capability: str, vendor: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_supported_processors(capability: str, vendor: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
@@ -304,13 +305,13 @@ def test_which_processors(capability: str, vendor: str, expected: bool, monkeypa
     assert not linear._is_faster.__wrapped__()
 
 
-def test_the_vendor_is_read_or_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_vendor_is_read_or_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     assert linear._vendor()
     monkeypatch.setattr(linear.Path, "read_text", lambda _: "processor : 0\n")
     assert "Intel" in linear._vendor()
 
 
-def test_it_is_kept_as_nn_linear_is() -> None:
+def test_the_state_is_that_of_nn_linear() -> None:
     layer = layer_of()
     again = copy.deepcopy(layer)
     plain = nn.Linear(17, 13)

@@ -1,4 +1,4 @@
-"""Masks: what they allow, that a block is a part of the whole, and what is refused."""
+"""Masks: allowed pairs, blocks as parts of the whole, errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def whole(mask: Mask) -> Tensor:
 
 
 def pair(mask: Mask, query: int, key: int) -> Tensor:
-    """One query and one key, by positions from the end."""
+    """Evaluates a mask for one query and one key, by positions from the end."""
     return masks.block(mask, torch.tensor([query]), torch.tensor([key])).expand(B, H, 1, 1)[:, :, 0, 0]
 
 
@@ -38,15 +38,15 @@ def test_positions_count_from_the_end() -> None:
     assert masks.positions(0).tolist() == []
 
 
-def test_padding_allows_the_keys_that_are_there() -> None:
+def test_padding_allows_the_valid_keys() -> None:
     assert torch.equal(whole(Padding(PAD)), PAD[:, None, None, :].expand(B, H, Q, K))
 
 
-def test_queries_allows_the_queries_that_are_wanted() -> None:
+def test_queries_allows_the_valid_queries() -> None:
     assert torch.equal(whole(Queries(WANTED)), WANTED[:, None, :, None].expand(B, H, Q, K))
 
 
-def test_causal_lines_up_the_last_query_with_the_last_key() -> None:
+def test_causal_aligns_the_last_query_with_the_last_key() -> None:
     allowed = whole(Causal())[0, 0]
     assert allowed.sum(-1).tolist() == [7, 8, 9, 10, 11]
     assert all(row.tolist() == sorted(row.tolist(), reverse=True) for row in allowed)
@@ -62,7 +62,7 @@ def test_window_is_a_band_of_distances(before: int, after: int, q: int, k: int) 
     assert allowed.tolist() == band
 
 
-def test_a_window_without_end_behind_and_none_ahead_is_causal() -> None:
+def test_an_unbounded_window_with_nothing_ahead_is_causal() -> None:
     assert torch.equal(whole(Window(before=K + Q, after=0)), whole(Causal()))
 
 
@@ -75,7 +75,7 @@ def test_and_or_are_logical() -> None:
     assert torch.equal(whole(nested), written[0] & written[2] | written[1])
 
 
-def test_and_skips_none_and_wraps_nothing_needlessly() -> None:
+def test_and_skips_none_and_returns_a_single_mask_unchanged() -> None:
     causal = Causal()
     assert masks.and_() is None
     assert masks.and_(None, None) is None
@@ -83,7 +83,8 @@ def test_and_skips_none_and_wraps_nothing_needlessly() -> None:
     assert masks.and_(causal, None, FULL).masks == (causal, FULL)
 
 
-def test_or_of_one_is_that_one_and_of_none_is_refused() -> None:
+@pytest.mark.refusal
+def test_or_of_one_mask_is_that_mask_and_of_none_raises() -> None:
     causal = Causal()
     assert masks.or_(causal) is causal
     with pytest.raises(ValueError, match="or_ needs at least one mask; got none"):
@@ -117,17 +118,17 @@ def test_a_block_is_a_part_of_the_whole(mask: Mask) -> None:
     rows, columns = torch.randperm(Q, generator=generator)[:3] - Q, torch.randperm(K, generator=generator)[:4] - K
     part = masks.block(mask, rows, columns)
     assert torch.equal(part.expand(B, H, 3, 4), whole(mask)[:, :, rows[:, None], columns])
-    # ... down to a single pair, by whatever position it has.
+    # ... down to a single pair at any position.
     assert torch.equal(pair(mask, -2, -9), whole(mask)[:, :, -2, -9])
 
 
 @pytest.mark.parametrize("mask", ALL.values(), ids=ALL.keys())
-def test_what_fits_is_let_through(mask: Mask) -> None:
-    masks.check_broadcast(mask, torch.empty(B, H, Q, D), torch.empty(B, H, K, D))
+def test_masks_that_broadcast_are_accepted(mask: Mask) -> None:
+    masks.fits(mask, torch.empty(B, H, Q, D), torch.empty(B, H, K, D))
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the size of the largest tensor that any operation made, views aside."""
+    """Records the size of the largest tensor that any operation allocates, views excluded."""
 
     size = 0
 
@@ -138,13 +139,14 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_a_block_of_a_tensor_reads_no_more_than_the_block() -> None:
+def test_a_block_of_a_tensor_allocates_only_the_block() -> None:
     mask = bools(B, H, 101, 103)
     with Largest() as largest:
         masks.block(mask, masks.positions(7), masks.positions(13))
     assert largest.size == B * H * 7 * 13
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
@@ -159,23 +161,25 @@ def test_a_block_of_a_tensor_reads_no_more_than_the_block() -> None:
     ],
     ids=["keys", "queries", "batch", "five axes", "padding", "padding batch", "queries of keys", "nested"],
 )
-def test_what_does_not_fit_is_refused(mask: Mask, message: str) -> None:
+def test_masks_that_do_not_broadcast_raise(mask: Mask, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         masks.check_broadcast(mask, torch.empty(B, H, Q, D), torch.empty(B, H, K, D))
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize(
     "mask",
     [FULL.to("meta"), Padding(PAD.to("meta")), masks.and_(Causal(), Queries(WANTED.to("meta")))],
     ids=["tensor", "padding", "nested"],
 )
-def test_a_mask_on_another_device_is_refused(mask: Mask) -> None:
+def test_masks_on_another_device_raise(mask: Mask) -> None:
     with pytest.raises(ValueError, match=r"mask is on meta, the queries on cpu; move one: .to\('cpu'\)"):
         masks.check_broadcast(mask, torch.empty(B, H, Q, D), torch.empty(B, H, K, D))
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.uint8], ids=str)
-def test_a_mask_that_is_not_boolean_is_refused(dtype: torch.dtype) -> None:
+def test_masks_that_are_not_boolean_raise(dtype: torch.dtype) -> None:
     mask = FULL.to(dtype)
     message = rf"mask must be a boolean tensor, True = attend; got {dtype}. Convert it: mask.bool\(\)"
     q, k = torch.empty(B, H, Q, D), torch.empty(B, H, K, D)
@@ -191,8 +195,9 @@ def test_a_mask_that_is_not_boolean_is_refused(dtype: torch.dtype) -> None:
             use()
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize(("kind", "name"), [(Padding, "keys"), (Queries, "queries")])
-def test_padding_and_queries_take_two_boolean_axes(kind: type, name: str) -> None:
+def test_padding_and_queries_require_two_boolean_axes(kind: type, name: str) -> None:
     with pytest.raises(TypeError, match=rf"{name} must be a boolean tensor.*got torch.float32"):
         kind(torch.ones(B, K))
     with pytest.raises(TypeError, match=rf"{name} must be a boolean tensor.*got list"):

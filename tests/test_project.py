@@ -1,4 +1,4 @@
-"""The project's own frame: what its pages say is true, and what its files say agrees."""
+"""Documentation and project files: examples run, links work, versions and dependencies agree."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import torch
 
 import perceiver_core as pc
 from tools import constraints
+
+pytestmark = pytest.mark.no_shape_checks
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads TOML")
 
@@ -35,25 +37,25 @@ def name_of(path: Path) -> str:
 
 
 def blocks(page: Path) -> list[str]:
-    return [inspect.cleandoc("\n" + found["code"]) for found in PYTHON.finditer(page.read_text())]
+    return [inspect.cleandoc("\n" + actual["code"]) for actual in PYTHON.finditer(page.read_text())]
 
 
 def public(module: object) -> dict[str, object]:
     """Every public class and function, by its dotted name, in the package and in the modules that it exports."""
-    found: dict[str, object] = {}
+    actual: dict[str, object] = {}
     for name in module.__all__:
         thing = getattr(module, name)
         where = f"{module.__name__}.{name}"
         if inspect.isclass(thing) or inspect.isfunction(thing):
-            found[where] = thing
+            actual[where] = thing
         elif inspect.ismodule(thing) and hasattr(thing, "__all__"):
-            found |= public(thing)
-    return found
+            actual |= public(thing)
+    return actual
 
 
 @pytest.fixture
 def one_thread():
-    """Pages compute little: more threads only wait for each other."""
+    """Pages compute little, and more threads only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -75,30 +77,30 @@ def test_the_python_of_a_page_runs_in_order(page, one_thread):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_links_of_a_page_lead_somewhere(page):
+def test_links_of_a_page_have_targets(page):
     targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text())
     local = [target for target in targets if "://" not in target]
     assert [target for target in local if not (page.parent / target).exists()] == []
 
 
-def test_there_are_the_extras_that_the_pages_name():
+def test_the_extras_named_in_the_pages_exist():
     assert set(PROJECT["optional-dependencies"]) == EXTRAS
 
 
-def test_runtime_dependencies_are_five():
+def test_there_are_five_runtime_dependencies():
     names = {re.match(r"[\w-]+", dependency)[0] for dependency in PROJECT["dependencies"]}
     assert names == {"torch", "numpy", "einops", "jaxtyping", "safetensors"}
 
 
 def test_every_dependency_is_pinned():
-    wanted = [*PROJECT["dependencies"], *(d for extra in PROJECT["optional-dependencies"].values() for d in extra)]
+    expected = [*PROJECT["dependencies"], *(d for extra in PROJECT["optional-dependencies"].values() for d in extra)]
     pins = re.findall(r"^([\w.-]+)==[\w.]+(?: ; .*)?$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     normal = {re.sub(r"[-_.]+", "-", name).lower() for name in pins}
-    names = {re.sub(r"[-_.]+", "-", re.match(r"[\w-]+", d)[0]).lower() for d in wanted}
+    names = {re.sub(r"[-_.]+", "-", re.match(r"[\w-]+", d)[0]).lower() for d in expected}
     assert names - normal == constraints.UNPINNED
 
 
-def test_the_version_is_one():
+def test_the_version_is_consistent():
     changelog = (ROOT / "CHANGELOG.md").read_text()
     citation = (ROOT / "CITATION.cff").read_text()
     assert re.findall(r"^## \[(\d[^\]]*)\]", changelog, re.MULTILINE)[0] == pc.__version__
@@ -128,7 +130,7 @@ def test_every_public_name_has_a_docstring_with_an_example(name, thing):
     assert doctest.DocTestParser().get_examples(shown), f"{name} has no example"
 
 
-def test_every_name_of_all_is_there():
+def test_every_name_in_all_exists():
     for module in (pc, pc.adapters, pc.kernels, pc.models, pc.positions):
         assert sorted(module.__all__, key=str.lower) == sorted(set(module.__all__), key=str.lower)
         assert [name for name in module.__all__ if not hasattr(module, name)] == []

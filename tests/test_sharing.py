@@ -1,4 +1,4 @@
-"""Schemes of weight sharing, and what a plan may be."""
+"""Schemes of weight sharing and their validation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def test_one_step_is_the_same_in_every_scheme(scheme):
     assert scheme(1) == Sharing((0,), (0,))
 
 
-def test_errors_of_a_plan():
+@pytest.mark.refusal
+def test_invalid_plans_raise():
     with pytest.raises(ValueError, match=r"must be of one length; got \(0, 1\) and \(0,\)"):
         Sharing((0, 1), (0,))
     with pytest.raises(ValueError, match=r"reads must count up from 0 without gaps; got \(1, 0\)"):
@@ -38,8 +39,9 @@ def test_errors_of_a_plan():
         Sharing((0, -1), (0, 0))
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize("scheme", [sharing.none, sharing.all_, sharing.all_but_first, sharing.paper])
-def test_errors_of_schemes(scheme):
+def test_invalid_schemes_raise(scheme):
     with pytest.raises(ValueError, match="steps must be a whole number of at least 1; got 0"):
         scheme(0)
     with pytest.raises(ValueError, match="steps must be at most 10000; got 10001"):

@@ -1,4 +1,4 @@
-"""Tokens: content, tables whose sum is the position of every token, and a mask."""
+"""Tokens: content, position tables that sum to the position of every token, and a mask."""
 
 from __future__ import annotations
 
@@ -50,8 +50,10 @@ def test_dense_without_tables_is_the_content() -> None:
     count=st.integers(1, 4),
     data=st.data(),
 )
-def test_dense_is_content_beside_the_sum_of_any_tables(grid: tuple[int, ...], count: int, data: st.DataObject) -> None:
-    """One token at a time: every table read at the token's place, or at 0 where its axis has size 1."""
+def test_dense_concatenates_content_and_the_sum_of_tables(
+    grid: tuple[int, ...], count: int, data: st.DataObject
+) -> None:
+    """Token by token: every table is indexed at the token's position, or at 0 along axes of size 1."""
     shapes = [tuple(data.draw(st.sampled_from((1, n))) for n in grid) for _ in range(count)]
     content = draw(B, *grid, C)
     tables = tuple(draw(*shape, P, seed=i) for i, shape in enumerate(shapes))
@@ -63,13 +65,13 @@ def test_dense_is_content_beside_the_sum_of_any_tables(grid: tuple[int, ...], co
     torch.testing.assert_close(Tokens(content, position_tables=tables).materialize(), expected, rtol=0.0, atol=1e-12)
 
 
-def test_several_tables_over_the_whole_grid_add() -> None:
+def test_several_tables_over_the_whole_grid_are_summed() -> None:
     tables = tuple(draw(*GRID, P, seed=i) for i in range(3))
     tokens = Tokens(draw(B, *GRID, C), position_tables=tables)
     torch.testing.assert_close(tokens.positions(), tables[0] + tables[1] + tables[2], rtol=0.0, atol=1e-14)
 
 
-def test_separable_and_learned_positions_add_up() -> None:
+def test_separable_and_learned_positions_are_summed() -> None:
     fourier, like = Fourier(num_axes=2, num_bands=3, max_resolution=7), torch.zeros((), dtype=torch.float64)
     learned = LearnedGrid(GRID, fourier.dim).double()
     tables = (*fourier.tables(GRID, like), *learned.tables(GRID, like))
@@ -77,7 +79,7 @@ def test_separable_and_learned_positions_add_up() -> None:
 
 
 @pytest.mark.parametrize("junk", [math.nan, math.inf, -math.inf, 1e300])
-def test_what_masked_tokens_hold_becomes_zero(junk: float) -> None:
+def test_masked_content_becomes_zero(junk: float) -> None:
     mask = bools(B, *GRID)
     content = draw(B, *GRID, C)
     spoiled = content.masked_fill(~mask[..., None], junk)
@@ -87,11 +89,11 @@ def test_what_masked_tokens_hold_becomes_zero(junk: float) -> None:
     gone = ~mask.flatten(1)
     assert not dense[..., :C][gone].any()
     assert torch.equal(dense[..., :C][~gone], content.flatten(1, 2)[~gone])
-    # Their positions stay, so that nothing depends on what stood there.
+    # Their positions stay, so that the output does not depend on the masked content.
     assert torch.equal(dense[..., C:], Tokens(content, tables).materialize()[..., C:])
 
 
-def test_the_mask_flattens_as_the_tokens_do() -> None:
+def test_the_mask_is_flattened_like_the_tokens() -> None:
     mask = bools(B, *GRID)
     flat = Tokens(draw(B, *GRID, C), mask=mask).flat_mask()
     assert flat is not None and flat.shape == (B, 35)
@@ -104,7 +106,7 @@ def test_positions_follow_the_dtype_of_the_content(dtype: torch.dtype) -> None:
     content, tables = draw(B, *GRID, C).to(dtype), (draw(5, 1, P), draw(1, 7, P))
     dense = Tokens(content, tables).materialize()
     assert dense.dtype == dtype
-    # Added in the tables' own precision, then rounded once.
+    # Summed in the precision of the tables, then rounded once.
     assert torch.equal(dense[0, :, C:], (tables[0] + tables[1]).flatten(0, 1).to(dtype))
 
 
@@ -129,6 +131,7 @@ def test_tokens_are_frozen_and_compared_by_identity() -> None:
     assert tokens == tokens and tokens != Tokens(tokens.content)
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -138,42 +141,47 @@ def test_tokens_are_frozen_and_compared_by_identity() -> None:
     ],
     ids=["list", "integers", "booleans"],
 )
-def test_content_must_be_a_floating_point_tensor(content: object, message: str) -> None:
+def test_content_that_is_not_floating_point_raises(content: object, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         Tokens(content)  # type: ignore[arg-type]
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize("shape", [(), (B,), (B, C)], ids=str)
-def test_content_must_have_a_batch_a_grid_and_channels(shape: tuple[int, ...]) -> None:
+def test_content_without_batch_grid_and_channels_raises(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"content must have at least 3 axes \(b \*grid c\); got shape \("):
         Tokens(torch.zeros(shape))
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize("shape", [(0, 5, C), (B, 0, C), (B, 5, 0, C), (B, 5, 7, 0)], ids=str)
-def test_content_must_not_be_empty(shape: tuple[int, ...]) -> None:
+def test_empty_content_raises(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"content must not be empty; got shape \("):
         Tokens(torch.zeros(shape))
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize(
     "shapes",
     [[(7, 5, P)], [(5, P)], [(1, 5, 7, P)], [(5, 2, P)], [(5, 1, P), (1, 7, P + 1)], [(5, 1, P), (7, P)], [(P,)]],
     ids=str,
 )
-def test_tables_must_broadcast_over_the_grid_and_have_one_width(shapes: list[tuple[int, ...]]) -> None:
+def test_tables_that_do_not_broadcast_or_differ_in_width_raise(shapes: list[tuple[int, ...]]) -> None:
     with pytest.raises(
         ValueError, match=r"each table must broadcast over the grid \(5, 7\) and have one width; got sh"
     ):
         Tokens(draw(B, *GRID, C), position_tables=tuple(torch.zeros(shape) for shape in shapes))
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize("shape", [(B, 35), GRID, (1, *GRID), (B, 7, 5), (B, *GRID, 1)], ids=str)
-def test_the_mask_must_have_one_value_a_token(shape: tuple[int, ...]) -> None:
+def test_a_mask_of_another_shape_raises(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"mask must have shape \(2, 5, 7\), one value a token; got \("):
         Tokens(draw(B, *GRID, C), mask=torch.ones(shape, dtype=torch.bool))
 
 
-def test_the_mask_must_be_boolean() -> None:
+@pytest.mark.refusal
+def test_a_mask_that_is_not_boolean_raises() -> None:
     with pytest.raises(TypeError, match=r"mask must be a boolean tensor, True = attend; got torch.float32. Convert it"):
         Tokens(draw(B, *GRID, C), mask=torch.ones(B, *GRID))
     with pytest.raises(TypeError, match=r"mask must be a boolean tensor, True = attend; got list"):

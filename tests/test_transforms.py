@@ -1,4 +1,4 @@
-"""Models under compile, export, autocast, recomputed activations, torch.func and second derivatives."""
+"""Models under compile, export, autocast, activation checkpointing, torch.func and second derivatives."""
 
 from __future__ import annotations
 
@@ -98,13 +98,13 @@ def fresh():
 @pytest.mark.usefixtures("fresh")
 class TestCompile:
     def agrees(self, model, batches, *, backend="aot_eager", **options):
-        # In float64: a compiled model may take another path through a read, which rounds differently.
+        # In float64: a compiled model may use another read strategy, which rounds differently.
         compiled = torch.compile(model.double(), fullgraph=True, backend=backend, **options)
         for args, named in batches:
             args = torch.utils._pytree.tree_map(Tensor.double, args)
-            found = outputs_and_gradients(model, compiled, args, named)
-            wanted = outputs_and_gradients(model, model, args, named)
-            torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-10)
+            actual = outputs_and_gradients(model, compiled, args, named)
+            expected = outputs_and_gradients(model, model, args, named)
+            torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
 
     @pytest.mark.parametrize("kind", ADAPTERS)
     def test_every_adapter(self, kind):
@@ -121,14 +121,14 @@ class TestCompile:
         self.agrees(model_of(kernel=kernel, reads=1), [batch_of(masked=True)])
 
     @pytest.mark.parametrize("kind", SIZED)
-    def test_sizes_that_vary_compile_once(self, kind):
+    def test_varying_sizes_compile_once(self, kind):
         batches = [batch_of(kind, b, n, masked=kind == "points") for b, n in ((2, 13), (3, 17), (5, 11))]
         with torch._dynamo.config.patch(error_on_recompile=True):
             self.agrees(model_of(kind, reads=1), batches, dynamic=True)
 
     @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
     @pytest.mark.parametrize("kind", ["pixels", "audio"])
-    def test_every_path(self, kind, path):
+    def test_every_strategy(self, kind, path):
         batches = [batch_of(kind, b, n) for b, n in ((2, 13), (3, 17))]
         with torch._dynamo.config.patch(error_on_recompile=True):
             self.agrees(model_of(kind, reads=2, path=path), batches, dynamic=True)
@@ -164,14 +164,14 @@ class TestExport:
 
     @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
     @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
-    def test_every_path(self, path, strict):
+    def test_every_strategy(self, path, strict):
         model = model_of("pixels", reads=2, path=path).eval()
         args, _ = batch_of("pixels")
         axes = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
         program = torch.export.export(model, args, dynamic_shapes=(axes,), strict=strict)
         graphs = [part.graph for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
         own = [node for graph in graphs for node in graph.nodes if "perceiver_core" in str(node.target)]
-        assert len(own) == (2 if path == reads.Structured() else 0)  # a node a read
+        assert len(own) == (2 if path == reads.Structured() else 0)  # one node per read
         more = torch.rand(5, 3, 11, 17)
         torch.testing.assert_close(program.module()(more), model(more), **CLOSE)
 
@@ -196,7 +196,7 @@ class TestAutocast:
     @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS.keys())
     @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.1), (torch.float16, 0.01)], ids=str)
     @pytest.mark.parametrize("kind", ["pixels", "points"])
-    def test_outputs_and_gradients_are_near_those_of_float32(self, kind, dtype, tolerance, kernel):
+    def test_outputs_and_gradients_are_close_to_float32(self, kind, dtype, tolerance, kernel):
         model = model_of(kind, kernel=kernel)
         args, options = batch_of(kind, masked=kind == "points")
 
@@ -208,11 +208,11 @@ class TestAutocast:
         out, *gradients = outputs_and_gradients(model, narrow, args, options)
         assert out.dtype == dtype
         assert 0 < (out.float() - wide_out).norm() < tolerance / 5 * wide_out.norm()
-        found, wanted = (torch.cat([gradient.flatten() for gradient in given]) for given in (gradients, wide))
-        assert 0 < (found - wanted).norm() < tolerance * wanted.norm()
+        actual, expected = (torch.cat([gradient.flatten() for gradient in given]) for given in (gradients, wide))
+        assert 0 < (actual - expected).norm() < tolerance * expected.norm()
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-    def test_a_model_may_be_narrow_itself(self, dtype):
+    def test_half_precision_models(self, dtype):
         model = model_of().to(dtype)
         (x,), options = batch_of(masked=True)
         out = model(x.to(dtype), **options)
@@ -221,7 +221,7 @@ class TestAutocast:
 
 
 class Saved:
-    """The bytes that autograd keeps for the backward pass, parameters apart."""
+    """Number of bytes that autograd saves for the backward pass, without parameters."""
 
     def __init__(self, model):
         self.bytes, self.own = 0, {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -233,27 +233,27 @@ class Saved:
         return tensor
 
 
-class TestRecomputedActivations:
+class TestActivationCheckpointing:
     @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
     @pytest.mark.parametrize("kind", ["pixels", "points"])
     @pytest.mark.parametrize("share", [sharing.none, sharing.paper])
-    def test_outputs_gradients_and_state_are_as_before(self, kind, share, path):
+    def test_outputs_gradients_and_state_are_unchanged(self, kind, share, path):
         plain = model_of(kind, share=share, path=path)
         model = checkpoint_activations(model_of(kind, share=share, path=path))
         args, options = batch_of(kind, masked=kind == "points")
-        found = outputs_and_gradients(model, model, args, options)
-        torch.testing.assert_close(found, outputs_and_gradients(plain, plain, args, options), rtol=0, atol=0)
+        actual = outputs_and_gradients(model, model, args, options)
+        torch.testing.assert_close(actual, outputs_and_gradients(plain, plain, args, options), rtol=0, atol=0)
         torch.testing.assert_close(dict(model.state_dict()), dict(plain.state_dict()), rtol=0, atol=0)
 
     def test_dropout_is_the_same_in_both_passes(self):
         args, options = batch_of()
-        found = []
+        actual = []
         for model in (model_of(dropout=0.5), checkpoint_activations(model_of(dropout=0.5))):
             torch.manual_seed(1)
-            found.append(outputs_and_gradients(model, model, args, options))
-        torch.testing.assert_close(*found, rtol=0, atol=0)
+            actual.append(outputs_and_gradients(model, model, args, options))
+        torch.testing.assert_close(*actual, rtol=0, atol=0)
 
-    def test_less_is_kept(self):
+    def test_less_memory_is_kept(self):
         kept = []
         for change in (nn.Identity(), checkpoint_activations):
             model = change(model_of(latents=47, reads=5))
@@ -263,7 +263,7 @@ class TestRecomputedActivations:
             kept.append(saved.bytes)
         assert kept[1] < kept[0] / 3
 
-    def test_only_chosen_blocks(self):
+    def test_only_selected_blocks(self):
         model = checkpoint_activations(model_of(), blocks=(SelfAttend,))
         changed = {type(module) for module in model.modules() if "forward" in vars(module)}
         assert changed == {SelfAttend}
@@ -283,7 +283,7 @@ class TestRecomputedActivations:
         outputs_and_gradients(twin, twin, (x,), {})
         assert all(parameter.grad is None for parameter in model.parameters())
 
-    def test_functional_call_uses_the_weights_it_is_given(self):
+    def test_functional_call_uses_the_passed_weights(self):
         model = checkpoint_activations(model_of())
         (x,), _ = batch_of()
         other = {name: parameter * 1.5 for name, parameter in model.named_parameters()}
@@ -306,13 +306,13 @@ class TestFunctional:
         model = model_of(kernel=kernel).double()
         x = batch_of()[0][0].double()
         loss, parameters = self.loss(model)
-        found = torch.func.grad(loss)(parameters, x)
+        actual = torch.func.grad(loss)(parameters, x)
         loss(dict(model.named_parameters()), x).backward()
-        torch.testing.assert_close(found, {n: p.grad for n, p in model.named_parameters()}, **CLOSE)
+        torch.testing.assert_close(actual, {n: p.grad for n, p in model.named_parameters()}, **CLOSE)
 
     @pytest.mark.parametrize("kind", ["pixels", "audio", "points"])
     @pytest.mark.parametrize("kernel", [reference, partial(chunked, chunk_size=5)], ids=["reference", "chunked"])
-    def test_gradients_of_each_sample(self, kind, kernel):
+    def test_per_sample_gradients(self, kind, kernel):
         model = model_of(kind, kernel=kernel).double()
         x = batch_of(kind, b=3)[0][0].double()
         loss, parameters = self.loss(model)
@@ -321,7 +321,7 @@ class TestFunctional:
             alone = torch.func.grad(loss)(parameters, x[i : i + 1])
             torch.testing.assert_close({n: g[i] for n, g in each.items()}, alone, **CLOSE)
 
-    def test_gradients_of_each_sample_by_structured_reads(self):
+    def test_per_sample_gradients_with_structured_reads(self):
         model = model_of("pixels", kernel=fastest, path=reads.Structured(), reads=1).double()
         x = batch_of("pixels", b=3)[0][0].double()
 
@@ -339,7 +339,7 @@ class TestFunctional:
             alone = torch.func.grad(loss)(weights, x[i : i + 1])
             torch.testing.assert_close({n: g[i] for n, g in each.items()}, alone, **CLOSE)
 
-    def test_models_of_an_ensemble(self):
+    def test_ensembles(self):
         models = [model_of(kernel=reference) for _ in range(3)]  # PyTorch has no batching rule for its own
         for i, model in enumerate(models):
             with torch.no_grad():
@@ -351,13 +351,13 @@ class TestFunctional:
         torch.testing.assert_close(outs, torch.stack([model(x) for model in models]), **CLOSE)
 
     @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch.func's own
-    def test_forward_mode_agrees_with_differences(self):
+    def test_forward_mode_equals_finite_differences(self):
         model = model_of(kernel=reference).double()
         x, toward = batch_of()[0][0].double(), batch_of(seed=1)[0][0].double()
-        _, found = torch.func.jvp(model, (x,), (toward,))
+        _, actual = torch.func.jvp(model, (x,), (toward,))
         step = 1e-6
         differences = (model(x + step * toward) - model(x - step * toward)) / (2 * step)
-        torch.testing.assert_close(found, differences, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(actual, differences, rtol=1e-6, atol=1e-7)
 
     def test_second_derivatives(self):
         model = model_of(kernel=reference, reads=2).double()

@@ -1,4 +1,4 @@
-"""Pictures: the maps are the weights that were used, and what is drawn can be told apart."""
+"""Plots: maps equal the attention weights, and plotted elements are distinguishable."""
 
 from functools import partial
 
@@ -25,13 +25,13 @@ def model() -> pc.Perceiver:
     return pc.Perceiver(image, encoder, pc.heads.Classification(11, num_classes=2))
 
 
-def test_map_adds_to_one_over_the_grid(model: pc.Perceiver) -> None:
+def test_map_sums_to_one_over_the_grid(model: pc.Perceiver) -> None:
     weights = visualize.attention_map(model, torch.randn(2, 3, *GRID))
     assert weights.shape == (2, 2, 5, *GRID)
     torch.testing.assert_close(weights.sum((-1, -2)), torch.ones(2, 2, 5))
 
 
-def test_map_is_what_the_formula_gives_at_every_read(model: pc.Perceiver) -> None:
+def test_map_equals_the_formula_at_every_read(model: pc.Perceiver) -> None:
     pictures = torch.randn(2, 3, *GRID)
     model.eval()
     tokens = model.adapter(pictures)
@@ -40,12 +40,12 @@ def test_map_is_what_the_formula_gives_at_every_read(model: pc.Perceiver) -> Non
         read = model.encoder.reads[step]
         q = read.attention.query(read.query_norm(x)).unflatten(-1, (2, 5)).transpose(1, 2)
         k = read.attention.key(read.input_norm(tokens.materialize())).unflatten(-1, (2, 5)).transpose(1, 2)
-        wanted = (q @ k.mT / 5**0.5).softmax(-1).unflatten(-1, GRID)
-        torch.testing.assert_close(visualize.attention_map(model, pictures, read=step), wanted)
+        expected = (q @ k.mT / 5**0.5).softmax(-1).unflatten(-1, GRID)
+        torch.testing.assert_close(visualize.attention_map(model, pictures, read=step), expected)
         x = model.encoder.transformers[step](read(x, tokens))
 
 
-def test_map_of_chosen_latents_and_of_the_last_read(model: pc.Perceiver) -> None:
+def test_map_of_selected_latents_and_of_the_last_read(model: pc.Perceiver) -> None:
     pictures = torch.randn(2, 3, *GRID)
     every = visualize.attention_map(model, pictures, read=2)
     torch.testing.assert_close(visualize.attention_map(model, pictures, queries=[4, 1]), every[:, :, [4, 1]])
@@ -95,7 +95,7 @@ def test_overlay_is_brightest_where_the_weight_is() -> None:
     assert column >= 22
 
 
-def test_overlay_of_no_strength_is_the_picture() -> None:
+def test_overlay_of_strength_zero_is_the_image() -> None:
     grey = torch.linspace(0, 1, 77).reshape(1, 7, 11)
     picture = visualize.overlay(grey, torch.rand(2, 3), strength=0.0)
     np.testing.assert_array_equal(picture[..., 0], (grey[0] * 255).round().numpy().astype(np.uint8))
@@ -103,6 +103,7 @@ def test_overlay_of_no_strength_is_the_picture() -> None:
     assert not np.array_equal(visualize.overlay(color, torch.rand(2, 3), strength=0.0)[..., 0], picture[..., 0])
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize(
     ("picture", "weights", "strength", "message"),
     [
@@ -112,7 +113,7 @@ def test_overlay_of_no_strength_is_the_picture() -> None:
         (torch.rand(3, 5, 7), torch.rand(5, 7), 1.5, r"strength must lie in \[0, 1\]; got 1.5"),
     ],
 )
-def test_overlay_errors(picture: torch.Tensor, weights: torch.Tensor, strength: float, message: str) -> None:
+def test_invalid_overlays_raise(picture: torch.Tensor, weights: torch.Tensor, strength: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         visualize.overlay(picture, weights, strength=strength)
 
@@ -122,11 +123,11 @@ def test_position_features_are_those_of_the_grid() -> None:
     figure = visualize.position_features(where, (5, 7))
     assert len(figure.axes) == where.dim
     shown = np.stack([axes.images[0].get_array() for axes in figure.axes], -1)
-    wanted = where(pc.positions.grid_points((5, 7), like=torch.zeros(())))
-    np.testing.assert_allclose(shown, wanted.numpy(), atol=1e-6)
+    expected = where(pc.positions.grid_points((5, 7), like=torch.zeros(())))
+    np.testing.assert_allclose(shown, expected.numpy(), atol=1e-6)
 
 
-def test_position_features_shows_so_many_at_most_and_one_axis_as_one_picture() -> None:
+def test_position_features_limits_channels_and_shows_one_axis_as_one_image() -> None:
     many = pc.positions.Gaussian(num_axes=2, num_features=50)
     assert len(visualize.position_features(many, (5, 7), limit=9).axes) == 9
     line = visualize.position_features(pc.positions.Fourier(num_axes=1, num_bands=4, max_resolution=16), (31,))
@@ -147,7 +148,7 @@ def test_architecture_gives_one_color_to_one_set_of_weights() -> None:
     assert len(set(colors(False))) > 3
 
 
-def test_pictures_without_matplotlib_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plots_without_matplotlib_name_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"perceiver-core\[plots\]"):

@@ -1,10 +1,10 @@
-"""The whole example, from nothing to a report: what `make akoa` runs.
+"""The whole example, from generated data to a report; `make akoa` runs it.
 
     python -m examples.akoa.demo --out runs/akoa          # minutes
-    python -m examples.akoa.demo --toy                    # well under one; the figures mean nothing
+    python -m examples.akoa.demo --toy                    # less than a minute; the results are meaningless
 
-Draws a phantom of 101 patients (data/phantom), writes its labels, trains, looks at the test set once,
-and asks the driver about a few held-out pictures. Steps that are done are not done again.
+The steps are: draw a phantom of 101 patients (data/phantom), write its labels, train, evaluate the test set once, and
+classify a few held-out images with the driver. Finished steps are not repeated.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from examples.akoa import driver, generate_labels, phantom, train
-from examples.akoa.labels import read_labels
+from examples.akoa import driver, generate_labels, train
+from examples.akoa.dataset.labels import read_labels
+from examples.akoa.phantom import dataset as phantom
 
-# The phantom plants one file that is cut short; anything else that is found must stop the demo.
-_PLANTED = "unreadable"
+# The phantom contains one truncated file; any other problem must stop the demo.
+_EXPECTED_PROBLEM = "unreadable"
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything."""
+    """Size of the phantom and of the training."""
 
     name: str
     patients: int
@@ -41,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0, or the exit code of the step that failed."""
     parser = argparse.ArgumentParser(prog="python -m examples.akoa.demo", description="Phantom to report.")
     parser.add_argument("--out", type=Path, help="folder of the run (runs/akoa; runs/akoa-toy with --toy)")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="where phantoms are kept (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the phantom, split and training (%(default)s)")
-    parser.add_argument("--toy", action="store_true", help="a handful of patients, two epochs")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the phantoms (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the phantom, split and training (%(default)s)")
+    parser.add_argument("--toy", action="store_true", help="ten patients and two epochs")
     args = parser.parse_args(argv)
     scale = TOY if args.toy else FULL
     out = args.out or Path("runs", "akoa-toy" if args.toy else "akoa")
@@ -58,44 +59,44 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def demo(scale: Scale, folder: Path, out: Path, seed: int) -> int:
-    """Phantom, labels, training and report, then the driver.
+    """Write phantom and labels, train and evaluate, then run the driver.
 
     Returns:
         0, or the exit code of the step that failed.
     """
-    say(f"1  a phantom of {scale.patients} patients in {folder}")
+    print_heading(f"1  a phantom of {scale.patients} patients in {folder}")
     written = phantom.write(folder, patients=scale.patients, slices=scale.slices, seed=seed, progress=True)
-    print(f"{written:,} files written" if written else "there already")
-    pictures, labels = folder / phantom.FOLDER, folder / "labels.csv"
-    say(f"2  labels, split by patient, in {labels}")
+    print(f"{written:,} files written" if written else "complete already")
+    images, labels = folder / phantom.FOLDER, folder / "labels.csv"
+    print_heading(f"2  labels, split by patient, in {labels}")
     if written or not labels.exists():
-        asked = ["--data", str(pictures), "--out", str(labels), "--seed", str(seed), "--allow", _PLANTED]
-        if code := generate_labels.main(asked):
+        arguments = ["--data", str(images), "--out", str(labels), "--seed", str(seed), "--allow", _EXPECTED_PROBLEM]
+        if code := generate_labels.main(arguments):
             return code
     else:
-        print("there already")
-    say(f"3  training, and one look at the test set, in {out}")
-    asked = ["--data", str(pictures), "--labels", str(labels), "--out", str(out), "--seed", str(seed)]
-    if code := train.main([*asked, *scale.training, *(["--resume"] if (out / "run.json").exists() else [])]):
+        print("complete already")
+    print_heading(f"3  training, and one evaluation of the test set, in {out}")
+    arguments = ["--data", str(images), "--labels", str(labels), "--out", str(out), "--seed", str(seed)]
+    if code := train.main([*arguments, *scale.training, *(["--resume"] if (out / "run.json").exists() else [])]):
         return code
-    say("4  the driver, on pictures of patients that were held out")
-    if code := driver.main([*map(str, _held_out(labels, pictures)), "--weights", str(out / "weights")]):
+    print_heading("4  the driver, on images of held-out patients")
+    if code := driver.main([*map(str, _held_out(labels, images)), "--weights", str(out / "weights")]):
         return code
-    say(f"pictures  {pictures}\nmodel     {out / 'weights'}\nreport    {out / 'report.md'}")
+    print_heading(f"images    {images}\nmodel     {out / 'weights'}\nreport    {out / 'report.md'}")
     return 0
 
 
-def say(text: str) -> None:
-    """Print a heading, at once."""
+def print_heading(text: str) -> None:
+    """Print a heading, without buffering."""
     print(f"\n{text}", flush=True)
 
 
-def _held_out(labels: Path, pictures: Path, count: int = 4) -> list[Path]:
-    """Test pictures of `count` knees, as many as there are, from the middle of their volumes."""
+def _held_out(labels: Path, images: Path, num_knees: int = 4) -> list[Path]:
+    """Test images of up to `num_knees` knees, from the middle of their volumes."""
     rows = [row for row in read_labels(labels) if row.split == "test"]
     middle = sorted({row.slice for row in rows})[len({row.slice for row in rows}) // 2]
-    knees = {(row.patient, row.side): pictures / row.image for row in rows if row.slice == middle}
-    return list(knees.values())[:count]
+    knees = {(row.patient, row.side): images / row.image for row in rows if row.slice == middle}
+    return list(knees.values())[:num_knees]
 
 
 if __name__ == "__main__":

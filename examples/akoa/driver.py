@@ -1,12 +1,12 @@
-"""Left or right? Ask a trained model about files and folders.
+r"""Classification of knee images as left or right with a trained model, for files and folders.
 
-    python -m examples.akoa.driver knee.png                       # with the weights that ship
+    python -m examples.akoa.driver knee.png                       # with the shipped weights
     python -m examples.akoa.driver data/AKOA_Analysis --weights runs/akoa/weights \
         --threshold 0.9 --out results.csv --maps maps
 
-A verdict whose probability is below the threshold is `abstain`. Where file names are those of AKOA,
-slices are gathered into volumes, each with a verdict from its mean logit. A name's side is printed
-beside it but never used. Exit code 1: a file could not be read; 2: nothing could be done.
+A verdict whose probability is below the threshold is `abstain`. If file names have the form of AKOA, slices are grouped
+into volumes, each with a verdict from its mean logit. The side in a file name is printed beside the verdict but never
+used. The exit code is 1 if a file could not be read, and 2 if nothing could be done.
 """
 
 from __future__ import annotations
@@ -30,40 +30,41 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from examples.akoa import plots
-from examples.akoa.data import read_picture
-from examples.akoa.inference import attention, predict
-from examples.akoa.labels import is_junk, list_files, parse_name, write_table
-from examples.akoa.predictions import probability
-from examples.akoa.runs import trained_size
+from examples.akoa.dataset.datamodule import read_image
+from examples.akoa.dataset.file_names import is_system_file, list_files, parse_name
+from examples.akoa.dataset.labels import write_table
+from examples.akoa.evaluation import plots
+from examples.akoa.evaluation.inference import attention_maps, predict
+from examples.akoa.evaluation.predictions import probability
+from examples.akoa.training.run_record import trained_size
 from perceiver_core import load
 
 WEIGHTS = Path(__file__).parent / "weights"
 HEADER = ("file", "verdict", "probability_right", "map")
 _BATCH = 256
-# What Pillow raises on broken files, beyond the ValueError that `read_picture` makes of the usual.
+# Exceptions of Pillow for damaged files, beside those that `read_image` converts to ValueError.
 _BROKEN = (ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
-Picture = UInt8[np.ndarray, "h w"]
+GrayImage = UInt8[np.ndarray, "h w"]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the model says about a file, and where its attention map is, if one was drawn."""
+    """Logit of a file, and the path of its attention map if one was drawn."""
 
     file: Path
     logit: float
-    picture_map: Path | None = None
+    map_path: Path | None = None
 
     def line(self, threshold: float) -> tuple[str, ...]:
-        """The columns of `HEADER`."""
-        side, p = judge(self.logit, threshold)
-        return str(self.file), side, f"{p:.6f}", str(self.picture_map or "")
+        """Values of the columns of `HEADER`."""
+        side, p = decide(self.logit, threshold)
+        return str(self.file), side, f"{p:.6f}", str(self.map_path or "")
 
 
 @dataclass(frozen=True)
-class Unreadable:
-    """A file that was skipped, and why."""
+class SkippedFile:
+    """File that was skipped, and the reason."""
 
     file: Path
     reason: str
@@ -71,12 +72,12 @@ class Unreadable:
 
 @dataclass(frozen=True)
 class VolumeVerdict:
-    """The verdict on one volume: what its files are named, how many they are, their mean logit."""
+    """Verdict on a volume: the side in its file names, its number of slices, and their mean logit."""
 
     patient: str
     visit: int
-    named: str
-    slices: int
+    named_side: str
+    num_slices: int
     logit: float
 
 
@@ -93,78 +94,77 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def find_pictures(paths: Iterable[Path]) -> list[Path]:
-    """The files given, and all PNG files below the folders given; each file once.
+def find_images(paths: Iterable[Path]) -> list[Path]:
+    """Collect PNG files: the paths that are files, and all PNG files below those that are folders, each file once.
 
     Raises:
-        FileNotFoundError: there is no such path.
-        ValueError: no PNG files are found.
+        FileNotFoundError: A path does not exist.
+        ValueError: There are no PNG files.
     """
-    found: dict[str, Path] = {}
-    given = list(paths)
-    for path in given:
+    images: dict[str, Path] = {}
+    path_list = list(paths)
+    for path in path_list:
         if path.is_dir():
-            names = [n for n in list_files(path) if n.lower().endswith(".png") and not is_junk(n)]
+            names = [n for n in list_files(path) if n.lower().endswith(".png") and not is_system_file(n)]
             files = [path / name for name in names]
         elif path.exists():
             files = [path]
         else:
-            raise FileNotFoundError(f"{path} is not there; give PNG files, or folders with them")
+            raise FileNotFoundError(f"{path} does not exist; give PNG files, or folders with them")
         for file in files:
-            found.setdefault(os.path.realpath(file), file)
-    if not found:
-        raise ValueError(f"no PNG files below {', '.join(map(str, given))}")
-    return list(found.values())
+            images.setdefault(os.path.realpath(file), file)
+    if not images:
+        raise ValueError(f"no PNG files below {', '.join(map(str, path_list))}")
+    return list(images.values())
 
 
 def load_weights(folder: Path) -> nn.Module:
-    """The model that a run left in its `weights` folder.
+    """Load the model of a run's `weights` folder.
 
     Raises:
-        FileNotFoundError: there are no weights.
-        ValueError: they are damaged.
+        FileNotFoundError: The folder does not exist.
+        ValueError: The weights are damaged.
     """
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"weights folder {folder} is not there; train first (examples.akoa.train writes "
+            f"weights folder {folder} does not exist; train first (examples.akoa.train writes "
             "runs/akoa/weights), then name it with --weights"
         )
-    model: nn.Module = load(folder)
-    return model
+    return load(folder)
 
 
 def classify(
     model: nn.Module, files: Sequence[Path], size: tuple[int, int], maps: Path | None = None
-) -> Iterator[Verdict | Unreadable]:
-    """A verdict for each file, in order; files that cannot be read are named and passed over.
+) -> Iterator[Verdict | SkippedFile]:
+    """Classify files in order; files that cannot be read are returned as `SkippedFile`.
 
     Args:
-        model: one logit a picture, positive = right.
+        model: Module with one logit per image, positive for right.
         files: PNG files of any size, gray or color.
-        size: height and width, in pixels, that the model was trained at.
-        maps: an existing folder for attention maps; None for none.
+        size: Height and width of the training images, in pixels.
+        maps: Existing folder for attention maps; None for none.
     """
     starts = range(0, len(files), _BATCH)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for start in starts:
             chunk = files[start : start + _BATCH]
-            read = list(pool.map(partial(_read, size=size), chunk))
-            pictures = [item for item in read if isinstance(item, np.ndarray)]
-            logits = iter(predict(model, torch.from_numpy(np.array(pictures)), _BATCH))
-            for number, (file, item) in enumerate(zip(chunk, read, strict=True), start):
-                if isinstance(item, Unreadable):
+            contents = list(pool.map(partial(_read_image, size=size), chunk))
+            images = [item for item in contents if isinstance(item, np.ndarray)]
+            logits = iter(predict(model, torch.from_numpy(np.array(images)), _BATCH))
+            for number, (file, item) in enumerate(zip(chunk, contents, strict=True), start):
+                if isinstance(item, SkippedFile):
                     yield item
                     continue
                 logit = float(next(logits))
-                drawn = None if maps is None else _draw(model, file, item, logit, maps, number)
-                yield Verdict(file, logit, drawn)
+                map_path = None if maps is None else _draw(model, file, item, logit, maps, number)
+                yield Verdict(file, logit, map_path)
 
 
-def judge(logit: float, threshold: float) -> tuple[str, float]:
-    """The side, or `abstain` where its probability is below the threshold; and p(right).
+def decide(logit: float, threshold: float) -> tuple[str, float]:
+    """Return the side, or `abstain` if its probability is below the threshold, and p(right).
 
     Example:
-        >>> judge(2.0, 0.8)[0], judge(-2.0, 0.8)[0], judge(2.0, 0.9)[0]
+        >>> decide(2.0, 0.8)[0], decide(-2.0, 0.8)[0], decide(2.0, 0.9)[0]
         ('right', 'left', 'abstain')
     """
     p = float(probability(np.array([logit]))[0])
@@ -172,8 +172,8 @@ def judge(logit: float, threshold: float) -> tuple[str, float]:
     return (side if max(p, 1 - p) >= threshold else "abstain"), p
 
 
-def gather(verdicts: Iterable[Verdict]) -> list[VolumeVerdict]:
-    """Volumes of the files whose names are AKOA's; slices of one volume lie in one folder."""
+def group_by_volume(verdicts: Iterable[Verdict]) -> list[VolumeVerdict]:
+    """Group verdicts into volumes by folder and file name; other names are left out."""
     volumes: dict[tuple[Path, str, int, str], list[float]] = defaultdict(list)
     for verdict in verdicts:
         try:
@@ -190,15 +190,15 @@ def gather(verdicts: Iterable[Verdict]) -> list[VolumeVerdict]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m examples.akoa.driver", description="Tell left knees from right ones."
+        prog="python -m examples.akoa.driver", description="Classify knee images as left or right."
     )
     add = parser.add_argument
     add("paths", type=Path, nargs="+", metavar="PATH", help="PNG files, or folders with them")
-    add("--weights", type=Path, default=WEIGHTS, help="folder of a trained model (the shipped one)")
+    add("--weights", type=Path, default=WEIGHTS, help="folder of a trained model (default: the shipped one)")
     add("--threshold", type=float, default=0.5, help="abstain below this probability (%(default)s)")
-    add("--size", type=int, nargs="+", help="pixels: one number, or height width (the weights')")
-    add("--out", type=Path, metavar="CSV", help="write verdicts there, not to the screen")
-    add("--maps", type=Path, metavar="DIR", help="draw an attention map of each picture there")
+    add("--size", type=int, nargs="+", help="pixels: one number, or height width (default: that of the weights)")
+    add("--out", type=Path, metavar="CSV", help="file for the verdicts, which are printed otherwise")
+    add("--maps", type=Path, metavar="DIR", help="folder for an attention map of each image")
     return parser
 
 
@@ -207,17 +207,20 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError(f"threshold is {args.threshold:g}, need a probability from 0.5 to 1")
     if args.out is not None and (args.out.is_dir() or not args.out.parent.is_dir()):
         raise ValueError(f"out: {str(args.out)!r} is not a file in an existing folder")
-    files = find_pictures(args.paths)
+    files = find_images(args.paths)
     model = load_weights(args.weights)
     if args.weights == WEIGHTS:
-        print("these weights were trained on a generated phantom: they mean nothing for a real knee", file=sys.stderr)
+        print(
+            "these weights were trained on a generated phantom; their verdicts on real knees are meaningless",
+            file=sys.stderr,
+        )
     size = (args.size[0], args.size[-1]) if args.size else trained_size(args.weights, model)
     if args.maps is not None:
         args.maps.mkdir(parents=True, exist_ok=True)
-    answers = classify(model, files, size, args.maps)
-    done = list(tqdm(answers, "classifying", len(files), unit="picture", disable=None))
+    results = classify(model, files, size, args.maps)
+    done = list(tqdm(results, "classifying", len(files), unit="image", disable=None))
     verdicts = [item for item in done if isinstance(item, Verdict)]
-    skipped = [item for item in done if isinstance(item, Unreadable)]
+    skipped = [item for item in done if isinstance(item, SkippedFile)]
     lines = [verdict.line(args.threshold) for verdict in verdicts]
     if args.out is not None:
         write_table(args.out, HEADER, lines)
@@ -225,7 +228,7 @@ def _run(args: argparse.Namespace) -> int:
     else:
         for file, side, p, _ in lines:
             print(f"{side:8} p(right) {float(p):.3f}  {_printable(file)}")
-    _print_volumes(gather(verdicts), args.threshold)
+    _print_volumes(group_by_volume(verdicts), args.threshold)
     for item in skipped:
         print(f"skipped {_printable(item.file)}: {_printable(item.reason)}", file=sys.stderr)
     if skipped:
@@ -238,30 +241,32 @@ def _print_volumes(volumes: Sequence[VolumeVerdict], threshold: float) -> None:
         return
     print(f"\n{'patient':8} {'visit':>6} {'named':6} {'slices':>7} {'p(right)':>9}  verdict")
     for volume in volumes:
-        side, p = judge(volume.logit, threshold)
-        note = "" if side in (volume.named, "abstain") else "  (not as named)"
-        print(f"{volume.patient:8} {volume.visit:6} {volume.named:6} {volume.slices:7} {p:9.3f}  {side}{note}")
+        side, p = decide(volume.logit, threshold)
+        note = "" if side in (volume.named_side, "abstain") else "  (not as named)"
+        print(f"{volume.patient:8} {volume.visit:6} {volume.named_side:6} {volume.num_slices:7} {p:9.3f}  {side}{note}")
 
 
-def _read(file: Path, *, size: tuple[int, int]) -> Picture | Unreadable:
+def _read_image(file: Path, *, size: tuple[int, int]) -> GrayImage | SkippedFile:
+    """Read an image, or return the reason why it cannot be read."""
     try:
-        return read_picture(file, size)
+        return read_image(file, size)
     except _BROKEN as error:
-        # The reader's advice is about labels; the reason alone is what counts here.
-        return Unreadable(file, str(error.__cause__ or error))
+        # The advice of `read_image` is about labels.csv; only the reason applies here.
+        return SkippedFile(file, str(error.__cause__ or error))
 
 
-def _draw(model: nn.Module, file: Path, picture: Picture, logit: float, maps: Path, number: int) -> Path:
-    side, p = judge(logit, 0.5)
-    shares = attention(model, torch.tensor(picture)[None])[0]
-    # Numbered, since files of several folders may have one name.
+def _draw(model: nn.Module, file: Path, image: GrayImage, logit: float, maps: Path, number: int) -> Path:
+    """Write the attention map of an image and return its path."""
+    side, p = decide(logit, 0.5)
+    shares = attention_maps(model, torch.tensor(image)[None])[0]
+    # Numbered, since files of several folders may have the same name.
     path = maps / f"{number:05}_{file.stem}.png"
-    plots.save(plots.single_map(picture, shares, f"{side}, p(right) = {p:.3f}"), path)
+    plots.save(plots.single_map(image, shares, f"{side}, p(right) = {p:.3f}"), path)
     return path
 
 
 def _printable(text: object) -> str:
-    """A name may hold what the terminal cannot show, and a run must not die of that."""
+    """Escape characters that the terminal may not be able to print, which would raise an error."""
     return str(text).encode("ascii", "backslashreplace").decode()
 
 

@@ -1,10 +1,10 @@
-"""Look at the test set, and write down all that it says.
+"""Evaluation of a run on its test set, with a report of all results.
 
     python -m examples.akoa.evaluate --run runs/akoa --data data/phantom --labels labels.csv --again
 
-A run evaluates its test set by itself, once. This command does so again, with the weights in the
-run's folder. report.json counts the looks, and a folder that has a report wants `--again`: each
-look at a test set that is followed by a choice makes it less of a test.
+Training evaluates the test set once. This command evaluates it again, with the weights in the folder of the run.
+report.json counts these looks at the test set, and `--again` is required if the folder has a report: if choices follow
+a look, the test set is no longer independent of them.
 """
 
 from __future__ import annotations
@@ -17,25 +17,23 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import nn
 
-from examples.akoa import baselines, metrics, predictions
-from examples.akoa.baselines import Linear, border_only
-from examples.akoa.data import Knees, Split
-from examples.akoa.findings import border_test, figures, mirror_test
-from examples.akoa.folds import count, summarize_folds
-from examples.akoa.illustrate import draw, read_history
-from examples.akoa.inference import predict
-from examples.akoa.labels import SPLITS, Row, patients_in_several
-from examples.akoa.predictions import LINEAR, LINEAR_MIRRORED, MAJORITY, MODELS, PERCEIVER
-from examples.akoa.report import folds_markdown, markdown, show
-from examples.akoa.runs import WEIGHTS, check_rows, read_record, trained_size
+from examples.akoa.dataset.datamodule import KneeDataModule, Split
+from examples.akoa.dataset.labels import SPLITS, Row, find_leaks
+from examples.akoa.evaluation import baselines, metrics, predictions
+from examples.akoa.evaluation.analysis import border_test, mirror_test, score_test_set
+from examples.akoa.evaluation.baselines import LinearModel, border_only
+from examples.akoa.evaluation.cross_validation import count_data
+from examples.akoa.evaluation.figures import draw_figures, read_history
+from examples.akoa.evaluation.inference import predict
+from examples.akoa.evaluation.metrics import Report
+from examples.akoa.evaluation.predictions import LINEAR, LINEAR_MIRRORED, MAJORITY, MODELS, PERCEIVER
+from examples.akoa.evaluation.report import format_estimate, markdown
+from examples.akoa.training.run_record import WEIGHTS, check_rows, read_record, trained_size
 from perceiver_core import load
-
-__all__ = ["evaluate_run", "folds_markdown", "predict", "regenerate", "summarize_folds"]
 
 REPORT = "report.json"
 
@@ -49,85 +47,86 @@ def evaluate_run(
     seed: int = 0,
     command: str | None = None,
     progress: bool = False,
-) -> dict[str, Any]:
-    """Look at the test set and write report.json, report.md, predictions.csv and PNG files.
+) -> Report:
+    """Evaluate the test set and write report.json, report.md, predictions.csv and PNG files.
 
     Args:
-        model: takes pictures `b 1 h w` and gives one logit each, positive = right.
-        splits: `train` (which fits the baselines), `val` (which chooses their penalty), `test`.
-        out: the folder of the run; made if it is not there.
-        history: metrics.csv of Lightning's CSVLogger, for the curves of training; None for none.
-        seed: of the bootstrap.
-        command: what regenerates the report, as the report will say.
-        progress: show bars.
+        model: Module from images `b 1 h w` to one logit each, positive for right.
+        splits: Splits `train` (which fits the baselines), `val` (which selects their penalty) and `test`.
+        out: Folder of the run, created if necessary.
+        history: Path of metrics.csv of Lightning's CSVLogger, for the training curves; None for no curves.
+        seed: Seed of the bootstrap.
+        command: Command that reproduces the report, which quotes it; None for the command of this module.
+        progress: Show progress bars.
 
     Returns:
-        What report.json holds.
+        Content of report.json.
 
     Raises:
-        ValueError: a patient stands in two splits, a split is missing or empty or has not as many
-            rows as pictures, or report.json in `out` cannot be read, so that looks cannot be counted.
-        FileNotFoundError: there is no such history.
+        ValueError: A patient is in two splits, a split is missing or empty, the numbers of rows and images differ, or
+            report.json in `out` cannot be read, so that looks cannot be counted.
+        FileNotFoundError: The history does not exist.
     """
     check_splits(splits)
-    looked = looked_at(out) + 1
+    looks = count_looks(out) + 1
     epochs = None if history is None else read_history(history)
     rows = {part: [replace(row, split=part) for row in splits[part].rows] for part in splits}
-    linear = fit_baselines(splits, progress=progress)
+    linear_models = fit_baselines(splits, progress=progress)
     logits = {
-        part: all_logits(model, linear, splits["train"], splits[part], progress=progress) for part in ("val", "test")
+        part: all_logits(model, linear_models, splits["train"], splits[part], progress=progress)
+        for part in ("val", "test")
     }
-    weights = draws_of(rows["test"], seed)
-    report: dict[str, Any] = {
+    weights = bootstrap_weights(rows["test"], seed)
+    report: Report = {
         "data": describe_data(splits),
-        "command": command or regenerate(out, Path("DATA"), Path("LABELS")),
-        "test_looked_at": looked,
+        "command": command or evaluation_command(out, Path("DATA"), Path("LABELS")),
+        "test_looked_at": looks,
         "seed": seed,
         "draws": metrics.DRAWS,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        **figures(rows["test"], logits["test"], weights),
-        "validation": metrics.score(rows["val"], logits["val"][PERCEIVER], draws_of(rows["val"], seed)),
+        **score_test_set(rows["test"], logits["test"], weights),
+        "validation": metrics.score(rows["val"], logits["val"][PERCEIVER], bootstrap_weights(rows["val"], seed)),
         "mirror": mirror_test(model, splits["test"], logits["test"][PERCEIVER], weights),
-        "border": border_test(model, linear, splits, logits["test"], weights),
-        "linear": {name: fit.describe() for name, fit in linear.items()},
+        "border": border_test(model, linear_models, splits, logits["test"], weights),
+        "linear": {name: fit.describe() for name, fit in linear_models.items()},
     }
     out.mkdir(parents=True, exist_ok=True)
-    # At once, so that the look is counted whatever becomes of the pictures.
+    # Written before the figures, so that the look is counted even if drawing them fails.
     report["plots"] = {}
     write_text(out / REPORT, to_json(report))
     both = {name: np.concatenate([logits["val"][name], logits["test"][name]]) for name in MODELS}
     predictions.write_predictions(out / "predictions.csv", rows["val"] + rows["test"], both)
-    report["plots"] = draw(out, model, splits["test"], logits["test"][PERCEIVER], report, epochs)
+    report["plots"] = draw_figures(out, model, splits["test"], logits["test"][PERCEIVER], report, epochs)
     write_text(out / REPORT, to_json(report))
     write_text(out / "report.md", markdown(report))
     return report
 
 
 def check_splits(splits: Mapping[str, Split]) -> None:
-    """Refuse an evaluation that would leak, or that has nothing to look at.
+    """Check that splits do not leak patients, and that none is missing or empty.
 
     Raises:
-        ValueError: as `evaluate_run`.
+        ValueError: As in `evaluate_run`.
     """
     missing = [part for part in SPLITS if part not in splits or not splits[part].rows]
     if missing or set(splits) - set(SPLITS):
-        raise ValueError(f"splits: got {sorted(splits)}, need pictures in each of {list(SPLITS)}")
+        raise ValueError(f"splits: got {sorted(splits)}, need images in each of {list(SPLITS)}")
     for part, split in splits.items():
-        if len(split.rows) != len(split.pictures):
-            raise ValueError(f"splits: {part} has {len(split.rows)} rows for {len(split.pictures)} pictures")
-    leaks, shown = patients_in_several((row.patient, part) for part, split in splits.items() for row in split.rows)
+        if len(split.rows) != len(split.images):
+            raise ValueError(f"splits: {part} has {len(split.rows)} rows for {len(split.images)} images")
+    leaks, shown = find_leaks((row.patient, part) for part, split in splits.items() for row in split.rows)
     if leaks:
         raise ValueError(
-            f"splits: {leaks} patients stand in two splits ({shown}), so the test would not "
-            "be of unseen patients; split by patient with examples.akoa.generate_labels"
+            f"splits: {leaks} patients are in two splits ({shown}), so the test would not "
+            "be independent of training; split by patient with examples.akoa.generate_labels"
         )
 
 
-def looked_at(out: Path) -> int:
-    """How often the test set of a run's folder was looked at so far.
+def count_looks(out: Path) -> int:
+    """Number of evaluations of the test set that report.json in the folder of a run records.
 
     Raises:
-        ValueError: report.json is there, but does not say.
+        ValueError: report.json exists, but does not contain the number.
     """
     path = out / REPORT
     if not path.exists():
@@ -141,10 +140,10 @@ def looked_at(out: Path) -> int:
     return looks
 
 
-def fit_baselines(splits: Mapping[str, Split], *, progress: bool = False) -> dict[str, Linear]:
-    """Linear models: on the pictures, on these and their mirror images, on nothing but borders."""
+def fit_baselines(splits: Mapping[str, Split], *, progress: bool = False) -> dict[str, LinearModel]:
+    """Fit linear models: on the images, on these and their mirror images, and on borders alone."""
     train, val = splits["train"], splits["val"]
-    border = [baselines.seen_as(split, border_only) for split in (train, val)]
+    border = [baselines.transform_split(split, border_only) for split in (train, val)]
     return {
         LINEAR: baselines.fit_linear(train, val, mirrored=False, progress=progress),
         LINEAR_MIRRORED: baselines.fit_linear(train, val, mirrored=True, progress=progress),
@@ -153,64 +152,68 @@ def fit_baselines(splits: Mapping[str, Split], *, progress: bool = False) -> dic
 
 
 def all_logits(
-    model: nn.Module, linear: Mapping[str, Linear], train: Split, split: Split, *, progress: bool
+    model: nn.Module, linear_models: Mapping[str, LinearModel], train: Split, split: Split, *, progress: bool
 ) -> dict[str, np.ndarray]:
-    """What each of `MODELS` says about a split."""
+    """Logits of each of `MODELS` for a split."""
     return {
-        PERCEIVER: predict(model, split.pictures, progress=progress),
-        LINEAR: linear[LINEAR].logits(split.pictures),
-        LINEAR_MIRRORED: linear[LINEAR_MIRRORED].logits(split.pictures),
+        PERCEIVER: predict(model, split.images, progress=progress),
+        LINEAR: linear_models[LINEAR].logits(split.images),
+        LINEAR_MIRRORED: linear_models[LINEAR_MIRRORED].logits(split.images),
         MAJORITY: baselines.majority(train, len(split.rows)),
     }
 
 
-def draws_of(rows: Sequence[Row], seed: int) -> metrics.Weights:
-    """The bootstrap's draws of the patients of some rows."""
+def bootstrap_weights(rows: Sequence[Row], seed: int) -> metrics.Weights:
+    """Bootstrap multiplicities of the patients of some rows."""
     return metrics.resample(len({row.patient for row in rows}), seed)
 
 
-def describe_data(splits: Mapping[str, Split]) -> dict[str, Any]:
-    """What the data is, and how much of it stands where.
+def describe_data(splits: Mapping[str, Split]) -> Report:
+    """Kind of the data, size of the images, and counts of each split.
 
-    Real patients' numbers begin with 9, and those of the phantom never do.
+    Real patient numbers begin with 9, and those of the phantom never do.
     """
     real = {row.patient.startswith("9") for split in splits.values() for row in split.rows}
     kind = "mixed" if len(real) > 1 else "AKOA" if real == {True} else "phantom"
     return {
         "kind": kind,
-        "picture": list(splits["test"].pictures.shape[-2:]),
-        "splits": {part: count(splits[part].rows) for part in SPLITS},
+        "picture": list(splits["test"].images.shape[-2:]),
+        "splits": {part: count_data(splits[part].rows) for part in SPLITS},
     }
 
 
-def to_json(report: Mapping[str, Any]) -> str:
-    """The text of report.json."""
+def to_json(report: Report) -> str:
+    """Text of report.json."""
     return json.dumps(report, indent=2, allow_nan=False) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write a file completely or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        beside.write_text(text, encoding="utf-8", newline="\n")
-        beside.replace(path)
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0: written, 2: wrong arguments or a broken run, 130: interrupted."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.akoa.evaluate",
-        description="Evaluate the weights of a run's folder on its test set; counts the looks.",
+        description="Evaluate the weights of a run on its test set; evaluations are counted.",
     )
     add = parser.add_argument
-    add("--run", type=Path, required=True, help="folder of the run, with weights/ in it")
+    add("--run", type=Path, required=True, help="folder of the run, which contains weights/")
     add("--data", type=Path, required=True, help="folder with the PNG files")
     add("--labels", type=Path, required=True, help="labels.csv that the run was trained on")
-    add("--fold", type=int, help="where the labels hold folds, and run.json does not say which")
-    add("--seed", type=int, default=0, help="of the bootstrap (%(default)s)")
-    add("--again", action="store_true", help="look once more at a test set that was looked at")
+    add(
+        "--fold",
+        type=int,
+        help="run of the cross-validation, if labels are in folds and run.json does not name it",
+    )
+    add("--seed", type=int, default=0, help="seed of the bootstrap (%(default)s)")
+    add("--again", action="store_true", help="evaluate a test set again")
     args = parser.parse_args(argv)
     try:
         report = _evaluate_folder(args)
@@ -221,21 +224,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     accuracy = report["models"][PERCEIVER]["slice"]["accuracy"]
-    print(f"accuracy of test slices: {show(accuracy)}; all of it in {args.run / 'report.md'}")
+    print(f"accuracy of test slices: {format_estimate(accuracy)}; the report is {args.run / 'report.md'}")
     return 0
 
 
-def _evaluate_folder(args: argparse.Namespace) -> dict[str, Any]:
-    looks = looked_at(args.run)
+def _evaluate_folder(args: argparse.Namespace) -> Report:
+    looks = count_looks(args.run)
     if looks and not args.again:
         raise ValueError(
             f"the test set of {args.run} was looked at before ({looks} so far); read {args.run / 'report.md'}, "
-            "or look again with --again, which is counted"
+            "or evaluate it again with --again, which is counted"
         )
     model = load(args.run / WEIGHTS)
     size = trained_size(args.run / WEIGHTS, model)
     fold = read_record(args.run).get("fold") if args.fold is None else args.fold
-    knees = Knees(data=args.data, labels=args.labels, size=size, fold=fold, augment=False)
+    knees = KneeDataModule(data=args.data, labels=args.labels, size=size, fold=fold, augment=False)
     check_rows(args.run, knees.rows)
     splits = {part: knees.split(part) for part in SPLITS}
     history = args.run / "history.csv"
@@ -245,13 +248,13 @@ def _evaluate_folder(args: argparse.Namespace) -> dict[str, Any]:
         args.run,
         history=history if history.exists() else None,
         seed=args.seed,
-        command=regenerate(args.run, args.data, args.labels, fold),
+        command=evaluation_command(args.run, args.data, args.labels, fold),
         progress=True,
     )
 
 
-def regenerate(run: Path, data: Path, labels: Path, fold: int | None = None) -> str:
-    """The command that evaluates a run again."""
+def evaluation_command(run: Path, data: Path, labels: Path, fold: int | None = None) -> str:
+    """Command that evaluates a run again."""
     parts = ["--run", str(run), "--data", str(data), "--labels", str(labels)]
     parts += [] if fold is None else ["--fold", str(fold)]
     return f"python -m examples.akoa.evaluate {shlex.join(parts)} --again"

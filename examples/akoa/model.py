@@ -1,4 +1,4 @@
-"""The Perceiver that tells a right knee from a left one: the whole architecture on a screen."""
+"""The Perceiver that classifies the side of a knee, right or left."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import perceiver_core as pc
 
 @pc.register
 class StandardizedStem(nn.Module):
-    """Every picture to mean 0 and deviation 1, whatever the scanner's gain, then a convolutional stem.
+    """Convolutional stem that first standardizes every image, so that the gain of the scanner does not matter.
 
     Args:
-        channels: of the pictures.
-        dim: of the tokens.
+        channels: Number of channels of the images.
+        dim: Number of channels of the tokens.
 
     Example:
         >>> import torch
@@ -29,22 +29,22 @@ class StandardizedStem(nn.Module):
         self.stem = pc.adapters.ConvStem(channels, dim=dim)
         self.dim = dim
 
-    def forward(self, pictures: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d rows columns"]:
-        """The tokens' content."""
-        centered = pictures - pictures.mean((1, 2, 3), keepdim=True)
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d rows columns"]:
+        """Standardize images and apply the convolutional stem."""
+        centered = images - images.mean((1, 2, 3), keepdim=True)
         variance = centered.square().mean((1, 2, 3), keepdim=True)
-        tokens: Tensor = self.stem(centered / (variance + 0.05**2).sqrt())  # a flat picture stays flat
-        return tokens
+        return self.stem(centered / (variance + 0.05**2).sqrt())  # 0.05, so that a uniform image stays uniform
 
 
 def knee_model(size: tuple[int, int] = (64, 64)) -> pc.Perceiver:
-    """Gray pictures `b 1 h w` in [-1, 1] to one logit each: positive means a right knee.
+    """Build the model from gray images `b 1 h w` in [-1, 1] to one logit each, positive for a right knee.
 
-    Tokens are what a convolution of 7 x 7 and pooling make of 4 x 4 standardized pixels, with Fourier
-    features of where they lie. 32 latents read them twice with the same weights, and think after each time.
+    A token is the output of a convolution of 7 x 7 and pooling for a patch of 4 x 4 standardized pixels, with Fourier
+    features of its position. 32 latents read the tokens twice with the same weights, and each read is followed by
+    self-attention.
 
     Args:
-        size: height and width that it is trained at, in pixels; the highest frequency follows from it.
+        size: Height and width of the training images in pixels, which set the highest frequency of the positions.
 
     Example:
         >>> import torch
@@ -52,8 +52,8 @@ def knee_model(size: tuple[int, int] = (64, 64)) -> pc.Perceiver:
         torch.Size([2, 1])
     """
     dim, grid = 64, tuple(-(-side // 4) for side in size)
-    where = pc.positions.Fourier(num_axes=2, num_bands=16, max_resolution=grid)
-    image = pc.adapters.Image(num_channels=1, positions=where, stem=partial(StandardizedStem, dim=32))
+    positions = pc.positions.Fourier(num_axes=2, num_bands=16, max_resolution=grid)
+    image = pc.adapters.Image(num_channels=1, positions=positions, stem=partial(StandardizedStem, dim=32))
     encoder = pc.Encoder(
         image.dim,
         num_latents=32,

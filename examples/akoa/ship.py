@@ -1,4 +1,4 @@
-"""Copies what a run found into `examples/akoa/weights`, which ships: the weights, their report and its pictures.
+"""Copy of the results of a run to `examples/akoa/weights`, which is part of the repository.
 
 make akoa && python -m examples.akoa.ship
 """
@@ -12,34 +12,34 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from examples.akoa.driver import WEIGHTS
-from examples.akoa.runs import WEIGHTS as TRAINED
+from examples.akoa.training.run_record import WEIGHTS as TRAINED
 
-LARGEST = 2 * 2**20  # bytes of weights
+MAX_BYTES = 2 * 2**20  # of the weights
 
 
-def ship(run: Path, to: Path) -> list[Path]:
-    """Replaces the files of `to` by those of a run.
+def ship(run: Path, target: Path) -> list[Path]:
+    """Replace the files of `target` by those of a run.
 
     Returns:
-        What was written.
+        Paths of the written files.
 
     Raises:
-        FileNotFoundError: a run that has not ended with a report.
-        ValueError: weights of more than 2 MiB.
+        FileNotFoundError: The run has no report, or lacks other results.
+        ValueError: The weights are larger than 2 MiB.
     """
     names = [TRAINED, "report.md", "report.json", "run.json", "predictions.csv"]
     if missing := [name for name in names if not (run / name).exists()]:
         raise FileNotFoundError(f"{run} has no {', '.join(missing)}; run `make akoa` to its end first")
     files = [*sorted((run / TRAINED).glob("*.*")), *(run / name for name in names[1:]), *sorted(run.glob("*.png"))]
     size = sum(path.stat().st_size for path in files if path.suffix == ".safetensors")
-    if size > LARGEST:
-        raise ValueError(f"weights of {size:,} bytes do not ship; {LARGEST:,} is the most. Train a smaller model")
-    to.mkdir(parents=True, exist_ok=True)
-    return [Path(shutil.copyfile(path, to / path.name)) for path in files]
+    if size > MAX_BYTES:
+        raise ValueError(f"weights of {size:,} bytes do not ship; the limit is {MAX_BYTES:,}. Train a smaller model")
+    target.mkdir(parents=True, exist_ok=True)
+    return [Path(shutil.copyfile(path, target / path.name)) for path in files]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Returns 0, or 2 where there is nothing to ship."""
+    """Run the command. Returns 0, or 2 if there is nothing to ship."""
     parser = argparse.ArgumentParser(prog="python -m examples.akoa.ship", description=__doc__)
     parser.add_argument("--run", type=Path, default=Path("runs/akoa"), help="folder of the run (%(default)s)")
     parser.add_argument("--to", type=Path, default=WEIGHTS, help="folder that ships (%(default)s)")

@@ -1,13 +1,12 @@
-"""Train the knee model, then look at the test set once.
+"""Training of the knee model, followed by one evaluation of the test set.
 
     python -m examples.akoa.train --data data/AKOA_Analysis --labels labels.csv --out runs/akoa
     python -m examples.akoa.train --data data/AKOA_Analysis --labels folds.csv --out runs/folds --folds 5
     torchrun --nproc-per-node 2 -m examples.akoa.train --data ... --labels ... --out ...
 
-A run's folder holds run.json (what was asked for), checkpoints/ (best by validation loss, and last),
-logs/ and tensorboard/, history.csv, weights/ (the model, for `perceiver_core.load`), and report.json
-with report.md and pictures. Ctrl-C leaves the checkpoint of the last finished epoch, and the same
-command with --resume goes on from there as if nothing had happened.
+The folder of a run contains run.json (its options), checkpoints/ (best by validation loss, and last), logs/ and
+tensorboard/, history.csv, weights/ (the model, for `perceiver_core.load`), and report.json with report.md and figures.
+Ctrl-C leaves the checkpoint of the last finished epoch, and the same command with --resume continues from it exactly.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch import seed_everything
@@ -28,15 +26,18 @@ from lightning.pytorch.utilities import rank_zero_only
 
 import perceiver_core as pc
 from examples.akoa import evaluate
-from examples.akoa.data import Knees
-from examples.akoa.labels import SPLITS
-from examples.akoa.laterality import Checkpoints, Laterality
+from examples.akoa.dataset.datamodule import KneeDataModule
+from examples.akoa.dataset.labels import SPLITS
+from examples.akoa.evaluation.cross_validation import summarize_folds
+from examples.akoa.evaluation.metrics import Report
+from examples.akoa.evaluation.report import folds_markdown
 from examples.akoa.model import knee_model
-from examples.akoa.runs import RECORD, WEIGHTS, digest, read_record
-from examples.akoa.trainer import Options, gather_history, make_trainer, quieten
+from examples.akoa.training.laterality import AtomicCheckpointIO, Laterality
+from examples.akoa.training.run_record import RECORD, WEIGHTS, read_record, rows_digest
+from examples.akoa.training.trainer import TrainingOptions, gather_history, make_trainer, silence_warnings
 
-# What may differ when a run is resumed: the result does not depend on it.
-_FREE = ("data", "labels", "out", "resume", "accelerator", "folds")
+# Options that may differ when a run is resumed, since the result does not depend on them.
+_FREE_OPTIONS = ("data", "labels", "out", "resume", "accelerator", "folds")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,44 +45,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = read_options(argv)
     try:
         if options.folds is None:
-            run(options, _knees(options), options.out)
+            run(options, _make_knees(options), options.out)
         else:
             run_folds(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command with --resume goes on", file=sys.stderr)
+        print("stopped; the same command with --resume continues", file=sys.stderr)
         return 130
     return 0
 
 
-def read_options(argv: Sequence[str] | None) -> Options:
-    """Read the command line; exits with code 2 where it makes no sense."""
+def read_options(argv: Sequence[str] | None) -> TrainingOptions:
+    """Parse the command line; exits with code 2 for invalid arguments."""
     parser = argparse.ArgumentParser(
-        prog="python -m examples.akoa.train", description="Train the knee model, then look at the test set once."
+        prog="python -m examples.akoa.train", description="Train the knee model, then evaluate the test set once."
     )
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder with the PNG files")
     add("--labels", type=Path, required=True, help="labels.csv of generate_labels")
     add("--out", type=Path, default=Path("runs/akoa"), help="folder of the run (%(default)s)")
-    add("--epochs", type=int, default=16, help="(%(default)s)")
-    add("--batch", type=int, default=64, help="pictures a step and device (%(default)s)")
+    add("--epochs", type=int, default=16, help="number of epochs (%(default)s)")
+    add("--batch", type=int, default=64, help="images per step and device (%(default)s)")
     add("--lr", type=float, default=2e-3, help="highest learning rate (%(default)s)")
-    add("--weight-decay", type=float, default=0.05, help="(%(default)s)")
-    add("--label-smoothing", type=float, default=0.0, help="(%(default)s)")
-    add("--seed", type=int, default=0, help="of weights, order, augmentation, bootstrap (%(default)s)")
+    add("--weight-decay", type=float, default=0.05, help="weight decay of matrices (%(default)s)")
+    add("--label-smoothing", type=float, default=0.0, help="label smoothing (%(default)s)")
+    add("--seed", type=int, default=0, help="seed of weights, order, augmentation, bootstrap (%(default)s)")
     add("--size", type=int, nargs="+", default=[64], metavar="PIXELS", help="one number, or height width (64)")
-    add("--patience", type=int, default=8, help="epochs without a lower validation loss (%(default)s)")
-    add("--limit-batches", type=int, help="at most so many a training epoch, to try things out")
-    add("--no-augment", dest="augment", action="store_false", help="pictures as they are")
-    add("--resume", action="store_true", help="go on with the run in --out")
-    add("--devices", type=int, default=int(os.environ.get("LOCAL_WORLD_SIZE", "1")), help="(%(default)s)")
+    add("--patience", type=int, default=8, help="stop after so many epochs without improvement (%(default)s)")
+    add("--limit-batches", type=int, help="maximal number of batches of a training epoch, for trials")
+    add("--no-augment", dest="augment", action="store_false", help="do not augment images")
+    add("--resume", action="store_true", help="continue the run in --out")
+    add("--devices", type=int, default=int(os.environ.get("LOCAL_WORLD_SIZE", "1")), help="number (%(default)s)")
     add("--accelerator", default="auto", help="auto, cpu, gpu, mps ... (%(default)s)")
     add("--precision", default="32-true", help="32-true, bf16-mixed ... (%(default)s)")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--fold", type=int, metavar="I", help="one run of a cross-validation")
-    which.add_argument("--folds", type=int, metavar="K", help="all of them, and their summary")
+    folds = parser.add_mutually_exclusive_group()
+    folds.add_argument("--fold", type=int, metavar="I", help="train one run of a cross-validation")
+    folds.add_argument("--folds", type=int, metavar="K", help="train all K runs and summarize them")
     args = parser.parse_args(argv)
     if len(args.size) > 2:
         parser.error("argument --size: one number, or height and width")
@@ -89,24 +90,24 @@ def read_options(argv: Sequence[str] | None) -> Options:
         parser.error("--epochs, --batch, --devices and --patience must be 1 or more, --seed 0 or more")
     if args.folds is not None and int(os.environ.get("WORLD_SIZE", args.devices)) > 1:
         parser.error("--folds runs on one device; run the folds one by one with --fold")
-    return Options(**{**vars(args), "size": (args.size[0], args.size[-1])})
+    return TrainingOptions(**{**vars(args), "size": (args.size[0], args.size[-1])})
 
 
-def run(options: Options, knees: Knees, out: Path) -> dict[str, Any] | None:
+def run(options: TrainingOptions, knees: KneeDataModule, out: Path) -> Report | None:
     """Train into a folder, and evaluate there.
 
     Returns:
         The report; None on all ranks but the first.
 
     Raises:
-        ValueError: the folder holds another run.
+        ValueError: The folder contains another run.
     """
     if _first_rank():
-        _claim(out, options, knees)
-    if options.resume and evaluate.looked_at(out) and (out / WEIGHTS).exists():
+        _record_options(out, options, knees)
+    if options.resume and evaluate.count_looks(out) and (out / WEIGHTS).exists():
         if not _first_rank():
             return None
-        print(f"{out}: done already; its test set is not looked at again. The report is {out / 'report.md'}")
+        print(f"{out}: complete already; its test set is not looked at again. The report is {out / 'report.md'}")
         return _report(out)
     seed_everything(options.seed, verbose=False)
     module = Laterality(
@@ -117,56 +118,57 @@ def run(options: Options, knees: Knees, out: Path) -> dict[str, Any] | None:
     )
     last = out / "checkpoints" / "last.ckpt"
     with warnings.catch_warnings():
-        quieten()
+        silence_warnings()
         trainer = make_trainer(options, out)
         try:
             trainer.fit(module, knees, ckpt_path=str(last) if options.resume and last.exists() else None)
         except SystemExit:
-            print(f"stopped; the same command with --resume goes on from {last}", file=sys.stderr)
+            print(f"stopped; the same command with --resume continues from {last}", file=sys.stderr)
             raise
     return finish(module, knees, out, options) if trainer.is_global_zero else None
 
 
-def finish(module: Laterality, knees: Knees, out: Path, options: Options) -> dict[str, Any]:
-    """Save the best weights as a model, gather the history, and look at the test set unless that was done."""
-    best = Checkpoints().load_checkpoint(out / "checkpoints" / "best.ckpt", map_location="cpu")
+def finish(module: Laterality, knees: KneeDataModule, out: Path, options: TrainingOptions) -> Report:
+    """Save the best weights as a model, gather the history, and evaluate the test set unless that was done."""
+    best = AtomicCheckpointIO().load_checkpoint(out / "checkpoints" / "best.ckpt", map_location="cpu")
     module.cpu().load_state_dict(best["state_dict"])
     pc.save(module.model, out / WEIGHTS)
     history = gather_history(out)
-    if evaluate.looked_at(out):
-        print(f"{out}: the test set was looked at before, and is not again; {out / 'report.json'} stands")
+    if evaluate.count_looks(out):
+        print(f"{out}: the test set was evaluated before and is not again; see {out / 'report.json'}")
         return _report(out)
     splits = {name: knees.split(name) for name in SPLITS}
     command = f"python -m examples.akoa.train --data {options.data} --labels {options.labels} --out {options.out}"
     return evaluate.evaluate_run(module.model.eval(), splits, out, history=history, seed=options.seed, command=command)
 
 
-def run_folds(options: Options) -> dict[str, Any]:
-    """Every fold into its own folder, then their summary: summary.json and summary.md.
+def run_folds(options: TrainingOptions) -> Report:
+    """Train every fold into its own folder, then write their summary: summary.json and summary.md.
 
     Raises:
-        ValueError: the labels hold another number of folds.
+        ValueError: The labels have another number of folds.
     """
-    knees = _knees(options, fold=0)
+    knees = _make_knees(options, fold=0)
     folds = len({row.split for row in knees.all_rows})
     if folds != options.folds:
         raise ValueError(
-            f"{options.labels} holds {folds} folds, not {options.folds}; write it with --folds {options.folds}"
+            f"{options.labels} contains {folds} folds, not {options.folds}; write it with --folds {options.folds}"
         )
     folders = [options.out / f"fold{i}" for i in range(folds)]
     reports = []
     for i, folder in enumerate(folders):
         print(f"fold {i} of {folds}", flush=True)
         reports.append(run(options, knees.with_fold(i), folder) or {})
-    summary = evaluate.summarize_folds(reports, [folder / "predictions.csv" for folder in folders], options.seed)
+    summary = summarize_folds(reports, [folder / "predictions.csv" for folder in folders], options.seed)
     _write(options.out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    _write(options.out / "summary.md", evaluate.folds_markdown(summary))
+    _write(options.out / "summary.md", folds_markdown(summary))
     print(f"the summary is {options.out / 'summary.md'}")
     return summary
 
 
-def _knees(options: Options, fold: int | None = None) -> Knees:
-    return Knees(
+def _make_knees(options: TrainingOptions, fold: int | None = None) -> KneeDataModule:
+    """Data module of the run."""
+    return KneeDataModule(
         labels=options.labels,
         data=options.data,
         size=options.size,
@@ -178,31 +180,32 @@ def _knees(options: Options, fold: int | None = None) -> Knees:
     )
 
 
-def _claim(out: Path, options: Options, knees: Knees) -> None:
-    """Write run.json, or see that the one there asks for the same."""
-    asked = {name: value for name, value in asdict(options).items() if name not in _FREE}
-    wanted = json.loads(json.dumps({**asked, "rows": digest(knees.rows)}))
+def _record_options(out: Path, options: TrainingOptions, knees: KneeDataModule) -> None:
+    """Write run.json, or check that the existing one has the same options."""
+    used = {name: value for name, value in asdict(options).items() if name not in _FREE_OPTIONS}
+    expected = json.loads(json.dumps({**used, "rows": rows_digest(knees.rows)}))
     record = out / RECORD
     if not record.exists():
         out.mkdir(parents=True, exist_ok=True)
-        _write(record, json.dumps(wanted, indent=2) + "\n")
+        _write(record, json.dumps(expected, indent=2) + "\n")
         return
     if not options.resume:
-        raise ValueError(f"{out} holds a run already; go on with it (--resume), or choose another folder (--out)")
-    found = read_record(out)
-    other = sorted(name for name in wanted if found.get(name) != wanted[name])
+        raise ValueError(f"{out} contains a run already; continue it (--resume), or choose another folder (--out)")
+    recorded = read_record(out)
+    other = sorted(name for name in expected if recorded.get(name) != expected[name])
     if other:
-        shown = ", ".join(f"{name} {found.get(name)} there, {wanted[name]} asked for" for name in other)
-        raise ValueError(f"{out} holds another run: {shown}; resume it as it was begun, or choose another folder")
+        shown = ", ".join(f"{name} is {recorded.get(name)} in its run.json but {expected[name]} here" for name in other)
+        raise ValueError(
+            f"{out} contains another run: {shown}; resume it with its own options, or choose another folder"
+        )
 
 
 def _first_rank() -> bool:
     return int(getattr(rank_zero_only, "rank", 0)) == 0
 
 
-def _report(out: Path) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    return report
+def _report(out: Path) -> Report:
+    return json.loads((out / "report.json").read_text(encoding="utf-8"))
 
 
 def _write(path: Path, text: str) -> None:

@@ -7,21 +7,21 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from perceiver_core.checkpoints.convert import NUMERICS, TARGETS, Plan, convert
-from perceiver_core.checkpoints.origin import KINDS
+from perceiver_core.interop.conversion import NUMERICS, TARGETS, TOLERANCE, convert
+from perceiver_core.interop.format_detection import FORMATS
 from perceiver_core.reads.calibration import calibrate
 from perceiver_core.reads.machine import DEFAULTS
+from perceiver_core.registry import Json
 
 
 def main() -> None:
-    """Runs what the command line names."""
+    """Run the command that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m perceiver_core", description="Commands of perceiver-core.")
     commands = parser.add_subparsers(dest="command", required=True)
-    costs = commands.add_parser("costs", help="measure what the cost model of reads asks of this machine, in a minute")
+    costs = commands.add_parser("costs", help="measure the cost model of reads on this machine, in a minute")
     costs.add_argument("--device", default="cpu", help="cpu or a CUDA GPU (default: %(default)s)")
     costs.set_defaults(run=_costs)
     _add_convert(commands.add_parser("convert", help="write a model of another library as one of this, or the reverse"))
@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def _costs(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Prints what was measured beside what is used, and the call that makes a model use it."""
+    """Print measured costs beside those in use, and the call that makes a model use them."""
     device = options.device.split(":")[0]
     if device not in DEFAULTS or (device == "cuda" and not torch.cuda.is_available()):
         parser.error(f"--device must be cpu, or cuda where PyTorch finds a GPU; got {options.device}")
@@ -44,41 +44,43 @@ def _costs(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
 
 def _add_convert(command: argparse.ArgumentParser) -> None:
     command.add_argument("source", help="a file, a folder, or owner/name on the Hugging Face hub")
-    command.add_argument("destination", type=Path, help="a folder that is not there yet, or empty")
-    command.add_argument("--from", dest="kind", choices=KINDS, help="whose model it is (default: what it looks like)")
+    command.add_argument("destination", type=Path, help="a folder that does not exist yet, or is empty")
+    command.add_argument(
+        "--from", dest="source_format", choices=FORMATS, help="format of the source (default: detected)"
+    )
     command.add_argument("--to", dest="target", choices=TARGETS, default="perceiver-core", help="default: %(default)s")
-    command.add_argument("--numerics", choices=NUMERICS, help="what the model computes (default: as its source does)")
+    command.add_argument("--numerics", choices=NUMERICS, help="numerics of the model (default: those of its source)")
     command.add_argument(
         "--arguments", type=_arguments, default={}, metavar="JSON",
-        help="what the source does not tell, as JSON or the path of a JSON file: of perceiver-pytorch's constructor, "
-        "or of transformers' configuration",
+        help="values that the source does not tell, as JSON or the path of a JSON file: of perceiver-pytorch's "
+        "constructor, or of transformers' configuration",
     )  # fmt: skip
     command.add_argument("--check", action="store_true", help="run the original beside ours; write if they agree")
     command.set_defaults(run=_convert)
 
 
-def _arguments(text: str) -> dict[str, Any]:
-    """JSON, or what is in a file of it."""
+def _arguments(text: str) -> dict[str, Json]:
+    """Return the object in a JSON text, or in the file at that path."""
     try:
-        found = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
+        arguments = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
     except (OSError, RecursionError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"must be a JSON object, or the path of a file of one: {error}") from error
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"must be a JSON object; got a {type(found).__name__}")
-    return found
+    if not isinstance(arguments, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object; got a {type(arguments).__name__}")
+    return arguments
 
 
 def _convert(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Converts, and says how far apart the outputs are; status 1 where too far, 2 where it cannot be done."""
-    plan = Plan(**{name: value for name, value in vars(options).items() if name in Plan._fields})
+    """Convert a model, and print the difference of outputs; exit with 1 if it is too large, 2 if conversion fails."""
+    names = ("source_format", "target", "numerics", "arguments", "check")
     try:
-        difference = convert(plan)
+        difference = convert(options.source, options.destination, **{name: getattr(options, name) for name in names})
     except (ImportError, OSError, TypeError, ValueError) as error:
         parser.error(str(error))
     if difference is not None:
         print(f"largest difference from the original: {difference:.3g} standard deviations of its output")  # noqa: T201
-        if not difference <= plan.tolerance:
-            sys.exit(f"that is above {plan.tolerance:g}, so nothing was written")
+        if not difference <= TOLERANCE:
+            sys.exit(f"that is above {TOLERANCE:g}, so nothing was written")
     print(f"written: {options.destination}")  # noqa: T201
 
 

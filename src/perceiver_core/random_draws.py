@@ -1,7 +1,7 @@
-"""Random draws from a generator of the user's that repeat under activation checkpointing.
+"""Random draws from a user's generator that repeat under activation checkpointing.
 
 Activation checkpointing restores the state of PyTorch's default generator before it runs a forward pass again, but not
-that of other generators: draws from these would differ, and gradients would be silently wrong.
+that of other generators: without repeated draws, gradients would be silently wrong.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ from collections import OrderedDict
 
 import torch
 
-REMEMBERED = 4096  # forward passes whose draws can be repeated
+MAX_SEEDS = 4096  # forward passes whose draws can be repeated
 
 
 class RepeatableDraws:
     """Random draws of one module.
 
-    Each forward pass draws a seed from the user's generator, and remembers it under a number drawn from the default
-    generator. When activation checkpointing runs the pass again, inside a backward pass, the default generator gives
-    the same number, which finds the seed.
+    Each forward pass draws a seed from the user's generator and stores it under a key drawn from the default generator.
+    When activation checkpointing runs the pass again, inside a backward pass, the default generator gives the same key.
     """
 
     def __init__(self) -> None:
@@ -28,12 +27,12 @@ class RepeatableDraws:
         """Return the generator for the draws of one forward pass: None, the default generator, for None."""
         if generator is None:
             return None
-        number = int(torch.randint(2**62, ()))
+        key = int(torch.randint(2**62, ()))
         recomputing = torch._C._current_graph_task_id() != -1
-        seed = self._seeds.get(number) if recomputing else None
+        seed = self._seeds.get(key) if recomputing else None
         if seed is None:
             seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-            self._seeds[number] = seed
-            while len(self._seeds) > REMEMBERED:
+            self._seeds[key] = seed
+            if len(self._seeds) > MAX_SEEDS:
                 self._seeds.popitem(last=False)
         return torch.Generator(generator.device).manual_seed(seed)

@@ -1,11 +1,11 @@
-"""Sound: patches of samples with leftovers, and spectrograms."""
+"""Audio: patches of samples with a padded remainder, and spectrograms."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from perceiver_core import positions
+from perceiver_core import adapters, positions
 from perceiver_core.adapters import Audio, Spectrogram
 
 
@@ -34,6 +34,11 @@ def test_any_length_after_any_other():
     before = audio(sound).materialize()
     audio(torch.rand(1, 997))
     torch.testing.assert_close(audio(sound).materialize(), before, rtol=0, atol=0)
+
+
+def test_large_values_are_not_infinite():
+    samples = torch.full((2, 21), torch.finfo(torch.float32).max)
+    assert Audio(patch_size=7, positions=where(1))(samples).num_tokens == 3
 
 
 def test_the_mask_is_over_patches():
@@ -69,3 +74,16 @@ def test_a_spectrogram_with_a_mask():
     mask[:, 0, 0] = True
     tokens = Spectrogram(positions=None)(values.masked_fill(~mask, torch.inf), mask=mask)
     torch.testing.assert_close(tokens.materialize()[..., 0], (values * mask).flatten(1), rtol=0, atol=0)
+
+
+def test_stereo_is_two_channels_side_by_side() -> None:
+    stereo = adapters.Audio(patch_size=5, positions=None, num_channels=2)
+    samples = torch.rand(3, 2, 23)
+    content = stereo(samples).content
+    assert content.shape == (3, 5, stereo.dim) == (3, 5, 10)
+    torch.testing.assert_close(content[1, 2].view(5, 2), samples[1, :, 10:15].T)
+    assert content[:, -1, 6:].abs().max() == 0  # the remainder is padded
+    mono = adapters.Audio(patch_size=5, positions=None)
+    torch.testing.assert_close(mono(samples[:, 0]).content, mono(samples[:, :1]).content)
+    with pytest.raises(ValueError, match="samples must have 2 channels in axis 1; got 1"):
+        stereo(samples[:, :1])

@@ -1,4 +1,4 @@
-"""Bytes: what transformers' tokenizer says of texts, padding on either side, texts again, refusals."""
+"""Bytes: the ids of transformers' tokenizer, padding on either side, decoding, errors."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ def test_ids_are_those_of_transformers(ends, left):
 
 
 @given(st.lists(st.text(), min_size=1, max_size=5), st.booleans())
-def test_texts_come_back(texts, left):
+def test_decoding_restores_texts(texts, left):
     ids, mask = Bytes.encode(texts, ends=True, left=left)
     assert Bytes.decode(ids) == texts
     assert mask.sum(1).tolist() == [2 + len(text.encode()) for text in texts]
     assert pc.checks.padded_on_the_left("mask", mask) is None if left else mask[:, 0].all()
 
 
-def test_special_tokens_are_no_text():
+def test_special_tokens_are_not_decoded():
     ids = torch.tensor([Bytes.BOS, 6 + ord("a"), Bytes.MASK, 6 + ord("b"), 6 + 0xFF, Bytes.EOS])
     assert Bytes.decode(ids) == ["ab\ufffd"]
 
 
 @pytest.mark.parametrize(
-    ("most", "ends", "wanted"), [(3, False, "abc"), (4, True, "ab"), (2, True, ""), (9, True, "abcde")]
+    ("most", "ends", "expected"), [(3, False, "abc"), (4, True, "ab"), (2, True, ""), (9, True, "abcde")]
 )
-def test_long_texts_are_cut(most, ends, wanted):
+def test_long_texts_are_truncated(most, ends, expected):
     ids, mask = Bytes.encode("abcde", ends=ends, most=most)
     assert ids.shape == (1, min(most, 5 + 2 * ends)) and mask.all()
-    assert Bytes.decode(ids) == [wanted]
+    assert Bytes.decode(ids) == [expected]
     if ends:
         assert (ids[0, 0], ids[0, -1]) == (Bytes.CLS, Bytes.SEP)
 
 
-def test_padding_changes_nothing(tmp_path):
+def test_padding_has_no_effect(tmp_path):
     torch.manual_seed(0)
     text = Bytes(dim=12, positions=pc.positions.LearnedEmbedding(50, 12))
     model = pc.Perceiver(
@@ -64,7 +64,7 @@ def test_padding_changes_nothing(tmp_path):
     torch.testing.assert_close(pc.load(pc.save(model, tmp_path))(ids, mask=mask), model(ids, mask=mask))
 
 
-def test_a_text_that_is_missing_is_masked():
+def test_a_missing_text_is_masked():
     ids, mask = Bytes.encode(["a cat", ""])
     assert mask.tolist() == [[True] * 5, [False] * 5]
     with pytest.raises(ValueError, match=r"mask leaves no token to attend to in samples \[1\]"):
@@ -75,6 +75,7 @@ def test_a_text_that_is_missing_is_masked():
     ]
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize(
     ("texts", "options", "kind", "message"),
     [
@@ -84,12 +85,13 @@ def test_a_text_that_is_missing_is_masked():
         (["a"], {"most": 0}, ValueError, "most must be a whole number of at least 1"),
     ],
 )
-def test_refused_texts(texts, options, kind, message):
+def test_invalid_texts_raise(texts, options, kind, message):
     with pytest.raises(kind, match=message):
         Bytes.encode(texts, **options)
 
 
-def test_refused_ids():
+@pytest.mark.refusal
+def test_invalid_ids_raise():
     with pytest.raises(ValueError, match="262"):
         Bytes.decode(torch.tensor([262]))
     with pytest.raises(TypeError, match="ids must be whole numbers"):

@@ -1,4 +1,4 @@
-"""Pairs of frames: the patches around every pixel, in their order; the projection; refusals."""
+"""Pairs of frames: the patches around every pixel, their order, the projection, errors."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def test_a_patch_is_its_pixels_row_by_row_with_channels_together(patch, channels
         frames(2, 2, channels, height, width),
     )
     around = F.pad(both, [patch // 2] * 4)
-    found = pair.patches(both)
-    assert found.shape == (2, height, width, 2 * patch * patch * channels)
+    actual = pair.patches(both)
+    assert actual.shape == (2, height, width, 2 * patch * patch * channels)
     for i, j in ((0, 0), (height // 2, width // 2), (height - 1, width - 1)):
         block = around[..., i : i + patch, j : j + patch]  # b t c p q
-        torch.testing.assert_close(found[:, i, j], block.movedim(2, -1).flatten(1), rtol=0, atol=0)
+        torch.testing.assert_close(actual[:, i, j], block.movedim(2, -1).flatten(1), rtol=0, atol=0)
 
 
 def test_tokens_are_patches_projected_and_positions():
@@ -40,7 +40,7 @@ def test_tokens_are_patches_projected_and_positions():
     assert torch.equal(pair(both, mask=mask).mask, mask)
 
 
-def test_frames_are_told_apart():
+def test_the_two_frames_are_distinguished():
     pair, both = FramePair(positions=None).double(), frames(1, 2, 3, 5, 7)
     assert (pair(both).content - pair(both.flip(1)).content).abs().max() > 1e-3
 
@@ -50,6 +50,7 @@ def test_gradients():
     assert torch.autograd.gradcheck(lambda x: pair(x).materialize(), both)
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize(
     ("given", "kind", "message"),
     [
@@ -60,12 +61,13 @@ def test_gradients():
         (torch.full((1, 2, 3, 5, 7), torch.inf), ValueError, "frames holds NaN or infinite"),
     ],
 )
-def test_refused_frames(given, kind, message):
+def test_invalid_frames_raise(given, kind, message):
     with pytest.raises(kind, match=message):
         FramePair(positions=None)(given)
 
 
-def test_refused_settings():
+@pytest.mark.refusal
+def test_invalid_settings_raise():
     with pytest.raises(ValueError, match="patch_size must be odd, to have a pixel in its middle; got 4"):
         FramePair(positions=None, patch_size=4)
     with pytest.raises(ValueError, match="dim must be a whole number of at least 1; got 0"):

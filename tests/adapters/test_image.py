@@ -1,4 +1,4 @@
-"""Pictures: every stem, any size, any number of channels, never square."""
+"""Images: every stem, any size, any number of channels, never square."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from perceiver_core import positions
+import perceiver_core as pc
+from perceiver_core import adapters, positions
 from perceiver_core.adapters import ConvStem, Image, Patches, Pixels, Project
 
 STEMS = {
@@ -30,7 +31,7 @@ def where():
 @each_stem
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("size", [(11, 23), (23, 11), (1, 2)])
-def test_tokens_are_the_stems_output_and_its_points_positions(stem, grid, channels, size):
+def test_tokens_are_the_stem_output_with_positions(stem, grid, channels, size):
     image = Image(channels, positions=where(), stem=stem).eval()
     pictures = torch.rand(2, channels, *size)
     tokens = image(pictures)
@@ -42,7 +43,7 @@ def test_tokens_are_the_stems_output_and_its_points_positions(stem, grid, channe
 
 
 @each_stem
-def test_a_larger_picture_in_between_changes_nothing(stem, grid):
+def test_the_output_does_not_depend_on_earlier_images(stem, grid):
     image = Image(3, positions=where(), stem=stem).eval()
     small, large = torch.rand(2, 3, 7, 5), torch.rand(1, 3, 19, 31)
     before = image(small).materialize()
@@ -63,7 +64,7 @@ def test_learned_positions_follow_the_size():
     assert image(torch.rand(1, 1, 3, 11)).materialize().shape == (1, 33, 3)
 
 
-def test_a_stem_of_the_user():
+def test_a_user_defined_stem():
     class Half(nn.Module):
         def __init__(self, channels):
             super().__init__()
@@ -87,7 +88,7 @@ def test_the_mask_is_over_tokens(stem, grid):
 
 @pytest.mark.parametrize("stem", [Pixels, partial(Project, dim=5)], ids=["pixels", "project"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
-def test_what_masked_pixels_hold_reaches_neither_tokens_nor_gradients(stem, value):
+def test_masked_pixels_affect_neither_tokens_nor_gradients(stem, value):
     torch.manual_seed(0)
     image = Image(3, positions=None, stem=stem)
     mask = torch.rand(2, 7, 5) < 0.7
@@ -99,3 +100,10 @@ def test_what_masked_pixels_hold_reaches_neither_tokens_nor_gradients(stem, valu
         gradients.append(torch.autograd.grad(loss, list(image.parameters())) if loss.requires_grad else ())
     torch.testing.assert_close(*tokens, rtol=0, atol=0)
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+@pytest.mark.refusal
+@pytest.mark.parametrize("positions", [pc.positions.Fourier, pc.positions.Rotary(8), "fourier"])
+def test_objects_other_than_positions_raise(positions: object) -> None:
+    with pytest.raises(TypeError, match=r"must have dim, num_axes and tables, as positions.Fourier\(num_axes=2\) has"):
+        adapters.Image(num_channels=3, positions=positions)

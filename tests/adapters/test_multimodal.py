@@ -1,4 +1,4 @@
-"""Several kinds of input: order and padding, kinds that are not there, what is hidden and dropped, refusals."""
+"""Several modalities: order and padding, absent modalities, token masking and modality dropout, errors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def encoder(dim: int) -> nn.Module:
     return pc.Encoder(dim, num_latents=3, dim=7, depth=1, num_heads=1).double()
 
 
-def test_kinds_come_in_the_order_of_the_adapters_padded_by_their_vectors():
+def test_modalities_follow_the_order_of_the_adapters_and_are_padded():
     both, given = made(), inputs()
     tokens = both(given)
     assert both.dim == 13 + 4 and tokens.content.shape == (BATCH, 7 + 11 + 1, 17) and tokens.mask is None
@@ -51,37 +51,37 @@ def test_kinds_come_in_the_order_of_the_adapters_padded_by_their_vectors():
         )
 
 
-def test_the_widest_kind_has_least_learned_channels():
+def test_the_widest_modality_has_the_minimum_of_modality_channels():
     both = made(min_modality_channels=1)
     assert both.dim == 14 and {name: len(vector) for name, vector in both.padding.items()} == {
         "sound": 14 - 8, "set": 9, "label": 1,
     }  # fmt: skip
 
 
-def test_masks_of_a_kind_are_laid_side_by_side():
+def test_masks_are_concatenated():
     there = torch.arange(11) < torch.tensor([[11], [3], [1], [7], [2]])
     tokens = made()(inputs(), mask={"set": there})
     assert tokens.mask[:, :7].all() and tokens.mask[:, -1].all() and torch.equal(tokens.mask[:, 7:-1], there)
 
 
 @pytest.mark.parametrize("name", ["sound", "set", "label"])
-def test_a_kind_that_is_absent_in_some_samples_is_left_out_for_them(name):
+def test_a_modality_absent_in_some_samples_is_left_out_of_these(name):
     both, given, there = made(), inputs(), torch.tensor([True, False, True, False, False])
     read = encoder(both.dim)
-    found = read(both(given, mask={name: there}))
-    torch.testing.assert_close(found[there], read(both(given))[there], **EXACT)
+    actual = read(both(given, mask={name: there}))
+    torch.testing.assert_close(actual[there], read(both(given))[there], **EXACT)
     without = {kind: x for kind, x in given.items() if kind != name}
-    torch.testing.assert_close(found[~there], read(both(without))[~there], **EXACT)
+    torch.testing.assert_close(actual[~there], read(both(without))[~there], **EXACT)
 
 
-def test_what_an_absent_kind_holds_has_no_effect():
+def test_the_content_of_an_absent_modality_has_no_effect():
     both, given, there = made(), inputs(), torch.tensor([True, False, True, False, False])
     masks = {"sound": there, "label": there}
-    wanted = both(given, mask=masks)
+    expected = both(given, mask=masks)
     given["sound"][~there] = torch.nan
-    given["label"][~there] = -1  # no class at all
+    given["label"][~there] = -1  # not a valid class
     torch.testing.assert_close(
-        both(given, mask=masks).materialize()[wanted.mask], wanted.materialize()[wanted.mask], **EXACT
+        both(given, mask=masks).materialize()[expected.mask], expected.materialize()[expected.mask], **EXACT
     )
     assert both(given, mask=masks).content.isfinite().all() and given["sound"].isnan().any()
 
@@ -94,15 +94,15 @@ def test_a_table_may_be_absent_too():
 
 
 @pytest.mark.parametrize("holds", [torch.nan, torch.inf])
-def test_rows_of_an_absent_table_are_not_looked_at(holds):
+def test_rows_of_an_absent_table_are_not_checked(holds):
     both = Multimodal({"row": Table(2, (3,), dim=5), "label": OneHotLabel(7)}).double()
     rows = {"numbers": drawn(2, 2), "categories": torch.tensor([[1], [2]])}
     labels, masks = torch.tensor([1, 2]), {"row": torch.tensor([True, False])}
-    wanted = both({"row": rows, "label": labels}, mask=masks)
+    expected = both({"row": rows, "label": labels}, mask=masks)
     rows["numbers"][1], rows["categories"][1] = holds, 99
-    found = both({"row": rows, "label": labels}, mask=masks)
-    assert found.mask.tolist() == wanted.mask.tolist() == [[True] * 4, [False] * 3 + [True]]
-    torch.testing.assert_close(found.materialize(), wanted.materialize(), **EXACT)
+    actual = both({"row": rows, "label": labels}, mask=masks)
+    assert actual.mask.tolist() == expected.mask.tolist() == [[True] * 4, [False] * 3 + [True]]
+    torch.testing.assert_close(actual.materialize(), expected.materialize(), **EXACT)
 
 
 def fourier(axes: int) -> pc.positions.Fourier:
@@ -128,7 +128,7 @@ RAGGED = {
 
 
 @pytest.mark.parametrize("kind", RAGGED)
-def test_a_ragged_kind_may_be_absent_in_some_samples(kind):
+def test_a_ragged_modality_may_be_absent_in_some_samples(kind):
     make, draw, shape = RAGGED[kind]
     torch.manual_seed(0)
     both, given, labels = Multimodal({kind: make(), "label": OneHotLabel(13)}).double(), draw(), torch.arange(3)
@@ -138,13 +138,14 @@ def test_a_ragged_kind_may_be_absent_in_some_samples(kind):
     given[1] = 0 if kind == "text" else torch.nan
     tokens = both({kind: given, "label": labels}, mask={kind: mask})
     assert torch.equal(tokens.mask[:, :-1], mask.flatten(1)) and tokens.mask[:, -1].all()
-    found, there = read(tokens), torch.tensor([True, False, True])
-    torch.testing.assert_close(found[1:2], read(both({"label": labels[1:2]})), **EXACT)
-    wanted = read(both({kind: given[there], "label": labels[there]}, mask={kind: mask[there]}))
-    torch.testing.assert_close(found[there], wanted, **EXACT)
+    actual, there = read(tokens), torch.tensor([True, False, True])
+    torch.testing.assert_close(actual[1:2], read(both({"label": labels[1:2]})), **EXACT)
+    expected = read(both({kind: given[there], "label": labels[there]}, mask={kind: mask[there]}))
+    torch.testing.assert_close(actual[there], expected, **EXACT)
 
 
-def test_a_sample_without_any_kind_is_refused():
+@pytest.mark.refusal
+def test_a_sample_without_any_modality_raises():
     both, there = made(modality_dropout={"sound": 0.5}), torch.tensor([True, False, True, True, True])
     masks = {"sound": there, "label": there, "set": there[:, None].expand(-1, 11)}
     with pytest.raises(ValueError, match=r"mask leaves no token to attend to in samples \[1\]"):
@@ -152,7 +153,7 @@ def test_a_sample_without_any_kind_is_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_all_kinds_take_the_dtype_of_the_model(dtype):
+def test_all_modalities_take_the_dtype_of_the_model(dtype):
     both = made().to(dtype)
     assert both({"label": torch.tensor([3, 5])}).content.dtype == dtype
     assert both({"label": torch.tensor([3]), "set": torch.randn(1, 2, 5)}).content.dtype == dtype
@@ -162,7 +163,7 @@ def test_all_kinds_take_the_dtype_of_the_model(dtype):
     assert encoder(table.dim).to(dtype)(tokens).isfinite().all()
 
 
-def test_kinds_of_several_dtypes_meet_under_autocast():
+def test_modalities_of_several_dtypes_are_concatenated_under_autocast():
     torch.manual_seed(0)
     picture = pc.adapters.Image(3, positions=None, stem=partial(pc.adapters.Patches, patch_size=2))
     text, row = pc.adapters.TokenEmbedding(11, 5), Table(2, dim=5)
@@ -171,12 +172,12 @@ def test_kinds_of_several_dtypes_meet_under_autocast():
     given = {"text": torch.arange(6).view(2, 3), "row": torch.randn(2, 2), "label": torch.tensor([0, 2])}
     given["picture"] = torch.rand(2, 3, 4, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = read(both(given))
-    torch.testing.assert_close(found.float(), read(both(given)), rtol=0.05, atol=0.05)
+        actual = read(both(given))
+    torch.testing.assert_close(actual.float(), read(both(given)), rtol=0.05, atol=0.05)
 
 
-class TestKinds:
-    """What each kind was before all were put together."""
+class TestModalities:
+    """The tokens of each modality before concatenation."""
 
     def both(self, **options) -> Multimodal:
         torch.manual_seed(0)
@@ -187,7 +188,7 @@ class TestKinds:
     def given(self) -> dict[str, Tensor]:
         return {"picture": drawn(2, 3, 5, 7), "text": torch.arange(18).view(2, 9) % 11}
 
-    def test_they_have_their_own_grids_masks_and_tables(self):
+    def test_they_keep_their_grids_masks_and_tables(self):
         both, given, mask = self.both(), self.given(), torch.arange(9) < torch.tensor([[9], [4]])
         tokens = both(given, mask={"text": mask})
         assert list(tokens.modalities) == ["picture", "text", "label"] and tokens.modalities["label"] is None
@@ -196,10 +197,10 @@ class TestKinds:
         torch.testing.assert_close(
             picture.materialize(), both.adapters["picture"](given["picture"]).materialize(), **EXACT
         )
-        wanted = both.adapters["text"](given["text"], mask=mask)
-        torch.testing.assert_close(text.materialize(), wanted.materialize(), **EXACT)
+        expected = both.adapters["text"](given["text"], mask=mask)
+        torch.testing.assert_close(text.materialize(), expected.materialize(), **EXACT)
 
-    def test_what_is_hidden_or_dropped_does_not_show(self):
+    def test_masked_and_dropped_content_is_not_visible(self):
         chance = torch.Generator().manual_seed(0)
         both = self.both(token_mask_rate={"picture": 0.5}, modality_dropout={"text": 0.5}, generator=chance).train()
         tokens, given = both(self.given()), self.given()
@@ -209,27 +210,27 @@ class TestKinds:
         torch.testing.assert_close(tokens.modalities["picture"].content, content, **EXACT)
         assert torch.equal(tokens.modalities["text"].mask, tokens.mask[:, 35:])
 
-    def test_a_label_that_is_always_hidden_is_zeros(self):
+    def test_a_label_that_is_always_masked_is_zeros(self):
         both = self.both(token_mask_rate={"label": 1.0}).eval()
         assert not both({"label": torch.tensor([1, 2])}).modalities["label"].materialize().any()
 
 
-class TestHiding:
-    def test_rate_one_is_always_hidden_and_carries_nothing(self):
+class TestTokenMasking:
+    def test_rate_one_masks_every_token(self):
         both, given = made(token_mask_rate={"label": 1.0}), inputs()
         for mode in (True, False):
             tokens = both.train(mode)(given)
             torch.testing.assert_close(tokens.content[:, -1], both.hidden["label"].expand(BATCH, -1), **EXACT)
             torch.testing.assert_close(tokens.content[:, :-1], made()(given).content[:, :-1], **EXACT)
 
-    def test_some_tokens_are_hidden_in_training_only(self):
+    def test_tokens_are_masked_in_training_only(self):
         both, given = made(token_mask_rate={"set": 0.3}, generator=torch.Generator().manual_seed(7)), inputs()
         assert torch.equal(both.eval()(given).content, made()(given).content)
         given = {"set": drawn(200, 53, 5)}
         hidden = (both.train()(given).content == both.hidden["set"]).all(-1)
         assert abs(hidden.double().mean() - 0.3) < 0.02 and hidden.any(0).all()
 
-    def test_gradients_reach_the_hidden_vector(self):
+    def test_gradients_reach_the_mask_vector(self):
         both = made(token_mask_rate={"set": 0.5}, generator=torch.Generator().manual_seed(7))
         x = drawn(3, 11, 5).requires_grad_()
         both({"set": x}).content.sum().backward()
@@ -237,8 +238,8 @@ class TestHiding:
         torch.testing.assert_close(both.hidden["set"].grad, (~seen).sum().double().expand(both.dim), **EXACT)
 
 
-class TestDropping:
-    def test_a_whole_kind_is_dropped_for_some_samples_in_training_only(self):
+class TestModalityDropout:
+    def test_whole_modalities_are_dropped_in_training_only(self):
         both = made(modality_dropout={"set": 0.4}, generator=torch.Generator().manual_seed(7))
         given = {"set": drawn(2000, 3, 5), "label": torch.zeros(2000, dtype=torch.long)}
         assert both.eval()(given).mask is None
@@ -246,7 +247,7 @@ class TestDropping:
         assert mask[:, -1].all() and torch.equal(mask[:, 0], mask[:, 1]) and torch.equal(mask[:, 0], mask[:, 2])
         assert abs(mask[:, 0].double().mean() - 0.6) < 0.04
 
-    def test_it_is_as_leaving_the_kind_out(self):
+    def test_dropping_equals_leaving_the_modality_out(self):
         both, given = made(modality_dropout={"set": 0.5}, generator=torch.Generator().manual_seed(7)), inputs()
         read = encoder(both.dim)
         tokens = both.train()(given)
@@ -256,8 +257,8 @@ class TestDropping:
         given.pop("set")
         torch.testing.assert_close(read(tokens)[~kept], read(both(given))[~kept], **EXACT)
 
-    def test_a_seed_says_what_is_drawn(self):
-        found = [
+    def test_the_seed_determines_the_drops(self):
+        actual = [
             made(
                 modality_dropout={"set": 0.5},
                 token_mask_rate={"set": 0.5},
@@ -265,11 +266,11 @@ class TestDropping:
             )(inputs())
             for seed in (3, 3, 4)
         ]
-        assert torch.equal(found[0].mask, found[1].mask) and torch.equal(found[0].content, found[1].content)
-        assert not torch.equal(found[0].content, found[2].content)
+        assert torch.equal(actual[0].mask, actual[1].mask) and torch.equal(actual[0].content, actual[1].content)
+        assert not torch.equal(actual[0].content, actual[2].content)
 
-    def test_each_sample_keeps_a_kind_at_least(self):
-        """Of a and b at 0.5 each, both are drawn in a quarter of the samples; half of these keep a."""
+    def test_each_sample_keeps_at_least_one_modality(self):
+        """With rates of 0.5 for a and b, both are drawn in a quarter of the samples; half of these keep a."""
         both = Multimodal(
             {"a": OneHotLabel(3), "b": OneHotLabel(2)},
             modality_dropout={"a": 0.5, "b": 0.5},
@@ -282,7 +283,7 @@ class TestDropping:
         assert abs(mask.all(1).double().mean() - 0.25) < 0.015
 
     @pytest.mark.parametrize("rates", [(1.0, 1.0, 1.0), (0.9, 0.5, 1.0)])
-    def test_what_is_kept_is_one_that_is_there(self, rates):
+    def test_the_modality_kept_is_one_that_is_present(self, rates):
         names = ("a", "b", "c")
         both = Multimodal(
             {name: OneHotLabel(3) for name in names},
@@ -294,20 +295,20 @@ class TestDropping:
         numbers = torch.zeros(len(there), dtype=torch.long)
         mask = both.train()(dict.fromkeys(names, numbers), mask=dict(zip(names, there.T, strict=True))).mask
         assert torch.equal(mask.any(1), there.any(1)) and not (mask & ~there).any()
-        if rates == (1.0,) * 3:  # one of those that are there, each as likely
+        if rates == (1.0,) * 3:  # one of those present, each equally likely
             assert (mask.sum(1) == there.any(1)).all()
             shares = mask[there.all(1)].double().mean(0)
             torch.testing.assert_close(shares, torch.full((3,), 1 / 3).double(), rtol=0, atol=0.05)
 
-    def test_always_hidden_kinds_do_not_count(self):
+    def test_modalities_that_are_always_masked_do_not_count(self):
         both = made(modality_dropout={"sound": 0.5, "set": 0.5, "label": 0.5}, token_mask_rate={"label": 1.0})
         given = {name: x[:1].expand(500, *x.shape[1:]) for name, x in inputs().items()}
         mask = both.train()(given).mask
         assert mask[:, :18].any(1).all() and not mask[:, 18].all()
-        assert both({"label": torch.arange(9)}).mask.all()  # there is nothing else to keep
+        assert both({"label": torch.arange(9)}).mask.all()  # the only one left
 
 
-def test_it_is_saved_without_its_generator(tmp_path):
+def test_the_generator_is_not_saved(tmp_path):
     both = Multimodal(
         adapters(),
         modality_dropout={"set": 0.5},
@@ -325,8 +326,9 @@ def test_it_is_saved_without_its_generator(tmp_path):
     assert copy.deepcopy(both).generator is not None
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize("name", ["values", "keys", "items", "type", "training", "to", "half", "a.b", "", "copy"])
-def test_names_that_a_module_cannot_have_are_refused(name):
+def test_invalid_module_names_raise(name):
     for make, argument in (
         (Multimodal, "adapters"), (pc.queries.Multimodal, "sources"), (pc.heads.Multimodal, "heads"),
     ):  # fmt: skip
@@ -334,15 +336,16 @@ def test_names_that_a_module_cannot_have_are_refused(name):
             make({name: OneHotLabel(3)})
 
 
-def test_dictionaries_of_other_things_are_refused():
+@pytest.mark.refusal
+def test_dictionaries_of_other_objects_raise():
     for make, argument in (
         (Multimodal, "adapters"), (pc.queries.Multimodal, "sources"), (pc.heads.Multimodal, "heads"),
     ):  # fmt: skip
-        with pytest.raises(TypeError, match=f"{argument} must be a dictionary by kind; got list"):
+        with pytest.raises(TypeError, match=f"{argument} must be a dictionary by modality; got list"):
             make([OneHotLabel(3)])
         with pytest.raises(TypeError, match=rf"{argument}\['a'\] must be a module; got type. Build it first"):
             make({"a": OneHotLabel})
-        with pytest.raises(TypeError, match=f"{argument} must have names for keys; got 3"):
+        with pytest.raises(TypeError, match=f"{argument} must have strings as keys; got 3"):
             make({3: OneHotLabel(3)})
 
 
@@ -351,12 +354,13 @@ def test_it_compiles_with_drops_and_masks():
     both = made(modality_dropout={"sound": 1.0}, token_mask_rate={"set": 1.0}).train()
     masks = {"set": torch.arange(11) < torch.tensor([[11], [0], [1], [7], [2]])}
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
-    found, wanted = compiled(inputs(), mask=masks), both(inputs(), mask=masks)
-    torch.testing.assert_close(found.materialize(), wanted.materialize(), **EXACT)
-    assert torch.equal(found.mask, wanted.mask) and found.modalities["set"].grid == (11,)
+    actual, expected = compiled(inputs(), mask=masks), both(inputs(), mask=masks)
+    torch.testing.assert_close(actual.materialize(), expected.materialize(), **EXACT)
+    assert torch.equal(actual.mask, expected.mask) and actual.modalities["set"].grid == (11,)
 
 
-class TestRefusals:
+@pytest.mark.refusal
+class TestErrors:
     @pytest.mark.parametrize(
         ("given", "mask", "kind", "message"),
         [
@@ -385,7 +389,7 @@ class TestRefusals:
             ({"label": [1, 2]}, None, TypeError, r"inputs\['label'\]: labels must be a torch.Tensor; got list"),
         ],
     )  # fmt: skip
-    def test_refused_inputs(self, given, mask, kind, message):
+    def test_invalid_inputs_raise(self, given, mask, kind, message):
         with pytest.raises(kind, match=message):
             Multimodal(adapters())(given, mask=mask)
 
@@ -397,8 +401,8 @@ class TestRefusals:
             ({"modality_dropout": {"set": 1.1}}, r"modality_dropout\['set'\] must lie in \[0, 1\]; got 1.1"),
         ],
     )
-    def test_refused_settings(self, options, message):
+    def test_invalid_settings_raise(self, options, message):
         with pytest.raises(ValueError, match=message):
             Multimodal(adapters(), **options)
-        with pytest.raises(ValueError, match="adapters must name an adapter at least"):
+        with pytest.raises(ValueError, match="adapters must hold an adapter at least"):
             Multimodal({})

@@ -1,4 +1,4 @@
-"""Labels as tokens: class numbers one-hot, probabilities as they are."""
+"""Labels as tokens: class indices one-hot, probabilities unchanged."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from perceiver_core.adapters import OneHotLabel
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
-def test_a_class_number_is_its_row_of_the_identity(dtype):
+def test_class_indices_become_one_hot(dtype):
     tokens = OneHotLabel(7)(torch.tensor([3, 0, 6], dtype=dtype))
     assert torch.equal(tokens.content[:, 0], torch.eye(7)[[3, 0, 6]]) and tokens.mask is None
     assert OneHotLabel(7).dim == tokens.dim == 7 and OneHotLabel(1)(torch.tensor([0])).content.tolist() == [[[1.0]]]
 
 
-def test_probabilities_stay():
+def test_probabilities_are_passed_through():
     given = torch.rand(2, 7, dtype=torch.float64, requires_grad=True)
     content = OneHotLabel(7)(given).content
     assert content.shape == (2, 1, 7) and torch.equal(content[:, 0], given)
@@ -26,15 +26,15 @@ def test_probabilities_stay():
     assert torch.equal(given.grad, torch.ones_like(given))
 
 
-def test_class_numbers_under_vmap_and_on_no_device():
+def test_class_indices_under_vmap_and_on_the_meta_device():
     numbers = torch.tensor([[3], [6]])
-    found = torch.vmap(lambda number: OneHotLabel(7)(number).content)(numbers)
-    assert torch.equal(found[:, 0, 0], torch.eye(7)[[3, 6]])
+    actual = torch.vmap(lambda number: OneHotLabel(7)(number).content)(numbers)
+    assert torch.equal(actual[:, 0, 0], torch.eye(7)[[3, 6]])
     assert OneHotLabel(7)(torch.zeros(2, dtype=torch.long, device="meta")).content.shape == (2, 1, 7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_class_numbers_take_the_dtype_of_the_model(dtype, tmp_path):
+def test_class_indices_take_the_dtype_of_the_model(dtype, tmp_path):
     encoder = pc.Encoder(7, num_latents=3, dim=8, depth=1, num_heads=1)
     model = pc.Perceiver(OneHotLabel(7), encoder, pc.heads.Classification(8, 2)).to(dtype)
     assert model(torch.tensor([3, 0])).dtype == model.adapter(torch.tensor([3])).content.dtype == dtype
@@ -43,11 +43,13 @@ def test_class_numbers_take_the_dtype_of_the_model(dtype, tmp_path):
     torch.testing.assert_close(again(torch.tensor([3, 0])), model(torch.tensor([3, 0])))
 
 
-def test_a_list_of_labels_is_refused():
+@pytest.mark.refusal
+def test_a_list_of_labels_raises():
     with pytest.raises(TypeError, match=r"labels must be a torch\.Tensor; got list"):
         OneHotLabel(7)([1, 2])
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
@@ -58,6 +60,6 @@ def test_a_list_of_labels_is_refused():
         (torch.zeros(0).long(), "labels must not be empty"),
     ],
 )
-def test_refused_labels(labels, message):
+def test_invalid_labels_raise(labels, message):
     with pytest.raises(ValueError, match=message):
         OneHotLabel(7)(labels)

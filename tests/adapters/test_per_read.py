@@ -19,8 +19,8 @@ def test_each_input_goes_to_its_adapter():
     pictures, sound = torch.rand(2, 3, 7, 5), torch.rand(2, 23)
     tokens = adapter((pictures, sound))
     assert adapter.dim == (3 + 2 + 8, 5 + 1 + 6)
-    for own, given, wanted in zip(adapter.adapters, (pictures, sound), tokens, strict=True):
-        torch.testing.assert_close(own(given).materialize(), wanted.materialize(), rtol=0, atol=0)
+    for own, given, expected in zip(adapter.adapters, (pictures, sound), tokens, strict=True):
+        torch.testing.assert_close(own(given).materialize(), expected.materialize(), rtol=0, atol=0)
 
 
 def test_each_mask_goes_to_its_adapter():
@@ -31,7 +31,7 @@ def test_each_mask_goes_to_its_adapter():
     assert sound.mask is None
 
 
-def test_an_encoder_reads_them_in_turn():
+def test_an_encoder_reads_one_input_per_read():
     adapter = both()
     encoder = Encoder(adapter.dim, num_latents=5, dim=14, num_reads=2, depth=1, num_heads=7, share=False)
     inputs = torch.rand(2, 3, 7, 5), torch.rand(2, 23)
@@ -41,7 +41,8 @@ def test_an_encoder_reads_them_in_turn():
         assert (encoder(adapter(others)) - out).abs().max() > 1e-4
 
 
-def test_errors():
+@pytest.mark.refusal
+def test_invalid_arguments_raise():
     with pytest.raises(ValueError, match="inputs must be 2, one an adapter; got 1"):
         both()((torch.rand(2, 3, 7, 5),))
     with pytest.raises(ValueError, match="masks must be 2, one an adapter; got 1"):

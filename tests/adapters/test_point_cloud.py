@@ -1,11 +1,12 @@
-"""Point clouds: any size, ragged, with features."""
+"""Point clouds: any size, padded, with features."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from perceiver_core import Encoder, Perceiver, heads, positions
+import perceiver_core as pc
+from perceiver_core import Encoder, Perceiver, adapters, heads, positions
 from perceiver_core.adapters import PointCloud, pad_point_clouds
 
 KINDS = {
@@ -39,7 +40,7 @@ def test_clouds_are_padded_at_the_end():
         torch.testing.assert_close(padded[present], cloud, rtol=0, atol=0)
 
 
-def test_ragged_clouds_together_are_each_alone():
+def test_padded_clouds_equal_clouds_one_by_one():
     torch.manual_seed(0)
     adapter = PointCloud(2, positions=KINDS["Fourier"])
     encoder = Encoder(adapter.dim, num_latents=5, dim=14, num_reads=3, depth=1, num_heads=7)
@@ -53,8 +54,25 @@ def test_ragged_clouds_together_are_each_alone():
     torch.testing.assert_close(model(padding, mask=mask), alone, rtol=0, atol=1e-12)
 
 
-def test_errors():
+@pytest.mark.refusal
+def test_invalid_arguments_raise():
     with pytest.raises(ValueError, match="clouds must hold at least one cloud; got none"):
         pad_point_clouds([])
     with pytest.raises(ValueError, match="features must be at least 0; got -1"):
         PointCloud(-1, positions=KINDS["NeRF"])
+
+
+@pytest.mark.refusal
+@pytest.mark.parametrize("positions", [pc.positions.Fourier, pc.positions.Rotary(8), "fourier"])
+def test_positions_that_take_no_points_raise(positions: object) -> None:
+    with pytest.raises(TypeError, match="positions of PointCloud must give features of any point"):
+        adapters.PointCloud(positions=positions)
+
+
+@pytest.mark.refusal
+@pytest.mark.parametrize(
+    "positions", [pc.positions.LearnedGrid((5, 7, 3), dim=4), pc.positions.LearnedEmbedding(5, dim=4)]
+)
+def test_learned_positions_raise(positions: object) -> None:
+    with pytest.raises(TypeError, match="features of any point"):
+        adapters.PointCloud(positions=positions)

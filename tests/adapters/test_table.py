@@ -1,4 +1,4 @@
-"""Rows of a table: each column against its formula, what is missing, refusals."""
+"""Rows of a table: each column against its formula, missing values, errors."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def test_each_column_by_hand():
     assert tokens.mask.tolist() == [[True, False, True, True, False], [True] * 5]
     numbers, categories = rows()["numbers"], rows()["categories"]
     for sample, column in ((0, 0), (0, 2), (1, 0), (1, 1), (1, 2)):
-        wanted = numbers[sample, column] * table.scales[column] + table.offsets[column]
-        torch.testing.assert_close(tokens.content[sample, column], wanted)
+        expected = numbers[sample, column] * table.scales[column] + table.offsets[column]
+        torch.testing.assert_close(tokens.content[sample, column], expected)
     for sample, column, first in ((0, 0, 0), (1, 0, 0), (1, 1, 2)):
         torch.testing.assert_close(
             tokens.content[sample, 3 + column], table.vectors[first + categories[sample, column]]
         )
 
 
-def test_what_is_missing_has_no_effect():
+def test_missing_values_have_no_effect():
     encoder = pc.Encoder(7, num_latents=3, dim=11, depth=1, num_heads=1).double()
     table, given = made(), rows()
     alone = {"numbers": given["numbers"][:1].clone(), "categories": torch.tensor([[1, 3]])}
@@ -47,7 +47,7 @@ def test_what_is_missing_has_no_effect():
 
 
 @pytest.mark.parametrize(("numbers", "categories"), [(1, ()), (0, (1,)), (0, (3, 2))])
-def test_one_kind_of_column(numbers, categories):
+def test_numeric_or_categorical_columns_alone(numbers, categories):
     table = Table(numbers, categories, dim=3)
     given = torch.zeros(2, numbers) if numbers else {"categories": torch.zeros(2, len(categories), dtype=torch.long)}
     assert table(given).content.shape == (2, numbers + len(categories), 3)
@@ -60,6 +60,7 @@ def test_it_is_saved_and_loaded(tmp_path):
     torch.testing.assert_close(again(given).materialize(), table(given).materialize())
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
@@ -77,17 +78,19 @@ def test_it_is_saved_and_loaded(tmp_path):
         ({"other": torch.zeros(1, 3)}, ValueError, r"rows must have \['categories', 'numbers'\]; got"),
     ],
 )
-def test_refused_rows(change, kind, message):
+def test_invalid_rows_raise(change, kind, message):
     with pytest.raises(kind, match=message):
         Table(num_numeric=3, category_sizes=(2, 5), dim=7)(rows() | change)
 
 
-def test_a_list_of_rows_is_refused():
+@pytest.mark.refusal
+def test_a_list_of_rows_raises():
     with pytest.raises(TypeError, match=r"rows must be a dictionary with \['numbers'\]; got list"):
         Table(num_numeric=2, dim=3)([1, 2])
 
 
-def test_refused_settings():
+@pytest.mark.refusal
+def test_invalid_settings_raise():
     with pytest.raises(TypeError, match=r"category_sizes must be how many each column has, as \(3, 7\); got 3"):
         Table(category_sizes=3, dim=3)
     with pytest.raises(ValueError, match="num_numeric and category_sizes must name a column at least; got 0"):

@@ -1,4 +1,4 @@
-"""Ids: which positions serve, and which one each token has where a mask hides some."""
+"""Embedding of token ids: supported positions, and the position of each token under a mask."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ IDS = torch.tensor([[3, 1, 4, 1, 5]])
 MASKS = {"left": [0, 0, 1, 1, 1], "right": [1, 1, 1, 0, 0], "gap": [1, 0, 1, 0, 1]}
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize(
     "where",
     [
@@ -23,7 +24,7 @@ MASKS = {"left": [0, 0, 1, 1, 1], "right": [1, 1, 1, 0, 0], "gap": [1, 0, 1, 0, 
         lambda indices: indices,
     ],
 )
-def test_positions_that_take_no_indices_are_refused(where):
+def test_positions_without_indices_raise(where):
     with pytest.raises(
         TypeError, match=r"positions must be a module from indices to vectors, as positions\.LearnedEmbedding"
     ):
@@ -31,19 +32,19 @@ def test_positions_that_take_no_indices_are_refused(where):
 
 
 @pytest.mark.parametrize("where", [positions.LearnedEmbedding(7, 6), nn.Embedding(7, 6)])
-def test_positions_that_take_indices_serve(where):
+def test_positions_with_indices_are_accepted(where):
     assert TokenEmbedding(11, 6, positions=where).positions is where
 
 
 def places(text, mask):
-    """The positions at which tokens that are there stand."""
+    """Returns the positions of the unmasked tokens."""
     mask = torch.tensor([mask], dtype=torch.bool)
     added = text(IDS, mask=mask).content - text.vectors[IDS]
     return torch.cdist(added, text.positions.vectors).argmin(-1)[mask].tolist()
 
 
 @pytest.mark.parametrize("name", MASKS)
-def test_tokens_that_are_hidden_count_where_it_is_asked_for(name):
+def test_masked_tokens_are_counted_on_request(name):
     where, all_places = positions.LearnedEmbedding(5, 6), [i for i, there in enumerate(MASKS[name]) if there]
     assert places(TokenEmbedding(7, 6, positions=where), MASKS[name]) == [0, 1, 2]
     assert places(TokenEmbedding(7, 6, positions=where, positions_include_padding=True), MASKS[name]) == all_places

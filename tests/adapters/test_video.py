@@ -1,4 +1,4 @@
-"""Films as blocks of frames and pixels: which pixel stands where, padding, positions, masks."""
+"""Videos as blocks of frames and pixels: order of pixels, padding, positions, masks."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def test_a_token_is_its_block_padded_with_zeros(patch, channels):
         torch.testing.assert_close(tokens.content[:, t, i, j], block.movedim(2, -1).flatten(1), rtol=0, atol=0)
 
 
-def test_of_one_frame_it_is_that_of_pictures():
+def test_a_video_of_one_frame_equals_an_image():
     pictures = film(2, 3, 7, 11)
-    wanted = pc.adapters.Image(
+    expected = pc.adapters.Image(
         3, positions=None, stem=lambda channels: pc.adapters.Patches(channels, patch_size=(2, 4))
     )
-    found = Video(positions=None, patch_size=(1, 2, 4))(pictures[:, None])
-    torch.testing.assert_close(found.materialize(), wanted(pictures).materialize(), rtol=0, atol=0)
+    actual = Video(positions=None, patch_size=(1, 2, 4))(pictures[:, None])
+    torch.testing.assert_close(actual.materialize(), expected(pictures).materialize(), rtol=0, atol=0)
 
 
-def test_positions_are_those_of_blocks():
+def test_each_block_has_its_position():
     where = pc.positions.Fourier(num_axes=3, num_bands=2, max_resolution=(5, 7, 11))
     video = Video(positions=where, patch_size=(2, 2, 3))
     tokens = video(film(2, 5, 3, 7, 11))
@@ -46,7 +46,7 @@ def test_positions_are_those_of_blocks():
     torch.testing.assert_close(tokens.positions(), where(points))
 
 
-def test_what_is_masked_has_no_effect():
+def test_masked_blocks_have_no_effect():
     video, films = Video(positions=None, patch_size=(1, 7, 11)), film(2, 5, 3, 7, 11)
     there = torch.arange(5) < torch.tensor([[5], [2]])
     films[1, 2:] = torch.nan
@@ -60,6 +60,7 @@ def test_gradients_reach_every_pixel():
     assert torch.autograd.gradcheck(lambda x: Video(2, positions=None, patch_size=(2, 2, 2))(x).materialize(), films)
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize(
     ("films", "kind", "message"),
     [
@@ -70,12 +71,13 @@ def test_gradients_reach_every_pixel():
         (torch.full((1, 5, 3, 7, 11), torch.nan), ValueError, "films holds NaN"),
     ],
 )
-def test_refused_films(films, kind, message):
+def test_invalid_videos_raise(films, kind, message):
     with pytest.raises(kind, match=message):
         Video(positions=None)(films)
 
 
-def test_refused_settings():
+@pytest.mark.refusal
+def test_invalid_settings_raise():
     with pytest.raises(ValueError, match=r"patch_size must be \(frames, rows, columns\); got \(4, 4\)"):
         Video(positions=None, patch_size=(4, 4))
     with pytest.raises(ValueError, match="rows must be a whole number of at least 1; got 0"):

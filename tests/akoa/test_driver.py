@@ -1,4 +1,4 @@
-"""The driver: any files in, verdicts out, and nothing lost in silence."""
+"""The driver: any files as input, one prediction each, and no silent omissions."""
 
 import csv
 from pathlib import Path
@@ -11,10 +11,12 @@ from PIL import Image
 
 import perceiver_core as pc
 from examples.akoa import driver
-from examples.akoa.data import read_picture
-from examples.akoa.driver import Verdict, find_pictures, gather, judge, main
-from examples.akoa.inference import predict
+from examples.akoa.dataset.datamodule import read_image
+from examples.akoa.driver import Verdict, decide, find_images, group_by_volume, main
+from examples.akoa.evaluation.inference import predict
 from examples.akoa.model import knee_model
+
+pytestmark = pytest.mark.no_shape_checks
 
 SIZE = (23, 19)
 NAME = "OAI1000001_BaseLine_3_de3d1_SAG_3D_DESS_WE_{}.nii.gz_{}.png"
@@ -54,14 +56,14 @@ def read_results(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_results_are_the_models_on_the_trainings_pictures(knees: Path, weights: Path, model: pc.Perceiver) -> None:
+def test_results_equal_the_model_on_the_training_images(knees: Path, weights: Path, model: pc.Perceiver) -> None:
     out = knees.parent / "results.csv"
     assert main([str(knees), "--weights", str(weights), "--out", str(out)]) == 0
     lines = read_results(out)
     assert list(lines[0]) == list(driver.HEADER)
     assert len(lines) == 4
     for line in lines:
-        picture = torch.tensor(read_picture(Path(line["file"]), SIZE))[None]
+        picture = torch.tensor(read_image(Path(line["file"]), SIZE))[None]
         logit = predict(model, picture)[0]
         assert float(line["probability_right"]) == pytest.approx(1 / (1 + np.exp(-logit)), abs=1e-4)
         assert line["verdict"] == ("right" if logit > 0 else "left")
@@ -111,10 +113,10 @@ def test_screen_shows_files_and_volumes(knees: Path, weights: Path, capsys: pyte
 
 def test_threshold() -> None:
     sure = np.log(0.9 / 0.1)
-    assert judge(sure + 1e-9, 0.9)[0] == "right"
-    assert judge(sure - 1e-3, 0.9)[0] == "abstain"
-    assert judge(-sure - 1e-9, 0.9)[0] == "left"
-    assert judge(-sure, 0.5)[1] == pytest.approx(0.1)
+    assert decide(sure + 1e-9, 0.9)[0] == "right"
+    assert decide(sure - 1e-3, 0.9)[0] == "abstain"
+    assert decide(-sure - 1e-9, 0.9)[0] == "left"
+    assert decide(-sure, 0.5)[1] == pytest.approx(0.1)
 
 
 def test_volumes_are_gathered_by_name_and_folder() -> None:
@@ -123,19 +125,23 @@ def test_volumes_are_gathered_by_name_and_folder() -> None:
         Verdict(Path(folder) / NAME.format(side, k), logit)
         for (folder, side, k), logit in zip(names, [1.0, 3.0, -1.0, -2.0], strict=True)
     ]
-    found = gather([*verdicts, Verdict(Path("a/holiday.png"), 9.0)])
-    assert [(v.named, v.slices, v.logit) for v in found] == [("left", 1, -2.0), ("right", 2, 2.0), ("right", 1, -1.0)]
+    actual = group_by_volume([*verdicts, Verdict(Path("a/holiday.png"), 9.0)])
+    assert [(v.named_side, v.num_slices, v.logit) for v in actual] == [
+        ("left", 1, -2.0),
+        ("right", 2, 2.0),
+        ("right", 1, -1.0),
+    ]
 
 
 def test_each_file_once(knees: Path) -> None:
-    found = find_pictures([knees / "deep", knees, knees / "deep" / "any.PNG"])
-    assert len(found) == 4
-    assert found == [*find_pictures([knees / "deep"]), *[p for p in find_pictures([knees]) if p.parent == knees]]
+    actual = find_images([knees / "deep", knees, knees / "deep" / "any.PNG"])
+    assert len(actual) == 4
+    assert actual == [*find_images([knees / "deep"]), *[p for p in find_images([knees]) if p.parent == knees]]
 
 
-def test_many_pictures_keep_their_order(knees: Path, model: pc.Perceiver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_images_keep_their_order(knees: Path, model: pc.Perceiver, monkeypatch: pytest.MonkeyPatch) -> None:
     (knees / "deep" / "broken.png").write_bytes(b"")
-    files = find_pictures([knees])
+    files = find_images([knees])
     whole = list(driver.classify(model, files, SIZE))
     monkeypatch.setattr(driver, "_BATCH", 2)
     pieces = list(driver.classify(model, files, SIZE))
@@ -146,10 +152,11 @@ def test_many_pictures_keep_their_order(knees: Path, model: pc.Perceiver, monkey
             assert one.logit == pytest.approx(other.logit, abs=1e-5)
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{missing}"], "is not there; give PNG files"),
+        (["{missing}"], "does not exist; give PNG files"),
         (["{empty}"], "no PNG files below"),
         (["{knees}", "--threshold", "0.4"], "from 0.5 to 1"),
         (["{knees}", "--weights", "{missing}"], "train first"),
@@ -157,7 +164,7 @@ def test_many_pictures_keep_their_order(knees: Path, model: pc.Perceiver, monkey
         (["{knees}", "--out", "{missing}/results.csv"], "not a file in an existing folder"),
     ],
 )
-def test_errors_say_what_to_do(
+def test_invalid_arguments_are_reported(
     arguments: list[str],
     message: str,
     knees: Path,
@@ -174,7 +181,7 @@ def test_errors_say_what_to_do(
     assert message in capsys.readouterr().err
 
 
-def test_results_are_written_whole_or_not_at_all(knees: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_are_written_atomically(knees: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = knees.parent / "results.csv"
     out.write_text("of yesterday", encoding="utf-8")
 

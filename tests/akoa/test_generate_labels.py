@@ -1,4 +1,4 @@
-"""The command that writes labels.csv, or says what is wrong with a folder."""
+"""The command that writes labels.csv or reports the problems of a folder."""
 
 import csv
 import io
@@ -11,10 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from examples.akoa import generate_labels, lookalikes, phantom
-from examples.akoa import labels as lb
+from examples.akoa import generate_labels
+from examples.akoa.dataset import file_names, near_duplicates
+from examples.akoa.dataset import labels as lb
+from examples.akoa.dataset.labels import Row
 from examples.akoa.generate_labels import main
-from examples.akoa.labels import Row
+from examples.akoa.phantom import dataset as phantom
+
+pytestmark = pytest.mark.no_shape_checks
 
 HEIGHT, WIDTH = 59, 67  # primes, never square, near the size of a thumbnail
 
@@ -38,7 +42,7 @@ def png(gray: np.ndarray) -> bytes:
 
 
 def knees(patients: int, visits: int = 1, slices: int = 1) -> dict[str, bytes]:
-    """Pictures of patients with a right knee, a left knee or both, in all spellings."""
+    """Images of patients with a right knee, a left knee or both, in all spellings."""
     files: dict[str, bytes] = {}
     for patient in range(patients):
         for side in (("RIGHT",), ("L_E_F_T",), ("Right", "left"))[patient % 3]:
@@ -83,9 +87,9 @@ def spoil(files: dict[str, bytes]) -> dict[str, list[str]]:
     files[copy] = png(draw(903))
     gray = np.asarray(Image.open(io.BytesIO(files[second])).convert("L"))
     for patient in (71, 72, 73):  # three, so that the split parts one from the others
-        files[file_name(patient, 3, lb.parse_name(second).side, 0)] = png(gray)
-    files[file_name(74, 3, lb.parse_name(third).side, 0)] = png(draw(904))
-    files[file_name(74, 4, lb.parse_name(third).side, 0)] = png(draw(904)[:, ::-1])
+        files[file_name(patient, 3, file_names.parse_name(second).side, 0)] = png(gray)
+    files[file_name(74, 3, file_names.parse_name(third).side, 0)] = png(draw(904))
+    files[file_name(74, 4, file_names.parse_name(third).side, 0)] = png(draw(904)[:, ::-1])
     return {
         "unparsed": [jpeg],
         "unreadable": [broken],
@@ -117,7 +121,7 @@ def test_labels_do_not_depend_on_the_order_of_the_listing(folder: Folder, monkey
 
 def test_all_layouts_give_one_split(folder: Folder) -> None:
     flat = knees(7)
-    side = {name: lb.parse_name(name).side for name in flat}
+    side = {name: file_names.parse_name(name).side for name in flat}
     places: tuple[Callable[[str], str], ...] = (
         lambda name: name,
         lambda name: f"AKOA_Analysis/AKOA_Analysis/{name}",
@@ -154,8 +158,8 @@ def test_ignored_files_are_counted_by_extension(folder: Folder, capsys: pytest.C
     assert "ignored     .DS_Store 1, .csv 1, .gz 1, .json 2, no extension 1\n" in capsys.readouterr().out
 
 
-def test_a_name_that_no_terminal_can_show_does_not_stop_the_report() -> None:
-    text = generate_labels.manifest([], [], ["a.\udcff"], Counter())
+def test_an_unprintable_name_does_not_stop_the_report() -> None:
+    text = generate_labels.summarize([], [], ["a.\udcff"], Counter())
     assert "ignored     .\\udcff 1\n" in text
 
 
@@ -180,19 +184,19 @@ def test_every_kind_stops_the_run_until_all_are_allowed(folder: Folder, capsys: 
     data = folder(files)
     code, rows, problems = run(data)
     assert (code, rows) == (1, [])
-    assert {problem["kind"] for problem in problems} == set(lb.KINDS) == set(left_out)
+    assert {problem["kind"] for problem in problems} == set(file_names.PROBLEM_KINDS) == set(left_out)
     for kind, images in left_out.items():
-        found = [problem["image"] for problem in problems if problem["kind"] == kind]
-        assert found == images or not images
+        actual = [problem["image"] for problem in problems if problem["kind"] == kind]
+        assert actual == images or not images
     second = sorted(knees(8))[1]
-    copies = {second, *(file_name(n, 3, lb.parse_name(second).side, 0) for n in (71, 72, 73))}
+    copies = {second, *(file_name(n, 3, file_names.parse_name(second).side, 0) for n in (71, 72, 73))}
     alike = [problem for problem in problems if problem["kind"] == "near-duplicates"]
     assert {problem[key] for problem in alike for key in ("image", "other")} == copies
     text = capsys.readouterr().out
-    for kind, advice in lb.KINDS.items():
+    for kind, advice in file_names.PROBLEM_KINDS.items():
         assert f"--allow {kind}; then {advice.allowed}" in text
-        assert advice.mend in text
-        others = [other for other in lb.KINDS if other != kind]
+        assert advice.fix in text
+        others = [other for other in file_names.PROBLEM_KINDS if other != kind]
         assert run(data, "--allow", *others)[:2] == (1, [])
     code, rows, again = run(data, "--allow", "all")
     assert (code, again) == (0, problems)
@@ -210,13 +214,13 @@ def test_examples_are_few_and_the_list_is_full(folder: Folder, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("cut", [1, 13, 17, 31, 1000])
-def test_a_picture_cut_short_is_unreadable(tmp_path: Path, cut: int) -> None:
+def test_an_image_cut_short_is_unreadable(tmp_path: Path, cut: int) -> None:
     whole = png(np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH), dtype=np.uint8))
     path = tmp_path / "a.png"
     path.write_bytes(whole)
-    assert generate_labels.read_thumbnail(path)[0].shape == lookalikes.THUMB
+    assert generate_labels.read_thumbnail(path)[0].shape == near_duplicates.THUMBNAIL_SIZE
     path.write_bytes(whole[:-cut])
-    with pytest.raises(ValueError, match=r"truncated|cut short"):
+    with pytest.raises(ValueError, match=r"truncated"):
         generate_labels.read_thumbnail(path)
 
 
@@ -235,6 +239,7 @@ def test_labels_inside_the_data_folder_are_not_data(folder: Folder, capsys: pyte
     lb.audit_split(lb.read_labels(data / "labels.csv"))
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -246,7 +251,7 @@ def test_labels_inside_the_data_folder_are_not_data(folder: Folder, capsys: pyte
         (["--out", "."], "is not a file in a folder that can be written to"),
     ],
 )
-def test_bad_arguments_are_refused_before_any_work(
+def test_invalid_arguments_are_reported_before_any_work(
     folder: Folder,
     more: list[str],
     message: str,
@@ -268,13 +273,14 @@ def test_too_few_patients_says_what_was_left_out(folder: Folder, capsys: pytest.
     assert "OAI_what.png" in text
 
 
-def test_a_folder_without_pictures_is_refused(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.refusal
+def test_a_folder_without_images_is_reported(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
     data = folder({"Thumbs.db": b"", "readme.txt": b""})
     assert main(["--data", str(data), "--out", str(data.parent / "labels.csv")]) == 2
-    assert "holds no PNG files" in capsys.readouterr().err
+    assert "contains no PNG files" in capsys.readouterr().err
 
 
-def test_an_interrupt_leaves_nothing(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_leaves_no_files(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(_: Path) -> None:
         raise KeyboardInterrupt
 

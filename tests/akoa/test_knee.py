@@ -1,4 +1,4 @@
-"""A phantom's knee: handed at every level, mirrored exactly, and its visits blind to the side."""
+"""Phantom knees: asymmetric at every level, exactly mirrored, with visits independent of the side."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from examples.akoa.knee import Knee, Side, Visit, draw_knee, draw_sibling, draw_visit, render
-from examples.akoa.shapes import HEIGHT, WIDTH
+from examples.akoa.phantom.anatomy import Knee, Side, Visit, sample_knee, sample_other_knee, sample_visit
+from examples.akoa.phantom.canvas import HEIGHT, WIDTH
+from examples.akoa.phantom.rendering import render
+
+pytestmark = pytest.mark.no_shape_checks
 
 
 def other(knee: Knee) -> Knee:
@@ -20,7 +23,7 @@ def other(knee: Knee) -> Knee:
 @pytest.mark.parametrize("level", [0.0, 0.37, 1.0])
 def test_the_mirror_of_a_knee_is_exactly_a_knee_of_the_other_side(seed: int, level: float) -> None:
     rng = np.random.default_rng(seed)
-    knee, visit = draw_knee("right", rng), draw_visit(rng)
+    knee, visit = sample_knee("right", rng), sample_visit(rng)
     right, left = render(knee, visit, level), render(other(knee), visit, level)
     assert right.shape == (HEIGHT, WIDTH) and right.dtype == np.uint8
     assert np.array_equal(left, right[:, ::-1])
@@ -37,11 +40,11 @@ def test_every_level_is_handed(level: float) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_wedges_brightness_and_border_are_those_of_the_mirrored_picture(seed: int) -> None:
+def test_wedges_brightness_and_border_are_those_of_the_mirrored_image(seed: int) -> None:
     """What a visit adds cannot tell a left knee from a right one turned over."""
     rng = np.random.default_rng(seed)
-    knee = draw_knee("right", rng)
-    visit = dataclasses.replace(draw_visit(rng), wedges=((20.0, 55.0), (250.0, 58.0)))
+    knee = sample_knee("right", rng)
+    visit = dataclasses.replace(sample_visit(rng), wedges=((20.0, 55.0), (250.0, 58.0)))
     right, left = render(knee, visit), render(other(knee), visit)
     assert (right == 0).sum() > 1000  # there are wedges to look at
     assert np.array_equal(left == 0, (right == 0)[:, ::-1])
@@ -54,7 +57,7 @@ def test_wedges_brightness_and_border_are_those_of_the_mirrored_picture(seed: in
 def test_a_visit_leans_to_neither_side(name: str) -> None:
     """Drawn around 0, so the mirror of a visit is as likely as the visit; wedges point anywhere."""
     assert getattr(Visit(), name) == 0.0
-    visits = [draw_visit(np.random.default_rng(seed)) for seed in range(300)]
+    visits = [sample_visit(np.random.default_rng(seed)) for seed in range(300)]
     lean = np.array([getattr(visit, name) for visit in visits])
     assert abs(lean.mean()) < 3 * lean.std() / np.sqrt(len(lean))
     directions = np.radians([direction for visit in visits for direction, _ in visit.wedges])
@@ -78,7 +81,7 @@ def test_every_shape_parameter_changes_some_slice(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", drawn(Visit))
-def test_every_visit_parameter_changes_the_picture(name: str) -> None:
+def test_every_visit_parameter_changes_the_image(name: str) -> None:
     visit = changes(Visit(), name)
     assert isinstance(visit, Visit)
     assert not np.array_equal(render(Knee(), visit), render(Knee(), Visit()))
@@ -94,7 +97,7 @@ def test_wedges_and_cysts_show() -> None:
 
 def test_neighboring_slices_are_more_alike_than_distant_ones() -> None:
     rng = np.random.default_rng(3)
-    knee, visit = draw_knee("left", rng), draw_visit(rng)
+    knee, visit = sample_knee("left", rng), sample_visit(rng)
     levels = np.linspace(0, 1, 40)[::3]
     stack = np.stack([render(knee, visit, float(level)) for level in levels]).astype(float)
     apart = {step: np.abs(stack[step:] - stack[:-step]).mean() for step in (1, 4, 9)}
@@ -103,8 +106,8 @@ def test_neighboring_slices_are_more_alike_than_distant_ones() -> None:
 
 def test_siblings_differ_a_little_and_strangers_more() -> None:
     rng = np.random.default_rng(7)
-    knee = draw_knee("right", rng)
-    sibling, stranger = other(draw_sibling(knee, rng)), draw_knee("right", rng)
+    knee = sample_knee("right", rng)
+    sibling, stranger = other(sample_other_knee(knee, rng)), sample_knee("right", rng)
 
     def distance(second: Knee) -> float:
         levels, visit = (0.0, 0.5, 1.0), Visit(noise=0.0)
@@ -115,7 +118,7 @@ def test_siblings_differ_a_little_and_strangers_more() -> None:
 
 
 def test_bad_slices_are_named() -> None:
-    with pytest.raises(ValueError, match=r"level=1\.5: wanted a number from 0"):
+    with pytest.raises(ValueError, match=r"level=1\.5: expected a number from 0"):
         render(Knee(), level=1.5)
-    with pytest.raises(ValueError, match="side='middle': wanted 'left' or 'right'"):
+    with pytest.raises(ValueError, match="side='middle': expected 'left' or 'right'"):
         render(Knee(side="middle"))  # type: ignore[arg-type]

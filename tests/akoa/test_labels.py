@@ -1,4 +1,4 @@
-"""Names, files and rows; each failure of earlier projects has a test of its own."""
+"""Names, files and rows, with a test for each failure of earlier projects."""
 
 import os
 from collections.abc import Iterator
@@ -9,8 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from examples.akoa import labels as lb
-from examples.akoa.labels import Row
+from examples.akoa.dataset import file_names
+from examples.akoa.dataset import labels as lb
+from examples.akoa.dataset.labels import Row
+
+pytestmark = pytest.mark.no_shape_checks
 
 SPELLINGS = ("RIGHT", "R_I_G_H_T", "LEFT", "L_E_F_T")
 
@@ -36,14 +39,14 @@ def touch(root: Path, *names: str) -> None:
 
 
 def test_visits_are_not_patients() -> None:
-    row = lb.parse_name(file_name(5, 101, "LEFT", 0))
+    row = file_names.parse_name(file_name(5, 101, "LEFT", 0))
     assert (row.patient, row.visit) == ("0000005", 101)
 
 
 @pytest.mark.parametrize("side", ["Right", "right", "R_I_G_H_T", "r_i_g_h_t"])
 def test_right_in_another_spelling_is_not_left(side: str) -> None:
     """`"RIGHT" in name` called 1,280 right knees left."""
-    assert lb.parse_name(file_name(9000099, 3, side, 7)).side == "right"
+    assert file_names.parse_name(file_name(9000099, 3, side, 7)).side == "right"
 
 
 @settings(deadline=None)
@@ -61,11 +64,11 @@ def test_every_spelling_in_any_case_parses(
     name = file_name(patient, visit, side, slice_, gap)
     upper = data.draw(st.lists(st.booleans(), min_size=len(name), max_size=len(name)))
     name = "".join(c.upper() if up else c.lower() for c, up in zip(name, upper, strict=True))
-    found = lb.parse_name(name)
-    wanted = "right" if side.lower().startswith("r") else "left"
-    assert (found.patient, found.visit, found.side) == (f"{patient:07}", visit, wanted)
-    assert (found.slice, found.underscore) == (slice_, bool(gap))
-    assert found.spelling.lower() == side.lower()
+    actual = file_names.parse_name(name)
+    expected = "right" if side.lower().startswith("r") else "left"
+    assert (actual.patient, actual.visit, actual.side) == (f"{patient:07}", visit, expected)
+    assert (actual.slice, actual.underscore) == (slice_, bool(gap))
+    assert actual.spelling.lower() == side.lower()
 
 
 @settings(deadline=None)
@@ -73,7 +76,7 @@ def test_every_spelling_in_any_case_parses(
 def test_a_name_with_neither_side_fails(side: str) -> None:
     if side.lower() not in {"left", "l_e_f_t", "right", "r_i_g_h_t"}:
         with pytest.raises(ValueError, match="not of the form"):
-            lb.parse_name(file_name(9000099, 3, side, 7))
+            file_names.parse_name(file_name(9000099, 3, side, 7))
 
 
 @pytest.mark.parametrize(
@@ -92,13 +95,13 @@ def test_a_name_with_neither_side_fails(side: str) -> None:
 )
 def test_a_name_that_is_nearly_right_fails(name: str) -> None:
     with pytest.raises(ValueError, match="not of the form"):
-        lb.parse_name(name)
+        file_names.parse_name(name)
 
 
 def test_paths_that_are_not_portable_do_not_parse() -> None:
     name = file_name(9000099, 3, "RIGHT", 7)
     paths = [f"a\\b/{name}", f"c:/{name}", f"\udcff/{name}", f"a\n/{name}"]
-    pictures, _, problems = lb.sort_out(paths)
+    pictures, _, problems = file_names.classify_files(paths)
     assert not pictures
     assert {(p.kind, p.image) for p in problems} == {("unparsed", path) for path in paths}
 
@@ -106,9 +109,9 @@ def test_paths_that_are_not_portable_do_not_parse() -> None:
 def test_files_are_sorted_by_code_point(tmp_path: Path) -> None:
     """Upper case before lower case, on systems too that do not tell them apart."""
     touch(tmp_path, "c.png", "b/a.png", "B.png", "a-b/x.png", "a/z.png")
-    found = lb.list_files(tmp_path)
-    assert found == ["B.png", "a-b/x.png", "a/z.png", "b/a.png", "c.png"]
-    assert lb.sort_out(found[::-1]) == lb.sort_out(found)
+    actual = file_names.list_files(tmp_path)
+    assert actual == ["B.png", "a-b/x.png", "a/z.png", "b/a.png", "c.png"]
+    assert file_names.classify_files(actual[::-1]) == file_names.classify_files(actual)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
@@ -116,14 +119,15 @@ def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
     touch(tmp_path, "real/a.png", "real/b.png", "real/c/d.png")
     (tmp_path / "real" / "loop").symlink_to(tmp_path, target_is_directory=True)
     (tmp_path / "same").symlink_to(tmp_path / "real", target_is_directory=True)
-    assert lb.list_files(tmp_path) == ["real/a.png", "real/b.png", "real/c/d.png"]
+    assert file_names.list_files(tmp_path) == ["real/a.png", "real/b.png", "real/c/d.png"]
 
 
 @pytest.mark.parametrize("name", ["phantom.json", "readme.txt", "labels.csv", "scan.jpg", "AKOA_Analysis.zip", "png"])
-def test_files_that_claim_to_be_no_knee_are_ignored(name: str) -> None:
-    assert lb.sort_out([f"OAI/{name}"]) == ([], [f"OAI/{name}"], [])
+def test_files_that_do_not_look_like_knees_are_ignored(name: str) -> None:
+    assert file_names.classify_files([f"OAI/{name}"]) == ([], [f"OAI/{name}"], [])
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize(
     "name",
     [
@@ -134,22 +138,23 @@ def test_files_that_claim_to_be_no_knee_are_ignored(name: str) -> None:
         "scan.PNG",
     ],
 )
-def test_files_that_claim_to_be_a_knee_must_parse(name: str) -> None:
-    pictures, ignored, problems = lb.sort_out([name])
+def test_unparsed_files_that_look_like_knees_are_problems(name: str) -> None:
+    pictures, ignored, problems = file_names.classify_files([name])
     assert (pictures, ignored) == ([], [])
     assert [(problem.kind, problem.image) for problem in problems] == [("unparsed", name)]
 
 
 @pytest.mark.parametrize("name", ["Thumbs.db", ".DS_Store", "Desktop.ini", "._" + file_name(5, 3, "LEFT", 7)])
 def test_junk_is_ignored_whatever_its_name_holds(name: str) -> None:
-    assert lb.sort_out([f"a/{name}"]) == ([], [f"a/{name}"], [])
+    assert file_names.classify_files([f"a/{name}"]) == ([], [f"a/{name}"], [])
 
 
 def test_a_good_split_passes() -> None:
     lb.audit_split(good_rows())
 
 
-def test_a_patient_in_two_parts_is_refused() -> None:
+@pytest.mark.refusal
+def test_a_patient_in_two_parts_raises() -> None:
     rows = good_rows()
     row = next(row for row in rows if row.split == "train")
     rows.append(replace(row, image="other.png", split="test"))
@@ -157,23 +162,26 @@ def test_a_patient_in_two_parts_is_refused() -> None:
         lb.audit_split(rows)
 
 
-def test_an_empty_part_is_refused() -> None:
-    with pytest.raises(ValueError, match="need pictures in each of"):
+@pytest.mark.refusal
+def test_an_empty_part_raises() -> None:
+    with pytest.raises(ValueError, match="need images in each of"):
         lb.audit_split([row for row in good_rows() if row.split != "val"])
 
 
-def test_a_missing_fold_is_refused() -> None:
+@pytest.mark.refusal
+def test_a_missing_fold_raises() -> None:
     rows = [Row(f"{i}.png", f"{i:07}", 3, "left", 0, f"fold{i % 5}") for i in range(7)]
     lb.audit_split(rows)
-    with pytest.raises(ValueError, match="need pictures in each of"):
+    with pytest.raises(ValueError, match="need images in each of"):
         lb.audit_split([row for row in rows if row.split != "fold1"])
-    with pytest.raises(ValueError, match="need pictures in each of"):
+    with pytest.raises(ValueError, match="need images in each of"):
         lb.audit_split([row for row in rows if row.split in {"fold0", "fold1"}])
 
 
-def test_an_image_in_two_rows_is_refused() -> None:
+@pytest.mark.refusal
+def test_an_image_in_two_rows_raises() -> None:
     rows = good_rows()
-    with pytest.raises(ValueError, match="stand twice"):
+    with pytest.raises(ValueError, match="occur twice"):
         lb.audit_split([*rows, rows[0]])
 
 
@@ -185,6 +193,7 @@ def test_labels_are_read_as_written(tmp_path: Path) -> None:
     assert b"\r" not in path.read_bytes()
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -204,7 +213,7 @@ def test_labels_are_read_as_written(tmp_path: Path) -> None:
         (",9000099,1,left,0,test", "image is ''"),
     ],
 )
-def test_bad_labels_are_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_labels_raise(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "labels.csv"
     header = "" if not text or text.startswith("image") else ",".join(lb.HEADER) + "\n"
     path.write_text(header + text.replace("{}", "a.png"), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Pictures that are alike, across the split and against their labels."""
+"""Similar images in different parts of the split or with different labels."""
 
 from collections.abc import Callable
 
@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from examples.akoa import lookalikes
-from examples.akoa.labels import SPLITS, Row
+from examples.akoa.dataset import near_duplicates
+from examples.akoa.dataset.labels import SPLITS, Row
+
+pytestmark = pytest.mark.no_shape_checks
 
 HEIGHT, WIDTH = 59, 67  # primes, never square, near the size of a thumbnail
 
@@ -19,10 +21,10 @@ def draw(seed: int) -> np.ndarray:
 
 
 def look(*pairs: tuple[Row, np.ndarray]) -> list[tuple[str, str, str]]:
-    size = lookalikes.THUMB[::-1]
+    size = near_duplicates.THUMBNAIL_SIZE[::-1]
     thumbs = [np.asarray(Image.fromarray(gray).resize(size)) for _, gray in pairs]
-    found = lookalikes.find_lookalikes([row for row, _ in pairs], np.stack(thumbs))
-    return [(p.kind, p.image, p.other) for p in found]
+    actual = near_duplicates.find_near_duplicates([row for row, _ in pairs], np.stack(thumbs))
+    return [(p.kind, p.image, p.other) for p in actual]
 
 
 def row_of(image: str, patient: int, side: str, split: str, visit: int = 1) -> Row:
@@ -45,8 +47,8 @@ def test_copies_across_the_split_are_found(
     copy = change(draw(1)[:, ::-1] if mirrored else draw(1)).astype(np.uint8)
     a, b = row_of("a", 1, "left", "train"), row_of("b", 2, side, "test")
     others = [(row_of(f"c{k}", 10 + k, "left", "val"), draw(10 + k)) for k in range(13)]
-    found = look((a, draw(1)), *others, (b, copy))
-    assert sorted(found) == sorted((kind, "a", "b") for kind in kinds)
+    actual = look((a, draw(1)), *others, (b, copy))
+    assert sorted(actual) == sorted((kind, "a", "b") for kind in kinds)
 
 
 def test_copies_in_one_part_are_found_only_if_they_contradict() -> None:
@@ -61,7 +63,7 @@ def test_copies_in_one_part_are_found_only_if_they_contradict() -> None:
     assert look(a, (row_of("b", 1, "left", "train", visit=2), mirror)) == contradiction
 
 
-def test_flat_pictures_are_like_none() -> None:
+def test_flat_images_are_like_none() -> None:
     black = np.zeros((HEIGHT, WIDTH), np.uint8)
     assert look(*((row_of(s, i, "left", s), black) for i, s in enumerate(SPLITS))) == []
 
@@ -79,5 +81,5 @@ def test_tiles_do_not_change_what_is_found(monkeypatch: pytest.MonkeyPatch) -> N
     pictures[1], pictures[28], pictures[12] = pictures[22], pictures[3], pictures[11]
     whole = look(*zip(rows, pictures, strict=True))
     assert [pair for _, *pair in whole] == [["01", "22"], ["03", "28"], ["11", "12"]]
-    monkeypatch.setattr(lookalikes, "_TILE", 5)
+    monkeypatch.setattr(near_duplicates, "_TILE_SIZE", 5)
     assert look(*zip(rows, pictures, strict=True)) == whole

@@ -1,4 +1,4 @@
-"""The phantom keeps the promises that the AKOA example is built on: proportions, names, layouts, traps."""
+"""Phantom data sets have the properties that the AKOA example relies on: proportions, names, layouts, traps."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from examples.akoa.knee import Knee, Side, render
-from examples.akoa.phantom import FOLDER, MANIFEST, SPELLINGS, Layout, Volume, main, plan, write
-from examples.akoa.shapes import HEIGHT, WIDTH
+from examples.akoa.phantom.anatomy import Knee, Side
+from examples.akoa.phantom.canvas import HEIGHT, WIDTH
+from examples.akoa.phantom.dataset import FOLDER, MANIFEST, SPELLINGS, Layout, Volume, main, plan, write
+from examples.akoa.phantom.rendering import render
+
+pytestmark = pytest.mark.no_shape_checks
 
 NAME = re.compile(
     r"OAI(\d{7})_BaseLine_(\d+)(_?)de3d1_SAG_3D_DESS_WE_"
@@ -78,7 +81,7 @@ def test_the_default_plan_has_the_proportions_of_the_real_data() -> None:
 
 
 def difficulty(volume: Volume) -> list[float]:
-    """All that decides how hard a volume's pictures are, and which visit it is, each thing as a number."""
+    """Numbers that determine how hard the images of a volume are, and its visit."""
     knee, visit = volume.knee, volume.visit
     drawn = [getattr(part, f.name) for part in (knee, visit) for f in dataclasses.fields(part) if f.metadata]
     contrast = visit.muscle - visit.fat
@@ -92,13 +95,13 @@ def test_a_spelling_says_nothing_about_difficulty(side: Side) -> None:
     columns = np.array([difficulty(v) for v in volumes]).T
     for spelling in SPELLINGS[side]:
         mine = np.array([v.spelling == spelling for v in volumes], dtype=float)
-        found = np.array([np.corrcoef(mine, column)[0, 1] for column in columns])
-        # Dealt out at random, each correlation has a standard error of 1 / sqrt(volumes - 1).
-        assert np.abs(found).max() < 4 / np.sqrt(len(volumes) - 1)
-        assert np.square(found).mean() < 1.5 / (len(volumes) - 1)
+        actual = np.array([np.corrcoef(mine, column)[0, 1] for column in columns])
+        # At random, each correlation has a standard error of 1 / sqrt(volumes - 1).
+        assert np.abs(actual).max() < 4 / np.sqrt(len(volumes) - 1)
+        assert np.square(actual).mean() < 1.5 / (len(volumes) - 1)
 
 
-def test_spellings_dealt_out_otherwise_leave_every_picture_as_it_was(
+def test_other_spellings_leave_every_image_unchanged(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def reversed_spellings(patients: int, seed: int) -> list[Volume]:
@@ -107,24 +110,24 @@ def test_spellings_dealt_out_otherwise_leave_every_picture_as_it_was(
         return [dataclasses.replace(v, spelling=dealt[v.knee.side].pop()) for v in volumes]
 
     def unspelled(out: Path) -> dict[tuple[str, ...], bytes]:
-        found = [(NAME.fullmatch(p.name), p) for p in pictures(out)]
-        return {(m[1], m[2], m[3], m[4][0].upper(), m[5]): p.read_bytes() for m, p in found if m}
+        actual = [(NAME.fullmatch(p.name), p) for p in pictures(out)]
+        return {(m[1], m[2], m[3], m[4][0].upper(), m[5]): p.read_bytes() for m, p in actual if m}
 
-    monkeypatch.setattr("examples.akoa.phantom.plan", reversed_spellings)
+    monkeypatch.setattr("examples.akoa.phantom.dataset.plan", reversed_spellings)
     write(tmp_path, patients=PATIENTS, slices=SLICES)
     assert {p.name for p in pictures(tmp_path)} != {p.name for p in pictures(data)}
     assert unspelled(tmp_path) == unspelled(data)
 
 
 def test_names_parse_and_show_all_six_spellings(data: Path) -> None:
-    found = [NAME.fullmatch(p.name) for p in pictures(data)]
-    assert all(found)
-    assert {m[4] for m in found if m} == {name for side in SPELLINGS.values() for name in side}
-    assert {m[3] for m in found if m} == {"", "_"}
-    assert not any(m[1].startswith("9") for m in found if m)  # no number of a real participant
+    actual = [NAME.fullmatch(p.name) for p in pictures(data)]
+    assert all(actual)
+    assert {m[4] for m in actual if m} == {name for side in SPELLINGS.values() for name in side}
+    assert {m[3] for m in actual if m} == {"", "_"}
+    assert not any(m[1].startswith("9") for m in actual if m)  # no number of a real participant
 
 
-def test_volumes_are_complete_but_for_one_truncated_picture(data: Path) -> None:
+def test_volumes_are_complete_but_for_one_truncated_image(data: Path) -> None:
     broken = [p for p in pictures(data) if not loads(p)]
     assert len(broken) == 1
     slices: dict[str, list[int]] = defaultdict(list)
@@ -132,11 +135,11 @@ def test_volumes_are_complete_but_for_one_truncated_picture(data: Path) -> None:
         stem, index = path.stem.rsplit("_", 1)
         slices[stem].append(int(index))
     assert slices.pop(broken[0].stem.rsplit("_", 1)[0]) == [0]
-    assert all(sorted(found) == list(range(SLICES)) for found in slices.values())
+    assert all(sorted(actual) == list(range(SLICES)) for actual in slices.values())
     assert (data / FOLDER / "Thumbs.db").read_bytes().startswith(b"\xd0\xcf\x11\xe0")
 
 
-def test_a_picture_is_rgb_with_three_equal_channels(data: Path) -> None:
+def test_an_image_is_rgb_with_three_equal_channels(data: Path) -> None:
     whole = next(p for p in pictures(data) if loads(p))
     with Image.open(whole) as picture:
         assert (picture.format, picture.mode, picture.size) == ("PNG", "RGB", (260, 228))
@@ -148,7 +151,7 @@ def test_a_picture_is_rgb_with_three_equal_channels(data: Path) -> None:
     ("layout", "folders"),
     [("flat", {"."}), ("nested", {"AKOA_Analysis"}), ("sides", {"left", "right"})],
 )
-def test_layouts_hold_the_same_pictures(data: Path, tmp_path: Path, layout: Layout, folders: set[str]) -> None:
+def test_layouts_hold_the_same_images(data: Path, tmp_path: Path, layout: Layout, folders: set[str]) -> None:
     write(tmp_path, patients=PATIENTS, slices=SLICES, layout=layout)
     top = tmp_path / FOLDER
     assert {str(p.parent.relative_to(top)) for p in pictures(tmp_path)} == folders
@@ -159,7 +162,7 @@ def test_layouts_hold_the_same_pictures(data: Path, tmp_path: Path, layout: Layo
         assert sides == {"ll", "rr"}
 
 
-def test_same_seed_same_bytes_and_another_seed_other_bytes(tmp_path: Path) -> None:
+def test_the_seed_determines_all_bytes(tmp_path: Path) -> None:
     for name, seed in (("a", 2), ("b", 2), ("c", 3)):
         write(tmp_path / name, patients=3, slices=2, seed=seed)
     assert content(tmp_path / "a") == content(tmp_path / "b")
@@ -189,12 +192,12 @@ def test_a_complete_phantom_is_left_alone_and_a_partial_one_is_finished(
 def test_files_of_another_phantom_are_neither_mixed_nor_overwritten(tmp_path: Path) -> None:
     write(tmp_path, patients=2, slices=2)
     before = content(tmp_path)
-    with pytest.raises(ValueError, match=r"holds \d+ files that are not of this phantom"):
+    with pytest.raises(ValueError, match=r"contains \d+ files that are not of this phantom"):
         write(tmp_path, patients=2, slices=2, seed=1)
     assert content(tmp_path) == before
 
 
-def test_neither_brightness_nor_border_knows_the_side() -> None:
+def test_neither_brightness_nor_border_reveals_the_side() -> None:
     """Brightness, and which half of the border is brighter, average out over many knees."""
     volumes = plan(53, seed=1)
     edge = np.ones((HEIGHT, WIDTH), dtype=bool)
@@ -215,19 +218,20 @@ def test_neither_brightness_nor_border_knows_the_side() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"patients": 0}, "patients=0: wanted 1 or more"),
-        ({"slices": 0}, "slices=0: wanted 1 or more"),
-        ({"seed": -1}, "seed=-1: wanted 0 or more"),
-        ({"layout": "heap"}, "layout='heap': wanted one of flat, nested, sides"),
+        ({"patients": 0}, "patients=0: expected 1 or more"),
+        ({"slices": 0}, "slices=0: expected 1 or more"),
+        ({"seed": -1}, "seed=-1: expected 0 or more"),
+        ({"layout": "heap"}, "layout='heap': expected one of flat, nested, sides"),
     ],
 )
-def test_bad_arguments_are_named(tmp_path: Path, arguments: dict[str, int], message: str) -> None:
+def test_invalid_arguments_are_named(tmp_path: Path, arguments: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         write(tmp_path, **arguments)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.refusal
 def test_the_command_line_reports_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["--out", str(tmp_path), "--patients", "-3"])
-    assert "patients=-3: wanted 1 or more" in capsys.readouterr().err
+    assert "patients=-3: expected 1 or more" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What ships is what a finished run left, and small."""
+"""Shipped files are those of a finished run, and small."""
 
 from pathlib import Path
 
@@ -6,6 +6,8 @@ import pytest
 
 from examples.akoa import ship
 from examples.akoa.driver import WEIGHTS
+
+pytestmark = pytest.mark.no_shape_checks
 
 
 def finished(run: Path, weights: int = 1000) -> Path:
@@ -18,7 +20,7 @@ def finished(run: Path, weights: int = 1000) -> Path:
     return run
 
 
-def test_weights_report_and_pictures_are_copied(tmp_path: Path) -> None:
+def test_weights_report_and_images_are_copied(tmp_path: Path) -> None:
     written = ship.ship(finished(tmp_path / "run"), tmp_path / "to")
     assert {path.name for path in written} == {
         "config.json", "model.safetensors", "report.md", "report.json", "run.json", "predictions.csv", "curves.png",

@@ -8,15 +8,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from examples.akoa import splits
-from examples.akoa.labels import Picture, Row, audit_split, parse_name
+from examples.akoa.dataset import splits
+from examples.akoa.dataset.file_names import ImageFile, parse_name
+from examples.akoa.dataset.labels import Row, audit_split
+
+pytestmark = pytest.mark.no_shape_checks
 
 THREE_WAY = {"train": 0.6, "val": 0.2, "test": 0.2}
 SIDES_OF = st.tuples(st.integers(0, 7), st.integers(0, 7)).filter(any)
 
 
-def pictures_of(patients: int, visits: int = 1, slices: int = 1) -> list[Picture]:
-    """Pictures of patients with a right knee, a left knee or both."""
+def pictures_of(patients: int, visits: int = 1, slices: int = 1) -> list[ImageFile]:
+    """Images of patients with a right knee, a left knee or both."""
     names = [
         f"OAI{patient:07}_BaseLine_{3 + visit}_de3d1_SAG_3D_DESS_WE_{side}.nii.gz_{k}.png"
         for patient in range(patients)
@@ -24,7 +27,7 @@ def pictures_of(patients: int, visits: int = 1, slices: int = 1) -> list[Picture
         for visit in range(visits)
         for k in range(slices)
     ]
-    return [Picture(name, parse_name(name)) for name in names]
+    return [ImageFile(name, parse_name(name)) for name in names]
 
 
 def parts_of(rows: Iterable[Row]) -> dict[str, set[str]]:
@@ -40,7 +43,7 @@ def test_split_is_60_20_20_and_no_part_is_empty() -> None:
     assert sizes == {"train": 61, "val": 20, "test": 20}
     rows = splits.make_rows(pictures_of(101), THREE_WAY, seed=0)
     parts = parts_of(rows)
-    assert {s: sum(found == {s} for found in parts.values()) for s in sizes} == sizes
+    assert {s: sum(actual == {s} for actual in parts.values()) for s in sizes} == sizes
 
 
 def test_split_has_a_seed() -> None:
@@ -49,9 +52,9 @@ def test_split_has_a_seed() -> None:
     assert first == again != other
 
 
-def test_split_is_by_patient_and_not_by_picture() -> None:
+def test_split_is_by_patient_and_not_by_image() -> None:
     rows = splits.make_rows(pictures_of(7, visits=2, slices=3), THREE_WAY, seed=0)
-    assert all(len(found) == 1 for found in parts_of(rows).values())
+    assert all(len(actual) == 1 for actual in parts_of(rows).values())
     audit_split(rows)
 
 
@@ -62,7 +65,7 @@ def test_any_number_of_patients_splits_within_one(counts: list[tuple[int, int]],
     split = splits.split_patients(pictures, THREE_WAY, seed)
     assert split.keys() == pictures.keys()
     for part, share in THREE_WAY.items():
-        held = sum(found == part for found in split.values())
+        held = sum(actual == part for actual in split.values())
         assert held >= 1
         assert abs(held - share * len(counts)) <= 1
     mixed = list(pictures.items())
@@ -86,10 +89,10 @@ def test_folds_share_every_stratum(counts: list[tuple[int, int]], folds: int, se
 
 @settings(max_examples=15, deadline=None)
 @given(st.permutations(pictures_of(11, slices=2)))
-def test_any_order_of_the_files_gives_the_same_rows(pictures: Sequence[Picture]) -> None:
+def test_any_order_of_the_files_gives_the_same_rows(pictures: Sequence[ImageFile]) -> None:
     rows = splits.make_rows(pictures, THREE_WAY, seed=5)
     assert rows == splits.make_rows(pictures_of(11, slices=2), THREE_WAY, seed=5)
-    assert [row.image for row in rows] == sorted(picture.image for picture in pictures)
+    assert [row.image for row in rows] == sorted(picture.path for picture in pictures)
 
 
 def test_sides_are_balanced_over_the_split() -> None:
@@ -98,11 +101,11 @@ def test_sides_are_balanced_over_the_split() -> None:
     total = sum(right for _, right in pictures.values()) / sum(map(sum, pictures.values()))
     split = splits.split_patients(pictures, THREE_WAY, seed=0)
     for part in THREE_WAY:
-        held = [pictures[p] for p, found in split.items() if found == part]
+        held = [pictures[p] for p, actual in split.items() if actual == part]
         assert abs(sum(r for _, r in held) / sum(map(sum, held)) - total) < 0.03
 
 
-def test_the_split_is_the_same_for_ever() -> None:
+def test_the_split_never_changes() -> None:
     """Labels of one seed are compared between machines and versions: these must never move."""
     split = splits.split_patients({f"{i:07}": (i % 3, 1) for i in range(7)}, THREE_WAY, seed=0)
     assert [split[p] for p in sorted(split)] == [
@@ -116,6 +119,7 @@ def test_the_split_is_the_same_for_ever() -> None:
     ]
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize(
     ("patients", "fractions", "message"),
     [
@@ -126,7 +130,7 @@ def test_the_split_is_the_same_for_ever() -> None:
         (9, (0.5, 0.5), "got 2 numbers"),
     ],
 )
-def test_impossible_splits_are_refused(patients: int, fractions: tuple[float, ...], message: str) -> None:
+def test_impossible_splits_raise(patients: int, fractions: tuple[float, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         splits.split_sizes(patients, splits.three_way(fractions))
 
@@ -135,7 +139,8 @@ def test_tiny_fractions_still_get_a_patient() -> None:
     assert splits.split_sizes(3, splits.three_way((0.98, 0.01, 0.01))) == dict.fromkeys(THREE_WAY, 1)
 
 
-def test_two_folds_are_refused() -> None:
+@pytest.mark.refusal
+def test_two_folds_raise() -> None:
     with pytest.raises(ValueError, match="at least 3"):
         splits.k_fold(2)
 

@@ -1,4 +1,4 @@
-"""Training: schedule, losses, checkpoints, resuming, and the one look at the test set."""
+"""Training: schedule, losses, checkpoints, resuming, and the single evaluation on the test set."""
 
 import csv
 import json
@@ -17,9 +17,17 @@ from torch.nn import functional as F
 
 import perceiver_core as pc
 from examples.akoa import train
-from examples.akoa.labels import Row, write_labels
-from examples.akoa.laterality import Checkpoints, Laterality, learning_curve, moving_average, smoothed_losses
+from examples.akoa.dataset.labels import Row, write_labels
 from examples.akoa.model import knee_model
+from examples.akoa.training.laterality import (
+    AtomicCheckpointIO,
+    Laterality,
+    learning_rate_factor,
+    moving_average,
+    smoothed_losses,
+)
+
+pytestmark = pytest.mark.no_shape_checks
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def looks(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Stands in for the evaluation, which takes seconds: where it was asked for."""
+    """Replaces the evaluation, which takes seconds; records the folders it is called with."""
     seen: list[Path] = []
 
     def evaluate_run(model, splits, out, *, history, **_):
@@ -63,8 +71,8 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def arguments(folder: Path, out: Path, *more: str) -> list[str]:
-    asked = f"--data {folder} --labels {folder / 'labels.csv'} --out {out} --size 16 12 --batch 7 --epochs 3"
-    return [*asked.split(), "--accelerator", "cpu", *more]
+    queried = f"--data {folder} --labels {folder / 'labels.csv'} --out {out} --size 16 12 --batch 7 --epochs 3"
+    return [*queried.split(), "--accelerator", "cpu", *more]
 
 
 def watch(monkeypatch: pytest.MonkeyPatch, callback: Callback) -> None:
@@ -80,7 +88,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, callback: Callback) -> None:
 
 
 def last(out: Path) -> dict:
-    return Checkpoints().load_checkpoint(out / "checkpoints" / "last.ckpt")
+    return AtomicCheckpointIO().load_checkpoint(out / "checkpoints" / "last.ckpt")
 
 
 def same_training(one: dict, other: dict) -> None:
@@ -115,7 +123,7 @@ def test_every_weight_of_the_model_learns():
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 100, 1013])
 def test_the_learning_rate_warms_up_and_ends_near_zero(steps):
-    curve = [learning_curve(step, steps) for step in range(steps)]
+    curve = [learning_rate_factor(step, steps) for step in range(steps)]
     top = curve.index(max(curve))
     assert max(curve) == 1
     assert curve[: top + 1] == sorted(curve[: top + 1])
@@ -136,7 +144,7 @@ def test_the_learning_rate_moves_every_step_and_knows_how_many_there_are(folder,
     watch(monkeypatch, Watch())
     assert train.main(arguments(folder, tmp_path / "run", "--lr", "0.01")) == 0
     steps = 3 * 3  # 18 pictures in batches of 7
-    assert rates == pytest.approx([0.01 * learning_curve(step, steps) for step in range(steps)])
+    assert rates == pytest.approx([0.01 * learning_rate_factor(step, steps) for step in range(steps)])
 
 
 def test_a_ragged_last_batch_weighs_as_much_as_it_holds(folder, tmp_path, looks, monkeypatch):
@@ -148,7 +156,7 @@ def test_a_ragged_last_batch_weighs_as_much_as_it_holds(folder, tmp_path, looks,
         sums["train" if torch.is_grad_enabled() else "val"].append(losses.detach().double())
         return losses
 
-    monkeypatch.setattr("examples.akoa.laterality.smoothed_losses", keep)
+    monkeypatch.setattr("examples.akoa.training.laterality.smoothed_losses", keep)
     assert train.main(arguments(folder, tmp_path / "run", "--epochs", "1")) == 0
     assert [len(losses) for losses in sums["val"]] == [7, 5]
     assert [len(losses) for losses in sums["train"]] == [7, 7, 4]
@@ -161,8 +169,8 @@ def test_a_ragged_last_batch_weighs_as_much_as_it_holds(folder, tmp_path, looks,
 def test_label_smoothing_draws_targets_together():
     logits, labels = torch.tensor([2.0, -1.0, 0.5]), torch.tensor([1.0, 0.0, 1.0])
     p = logits.sigmoid()
-    wanted = -torch.tensor([0.9, 0.1, 0.9]) * p.log() - torch.tensor([0.1, 0.9, 0.1]) * (1 - p).log()
-    torch.testing.assert_close(smoothed_losses(logits, labels, 0.2), wanted)
+    expected = -torch.tensor([0.9, 0.1, 0.9]) * p.log() - torch.tensor([0.1, 0.9, 0.1]) * (1 - p).log()
+    torch.testing.assert_close(smoothed_losses(logits, labels, 0.2), expected)
 
 
 def test_the_moving_average_forgets_its_start():
@@ -172,7 +180,8 @@ def test_the_moving_average_forgets_its_start():
     assert 0 < average.max() < 0.1
 
 
-def test_errors_of_laterality():
+@pytest.mark.refusal
+def test_invalid_laterality_settings_raise():
     for wrong in ({"learning_rate": 0.0}, {"weight_decay": -1.0}, {"label_smoothing": 1.0}):
         with pytest.raises(ValueError, match="need learning_rate > 0"):
             Laterality(torch.nn.Identity(), **wrong)
@@ -204,7 +213,7 @@ def test_an_interrupted_run_resumes_exactly(folder, tmp_path, looks, monkeypatch
             train.main(arguments(folder, tmp_path / "cut"))
     signal.signal(signal.SIGINT, handler)  # Lightning has switched it off
     assert stop.value.code == 1
-    assert "--resume goes on from" in capsys.readouterr().err
+    assert "--resume continues from" in capsys.readouterr().err
     assert last(tmp_path / "cut")["global_step"] == 6
     assert looks == [tmp_path / "whole"]
     assert train.main(arguments(folder, tmp_path / "cut", "--resume")) == 0
@@ -217,13 +226,13 @@ def test_an_interrupted_run_resumes_exactly(folder, tmp_path, looks, monkeypatch
 def test_a_run_leaves_its_best_weights_as_a_model(folder, tmp_path, looks):
     out = tmp_path / "run"
     assert train.main(arguments(folder, out)) == 0
-    best = Checkpoints().load_checkpoint(out / "checkpoints" / "best.ckpt")["state_dict"]
+    best = AtomicCheckpointIO().load_checkpoint(out / "checkpoints" / "best.ckpt")["state_dict"]
     for name, tensor in pc.load(out / "weights").state_dict().items():
         assert torch.equal(tensor, best[f"model.{name}"])
     assert not list(out.rglob("*.partial"))
 
 
-def test_the_test_set_is_looked_at_once(folder, tmp_path, looks, capsys):
+def test_the_test_set_is_evaluated_once(folder, tmp_path, looks, capsys):
     out = tmp_path / "run"
     assert train.main(arguments(folder, out, "--epochs", "1")) == 0
     assert train.main(arguments(folder, out, "--epochs", "1", "--resume")) == 0
@@ -234,42 +243,45 @@ def test_the_test_set_is_looked_at_once(folder, tmp_path, looks, capsys):
     assert looks == [out, out]
 
 
-def test_errors_of_a_folder_that_holds_a_run(folder, tmp_path, looks, capsys):
+@pytest.mark.refusal
+def test_a_folder_with_a_run_is_reported(folder, tmp_path, looks, capsys):
     out = tmp_path / "run"
     assert train.main(arguments(folder, out, "--epochs", "1")) == 0
     (out / "report.json").unlink()
     assert train.main(arguments(folder, out, "--epochs", "1")) == 2
-    assert "holds a run already" in capsys.readouterr().err
+    assert "contains a run already" in capsys.readouterr().err
     assert train.main(arguments(folder, out, "--epochs", "1", "--resume", "--lr", "0.5")) == 2
-    assert "lr 0.002 there, 0.5 asked for" in capsys.readouterr().err
+    assert "lr is 0.002 in its run.json but 0.5 here" in capsys.readouterr().err
 
 
-def test_errors_of_a_leaking_split(folder, tmp_path, looks, capsys):
+@pytest.mark.refusal
+def test_a_leaking_split_is_reported(folder, tmp_path, looks, capsys):
     lines = (folder / "labels.csv").read_text().splitlines()
     lines[1] = lines[1].replace("train", "test")
     (tmp_path / "leak.csv").write_text("\n".join(lines) + "\n")
     assert train.main(arguments(folder, tmp_path / "run", "--labels", str(tmp_path / "leak.csv"))) == 2
-    assert "stand in two parts" in capsys.readouterr().err
+    assert "are in two parts" in capsys.readouterr().err
     assert not looks
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize(
     "wrong",
     ["--size 3 4 5", "--epochs 0", "--seed -1", "--fold 1 --folds 3", "--folds 3 --devices 2", "--precision"],
 )
-def test_errors_of_the_command_line(folder, tmp_path, wrong):
+def test_command_line_errors(folder, tmp_path, wrong):
     with pytest.raises(SystemExit) as stop:
         train.main(arguments(folder, tmp_path, *wrong.split()))
     assert stop.value.code == 2
 
 
-# Checkpoints
+# AtomicCheckpointIO
 
 
 def test_a_checkpoint_is_whole_or_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "last.ckpt"
-    Checkpoints().save_checkpoint({"step": 1}, path)
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
 
     def torn(checkpoint, file):
         file.write(b"half")
@@ -277,21 +289,22 @@ def test_a_checkpoint_is_whole_or_the_old_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", torn)
     with pytest.raises(OSError, match="disk full"):
-        Checkpoints().save_checkpoint({"step": 2}, path)
-    assert Checkpoints().load_checkpoint(path) == {"step": 1}
+        AtomicCheckpointIO().save_checkpoint({"step": 2}, path)
+    assert AtomicCheckpointIO().load_checkpoint(path) == {"step": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
 
-def test_errors_of_checkpoints_that_hold_more_than_tensors(tmp_path):
+@pytest.mark.refusal
+def test_checkpoints_with_more_than_tensors_raise(tmp_path):
     path = tmp_path / "evil.ckpt"
     torch.save({"state_dict": Path("anything")}, path)
     with pytest.raises(ValueError, match="cannot be loaded as a checkpoint"):
-        Checkpoints().load_checkpoint(path, weights_only=False)
+        AtomicCheckpointIO().load_checkpoint(path, weights_only=False)
     path.write_bytes(b"torn")
     with pytest.raises(ValueError, match="cannot be loaded as a checkpoint"):
-        Checkpoints().load_checkpoint(path)
+        AtomicCheckpointIO().load_checkpoint(path)
     with pytest.raises(FileNotFoundError):
-        Checkpoints().load_checkpoint(tmp_path / "none.ckpt")
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "none.ckpt")
 
 
 # Whole commands
@@ -301,10 +314,10 @@ def test_errors_of_checkpoints_that_hold_more_than_tensors(tmp_path):
 def test_folds_are_trained_and_pooled(tmp_path, capsys):
     write_knees(tmp_path, 6, ("fold0", "fold1", "fold2"))
     out = tmp_path / "run"
-    asked = ["--epochs", "1", "--folds"]
-    assert train.main(arguments(tmp_path, out, *asked, "4")) == 2
-    assert "holds 3 folds, not 4" in capsys.readouterr().err
-    assert train.main(arguments(tmp_path, out, *asked, "3")) == 0
+    queried = ["--epochs", "1", "--folds"]
+    assert train.main(arguments(tmp_path, out, *queried, "4")) == 2
+    assert "contains 3 folds, not 4" in capsys.readouterr().err
+    assert train.main(arguments(tmp_path, out, *queried, "3")) == 0
     summary = json.loads((out / "summary.json").read_text())
     assert summary["folds"] == 3
     assert summary["data"]["patients"] == 6

@@ -1,4 +1,4 @@
-"""Attention residuals: the formula, and where latent transformers and encoders put it."""
+"""Attention residuals: the formula, and their place in latent transformers and encoders."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ def arrays(count, *shape):
 
 def test_the_formula_vector_by_vector():
     pool, past = Pool(7).double(), arrays(3, 2, 5, 7)
-    wanted = torch.empty(2, 5, 7, dtype=torch.float64)
+    expected = torch.empty(2, 5, 7, dtype=torch.float64)
     with torch.no_grad():
         for b in range(2):
             for m in range(5):
                 vectors = torch.stack([x[b, m] for x in past])
                 normed = vectors / (vectors.square().mean(1, keepdim=True) + torch.finfo(torch.float64).eps).sqrt()
                 logits = (normed * pool.norm.weight) @ pool.project.weight.T @ pool.expand.weight.T
-                wanted[b, m] = (logits.exp() / logits.exp().sum(0) * vectors).sum(0)
-    torch.testing.assert_close(pool(past), wanted, **EXACT)
+                expected[b, m] = (logits.exp() / logits.exp().sum(0) * vectors).sum(0)
+    torch.testing.assert_close(pool(past), expected, **EXACT)
     assert torch.autograd.gradcheck(lambda *past: pool(past), arrays(3, 1, 2, 7))
 
 
-def test_one_array_is_itself():
+def test_one_array_is_returned_unchanged():
     (x,) = arrays(1, 2, 5, 7)
     torch.testing.assert_close(Pool(7).double()([x]), x, **EXACT)
 
 
-def test_an_array_for_all_samples_meets_one_for_each():
+def test_arrays_with_and_without_batch_axis_broadcast():
     pool, past = Pool(7).double(), [*arrays(1, 1, 5, 7), *arrays(2, 2, 5, 7)]
     torch.testing.assert_close(pool(past), pool([past[0].expand(2, -1, -1), *past[1:]]), **EXACT)
 
 
 @pytest.mark.parametrize("repeats", [1, 2])
-def test_each_block_goes_on_from_all_before_it(repeats):
+def test_each_block_combines_all_earlier_outputs(repeats):
     (x,) = arrays(1, 2, 5, 12)
     transformer = pc.LatentTransformer(12, depth=3, num_heads=2, aggregate=Pool, num_repeats=repeats).double()
     past = [x]
@@ -58,7 +58,7 @@ def test_each_block_goes_on_from_all_before_it(repeats):
 
 
 @pytest.mark.parametrize("repeats", [1, 2])
-def test_an_array_in_parts_is_the_whole(repeats):
+def test_parts_of_an_array_equal_the_whole(repeats):
     (x,) = arrays(1, 2, 5, 12)
     transformer = pc.LatentTransformer(12, depth=2, num_heads=2, aggregate=Pool, num_repeats=repeats).double()
     first, known = transformer.extend(x[:, :3], None, mask=masks.Causal())
@@ -67,7 +67,7 @@ def test_an_array_in_parts_is_the_whole(repeats):
 
 
 @pytest.mark.parametrize("share", [True, False])
-def test_each_step_of_an_encoder_goes_on_from_all_before_it(share):
+def test_each_encoder_step_combines_all_earlier_outputs(share):
     (tokens,) = arrays(1, 2, 11, 10)
     encoder = pc.Encoder(
         10, num_latents=5, dim=12, num_reads=3, depth=1, num_heads=2, share=share, aggregate=Pool
@@ -99,8 +99,8 @@ def test_a_model_with_it_is_saved_and_loaded(tmp_path):
     torch.testing.assert_close(pc.load(pc.save(model, tmp_path / "model"))(points), model(points))
 
 
-def test_without_it_nothing_is_kept():
-    """Outputs of earlier blocks must not outlive them in evaluation."""
+def test_without_it_earlier_outputs_are_freed():
+    """Outputs of earlier blocks are freed in evaluation."""
     transformer, seen = pc.LatentTransformer(12, depth=3, num_heads=2), []
     for block in transformer.blocks:
         block.register_forward_hook(lambda module, given, out: seen.append(weakref.ref(out)))
@@ -112,7 +112,8 @@ def test_without_it_nothing_is_kept():
     assert alive[2] is out
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize("sizes", [{"dim": 0}, {"dim": 7, "rank": 0}])
-def test_errors_of_sizes(sizes):
+def test_invalid_sizes_raise(sizes):
     with pytest.raises(ValueError, match="must be a whole number of at least 1"):
         pc.AttentionResidual(**sizes)

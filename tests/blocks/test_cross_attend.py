@@ -1,4 +1,4 @@
-"""A cross-attend against its formula; what it reads, in each of the forms that tokens come in."""
+"""CrossAttend against its formula, for each form of input tokens."""
 
 from __future__ import annotations
 
@@ -51,30 +51,30 @@ def by_hand(block, x, dense, *, residual=True, allowed=None):
 
 
 @pytest.mark.parametrize("residual", [True, False])
-def test_it_is_attention_then_mlp_both_after_a_norm(residual):
+def test_it_is_pre_norm_attention_then_mlp(residual):
     block = cross_attend(residual=residual, num_heads=13)
     x, dense = queries(), tokens().materialize()
     torch.testing.assert_close(block(x, dense), by_hand(block, x, dense, residual=residual), **EXACT)
 
 
-def test_without_residual_only_the_mlp_adds_to_what_was_read():
+def test_without_a_residual_only_the_mlp_has_a_skip():
     block = cross_attend(residual=False)
     with torch.no_grad():
         block.attention.output.weight.zero_()
         block.mlp.contract.weight.zero_()
-    wanted = (block.attention.output.bias + block.mlp.contract.bias).expand(BATCH, QUERIES, DIM)
-    torch.testing.assert_close(block(queries(), tokens()), wanted, **EXACT)
+    expected = (block.attention.output.bias + block.mlp.contract.bias).expand(BATCH, QUERIES, DIM)
+    torch.testing.assert_close(block(queries(), tokens()), expected, **EXACT)
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_tokens_are_read_as_their_dense_tensor(masked):
+def test_tokens_are_read_like_their_dense_tensor(masked):
     block = cross_attend()
     given = tokens(some_mask() if masked else None)
     mask = masks.Padding(given.flat_mask()) if masked else None
     torch.testing.assert_close(block(queries(), given), block(queries(), given.materialize(), mask=mask), **EXACT)
 
 
-def test_keys_and_values_that_are_kept_read_as_those_made_anew():
+def test_cached_keys_and_values_give_the_same_output():
     block = cross_attend()
     kept = block.keys_values(tokens(some_mask()))
     for x in (queries(), queries().flip(1)):
@@ -89,21 +89,21 @@ def test_the_mask_of_a_call_and_that_of_the_tokens_are_combined(form):
     allowed[..., present.flatten(1)[0].nonzero()[0]] = True
     read = tokens(present) if form == "tokens" else block.keys_values(tokens(present))
     both = allowed & present.flatten(1)[:, None, None]
-    wanted = by_hand(block, queries(), tokens().materialize(), allowed=both)
-    torch.testing.assert_close(block(queries(), read, mask=allowed), wanted, **EXACT)
+    expected = by_hand(block, queries(), tokens().materialize(), allowed=both)
+    torch.testing.assert_close(block(queries(), read, mask=allowed), expected, **EXACT)
 
 
-def test_a_query_that_may_read_nothing_keeps_to_its_residual():
+def test_a_fully_masked_query_keeps_its_residual():
     block = cross_attend()
-    wanted = torch.ones(BATCH, QUERIES, dtype=torch.bool)
-    wanted[:, 2] = False
+    expected = torch.ones(BATCH, QUERIES, dtype=torch.bool)
+    expected[:, 2] = False
     x = queries()
-    out = block(x, tokens(), mask=masks.Queries(wanted))
+    out = block(x, tokens(), mask=masks.Queries(expected))
     unread = x[:, 2] + block.attention.output.bias
     torch.testing.assert_close(out[:, 2], unread + block.mlp(block.mlp_norm(unread)), **EXACT)
 
 
-def test_dropout_drops_what_is_added_to_the_residual():
+def test_dropout_applies_to_the_residual_branch():
     block = cross_attend(dropout=0.5)
     x = queries()
     torch.testing.assert_close(block(x, tokens()), by_hand(block, x, tokens().materialize()), **EXACT)
@@ -118,7 +118,7 @@ def test_dropout_drops_what_is_added_to_the_residual():
     assert 0.2 < kept.float().mean() < 0.8
 
 
-def test_parts_are_made_by_what_is_given():
+def test_factories_build_the_parts():
     block = CrossAttend(
         DIM,
         INPUT_DIM,
@@ -136,7 +136,7 @@ def test_parts_are_made_by_what_is_given():
     assert [norm.eps for norm in (block.query_norm, block.input_norm, block.mlp_norm)] == [1e-3] * 3
 
 
-def test_the_map_is_that_of_what_the_block_reads():
+def test_the_attention_map_uses_the_normalized_inputs():
     block = cross_attend(num_heads=13)
     present = some_mask()
     weights = block.attention_map(queries(), tokens(present), queries=[3, 0])
@@ -145,5 +145,5 @@ def test_the_map_is_that_of_what_the_block_reads():
     assert weights[~allowed].eq(0).all()
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]), **EXACT)
     read = block.attention.keys_values(block.input_norm(tokens().materialize()), mask=masks.Padding(present.flatten(1)))
-    wanted = block.attention.attention_map(block.query_norm(queries()), read)
-    torch.testing.assert_close(weights, wanted[:, :, [3, 0]], **EXACT)
+    expected = block.attention.attention_map(block.query_norm(queries()), read)
+    torch.testing.assert_close(weights, expected[:, :, [3, 0]], **EXACT)

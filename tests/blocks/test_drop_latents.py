@@ -1,4 +1,4 @@
-"""Latents are dropped in training: how many, which, and that the others do what they would do alone."""
+"""DropLatents: the number of dropped latents, which ones, and that the kept ones equal a smaller model."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def tokens() -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("rate", "left"), [(0.0, 7), (0.1, 6), (0.5, 3), (0.99, 1)])
-def test_as_many_are_left_as_it_says_in_training(rate, left):
+def test_the_rate_sets_the_number_of_kept_latents_in_training(rate, left):
     made = encoder(DropLatents(rate))
     assert made.train()(tokens()).shape == (2, left, 14)
     torch.testing.assert_close(made.eval()(tokens()), encoder()(tokens()))
 
 
-def test_what_is_left_is_what_fewer_latents_give():
+def test_kept_latents_equal_a_model_with_fewer_latents():
     made = encoder(seeded(0.5), num_reads=3)
     kept = seeded(0.5)(torch.arange(7.0).view(1, 7, 1)).flatten().long()
     assert (kept.diff() > 0).all()
@@ -38,14 +38,14 @@ def test_what_is_left_is_what_fewer_latents_give():
     torch.testing.assert_close(made(tokens()), fewer(tokens()))
 
 
-def test_gradients_reach_what_is_left_alone():
+def test_gradients_reach_only_the_kept_latents():
     made = encoder(seeded(0.5))
     made(tokens()).square().sum().backward()
     assert made.latents.grad.any(1).sum() == 3
     assert all(weight.grad is not None for weight in made.parameters())
 
 
-def test_every_latent_is_as_likely_to_stay_and_a_seed_says_which():
+def test_every_latent_is_equally_likely_and_seeded():
     drop, latents = seeded(0.4), torch.arange(7.0).view(1, 7, 1)
     drawn = [drop(latents).flatten().tolist() for _ in range(3000)]
     counts = torch.tensor([kept for draw in drawn for kept in draw]).long().bincount(minlength=7)
@@ -60,22 +60,23 @@ def test_a_model_is_saved_with_its_rate(tmp_path):
     assert again.latent_dropout.rate == 0.5 and again.latent_dropout.generator is None
 
 
-def test_maps_of_a_model_in_evaluation_are_of_all_latents():
+def test_attention_maps_in_evaluation_cover_all_latents():
     assert encoder(DropLatents(0.5)).eval().attention_map(tokens()).shape == (2, 1, 7, 11)
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize("rate", [-0.1, 1.0])
-def test_refused_rates(rate):
+def test_invalid_rates_raise(rate):
     with pytest.raises(ValueError, match=r"rate must lie in \[0, 1\)"):
         DropLatents(rate)
 
 
-def test_floats_that_fall_short_of_a_whole_number_round_to_it():
+def test_floats_slightly_below_an_integer_round_up():
     from fractions import Fraction
 
     from perceiver_core import checks
 
     for percent in range(100):
         for n in range(1, 513):
-            wanted = int(n * (1 - Fraction(percent, 100)))
-            assert checks.part_of(n, 1 - percent / 100) == wanted, (percent, n)
+            expected = int(n * (1 - Fraction(percent, 100)))
+            assert checks.part_of(n, 1 - percent / 100) == expected, (percent, n)

@@ -1,4 +1,4 @@
-"""Gates in place of the residual sum: their formulas, inside blocks and whole models."""
+"""Gates in place of the residual sum: their formulas, in blocks and in models."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def shaken(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
-def test_a_gated_recurrent_unit_whose_state_is_the_array():
+def test_the_gru_gate_equals_a_gru_cell():
     gate, x, read = shaken(GRUGate(13)), drawn(2, 5, 13), drawn(2, 5, 13, seed=1)
     weights = [layer.chunk(3) for layer in (gate.cell.weight_ih, gate.cell.weight_hh)]
     biases = [layer.chunk(3) for layer in (gate.cell.bias_ih, gate.cell.bias_hh)]
@@ -36,14 +36,14 @@ def test_a_gated_recurrent_unit_whose_state_is_the_array():
         for x, w, b in zip((read, x), weights, biases, strict=True)
     )
     z = (z_in + z_state).sigmoid()
-    wanted = (1 - z) * (n_in + (r_in + r_state).sigmoid() * n_state).tanh() + z * x
-    torch.testing.assert_close(gate(x, read), wanted, **EXACT)
+    expected = (1 - z) * (n_in + (r_in + r_state).sigmoid() * n_state).tanh() + z * x
+    torch.testing.assert_close(gate(x, read), expected, **EXACT)
     along = drawn(2, 5, 13, seed=2).detach()
-    gradients = [torch.autograd.grad(out, [x, read, *gate.parameters()], along) for out in (gate(x, read), wanted)]
+    gradients = [torch.autograd.grad(out, [x, read, *gate.parameters()], along) for out in (gate(x, read), expected)]
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-10)
 
 
-def test_a_tanh_gate_is_closed_at_first():
+def test_a_tanh_gate_starts_closed():
     gate, x, read = TanhGate(13).double(), drawn(2, 5, 13), drawn(2, 5, 13, seed=1)
     assert torch.equal(gate(x, read), x)
     torch.testing.assert_close(torch.autograd.grad(gate(x, read).sum(), gate.gate)[0], read.sum().detach()[None])
@@ -53,7 +53,7 @@ def test_a_tanh_gate_is_closed_at_first():
 
 
 @pytest.mark.parametrize("gate", [GRUGate, TanhGate])
-def test_blocks_take_a_gate_for_their_sum(gate):
+def test_blocks_accept_a_gate_as_residual(gate):
     x, tokens = drawn(2, 5, 13), drawn(2, 11, 10, seed=1)
     read, own = shaken(CrossAttend(13, 10, residual=gate)), shaken(SelfAttend(13, num_heads=1, residual=gate))
     after = read.residual(x, read.attention(read.query_norm(x), read.keys_values(tokens)))
@@ -81,7 +81,7 @@ def test_a_gated_encoder(gate, share, tmp_path):
     assert len(gates) == (3 if share else 6)
 
 
-def test_it_is_that_of_perceiver_pytorch():
+def test_it_equals_perceiver_pytorch():
     theirs = pytest.importorskip("perceiver_pytorch.gated")
     plain = pytest.importorskip("perceiver_pytorch.perceiver_pytorch")
     torch.manual_seed(0)
@@ -101,8 +101,9 @@ def test_it_is_that_of_perceiver_pytorch():
     torch.testing.assert_close(read(x, tokens), other(x, context=tokens), **EXACT)
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize("gate", [GRUGate, TanhGate])
-def test_refused_widths(gate):
+def test_invalid_widths_raise(gate):
     with pytest.raises(ValueError, match="dim must be a whole number of at least 1; got 0"):
         gate(0)
 
@@ -118,30 +119,31 @@ def test_under_autocast(gate, dtype):
 
 
 @pytest.mark.parametrize("gate", [GRUGate, TanhGate])
-def test_the_mlp_has_a_gate_too(gate):
+def test_the_mlp_is_gated_as_well(gate):
     x, tokens = drawn(2, 5, 13), drawn(2, 11, 10, seed=1)
     read, own = shaken(CrossAttend(13, 10, mlp_residual=gate)), shaken(SelfAttend(13, num_heads=1, mlp_residual=gate))
     after = x + read.attention(read.query_norm(x), read.keys_values(tokens))
-    wanted = read.mlp_residual(after, read.mlp(read.mlp_norm(after)))
-    torch.testing.assert_close(read(x, tokens), wanted, **EXACT)
+    expected = read.mlp_residual(after, read.mlp(read.mlp_norm(after)))
+    torch.testing.assert_close(read(x, tokens), expected, **EXACT)
     after = x + own.attention(own.norm(x), own.attention.keys_values(own.norm(x)))
     torch.testing.assert_close(own(x), own.mlp_residual(after, own.mlp(own.mlp_norm(after))), **EXACT)
 
 
-def test_without_the_sum_an_mlp_replaces():
+def test_without_a_residual_the_mlp_replaces_its_input():
     x, read = drawn(2, 5, 13), shaken(CrossAttend(13, 10, mlp_residual=False))
     tokens = drawn(2, 11, 10, seed=1)
     after = x + read.attention(read.query_norm(x), read.keys_values(tokens))
     torch.testing.assert_close(read(x, tokens), read.mlp(read.mlp_norm(after)), **EXACT)
 
 
-def test_both_gates_closed_change_nothing():
+def test_a_block_with_both_gates_closed_is_the_identity():
     x, tokens = torch.randn(2, 5, 13), torch.randn(2, 11, 10)
     block = CrossAttend(13, 10, residual=TanhGate, mlp_residual=TanhGate)
     assert torch.equal(block(x, tokens), x)
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize("residual", ["gate", GRUGate(13)])
-def test_refused_residuals(residual):
+def test_invalid_residuals_raise(residual):
     with pytest.raises(TypeError, match="residual must be True, False or a factory `dim -> gate`"):
         CrossAttend(13, 10, residual=residual)

@@ -1,4 +1,4 @@
-"""Self-attends, alone and in a row."""
+"""SelfAttend and LatentTransformer against their formulas."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def by_hand(block, x, mask=None):
 
 
 @pytest.mark.parametrize("mask", [None, masks.Causal()], ids=["all", "causal"])
-def test_a_self_attend_is_attention_then_mlp_both_after_a_norm(mask):
+def test_a_self_attend_is_pre_norm_attention_then_mlp(mask):
     block = SelfAttend(DIM, num_heads=7).double()
     torch.testing.assert_close(block(latents(), mask=mask), by_hand(block, latents(), mask), **EXACT)
 
 
-def test_parts_of_a_self_attend_are_made_by_what_is_given():
+def test_factories_build_the_parts_of_a_self_attend():
     block = SelfAttend(
         DIM,
         num_heads=3,
@@ -51,7 +51,7 @@ def test_dropout_is_for_training_only():
 
 
 @pytest.mark.parametrize("depth", [1, 3])
-def test_blocks_follow_each_other_each_with_the_mask(depth):
+def test_blocks_run_in_order_with_the_mask(depth):
     transformer = LatentTransformer(DIM, depth=depth, num_heads=2).double()
     x = latents()
     for block in transformer.blocks:
@@ -60,14 +60,14 @@ def test_blocks_follow_each_other_each_with_the_mask(depth):
     assert len({id(parameter) for parameter in transformer.parameters()}) == 12 * depth + 4 * depth
 
 
-def test_depth_0_passes_the_latents_on():
+def test_depth_0_is_the_identity():
     transformer = LatentTransformer(DIM, depth=0)
     x = latents()
     assert transformer(x) is x
     assert list(transformer.parameters()) == []
 
 
-def test_a_block_of_the_user():
+def test_a_user_defined_block():
     made = []
 
     def block(dim, *, num_heads):
@@ -78,7 +78,7 @@ def test_a_block_of_the_user():
     assert made == [(DIM, 7), (DIM, 7)]
 
 
-def test_repeats_go_through_the_same_blocks_again():
+def test_repeats_run_the_same_blocks_again():
     transformer = LatentTransformer(DIM, depth=2, num_heads=2, num_repeats=3).double()
     assert len(transformer.blocks) == 2
     x = latents()
@@ -91,7 +91,7 @@ def test_repeats_go_through_the_same_blocks_again():
 
 
 @pytest.mark.parametrize(("depth", "repeats"), [(1, 1), (2, 3), (0, 2), (1, 5)])
-def test_repeats_equal_calls_in_a_row(depth, repeats):
+def test_repeats_equal_consecutive_calls(depth, repeats):
     torch.manual_seed(0)
     once = LatentTransformer(14, depth=depth, num_heads=2).double()
     torch.manual_seed(0)
@@ -99,24 +99,25 @@ def test_repeats_equal_calls_in_a_row(depth, repeats):
     assert once.state_dict().keys() == often.state_dict().keys()
     x = torch.randn(2, 5, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[True] * 5, [True, True, False, False, True]])
-    wanted = x
+    expected = x
     for _ in range(repeats):
-        wanted = once(wanted, mask=mask)
-    torch.testing.assert_close(often(x, mask=mask), wanted)
+        expected = once(expected, mask=mask)
+    torch.testing.assert_close(often(x, mask=mask), expected)
     if depth:
-        pairs = ((wanted, once), (often(x, mask=mask), often))
+        pairs = ((expected, once), (often(x, mask=mask), often))
         gradients = [torch.autograd.grad(out.square().sum(), list(made.parameters())) for out, made in pairs]
         torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize("repeats", [0, 1.5, 10_001])
-def test_refused_repeats(repeats):
+def test_invalid_repeats_raise(repeats):
     with pytest.raises(ValueError, match="repeats must be"):
         LatentTransformer(14, depth=1, num_repeats=repeats)
 
 
 @pytest.mark.parametrize("repeats", [1, 3])
-def test_an_array_in_parts_goes_through_the_repeats_too(repeats):
+def test_repeats_accept_an_array_in_parts(repeats):
     transformer = LatentTransformer(DIM, depth=2, num_heads=2, num_repeats=repeats).double()
     x, whole = latents(), transformer(latents(), mask=masks.Causal())
     first, known = transformer.extend(x[:, :3], None, mask=masks.Causal())

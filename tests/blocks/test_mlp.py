@@ -48,7 +48,7 @@ def squared_relu(x):
     ],
     ids=["default", "erf", "GEGLU", "SwiGLU", "SquaredReLU"],
 )
-def test_it_is_linear_activation_linear(widening, activation, formula, inputs_per_output):
+def test_it_equals_linear_activation_linear(widening, activation, formula, inputs_per_output):
     mlp = MLP(DIM, widening_factor=widening, activation=activation).double()
     with torch.no_grad():
         for parameter in mlp.parameters():
@@ -60,7 +60,7 @@ def test_it_is_linear_activation_linear(widening, activation, formula, inputs_pe
     assert mlp.expand.out_features == DIM * widening * inputs_per_output
 
 
-def test_widths_of_their_own_and_no_biases():
+def test_custom_widths_without_biases():
     mlp = MLP(DIM, 3, hidden_dim=11, activation=SwiGLU(), bias=False).double()
     assert {name: tuple(weight.shape) for name, weight in mlp.named_parameters()} == {
         "expand.weight": (22, DIM),
@@ -70,8 +70,9 @@ def test_widths_of_their_own_and_no_biases():
     torch.testing.assert_close(mlp(x), silu_gated(x @ mlp.expand.weight.T) @ mlp.contract.weight.T, **EXACT)
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize("sizes", [{"hidden_dim": 0}, {"out_dim": 0}, {"widening_factor": 0}])
-def test_sizes_must_be_positive(sizes):
+def test_sizes_that_are_not_positive_raise(sizes):
     with pytest.raises(ValueError, match=rf"{next(iter(sizes))} must be a whole number of at least 1; got 0"):
         MLP(DIM, **sizes)
 

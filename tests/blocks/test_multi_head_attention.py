@@ -1,4 +1,4 @@
-"""MultiHeadAttention against its formula, whatever its widths, kernel, mask and positions."""
+"""MultiHeadAttention against its formula, for all widths, kernels, masks and positions."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import perceiver_core as pc
 from perceiver_core import KeysValues, MultiHeadAttention, masks
 from perceiver_core.kernels import chunked, reference, sdpa
 from perceiver_core.positions import Rotary
@@ -32,7 +33,7 @@ def by_formula(attention, x, tokens, allowed=None):
 
 
 def randomized(module):
-    """Biases start at zero, where a test would not see them."""
+    """Biases start at zero, where a test could not detect them."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_(std=0.5)
@@ -66,7 +67,7 @@ WIDTHS = [
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("out_bias", [True, False])
 @pytest.mark.parametrize("widths", WIDTHS)
-def test_it_is_the_formula(widths, bias, out_bias):
+def test_it_equals_the_formula(widths, bias, out_bias):
     attention = randomized(MultiHeadAttention(DIM, INPUT_DIM, bias=bias, out_bias=out_bias, **widths))
     x, tokens = arrays()
     out = attention(x, attention.keys_values(tokens))
@@ -76,7 +77,7 @@ def test_it_is_the_formula(widths, bias, out_bias):
     assert (attention.output.bias is not None) == out_bias
 
 
-def test_widths_follow_the_input_unless_given():
+def test_widths_follow_the_input_by_default():
     attention = MultiHeadAttention(DIM, INPUT_DIM, num_heads=1)
     assert attention.query.weight.shape == (INPUT_DIM, DIM)
     assert attention.key.weight.shape == attention.value.weight.shape == (INPUT_DIM, INPUT_DIM)
@@ -100,10 +101,10 @@ def test_kernels_are_interchangeable(kernel, masked):
     mask = allowed if masked else None
     wrt = [x, tokens, *attention.parameters()]
     out = attention(x, attention.keys_values(tokens, mask=mask))
-    wanted = by_formula(attention, x, tokens, mask)
-    torch.testing.assert_close(out, wanted, **EXACT)
+    expected = by_formula(attention, x, tokens, mask)
+    torch.testing.assert_close(out, expected, **EXACT)
     gradients = torch.autograd.grad(out.square().sum(), wrt)
-    torch.testing.assert_close(gradients, torch.autograd.grad(wanted.square().sum(), wrt), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected.square().sum(), wrt), rtol=1e-10, atol=1e-10)
 
 
 def test_masks_of_the_input_and_of_the_call_are_combined():
@@ -117,7 +118,7 @@ def test_masks_of_the_input_and_of_the_call_are_combined():
     torch.testing.assert_close(attention(x, read, mask=reach), by_formula(attention, x, tokens, allowed), **EXACT)
 
 
-def test_keys_and_values_can_be_read_again():
+def test_keys_and_values_can_be_reused():
     attention = randomized(MultiHeadAttention(DIM, INPUT_DIM, num_heads=1))
     x, tokens = arrays()
     other, _ = arrays(seed=1)
@@ -127,7 +128,7 @@ def test_keys_and_values_can_be_read_again():
         torch.testing.assert_close(attention(queries, read), by_formula(attention, queries, tokens), **EXACT)
 
 
-def test_the_map_has_the_weights_that_the_output_was_made_with():
+def test_the_attention_map_has_the_weights_of_the_output():
     attention = randomized(MultiHeadAttention(DIM, INPUT_DIM, num_heads=3, qk_dim=21, v_dim=15))
     x, tokens = arrays()
     present = torch.rand(BATCH, TOKENS, generator=torch.Generator().manual_seed(2)) < 0.7
@@ -144,7 +145,7 @@ class TestGroupedQueries:
     SIZES = ((6, 2), (6, 1), (6, 6), (4, 2))
 
     def pair(self, heads, kv_heads, **options):
-        """Grouped queries, and as many heads of keys and values, each with the weights of its group's."""
+        """Returns attention with grouped queries, and its equivalent with one key and value head per query head."""
         grouped = randomized(
             MultiHeadAttention(DIM, INPUT_DIM, num_heads=heads, num_kv_heads=kv_heads, qk_dim=24, v_dim=36, **options)
         )
@@ -158,7 +159,7 @@ class TestGroupedQueries:
 
     @pytest.mark.parametrize("kernel", [reference, sdpa, partial(chunked, chunk_size=5), user_kernel])
     @pytest.mark.parametrize("heads, kv_heads", SIZES)
-    def test_heads_of_a_group_read_the_same(self, heads, kv_heads, kernel):
+    def test_heads_of_a_group_share_keys_and_values(self, heads, kv_heads, kernel):
         grouped, alone = self.pair(heads, kv_heads, kernel=kernel)
         x, tokens = (each.requires_grad_() for each in arrays())
         allowed = torch.rand(BATCH, heads, QUERIES, TOKENS, generator=torch.Generator().manual_seed(1)) < 0.6
@@ -175,21 +176,22 @@ class TestGroupedQueries:
         torch.testing.assert_close(*maps, **EXACT)
 
     @pytest.mark.parametrize("heads, kv_heads", SIZES)
-    def test_a_batch_of_one_serves_all(self, heads, kv_heads):
+    def test_queries_with_a_batch_of_one_broadcast(self, heads, kv_heads):
         grouped, alone = self.pair(heads, kv_heads, rotary=Rotary(4))
         x, tokens = arrays()
         for some, read in ((x[:1], tokens), (x, tokens[:1])):
             outs = [each(some, each.keys_values(read)) for each in (grouped, alone)]
             torch.testing.assert_close(*outs, **EXACT)
 
-    def test_errors(self):
+    @pytest.mark.refusal
+    def test_invalid_head_counts_raise(self):
         with pytest.raises(ValueError, match="num_kv_heads must divide num_heads; got num_kv_heads=4, num_heads=6"):
             MultiHeadAttention(DIM, num_heads=6, num_kv_heads=4, qk_dim=12)
         with pytest.raises(ValueError, match="kv_heads must be a whole number of at least 1; got 0"):
             MultiHeadAttention(DIM, num_heads=7, num_kv_heads=0)
 
 
-def test_queries_and_keys_are_normalized_head_by_head_before_they_turn():
+def test_queries_and_keys_are_normalized_per_head_before_rotation():
     attention = randomized(
         MultiHeadAttention(DIM, INPUT_DIM, num_heads=3, qk_dim=18, qk_norm=nn.LayerNorm, rotary=Rotary(4))
     )
@@ -200,13 +202,13 @@ def test_queries_and_keys_are_normalized_head_by_head_before_they_turn():
     )
     read = attention.keys_values(tokens)
     torch.testing.assert_close(read.keys, k, **EXACT)
-    wanted = attention.output((reference(q, k, read.values)).transpose(1, 2).flatten(2))
-    torch.testing.assert_close(attention(x, read), wanted, **EXACT)
+    expected = attention.output((reference(q, k, read.values)).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(attention(x, read), expected, **EXACT)
 
 
 class TestRotary:
     def logs(self, attention, queries, tokens):
-        """Log weights: the scores, up to a constant for each query."""
+        """Log weights: the scores up to a constant per query."""
         return attention.attention_map(queries, attention.keys_values(tokens)).log()
 
     def attention(self, dim=6):
@@ -222,13 +224,13 @@ class TestRotary:
             torch.testing.assert_close(along, along[..., :1].expand_as(along), **EXACT)
         assert (scores.diagonal(1, dim1=-2, dim2=-1) - scores.diagonal(4, dim1=-2, dim2=-1)[..., :1]).abs().min() > 1e-4
 
-    def test_last_queries_of_a_longer_input_meet_its_keys_at_the_right_distance(self):
+    def test_last_queries_have_the_right_distance_to_all_keys(self):
         attention = self.attention()
         tokens = torch.randn(BATCH, TOKENS, DIM, dtype=torch.float64)
         whole = self.logs(attention, tokens, tokens)
         torch.testing.assert_close(self.logs(attention, tokens[:, -3:], tokens), whole[:, :, -3:], **EXACT)
 
-    def test_values_do_not_turn(self):
+    def test_values_are_not_rotated(self):
         attention, (_, _) = self.attention(), arrays()
         tokens = torch.randn(BATCH, TOKENS, DIM, dtype=torch.float64)
         values = attention.value(tokens).unflatten(-1, (2, -1)).transpose(1, 2)
@@ -236,7 +238,7 @@ class TestRotary:
 
 
 class TestDropout:
-    def test_the_kernel_gets_it_in_training_only(self):
+    def test_the_kernel_receives_dropout_in_training_only(self):
         given = []
 
         def kernel(q, k, v, *, mask, dropout=0.0):
@@ -249,19 +251,25 @@ class TestDropout:
             attention.train(mode)(x, attention.keys_values(x))
         assert given == [0.25, 0.0, 0.25]
 
-    def test_weights_are_dropped_and_the_rest_scaled(self):
+    def test_weights_are_dropped_and_rescaled(self):
         attention = randomized(MultiHeadAttention(DIM, num_heads=1, dropout=0.5, kernel=reference))
         x = torch.randn(1, 101, DIM, dtype=torch.float64)
         torch.manual_seed(0)
         dropped = attention(x, attention.keys_values(x))
         torch.manual_seed(0)
         weights = F.dropout(attention.attention_map(x, attention.keys_values(x)), 0.5)
-        wanted = attention.output((weights @ attention.keys_values(x).values)[:, 0])
-        torch.testing.assert_close(dropped, wanted, **EXACT)
+        expected = attention.output((weights @ attention.keys_values(x).values)[:, 0])
+        torch.testing.assert_close(dropped, expected, **EXACT)
 
-    def test_errors_where_the_kernel_takes_none(self):
+    @pytest.mark.refusal
+    def test_a_kernel_without_dropout_raises(self):
         with pytest.raises(ValueError, match=r"dropout=0\.1 needs a kernel that takes `dropout`; user_kernel does not"):
             MultiHeadAttention(DIM, num_heads=2, dropout=0.1, kernel=user_kernel)
         with pytest.raises(ValueError, match="Use kernel=sdpa, or drop from the residual instead"):
             MultiHeadAttention(DIM, num_heads=2, dropout=0.1, kernel=partial(chunked, chunk_size=5))
         MultiHeadAttention(DIM, num_heads=2, dropout=0.1, kernel=lambda q, k, v, **options: v)
+
+
+def test_a_kernel_without_a_signature_raises() -> None:
+    with pytest.raises(ValueError, match=r"kernel must be a function \(q, k, v, \*, mask\); wrap"):
+        pc.MultiHeadAttention(14, num_heads=2, kernel=nn.functional.scaled_dot_product_attention)

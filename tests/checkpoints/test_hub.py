@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 import perceiver_core as pc
-from perceiver_core.checkpoints import from_pretrained, hugging_face, push_to_hub, save_pretrained
+from perceiver_core.checkpoints import from_pretrained, push_to_hub, save_pretrained
 from perceiver_core.checkpoints.card import as_calls, card
+from perceiver_core.interop import load_transformers
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 
@@ -121,7 +122,7 @@ def test_the_card_says_how_to_load_and_of_what(tmp_path: Path) -> None:
     text = card(model(), "me/listener")
     assert text.startswith("---\nlibrary_name: perceiver-core\n")
     assert "# listener\n" in text and 'pc.checkpoints.from_pretrained("me/listener")' in text
-    assert "adapter=Audio(patch=3, positions=Fourier(axes=1, bands=2, max_resolution=11))," in text
+    assert "adapter=Audio(patch_size=3, positions=Fourier(num_axes=1, num_bands=2, max_resolution=11))," in text
     assert f"{sum(p.numel() for p in model().parameters()):,} parameters" in text
     assert "registers" not in text
 
@@ -195,7 +196,7 @@ def test_errors_without_the_package_say_what_to_install(no_hub: None) -> None:
     with pytest.raises(FileNotFoundError, match=r"no folder me/listener; .* pip install perceiver-core\[hub\]"):
         from_pretrained("me/listener")
     with pytest.raises(FileNotFoundError, match=r"pip install perceiver-core\[hub\]"):
-        hugging_face("deepmind/vision-perceiver-fourier")
+        load_transformers("deepmind/vision-perceiver-fourier")
     with pytest.raises(ImportError, match=r"needs huggingface_hub; pip install perceiver-core\[hub\]"):
         push_to_hub(model(), "me/listener")
 
@@ -209,7 +210,7 @@ def test_errors_of_a_folder_that_is_not_there_ask_no_hub(name: str, hub: Hub) ->
 
 def test_transformers_models_come_from_the_hub_too(hub: Hub) -> None:
     with pytest.raises(FileNotFoundError, match=r"must hold config\.json"):
-        hugging_face("me/theirs")
+        load_transformers("me/theirs")
     files = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
     assert hub.asked == [("snapshot_download", "me/theirs", {"allow_patterns": files})]
 

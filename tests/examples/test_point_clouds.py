@@ -1,4 +1,4 @@
-"""The point clouds are what they say they are, and the example runs."""
+"""The point clouds have their documented properties, and the example runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 import numpy as np
 import pytest
 import torch
+
+pytestmark = pytest.mark.no_shape_checks
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -17,10 +19,10 @@ def drawn(name, n=997):
     return dict(zip(clouds.NAMES, clouds.SHAPES, strict=True))[name](np.random.default_rng(0), n)
 
 
-def test_a_toy_run_writes_its_result_and_picture(tmp_path, capsys):
+def test_a_toy_run_writes_its_result_and_image(tmp_path, capsys):
     result = clouds.main(["--toy", "--out", str(tmp_path / "new")])
     assert result == json.loads((tmp_path / "new" / "result.json").read_text())
-    assert (tmp_path / "new" / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "new" / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert set(result["tables"]["correct, %"]) >= {"chance", "Perceiver", "random forest, distances to the centroid"}
     printed = capsys.readouterr().out
     assert all(f"| {name} " in printed for name in result["tables"]["correct, %"])
@@ -43,8 +45,8 @@ def test_no_cloud_of_the_test_is_one_of_training():
 def test_clouds_have_the_sizes_that_are_promised_and_lie_in_the_unit_ball():
     points = clouds.generate(clouds.TRAIN, 200).points
     sizes = [len(x) for x in points]
-    assert clouds.FEWEST <= min(sizes) < 310
-    assert 440 < max(sizes) <= clouds.MOST
+    assert clouds.MIN_POINTS <= min(sizes) < 310
+    assert 440 < max(sizes) <= clouds.MAX_POINTS
     for x in points:
         torch.testing.assert_close(x.mean(0), torch.zeros(3), rtol=0, atol=1e-5)
         assert x.norm(dim=1).max() == pytest.approx(1, abs=1e-5)
@@ -73,16 +75,16 @@ def test_a_cube_has_points_on_all_faces():
     np.testing.assert_allclose(faces, 1 / 6, atol=0.04)
 
 
-@pytest.mark.parametrize("features", [clouds.from_centroid, clouds.between_pairs])
-def test_the_baselines_see_no_rotation(features):
+@pytest.mark.parametrize("features", [clouds.centroid_histogram, clouds.pair_histogram])
+def test_the_baselines_are_invariant_to_rotation(features):
     points = clouds.generate(clouds.TEST, 1).points[0]
     turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)))[0]
     np.testing.assert_allclose(features(points @ turn), features(points), atol=0.01)
 
 
-def test_padding_changes_no_answer():
+def test_padding_has_no_effect():
     torch.manual_seed(0)
     model, some = clouds.build().eval(), clouds.generate(clouds.TEST, 5)
-    together = clouds.answers(model, some)
+    together = clouds.predict(model, some)
     alone = torch.cat([model(points[None]).argmax(-1) for points in some.points])
     assert torch.equal(together, alone)

@@ -1,4 +1,4 @@
-"""The results that are kept are whole, and the page that shows them says what they say."""
+"""The stored results are complete, and the page that shows them agrees with them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-_run = pytest.importorskip("examples._run")
+pytestmark = pytest.mark.no_shape_checks
+
+scores = pytest.importorskip("examples.common.scores")
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "examples.md").read_text()
@@ -26,18 +28,18 @@ def test_there_is_a_result_for_each_script():
 
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.parent.name)
-def test_a_kept_result_is_a_whole_run(path):
+def test_stored_results_are_complete_runs(path):
     result, name = json.loads(path.read_text()), path.parent.name
     assert not result["toy"]
     assert result["command"] == f"python -m examples.{name} --out examples/results/{name}"
     assert result["command"] in PAGE
     assert all(model["steps"] == model["of"] for model in result["trained"].values())
-    assert path.with_name("picture.png").read_bytes().startswith(b"\x89PNG")
-    assert f"../examples/results/{name}/picture.png" in PAGE
+    assert path.with_name("figure.png").read_bytes().startswith(b"\x89PNG")
+    assert f"../examples/results/{name}/figure.png" in PAGE
 
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.parent.name)
-def test_the_page_shows_what_was_found(path):
+def test_the_page_shows_the_results(path):
     shown = re.findall(r"^\| (.*?) +\| +(-?[\d.]+) \| +(-?[\d.]+) to +(-?[\d.]+) \|$", PAGE, re.MULTILINE)
     for name, row in rows(json.loads(path.read_text())):
-        assert (name, *(_run.said(row[key]) for key in ("mean", "low", "high"))) in shown
+        assert (name, *(scores.format_number(row[key]) for key in ("mean", "low", "high"))) in shown

@@ -1,4 +1,4 @@
-"""What the short examples share: intervals, tables, files that are whole, training that can be stopped."""
+"""Shared code of the short examples: intervals, tables, atomic writes, interruptible training."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-_run = pytest.importorskip("examples._run")
+pytestmark = pytest.mark.no_shape_checks
+
+from examples.common import run as runs
+from examples.common import scores
 
 
 def test_an_interval_is_that_of_the_formula():
     torch.manual_seed(0)
     values = (torch.rand(997) < 0.7).float()
-    found = _run.interval(values)
+    found = scores.interval(values)
     share = values.mean().item()
     assert found["mean"] == pytest.approx(share)
     half = 1.96 * (share * (1 - share) / 997) ** 0.5  # of a binomial
@@ -24,41 +27,43 @@ def test_an_interval_is_that_of_the_formula():
 
 def test_models_are_compared_sample_by_sample_with_the_best_of_the_others():
     best = torch.rand(53, generator=torch.Generator().manual_seed(0))
-    rows = _run.compare({"poor": best - 1, "best": best, "Perceiver": best + 0.5}, ours="Perceiver")
+    rows = scores.compare({"poor": best - 1, "best": best, "Perceiver": best + 0.5}, ours="Perceiver")
     assert list(rows) == ["poor", "best", "Perceiver", "Perceiver less best"]
     for value in rows["Perceiver less best"].values():
         assert value == pytest.approx(0.5)  # though the scores themselves vary
 
 
-def test_where_less_is_better_the_best_is_the_least():
-    rows = _run.compare(
+def test_the_minimum_is_best_where_less_is_better():
+    rows = scores.compare(
         {"poor": torch.full((5,), 3.0), "best": torch.ones(5), "Perceiver": torch.zeros(5)}, ours="Perceiver", best=min
     )
     assert rows["Perceiver less best"]["mean"] == -1
 
 
 def test_a_table_is_aligned():
-    lines = _run.table({"a": {"mean": 1, "low": 0.5, "high": 100}, "longer": {"mean": 3, "low": 2, "high": 4}}, "dB")
+    lines = scores.markdown_table(
+        {"a": {"mean": 1, "low": 0.5, "high": 100}, "longer": {"mean": 3, "low": 2, "high": 4}}, "dB"
+    )
     assert len({len(line) for line in lines.splitlines()}) == 1
     assert lines.splitlines()[2] == "| a      | 1.00 | 0.50 to 100.00 |"
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+def test_files_are_written_atomically(tmp_path):
     path = tmp_path / "result"
-    _run.write(path, lambda part: part.write_text("old"))
+    runs.write_atomic(path, lambda part: part.write_text("old"))
 
     def fail(part):
         part.write_text("half")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        _run.write(path, fail)
+        runs.write_atomic(path, fail)
     assert [x.name for x in tmp_path.iterdir()] == ["result"]
     assert path.read_text() == "old"
 
 
 def test_stopping_ends_training_and_not_the_run(tmp_path, capsys):
-    run, model = _run.Run("some_name", "about", ["--out", str(tmp_path), "--seed", "3"]), nn.Linear(5, 3)
+    run, model = runs.Run("some_name", "about", ["--out", str(tmp_path), "--seed", "3"]), nn.Linear(5, 3)
     calls = 0
 
     def loss(model):

@@ -1,4 +1,4 @@
-"""The weights that a kernel gives are those by which its values add up."""
+"""Attention weights of a kernel: times the values, they give its output."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 
 import perceiver_core as pc
 from perceiver_core import masks
-from perceiver_core.kernels import add_zero_attn, chunked, fastest, inverted, reference, sdpa, kernel_attention_map
+from perceiver_core.kernels import add_zero_attn, chunked, fastest, inverted, kernel_attention_map, reference, sdpa
 
 EXACT = {"rtol": 1e-10, "atol": 1e-11}
 
 
 def own(q, k, v, *, mask=None):
-    """A kernel that the library does not know: no softmax."""
+    """A user-defined kernel without softmax."""
     scores = (q @ k.mT).relu()
     return (scores if mask is None else scores * masks.materialize(mask, queries=q.shape[-2], keys=k.shape[-2])) @ v
 
@@ -41,17 +41,17 @@ def inputs(queries=5, keys=11):
 @pytest.mark.parametrize("keys", [1, 11])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
-def test_values_add_up_by_them(kernel, masked, keys, block):
+def test_weights_times_values_are_the_output(kernel, masked, keys, block):
     q, k, v = inputs(keys=keys)
     mask = masks.Padding(torch.arange(keys) < torch.tensor([[keys], [max(1, keys - 4)]])) if masked else None
-    found = kernel_attention_map(kernel, q, k, mask=mask, block=block)
-    torch.testing.assert_close(found @ v, kernel(q, k, v, mask=mask), **EXACT)
+    actual = kernel_attention_map(kernel, q, k, mask=mask, block=block)
+    torch.testing.assert_close(actual @ v, kernel(q, k, v, mask=mask), **EXACT)
     chosen = kernel_attention_map(kernel, q, k, mask=mask, queries=[4, 0], block=block)
-    torch.testing.assert_close(chosen, found[:, :, [4, 0]], **EXACT)
+    torch.testing.assert_close(chosen, actual[:, :, [4, 0]], **EXACT)
 
 
 @pytest.mark.parametrize("kernel", [inverted, add_zero_attn], ids=["inverted", "zero token"])
-def test_maps_of_parts_are_those_of_their_kernel(kernel):
+def test_attention_maps_of_blocks_are_those_of_their_kernel(kernel):
     torch.manual_seed(0)
     attention = partial(pc.MultiHeadAttention, kernel=kernel)
     read = pc.CrossAttend(12, 10, num_heads=2, attention=attention, mlp=None, residual=False).double()

@@ -1,9 +1,10 @@
-"""Attention in pieces: memory, and the algebra of partial results."""
+"""Chunked attention: memory, and the algebra of partial results."""
 
 from __future__ import annotations
 
 import functools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -14,24 +15,10 @@ from torch import Tensor
 from perceiver_core import masks
 from perceiver_core.kernels import PartialAttention, chunked, merge, partial_attention, reference
 from perceiver_core.masks import Mask
+from tests.kernels.cases import B, D, E, H, K, Kernel, Q, bools, draw, qkv, seeds
 from tests.memory import Largest
 
-B, H, Q, K, D, E = 2, 3, 5, 11, 7, 13
-
 laws = settings(max_examples=30, derandomize=True, deadline=None, database=None)
-seeds = st.integers(0, 2**16)
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def qkv(k: int = K, seed: int = 0) -> list[Tensor]:
-    return [draw(B, H, Q, D, seed=seed), draw(B, H, k, D, seed=seed + 1), draw(B, H, k, E, seed=seed + 2)]
-
-
-def bools(*shape: int, seed: int = 0) -> Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.6
 
 
 def log_sum_exp(q: Tensor, k: Tensor, allowed: Tensor) -> Tensor:
@@ -65,15 +52,15 @@ def largest_made(kernel, mask: Mask | None) -> int:  # type: ignore[no-untyped-d
     ],
     ids=["none", "causal", "padding", "tensor", "and"],
 )
-def test_nothing_of_queries_times_keys_is_ever_made(mask: Mask | None) -> None:
+def test_no_tensor_of_queries_times_keys_is_allocated(mask: Mask | None) -> None:
     """The largest tensor is a gradient of the keys, or the scores of one chunk."""
     kernel = functools.partial(chunked, chunk_size=17)
     assert largest_made(kernel, mask) <= max(2 * 53 * 17, 2 * 1009 * 3)
-    assert largest_made(reference, mask) >= 2 * 53 * 1009  # which the measure does see
+    assert largest_made(reference, mask) >= 2 * 53 * 1009  # which the measurement detects
 
 
 def test_autocast_does_not_narrow_the_sums() -> None:
-    """Forward and backward, a chunk at a time, are as wide inside autocast as outside."""
+    """Forward and backward passes of chunks have the same precision inside autocast as outside."""
     leaves = [x.float().requires_grad_() for x in qkv()]
 
     def results() -> list[Tensor]:
@@ -106,7 +93,7 @@ def test_a_partial_result_is_the_output_and_the_log_sum_exp(chunk: int) -> None:
     [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)],
     ids=str,
 )
-def test_dtypes_of_a_partial_result_and_of_a_merged_one(dtype: torch.dtype, wide: torch.dtype) -> None:
+def test_dtypes_of_partial_and_merged_results(dtype: torch.dtype, wide: torch.dtype) -> None:
     part = partial_attention(*(x.to(dtype) for x in qkv()))
     for output, lse in (part, merge(part, part)):
         assert (output.dtype, lse.dtype) == (dtype, wide)
@@ -135,8 +122,9 @@ def test_gradient_of_the_log_sum_exp_alone() -> None:
     assert not actual[2].any()
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize("chunk", [0, -1, 2.0, True])
-def test_a_chunk_is_a_whole_number(chunk: object) -> None:
+def test_chunk_sizes_that_are_not_positive_integers_raise(chunk: object) -> None:
     with pytest.raises(ValueError, match=rf"chunk_size must be a whole number of at least 1; got {chunk!r}"):
         chunked(*qkv(), chunk_size=chunk)
 
@@ -145,14 +133,14 @@ def test_a_chunk_is_a_whole_number(chunk: object) -> None:
 
 
 def split(k: Tensor, v: Tensor, mask: Tensor, owner: list[int], parts: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Deals each key to the part that owns it, whatever the order; a part may get none."""
+    """Splits keys and values into parts by owner; a part may be empty."""
     own = torch.tensor(owner)
     return [(k[:, :, own == i], v[:, :, own == i], mask[..., own == i]) for i in range(parts)]
 
 
 @laws
 @given(seed=seeds, owner=st.lists(st.integers(0, 3), min_size=1, max_size=17), chunk=st.integers(1, 19))
-def test_parts_merge_into_the_whole(seed: int, owner: list[int], chunk: int) -> None:
+def test_merged_parts_equal_attention_to_all_keys(seed: int, owner: list[int], chunk: int) -> None:
     """Over any split, empty parts included, with a mask, forward and backward, output and log-sum-exp."""
     n = len(owner)
     leaves = [x.requires_grad_() for x in qkv(k=n, seed=seed)]
@@ -194,7 +182,7 @@ def test_merging_is_commutative_and_associative(seed: int) -> None:
 
 @laws
 @given(seed=seeds)
-def test_a_part_with_nothing_in_it_is_the_identity(seed: int) -> None:
+def test_an_empty_part_is_the_identity_of_merge(seed: int) -> None:
     q, k, v = qkv(seed=seed)
     part = partial_attention(q, k, v, mask=bools(B, 1, Q, K, seed=seed))
     empty = partial_attention(q, k[:, :, :0], v[:, :, :0])
@@ -208,7 +196,7 @@ def test_a_part_with_nothing_in_it_is_the_identity(seed: int) -> None:
     same(merge(empty, masked), empty)
 
 
-def test_gradients_of_parts_with_nothing_in_them_are_zero() -> None:
+def test_gradients_of_empty_parts_are_zero() -> None:
     leaves = [x.requires_grad_() for x in qkv()]
     q, k, v = leaves
     nothing = partial_attention(q, k, v, mask=torch.tensor(False))
@@ -237,6 +225,49 @@ def test_parts_of_very_different_size_merge_without_overflow() -> None:
     torch.testing.assert_close(merged.lse, large.lse, rtol=1e-6, atol=0.0)
 
 
-def test_merging_nothing_is_refused() -> None:
+@pytest.mark.refusal
+def test_merging_no_parts_raises() -> None:
     with pytest.raises(ValueError, match="merge needs at least one part; got none"):
         merge()
+
+
+def test_second_derivatives_of_chunked_raise() -> None:
+    q, k, v = (x.requires_grad_() for x in qkv())
+    (d_q,) = torch.autograd.grad(chunked(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(
+        RuntimeError, match="chunked attention is differentiable once; for second derivatives use kernel"
+    ):
+        d_q.sum().backward()
+
+
+def test_second_derivatives_that_reach_only_the_inputs_raise() -> None:
+    """The incoming gradient is a constant here; the weights still depend on the inputs."""
+    q, k, v = qkv()
+    layer = torch.nn.Linear(q.shape[-1], q.shape[-1]).to(q)
+    z = layer(q).requires_grad_()
+    x = q.clone().requires_grad_()
+    (d_x,) = torch.autograd.grad(chunked(layer(x), k, v).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        d_x.square().sum().backward()
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.func.grad(lambda q: torch.func.grad(lambda q: chunked(q, k, v).sum())(q).square().sum())(z.detach())
+
+
+def test_per_sample_gradients_with_a_mask_per_sample() -> None:
+    q, k, v = qkv()
+    keys = torch.rand(q.shape[0], k.shape[-2], generator=torch.Generator().manual_seed(1)) < 0.6
+
+    def loss(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, kernel: Kernel) -> Tensor:
+        rule = masks.and_(masks.Padding(keys[None]), masks.Causal())
+        return kernel(q[None], k[None], v[None], mask=rule).square().sum()
+
+    def each(kernel: Kernel) -> Tensor:
+        return torch.func.vmap(torch.func.grad(partial(loss, kernel=kernel)))(q, k, v, keys)
+
+    found, wanted = each(chunked), each(reference)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_chunked_accepts_no_dropout() -> None:
+    with pytest.raises(TypeError, match="dropout"):
+        chunked(*qkv(), dropout=0.1)  # type: ignore[call-arg]

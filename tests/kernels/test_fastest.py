@@ -1,4 +1,4 @@
-"""The default kernel: which one it takes, and what products in bfloat16 lose."""
+"""The default kernel: which kernel it selects, and the accuracy of bfloat16 products."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from perceiver_core.masks import Mask
 
 module: Any = sys.modules["perceiver_core.kernels.fastest"]  # whose name is that of the function
 
-B, H, Q, K, D, E = 2, 3, 37, 1279, 29, 31  # keys beyond one piece
+B, H, Q, K, D, E = 2, 3, 37, 1279, 29, 31  # keys beyond one chunk
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -24,7 +24,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def qkv(dtype: torch.dtype, spread: float = 1.0) -> list[Tensor]:
-    """Scores have the standard deviation `spread`."""
+    """Returns q, k and v whose scores have the standard deviation `spread`."""
     q, k, v = draw(B, H, Q, D), draw(B, H, K, D, seed=1), draw(B, H, K, E, seed=2)
     return [x.to(dtype) for x in (spread * q, k, v)]
 
@@ -34,7 +34,7 @@ def bools(*shape: int, seed: int = 0) -> Tensor:
 
 
 def dead(mask: Tensor) -> Tensor:
-    """The same with a query that may attend to nothing."""
+    """Returns the mask with one query fully masked."""
     mask[1, :, 5] = False
     return mask
 
@@ -46,7 +46,7 @@ MASKS: dict[str, Mask | None] = {
     "tensor": dead(bools(B, 1, Q, K)),
 }
 every_mask = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
-halves = partial(chunked, chunk_size=module.PIECE, half_precision_matmul=True)
+halves = partial(chunked, chunk_size=module.CHUNK_SIZE, half_precision_matmul=True)
 
 
 def equal(actual: Tensor, expected: Tensor) -> None:
@@ -55,7 +55,7 @@ def equal(actual: Tensor, expected: Tensor) -> None:
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels that were called, in order."""
+    """Names of the kernels that were called, in order."""
     names: list[str] = []
     for kernel in (sdpa, chunked):
 
@@ -69,14 +69,14 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """A processor that multiplies in bfloat16, or one that does not."""
+    """Parametrizes over processors with and without bfloat16 units."""
     present: bool = getattr(request, "param", True)
     monkeypatch.setattr(module, "has_bfloat16_units", lambda: present)
-    monkeypatch.setattr(module, "LITTLE", B * H * Q * K * D)
+    monkeypatch.setattr(module, "MIN_MULTIPLICATIONS", B * H * Q * K * D)
     return present
 
 
-def test_little_work_is_left_to_sdpa(units: bool, taken: list[str]) -> None:
+def test_small_inputs_use_sdpa(units: bool, taken: list[str]) -> None:
     q, k, v = qkv(torch.bfloat16)
     fastest(q, k, v)
     fastest(q[:, :, 1:], k, v)
@@ -89,7 +89,7 @@ either = pytest.mark.parametrize("units", [True, False], indirect=True, ids=["un
 @either
 @every_mask
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
-def test_other_dtypes_than_bfloat16_go_to_sdpa(
+def test_dtypes_other_than_bfloat16_use_sdpa(
     dtype: torch.dtype, mask: Mask | None, units: bool, taken: list[str]
 ) -> None:
     inputs = qkv(dtype)
@@ -99,7 +99,7 @@ def test_other_dtypes_than_bfloat16_go_to_sdpa(
 
 @either
 @every_mask
-def test_bfloat16_goes_to_chunked_where_there_are_units_for_it(
+def test_bfloat16_uses_chunked_on_processors_with_bfloat16_units(
     mask: Mask | None, units: bool, taken: list[str]
 ) -> None:
     inputs = qkv(torch.bfloat16)
@@ -109,7 +109,7 @@ def test_bfloat16_goes_to_chunked_where_there_are_units_for_it(
 
 
 @pytest.mark.usefixtures("units")
-def test_dropout_goes_to_sdpa(taken: list[str]) -> None:
+def test_dropout_uses_sdpa(taken: list[str]) -> None:
     inputs = qkv(torch.bfloat16)
     found = []
     for kernel in (fastest, sdpa):
@@ -117,13 +117,13 @@ def test_dropout_goes_to_sdpa(taken: list[str]) -> None:
         found.append(kernel(*inputs, dropout=0.5))
     equal(*found)
     assert taken == ["sdpa"] and not module.uses_chunks(inputs[0], K, dropout=0.5)
-    assert (found[0] - sdpa(*inputs)).abs().max() > 1e-2  # which did drop
+    assert (found[0] - sdpa(*inputs)).abs().max() > 1e-2  # which applies dropout
 
 
 @either
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
-def test_under_autocast_its_dtype_decides(
+def test_the_dtype_of_autocast_decides(
     autocast: torch.dtype, given: torch.dtype, units: bool, taken: list[str]
 ) -> None:
     """Float64 is left alone by autocast."""
@@ -168,7 +168,7 @@ def test_products_in_bfloat16_are_close_to_the_formula(spread: float, mask: Mask
 
 
 @pytest.mark.usefixtures("units")
-def test_a_query_with_nothing_to_attend_to_gives_zeros_and_no_gradient() -> None:
+def test_fully_masked_queries_give_zeros_and_no_gradient() -> None:
     out, d_q, d_k, d_v = with_gradients(fastest, qkv(torch.bfloat16), MASKS["tensor"])
     assert not out[1, :, 5].any() and not d_q[1, :, 5].any()
     assert all(x.isfinite().all() for x in (out, d_q, d_k, d_v))
@@ -176,7 +176,7 @@ def test_a_query_with_nothing_to_attend_to_gives_zeros_and_no_gradient() -> None
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @every_mask
-def test_half_products_of_wide_inputs_are_wide(mask: Mask | None, dtype: torch.dtype) -> None:
+def test_half_products_of_float32_inputs_are_float32(mask: Mask | None, dtype: torch.dtype) -> None:
     inputs = qkv(dtype)
     for actual, expected in zip(
         with_gradients(partial(chunked, half_precision_matmul=True), inputs, mask),
@@ -186,6 +186,6 @@ def test_half_products_of_wide_inputs_are_wide(mask: Mask | None, dtype: torch.d
         equal(actual, expected)
 
 
-def test_half_products_are_what_makes_a_difference() -> None:
+def test_half_products_change_the_result() -> None:
     inputs = qkv(torch.bfloat16, 4.0)
     assert not torch.equal(chunked(*inputs, half_precision_matmul=True), chunked(*inputs))

@@ -1,4 +1,4 @@
-"""Padding as packed keys: what is packed, and attention to it against the formula, forward and backward."""
+"""Packed keys in place of padding: when keys are packed, and the result against the formula, forward and backward."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from perceiver_core import masks
 from perceiver_core.kernels import reference, sdpa, varlen
-from perceiver_core.kernels.grid import gpu
+from perceiver_core.kernels.grid import triton as gpu
 from perceiver_core.kernels.sdpa import kernel_for
 
 
 class _LeavesGarbage(torch.autograd.Function):
-    """The gradient of keys that no sample has is whatever lies in memory: NaN."""
+    """Fills the gradient of keys that belong to no sample with NaN, as uninitialized memory may."""
 
     @staticmethod
     def forward(ctx, x: Tensor, number: int) -> Tensor:  # type: ignore[no-untyped-def]
@@ -42,7 +42,7 @@ def emulated(
     scale: float,
     window_size: tuple[int, int],
 ) -> Tensor:
-    """What PyTorch's kernel for packed keys computes, sample by sample; NaN for a sample without keys."""
+    """Emulates PyTorch's kernel for packed keys sample by sample; NaN for a sample without keys."""
     outs = []
     q_ends, k_ends = q_starts.tolist(), k_starts.tolist()
     for most, ends in ((most_q, q_ends), (most_k, k_ends)):
@@ -53,7 +53,7 @@ def emulated(
         own = slice(q_ends[sample], q_ends[sample + 1])
         read = slice(k_ends[sample], k_ends[sample + 1])
         scores = torch.einsum("mhd,nhd->hmn", q[own], k[read]) * scale
-        if window_size == (-1, 0):  # lines up at the end
+        if window_size == (-1, 0):  # aligned at the end
             later = torch.ones(scores.shape[1:], dtype=torch.bool).triu(scores.shape[2] - scores.shape[1] + 1)
             scores = scores.masked_fill(later, -torch.inf)
         out = torch.einsum("hmn,nhd->mhd", scores.softmax(-1), v[read])
@@ -63,14 +63,14 @@ def emulated(
 
 @pytest.fixture
 def packed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """`sdpa` takes packed keys on this device; the shapes of the keys that came."""
+    """Lets `sdpa` use packed keys on this device; records the shapes of the keys."""
     seen: list[tuple[int, ...]] = []
 
     def noted(q: Tensor, k: Tensor, *rest: Tensor | int, **named: object) -> Tensor:
         seen.append(tuple(k.shape))
         return emulated(q, k, *rest, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(varlen, "takes", lambda q: True)
+    monkeypatch.setattr(varlen, "is_supported", lambda q: True)
     monkeypatch.setattr(varlen, "_varlen", lambda: noted)
     return seen
 
@@ -92,7 +92,7 @@ PATTERNS: dict[str, Callable[[], Tensor]] = {
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("queries", [1, 5])
-def test_it_is_masked_attention(pattern: str, queries: int, packed: list[tuple[int, ...]]) -> None:
+def test_it_equals_masked_attention(pattern: str, queries: int, packed: list[tuple[int, ...]]) -> None:
     there = PATTERNS[pattern]()
     leaves = [draw(3, 2, n, width, seed=i) for i, (n, width) in enumerate([(queries, 6), (11, 6), (11, 4)])]
     results = []
@@ -103,16 +103,16 @@ def test_it_is_masked_attention(pattern: str, queries: int, packed: list[tuple[i
     assert packed == [(33, 2, 6)]
 
 
-def test_hidden_keys_are_inert(packed: list[tuple[int, ...]]) -> None:
+def test_masked_keys_have_no_effect(packed: list[tuple[int, ...]]) -> None:
     there = PATTERNS["anywhere"]()
     q, k, v = (draw(3, 2, 11, 4, seed=i).detach() for i in range(3))
-    wanted = sdpa(q, k, v, mask=masks.Padding(there))
+    expected = sdpa(q, k, v, mask=masks.Padding(there))
     k, v = (x.masked_fill(~there[:, None, :, None], torch.nan) for x in (k, v))
-    torch.testing.assert_close(sdpa(q, k, v, mask=masks.Padding(there)), wanted, rtol=0.0, atol=0.0)
+    torch.testing.assert_close(sdpa(q, k, v, mask=masks.Padding(there)), expected, rtol=0.0, atol=0.0)
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(1, 11), (4, 11), (10, 11)])
-def test_the_last_queries_read_causally(queries: int, keys: int, packed: list[tuple[int, ...]]) -> None:
+def test_causal_attention_of_the_last_queries(queries: int, keys: int, packed: list[tuple[int, ...]]) -> None:
     leaves = [draw(3, 2, n, width, seed=i) for i, (n, width) in enumerate([(queries, 6), (keys, 6), (keys, 4)])]
     results = []
     for kernel in (sdpa, reference):
@@ -129,14 +129,14 @@ def test_other_causal_attention_is_not_packed(queries: int, packed: list[tuple[i
     assert packed == []
 
 
-def test_masks_that_say_more_are_not_packed(packed: list[tuple[int, ...]]) -> None:
+def test_other_masks_are_not_packed(packed: list[tuple[int, ...]]) -> None:
     there = PATTERNS["anywhere"]()
     q, k, v = (draw(3, 2, 11, 4, seed=i).detach() for i in range(3))
     for mask in (masks.and_(masks.Padding(there), masks.Causal()), there[:, None, :, None] & there[:, None, None, :]):
-        assert varlen.present(mask) is None
+        assert varlen.valid_keys(mask) is None
         torch.testing.assert_close(sdpa(q, k, v, mask=mask), reference(q, k, v, mask=mask))
     both = masks.and_(masks.Padding(there), masks.Padding(there.flip(1)))
-    assert torch.equal(varlen.present(both), there & there.flip(1))
+    assert torch.equal(varlen.valid_keys(both), there & there.flip(1))
     assert packed == []
 
 
@@ -146,7 +146,7 @@ def test_dropout_is_not_packed(packed: list[tuple[int, ...]]) -> None:
     assert packed == []
 
 
-def test_the_gradient_of_a_reordering_goes_back_in_place() -> None:
+def test_the_gradient_of_packing_restores_the_order() -> None:
     order = torch.randperm(7, generator=torch.Generator().manual_seed(0))
     x = draw(7, 2, 3, seed=0)
     for there in (torch.ones(7, dtype=torch.bool), order < 3):
@@ -154,9 +154,7 @@ def test_the_gradient_of_a_reordering_goes_back_in_place() -> None:
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_what_hidden_keys_hold_reaches_neither_output_nor_gradients(
-    pattern: str, packed: list[tuple[int, ...]]
-) -> None:
+def test_masked_keys_affect_neither_output_nor_gradients(pattern: str, packed: list[tuple[int, ...]]) -> None:
     there = PATTERNS[pattern]()
     leaves = [draw(3, 2, 11, 4, seed=i) for i in range(3)]
     for i in (1, 2):
@@ -171,8 +169,8 @@ def test_functional_transforms_are_not_packed(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(varlen, "why_not", lambda *_: "")
     monkeypatch.setattr(varlen, "has_varlen", lambda: True)
     seen = []
-    torch.func.grad(lambda x: (seen.append(varlen.takes(x)), x.sum())[1])(torch.zeros(1, 1, 2, 8))
-    assert seen == [False] and varlen.takes(torch.zeros(1, 1, 2, 8))
+    torch.func.grad(lambda x: (seen.append(varlen.is_supported(x)), x.sum())[1])(torch.zeros(1, 1, 2, 8))
+    assert seen == [False] and varlen.is_supported(torch.zeros(1, 1, 2, 8))
 
 
 H200 = torch.device("cuda")
@@ -188,17 +186,17 @@ H200 = torch.device("cuda")
         ((64, 64), torch.float32, None, "memory-efficient", "not float32; use torch.autocast"),
         ((64, 64), torch.bfloat16, masks.Causal(), "flash, packed", ""),
         ((64, 64), torch.bfloat16, masks.Padding(torch.ones(1, 2).bool()), "flash, packed", ""),
-        ((64, 64), torch.bfloat16, torch.ones(1, 1, 2, 2).bool(), "cuDNN or memory-efficient", "masks of keys alone"),
+        ((64, 64), torch.bfloat16, torch.ones(1, 1, 2, 2).bool(), "cuDNN or memory-efficient", "key-padding masks"),
     ],
 )
-def test_it_says_which_kernel_is_left(widths, dtype, mask, name, why, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_kernel_for_returns_the_kernel_and_the_reason(widths, dtype, mask, name, why, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(varlen, "has_varlen", lambda: True)
-    found = kernel_for(*widths, dtype, H200, mask)
-    assert found.name == name and why in found.why and bool(why) == bool(found.why)
+    actual = kernel_for(*widths, dtype, H200, mask)
+    assert actual.name == name and why in actual.why and bool(why) == bool(actual.why)
 
 
-def test_older_gpus_and_older_pytorch_have_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_older_gpus_and_older_pytorch_use_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "8.0" in kernel_for(64, 64, torch.float16, H200).why
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
@@ -207,17 +205,17 @@ def test_older_gpus_and_older_pytorch_have_other_kernels(monkeypatch: pytest.Mon
 
 
 @pytest.mark.compile
-def test_what_a_gpu_can_is_known_while_a_graph_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_capability_is_known_while_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
-    def asked(x: Tensor) -> Tensor:
+    def queried(x: Tensor) -> Tensor:
         if not varlen.why_not(torch.bfloat16, 64, H200) and varlen.has_varlen() is not None:
             x = x + 1
-        return x if gpu.missing(torch.device("meta"), x.shape[-1]) else x + 1
+        return x if gpu.why_unavailable(torch.device("meta"), x.shape[-1]) else x + 1
 
     x = torch.zeros(3)
-    assert torch.equal(torch.compile(asked, fullgraph=True)(x), x + 1)
+    assert torch.equal(torch.compile(queried, fullgraph=True)(x), x + 1)
 
 
-def test_on_a_cpu_masks_stay_masks() -> None:
-    assert not varlen.takes(torch.zeros(1, 1, 2, 8, dtype=torch.bfloat16))
+def test_nothing_is_packed_on_a_cpu() -> None:
+    assert not varlen.is_supported(torch.zeros(1, 1, 2, 8, dtype=torch.bfloat16))

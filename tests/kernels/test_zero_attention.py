@@ -1,4 +1,4 @@
-"""A key and a value of zeros beside the others: the formula, masks, every kernel, inside a model."""
+"""An additional key and value of zeros: the formula, masks, every kernel, inside a model."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None) 
     return weights / (1 + weights.sum(-1, keepdim=True)) @ v
 
 
-def check(found: Tensor, wanted: Tensor, inputs: list[Tensor]) -> None:
-    torch.testing.assert_close(found, wanted, **EXACT)
-    along = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    gradients = [torch.autograd.grad(out, inputs, along, retain_graph=True) for out in (found, wanted)]
+def check(actual: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
+    torch.testing.assert_close(actual, expected, **EXACT)
+    along = torch.randn(expected.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    gradients = [torch.autograd.grad(out, inputs, along, retain_graph=True) for out in (actual, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-10)
 
 
@@ -57,13 +57,13 @@ MASKS = {
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=IDS)
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_no_mask_hides_it(kernel, mask):
+def test_no_mask_masks_the_zero_token(kernel, mask):
     inputs = given(7, 11)
     allowed = masks.materialize(mask, queries=7, keys=11)
     check(add_zero_attn(*inputs, mask=mask, kernel=kernel), written_out(*inputs, allowed), inputs)
 
 
-def test_it_is_add_zero_attn():
+def test_it_equals_add_zero_attn():
     torch.manual_seed(0)
     theirs = nn.MultiheadAttention(6, 2, add_zero_attn=True, batch_first=True).double()
     ours = pc.MultiHeadAttention(6, num_heads=2, kernel=add_zero_attn).double()
@@ -73,8 +73,8 @@ def test_it_is_add_zero_attn():
         ours.output.load_state_dict(theirs.out_proj.state_dict())
     x, tokens = torch.randn(2, 7, 6).double(), torch.randn(2, 11, 6).double()
     there = torch.arange(11) < torch.tensor([[11], [4]])
-    wanted, _ = theirs(x, tokens, tokens, key_padding_mask=~there)
-    torch.testing.assert_close(ours(x, ours.keys_values(tokens, mask=there)), wanted, **EXACT)
+    expected, _ = theirs(x, tokens, tokens, key_padding_mask=~there)
+    torch.testing.assert_close(ours(x, ours.keys_values(tokens, mask=there)), expected, **EXACT)
 
 
 def test_a_kernel_of_it_is_saved_with_the_model(tmp_path):
@@ -87,7 +87,8 @@ def test_a_kernel_of_it_is_saved_with_the_model(tmp_path):
     assert not torch.allclose(encoder.train()(x), encoder.eval()(x))
 
 
-def test_refused_masks():
+@pytest.mark.refusal
+def test_invalid_masks_raise():
     with pytest.raises(ValueError, match="mask must broadcast to"):
         add_zero_attn(*given(7, 11), mask=torch.ones(7, 12, dtype=torch.bool))
     with pytest.raises(TypeError, match="mask must be a boolean tensor"):

@@ -1,4 +1,4 @@
-"""The Hierarchical Perceiver: groups are read alone, levels follow one another, and what is around them."""
+"""Hierarchical Perceiver: independent groups, consecutive levels, saving, compilation, export."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class TestGroupedRead:
 
     @pytest.mark.parametrize("masked", [False, True])
     @pytest.mark.parametrize("n", [35, 33, 31, 17, 6, 5, 3, 1])
-    def test_it_is_a_read_of_each_group_by_itself(self, n, masked):
+    def test_each_group_is_read_independently(self, n, masked):
         block, x, mask = self.block(), array(n), some(n) if masked else torch.ones(BATCH, n, dtype=torch.bool)
         size = -(-n // 5)
         out = block(x, mask=mask if masked else None)
@@ -84,14 +84,14 @@ class TestGroupedRead:
                     if tokens.numel()
                     else self.without_tokens(block.cross_attention, latents)
                 )
-                found = out[sample, 3 * group : 3 * (group + 1)]
-                torch.testing.assert_close(found, block.latent_transformer(read)[0], **EXACT)
+                actual = out[sample, 3 * group : 3 * (group + 1)]
+                torch.testing.assert_close(actual, block.latent_transformer(read)[0], **EXACT)
 
     def without_tokens(self, read, x):
         x = x + read.attention.output.bias
         return x + read.mlp(read.mlp_norm(x))
 
-    def test_one_group_is_an_encoder(self):
+    def test_one_group_equals_an_encoder(self):
         block = self.block(Level(1, num_latents=5, dim=14, depth=2, num_heads=7), latent_transformer=LatentTransformer)
         encoder = Encoder(WIDTH, num_latents=5, dim=14, num_reads=1, depth=2, num_heads=7).double()
         encoder.latents = nn.Parameter(block.latents[0])
@@ -111,11 +111,12 @@ class TestGroupedRead:
                 alone.latents += added[sample].unflatten(0, (5, 3))
             torch.testing.assert_close(out[sample], alone(array())[sample], **EXACT)
 
-    def test_groups_are_cut_from_the_front(self):
+    def test_groups_are_filled_from_the_front(self):
         assert grouped(torch.arange(1.0, 8)[None, :, None], 3)[..., 0].tolist() == [[1, 2, 3], [4, 5, 6], [7, 0, 0]]
         assert grouped(torch.arange(1.0, 7)[None, :, None], 3)[..., 0].tolist() == [[1, 2], [3, 4], [5, 6]]
 
-    def test_sizes_that_are_refused(self):
+    @pytest.mark.refusal
+    def test_invalid_sizes_raise(self):
         for name in ("num_groups", "num_latents", "dim", "num_heads"):
             sizes = {"num_groups": 2, "num_latents": 3, "dim": 14, "num_heads": 7} | {name: 0}
             with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1; got 0"):
@@ -132,7 +133,7 @@ class TestLevels:
         return third, fourth, model.decoding[1](fourth, skip=first)
 
     @pytest.mark.parametrize("masked", [False, True])
-    def test_they_follow_one_another_with_skips_between_opposites(self, masked):
+    def test_levels_run_in_order_with_skips_between_opposite_levels(self, masked):
         mask = some() if masked else None
         model = perceiver()
         for number in (0, 1, 2):
@@ -144,7 +145,7 @@ class TestLevels:
             assert out.shape == (BATCH, last.num_groups * last.num_latents, last.dim)
             assert (part.dim, part.input_dim, part.level) == (last.dim, WIDTH, last)
 
-    def test_what_is_in_a_group_stays_there_until_groups_merge(self):
+    def test_groups_are_independent_until_they_merge(self):
         model = perceiver(levels=LEVELS[:1], decoder_levels=())
         x = array()
         changed = x.clone()
@@ -156,7 +157,7 @@ class TestLevels:
         assert whole.gt(1e-6).all()
 
     @pytest.mark.parametrize("hidden", [0.0, 7.0, float("nan"), float("inf")])
-    def test_masked_tokens_are_inert(self, hidden):
+    def test_masked_tokens_have_no_effect(self, hidden):
         model, mask = autoencoder(), some()
         x = array().masked_fill(~mask[..., None], hidden).requires_grad_()
         out = model(x, mask=mask)
@@ -170,7 +171,7 @@ class TestLevels:
         model, x, mask = autoencoder(), array(batch=3), some(batch=3)
         torch.testing.assert_close(model(x, mask=mask)[1:2], model(x[1:2], mask=mask[1:2]), **EXACT)
 
-    def test_tokens_bring_their_grid_and_mask(self):
+    def test_the_grid_and_mask_of_tokens_are_used(self):
         where = positions.LearnedGrid((5, 7), PLACES)
         model, x, mask = perceiver(positions=where), array(), some()
         content, there = x.unflatten(1, (5, 7)), mask.unflatten(1, (5, 7))
@@ -186,8 +187,8 @@ class TestLevels:
         where = positions.Fourier(num_axes=2, num_bands=2, max_resolution=7)
         model = perceiver(positions=where)
         tokens = Tokens(array().unflatten(1, (5, 7)))
-        wanted = where.tables((5, 7), like=tokens.content)
-        torch.testing.assert_close(token_positions(model.positions, tokens), sum(wanted).flatten(0, 1), **EXACT)
+        expected = where.tables((5, 7), like=tokens.content)
+        torch.testing.assert_close(token_positions(model.positions, tokens), sum(expected).flatten(0, 1), **EXACT)
         assert model(tokens).shape == (BATCH, 15, 8)
 
     def test_it_is_an_encoder(self):
@@ -201,7 +202,7 @@ class TestLevels:
         model(array(n)).square().sum().backward()
         assert [name for name, p in model.named_parameters() if p.grad is None or p.grad.eq(0).all()] == []
 
-    def test_parts_are_made_by_what_is_given(self):
+    def test_factories_build_the_parts(self):
         model = perceiver(
             cross_attention=partial(CrossAttend, dropout=0.2),
             latent_transformer=partial(LatentTransformer, block=partial(SelfAttend, dropout=0.1)),
@@ -214,7 +215,7 @@ class TestLevels:
 class TestAutoencoder:
     @pytest.mark.parametrize("masked", [False, True])
     @pytest.mark.parametrize("n", [35, 31, 6])
-    def test_positions_read_the_latents_of_their_group(self, n, masked):
+    def test_positions_attend_to_the_latents_of_their_group(self, n, masked):
         model = autoencoder(13, positions=positions.LearnedGrid((n,), PLACES))
         x, mask = array(n), some(n) if masked else None
         latents = model.perceiver(x, mask=mask).unflatten(1, (5, 3))
@@ -222,10 +223,10 @@ class TestAutoencoder:
         assert out.shape == (BATCH, n, 13)
         for token in (0, 5, n // 2, n - 1):
             query = model.perceiver.positions.vectors[token].expand(BATCH, 1, -1)
-            wanted = model.output(model.cross_attention(query, latents[:, token // size]))
-            torch.testing.assert_close(out[:, token], wanted[:, 0], **EXACT)
+            expected = model.output(model.cross_attention(query, latents[:, token // size]))
+            torch.testing.assert_close(out[:, token], expected[:, 0], **EXACT)
 
-    def test_it_makes_up_what_is_not_there(self):
+    def test_it_reconstructs_masked_tokens(self):
         torch.manual_seed(0)
         model = HierarchicalAutoencoder(
             HierarchicalPerceiver(
@@ -238,7 +239,7 @@ class TestAutoencoder:
         optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
         losses = []
         for _ in range(150):
-            x = torch.randn(32, 1, 1).expand(-1, 16, -1)  # every token is the same: any of them tells all
+            x = torch.randn(32, 1, 1).expand(-1, 16, -1)  # all tokens are equal: any of them is sufficient
             mask = torch.rand(32, 16) < 0.5
             loss = (model(x, mask=mask) - x)[~mask].square().mean()
             optimizer.zero_grad()
@@ -248,8 +249,9 @@ class TestAutoencoder:
         assert sum(losses[-10:]) < 0.2 * sum(losses[:10])
 
 
+@pytest.mark.refusal
 class TestErrors:
-    def test_levels_that_are_refused(self):
+    def test_invalid_levels_raise(self):
         with pytest.raises(ValueError, match="levels must have at least one level; got none"):
             perceiver(levels=[], decoder_levels=())
         with pytest.raises(ValueError, match="decoder_levels must have at most 2 levels, one less than levels; got 3"):
@@ -259,7 +261,7 @@ class TestErrors:
         with pytest.raises(TypeError, match=r"positions must be an object such as positions\.Learned"):
             perceiver(positions=None)
 
-    def test_inputs_that_are_refused(self):
+    def test_invalid_inputs_raise(self):
         model = perceiver().float()
         x = array().float()
         with pytest.raises(ValueError, match=r"inputs must have 3 axes \(b n c\); got shape \(35, 3\); add a batch"):
@@ -272,8 +274,8 @@ class TestErrors:
             model(x.double())
 
 
-class TestAround:
-    def test_what_is_saved_comes_back(self, tmp_path):
+class TestIntegration:
+    def test_it_is_saved_and_loaded(self, tmp_path):
         model = autoencoder(13).float()
         pc.save(model, tmp_path / "model")
         x, mask = array().float(), some()
@@ -281,12 +283,12 @@ class TestAround:
         torch.testing.assert_close(again(x, mask=mask), model.eval()(x, mask=mask), rtol=0, atol=0)
         assert again.perceiver.level == DECODE[-1]
 
-    def test_on_no_device(self):
+    def test_it_runs_on_the_meta_device(self):
         with torch.device("meta"):
             out = autoencoder()(torch.empty(BATCH, N, WIDTH, dtype=torch.float64))
         assert (out.shape, out.device.type) == ((BATCH, N, WIDTH), "meta")
 
-    def test_the_size_of_the_paper(self):
+    def test_the_number_of_parameters_is_that_of_the_paper(self):
         with torch.device("meta"):
             model = presets.hip16(num_tokens=50_176)
         levels = [part.level for part in (*model.encoding, *model.decoding)]
@@ -304,13 +306,13 @@ class TestAround:
         ]
         assert model.positions.dim == model.encoding[0].cross_attention.attention.key.out_features == 32
 
-    def test_reads_can_be_explained_and_computed_again(self):
+    def test_reads_can_be_explained_and_checkpointed(self):
         model = autoencoder()
         assert len(pc.explain_reads(model, array())) == len(LEVELS) + len(DECODE) + 1
-        wanted = torch.autograd.grad(model(array()).square().sum(), list(model.parameters()))
+        expected = torch.autograd.grad(model(array()).square().sum(), list(model.parameters()))
         again = pc.checkpoint_activations(model)
-        found = torch.autograd.grad(again(array()).square().sum(), list(again.parameters()))
-        torch.testing.assert_close(found, wanted, **EXACT)
+        actual = torch.autograd.grad(again(array()).square().sum(), list(again.parameters()))
+        torch.testing.assert_close(actual, expected, **EXACT)
 
     def small(self):
         where = positions.LearnedEmbedding(N, PLACES)
@@ -319,7 +321,7 @@ class TestAround:
         )
 
     @pytest.mark.compile
-    def test_compiled_whole(self):
+    def test_it_compiles_without_graph_breaks(self):
         torch._dynamo.reset()
         model = self.small()
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -329,7 +331,7 @@ class TestAround:
 
     @pytest.mark.compile
     @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
-    def test_exported_for_any_number_of_tokens(self, strict):
+    def test_it_is_exported_for_any_number_of_tokens(self, strict):
         model = self.small().eval()
         axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
         dynamic = {"inputs": axes, "mask": axes}

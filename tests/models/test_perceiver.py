@@ -1,4 +1,4 @@
-"""A Perceiver is its adapter, then its encoder, then its head."""
+"""Perceiver: adapter, encoder and head in order; errors at construction."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import perceiver_core as pc
 from perceiver_core import Encoder, Perceiver, adapters, heads, positions
 
 
@@ -20,26 +21,26 @@ def perceiver(head=None):
     "head, shape",
     [(heads.Classification(14, 11), (2, 11)), (heads.Regression(14, 3), (2, 3)), (heads.Identity(), (2, 5, 14))],
 )
-def test_it_is_its_parts_one_after_the_other(head, shape):
+def test_the_parts_run_in_order(head, shape):
     model = perceiver(head)
     pictures = torch.rand(2, 3, 7, 5)
     mask = torch.rand(2, 7, 5) < 0.6
     for given in ({}, {"mask": mask}):
         out = model(pictures, **given)
-        wanted = model.head(model.encoder(model.adapter(pictures, **given)))
-        torch.testing.assert_close(out, wanted, rtol=0, atol=0)
+        expected = model.head(model.encoder(model.adapter(pictures, **given)))
+        torch.testing.assert_close(out, expected, rtol=0, atol=0)
         assert out.shape == shape
     assert not torch.allclose(model(pictures), model(pictures, mask=mask), atol=1e-5)
 
 
-def test_tensors_need_no_adapter():
+def test_plain_tensors_need_no_adapter():
     whole = perceiver()
     model = Perceiver(nn.Identity(), whole.encoder, whole.head)
     pictures = torch.rand(2, 3, 7, 5)
     torch.testing.assert_close(model(whole.adapter(pictures).materialize()), whole(pictures), rtol=0, atol=1e-6)
 
 
-def test_an_adapter_of_the_user_needs_to_know_no_masks():
+def test_a_user_defined_adapter_needs_no_mask_argument():
     class Flat(nn.Module):
         dim = 3
 
@@ -50,13 +51,14 @@ def test_an_adapter_of_the_user_needs_to_know_no_masks():
     assert model(torch.rand(2, 3, 7, 5)).shape == (2, 1)
 
 
-def test_its_weights_are_those_of_its_parts():
+def test_the_state_dict_is_that_of_its_parts():
     model = perceiver()
     names = {name.split(".")[0] for name in model.state_dict()}
     assert names == {"encoder", "head"}
 
 
-def test_errors_of_parts_that_do_not_meet():
+@pytest.mark.refusal
+def test_parts_of_different_widths_raise():
     whole = perceiver()
     with pytest.raises(ValueError, match="encoder must accept the output width of adapter, 1; got 13"):
         Perceiver(adapters.Grid(1, positions=None), whole.encoder, whole.head)
@@ -64,3 +66,28 @@ def test_errors_of_parts_that_do_not_meet():
         Perceiver(whole.adapter, whole.encoder, heads.Regression(13))
     with pytest.raises(TypeError, match="head must be a module; got type"):
         Perceiver(whole.adapter, whole.encoder, heads.Identity)
+
+
+@pytest.mark.refusal
+def test_parts_of_different_widths_raise_at_construction() -> None:
+    grid, encoder = (
+        pc.adapters.Grid(num_channels=7, positions=None),
+        pc.Encoder(6, num_latents=5, dim=14, depth=1, num_heads=2),
+    )
+    with pytest.raises(ValueError, match="encoder must accept the output width of adapter, 7; got 6"):
+        pc.Perceiver(grid, encoder, pc.heads.Identity())
+    with pytest.raises(ValueError, match="head must accept the output width of encoder, 14; got 13"):
+        pc.Perceiver(nn.Identity(), encoder, pc.heads.Regression(13))
+    with pytest.raises(TypeError, match="head must be a module; got type"):
+        pc.Perceiver(nn.Identity(), encoder, pc.heads.Identity)
+
+
+def test_it_runs_on_the_meta_device() -> None:
+    image = pc.adapters.Image(
+        num_channels=3, positions=pc.positions.Fourier(num_axes=2, num_bands=2, max_resolution=16)
+    )
+    with torch.device("meta"):
+        model = pc.Perceiver(
+            image, pc.Encoder(image.dim, num_latents=5, dim=14, num_heads=2), pc.heads.Classification(14, 3)
+        )
+        assert model(torch.rand(2, 3, 7, 5)).shape == (2, 3)

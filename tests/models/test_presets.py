@@ -1,4 +1,4 @@
-"""The papers' sizes, counted by hand."""
+"""Published sizes, with parameters counted by hand."""
 
 from __future__ import annotations
 
@@ -45,25 +45,25 @@ def count(model):
 
 
 @each_paper
-def test_parameters(make, input_dim, classes, reads, shape):
+def test_parameter_counts(make, input_dim, classes, reads, shape):
     model = on_no_device(make)
     assert model.adapter.dim == input_dim
     assert count(model) == parameters_of(input_dim=input_dim, classes=classes, reads=reads)
     assert model.encoder.sharing.steps == reads
 
 
-def test_perceiver_ar_reads_with_as_many_heads_as_it_processes():
+def test_perceiver_ar_has_equal_numbers_of_cross_and_self_attention_heads():
     """`get_config` of its published code: num_cross_attend_heads and num_transformer_heads are 16."""
     model = on_no_device(presets.perceiver_ar, 11)
     assert [part.attention.num_heads for part in (model.cross_attention, *model.latent_transformer.blocks)] == [16] * 13
 
 
-def test_the_imagenet_model_has_the_size_that_the_paper_states():
+def test_the_imagenet_model_has_the_size_stated_in_the_paper():
     assert count(on_no_device(presets.imagenet)) == 44_912_254  # "44.9 million"
 
 
 @each_paper
-def test_other_classes(make, input_dim, classes, reads, shape):
+def test_other_numbers_of_classes(make, input_dim, classes, reads, shape):
     few = on_no_device(make, 7)
     assert count(few) == count(on_no_device(make)) - (classes - 7) * 1025
 

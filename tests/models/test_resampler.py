@@ -1,4 +1,4 @@
-"""The Resampler: what it reads and what it must not, frames, and all that happens to a model around it."""
+"""Resampler: masked features, frames, errors, saving, compilation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ each_variant = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANT
 
 
 def randomized(module):
-    """Biases start at zero, norms at one: make all matter."""
+    """Randomizes all weights: biases start at zero and norms at one, where a test could not detect them."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -60,10 +60,10 @@ def there(*shape):
     return mask
 
 
-class TestReading:
+class TestCrossAttention:
     @each_variant
     @pytest.mark.parametrize("hidden", [0.0, 7.0, float("nan"), float("inf")])
-    def test_masked_features_are_inert(self, options, hidden):
+    def test_masked_features_have_no_effect(self, options, hidden):
         model, mask = resampler(**options).double(), there()
         x = features().masked_fill(~mask[..., None], hidden).requires_grad_()
         out = model(x, mask=mask)
@@ -76,7 +76,7 @@ class TestReading:
         assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
     @each_variant
-    def test_a_sample_without_features_has_its_latents(self, options):
+    def test_a_sample_without_features_returns_its_latents(self, options):
         model, mask = resampler(**options).double(), there()
         mask[1] = False
         out = model(features(), mask=mask)
@@ -86,14 +86,14 @@ class TestReading:
         torch.testing.assert_close(out[1], model.norm(x)[0], **EXACT)
         torch.testing.assert_close(out[1], model(features(seed=5), mask=mask)[1], **EXACT)
 
-    def test_a_layer_without_features_is_a_self_attend(self):
+    def test_a_layer_without_features_equals_a_self_attend(self):
         block = randomized(JointAttend(DIM, num_heads=HEADS)).double()
         alone = pc.SelfAttend(DIM, num_heads=HEADS).double()
         alone.load_state_dict({name: w for name, w in block.state_dict().items() if "input_norm" not in name})
         x = torch.randn(BATCH, LATENTS, DIM, dtype=torch.float64)
         torch.testing.assert_close(block(x, x.new_empty(BATCH, 0, DIM)), alone(x), **EXACT)
 
-    def test_order_of_features_does_not_matter_but_latents_do(self):
+    def test_the_order_of_features_has_no_effect(self):
         model, x = resampler().double(), features()
         torch.testing.assert_close(model(x.flip(1)), model(x), **EXACT)
         assert (model(x)[:, 0] - model(x)[:, 1]).abs().max() > 1e-3
@@ -105,7 +105,7 @@ class TestReading:
         assert [name for name, p in model.named_parameters() if p.grad is None or p.grad.eq(0).all()] == []
         assert x.grad.ne(0).any(-1).all()
 
-    def test_tokens_bring_their_own_mask(self):
+    def test_the_mask_of_tokens_is_used(self):
         model, mask = resampler().double(), there()
         x = features()
         torch.testing.assert_close(model(Tokens(x, mask=mask)), model(x, mask=mask), **EXACT)
@@ -118,7 +118,7 @@ class TestReading:
         assert model(torch.rand(BATCH, 3, 7, 5)).shape == (BATCH, 11)
 
     @pytest.mark.parametrize("layer", [0, 1, -1])
-    def test_the_map_is_over_features_and_latents(self, layer):
+    def test_the_attention_map_covers_features_and_latents(self, layer):
         model, mask = resampler().double(), there()
         weights = model.attention_map(features(), mask=mask, layer=layer, queries=[4, 0])
         assert weights.shape == (BATCH, HEADS, 2, N + LATENTS)
@@ -134,7 +134,7 @@ class TestReading:
 
 class TestFrames:
     @pytest.mark.parametrize("masked", [False, True])
-    def test_each_frame_is_read_alone(self, masked):
+    def test_each_frame_is_read_independently(self, masked):
         model = randomized(EachFrame(resampler(), frame_positions=positions.LearnedEmbedding(4, WIDTH))).double()
         x, mask = features(BATCH, FRAMES, N), there(BATCH, FRAMES, N) if masked else None
         out = model(x, mask=mask)
@@ -145,20 +145,20 @@ class TestFrames:
             )
 
     @pytest.mark.parametrize("masked", [False, True])
-    def test_all_frames_are_read_at_once(self, masked):
+    def test_all_frames_are_read_together(self, masked):
         model = video().double()
         x, mask = features(BATCH, FRAMES, N), there(BATCH, FRAMES, N) if masked else None
         timed = torch.cat([x[:, t] + model.frame_positions.vectors[t] for t in range(FRAMES)], 1)
-        wanted = model.resampler(timed, mask=None if mask is None else mask.flatten(1))
-        torch.testing.assert_close(model(x, mask=mask), wanted, **EXACT)
+        expected = model.resampler(timed, mask=None if mask is None else mask.flatten(1))
+        torch.testing.assert_close(model(x, mask=mask), expected, **EXACT)
 
-    def test_a_shorter_video_is_a_mask(self):
+    def test_a_shorter_video_equals_a_masked_one(self):
         model, x = video().double(), features(BATCH, FRAMES, N)
         mask = torch.ones(BATCH, FRAMES, N, dtype=torch.bool)
         mask[1, 2:] = False
         torch.testing.assert_close(model(x, mask=mask)[1:], model(x[1:, :2]), **EXACT)
 
-    def test_frames_without_times_may_come_in_any_order(self):
+    def test_without_frame_positions_the_order_has_no_effect(self):
         x = features(BATCH, FRAMES, N)
         alike = AllFrames(resampler(), frame_positions=None).double()
         torch.testing.assert_close(alike(x.flip(1)), alike(x), **EXACT)
@@ -174,7 +174,8 @@ class TestFrames:
         model(features(BATCH, FRAMES, N)).square().sum().backward()
         assert [name for name, p in model.named_parameters() if p.grad is None or p.grad.eq(0).all()] == []
 
-    def test_errors(self):
+    @pytest.mark.refusal
+    def test_invalid_frames_raise(self):
         with pytest.raises(TypeError, match="frame_positions must be positions such as"):
             EachFrame(resampler(), frame_positions=positions.LearnedEmbedding)
         with pytest.raises(
@@ -196,8 +197,9 @@ class TestFrames:
                 wrapped(features(BATCH, FRAMES, N, dtype=torch.float32), mask=there(BATCH, FRAMES * N))
 
 
+@pytest.mark.refusal
 class TestErrors:
-    def test_features_that_are_refused(self):
+    def test_invalid_features_raise(self):
         model, x = resampler(), features(dtype=torch.float32)
         with pytest.raises(ValueError, match=r"features must have 3 axes \(b n c\); got shape \(17, 11\); add a batch"):
             model(x[0])
@@ -210,7 +212,7 @@ class TestErrors:
         with pytest.raises(TypeError, match=r"features must be floating point; got torch\.int64"):
             model(x.long())
 
-    def test_masks_that_are_refused(self):
+    def test_invalid_masks_raise(self):
         model, x = resampler(), features(dtype=torch.float32)
         with pytest.raises(ValueError, match=r"mask must have shape \(2, 17\), one value a token; got \(2, 16\)"):
             model(x, mask=there()[:, :16])
@@ -221,7 +223,7 @@ class TestErrors:
         with pytest.raises(ValueError, match="mask must be None if features are Tokens"):
             model(Tokens(x), mask=there())
 
-    def test_sizes_that_are_refused(self):
+    def test_invalid_sizes_raise(self):
         with pytest.raises(ValueError, match="depth must be a whole number of at least 1; got 0"):
             resampler(depth=0)
         with pytest.raises(ValueError, match="latents must be a whole number of at least 1; got 0"):
@@ -232,9 +234,9 @@ class TestErrors:
             resampler().attention_map(features(dtype=torch.float32), layer=2)
 
 
-class TestAround:
+class TestIntegration:
     @each_variant
-    def test_what_is_saved_comes_back(self, options, tmp_path):
+    def test_it_is_saved_and_loaded(self, options, tmp_path):
         for model, x in (
             (resampler(**options), features(dtype=torch.float32)),
             (video(**options), features(BATCH, FRAMES, N, dtype=torch.float32)),
@@ -243,19 +245,19 @@ class TestAround:
             pc.save(model, folder)
             torch.testing.assert_close(pc.load(folder).eval()(x), model.eval()(x), rtol=0, atol=0)
 
-    def test_on_no_device(self):
+    def test_it_runs_on_the_meta_device(self):
         with torch.device("meta"):
             model = video()
             out = model(torch.empty(BATCH, FRAMES, N, WIDTH), mask=torch.empty(BATCH, FRAMES, N, dtype=torch.bool))
         assert (out.shape, out.device.type) == ((BATCH, LATENTS, DIM), "meta")
 
-    def test_activations_can_be_computed_again(self):
+    def test_activation_checkpointing(self):
         model, x = resampler().double(), features()
-        wanted = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+        expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
         again = pc.checkpoint_activations(model)
-        found = torch.autograd.grad(again(x).square().sum(), list(again.parameters()))
+        actual = torch.autograd.grad(again(x).square().sum(), list(again.parameters()))
         assert all("forward" in vars(layer) for layer in again.layers)
-        torch.testing.assert_close(found, wanted, **EXACT)
+        torch.testing.assert_close(actual, expected, **EXACT)
 
     def test_under_autocast(self):
         model, x = resampler(), features(dtype=torch.float32)
@@ -265,7 +267,7 @@ class TestAround:
 
     @pytest.mark.compile
     @each_variant
-    def test_compiled_whole_for_any_number_of_features(self, options):
+    def test_it_compiles_for_any_number_of_features(self, options):
         torch._dynamo.reset()
         model = resampler(**options).double()
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -277,7 +279,7 @@ class TestAround:
 
     @pytest.mark.compile
     @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
-    def test_exported_for_any_number_of_features(self, strict):
+    def test_it_is_exported_for_any_number_of_features(self, strict):
         model, x = resampler(**VARIANTS["grouped"]).eval(), features(dtype=torch.float32)
         axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
         dynamic = {"features": axes, "mask": axes}

@@ -1,6 +1,6 @@
-"""The published image classifiers beside the logits that transformers' own tests hold, from the hub.
+"""The published image classifiers from the hub, against the logits in transformers' own tests.
 
-Downloads 0.7 GB, so it runs only where PERCEIVER_CORE_HUB=1 says that it may.
+Downloads 0.7 GB, so it runs only if PERCEIVER_CORE_HUB=1.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from perceiver_core.checkpoints import from_pretrained, hugging_face, save_pretrained
+from perceiver_core.checkpoints import from_pretrained, save_pretrained
 
 allowed = pytest.mark.skipif(os.environ.get("PERCEIVER_CORE_HUB") != "1", reason="downloads; set PERCEIVER_CORE_HUB=1")
 image = pytest.importorskip("PIL.Image")
@@ -25,7 +25,7 @@ GOLDEN = {
     "deepmind/vision-perceiver-fourier": (-1.1295, -0.2832, 0.3226),
     "deepmind/vision-perceiver-conv": (-1.1186, 0.0554, 0.0897),
 }
-# The picture of that test, two cats, as transformers' repository keeps it: without the losses of a JPEG.
+# The image of that test, two cats, as in transformers' repository: without JPEG artifacts.
 ADDRESS = (
     "https://raw.githubusercontent.com/huggingface/transformers/v4.57.0/"
     "tests/fixtures/tests_samples/COCO/000000039769.png"
@@ -33,7 +33,7 @@ ADDRESS = (
 
 
 def prepared(picture: Any) -> Tensor:
-    """The middle 224 / 256 of the short side, to 224 x 224, in the normalization of ImageNet: `1 3 224 224`."""
+    """Central crop of 224 / 256 of the short side, resized to 224 x 224, ImageNet normalization: `1 3 224 224`."""
     side = int(224 / 256 * min(picture.size))
     left, top = ((size - side) // 2 for size in picture.size)
     picture = picture.crop((left, top, left + side, top + side)).resize((224, 224), image.Resampling.BICUBIC)
@@ -42,12 +42,12 @@ def prepared(picture: Any) -> Tensor:
     return (pixels - mean) / deviation
 
 
-def test_pictures_are_prepared_as_transformers_does() -> None:
+def test_images_are_preprocessed_like_transformers() -> None:
     theirs = pytest.importorskip("transformers.models.perceiver.image_processing_pil_perceiver")
     noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     picture = image.fromarray(noise).resize((640, 480), image.Resampling.BICUBIC)
-    wanted = theirs.PerceiverImageProcessorPil()(picture, return_tensors="pt").pixel_values
-    torch.testing.assert_close(prepared(picture), wanted, rtol=1e-5, atol=1e-5)
+    expected = theirs.PerceiverImageProcessorPil()(picture, return_tensors="pt").pixel_values
+    torch.testing.assert_close(prepared(picture), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def cats(tmp_path_factory: pytest.TempPathFactory) -> Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", GOLDEN)
 @torch.no_grad()
-def test_the_first_logits_are_those_of_transformers(name: str, cats: Tensor, tmp_path: Path) -> None:
+def test_the_first_logits_equal_those_of_transformers(name: str, cats: Tensor, tmp_path: Path) -> None:
     model = hugging_face(name)
     logits = model(cats)
     assert logits.shape == (1, 1000)

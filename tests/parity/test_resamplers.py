@@ -1,4 +1,4 @@
-"""Our Resampler is Idefics2's, Idefics1's and Flamingo's: outputs and all gradients, by the same weights."""
+"""Resampler against Idefics2, Idefics1 and Flamingo: outputs and all gradients with the same weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BATCH, N, LATENTS, DEPTH = 3, 17, 5, 2
 
 
 def randomized(module):
-    """Norms start at 1, latents small or equal: make all matter."""
+    """Randomizes all weights: norms start at 1 and latents are small or equal, where a test could not detect them."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -26,9 +26,9 @@ def randomized(module):
 
 
 def agree(our, their, renamed, inputs):
-    """The same outputs, and the same gradients of all weights and of what went in.
+    """Checks that outputs and the gradients of all weights and inputs are equal.
 
-    `our` and `their` are functions of the inputs, `renamed(value)` gives the value of each of their parameters under
+    `our` and `their` are functions of the inputs; `renamed(value)` maps the value of each of their parameters to
     our names.
     """
     model, call = our
@@ -39,10 +39,10 @@ def agree(our, their, renamed, inputs):
     for out in outs:
         (out * toward).sum().backward()
     torch.testing.assert_close(given[0].grad, given[1].grad, rtol=0, atol=1e-8)
-    wanted, found = renamed(lambda p: p.grad), {name: p.grad for name, p in model.named_parameters()}
-    assert found.keys() == wanted.keys()
-    for name, gradient in found.items():
-        torch.testing.assert_close(gradient, wanted[name], rtol=0, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
+    expected, actual = renamed(lambda p: p.grad), {name: p.grad for name, p in model.named_parameters()}
+    assert actual.keys() == expected.keys()
+    for name, gradient in actual.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def features(*shape):
@@ -55,7 +55,7 @@ class TestIdefics2:
         pytest.importorskip("transformers")
         module = pytest.importorskip("transformers.models.idefics2.modeling_idefics2")
 
-        def wide(norm, x):  # theirs rounds to float32, in whatever comes
+        def wide(norm, x):  # theirs rounds to float32 for every input dtype
             return norm.weight * x * (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
 
         monkeypatch.setattr(module.Idefics2RMSNorm, "forward", wide)
@@ -97,10 +97,10 @@ class TestIdefics2:
         }
 
     def renamed(self, their, value, projection=None):
-        found = {"latents": value(their.latents), "norm.weight": value(their.norm.weight)}
+        actual = {"latents": value(their.latents), "norm.weight": value(their.norm.weight)}
         for number, layer in enumerate(their.layers):
             name, attention = f"layers.{number}", layer.self_attn
-            found |= {
+            actual |= {
                 f"{name}.norm.weight": value(layer.input_latents_norm.weight),
                 f"{name}.input_norm.weight": value(layer.input_context_norm.weight),
                 f"{name}.attention.query.weight": value(attention.q_proj.weight),
@@ -110,16 +110,16 @@ class TestIdefics2:
                 f"{name}.mlp_norm.weight": value(layer.post_attention_layernorm.weight),
                 **self.gated(f"{name}.mlp", layer.mlp, value),
             }
-        return found | ({} if projection is None else self.gated("project", projection, value))
+        return actual | ({} if projection is None else self.gated("project", projection, value))
 
     @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
     @pytest.mark.parametrize("heads, kv_heads", [(6, 2), (6, 1), (3, 3), (16, 4)])
-    def test_it_is_theirs(self, theirs, heads, kv_heads, masked):
+    def test_outputs_and_gradients_are_equal(self, theirs, heads, kv_heads, masked):
         sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": 7, "dim": 13}
         their, our = self.configured(theirs, **sizes), self.ours(**sizes)
         our.load_state_dict(self.renamed(their, lambda p: p.detach()))
         mask = torch.rand(BATCH, N, generator=torch.Generator().manual_seed(2)) < (0.6 if masked else 2.0)
-        mask[1] = not masked  # a sample with the latents alone
+        mask[1] = not masked  # a sample with only the latents
         agree(
             (our, lambda x: our(x, mask=mask if masked else None)),
             lambda x: their(x, mask.long()),
@@ -127,7 +127,7 @@ class TestIdefics2:
             features(BATCH, N, 13),
         )
 
-    def test_the_projection_of_the_connector_comes_first(self, theirs):
+    def test_the_connector_projection_comes_first(self, theirs):
         sizes = {"heads": 6, "kv_heads": 2, "head_dim": 7, "dim": 13}
         their = self.configured(theirs, **sizes)
         projection = randomized(theirs.Idefics2MLP(11, 19, 13, "silu"))
@@ -141,7 +141,7 @@ class TestIdefics2:
             features(BATCH, N, 11),
         )
 
-    def test_the_size_of_the_paper_has_their_parameters(self, theirs):
+    def test_the_published_size_has_the_same_number_of_parameters(self, theirs):
         config = theirs.Idefics2Config(
             vision_config={"hidden_size": 1152},
             text_config={"model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14_336},
@@ -160,10 +160,10 @@ class TestIdefics1:
         return Resampler(dim, num_latents=LATENTS, depth=DEPTH, num_heads=heads, block=block).double()
 
     def renamed(self, their, value):
-        found = {"latents": value(their.latents)}
+        actual = {"latents": value(their.latents)}
 
         def layer(name, module):
-            found.update({f"{name}.{kind}": value(parameter) for kind, parameter in module.named_parameters()})
+            actual.update({f"{name}.{kind}": value(parameter) for kind, parameter in module.named_parameters()})
 
         for number, (attention, feed_forward) in enumerate(their.blocks):
             name = f"layers.{number}"
@@ -180,10 +180,10 @@ class TestIdefics1:
             layer(f"{name}.mlp.expand", feed_forward.fc)
             layer(f"{name}.mlp.contract", feed_forward.c_proj)
         layer("norm", their.layer_norm)
-        return found
+        return actual
 
     @pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
-    def test_it_is_theirs(self, normed):
+    def test_outputs_and_gradients_are_equal(self, normed):
         pytest.importorskip("transformers")
         theirs = pytest.importorskip("transformers.models.idefics.perceiver")
         config = theirs.IdeficsConfig(
@@ -196,7 +196,7 @@ class TestIdefics1:
 
 
 class TestFlamingo:
-    """Against the pseudo-code of appendix A.1.1, with what published code adds: norms, and no biases."""
+    """Against the pseudo-code of appendix A.1.1, with the norms of published code and no biases."""
 
     FRAMES, WIDTH, HEADS, HEAD_DIM = 4, 13, 3, 7
 
@@ -235,17 +235,17 @@ class TestFlamingo:
 
     def compare(self, ours, formula):
         x_f = features(BATCH, self.FRAMES, N, self.WIDTH)
-        found, wanted = ours(x_f), formula(x_f)
-        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
-        toward = torch.randn_like(found)
+        actual, expected = ours(x_f), formula(x_f)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9)
+        toward = torch.randn_like(actual)
         wrt = list(ours.parameters())
         given = [
             torch.autograd.grad((out * toward).sum(), wrt, allow_unused=True, materialize_grads=True)
-            for out in (found, wanted)
+            for out in (actual, expected)
         ]
         torch.testing.assert_close(*given, rtol=0, atol=1e-8)
 
-    def test_each_frame_is_flamingo_pytorchs(self):
+    def test_each_frame_equals_flamingo_pytorch(self):
         ours = randomized(EachFrame(self.model(), frame_positions=positions.LearnedEmbedding(7, self.WIDTH)))
 
         def formula(x_f):
@@ -253,7 +253,7 @@ class TestFlamingo:
 
         self.compare(ours, formula)
 
-    def test_all_frames_is_the_papers_and_open_flamingos(self):
+    def test_all_frames_equals_the_paper_and_open_flamingo(self):
         ours = randomized(AllFrames(self.model(), frame_positions=positions.LearnedEmbedding(7, self.WIDTH)))
 
         def formula(x_f):
@@ -262,7 +262,7 @@ class TestFlamingo:
 
         self.compare(ours, formula)
 
-    def test_times_of_more_frames_are_interpolated_as_the_paper_says(self):
+    def test_frame_positions_are_interpolated_for_more_frames(self):
         ours = randomized(AllFrames(self.model(), frame_positions=positions.LearnedGrid((3,), self.WIDTH)))
 
         def formula(x_f):

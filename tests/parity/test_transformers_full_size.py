@@ -65,7 +65,7 @@ def test_outputs_are_theirs_at_the_published_size(kind: str, tmp_path: Path) -> 
     model.save_pretrained(tmp_path)
     wanted = model(**given).logits
     del model
-    found = pc.checkpoints.hugging_face(tmp_path)(**own)
+    found = pc.interop.load_transformers(tmp_path)(**own)
     wanted = wanted.movedim(-1, 1) if kind == "PerceiverForOpticalFlow" else wanted
     # In units of how much outputs vary: those of flow are hundredths. 1.1e-5, 3.7e-6 and 3.8e-5 where it was measured.
     torch.testing.assert_close(found / wanted.std(), wanted / wanted.std(), rtol=0.0, atol=1e-4)

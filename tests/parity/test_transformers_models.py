@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import perceiver_core as pc
-from perceiver_core.checkpoints import hugging_face, to_hugging_face
-from perceiver_core.checkpoints.of_transformers import build, names
+from perceiver_core.checkpoints.state import state_tensors
+from perceiver_core.interop import load_transformers, save_transformers
+from perceiver_core.interop.published_models import build
+from perceiver_core.interop.published_weights import from_transformers
 
 transformers = pytest.importorskip("transformers")
 theirs = pytest.importorskip("transformers.models.perceiver.modeling_perceiver")
@@ -125,7 +127,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 def test_outputs_and_gradients_are_theirs(kind: str, tmp_path: Any) -> None:
     model = reference(kind)
     model.save_pretrained(tmp_path)
-    ours = hugging_face(tmp_path)
+    ours = load_transformers(tmp_path)
     assert {p.dtype for p in ours.parameters()} == {torch.float64}
     given, own = their_inputs(kind, model)
     wanted, found = flat(model(**given).logits), flat(ours(**own))
@@ -135,19 +137,23 @@ def test_outputs_and_gradients_are_theirs(kind: str, tmp_path: Any) -> None:
     along = [drawn(*out.shape, seed=5 + i) for i, out in enumerate(found)]
     parameters = dict(model.named_parameters())
     gradients = torch.autograd.grad(wanted, list(parameters.values()), along, allow_unused=True)
-    places, own_parameters = names(config_of(tmp_path)), dict(ours.named_parameters())
+    own_parameters = dict(ours.named_parameters())
     own_gradients = torch.autograd.grad(found, list(own_parameters.values()), along, allow_unused=True)
     mine = dict(zip(own_parameters, own_gradients, strict=True))
+    state = {
+        name: torch.zeros_like(x) if mine.get(name) is None else mine[name] for name, x in state_tensors(ours).items()
+    }
+    mine = from_transformers(config_of(tmp_path), transposed_stem=False).save(state)
     for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
-        got, gradient = (torch.zeros_like(parameter) if x is None else x for x in (mine[places[name]], gradient))
-        torch.testing.assert_close(got.reshape(parameter.shape), gradient, rtol=1e-8, atol=1e-8, msg=name)
+        gradient = torch.zeros_like(parameter) if gradient is None else gradient
+        torch.testing.assert_close(mine[name], gradient, rtol=1e-8, atol=1e-8, msg=name)
 
 
 @pytest.mark.parametrize("text", ["PerceiverForMaskedLM", "PerceiverForSequenceClassification"])
 def test_text_under_any_mask(text: str, tmp_path: Any) -> None:
     model = reference(text)
     model.save_pretrained(tmp_path)
-    ours = hugging_face(tmp_path)
+    ours = load_transformers(tmp_path)
     length = model.config.max_position_embeddings
     ids = torch.randint(model.config.vocab_size, (4, length), generator=torch.Generator().manual_seed(1))
     places = torch.arange(length)
@@ -158,7 +164,7 @@ def test_text_under_any_mask(text: str, tmp_path: Any) -> None:
 
 def agree(model: nn.Module, kind: str, folder: Any) -> None:
     """The same outputs as ours, from what transformers writes."""
-    ours = hugging_face(folder)
+    ours = load_transformers(folder)
     given, own = their_inputs(kind, model)
     wanted = flat(model(**given).logits)
     wanted = [wanted[0].movedim(-1, 1)] if kind == "PerceiverForOpticalFlow" else wanted
@@ -178,8 +184,8 @@ def test_activations(activation: str, tmp_path: Any) -> None:
         model = reference(kind, hidden_act=activation)
         model.save_pretrained(tmp_path / kind)
         agree(model, kind, tmp_path / kind)
-        ours = hugging_face(tmp_path / kind)
-        to_hugging_face(ours, tmp_path / f"{kind}_again", config=model.config)
+        ours = load_transformers(tmp_path / kind)
+        save_transformers(ours, tmp_path / f"{kind}_again", config=model.config)
         agree(model, kind, tmp_path / f"{kind}_again")
 
 
@@ -200,9 +206,9 @@ def test_what_deepmind_computes_is_written_by_its_activation(tmp_path: Any) -> N
     kind = "PerceiverForImageClassificationFourier"
     model = reference(kind)
     model.save_pretrained(tmp_path / "theirs")
-    deep = pc.checkpoints.published.DEEPMIND
-    ours = hugging_face(tmp_path / "theirs", numerics=deep)
-    to_hugging_face(ours, tmp_path / "ours", config=tmp_path / "theirs", numerics=deep)
+    deep = pc.interop.DEEPMIND_NUMERICS
+    ours = load_transformers(tmp_path / "theirs", numerics=deep)
+    save_transformers(ours, tmp_path / "ours", config=tmp_path / "theirs", numerics=deep)
     again = getattr(theirs, kind).from_pretrained(tmp_path / "ours").eval()
     assert {parameter.dtype for parameter in again.parameters()} == {torch.float64}
     given, own = their_inputs(kind, model)
@@ -217,11 +223,11 @@ def config_of(folder: Any) -> dict[str, Any]:
 def test_what_is_written_is_what_transformers_reads(kind: str, tmp_path: Any) -> None:
     model = reference(kind)
     model.save_pretrained(tmp_path / "theirs")
-    ours = hugging_face(tmp_path / "theirs")
+    ours = load_transformers(tmp_path / "theirs")
     with torch.no_grad():
         for weight in ours.parameters():
             weight.mul_(1.5)
-    to_hugging_face(ours, tmp_path / "ours", config=config_of(tmp_path / "theirs"))
+    save_transformers(ours, tmp_path / "ours", config=config_of(tmp_path / "theirs"))
     again, told = getattr(theirs, kind).from_pretrained(
         tmp_path / "ours", output_loading_info=True, dtype=torch.float64
     )
@@ -235,7 +241,7 @@ def test_what_is_written_is_what_transformers_reads(kind: str, tmp_path: Any) ->
 def test_it_is_saved_and_loaded_as_any_model(kind: str, tmp_path: Any) -> None:
     model = reference(kind)
     model.save_pretrained(tmp_path / "theirs")
-    ours = hugging_face(tmp_path / "theirs")
+    ours = load_transformers(tmp_path / "theirs")
     again = pc.load(pc.save(ours, tmp_path / "ours")).eval()
     _, own = their_inputs(kind, model)
     torch.testing.assert_close(flat(again(**own)), flat(ours(**own)), rtol=0.0, atol=0.0)
@@ -273,6 +279,7 @@ def test_the_published_sizes(kind: str) -> None:
     with torch.device("meta"):
         model = build(config)
     assert sum(p.numel() for p in model.parameters()) == parameters
-    assert len([name for name in names(config) if not name.endswith(("running_mean", "running_var", "tracked"))]) == (
+    names = from_transformers(config, transposed_stem=False).theirs
+    assert len([name for name in names if not name.endswith(("running_mean", "running_var", "tracked"))]) == (
         tensors - (3 if "Conv" in kind else 0)
     )

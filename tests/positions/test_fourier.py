@@ -1,4 +1,4 @@
-"""Fourier features against the published formulas, transcribed here, and against the peers' code."""
+"""Fourier features against the published formulas and against other implementations."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def written_out(tables: tuple[Tensor, ...], grid: Sequence[int]) -> Tensor:
 
 @shapes
 @options
-def test_fourier_is_the_published_formula(
+def test_fourier_equals_the_published_formula(
     grid: tuple[int, ...], resolution: tuple[float, ...], concat: bool, sine_only: bool
 ) -> None:
     where = Fourier(len(grid), 6, max_resolution=resolution, concat_positions=concat, sine_only=sine_only)
@@ -55,7 +55,7 @@ def test_fourier_is_the_published_formula(
 
 @shapes
 @options
-def test_fourier_is_that_of_transformers(
+def test_fourier_equals_transformers(
     grid: tuple[int, ...], resolution: tuple[float, ...], concat: bool, sine_only: bool
 ) -> None:
     peer = pytest.importorskip("transformers.models.perceiver.modeling_perceiver")
@@ -68,12 +68,12 @@ def test_fourier_is_that_of_transformers(
     torch.testing.assert_close(actual, expected, rtol=0.0, atol=1e-4)  # angles of 350 in float32
     points = torch.rand(1, 17, len(grid), generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
     expected = peer.generate_fourier_features(points, 6, resolution, concat_pos=concat, sine_only=sine_only)
-    # Their bands are made in float32.
+    # Their bands are computed in float32.
     torch.testing.assert_close(where(points[0]), expected.expand(1, -1, -1)[0], rtol=0.0, atol=1e-4)
 
 
-def test_features_do_not_follow_the_size_of_the_input() -> None:
-    """The same place has the same features in a grid of any size."""
+def test_features_do_not_depend_on_the_size_of_the_input() -> None:
+    """A position has the same features in a grid of any size."""
     where = Fourier(num_axes=1, num_bands=5, max_resolution=9)
     (small,), (large,) = where.tables((5,), LIKE), where.tables((9,), LIKE)
     torch.testing.assert_close(large[::2], small, rtol=0.0, atol=1e-12)
@@ -96,7 +96,7 @@ def test_linear_bands_include_both_ends() -> None:
     assert linear_bands(7.0, 3, LIKE.bfloat16()).dtype == torch.float32
 
 
-def test_one_resolution_stands_for_every_axis() -> None:
+def test_one_resolution_applies_to_every_axis() -> None:
     one, both = Fourier(2, 3, max_resolution=19), Fourier(2, 3, max_resolution=[19, 19])
     points = grid_points((3, 5), LIKE)
     assert torch.equal(one(points), both(points))
@@ -104,19 +104,21 @@ def test_one_resolution_stands_for_every_axis() -> None:
     assert not torch.equal(one(points), other(points))
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize("value", [(7.0,), (7.0, 5.0, 3.0), 0.0, -1.0, (7.0, 0.0), ()], ids=str)
-def test_resolutions_that_make_no_sense_are_refused(value: float | tuple[float, ...]) -> None:
+def test_invalid_resolutions_raise(value: float | tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="max_resolution must be positive, one number or one for each of 2 axes; got "):
         Fourier(2, 3, max_resolution=value)
 
 
-def test_per_axis_gives_one_value_an_axis() -> None:
+def test_per_axis_gives_one_value_per_axis() -> None:
     assert per_axis("x", 3, 2) == (3, 3)
     assert per_axis("x", [3.0, 5.0], 2) == (3.0, 5.0)
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize("kind", [Fourier, FourierPerAxis, NeRF, Gaussian])
-def test_counts_must_be_positive(kind: type) -> None:
+def test_counts_that_are_not_positive_raise(kind: type) -> None:
     count = "features" if kind is Gaussian else "bands"
     with pytest.raises(ValueError, match="axes must be a whole number of at least 1; got 0"):
         kind(0)
@@ -125,7 +127,7 @@ def test_counts_must_be_positive(kind: type) -> None:
 
 
 @pytest.mark.parametrize(("grid", "bands", "frequency"), [((13,), 6, 10.0), ((5, 7), 4, 23.0), ((2, 3, 5), 1, 7.0)])
-def test_fourier_per_axis_is_that_of_perceiver_pytorch(grid: tuple[int, ...], bands: int, frequency: float) -> None:
+def test_fourier_per_axis_equals_perceiver_pytorch(grid: tuple[int, ...], bands: int, frequency: float) -> None:
     peer = pytest.importorskip("perceiver_pytorch.perceiver_pytorch")
     points = grid_points(grid, LIKE)
     expected = peer.fourier_encode(points, frequency, bands).flatten(-2)
@@ -144,7 +146,7 @@ def test_nerf_is_equation_4() -> None:
     torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64), rtol=0.0, atol=1e-12)
 
 
-def test_gaussian_is_cosines_and_sines_of_random_directions() -> None:
+def test_gaussian_equals_cosines_and_sines_of_random_directions() -> None:
     torch.manual_seed(0)
     where = Gaussian(num_axes=3, num_features=5, scale=2.0)
     points = torch.rand(7, 3, dtype=torch.float64)

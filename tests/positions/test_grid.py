@@ -1,4 +1,4 @@
-"""Coordinates of grids, and the law that every separable position obeys: its tables add to its features."""
+"""Coordinates of grids, and the law of all separable positions: tables sum to features."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def total(tables: tuple[Tensor, ...], grid: tuple[int, ...]) -> Tensor:
     return added.expand(*grid, added.shape[-1])
 
 
-def test_coordinates_run_from_end_to_end() -> None:
+def test_coordinates_run_from_minus_one_to_one() -> None:
     torch.testing.assert_close(coordinates(4, dtype=torch.float64), torch.tensor([-3.0, -1.0, 1.0, 3.0]).double() / 3)
     assert coordinates(1).tolist() == [-1.0]
     assert coordinates(3, dtype=torch.bfloat16).dtype == torch.bfloat16
@@ -52,7 +52,7 @@ def test_grid_points_vary_the_last_axis_fastest() -> None:
     [(torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float64, torch.float64)],
     ids=str,
 )
-def test_nothing_is_computed_in_half_precision(dtype: torch.dtype, computed: torch.dtype) -> None:
+def test_coordinates_are_computed_in_float32(dtype: torch.dtype, computed: torch.dtype) -> None:
     assert computing_dtype(torch.zeros((), dtype=dtype)) == computed
     assert grid_points((2, 3), torch.zeros((), dtype=dtype)).dtype == computed
 
@@ -60,7 +60,7 @@ def test_nothing_is_computed_in_half_precision(dtype: torch.dtype, computed: tor
 @separable
 @laws
 @given(grid=grids)
-def test_tables_add_to_the_features_of_every_point(make, grid: tuple[int, ...]) -> None:  # type: ignore[no-untyped-def]
+def test_tables_sum_to_the_features_of_every_point(make, grid: tuple[int, ...]) -> None:  # type: ignore[no-untyped-def]
     where = make(len(grid))
     tables = where.tables(grid, LIKE)
     torch.testing.assert_close(total(tables, grid), where(grid_points(grid, LIKE)), rtol=0.0, atol=1e-12)
@@ -112,7 +112,7 @@ def test_autocast_does_not_touch_positions(make) -> None:  # type: ignore[no-unt
 
 @every
 @pytest.mark.parametrize("shape", [(2,), (3, 2), (3, 5, 7, 2), (0, 2)], ids=str)
-def test_points_of_any_leading_shape_one_by_one(make, shape: tuple[int, ...]) -> None:  # type: ignore[no-untyped-def]
+def test_points_have_any_leading_shape(make, shape: tuple[int, ...]) -> None:  # type: ignore[no-untyped-def]
     where = make(2)
     points = torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     features = where(points)
@@ -122,8 +122,9 @@ def test_points_of_any_leading_shape_one_by_one(make, shape: tuple[int, ...]) ->
         torch.testing.assert_close(actual, expected, rtol=0.0, atol=1e-12)
 
 
+@pytest.mark.refusal
 @every
-def test_points_of_another_kind_are_refused(make) -> None:  # type: ignore[no-untyped-def]
+def test_invalid_points_raise(make) -> None:  # type: ignore[no-untyped-def]
     where = make(2)
     with pytest.raises(ValueError, match=r"points must have 2 coordinates in the last axis; got shape \(5, 3\)"):
         where(torch.zeros(5, 3))
@@ -136,8 +137,9 @@ def test_points_of_another_kind_are_refused(make) -> None:  # type: ignore[no-un
 POSITIONS = {**EVERY, "learned": lambda axes: LearnedGrid((3, 5, 7)[:axes], dim=11)}
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize("make", POSITIONS.values(), ids=POSITIONS.keys())
-def test_grids_of_another_kind_are_refused(make) -> None:  # type: ignore[no-untyped-def]
+def test_invalid_grids_raise(make) -> None:  # type: ignore[no-untyped-def]
     where = make(2)
     for grid in ((5,), (5, 7, 3), (), (5, 0)):
         with pytest.raises(ValueError, match=r"grid must have 2 axes of at least one token; got \("):
@@ -146,7 +148,7 @@ def test_grids_of_another_kind_are_refused(make) -> None:  # type: ignore[no-unt
 
 @pytest.mark.parametrize("make", POSITIONS.values(), ids=POSITIONS.keys())
 @pytest.mark.parametrize("axes", [1, 2, 3])
-def test_all_of_them_are_positions(make, axes: int) -> None:  # type: ignore[no-untyped-def]
+def test_all_positions_satisfy_the_protocol(make, axes: int) -> None:  # type: ignore[no-untyped-def]
     where, grid = make(axes), (2, 3, 5)[:axes]
     assert isinstance(where, positions.Positions) and where.num_axes == axes
     tables = where.tables(grid, LIKE)
@@ -154,11 +156,11 @@ def test_all_of_them_are_positions(make, axes: int) -> None:  # type: ignore[no-
     assert total(tables, grid).shape == (*grid, where.dim)
 
 
-def test_a_plain_module_is_not_positions() -> None:
+def test_a_plain_module_does_not_satisfy_the_protocol() -> None:
     assert not isinstance(nn.Identity(), positions.Positions)
 
 
-def test_check_axes_names_what_came() -> None:
+def test_check_axes_raises_for_another_number_of_axes() -> None:
     check_axes((1, 2), 2)
     with pytest.raises(ValueError, match=r"grid must have 1 axes of at least one token; got \(2, 3\)"):
         check_axes((2, 3), 1)

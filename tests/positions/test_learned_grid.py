@@ -1,4 +1,4 @@
-"""Learned positions: exact at their own size, resampled end on end at any other."""
+"""Learned positions: exact at their own size, resampled with aligned ends at other sizes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from perceiver_core.positions import LearnedEmbedding, LearnedGrid, grid_points
+from perceiver_core.positions import LearnedGrid, grid_points
 
 LIKE = torch.zeros((), dtype=torch.float64)
 
@@ -44,7 +44,7 @@ def test_a_ramp_stays_a_ramp_on_one_and_three_axes(grid: tuple[int, ...], new: t
 
 
 def cubic_convolution(size: int, new: int) -> np.ndarray:
-    """The matrix new x size of Keys' cubic convolution (a = -0.75), ends on ends, edges repeated."""
+    """Matrix (new x size) of Keys' cubic convolution (a = -0.75), with aligned ends and repeated edges."""
     a, matrix = -0.75, np.zeros((new, size))
     for i in range(new):
         x = i * (size - 1) / max(new - 1, 1)
@@ -66,7 +66,7 @@ def test_two_axes_are_resampled_by_cubic_convolution(new: tuple[int, int]) -> No
 
 @pytest.mark.parametrize("grid", [(5,), (5, 7), (3, 5, 2)], ids=str)
 def test_shared_points_keep_their_vectors(grid: tuple[int, ...]) -> None:
-    """Twice as fine: every second point is where a stored one is."""
+    """At twice the resolution, every second point coincides with a stored one."""
     where = random(grid)
     (table,) = where.tables([2 * n - 1 for n in grid], LIKE)
     every_second = table[tuple(slice(None, None, 2) for _ in grid)]
@@ -74,7 +74,7 @@ def test_shared_points_keep_their_vectors(grid: tuple[int, ...]) -> None:
 
 
 def test_axes_are_not_swapped() -> None:
-    """Values that differ along the rows only still do so, at a size that is not square."""
+    """Values that vary only along the rows still do so at a non-square size."""
     rows = torch.arange(5.0, dtype=torch.float64)[:, None, None].expand(5, 7, 2)
     (table,) = holding((5, 7), rows).tables((11, 3), LIKE)
     assert table.shape == (11, 3, 2)
@@ -97,47 +97,23 @@ def test_the_table_takes_the_dtype_of_the_content() -> None:
         assert half.dtype == torch.bfloat16 and torch.equal(half, full.bfloat16())
 
 
-def test_a_new_array_is_a_truncated_normal_of_two_hundredths() -> None:
+def test_new_vectors_are_truncated_normal_of_std_0_02() -> None:
     torch.manual_seed(0)
     vectors = LearnedGrid((53, 59), 7).vectors
     assert vectors.abs().max() <= 0.04
     assert abs(vectors.std().item() / 0.0176 - 1) < 0.02
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize("grid", [(), (2, 3, 5, 7)], ids=str)
-def test_grids_of_no_or_four_axes_are_refused(grid: tuple[int, ...]) -> None:
+def test_grids_of_zero_or_four_axes_raise(grid: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"grid must have one to three axes; got \("):
         LearnedGrid(grid, dim=3)
 
 
-def test_empty_grids_and_widths_are_refused() -> None:
+@pytest.mark.refusal
+def test_empty_grids_and_widths_raise() -> None:
     with pytest.raises(ValueError, match=r"grid must have 2 axes of at least one token; got \(5, 0\)"):
         LearnedGrid((5, 0), dim=3)
     with pytest.raises(ValueError, match="dim must be a whole number of at least 1; got 0"):
         LearnedGrid((5, 7), dim=0)
-
-
-class TestIndexed:
-    def test_fewer_places_have_the_first_vectors(self) -> None:
-        where = LearnedEmbedding(7, dim=3).double()
-        for size in (1, 5, 7):
-            (table,) = where.tables((size,), LIKE)
-            assert torch.equal(table, where.vectors[:size])
-        assert (where.num_axes, where.dim, table.dtype) == (1, 3, torch.float64)
-
-    def test_indices_that_have_no_vector(self) -> None:
-        where = LearnedEmbedding(7, dim=3)
-        assert where(torch.tensor([[6, 0]])).shape == (1, 2, 3)
-        for wrong in (7, -1):
-            with pytest.raises(ValueError, match=rf"positions must lie in 0 \.\.\. 6; got {wrong}"):
-                where(torch.tensor([[3, wrong]]))
-
-    def test_errors(self) -> None:
-        with pytest.raises(
-            ValueError, match=r"there are vectors for at most 7 places; got 11\. Build LearnedEmbedding with"
-        ):
-            LearnedEmbedding(7, dim=3).tables((11,), LIKE)
-        with pytest.raises(ValueError, match="length must be a whole number of at least 1; got 0"):
-            LearnedEmbedding(0, dim=3)
-        with pytest.raises(ValueError, match="grid must have"):
-            LearnedEmbedding(7, dim=3).tables((3, 5), LIKE)

@@ -20,7 +20,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("make, grid", KINDS.values(), ids=KINDS)
-def test_it_is_a_linear_layer_over_the_features(make, grid):
+def test_it_equals_a_linear_layer_over_the_features(make, grid):
     torch.manual_seed(0)
     where = Projected(make(), dim=11).double()
     torch.nn.init.normal_(where.project.bias)
@@ -28,17 +28,17 @@ def test_it_is_a_linear_layer_over_the_features(make, grid):
     tables = where.tables(grid, like)
     inner = where.positions.tables(grid, like)
     assert len(tables) == len(inner) and (where.dim, where.num_axes) == (11, len(grid))
-    wanted = F.linear(sum(inner[1:], inner[0]), where.project.weight, where.project.bias)
-    torch.testing.assert_close(sum(tables[1:], tables[0]), wanted)
+    expected = F.linear(sum(inner[1:], inner[0]), where.project.weight, where.project.bias)
+    torch.testing.assert_close(sum(tables[1:], tables[0]), expected)
 
 
-def test_gradients_reach_the_layer_and_what_it_projects():
+def test_gradients_reach_the_layer_and_its_positions():
     where = Projected(LearnedGrid((5, 7), dim=3), dim=11)
     sum(table.square().sum() for table in where.tables((5, 7), torch.zeros(()))).backward()
     assert all(weight.grad.abs().sum() > 0 for weight in where.parameters())
 
 
-def test_in_half_precision_it_gives_half_precision():
+def test_half_precision_is_kept():
     where = Projected(Fourier(num_axes=1, num_bands=2, max_resolution=7), dim=3)
     (table,) = where.tables((7,), torch.zeros((), dtype=torch.bfloat16))
     assert table.dtype == torch.bfloat16
@@ -50,7 +50,8 @@ def test_a_model_with_them_is_saved_and_loaded(tmp_path):
     torch.testing.assert_close(again(pictures).materialize(), adapter(pictures).materialize())
 
 
-def test_refused_positions():
+@pytest.mark.refusal
+def test_invalid_positions_raise():
     with pytest.raises(TypeError, match="positions must have dim, num_axes and tables, as Fourier has; got Identity"):
         Projected(torch.nn.Identity(), dim=3)
     with pytest.raises(ValueError, match="dim must be a whole number of at least 1; got 0"):

@@ -1,4 +1,4 @@
-"""Rotary positions: turns that preserve norms, and scores that see distances only."""
+"""Rotary positions: rotations preserve norms, and scores depend on distances only."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def complex_rotary(heads: Tensor, positions: Tensor, dim: int, base: float) -> T
 
 @pytest.mark.parametrize("base", [10_000.0, 100.0])
 @pytest.mark.parametrize("dim", [2, TURNED, 12])
-def test_it_is_a_product_of_complex_numbers(dim: int, base: float) -> None:
+def test_it_equals_a_product_of_complex_numbers(dim: int, base: float) -> None:
     heads = draw(B, H, N, D)
     from_the_end = torch.arange(-N + 1, 1, dtype=torch.float64)[None]
     expected = complex_rotary(heads, from_the_end, dim, base)
@@ -58,10 +58,10 @@ def test_scores_depend_on_distance_only(seed: int, shift: int) -> None:
     torch.testing.assert_close(moved, scores, rtol=0.0, atol=1e-10)
 
 
-def test_scores_do_depend_on_distance() -> None:
+def test_scores_depend_on_distance() -> None:
     rotary, x = Rotary(TURNED), draw(1, 1, 1, D)
     scores = [(x @ rotary(x, torch.tensor([[d]])).mT).item() for d in (0.0, 1.0, 2.0)]
-    assert scores[0] > scores[1] and scores[0] > scores[2]  # a vector agrees most with itself in place
+    assert scores[0] > scores[1] and scores[0] > scores[2]  # a vector has the largest product with itself at distance 0
 
 
 @laws
@@ -72,14 +72,14 @@ def test_norms_are_preserved(seed: int) -> None:
     torch.testing.assert_close(turned.norm(dim=-1), heads.norm(dim=-1), rtol=0.0, atol=1e-12)
 
 
-def test_fewer_queries_than_keys_stand_at_the_end() -> None:
+def test_fewer_queries_than_keys_are_aligned_at_the_end() -> None:
     rotary, heads = Rotary(TURNED), draw(B, H, N, D)
     torch.testing.assert_close(rotary(heads[:, :, -4:]), rotary(heads)[:, :, -4:], rtol=0.0, atol=1e-12)
-    assert torch.equal(rotary(heads)[:, :, -1], heads[:, :, -1])  # the last stands at 0
+    assert torch.equal(rotary(heads)[:, :, -1], heads[:, :, -1])  # the last is at 0
     assert not torch.isclose(rotary(heads)[:, :, 0, :TURNED], heads[:, :, 0, :TURNED]).any()
 
 
-def test_channels_beyond_dim_pass_unchanged() -> None:
+def test_channels_beyond_dim_are_unchanged() -> None:
     heads = draw(B, H, N, D)
     turned = Rotary(TURNED)(heads)
     assert turned.shape == heads.shape
@@ -87,7 +87,7 @@ def test_channels_beyond_dim_pass_unchanged() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_is_turned_in_float32_and_rounded(dtype: torch.dtype) -> None:
+def test_half_precision_is_rotated_in_float32_and_rounded(dtype: torch.dtype) -> None:
     heads = draw(B, H, 1009, D).to(dtype)
     turned = Rotary(TURNED)(heads)
     assert turned.dtype == dtype
@@ -97,41 +97,44 @@ def test_half_precision_is_turned_in_float32_and_rounded(dtype: torch.dtype) -> 
         assert torch.equal(Rotary(TURNED)(heads.float()), expected)
 
 
-def test_gradients_are_turned_back() -> None:
+def test_gradients_are_rotated_back() -> None:
     heads = draw(1, 2, 3, 5).requires_grad_()
     assert torch.autograd.gradcheck(Rotary(4), heads)
 
 
-def test_it_holds_nothing_to_save() -> None:
+def test_it_has_no_state() -> None:
     assert not Rotary(4).state_dict()
 
 
-def test_odd_and_empty_widths_are_refused() -> None:
+@pytest.mark.refusal
+def test_odd_and_empty_widths_raise() -> None:
     with pytest.raises(ValueError, match="dim must be even, channels are turned in pairs; got 7"):
         Rotary(7)
     with pytest.raises(ValueError, match="dim must be a whole number of at least 1; got 0"):
         Rotary(0)
 
 
-def test_heads_narrower_than_dim_are_refused() -> None:
+@pytest.mark.refusal
+def test_heads_narrower_than_dim_raise() -> None:
     with pytest.raises(ValueError, match="heads must be at least dim=8 wide; got 6"):
         Rotary(8)(draw(B, H, N, 6))
 
 
-def test_positions_of_all_samples_at_once_are_those_of_each() -> None:
+def test_positions_per_sample_equal_a_loop() -> None:
     rotary, heads = Rotary(dim=4), torch.randn(2, 3, 7, 6)
     where = torch.tensor([0, 2, 3, 5, 7, 11, 13])
     torch.testing.assert_close(rotary(heads, where), rotary(heads, where.expand(2, 7)))
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize("shape", [(), (6,), (2, 6), (2, 1, 7)])
-def test_positions_of_another_shape_errors(shape: tuple[int, ...]) -> None:
+def test_positions_of_another_shape_raise(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="positions must be n or b n with n=7"):
         Rotary(dim=4)(torch.randn(2, 3, 7, 6), torch.zeros(shape))
 
 
 def perceiver_ar_rotary(heads: Tensor, where: Tensor, longest: float) -> Tensor:
-    """Cosines and sines repeated for both channels of a pair, wavelengths from 1 to the longest, ends included."""
+    """Cosines and sines repeated for both channels of a pair, wavelengths from 1 to the longest, both included."""
     width = heads.shape[-1]
     bands = width // 2
     waves = longest ** ((2 / width) * torch.linspace(0, bands, bands, dtype=torch.float64))
@@ -141,7 +144,7 @@ def perceiver_ar_rotary(heads: Tensor, where: Tensor, longest: float) -> Tensor:
 
 
 @pytest.mark.parametrize("dim", [2, TURNED, 12])
-def test_inclusive_exponents_are_those_of_perceiver_ars_code(dim: int) -> None:
+def test_inclusive_exponents_equal_the_perceiver_ar_code(dim: int) -> None:
     heads, where = draw(B, H, N, D), torch.arange(N, dtype=torch.float64)
     wanted = torch.cat([perceiver_ar_rotary(heads[..., :dim], where, 97.0), heads[..., dim:]], -1)
     rotary = Rotary(dim, base=97.0, exponents=inclusive_exponents)
@@ -149,7 +152,7 @@ def test_inclusive_exponents_are_those_of_perceiver_ars_code(dim: int) -> None:
     assert (rotary(heads, where) - Rotary(dim, base=97.0)(heads, where)).abs().max() > 1e-3 or dim == 2
 
 
-def test_exponents_of_ones_own_and_their_ends() -> None:
+def test_user_defined_exponents_and_their_ends() -> None:
     like = torch.zeros((), dtype=torch.float64)
     assert half_open_exponents(1, like).tolist() == inclusive_exponents(1, like).tolist() == [0.0]
     assert inclusive_exponents(7, like).tolist()[-1] == 1.0 and half_open_exponents(7, like)[-1] < 1.0
@@ -158,14 +161,14 @@ def test_exponents_of_ones_own_and_their_ends() -> None:
     assert torch.equal(still(draw(B, H, N, D)), draw(B, H, N, D))
 
 
-def test_all_channels_are_turned_unless_told() -> None:
+def test_all_channels_are_rotated_by_default() -> None:
     heads = draw(B, H, N, 12)
     assert torch.equal(Rotary()(heads), Rotary(12)(heads))
 
 
 @pytest.mark.parametrize("rotary", [Rotary(TURNED), Rotary(TURNED, base=97.0, exponents=inclusive_exponents)])
 @pytest.mark.parametrize("queries, keys", [(1, 1), (1, N), (4, N), (N, N)])
-def test_queries_that_end_with_the_keys_meet_them_at_their_distance(rotary: Rotary, queries: int, keys: int) -> None:
+def test_queries_aligned_at_the_end_have_the_right_distances(rotary: Rotary, queries: int, keys: int) -> None:
     x = draw(B, H, keys, D)
     scores = rotary(x[:, :, keys - queries :]) @ rotary(x).mT
     where = torch.arange(100, 100 + keys)
@@ -176,7 +179,8 @@ def test_queries_that_end_with_the_keys_meet_them_at_their_distance(rotary: Rota
     torch.testing.assert_close(padded, scores, rtol=0.0, atol=1e-12)
 
 
-def test_odd_heads_and_bases_of_nothing_are_refused() -> None:
+@pytest.mark.refusal
+def test_odd_heads_and_invalid_bases_raise() -> None:
     with pytest.raises(
         ValueError, match=r"heads must be of an even width, channels are turned in pairs; got 13\. Give"
     ):

@@ -1,4 +1,4 @@
-"""Queries that are given: as they are, with a batch axis; in a model."""
+"""External queries: passed through, with a batch axis, in a model."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ import torch
 import perceiver_core as pc
 
 
-def test_they_are_what_is_given():
-    asked = torch.randn(2, 5, 7)
-    assert pc.queries.External(7)(queries=asked) is asked
-    torch.testing.assert_close(pc.queries.External(7)(queries=asked[0]), asked[:1])
+def test_queries_are_passed_through():
+    queried = torch.randn(2, 5, 7)
+    assert pc.queries.External(7)(queries=queried) is queried
+    torch.testing.assert_close(pc.queries.External(7)(queries=queried[0]), queried[:1])
 
 
-def test_a_model_is_asked_them():
+def test_a_model_accepts_external_queries():
     grid = pc.adapters.Grid(3, positions=None)
     encoder = pc.Encoder(3, num_latents=5, dim=11, depth=1, num_heads=1)
     model = pc.PerceiverIO(grid, encoder, pc.queries.External(7), pc.Decoder(11, query_dim=7, out_dim=2))
-    data, asked = torch.randn(2, 13, 3), torch.randn(17, 7)
-    torch.testing.assert_close(model(data, query_inputs=asked), model(data, query_inputs=asked.expand(2, -1, -1)))
+    data, queried = torch.randn(2, 13, 3), torch.randn(17, 7)
+    torch.testing.assert_close(model(data, query_inputs=queried), model(data, query_inputs=queried.expand(2, -1, -1)))
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize(
     ("at", "kind", "message"),
     [
@@ -31,6 +32,6 @@ def test_a_model_is_asked_them():
         (torch.zeros(5, 7).long(), TypeError, "queries must be floating point"),
     ],
 )
-def test_refused_queries(at, kind, message):
+def test_invalid_queries_raise(at, kind, message):
     with pytest.raises(kind, match=message):
         pc.queries.External(7)(queries=at)

@@ -1,4 +1,4 @@
-"""Keys and values that stay sums, against the formula on tokens written out, in float64."""
+"""Factored keys and values against the formula on dense tokens, in float64."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def bools(*shape: int, seed: int = 0) -> Tensor:
 
 
 def columns(start: int, stop: int, *shape: int, seed: int) -> Tensor:
-    """A table that fills some columns and leaves the others zero."""
+    """A table with some nonzero columns."""
     table = torch.zeros(*shape, P, dtype=torch.float64)
     table[..., start:stop] = draw(*shape, stop - start, seed=seed)
     return table
@@ -58,7 +58,7 @@ TABLES = {
 
 
 class Case(NamedTuple):
-    """What is read; all that is differentiable in the order of `leaves`."""
+    """Inputs of a read; `leaves` lists all differentiable ones in order."""
 
     q: Tensor
     content: Tensor
@@ -122,7 +122,7 @@ def keys_values(case: Case, norm: str, mask: Tensor | None = None) -> list[Tenso
 
 
 def ordinary(case: Case, norm: str, mask: Tensor | None = None) -> PartialAttention:
-    """Tokens written out, normalized, projected, read."""
+    """Baseline: tokens are materialized, normalized, projected and read."""
     keys, values = keys_values(case, norm, mask)
     q = case.q.expand(B, -1, -1, -1)
     scores = q @ keys.mT / D**0.5
@@ -134,7 +134,7 @@ def ordinary(case: Case, norm: str, mask: Tensor | None = None) -> PartialAttent
 
 
 def results(read: Callable[..., PartialAttention], case: Case, *args: Any, **how: Any) -> list[Tensor]:
-    """Output, lse and all gradients, for random ones of both."""
+    """Returns output, log-sum-exp and all gradients, for random gradients of both."""
     case = case.mapped(lambda x: x.detach().requires_grad_())
     outputs = read(case, *args, **how)
     given = [draw(*x.shape, seed=30 + i).to(x.dtype) for i, x in enumerate(outputs)]
@@ -142,7 +142,7 @@ def results(read: Callable[..., PartialAttention], case: Case, *args: Any, **how
 
 
 def agree(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
-    """To a tolerance relative to the largest value of each tensor, or of their common scale where it is zero."""
+    """Compares with a tolerance relative to the largest value of each tensor, or to their common scale."""
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
         largest = max(e.abs().max().item(), 1.0)
         torch.testing.assert_close(
@@ -166,7 +166,7 @@ ways = pytest.mark.parametrize("form", [False, True], ids=["structured", "formed
 @dtypes
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("tables", TABLES)
-def test_it_is_attention_over_normalized_tokens(
+def test_it_equals_attention_over_normalized_tokens(
     tables: str, norm: str, dtype: torch.dtype, tolerance: float, form: bool
 ) -> None:
     check(make(TABLES[tables], norm), norm, dtype, (2 if form else 1) * tolerance, form=form)  # keys are rounded too
@@ -182,8 +182,8 @@ def test_masks(tables: str, asking: int, dtype: torch.dtype, tolerance: float, f
 
 @ways
 @pytest.mark.parametrize("held", [torch.nan, torch.inf])
-def test_masked_tokens_are_inert(held: float, form: bool) -> None:
-    """NaN under the mask changes nothing, and what is masked wholly gives zeros."""
+def test_masked_tokens_have_no_effect(held: float, form: bool) -> None:
+    """NaN under the mask has no effect, and fully masked samples give zeros."""
     case, mask = make(), bools(B, *GRID)
     mask[1] = False
     spoiled = case._replace(content=case.content.masked_fill(~mask[..., None], held))
@@ -195,8 +195,8 @@ def test_masked_tokens_are_inert(held: float, form: bool) -> None:
 
 
 @ways
-def test_the_bias_of_the_key_has_a_gradient_of_zero_from_the_output(form: bool) -> None:
-    """Softmax does not see what all scores share, but optimizers want a gradient."""
+def test_the_key_bias_has_a_zero_gradient_from_the_output(form: bool) -> None:
+    """Softmax is invariant to a shift of all scores, but optimizers need a gradient."""
     case = make().mapped(lambda x: x.requires_grad_())
     structured(case, "layer norm", form=form).output.square().sum().backward()
     bias, weight = case.key[1], case.key[0]
@@ -212,7 +212,7 @@ def test_projections_without_biases(form: bool) -> None:
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("tables", TABLES)
-def test_formed_gives_keys_and_values_of_all_tokens(tables: str, norm: str) -> None:
+def test_formed_returns_keys_and_values_of_all_tokens(tables: str, norm: str) -> None:
     case, mask = make(TABLES[tables], norm), bools(B, *GRID)
     normed = Norm(EPS, case.weight, case.bias, NORMS[norm][0] == "layer") if NORMS[norm][0] else None
     tokens = Tokens(case.content, case.tables, mask)
@@ -221,7 +221,7 @@ def test_formed_gives_keys_and_values_of_all_tokens(tables: str, norm: str) -> N
         torch.testing.assert_close(found, wanted, rtol=0.0, atol=1e-12)
 
 
-def test_axes_that_a_table_spans_become_one() -> None:
+def test_axes_spanned_by_a_table_are_merged() -> None:
     found = {name: axes_of(Tokens(draw(B, *GRID, C), tables)) for name, tables in TABLES.items()}
     assert found == {
         **dict.fromkeys(TABLES, GRID),
@@ -249,7 +249,7 @@ MODULES = {
 @pytest.mark.parametrize("path", [reads.Structured(), reads.Factored()], ids=["Structured", "Factored"])
 @pytest.mark.parametrize("norm", MODULES.values(), ids=MODULES.keys())
 def test_modules_of_norms(norm: Callable[[int], nn.Module], path: reads.Strategy) -> None:
-    """A cross-attend with any of them gives what it gives for tokens written out, and the same gradients."""
+    """With any norm, a cross-attend gives the outputs and gradients of dense tokens."""
     torch.manual_seed(0)
     block = CrossAttend(14, C + P, num_heads=H, norm=norm).double()
     with torch.no_grad():
@@ -268,7 +268,7 @@ def test_modules_of_norms(norm: Callable[[int], nn.Module], path: reads.Strategy
 @pytest.mark.parametrize("path", [reads.Structured(), reads.Factored()], ids=["Structured", "Factored"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_eps_that_rms_norm_has_by_default_in_half_precision(dtype: torch.dtype, path: reads.Strategy) -> None:
-    """Content so small that it matters: that of the dtype itself would scale it down."""
+    """The content is so small that eps matters: the eps of the half-precision dtype would scale it down."""
     torch.manual_seed(0)
     block = CrossAttend(14, C, num_heads=1, norm=nn.RMSNorm, residual=False).to(dtype)
     x, tokens = draw(B, Q, 14).to(dtype), Tokens(1e-2 * draw(B, *GRID, C).to(dtype))
@@ -293,7 +293,7 @@ def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
 @ways
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 @pytest.mark.parametrize("tables", ["none", "overlapping", "whole grid", "last two axes"])
-def test_slabs_equal_the_whole(tables: str, masked: bool, form: bool) -> None:
+def test_slabs_equal_one_pass(tables: str, masked: bool, form: bool) -> None:
     case, mask = make(TABLES[tables]), bools(B, *GRID) if masked else None
     read = factor(Tokens(case.content, case.tables), None, case.key, case.value, heads=H)
     assert len(factored._cuts(case.q, read)) > 3
@@ -308,13 +308,13 @@ def test_slabs_equal_the_whole(tables: str, masked: bool, form: bool) -> None:
 
 
 @pytest.mark.usefixtures("cut")
-def test_slabs_that_are_masked_wholly() -> None:
+def test_fully_masked_slabs() -> None:
     case, mask = make(), bools(B, *GRID)
     mask[:, :, 3:11], mask[0, :, 13:] = False, False
     check(case, "layer norm", torch.float64, 1e-10, mask)
 
 
-def test_no_queries_read_nothing() -> None:
+def test_no_queries_give_an_empty_output() -> None:
     case = make()
     read = factor(Tokens(case.content, case.tables), None, case.key, case.value, heads=H)
     output, lse = attend(case.q[:, :, :0], read)
@@ -328,10 +328,8 @@ def long_case(n: int) -> tuple[FactoredKeysValues, Tensor]:
 
 
 @ways
-def test_slabs_keep_and_make_nothing_of_tokens_times_heads_times_width(
-    form: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Beyond what is there before: a slab at a time, and outputs of each."""
+def test_slabs_allocate_nothing_of_tokens_times_heads_times_width(form: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Allocates only one slab at a time and the outputs of each."""
     n = 10_007
     read, q = long_case(n)
     slabs, size = 101, B * n * H * D
@@ -345,8 +343,8 @@ def test_slabs_keep_and_make_nothing_of_tokens_times_heads_times_width(
     assert largest.size <= max(B * n * C, 3 * size // slabs)
 
 
-def test_what_is_not_cut_does_keep_keys() -> None:
-    """So the measure above sees them."""
+def test_keys_are_kept_without_slabs() -> None:
+    """Shows that the measurement above detects them."""
     read, q = long_case(10_007)
     with Kept() as kept:
         part = attend(q, read._replace(form=True))
@@ -364,7 +362,7 @@ def error(actual: Tensor, truth: Tensor) -> float:
 @ways
 @pytest.mark.parametrize("tables", ["none", "disjoint"])
 @pytest.mark.parametrize("offset", [0.0, 1e3])
-def test_content_far_from_zero_loses_no_more_than_by_layer_norm(offset: float, tables: str, form: bool) -> None:
+def test_content_far_from_zero_is_as_accurate_as_with_layer_norm(offset: float, tables: str, form: bool) -> None:
     case = make(TABLES[tables])
     case = case._replace(content=case.content + offset).mapped(Tensor.float)
     truth = ordinary(case.mapped(Tensor.double), "layer norm").output
@@ -376,7 +374,7 @@ def test_content_far_from_zero_loses_no_more_than_by_layer_norm(offset: float, t
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("norm", ["layer norm", "RMS norm", "no norm"])
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-def test_half_precision_is_no_worse_than_tokens_written_out_in_it(
+def test_half_precision_is_as_accurate_as_with_dense_tokens(
     masked: bool, norm: str, dtype: torch.dtype, form: bool
 ) -> None:
     case, mask = make(norm=norm).mapped(lambda x: x.to(dtype)), bools(B, *GRID) if masked else None

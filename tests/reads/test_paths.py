@@ -9,6 +9,8 @@ from functools import partial
 
 import pytest
 import torch
+from perceiver_core.reads.costs import Machine, Sizes
+from perceiver_core.reads.keys_values import KeysValues
 from torch import nn
 
 import perceiver_core as pc
@@ -16,9 +18,7 @@ from perceiver_core import CrossAttend, Encoder, MultiHeadAttention, Tokens, exp
 from perceiver_core.__main__ import main as command
 from perceiver_core.kernels import chunked, reference, sdpa
 from perceiver_core.reads import Auto, Dense, Factored, Structured, measure
-from perceiver_core.reads.costs import Machine, Sizes
 from perceiver_core.reads.factored import FactoredKeysValues
-from perceiver_core.reads.keys_values import KeysValues
 
 ALL = (Structured(), Factored(), Dense())
 EXACT = {"rtol": 1e-10, "atol": 1e-10}

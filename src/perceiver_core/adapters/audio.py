@@ -31,7 +31,7 @@ class Audio(nn.Module):
         >>> import perceiver_core as pc
         >>> where = pc.positions.Fourier(num_axes=1, num_bands=64, max_resolution=480)
         >>> audio = pc.adapters.Audio(patch_size=128, positions=where)
-        >>> audio.dim, audio(torch.randn(2, 61_440)).n
+        >>> audio.dim, audio(torch.randn(2, 61_440)).num_tokens
         (257, 480)
 
     Reference: Jaegle et al. 2021 (Perceiver), section 4.2.

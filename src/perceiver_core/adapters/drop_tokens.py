@@ -31,7 +31,7 @@ class DropTokens(nn.Module):
         >>> import perceiver_core as pc
         >>> adapter = pc.adapters.DropTokens(pc.adapters.Grid(num_channels=10, positions=None), rate=0.25)
         >>> x = torch.randn(2, 48, 10)
-        >>> adapter.train()(x).n, adapter.eval()(x).n
+        >>> adapter.train()(x).num_tokens, adapter.eval()(x).num_tokens
         (36, 48)
 
     Reference: Hawthorne et al. 2022 (Perceiver AR), section 3.3 (cross-attend dropout); lucidrains/perceiver-pytorch,

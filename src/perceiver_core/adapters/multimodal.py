@@ -45,7 +45,7 @@ class Multimodal(nn.Module):
         >>> both = pc.adapters.Multimodal({"sound": sound, "label": pc.adapters.OneHotLabel(10)})
         >>> both({"sound": torch.randn(2, 960), "label": torch.tensor([1, 2])}).content.shape
         torch.Size([2, 61, 37])
-        >>> both({"sound": torch.randn(2, 960)}).n
+        >>> both({"sound": torch.randn(2, 960)}).num_tokens
         60
 
     Reference: Jaegle et al. 2022 (Perceiver IO), section 4.3; deepmind-research/perceiver, `MultimodalPreprocessor`.

@@ -28,7 +28,7 @@ class PointCloud(nn.Module):
         >>> import perceiver_core as pc
         >>> where = pc.positions.Fourier(num_axes=3, num_bands=64, max_resolution=1120)
         >>> points = pc.adapters.PointCloud(num_features=3, positions=where)
-        >>> points.dim, points(torch.rand(2, 450, 6) * 2 - 1).n
+        >>> points.dim, points(torch.rand(2, 450, 6) * 2 - 1).num_tokens
         (390, 450)
 
     Reference: Jaegle et al. 2021 (Perceiver), section 4.3.

@@ -1,4 +1,4 @@
-"""The model card beside a saved model: what it is made of, and how to load it."""
+"""Model card beside a saved model: the parts it is made of, and how to load it."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ import json
 from torch import nn
 
 from perceiver_core import registry
+from perceiver_core.checkpoints.saving import unwrapped
 
 _WIDTH = 100
 
 
 def card(model: nn.Module, name: str) -> str:
-    """The text of a model card, with the metadata that the hub reads.
+    """Return the text of a model card, with the metadata that the hub reads.
 
     Args:
-        model: made of registered parts.
-        name: where it is loaded from, a folder or a name on the hub.
+        model: Made of registered parts.
+        name: Folder or name on the hub, from which it is loaded.
 
     Raises:
-        ValueError: a part that is not registered.
+        ValueError: A part that is not registered.
 
     Example:
         >>> from torch import nn
@@ -27,6 +28,7 @@ def card(model: nn.Module, name: str) -> str:
         >>> print(card(nn.LayerNorm(8), "somebody/norm").splitlines()[6])
         # norm
     """
+    model = unwrapped(model)
     calls = as_calls(registry.to_config(model))
     weights = sum(parameter.numel() for parameter in model.parameters())
     own = sorted({label for label in map(_home, model.modules()) if label not in ("perceiver_core", "torch")})
@@ -42,37 +44,41 @@ def card(model: nn.Module, name: str) -> str:
     )
 
 
-def as_calls(description: registry.Json, indent: int = 0) -> str:
-    """A description of `registry.to_config` as the constructor calls that it stands for.
+def as_calls(config: registry.Json, indent: int = 0) -> str:
+    """Return the constructor calls of a configuration of `registry.to_config`, as Python.
 
-    A part that stands in two places is written out in the first; in the second, its path is.
+    A part in two places is written out in the first; in the second its path is written.
+
+    Args:
+        config: Configuration of a model.
+        indent: Number of columns that the first line is indented by.
 
     Example:
         >>> from functools import partial
         >>> import perceiver_core as pc
         >>> from perceiver_core.checkpoints.card import as_calls
         >>> as_calls(pc.registry.to_config(partial(pc.MLP, widening_factor=4, activation=pc.GEGLU())))
-        'partial(MLP, widening=4, activation=GEGLU())'
+        'partial(MLP, widening_factor=4, activation=GEGLU())'
     """
-    if isinstance(description, list):
-        return _wrapped("[", [as_calls(item, indent + 4) for item in description], "]", indent)
-    if not isinstance(description, dict):
-        return _quoted(description) if isinstance(description, str) else repr(description)
-    if "dict" in description:
-        pairs = [f"{_quoted(key)}: {as_calls(item, indent + 4)}" for key, item in description["dict"].items()]
+    if isinstance(config, list):
+        return _wrapped("[", [as_calls(item, indent + 4) for item in config], "]", indent)
+    if not isinstance(config, dict):
+        return _quoted(config) if isinstance(config, str) else repr(config)
+    if "dict" in config:
+        pairs = [f"{_quoted(key)}: {as_calls(item, indent + 4)}" for key, item in config["dict"].items()]
         return _wrapped("{", pairs, "}", indent)
-    for kind in ("name", "same"):
-        if kind in description:
-            return str(description[kind])
-    kind = "part" if "part" in description else "partial"
-    given = [f"{key}={as_calls(item, indent + 4)}" for key, item in description.items() if key != kind]
-    if kind == "partial":
-        return _wrapped("partial(", [description[kind], *given], ")", indent)
-    return _wrapped(f"{description[kind]}(", given, ")", indent)
+    for tag in ("name", "same"):
+        if tag in config:
+            return str(config[tag])
+    tag = "part" if "part" in config else "partial"
+    arguments = [f"{key}={as_calls(item, indent + 4)}" for key, item in config.items() if key != tag]
+    if tag == "partial":
+        return _wrapped("partial(", [config[tag], *arguments], ")", indent)
+    return _wrapped(f"{config[tag]}(", arguments, ")", indent)
 
 
 def _wrapped(start: str, items: list[str], end: str, indent: int) -> str:
-    """Items on one line if they fit, else one a line."""
+    """Return items on one line if they fit, otherwise each on its own."""
     line = f"{start}{', '.join(items)}{end}"
     if "\n" not in line and indent + len(line) <= _WIDTH:
         return line
@@ -81,12 +87,12 @@ def _wrapped(start: str, items: list[str], end: str, indent: int) -> str:
 
 
 def _quoted(text: str) -> str:
-    """As the formatters of Python write it."""
+    """Return a string literal with double quotes, as formatters of Python write it."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def _home(module: nn.Module) -> str:
-    """The library that a part is of; its module, where that is none of ours."""
+    """Return "perceiver_core" or "torch" for modules of these libraries, and the module's name for others."""
     home = type(module).__module__
     top = home.partition(".")[0]
     return top if top in ("perceiver_core", "torch") else home

@@ -15,13 +15,15 @@ import torch
 from torch import nn
 
 from perceiver_core.checkpoints.card import card
-from perceiver_core.checkpoints.folder import CONFIG, WEIGHTS, load, save
+from perceiver_core.checkpoints.folder import CONFIG, WEIGHTS
+from perceiver_core.checkpoints.loading import load
+from perceiver_core.checkpoints.saving import save
 
 CARD = "README.md"
 
 
 def save_pretrained(model: nn.Module, folder: str | PathLike[str]) -> Path:
-    """Writes a model to a folder as `save` does, and a model card beside it.
+    """Write a model to a folder as `save` does, and a model card beside it.
 
     Args:
         model: made of registered parts (all of the library's are).

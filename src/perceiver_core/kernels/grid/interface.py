@@ -10,7 +10,7 @@ the number of samples, or 1 where all samples share their queries.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -66,17 +66,18 @@ class GridGradients(NamedTuple):
     scale: Float[Tensor, ...]
 
 
+@runtime_checkable
 class Backend(Protocol):
     """Functions that a backend module defines."""
 
     def forward(self, inputs: GridInputs) -> GridOutputs:
-        """Computes the read of contiguous inputs."""
+        """Compute the read of contiguous inputs."""
         ...
 
     def backward(
         self, inputs: GridInputs, saved: Saved, upstream: Upstream, needs_token_gradients: bool
     ) -> GridGradients:
-        """Recomputes the softmax weights and returns the gradients of the inputs."""
+        """Recompute the softmax weights and returns the gradients of the inputs."""
         ...
 
 

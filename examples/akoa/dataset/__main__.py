@@ -1,0 +1,68 @@
+"""Measurement of the share of a training step that the input pipeline takes.
+
+python -m examples.akoa.dataset --data data/AKOA_Analysis --labels labels.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from examples.akoa.dataset.augmentation import augment, seeded_generator
+from examples.akoa.dataset.datamodule import KneeDataModule, to_model_input
+from examples.akoa.model import knee_model
+
+
+def measure(knees: KneeDataModule, num_batches: int) -> tuple[float, float]:
+    """Median seconds to prepare a batch (index, scale, augment) and to train on it."""
+    model, loader = knee_model(knees.size), knees.train_dataloader()
+    optimizer = torch.optim.AdamW(model.parameters())
+    input_times, train_times = [], []
+    start = time.perf_counter()
+    for step, (images, labels) in zip(range(num_batches), loader, strict=False):
+        inputs, targets = augment(to_model_input(images), labels, seeded_generator(images.device, step))
+        ready = time.perf_counter()
+        torch.autograd.backward(F.binary_cross_entropy_with_logits(model(inputs)[:, 0], targets))
+        optimizer.step()
+        optimizer.zero_grad()
+        done = time.perf_counter()
+        input_times.append(ready - start)
+        train_times.append(done - ready)
+        start = done
+    return float(np.median(input_times)), float(np.median(train_times))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; see the docstring of the module."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.akoa.dataset", description="Measure the share of a training step that the input takes."
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder with the PNG files")
+    parser.add_argument("--labels", type=Path, required=True, help="labels.csv of generate_labels")
+    parser.add_argument("--size", type=int, nargs="+", default=[64], help="pixels: one number, or height width")
+    parser.add_argument("--batch", type=int, default=64, help="images per batch (%(default)s)")
+    parser.add_argument("--fold", type=int, help="run of the cross-validation, if the labels are split into folds")
+    parser.add_argument("--batches", type=int, default=40, help="number of batches to time (%(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        size = (args.size[0], args.size[-1])
+        knees = KneeDataModule(labels=args.labels, data=args.data, size=size, batch=args.batch, fold=args.fold)
+        start = time.perf_counter()
+        knees.setup()
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    seconds = time.perf_counter() - start
+    input_time, train_time = measure(knees, args.batches)
+    print(f"decoded {len(knees.rows):,} images in {seconds:.1f} s ({len(knees.rows) / seconds:,.0f} per second)")
+    print(f"a batch of {args.batch}: {input_time * 1e3:.1f} ms to prepare, {train_time * 1e3:.1f} ms to train on")
+    print(f"the input takes {input_time / (input_time + train_time):.1%} of a step")
+
+
+if __name__ == "__main__":
+    main()

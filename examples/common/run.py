@@ -1,0 +1,150 @@
+"""Command-line options, training and result files of the short examples."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from examples.common.scores import Rows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Result = dict[str, Any]
+"""Content of a result.json."""
+
+
+class Run:
+    """One run of an example: its options, its start time and its trained models.
+
+    Args:
+        name: Name of the module in `examples`.
+        description: Text of `--help`; the docstring of the module.
+        arguments: Command-line arguments; None takes those of the process.
+    """
+
+    def __init__(self, name: str, description: str | None, arguments: Sequence[str] | None) -> None:
+        parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("--seed", type=int, default=0, help="seed of weights and training; data has its own seeds")
+        parser.add_argument("--toy", action="store_true", help="train for a few steps only, to check that it runs")
+        parser.add_argument("--out", type=Path, default=Path("runs") / name, help="folder of result and figure")
+        options = parser.parse_args(arguments)
+        self.name, self.seed, self.toy, self.out = name, options.seed, options.toy, options.out
+        flags = [*(["--seed", str(self.seed)] if self.seed else []), *(["--toy"] if self.toy else [])]
+        self.command = shlex.join(["python", "-m", f"examples.{name}", *flags, "--out", self.out.as_posix()])
+        self.start, self.trained = time.perf_counter(), {}
+        torch.manual_seed(self.seed)
+
+    def train(
+        self,
+        name: str,
+        model: nn.Module,
+        loss: Callable[[nn.Module], Tensor],
+        *,
+        steps: int,
+        lr: float = 1e-3,
+        decay: float = 0.995,
+    ) -> nn.Module:
+        """Train with AdamW and a one-cycle schedule, and return a running average of the weights.
+
+        Control-C ends training early; the run continues with the weights reached so far.
+
+        Args:
+            name: Name of the model in progress lines and in the result.
+            model: Model to train in place.
+            loss: Function that draws a batch and returns the loss of a model on it.
+            steps: Number of optimizer steps.
+            lr: Highest learning rate.
+            decay: Decay of the exponential moving average of the weights.
+
+        Returns:
+            A copy of the model with the averaged weights, in evaluation mode.
+        """
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=0.1)
+        start, done, recent = time.perf_counter(), 0, []
+        try:
+            for step in range(1, steps + 1):
+                value = loss(model)
+                optimizer.zero_grad()
+                value.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                average.update_parameters(model)
+                done = step
+                recent.append(value.item())
+                if step % max(1, steps // 20) == 0:
+                    elapsed, mean = time.perf_counter() - start, sum(recent) / len(recent)
+                    print(f"{name}: step {step} of {steps}, loss {mean:.4f}, {elapsed:.0f} s", flush=True)
+                    recent = []
+        except KeyboardInterrupt:
+            print(f"{name}: stopped after step {done} of {steps}")
+        seconds, size = time.perf_counter() - start, sum(p.numel() for p in model.parameters())
+        self.trained[name] = {"steps": done, "of": steps, "seconds": round(seconds, 1), "parameters": size}
+        return average.module.eval()
+
+    def finish(self, figure: Figure, *, tables: Mapping[str, Rows], **extra: object) -> Result:
+        """Write `result.json` and `figure.png`.
+
+        Args:
+            figure: Figure to save.
+            tables: Rows of scores, by the title of their table.
+            **extra: Further entries of the result.
+
+        Returns:
+            Content of `result.json`.
+        """
+        result = {
+            "command": self.command,
+            "machine": machine(),
+            "seconds": round(time.perf_counter() - self.start, 1),
+            "seed": self.seed,
+            "toy": self.toy,
+            "trained": self.trained,
+            **extra,
+            "tables": tables,
+        }
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.out / "figure.png", lambda path: figure.savefig(path, dpi=110, format="png"))
+        write_atomic(self.out / "result.json", lambda path: path.write_text(json.dumps(result, indent=2) + "\n"))
+        print(f"result and figure: {self.out}")
+        return result
+
+
+def write_atomic(path: Path, save: Callable[[Path], object]) -> None:
+    """Write a file completely or not at all: to a temporary file in the same folder, then renamed."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save(part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def machine() -> dict[str, str | int]:
+    """Hardware and software versions that affect run times."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    return {
+        "processor": model or platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }

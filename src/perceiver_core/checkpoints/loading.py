@@ -1,0 +1,109 @@
+"""Models from folders that `save` wrote.
+
+Loading builds registered parts only, on no device, and compares their shapes with the file before any memory is
+taken: a small hostile file can ask for nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from perceiver_core import registry
+from perceiver_core.checkpoints.differences import spec_differences
+from perceiver_core.checkpoints.folder import CONFIG, LARGEST_CONFIG, WEIGHTS, parse_config
+from perceiver_core.checkpoints.state import first_names, specs_in, state_tensors, tensor_specs
+
+
+def load(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> nn.Module:
+    """Build a model from a folder that `save` wrote, in evaluation mode.
+
+    Executes nothing from the files: only registered parts are built, see `register`. Weights keep the
+    dtype that they were saved in.
+
+    Args:
+        folder: Folder to read.
+        device: Device of the weights.
+
+    Returns:
+        The model, an instance of the class that was saved.
+
+    Raises:
+        FileNotFoundError: No such folder, or a file missing in it.
+        ValueError: Files that are truncated, of another or newer format, name parts that are not
+            registered, or do not fit each other.
+
+    Example:
+        >>> import tempfile, torch
+        >>> import perceiver_core as pc
+        >>> audio = pc.adapters.Audio(patch_size=4, positions=None)
+        >>> model = pc.Perceiver(audio, pc.Encoder(audio.dim, num_latents=3, dim=8), pc.heads.Identity())
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     again = pc.load(pc.save(model, folder))
+        >>> again(torch.zeros(2, 99)).shape
+        torch.Size([2, 3, 8])
+    """
+    folder, device = Path(folder), torch.device(device)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is not there; give load the folder that save wrote")
+    if (folder / CONFIG).stat().st_size > LARGEST_CONFIG:
+        raise ValueError(f"{folder / CONFIG} is larger than any configuration ({LARGEST_CONFIG} bytes); copy it again")
+    config = parse_config((folder / CONFIG).read_bytes(), f"{folder / CONFIG}")
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            specs = specs_in(file)
+            model = build_without_values(config, len(specs))
+            different = spec_differences(tensor_specs(state_tensors(model)), specs)
+            if different:
+                raise ValueError(f"{folder / WEIGHTS} does not fit {CONFIG}: {different}. Copy both from one save")
+            # A copy: what is read is a view of the file, which somebody may overwrite.
+            _fill(model, {name: file.get_tensor(name).to(device, copy=True) for name in specs})
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is not a whole safetensors file: {error}. Copy it again") from error
+    return model.eval()
+
+
+def build_without_values(config: registry.Json, tensors: int) -> nn.Module:
+    """Build a model on the meta device, where nothing takes memory.
+
+    Args:
+        config: Configuration of the model.
+        tensors: Number of its tensors, which bounds that of its modules.
+
+    Raises:
+        ValueError: A configuration of anything but a module, too many modules, or a tensor outside of the state.
+    """
+    # A block has fewer modules than tensors; adapters, activations and dropout have no tensors, but are few.
+    with torch.device("meta"), registry.at_most(8 * tensors + 1024):
+        model = registry.from_config(config)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{CONFIG} describes a {type(model).__name__}, not a module; give save a model")
+    saved = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+    for path, module in model.named_modules():
+        own = {**dict(module.named_buffers(recurse=False)), **dict(module.named_parameters(recurse=False))}
+        lost = [name for name, tensor in own.items() if id(tensor) not in saved]
+        lost += [name for name, value in vars(module).items() if isinstance(value, Tensor) and value.is_meta]
+        if lost:
+            raise ValueError(
+                f"{path or 'the model'} ({type(module).__name__}) has a tensor {lost[0]!r} that is in no file. Keep it "
+                f"in a buffer that is saved, self.register_buffer({lost[0]!r}, ...), or compute it in forward"
+            )
+    return model
+
+
+def _fill(model: nn.Module, values: dict[str, Tensor]) -> None:
+    """Replaces the tensors of a model by others; what was one tensor under two names stays one."""
+    made: dict[str, Tensor] = {}
+    tensors = model.state_dict(keep_vars=True)
+    for name, first in first_names(model).items():
+        old = tensors[name]
+        if name == first:
+            new = values[name]
+            made[name] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+        made[name] = made[first]
+    model.load_state_dict(made, assign=True)

@@ -1,0 +1,97 @@
+"""Tensors of a model's state: their names, shapes, dtypes and memory."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TensorSpecs = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of each tensor
+_TORCH_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16",
+}  # fmt: skip
+
+
+def state_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a model's state, each under its first name.
+
+    Raises:
+        ValueError: Something that is no tensor with values of its own: a lazy or sparse one, or one that wraps others.
+    """
+    state = model.state_dict(keep_vars=True)
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or nn.parameter.is_lazy(value) or value.layout is not torch.strided:
+            raise ValueError(f"{name} is not a tensor with values ({type(value).__name__}), so it cannot be saved")
+        if _wraps_others(value):
+            raise ValueError(
+                f"{name} is a {type(value).__name__}, a tensor that has no values itself but wraps others (quantized "
+                "or sharded ones, for example), so it cannot be saved. Save the model before it is wrapped, or save "
+                "its state_dict() with the library that wrapped it"
+            )
+    return {name: state[name] for name, first in first_names(model).items() if name == first}
+
+
+def _wraps_others(tensor: Tensor) -> bool:
+    if type(tensor) in (Tensor, nn.Parameter) or tensor.is_meta or not tensor.numel():
+        return False
+    try:
+        return tensor.untyped_storage().data_ptr() == 0
+    except (NotImplementedError, RuntimeError):  # there is no storage at all
+        return True
+
+
+def first_names(model: nn.Module) -> dict[str, str]:
+    """Return for each name in the state the first name of the same tensor."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(tensor), name) for name, tensor in model.state_dict(keep_vars=True).items()}
+
+
+def check_values(tensors: dict[str, Tensor]) -> None:
+    """Raise ValueError unless tensors have values, and no two of them the same memory."""
+    ends: list[tuple[str, int, int, str]] = []
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ValueError(f"{name} is on the meta device, where it has no values to save")
+        if tensor.numel():
+            reach = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+            start = tensor.data_ptr()
+            ends.append((str(tensor.device), start, start + reach * tensor.element_size(), name))
+    ends.sort()
+    for (device, _, end, name), (other_device, start, _, other) in pairwise(ends):
+        if device == other_device and start < end:
+            raise ValueError(
+                f"{name} and {other} share memory but are two tensors, so their tie would be lost. "
+                "Make them one nn.Parameter in the constructor of a registered part, or copy one"
+            )
+
+
+def tensor_specs(tensors: dict[str, Tensor]) -> TensorSpecs:
+    """Return the shape and dtype of each tensor."""
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+
+
+def specs_in(file: Any) -> TensorSpecs:
+    """Return the shape and dtype of each tensor in an open safetensors file, which reads none of their values.
+
+    Raises:
+        ValueError: A dtype that no part has.
+    """
+    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    return {name: (tuple(s.get_shape()), dtype_named(s.get_dtype())) for name, s in slices.items()}
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """Return the dtype of a name of safetensors.
+
+    Raises:
+        ValueError: A dtype that no part has.
+    """
+    if name not in _TORCH_NAMES:
+        raise ValueError(f"model.safetensors holds values of type {name}, which no part has")
+    dtype: torch.dtype = getattr(torch, _TORCH_NAMES[name])
+    return dtype

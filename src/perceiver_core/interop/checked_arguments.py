@@ -1,0 +1,128 @@
+"""Arguments of another library's constructor, compared with the weights of the model that it made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from perceiver_core import checks
+from perceiver_core.registry import Json
+
+T = TypeVar("T")
+
+
+class CheckedArguments:
+    """Arguments of a model's constructor, and the weights of the model.
+
+    Args:
+        weights: State dict of the model, or headers of one on the meta device.
+        arguments: Arguments that the caller gives, by name.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], arguments: Mapping[str, Json]) -> None:
+        self.weights, self.arguments = dict(weights), arguments
+
+    def get(self, name: str, default: Json) -> Json:
+        """Return an argument that weights do not determine."""
+        return self.arguments.get(name, default)
+
+    def agreed(self, name: str, actual: T, key: str) -> T:
+        """Return an argument that weights determine.
+
+        Args:
+            name: Name of the argument.
+            actual: Value in the weights.
+            key: Name of the weight that determines it.
+
+        Raises:
+            ValueError: The caller gives another value.
+        """
+        if (given := self.get(name, actual)) != actual:
+            raise ValueError(f"{name} must be {actual}, which the weights have ({key}); got {given!r}")
+        return actual
+
+    def length(self, key: str, axis: int = 0) -> int:
+        """Return the length of an axis of a weight.
+
+        Raises:
+            ValueError: The weight is missing, or has no such axis.
+        """
+        if key not in self.weights:
+            raise ValueError(f"weights must hold {key}; it is missing. The first are {list(self.weights)[:5]}")
+        shape = tuple(self.weights[key].shape)
+        if len(shape) <= axis or 0 in shape:
+            raise ValueError(f"{key} must have {axis + 1} axes at least and not be empty; its shape is {shape}")
+        return shape[axis]
+
+    def size(self, name: str, key: str, axis: int = 0) -> int:
+        """Return an argument that is the length of an axis of a weight."""
+        return self.agreed(name, self.length(key, axis), key)
+
+    def heads(self, prefix: str, key: str, default: int) -> tuple[int, int]:
+        """Return the number of heads and their width together, the number of rows of a weight.
+
+        Args:
+            prefix: Beginning of the arguments `{prefix}_heads` and `{prefix}_dim_head`. A head is 64 wide by default.
+            key: Name of the weight.
+            default: Number of heads if neither argument is given.
+
+        Raises:
+            ValueError: Heads of the given number and width do not make up the rows.
+        """
+        rows, names = self.length(key), (f"{prefix}_heads", f"{prefix}_dim_head")
+        given = {name: self.arguments[name] for name in names if name in self.arguments}
+        checks.positive(**given)
+        heads, width = (given.get(name) for name in names)
+        if heads is None:
+            heads = default if width is None else rows // width
+        if width is None:
+            width = rows // heads if names[0] in given else 64
+        if heads * width != rows:
+            raise ValueError(
+                f"{names[0]}={heads} times {names[1]}={width} must be {rows}, the rows of {key}; got {heads * width}. "
+                f"Give {names[0]}, which weights do not tell"
+            )
+        return heads, rows
+
+    def layers(self, first: int) -> tuple[int, bool]:
+        """Return the number of layers, and whether those from `first` on share weights. Then all but one are dropped.
+
+        Raises:
+            ValueError: The depth given is another than that of the weights, or layers given as tied differ.
+        """
+        stored = len({layer for layer in map(layer_of, self.weights) if layer >= 0})
+        same = all(self._same_layers(first, other) for other in range(first + 1, stored))
+        depth, tied = self.get("depth", stored), self.get("weight_tie_layers", same and stored > first + 1)
+        if tied and not same:
+            raise ValueError(f"weight_tie_layers must be False, since layers after number {first} differ; got {tied!r}")
+        if depth != stored and not (tied and isinstance(depth, int) and depth > stored > first):
+            raise ValueError(
+                f"depth must be {stored}, the number of layers in the weights; got {depth!r}. Where tied layers were "
+                "left out when the weights were saved, give weight_tie_layers=True too"
+            )
+        if tied:
+            self.weights = {name: tensor for name, tensor in self.weights.items() if layer_of(name) <= first}
+        return depth, bool(tied)
+
+    def _same_layers(self, one: int, other: int) -> bool:
+        for name, a in self.weights.items():
+            if layer_of(name) == one:
+                b = self.weights.get(name.replace(f".{one}.", f".{other}.", 1))
+                if b is None or (a is not b and (a.dtype != b.dtype or not torch.equal(a, b))):
+                    return False
+        return True
+
+
+def layer_of(name: str) -> int:
+    """Return the number of the layer of a weight, `layers.{number}` or `attn_residuals.{number}`; -1 if it is in none.
+
+    Example:
+        >>> from perceiver_core.interop.checked_arguments import layer_of
+        >>> layer_of("layers.3.norm.weight"), layer_of("latents")
+        (3, -1)
+    """
+    parts = name.split(".")
+    return int(parts[1]) if parts[0] in ("layers", "attn_residuals") and len(parts) > 2 and parts[1].isdecimal() else -1

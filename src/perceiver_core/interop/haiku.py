@@ -1,0 +1,161 @@
+"""Parameters of DeepMind's Perceiver IO code, as Haiku writes them, in our models.
+
+Shapes tell most of the configuration; what they do not tell is as published unless given. Headers of all arrays are
+compared with the model before any array is read.
+"""
+
+from __future__ import annotations
+
+import re
+from os import PathLike
+from pathlib import Path
+
+import torch
+
+from perceiver_core.checkpoints.state import state_tensors
+from perceiver_core.interop.checked_arguments import CheckedArguments
+from perceiver_core.interop.published_models import DEEPMIND_NUMERICS, Numerics, build
+from perceiver_core.interop.published_weights import (
+    CONVOLUTIONAL,
+    FLOW,
+    LEARNED,
+    MULTIMODAL,
+    PIXELS,
+    TEXT,
+    from_haiku,
+    haiku_decoder,
+    haiku_encoder,
+)
+from perceiver_core.interop.transformers_config import DEFAULTS, FOURIER, Config
+from perceiver_core.interop.weight_files.haiku_parameters import open_parameters
+from perceiver_core.interop.weight_files.state_dict_files import check_floats, errors_with_path
+from perceiver_core.interop.weight_mapping import assign
+from perceiver_core.models import PerceiverIO
+from perceiver_core.registry import Json
+
+MARKS = {  # parameters that a single architecture has
+    "embed/embeddings": TEXT,
+    "image_preprocessor/~/conv2_d/w": LEARNED,
+    "image_preprocessor/~/conv2_d_downsample/~/conv/w": CONVOLUTIONAL,
+    "image_preprocessor/patches_linear/w": FLOW,
+    "multimodal_preprocessor/label_mask_token/pos_embs": MULTIMODAL,
+}
+# Published values that shapes do not tell: heads of self-attends and of the encoder's read, repeats of the blocks.
+HEADS = {TEXT: (8, 8, 1), FLOW: (16, 1, 1), MULTIMODAL: (8, 1, 1)}
+IMAGE_HEADS = (8, 1, 8)
+CONTENT_CHANNELS = {PIXELS: 3, CONVOLUTIONAL: 64}  # of a token, without Fourier features
+# Entries of transformers' configuration that do not describe the model.
+DESCRIPTIVE = {"architectures", "model_type", "id2label", "label2id", "layer_norm_eps", "initializer_range"}
+DESCRIPTIVE |= {"transformers_version", "torch_dtype", "dtype", "_name_or_path"}
+TRAINING_STATE = re.compile(r"/~/(mean|var)_ema/(hidden|counter)$")  # of running statistics
+
+
+def load_haiku(path: str | PathLike[str], *, numerics: Numerics = DEEPMIND_NUMERICS, **config: Json) -> PerceiverIO:
+    """Load a model of DeepMind's Perceiver IO code.
+
+    Args:
+        path: File of Haiku's parameters: an `.npz` of arrays named `scope/parameter`, or the published pickle, of
+            which nothing but dictionaries and arrays is read. Its name does not matter.
+        numerics: Numerics of the model; see `interop.Numerics`.
+        config: Values that shapes do not tell, by transformers' names, if they are not as published: numbers of
+            heads, `num_blocks`, sizes of images. For image classifiers with Fourier features also `max_resolution`,
+            the height and width that the features resolve ([224, 224], or [56, 56] after a convolution, as published);
+            their number of bands, `num_bands`, is read from the shapes.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        TypeError: A name in `config` is not in transformers' configuration.
+        ValueError: The file holds anything else, or parameters of another model.
+
+    Example:
+        >>> import perceiver_core as pc
+        >>> model = pc.interop.load_haiku("imagenet_fourier_position_encoding.pystate")  # doctest: +SKIP
+        >>> small = pc.interop.load_haiku("trained_at_96_x_128.npz", max_resolution=[96, 128])  # doctest: +SKIP
+    """
+    return load_with_config(Path(path), numerics, config)[0]
+
+
+def load_with_config(path: Path, numerics: Numerics, given: Config) -> tuple[PerceiverIO, dict[str, Json]]:
+    """Load a model, and return it with the configuration that transformers would have for it; see `load_haiku`."""
+    if unknown := sorted(given.keys() - DEFAULTS.keys() - FOURIER.keys() - DESCRIPTIVE):
+        raise TypeError(f"a configuration of Perceiver IO has no {unknown}; it has {sorted(DEFAULTS | FOURIER)}")
+    with open_parameters(path) as parameters, errors_with_path(path):
+        arrays = {name: array for name, array in parameters.items() if not TRAINING_STATE.search(name)}
+        headers = {name: array.as_tensor() for name, array in arrays.items()}
+        check_floats(headers)
+        config = _inferred_config(CheckedArguments(headers, given)) | dict(given)
+        mapping = from_haiku(config, headers)
+        mapping.check(headers)
+        with torch.device("meta"):
+            model = build(config, numerics)
+        mapping.check(headers, like=state_tensors(model))
+        tensors = mapping.load({name: torch.from_numpy(array.read()) for name, array in arrays.items()})
+        assign(model, {name: tensor.contiguous() for name, tensor in tensors.items()})
+    return model.eval(), config
+
+
+def _inferred_config(checked: CheckedArguments) -> dict[str, Json]:
+    """Return the configuration that shapes and the published values tell."""
+    names, length = checked.weights, checked.length
+    architecture = next((architecture for mark, architecture in MARKS.items() if mark in names), PIXELS)
+    heads, cross_heads, blocks = HEADS.get(architecture, IMAGE_HEADS)
+    encoder = haiku_encoder(names)
+    latents, read = f"{encoder}/trainable_position_encoding/pos_embs", f"{encoder}/cross_attention"
+    if latents not in names:
+        raise ValueError(f"it must hold a published Perceiver IO; it lacks {latents}, and has {sorted(names)[:5]}")
+    dim = length(latents, 1)
+    query = re.compile(rf"{re.escape(encoder)}/self_attention(_\d+)?/attention/linear/w")
+    config = {
+        "architectures": [architecture],
+        "num_latents": length(latents),
+        "d_latents": dim,
+        "num_blocks": blocks,
+        "num_self_attends_per_block": sum(query.fullmatch(name) is not None for name in names),
+        "num_self_attention_heads": heads,
+        "num_cross_attention_heads": cross_heads,
+        "attention_probs_dropout_prob": 0.0,
+        "self_attention_widening_factor": length(f"{encoder}/self_attention/mlp/linear/w", 1) // dim,
+        "cross_attention_widening_factor": length(f"{read}/mlp/linear/w", 1) // dim,
+    }
+    return config | _inferred_ends(architecture, checked, f"{encoder}/self_attention/attention", f"{read}/layer_norm_1")
+
+
+def _inferred_ends(architecture: str, checked: CheckedArguments, attention: str, input_norm: str) -> dict[str, Json]:
+    """Return the entries of inputs and outputs."""
+    length, fourier = checked.length, sorted(checked.arguments.keys() & FOURIER.keys())
+    if fourier and architecture not in CONTENT_CHANNELS:
+        raise ValueError(f"{fourier} must be left out: the file holds a {architecture}, for which they are fixed")
+    if architecture == TEXT:
+        return {
+            "vocab_size": length("embed/embeddings"),
+            "d_model": length("embed/embeddings", 1),
+            "max_position_embeddings": length("trainable_position_encoding/pos_embs"),
+            "qk_channels": length(f"{attention}/linear/w", 1),
+            "v_channels": length(f"{attention}/linear_2/w", 1),
+        }
+    outputs = length(f"{haiku_decoder(architecture)}/output/w", 1)
+    if architecture == MULTIMODAL:
+        labels, patch = (length(f"{name}_postprocessor/linear/w", 1) for name in ("classification", "audio"))
+        return {"num_labels": labels, "samples_per_patch": patch, "output_num_channels": outputs}
+    if architecture == LEARNED:
+        points = length("image_preprocessor/~_build_network_inputs/trainable_position_encoding/pos_embs")
+        return {"num_labels": outputs, "image_size": round(points**0.5)}
+    if architecture in CONTENT_CHANNELS:
+        return {"num_labels": outputs, "num_bands": _num_bands(checked, architecture, f"{input_norm}/scale")}
+    return {}
+
+
+def _num_bands(checked: CheckedArguments, architecture: str, key: str) -> int:
+    """Return the number of bands of Fourier features, which the width of tokens tells.
+
+    Raises:
+        ValueError: No number of bands makes this width.
+    """
+    width, content = checked.length(key), CONTENT_CHANNELS[architecture]
+    bands, rest = divmod(width - content - 2, 4)  # a coordinate, sines and cosines along each of two axes
+    if rest or bands < 1:
+        raise ValueError(f"{key} must have {content} + 2 x (2 x num_bands + 1) values; got {width}")
+    return checked.agreed("num_bands", bands, key)

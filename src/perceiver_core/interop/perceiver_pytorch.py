@@ -1,0 +1,299 @@
+"""Models of perceiver-pytorch (lucidrains) as ours, from their weights and the arguments that made them.
+
+Weights tell most of the arguments. They do not tell the highest frequency, the number of heads in a width, and dropout.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Container, Mapping
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from perceiver_core import checks, queries, sharing
+from perceiver_core import heads as heads_
+from perceiver_core.adapters import DropTokens, Grid
+from perceiver_core.blocks import (
+    GEGLU,
+    MLP,
+    AttentionResidual,
+    CrossAttend,
+    LatentTransformer,
+    MultiHeadAttention,
+    SelfAttend,
+)
+from perceiver_core.decoder import Decoder
+from perceiver_core.encoder import Encoder
+from perceiver_core.interop.checked_arguments import CheckedArguments
+from perceiver_core.interop.weight_files.state_dict_files import read_state_dict
+from perceiver_core.interop.weight_mapping import Entry, WeightMapping, assign, fused, renamed
+from perceiver_core.kernels import inverted
+from perceiver_core.models import Perceiver, PerceiverIO
+from perceiver_core.positions import FourierPerAxis
+from perceiver_core.registry import Json
+
+
+class Layout(NamedTuple):
+    """Names of the modules in a version of a model; {0} is the number of the layer, {1} that of the self-attend."""
+
+    model: str
+    read: str
+    read_mlp: str
+    self_attend: str
+
+
+LAYOUTS = (
+    Layout("Perceiver", "layers.{0}.cross_attn", "layers.{0}.cross_ff", "layers.{0}.self_attns.{1}"),
+    Layout("PerceiverIO", "cross_attend_block.cross_attn", "cross_attend_block.cross_ff", "layers.{0}.self_attns.{1}"),
+    Layout("Perceiver", "layers.{0}.0", "layers.{0}.1", "layers.{0}.2.{1}"),  # these two from 0.8 to 0.10
+    Layout("PerceiverIO", "cross_attend_blocks.0", "cross_attend_blocks.1", "layers.{0}"),
+)
+COMMON = {
+    "depth", "num_latents", "latent_dim", "cross_heads", "latent_heads", "cross_dim_head", "latent_dim_head",
+    "weight_tie_layers", "attn_residual", "attn_residual_rank", "inverted_cross_attn",
+}  # fmt: skip
+ARGUMENTS = {
+    "Perceiver": COMMON | {
+        "num_freq_bands", "max_freq", "input_channels", "input_axis", "num_classes", "attn_dropout", "ff_dropout",
+        "fourier_encode_data", "self_per_cross_attn", "final_classifier_head",
+    },
+    "PerceiverIO": COMMON | {"dim", "queries_dim", "logits_dim", "decoder_ff", "seq_dropout_prob"},
+}  # fmt: skip
+ATTENTION = [
+    Entry("attention.query.weight", "fn.to_q.weight"),
+    Entry(("attention.key.weight", "attention.value.weight"), "fn.to_kv.weight", fused(2)),
+    *renamed({"attention.output": "fn.to_out"}),
+]
+CROSS_ATTENTION = WeightMapping([*renamed({"query_norm": "norm", "input_norm": "norm_context"}), *ATTENTION])
+SELF_ATTENTION = WeightMapping([*renamed({"norm": "norm"}), *ATTENTION])
+FEED_FORWARD = WeightMapping(renamed({"mlp_norm": "norm", "mlp.expand": "fn.net.0", "mlp.contract": "fn.net.2"}))
+RESIDUAL = WeightMapping(
+    Entry(f"{name}.weight", f"to_attn_logits.{i}.weight") for i, name in enumerate(("norm", "project", "expand"))
+)
+
+
+def load_perceiver_pytorch(
+    state_dict: Mapping[str, Tensor] | str | os.PathLike[str], **arguments: Json
+) -> Perceiver | PerceiverIO:
+    """Return perceiver-pytorch's `Perceiver` or `PerceiverIO` as ours: equal outputs in evaluation mode.
+
+    The names in the state dict tell which of the two it is. The model takes the inputs that theirs takes: images are
+    `b h w c`. Their `queries` are our `at`: `model(data, mask=mask, query_inputs=queries)`.
+
+    Args:
+        state_dict: State dict of their model, of version 0.8 or newer; or the path of a safetensors file. Its tensors
+            become the weights, without a copy.
+        arguments: Arguments of their constructor, by name. Give `max_freq`, unless fourier_encode_data=False;
+            `cross_heads`, `latent_heads`, `input_channels`, `input_axis` and `inverted_cross_attn` if they are not
+            their defaults; and rates of dropout to train on. The others are read from the weights and may be left out.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        TypeError: A model was given rather than its state dict, or an argument that their constructor does not have.
+        ValueError: Arguments do not agree with the weights; weights are missing, unexpected or of another shape;
+            `inverted_cross_attn` is not the same for all layers.
+
+    Example:
+        >>> import torch
+        >>> import perceiver_core as pc
+        >>> # the weights of Perceiver(depth=1, self_per_cross_attn=0, final_classifier_head=False, ...)
+        >>> layers = {"attn.norm": (12,), "attn.norm_context": (29,), "attn.fn.to_out": (12, 8), "ff.norm": (12,)}
+        >>> layers |= {"ff.fn.net.0": (96, 12), "ff.fn.net.2": (12, 48)}
+        >>> weights = {f"layers.0.cross_{name}.weight": torch.randn(shape) for name, shape in layers.items()}
+        >>> weights |= {f"layers.0.cross_{name}.bias": torch.randn(shape[0]) for name, shape in layers.items()}
+        >>> weights["layers.0.cross_attn.fn.to_q.weight"] = torch.randn(8, 12)
+        >>> weights["layers.0.cross_attn.fn.to_kv.weight"] = torch.randn(16, 29)
+        >>> weights["latents"] = torch.randn(7, 12)
+        >>> model = pc.interop.load_perceiver_pytorch(weights, max_freq=10.0, cross_heads=2)
+        >>> model.adapter.positions.num_bands, model(torch.randn(2, 5, 11, 3)).shape
+        (6, torch.Size([2, 7, 12]))
+
+    Reference: lucidrains/perceiver-pytorch 0.11.0, `perceiver_pytorch.py` and `perceiver_io.py`.
+    """
+    weights = read_state_dict(state_dict)
+    layout = layout_of(weights)
+    if layout is None:
+        raise ValueError(
+            "state_dict must be that of perceiver_pytorch's Perceiver or PerceiverIO, version 0.8 or newer; its first "
+            f"names are {list(weights)[:5]}. Where theirs is a part of a model, take off what stands before 'latents'"
+        )
+    if unknown := sorted(arguments.keys() - ARGUMENTS[layout.model]):
+        raise TypeError(
+            f"perceiver_pytorch.{layout.model} takes no {unknown}; it takes {sorted(ARGUMENTS[layout.model])}"
+        )
+    checks.probability(**{name: rate for name, rate in arguments.items() if "dropout" in name})
+    checked = CheckedArguments(weights, arguments)
+    with torch.device("meta"):
+        model, mapping = (_perceiver if layout.model == "Perceiver" else _perceiver_io)(checked, layout)
+    assign(model, mapping.load(checked.weights, like=model.state_dict()))
+    return model.eval()
+
+
+def layout_of(names: Container[str]) -> Layout | None:
+    """Return the layout that a state dict's names are of, or None if it is another model's."""
+    return next((layout for layout in LAYOUTS if f"{layout.read.format(0)}.norm_context.weight" in names), None)
+
+
+class _Parts(NamedTuple):
+    """Factories of the layers of both models, and their numbers of heads."""
+
+    cross_heads: int
+    latent_heads: int
+    read: partial[CrossAttend]
+    decoder_read: partial[CrossAttend]  # never inverted
+    self_attend: partial[SelfAttend]
+    residual: partial[AttentionResidual] | None
+
+
+def _parts(checked: CheckedArguments, layout: Layout, mlp: partial[MLP]) -> _Parts:
+    cross_heads, cross_dim = checked.heads("cross", f"{layout.read.format(0)}.fn.to_q.weight", 1)
+    latent_query = f"{layout.self_attend.format(0, 0)}.0.fn.to_q.weight"
+    latent_heads, latent_dim = checked.heads("latent", latent_query, 8) if latent_query in checked.weights else (1, 1)
+    # Their heads have a width of their own; queries, keys and values have no bias.
+    attention = partial(MultiHeadAttention, bias=False, dropout=checked.get("attn_dropout", 0.0))
+    cross_attention = partial(attention, qk_dim=cross_dim)
+    read_attention = partial(cross_attention, kernel=inverted) if _is_inverted(checked) else cross_attention
+    return _Parts(
+        cross_heads,
+        latent_heads,
+        partial(CrossAttend, attention=read_attention, mlp=mlp),
+        partial(CrossAttend, attention=cross_attention, mlp=mlp, residual=False),
+        partial(SelfAttend, attention=partial(attention, qk_dim=latent_dim), mlp=mlp),
+        _attention_residual(checked),
+    )
+
+
+def _is_inverted(checked: CheckedArguments) -> bool:
+    """Return whether latents compete for tokens, which has to be the same in all layers."""
+    given = checked.get("inverted_cross_attn", False)
+    values = {*given} if isinstance(given, (tuple, list)) else {given}
+    if values not in ({True}, {False}):
+        raise ValueError(f"inverted_cross_attn must be True or False, the same for all layers; got {given!r}")
+    return values == {True}
+
+
+def _attention_residual(checked: CheckedArguments) -> partial[AttentionResidual] | None:
+    """Return the factory of their attention residuals, if they have some."""
+    key = "attn_residuals.0.to_attn_logits.1.weight"
+    if not checked.agreed("attn_residual", key in checked.weights, key):
+        return None
+    return partial(AttentionResidual, rank=checked.size("attn_residual_rank", key))
+
+
+def _perceiver(checked: CheckedArguments, layout: Layout) -> tuple[Perceiver, WeightMapping]:
+    """Return their Perceiver without weights, and the mapping of its weights."""
+    parts = _parts(
+        checked, layout, partial(MLP, widening_factor=4, activation=GEGLU(), dropout=checked.get("ff_dropout", 0.0))
+    )
+    adapter = _grid(checked, f"{layout.read.format(0)}.norm_context.weight")
+    depth, tied = checked.layers(first=1)
+    self_attends = _num_self_attends(checked, layout)
+    encoder = Encoder(
+        adapter.dim,
+        num_latents=checked.size("num_latents", "latents"),
+        dim=checked.size("latent_dim", "latents", 1),
+        num_reads=depth,
+        depth=checked.agreed("self_per_cross_attn", self_attends, layout.self_attend.format(0, "*")),
+        num_heads=parts.latent_heads,
+        share=sharing.all_but_first if tied else sharing.none,
+        cross_attention=partial(parts.read, num_heads=parts.cross_heads),
+        latent_transformer=partial(LatentTransformer, block=parts.self_attend),
+        aggregate=parts.residual,
+    )
+    entries = [Entry("encoder.latents", "latents")]
+    for i in set(encoder.sharing.reads):  # also the number of the first layer with these weights
+        entries += _read_entries(f"encoder.reads.{i}.", layout, i)
+        for j in range(self_attends):
+            entries += _self_attend_entries(f"encoder.transformers.{i}.blocks.{j}.", layout.self_attend.format(i, j))
+        entries += RESIDUAL.within(f"encoder.aggregates.{i}.", f"attn_residuals.{i}.") if parts.residual else []
+    if not checked.agreed("final_classifier_head", "to_logits.2.weight" in checked.weights, "to_logits"):
+        return Perceiver(adapter, encoder, heads_.Identity()), WeightMapping(entries)
+    head = heads_.Classification(encoder.dim, checked.size("num_classes", "to_logits.2.weight"))
+    entries += renamed({"head.norm": "to_logits.1", "head.logits": "to_logits.2"})
+    return Perceiver(adapter, encoder, head), WeightMapping(entries)
+
+
+def _perceiver_io(checked: CheckedArguments, layout: Layout) -> tuple[PerceiverIO, WeightMapping]:
+    """Return their PerceiverIO without weights, and the mapping of its weights."""
+    parts = _parts(checked, layout, partial(MLP, widening_factor=4, activation=GEGLU()))
+    depth, tied = checked.layers(first=0)
+    grid = Grid(checked.size("dim", f"{layout.read}.norm_context.weight"), positions=None)
+    rate, blocks = checked.get("seq_dropout_prob", 0.0), 1 if tied else depth
+    transformer = partial(
+        LatentTransformer, num_repeats=depth if tied else 1, block=parts.self_attend, aggregate=parts.residual
+    )
+    encoder = Encoder(
+        grid.dim,
+        num_latents=checked.size("num_latents", "latents"),
+        dim=checked.size("latent_dim", "latents", 1),
+        depth=blocks,
+        num_heads=parts.latent_heads,
+        cross_attention=partial(parts.read, num_heads=parts.cross_heads),
+        latent_transformer=transformer,
+    )
+    entries = [Entry("encoder.latents", "latents"), *_read_entries("encoder.reads.0.", layout, 0)]
+    for i in range(blocks):
+        entries += _self_attend_entries(f"encoder.transformers.0.blocks.{i}.", layout.self_attend.format(i, 0))
+        residual = RESIDUAL.within(f"encoder.transformers.0.aggregates.{i}.", f"attn_residuals.{i}.")
+        entries += residual if parts.residual else []
+    decoder, decoder_entries = _decoder(checked, encoder.dim, parts)
+    adapter = DropTokens(grid, rate=rate) if rate else grid
+    model = PerceiverIO(adapter, encoder, queries.External(decoder.query_dim), decoder)
+    return model, WeightMapping([*entries, *decoder_entries])
+
+
+def _decoder(checked: CheckedArguments, dim: int, parts: _Parts) -> tuple[Decoder, list[Entry]]:
+    has_mlp = checked.agreed("decoder_ff", "decoder_ff.norm.weight" in checked.weights, "decoder_ff")
+    has_logits = "to_logits.weight" in checked.weights
+    out = checked.length("to_logits.weight") if has_logits else None
+    decoder = Decoder(
+        dim,
+        query_dim=checked.size("queries_dim", "decoder_cross_attn.norm.weight"),
+        out_dim=checked.agreed("logits_dim", out, "to_logits"),
+        num_heads=parts.cross_heads,
+        cross_attention=parts.decoder_read if has_mlp else partial(parts.decoder_read, mlp=None),
+    )
+    entries = [*CROSS_ATTENTION.within("decoder.cross_attention.", "decoder_cross_attn.")]
+    entries += FEED_FORWARD.within("decoder.cross_attention.", "decoder_ff.") if has_mlp else []
+    return decoder, entries + (renamed({"decoder.output": "to_logits"}) if has_logits else [])
+
+
+def _grid(checked: CheckedArguments, key: str) -> Grid:
+    """Return the adapter of their inputs, with Fourier features unless they have none."""
+    width = checked.length(key)
+    if not checked.get("fourier_encode_data", True):
+        return Grid(checked.agreed("input_channels", width, key), positions=None)
+    axes, channels = checked.get("input_axis", 2), checked.get("input_channels", 3)
+    highest = checked.get("max_freq", None)
+    checks.positive(input_axis=axes, input_channels=channels)
+    if isinstance(highest, bool) or not isinstance(highest, (int, float)) or not 0 < highest < math.inf:
+        raise ValueError(f"max_freq must be given, a positive number, since weights do not tell it; got {highest!r}")
+    bands = checked.get("num_freq_bands", max(1, (width - channels - axes) // (2 * axes)))
+    checks.positive(num_freq_bands=bands)
+    if (expected := channels + axes * (2 * bands + 1)) != width:
+        raise ValueError(
+            f"input_channels={channels} + input_axis={axes} x (2 x num_freq_bands={bands} + 1) must be {width}, "
+            f"the width of a token ({key}); got {expected}"
+        )
+    return Grid(channels, positions=FourierPerAxis(axes, bands, max_frequency=float(highest)))
+
+
+def _num_self_attends(checked: CheckedArguments, layout: Layout) -> int:
+    """Return the number of self-attends after a read."""
+    number = 0
+    while f"{layout.self_attend.format(0, number)}.0.norm.weight" in checked.weights:
+        number += 1
+    return number
+
+
+def _read_entries(ours: str, layout: Layout, layer: int) -> list[Entry]:
+    read, mlp = f"{layout.read.format(layer)}.", f"{layout.read_mlp.format(layer)}."
+    return [*CROSS_ATTENTION.within(ours, read), *FEED_FORWARD.within(ours, mlp)]
+
+
+def _self_attend_entries(ours: str, theirs: str) -> list[Entry]:
+    return [*SELF_ATTENTION.within(ours, f"{theirs}.0."), *FEED_FORWARD.within(ours, f"{theirs}.1.")]

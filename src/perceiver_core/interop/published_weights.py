@@ -1,0 +1,187 @@
+"""Weights of the published models: one table with our names, those of transformers and those of Haiku."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch
+
+from perceiver_core.interop.transformers_config import Config, architecture_of, complete
+from perceiver_core.interop.weight_mapping import (
+    TRANSPOSED,
+    UNCHANGED,
+    Entry,
+    Transform,
+    WeightMapping,
+    constant,
+    rearranged,
+)
+
+TEXT, FLOW, MULTIMODAL = "PerceiverForMaskedLM", "PerceiverForOpticalFlow", "PerceiverForMultimodalAutoencoding"
+LEARNED, CONVOLUTIONAL, PIXELS = (
+    f"PerceiverForImageClassification{inputs}" for inputs in ("Learned", "ConvProcessing", "Fourier")
+)
+
+
+class Part(NamedTuple):
+    """Tensor of a module: ends of its names, and the transforms that load it. None: the format does not have it."""
+
+    ours: str
+    transformers: str
+    haiku: str | None
+    from_transformers: Transform = UNCHANGED
+    from_haiku: Transform = UNCHANGED
+
+
+# Module or tensor: our name, that of transformers, that of Haiku, and its parts.
+Row: TypeAlias = tuple[str, str, str, Sequence[Part]]
+
+KERNEL = rearranged("height width input output -> output input height width")
+FIRST_AXIS, CHANNELS = rearranged("1 dim -> dim"), rearranged("1 1 1 dim -> dim")
+TENSOR = [Part("", "", "")]
+VECTOR = [Part("", "", "", FIRST_AXIS, FIRST_AXIS)]
+LINEAR = [Part(".weight", ".weight", "/w", from_haiku=TRANSPOSED), Part(".bias", ".bias", "/b")]
+CONVOLUTION = [Part(".weight", ".weight", "/w", from_haiku=KERNEL), Part(".bias", ".bias", "/b")]
+NORM = [Part(".weight", ".weight", "/scale"), Part(".bias", ".bias", "/offset")]
+BATCH_NORM = [
+    Part(".weight", ".weight", "/scale", from_haiku=CHANNELS),
+    Part(".bias", ".bias", "/offset", from_haiku=CHANNELS),
+    Part(".running_mean", ".running_mean", "/~/mean_ema/average", from_haiku=CHANNELS),
+    Part(".running_var", ".running_var", "/~/var_ema/average", from_haiku=CHANNELS),
+    Part(".num_batches_tracked", ".num_batches_tracked", None, from_haiku=constant(torch.tensor(0))),
+]
+ATTENTION: list[Row] = [
+    ("attention.query", "attention.self.query", "attention/linear", LINEAR),
+    ("attention.key", "attention.self.key", "attention/linear_1", LINEAR),
+    ("attention.value", "attention.self.value", "attention/linear_2", LINEAR),
+    ("attention.output", "attention.output.dense", "attention/linear_3", LINEAR),
+    ("mlp.expand", "mlp.dense1", "mlp/linear", LINEAR),
+    ("mlp.contract", "mlp.dense2", "mlp/linear_1", LINEAR),
+]
+SELF_ATTEND: list[Row] = [
+    ("norm", "attention.self.layernorm1", "layer_norm", NORM),
+    ("mlp_norm", "layernorm", "layer_norm_1", NORM),
+    *ATTENTION,
+]
+CROSS_ATTEND: list[Row] = [
+    ("query_norm", "attention.self.layernorm1", "layer_norm", NORM),
+    ("input_norm", "attention.self.layernorm2", "layer_norm_1", NORM),
+    ("mlp_norm", "layernorm", "layer_norm_2", NORM),
+    *ATTENTION,
+]
+HAIKU_DECODERS = {TEXT: "basic_decoder", FLOW: "flow_decoder/~/basic_decoder"}
+HAIKU_DECODERS |= {MULTIMODAL: "multimodal_decoder/~/basic_decoder"}
+QUERY, POSITIONS = "output_position_encodings.position_embeddings", "trainable_position_encoding/pos_embs"
+CLASSIFIER = "classification_decoder/~/basic_decoder"
+
+
+def from_transformers(config: Config, *, transposed_stem: bool) -> WeightMapping:
+    """Return the mapping between transformers' weights of a configuration and ours.
+
+    Args:
+        config: The configuration.
+        transposed_stem: Whether rows and columns of the convolutional stem's kernel are swapped in the file.
+    """
+    stem = TRANSPOSED if transposed_stem else UNCHANGED
+    return WeightMapping(
+        Entry(ours + part.ours, transformers + part.transformers, part.from_transformers)
+        for ours, transformers, _, parts in _rows(config, stem=stem)
+        for part in parts
+    )
+
+
+def from_haiku(config: Config, names: Collection[str]) -> WeightMapping:
+    """Return the mapping between Haiku's parameters of a configuration and our weights.
+
+    Args:
+        config: The configuration that transformers has for the model.
+        names: Names in the file, which tell the scope of the encoder.
+    """
+    return WeightMapping(
+        Entry(ours + part.ours, () if part.haiku is None else haiku + part.haiku, part.from_haiku)
+        for ours, _, haiku, parts in _rows(config, haiku_encoder=haiku_encoder(names))
+        for part in parts
+    )
+
+
+def haiku_encoder(names: Collection[str]) -> str:
+    """Return the scope of the encoder among Haiku's names."""
+    scopes = ("perceiver_encoder/~", "encoder/~")
+    return next((scope for scope in scopes if any(name.startswith(f"{scope}/") for name in names)), scopes[0])
+
+
+def haiku_decoder(architecture: str) -> str:
+    """Return the scope of the decoder among Haiku's names."""
+    return HAIKU_DECODERS.get(architecture, CLASSIFIER)
+
+
+def _rows(config: Config, *, haiku_encoder: str = "", stem: Transform = UNCHANGED) -> list[Row]:
+    """Return the table of a model."""
+    architecture, completed = architecture_of(config), complete(config)
+    decoder, scope = "perceiver.decoder" + ".decoder" * (architecture != TEXT), haiku_decoder(architecture)
+    reads = f"{haiku_encoder}/cross_attention", f"{scope}/cross_attention"
+    rows: list[Row] = [
+        ("encoder.latents", "perceiver.embeddings.latents", f"{haiku_encoder}/{POSITIONS}", TENSOR),
+        *_within("encoder.reads.0", "perceiver.encoder.cross_attention", reads[0], CROSS_ATTEND),
+        *_within("decoder.cross_attention", f"{decoder}.decoding_cross_attention", reads[1], CROSS_ATTEND),
+    ]
+    for i in range(completed["num_self_attends_per_block"]):
+        layer = f"{haiku_encoder}/self_attention{f'_{i}' if i else ''}"  # Haiku does not number the first
+        rows += _within(f"encoder.transformers.0.blocks.{i}", f"perceiver.encoder.self_attends.{i}", layer, SELF_ATTEND)
+    if architecture != TEXT:
+        rows.append(("decoder.output", f"{decoder}.final_layer", f"{scope}/output", LINEAR))
+    if architecture not in (FLOW, MULTIMODAL):
+        rows.append(("queries.vectors", f"{decoder}.{QUERY}", f"{scope}/~/{POSITIONS}", TENSOR))
+    return rows + _outer_rows(architecture, completed["image_size"], stem)
+
+
+def _within(ours: str, transformers: str, haiku: str, rows: Sequence[Row]) -> list[Row]:
+    return [(f"{ours}.{o}", f"{transformers}.{t}", f"{haiku}/{h}", parts) for o, t, h, parts in rows]
+
+
+def _outer_rows(architecture: str, image_size: int, stem: Transform) -> list[Row]:
+    """Return the table of the adapter, and of queries and heads that only one architecture has."""
+    inputs, network = "perceiver.input_preprocessor", "image_preprocessor/~_build_network_inputs"
+    learned, downsample = f"{inputs}.position_embeddings", "image_preprocessor/~/conv2_d_downsample/~"
+    reshaped = rearranged("(height width) dim -> height width dim", height=image_size)
+    grid, kernel = [Part("", "", "", reshaped, reshaped)], [Part("", "", "", stem, KERNEL)]
+    projector = f"{network}/position_encoding_projector/linear"
+    text: list[Row] = [
+        ("adapter.vectors", f"{inputs}.embeddings.weight", "embed/embeddings", TENSOR),
+        ("adapter.positions.vectors", f"{learned}.weight", POSITIONS, TENSOR),
+    ]
+    tables: dict[str, list[Row]] = {
+        TEXT: [*text, ("head.bias", "embedding_decoder.bias", "embedding_decoder/bias", TENSOR)],
+        "PerceiverForSequenceClassification": text,
+        LEARNED: [
+            ("adapter.stem.convolution", f"{inputs}.convnet_1x1", "image_preprocessor/~/conv2_d", CONVOLUTION),
+            ("adapter.positions.project", f"{inputs}.positions_projection", projector, LINEAR),
+            ("adapter.positions.positions.vectors", f"{learned}.position_embeddings", f"{network}/{POSITIONS}", grid),
+        ],
+        CONVOLUTIONAL: [
+            ("adapter.stem.convolution.weight", f"{inputs}.convnet.conv.weight", f"{downsample}/conv/w", kernel),
+            ("adapter.stem.norm", f"{inputs}.convnet.batchnorm", f"{downsample}/batchnorm", BATCH_NORM),
+        ],
+        FLOW: [("adapter.project", f"{inputs}.conv_after_patches", "image_preprocessor/patches_linear", LINEAR)],
+        MULTIMODAL: _multimodal_rows(inputs, "perceiver.output_postprocessor.modalities"),
+    }
+    return tables.get(architecture, [])
+
+
+def _multimodal_rows(inputs: str, outputs: str) -> list[Row]:
+    label, preprocessor = f"perceiver.decoder.modalities.label.decoder.{QUERY}", "multimodal_preprocessor"
+    rows: list[Row] = [
+        ("queries.sources.label.vectors", label, f"{CLASSIFIER}/~/{POSITIONS}", TENSOR),
+        ("head.heads.audio.samples", f"{outputs}.audio.classifier", "audio_postprocessor/linear", LINEAR),
+        ("head.heads.image.values", f"{outputs}.image.classifier", "projection_postprocessor/linear", LINEAR),
+        ("head.heads.label.head.values", f"{outputs}.label.classifier", "classification_postprocessor/linear", LINEAR),
+    ]
+    for of in ("audio", "image", "label"):
+        query = f"multimodal_decoder/~decoder_query/{of}_padding/pos_embs"
+        rows += [
+            (f"adapter.padding.{of}", f"{inputs}.padding.{of}", f"{preprocessor}/{of}_padding/pos_embs", VECTOR),
+            (f"adapter.hidden.{of}", f"{inputs}.mask.{of}", f"{preprocessor}/{of}_mask_token/pos_embs", VECTOR),
+            (f"queries.padding.{of}", f"perceiver.decoder.padding.{of}", query, VECTOR),
+        ]
+    return rows

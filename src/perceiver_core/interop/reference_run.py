@@ -1,0 +1,200 @@
+"""Runs of original models beside ours on random inputs, if their library is installed.
+
+Both run in float64, so that rounding does not count, and differences are in standard deviations of the original's
+output: flow is a hundredth of the decoder's output, logits are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import TypeAlias
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from perceiver_core.adapters import FramePair
+from perceiver_core.interop.transformers_config import Config, complete, read_config
+from perceiver_core.interop.weight_files.state_dict_files import read_state_dict
+from perceiver_core.registry import Json
+
+Outputs: TypeAlias = Tensor | Mapping[str, Tensor]
+Inputs: TypeAlias = dict[str, Json]
+
+
+def library(name: str) -> ModuleType:
+    """Return the module that has an original's classes.
+
+    Args:
+        name: Name of the package, "transformers" or "perceiver-pytorch".
+
+    Raises:
+        ImportError: It is not installed.
+
+    Example:
+        >>> from perceiver_core.interop import reference_run
+        >>> reference_run.library("transformers").PerceiverForMaskedLM  # doctest: +SKIP
+        <class 'transformers.models.perceiver.modeling_perceiver.PerceiverForMaskedLM'>
+    """
+    try:
+        if name == "transformers":
+            from transformers.models.perceiver import modeling_perceiver as module
+        else:
+            import perceiver_pytorch as module
+    except ImportError as error:
+        raise ImportError(f"--check runs the original model; pip install {name}") from error
+    return module
+
+
+@torch.no_grad()
+def transformers(folder: Path, ours: nn.Module) -> float:
+    """Return the largest difference between the outputs of transformers and of our model.
+
+    Args:
+        folder: Folder of transformers, with `config.json` and weights.
+        ours: Our model, in evaluation mode; it is converted to float64.
+
+    Returns:
+        The difference in standard deviations of the output of transformers.
+
+    Raises:
+        ImportError: transformers is not installed.
+
+    Example:
+        >>> from pathlib import Path
+        >>> import perceiver_core as pc
+        >>> from perceiver_core.interop import reference_run
+        >>> folder = Path("vision-perceiver-fourier")
+        >>> reference_run.transformers(folder, pc.interop.load_transformers(folder))  # doctest: +SKIP
+        3.1e-13
+    """
+    modeling = library("transformers")
+    config = complete(read_config(folder))
+    (architecture,) = config["architectures"]
+    with _in_float64(modeling):
+        theirs = getattr(modeling, architecture).from_pretrained(folder).double().eval()
+        their_inputs, inputs = _inputs(architecture, config)
+        expected = theirs(**their_inputs).logits
+        if architecture == "PerceiverForOpticalFlow":
+            expected = expected.movedim(-1, 1)
+        del theirs  # for flow, each model needs gigabytes
+        return largest_difference(expected, ours.double()(**inputs))
+
+
+@torch.no_grad()
+def perceiver_pytorch(path: Path, arguments: Config, ours: nn.Module) -> float:
+    """Return the largest difference between the outputs of a model of perceiver-pytorch and of ours.
+
+    Args:
+        path: Safetensors file of its weights.
+        arguments: All arguments of its constructor.
+        ours: Our model, in evaluation mode; it is converted to float64.
+
+    Returns:
+        The difference in standard deviations of the output of theirs.
+
+    Raises:
+        ImportError: perceiver-pytorch is not installed.
+        ValueError: The arguments make no model, or one that the weights are not of.
+
+    Example:
+        >>> from pathlib import Path
+        >>> import perceiver_core as pc
+        >>> from perceiver_core.interop import reference_run
+        >>> arguments = {"depth": 6, "max_freq": 10.0, "num_freq_bands": 6}
+        >>> ours = pc.interop.load_perceiver_pytorch("theirs.safetensors", **arguments)  # doctest: +SKIP
+        >>> reference_run.perceiver_pytorch(Path("theirs.safetensors"), arguments, ours)  # doctest: +SKIP
+        5.2e-15
+    """
+    module, weights = library("perceiver-pytorch"), read_state_dict(path)
+    has_queries = any(name.startswith("decoder_cross_attn.") for name in weights)
+    try:
+        theirs = (module.PerceiverIO if has_queries else module.Perceiver)(**arguments)
+        theirs.load_state_dict(weights)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"arguments must be all that made their model, which --check makes again: {error}") from error
+    theirs, ours = theirs.double().eval(), ours.double()
+    with _in_float64():
+        if has_queries:
+            tokens, queries = _drawn(2, 11, arguments["dim"]), _drawn(5, len(weights["decoder_cross_attn.norm.weight"]))
+            return largest_difference(theirs(tokens, queries=queries), ours(tokens, query_inputs=queries))
+        sizes = (13, 7, 5, 3)[: arguments.get("input_axis", 2)]
+        data = _drawn(2, *sizes, arguments.get("input_channels", 3))
+        return largest_difference(theirs(data), ours(data))
+
+
+def largest_difference(expected: Outputs, actual: Outputs) -> float:
+    """Return the largest difference between tensors or dictionaries of them, in standard deviations; NaN if one is."""
+    if isinstance(expected, Mapping) and isinstance(actual, Mapping):
+        return float(torch.tensor([largest_difference(expected[name], actual[name]) for name in expected]).max())
+    if not isinstance(expected, Tensor) or not isinstance(actual, Tensor) or expected.shape != actual.shape:
+        raise ValueError(f"the original gives {_layout(expected)}, ours {_layout(actual)}")
+    deviation = float(expected.std(correction=0)) or float(expected.abs().max()) or 1.0  # that of a single value is 0
+    return float((expected - actual).abs().max()) / deviation
+
+
+def _layout(outputs: Outputs) -> object:
+    return tuple(outputs.shape) if isinstance(outputs, Tensor) else sorted(outputs)
+
+
+@contextmanager
+def _in_float64(modeling: ModuleType | None = None) -> Iterator[None]:
+    """Make new tensors float64, and transformers' positions, which are float32 whatever its model is."""
+    default, positions = torch.get_default_dtype(), getattr(modeling, "build_linear_positions", None)
+    torch.set_default_dtype(torch.float64)
+    try:
+        if modeling is not None:
+            vars(modeling)["build_linear_positions"] = _linear_positions
+        yield
+    finally:
+        torch.set_default_dtype(default)
+        if modeling is not None:
+            vars(modeling)["build_linear_positions"] = positions
+
+
+def _linear_positions(
+    index_dims: list[int], output_range: tuple[float, float] = (-1.0, 1.0), device: torch.device | None = None
+) -> Tensor:
+    """Return the points of a grid, as transformers' function of this name does."""
+    first, last = output_range
+    axes = [torch.linspace(first, last, size, device=device) for size in index_dims]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
+
+
+def _inputs(architecture: str, config: Config) -> tuple[Inputs, Inputs]:
+    """Return a batch as transformers takes it, and as our model does."""
+    if architecture in ("PerceiverForMaskedLM", "PerceiverForSequenceClassification"):
+        length = config["max_position_embeddings"]
+        ids = torch.randint(config["vocab_size"], (3, length), generator=torch.Generator().manual_seed(0))
+        index, quarter = torch.arange(length), -(-length // 4)
+        padding = [index >= length - quarter, index < quarter, (index >= quarter) & (index < 2 * quarter)]
+        mask = ~torch.stack(padding)  # padding on the right, on the left, a gap
+        return {"inputs": ids, "attention_mask": mask.long()}, {"inputs": ids, "mask": mask}
+    if architecture == "PerceiverForOpticalFlow":
+        frames = _drawn(1, 2, 3, *config["train_size"])
+        patches = FramePair(positions=None).patches(frames)
+        return {"inputs": rearrange(patches, "b h w (t p) -> b t p h w", t=2)}, {"inputs": frames}
+    if architecture == "PerceiverForMultimodalAutoencoding":
+        return _multimodal_inputs(config)
+    side = config["image_size"] if architecture.endswith("Learned") else 224
+    image = {"inputs": _drawn(1, 3, side, side)}
+    return image, image
+
+
+def _multimodal_inputs(config: Config) -> tuple[Inputs, Inputs]:
+    """Return video and audio, and the indices of some output queries."""
+    frames, *sides = config["output_shape"][1:]
+    video = _drawn(1, frames, 3, *sides)
+    audio = _drawn(1, config["num_frames"] * config["audio_samples_per_frame"])
+    pixels, patches = video[:, :, 0].numel(), audio.shape[1] // config["samples_per_patch"]
+    at = {"image": torch.arange(0, pixels, 97), "audio": torch.arange(0, patches, 3)}
+    inputs = {"image": video, "audio": audio, "label": torch.zeros(1, config["num_labels"])}
+    theirs = {"inputs": inputs | {"audio": audio[..., None]}, "subsampled_output_points": {**at, "label": None}}
+    return theirs, {"inputs": inputs, "at": at}
+
+
+def _drawn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,191 @@
+"""Perceivers of transformers: their folders as our models, and back."""
+
+from __future__ import annotations
+
+import json
+from os import PathLike
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from perceiver_core import registry
+from perceiver_core.checkpoints.differences import model_differences, spec_differences
+from perceiver_core.checkpoints.folder import write_atomically
+from perceiver_core.checkpoints.state import check_values, state_tensors, tensor_specs
+from perceiver_core.interop.published_models import ACTIVATIONS, TRANSFORMERS_NUMERICS, Numerics, build
+from perceiver_core.interop.published_weights import CONVOLUTIONAL, from_transformers
+from perceiver_core.interop.transformers_config import (
+    Config,
+    architecture_of,
+    as_dictionary,
+    complete,
+    read_config,
+    transformers_entries,
+)
+from perceiver_core.interop.weight_files import state_dict_files as files
+from perceiver_core.interop.weight_files.state_dict_files import CONFIG, FLOATS, WEIGHTS, check_floats, errors_with_path
+from perceiver_core.interop.weight_mapping import assign
+from perceiver_core.models import PerceiverIO
+
+
+def load_transformers(
+    name_or_folder: str | PathLike[str], *, numerics: Numerics = TRANSFORMERS_NUMERICS
+) -> PerceiverIO:
+    """Load a model of transformers' Perceiver classes.
+
+    The configuration is compared with the shapes of the weights before a model is built or a weight is read.
+
+    Args:
+        name_or_folder: Folder that transformers wrote (`config.json`, and `model.safetensors` or `pytorch_model.bin`,
+            either in one file or in several with an index), or a name on the Hugging Face hub, for which
+            huggingface_hub has to be installed.
+        numerics: `interop.TRANSFORMERS_NUMERICS` to compute what transformers computes,
+            `interop.DEEPMIND_NUMERICS` to compute what the weights were trained for; see `interop.Numerics`.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or nothing to read in it.
+        ValueError: The folder holds a model of another architecture, or weights that do not fit its configuration.
+
+    Example:
+        >>> import perceiver_core as pc
+        >>> model = pc.interop.load_transformers("deepmind/vision-perceiver-fourier")  # doctest: +SKIP
+    """
+    folder = files.fetch(name_or_folder)
+    with errors_with_path(folder / CONFIG):
+        config = complete(transformers_entries(read_config(folder)))
+    weights = files.open_folder(folder)
+    with errors_with_path(weights.path):
+        depth, number = config["num_self_attends_per_block"], len(weights.headers)
+        if depth > number:
+            raise ValueError(f"{CONFIG} has num_self_attends_per_block={depth}; there are {number} weights")
+        mapping = from_transformers(config, transposed_stem=numerics.transposed_stem)
+        mapping.check(weights.headers)
+    with errors_with_path(folder / CONFIG), torch.device("meta"):
+        model = build(config, numerics)
+    with errors_with_path(weights.path):
+        mapping.check(weights.headers, like=state_tensors(model))
+        check_floats({name: header for name, header in weights.headers.items() if not name.endswith("_tracked")})
+        assign(model, {name: tensor.contiguous() for name, tensor in mapping.load(weights.read()).items()})
+    return model.eval()
+
+
+def save_transformers(
+    model: nn.Module,
+    folder: str | PathLike[str],
+    *,
+    config: object,
+    numerics: Numerics = TRANSFORMERS_NUMERICS,
+) -> Path:
+    """Write a model so that transformers loads it and computes the same.
+
+    Args:
+        model: Model that `load_transformers` returned; it may have been trained since.
+        folder: Folder to write to, made if it does not exist. Files in it are replaced as `save` replaces them.
+        config: Content of the original's `config.json`: a dictionary, a configuration of transformers, or the path of
+            that file or its folder. The activation and the dtype are written as the model has them.
+        numerics: Numerics that the model was loaded with.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: The model is not of that configuration, or transformers cannot express it, like DeepMind's numerics
+            of two image classifiers. Nothing is written then.
+
+    Example:
+        >>> import tempfile, torch
+        >>> import perceiver_core as pc
+        >>> from perceiver_core.interop.published_models import build
+        >>> config = {"architectures": ["PerceiverForOpticalFlow"], "num_latents": 5, "d_latents": 16}
+        >>> config |= {"num_self_attends_per_block": 1, "num_cross_attention_heads": 1, "train_size": [6, 8]}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saved = pc.interop.save_transformers(build(config), folder, config=config)
+        ...     model = pc.interop.load_transformers(saved)
+        >>> model(torch.rand(1, 2, 3, 6, 8)).shape
+        torch.Size([1, 2, 6, 8])
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    folder, entries = Path(folder), as_dictionary(config)
+    _check_described(model, entries, numerics)
+    state = state_tensors(model)
+    check_values(state)
+    dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    if len(dtypes) != 1 or not dtypes <= set(FLOATS):
+        raise ValueError(
+            f"model must have weights of one floating point dtype; got {sorted(map(str, dtypes))}. "
+            "Convert it: model.float()"
+        )
+    theirs = from_transformers(entries, transposed_stem=numerics.transposed_stem).save(state)
+    theirs = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in theirs.items()}
+    written = _expressed(entries, numerics) | {"dtype": str(dtypes.pop()).removeprefix("torch.")}
+    try:
+        text = json.dumps(written, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"config must hold what JSON can express: {error}") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(
+        {
+            folder / WEIGHTS: lambda path: save_file(theirs, path, {"format": "pt"}),
+            folder / CONFIG: lambda path: path.write_text(text, encoding="utf-8"),
+        }
+    )
+    return folder
+
+
+def _check_described(model: nn.Module, config: Config, numerics: Numerics) -> None:
+    """Raise ValueError unless a configuration describes this model, here and in transformers."""
+    with torch.device("meta"):
+        described, theirs = build(config, numerics), build(_expressed(config, numerics))
+    expected, actual = registry.to_config(described), registry.to_config(model)
+    different = _difference(expected, actual) or model_differences(described, model)
+    different = different or spec_differences(
+        tensor_specs(state_tensors(described)), tensor_specs(state_tensors(model))
+    )
+    if different:
+        raise ValueError(
+            f"model must be the {architecture_of(config)} that config and numerics make: {different}. Give what it was "
+            "made with"
+        )
+    different = _difference(registry.to_config(theirs), actual)
+    if not different and numerics.transposed_stem and architecture_of(config) == CONVOLUTIONAL:
+        different = "the kernel of its stem is transposed"
+    if different:
+        raise ValueError(
+            f"transformers cannot express what this model computes: {different}. Load the original with "
+            "numerics=interop.TRANSFORMERS_NUMERICS to write what transformers computes"
+        )
+
+
+def _expressed(config: Config, numerics: Numerics) -> dict[str, registry.Json]:
+    """Return the configuration by which transformers comes closest to a choice of numerics."""
+    written = {"model_type": "perceiver", **transformers_entries(config)}
+    written.pop("torch_dtype", None)  # an old name of dtype
+    if complete(config)["hidden_act"] == "gelu":
+        chosen = registry.to_config(numerics.activation)
+        known = {"gelu": TRANSFORMERS_NUMERICS.activation, **ACTIVATIONS}
+        names = [name for name, activation in known.items() if registry.to_config(activation) == chosen]
+        written["hidden_act"] = (names or ["gelu"])[0]
+    return written
+
+
+def _difference(expected: registry.Json, actual: registry.Json, path: str = "") -> str:
+    """Return the first difference between two descriptions of models, in words; empty if there is none."""
+    if isinstance(expected, dict) and isinstance(actual, dict) and expected.keys() == actual.keys():
+        inside = (_difference(expected[key], actual[key], f"{path}.{key}".lstrip(".")) for key in expected)
+        return next(filter(None, inside), "")
+    if isinstance(expected, list) and isinstance(actual, list) and len(expected) == len(actual):
+        return _difference(dict(enumerate(expected)), dict(enumerate(actual)), path)
+    return "" if expected == actual else f"{path or 'it'} is {_short(actual)}, not {_short(expected)}"
+
+
+def _short(description: registry.Json) -> str:
+    if isinstance(description, dict) and len(description) > 1:
+        first = next((description[tag] for tag in ("part", "partial") if tag in description), None)
+        return f"{first or 'a dictionary'} of {sorted(description.keys() - {'part', 'partial'})}"
+    return f"{description!r:.80}"

@@ -1,0 +1,78 @@
+"""Headers of the arrays in a file: shape and dtype, checked before any array is read."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Array: TypeAlias = NDArray[np.generic]
+DType: TypeAlias = np.dtype[np.generic]
+
+LARGEST = 8 * 2**30  # bytes of a file; the largest published one, that of the language model, has 0.8e9
+LONGEST_NAME = 1000  # characters
+NUMBERS = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|c8|c16)")
+
+
+class ArrayHeader(NamedTuple):
+    """Header of an array in a file.
+
+    Args:
+        shape: Shape of the array.
+        dtype: Dtype of the array, in the byte order of the file.
+        read: Reads the array and returns it in the byte order of the machine.
+    """
+
+    shape: tuple[int, ...]
+    dtype: DType
+    read: Callable[[], Array]
+
+    @property
+    def num_bytes(self) -> int:
+        """Number of bytes of the array."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def as_tensor(self) -> Tensor:
+        """Return a tensor of this shape and dtype on the meta device, where it takes no memory."""
+        return torch.empty(self.shape, dtype=getattr(torch, self.dtype.name), device="meta")
+
+
+def number_dtype(code: str) -> DType:
+    """Return the dtype of numbers with a NumPy code such as `<f4`.
+
+    Raises:
+        ValueError: The code is not that of a number dtype (objects and text above all).
+    """
+    if not NUMBERS.fullmatch(code):
+        raise ValueError(f"only arrays of numbers are read; one is of dtype {code[:20]!r}")
+    return np.dtype(code)
+
+
+def checked_shape(shape: object) -> tuple[int, ...]:
+    """Return `shape` if it is the shape of an array.
+
+    Raises:
+        ValueError: `shape` is anything else.
+    """
+    if not isinstance(shape, tuple) or len(shape) > 16 or not all(type(n) is int and 0 <= n < 2**40 for n in shape):
+        raise ValueError("the shape of an array must be whole numbers, 16 at most, none of them negative")
+    return shape
+
+
+def check_file_size(path: Path) -> int:
+    """Return the size of a file in bytes.
+
+    Raises:
+        ValueError: The file is empty, or too large to hold weights of a Perceiver.
+    """
+    size = path.stat().st_size
+    if not 0 < size <= LARGEST:
+        raise ValueError(f"{path} must hold a published Perceiver IO, at most {LARGEST} bytes; it has {size}")
+    return size

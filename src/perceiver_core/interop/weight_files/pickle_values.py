@@ -1,0 +1,158 @@
+"""Table of the names that a pickle may use, and inert stand-ins for the values they make; see `safe_pickle`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol, TypeAlias
+
+import numpy as np
+
+from perceiver_core.interop.weight_files.array_header import Array, ArrayHeader, DType, checked_shape, number_dtype
+
+Name: TypeAlias = tuple[str, str]  # of a module and of a thing in it
+NDARRAY: Name = ("numpy", "ndarray")
+CORES = ("core", "_core")  # before and after NumPy 2
+RECONSTRUCT: set[Name] = {(f"numpy.{core}.multiarray", "_reconstruct") for core in CORES}
+
+
+class Budget(Protocol):
+    """Size of a file, and the number of bytes that its text has been encoded to so far."""
+
+    size: int
+    encoded: int
+
+
+class Global:
+    """Name of a class or function, which is never looked up."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: Name) -> None:
+        self.name = name
+
+
+class DTypeStandIn:
+    """Stand-in for a dtype."""
+
+    __slots__ = ("dtype",)
+
+    def __init__(self, code: object) -> None:
+        self.dtype = number_dtype(code if isinstance(code, str) else type(code).__name__)
+
+    def build(self, state: object) -> None:
+        """Take the byte order of a pickled state, and refuse any other content."""
+        if not isinstance(state, tuple) or len(state) != 8 or state[0] != 3 or state[1] not in ("<", ">", "|", "="):
+            raise ValueError("a dtype is not one of plain numbers")
+        if state[2:] != (None, None, None, -1, -1, 0):
+            raise ValueError("a dtype has fields, parts or flags; only plain numbers are read")
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class ArrayStandIn:
+    """Stand-in for an array, before and after it gets its data."""
+
+    __slots__ = ("header",)
+
+    def __init__(self) -> None:
+        self.header: ArrayHeader | None = None
+
+    def fill(self, shape: object, dtype: object, data: object, *, fortran: bool) -> ArrayStandIn:
+        """Take shape, dtype and data, which must have the number of bytes of the other two."""
+        if self.header is not None:
+            raise ValueError("an array gets its data twice")
+        if not isinstance(dtype, DTypeStandIn) or not isinstance(data, (bytes, memoryview)):
+            raise ValueError("an array is not one of plain numbers")
+        sizes, numbers = checked_shape(shape), dtype.dtype
+        header = ArrayHeader(sizes, numbers, partial(_numpy_array, data, numbers, sizes, fortran))
+        if header.num_bytes != len(data):
+            raise ValueError(
+                f"an array of shape {shape} and dtype {numbers} takes {header.num_bytes} bytes; it has {len(data)}"
+            )
+        self.header = header
+        return self
+
+    def build(self, state: object) -> None:
+        """Take the state that NumPy's own `__setstate__` would take."""
+        if not isinstance(state, tuple) or len(state) != 5 or state[0] != 1:
+            raise ValueError("an array is not as NumPy pickles one")
+        self.fill(state[1], state[2], state[4], fortran=bool(state[3]))
+
+
+def _numpy_array(data: bytes | memoryview, dtype: DType, shape: tuple[int, ...], fortran: bool) -> Array:
+    flat = np.frombuffer(data, dtype).astype(dtype.newbyteorder("="), copy=True)
+    return flat.reshape(shape, order="F" if fortran else "C")
+
+
+class MappingStandIn:
+    """Stand-in for Haiku's mapping that is made empty and filled later."""
+
+    __slots__ = ("content",)
+
+    def __init__(self) -> None:
+        self.content: dict[str, object] | None = None
+
+    def build(self, state: object) -> None:
+        """Take the content of a pickled state."""
+        state = state[0] if isinstance(state, tuple) and state else state
+        content = state.get("_mapping", state) if isinstance(state, dict) else None
+        if self.content is not None or not isinstance(content, dict):
+            raise ValueError("a mapping is not as Haiku pickles one")
+        self.content = content
+
+
+def mapping(budget: Budget, *args: object) -> object:
+    """Return the given dictionary itself, since copies of copies would grow without end; a new one without any."""
+    if len(args) > 1 or not all(isinstance(given, (dict, MappingStandIn)) for given in args):
+        raise ValueError("a mapping is made of something else than a dictionary")
+    return args[0] if args else {}
+
+
+def _encode(budget: Budget, text: object, encoding: object) -> bytes:
+    """Return the bytes that pickles of old protocols write as text."""
+    if not isinstance(text, str) or encoding != "latin1":
+        raise ValueError("something is encoded that is no text")
+    budget.encoded += len(text)
+    if budget.encoded > budget.size:
+        raise ValueError("the same text is encoded again and again")
+    return text.encode("latin1")
+
+
+def _reconstruct(budget: Budget, array_class: object, shape: object, code: object) -> ArrayStandIn:
+    if not isinstance(array_class, Global) or array_class.name != NDARRAY:
+        raise ValueError("an array is of another class than NumPy's")
+    return ArrayStandIn()
+
+
+def _from_buffer(budget: Budget, data: object, dtype: object, shape: object, order: object) -> ArrayStandIn:
+    return ArrayStandIn().fill(shape, dtype, data, fortran=order == "F")
+
+
+def _jax_array(budget: Budget, function: object, args: object, state: object, aval: object) -> ArrayStandIn:
+    if not isinstance(function, Global) or function.name not in RECONSTRUCT or not isinstance(args, tuple):
+        raise ValueError("an array is not as JAX pickles one")
+    array = _reconstruct(budget, *args)
+    array.build(state)
+    return array
+
+
+# Names that a file may use, with the function that is called for each. None: passed as an argument, never called.
+KNOWN: dict[Name, Callable[..., object] | None] = {
+    ("collections", "OrderedDict"): mapping,
+    ("haiku._src.data_structures", "FlatMapping"): mapping,
+    ("haiku._src.data_structures", "frozendict"): mapping,
+    ("_codecs", "encode"): _encode,
+    **{(module, "bytes"): lambda _: b"" for module in ("builtins", "__builtin__")},
+    NDARRAY: None,
+    ("numpy", "dtype"): lambda _, code, align, copy: DTypeStandIn(code),
+    **dict.fromkeys(RECONSTRUCT, _reconstruct),
+    **{(f"numpy.{core}.numeric", "_frombuffer"): _from_buffer for core in CORES},
+    **{
+        (f"numpy.{core}.multiarray", "scalar"): lambda _, dtype, data: ArrayStandIn().fill(
+            (), dtype, data, fortran=False
+        )
+        for core in CORES
+    },
+    ("jax._src.array", "_reconstruct_array"): _jax_array,
+    ("jax._src.device_array", "reconstruct_device_array"): _jax_array,
+}

@@ -1,0 +1,243 @@
+"""Files of PyTorch state dicts: safetensors and `.bin`, in one file or in several with an index; and JSON beside them.
+
+Nothing in them is executed, and nothing takes more memory than the files are large.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from perceiver_core.checkpoints import hub
+from perceiver_core.checkpoints.state import dtype_named
+from perceiver_core.registry import Json
+
+CONFIG, WEIGHTS, BINARY = "config.json", "model.safetensors", "pytorch_model.bin"
+INDEX = ".index.json"
+LARGEST_CONFIG, LARGEST_INDEX = 2**20, 2**24  # bytes
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class StateDictFile(NamedTuple):
+    """State dict in a file, not read yet.
+
+    Args:
+        path: The file, or the index that names the files.
+        headers: Tensors of the same shapes and dtypes on the meta device, by name.
+        read: Reads all tensors.
+    """
+
+    path: Path
+    headers: dict[str, Tensor]
+    read: Callable[[], dict[str, Tensor]]
+
+
+def fetch(name_or_folder: str | PathLike[str]) -> Path:
+    """Return a folder as it is, or fetch one from the hub: `.bin` files only if there are no safetensors.
+
+    Raises:
+        FileNotFoundError: There is no such folder, and no such name on the hub or no huggingface_hub.
+
+    Example:
+        >>> from perceiver_core.interop.weight_files import state_dict_files
+        >>> state_dict_files.fetch("deepmind/vision-perceiver-fourier")  # doctest: +SKIP
+    """
+    folder = hub.fetched(name_or_folder, (CONFIG, *_patterns(WEIGHTS)))
+    has_weights = any((folder / f"{WEIGHTS}{end}").is_file() for end in ("", INDEX))
+    if has_weights or folder == Path(name_or_folder) or not (folder / CONFIG).is_file():
+        return folder
+    return hub.fetched(name_or_folder, (CONFIG, *_patterns(BINARY)))
+
+
+def _patterns(name: str) -> tuple[str, ...]:
+    """Return the names of weights in one file, or in several and an index."""
+    stem, end = name.split(".")
+    return name, f"{name}{INDEX}", f"{stem}-*-of-*.{end}"
+
+
+def read_json(path: Path, largest: int = LARGEST_CONFIG) -> dict[str, Json]:
+    """Return the dictionary in a JSON file.
+
+    Raises:
+        ValueError: The file holds something else, or more than `largest` bytes.
+    """
+    with path.open("rb") as file:
+        text = file.read(largest + 1)
+    if len(text) > largest:
+        raise ValueError(f"{path} must have at most {largest} bytes; it has more. Copy it again")
+    try:
+        content = json.loads(text.decode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON in UTF-8: {error}. Copy it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a dictionary; got {type(content).__name__}")
+    return content
+
+
+def open_folder(folder: Path) -> StateDictFile:
+    """Open the weights in a folder that transformers wrote, safetensors if there are any.
+
+    Raises:
+        FileNotFoundError: There are none, or a file that an index names is missing.
+        ValueError: A file is not whole or holds anything but tensors, or an index does not fit its files.
+    """
+    for name, opener in ((WEIGHTS, open_safetensors), (BINARY, _open_binary)):
+        if (folder / name).is_file():
+            return opener(folder / name)
+        if (folder / f"{name}{INDEX}").is_file():
+            return _open_shards(folder / f"{name}{INDEX}", name.rpartition(".")[2], opener)
+    raise FileNotFoundError(
+        f"{folder} must hold {WEIGHTS} or {BINARY}, or the {INDEX[1:]} of one of them; there is none"
+    )
+
+
+def open_safetensors(path: Path) -> StateDictFile:
+    """Open a safetensors file.
+
+    Raises:
+        ValueError: The file is not whole, or of another format.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            headers = {
+                name: torch.empty(part.get_shape(), dtype=dtype_named(part.get_dtype()), device="meta")
+                for name, part in slices.items()
+            }
+            # safetensors' save_model keeps here the names of tied tensors that it left out, and of those it kept.
+            tied = {name: kept for name, kept in (file.metadata() or {}).items() if kept in headers}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}. Copy it again") from error
+    headers |= {name: headers[kept] for name, kept in tied.items()}
+
+    def read() -> dict[str, Tensor]:
+        with safe_open(path, framework="pt") as file:  # copies, since the file may be overwritten
+            tensors = {name: file.get_tensor(name).clone() for name in slices}
+        return tensors | {name: tensors[kept] for name, kept in tied.items()}
+
+    return StateDictFile(path, headers, read)
+
+
+def read_state_dict(source: Mapping[str, Tensor] | str | PathLike[str]) -> dict[str, Tensor]:
+    """Return the tensors of a state dict, or of a safetensors file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        TypeError: `source` is neither.
+        ValueError: The file is of another format, or the state dict holds anything but tensors.
+    """
+    if isinstance(source, (str, PathLike)):
+        if not (path := Path(source)).is_file():
+            raise FileNotFoundError(f"{path} is not there; give the path of a safetensors file, or a state dict")
+        try:
+            return open_safetensors(path).read()
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. Read a file of another format yourself (a .pt file by torch.load with weights_only=True), "
+                "and give its state dict"
+            ) from error
+    if not isinstance(source, Mapping):
+        raise TypeError(f"state_dict must be one, or a path; got {type(source).__name__}. Give model.state_dict()")
+    for name, value in source.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"state_dict must hold tensors alone; {name!r} is of type {type(value).__name__}")
+    return dict(source)
+
+
+def _open_binary(path: Path) -> StateDictFile:
+    size = path.stat().st_size
+    try:
+        _check_archive(path, size)
+        content = torch.load(path, map_location="cpu", weights_only=True)  # tensors, and nothing that executes
+    except Exception as error:  # many kinds, pickle's own among them; PyTorch's advise to execute the file
+        raise ValueError(
+            f"{path} is not a whole file of tensors alone ({type(error).__name__}), so it was not read. Copy it again, "
+            f"or have whoever wrote it write {WEIGHTS}"
+        ) from None
+    if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
+        raise ValueError(f"{path} must hold a dictionary of tensors by name; got {type(content).__name__}")
+    for name, value in content.items():
+        if problem := _problem(value, size):
+            raise ValueError(f"{path} must hold dense tensors with their values; {name} {problem}")
+    if sum(tensor.numel() * tensor.element_size() for tensor in content.values()) > size:
+        raise ValueError(f"{path} holds tensors that share values, and is smaller than they are; write each on its own")
+    headers = {name: torch.empty_like(tensor, device="meta") for name, tensor in content.items()}
+    return StateDictFile(path, headers, lambda: {name: tensor.clone() for name, tensor in content.items()})
+
+
+def _check_archive(path: Path, size: int) -> None:
+    """Raise ValueError if a zip file is compressed, or its content is larger than the file."""
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":
+            return
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or sum(e.file_size for e in entries) > size:
+        raise ValueError("PyTorch compresses nothing")
+
+
+def _problem(value: object, size: int) -> str:
+    """Return the reason why a value is no tensor that a file of this size holds completely; empty if it is one."""
+    if type(value) not in (Tensor, nn.Parameter) or not isinstance(value, Tensor):
+        return f"is a {type(value).__name__}"
+    if value.layout is not torch.strided or value.is_quantized:
+        return f"has the layout {value.layout}" if not value.is_quantized else "is quantized"
+    if value.device.type != "cpu":
+        return f"is on the device {value.device}"
+    dense = value.is_contiguous() or (value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last))
+    if not dense or value.untyped_storage().nbytes() > size:
+        return f"has strides {value.stride()} for its shape {tuple(value.shape)}, in a file of {size} bytes"
+    return ""
+
+
+def _open_shards(index: Path, end: str, opener: Callable[[Path], StateDictFile]) -> StateDictFile:
+    """Open weights in several files, of which an index names the content."""
+    weight_map = read_json(index, LARGEST_INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ValueError(f"{index} must hold a weight_map from each tensor's name to its file's")
+    files = sorted(set(weight_map.values()))
+    for file in files:
+        if not file.endswith(f".{end}") or file.startswith(".") or any(mark in file for mark in "/\\:\0"):
+            raise ValueError(f"{index} must name files beside it that end in .{end}; got {file!r:.80}")
+        if not (index.parent / file).is_file():
+            raise FileNotFoundError(f"{index} names {file}, which is not there; copy all files of the folder")
+    shards = {file: opener(index.parent / file) for file in files}
+    for file, shard in shards.items():
+        expected = {name for name, place in weight_map.items() if place == file}
+        if missing := sorted(expected - shard.headers.keys()):
+            raise ValueError(f"{shard.path} must hold what {index.name} says; it lacks {missing[:5]}")
+        if unexpected := sorted(shard.headers.keys() - expected):
+            raise ValueError(f"{shard.path} must hold what {index.name} says; it also holds {unexpected[:5]}")
+    headers = {name: header for shard in shards.values() for name, header in shard.headers.items()}
+    return StateDictFile(index, headers, lambda: {k: v for shard in shards.values() for k, v in shard.read().items()})
+
+
+def check_floats(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless all tensors are of one floating point dtype."""
+    first = next(iter(tensors), "")
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{name} must be of a floating point dtype, one of {FLOATS}; got {tensor.dtype}")
+        if tensor.dtype != tensors[first].dtype:
+            raise ValueError(
+                f"{name} must be of the dtype of the other weights, {tensors[first].dtype} ({first}); got "
+                f"{tensor.dtype}. Convert them to one"
+            )
+
+
+@contextmanager
+def errors_with_path(path: Path) -> Iterator[None]:
+    """Name a file in the errors about it."""
+    try:
+        yield
+    except ValueError as error:
+        raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from error

@@ -1,0 +1,25 @@
+"""Registered classes and functions, and configurations that are made of them.
+
+A model is saved as the constructor calls that made it (`to_config`) and built again from them (`from_config`).
+Only registered names are ever called; nothing is imported, evaluated or unpickled. A configuration is JSON:
+
+    {"part": name, argument: ...}      a part: an instance of the registered class of that name
+    {"partial": name, argument: ...}   functools.partial of a registered class or function
+    {"name": name}                     the registered class or function itself
+    {"same": path}                     the part at an earlier path ("adapter.positions") once more
+    {"dict": {key: ...}}               a dictionary; lists, numbers, strings, true, false and null are themselves
+
+A torch.Generator, which draws random numbers in training, is written as null: it is no part of a model.
+"""
+
+from perceiver_core.registry.construction import at_most as at_most
+from perceiver_core.registry.construction import from_config
+from perceiver_core.registry.names import Json as Json
+from perceiver_core.registry.names import _external as _external  # the tables are for tests, which restore them
+from perceiver_core.registry.names import _named as _named
+from perceiver_core.registry.names import _names as _names
+from perceiver_core.registry.registration import register, register_external
+from perceiver_core.registry.serialization import settings as settings
+from perceiver_core.registry.serialization import to_config
+
+__all__ = ["from_config", "register", "register_external", "to_config"]

@@ -1,0 +1,121 @@
+"""Values from configurations: parts made by calling registered classes, no more of them than a file may ask for."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from perceiver_core.registry.names import TAGS, Json, _external, _names, join, look_up, short
+
+_budget = threading.local()
+
+
+def from_config(config: Json) -> Any:
+    """Make the value that `to_config` described.
+
+    Raises:
+        ValueError: A name that is not registered, arguments that do not fit, or a malformed configuration.
+
+    Example:
+        >>> import perceiver_core as pc
+        >>> pc.registry.from_config({"part": "MLP", "dim": 32, "activation": {"part": "GEGLU"}}).expand.out_features
+        64
+    """
+    try:
+        return _build(config, "", {})
+    except RecursionError as error:
+        raise ValueError("the description is nested too deeply; no model is") from error
+
+
+def _build(config: Json, at: str, made: dict[str, Any]) -> Any:
+    if isinstance(config, list):
+        return [_build(item, join(at, index), made) for index, item in enumerate(config)]
+    if not isinstance(config, dict):
+        return config
+    tags = [tag for tag in TAGS if tag in config]
+    if len(tags) != 1:
+        raise ValueError(f"{at or 'the model'} must hold exactly one of {TAGS}; found {short(sorted(config)[:5])}")
+    tag, named = tags[0], config[tags[0]]
+    rest = {key: item for key, item in config.items() if key != tag}
+    if tag in ("name", "same", "dict") and rest:
+        raise ValueError(f"{at or 'the model'} must hold {tag!r} alone; found {short(sorted(rest)[:5])} beside it")
+    if tag == "same":
+        return _earlier(named, at, made)
+    if tag == "dict":
+        return {key: _build(item, join(at, key), made) for key, item in _a_dict(named, at).items()}
+    thing = look_up(named, at)
+    arguments = {key: _build(item, join(at, key), made) for key, item in rest.items()}
+    if tag == "name":
+        return thing
+    _check_external(thing, arguments, at)
+    if tag == "partial":
+        return functools.partial(thing, **arguments)
+    made[at] = _make(thing, arguments, at)
+    return made[at]
+
+
+def _make(thing: Callable[..., Any], arguments: dict[str, Any], at: str) -> Any:
+    if not inspect.isclass(thing):
+        raise ValueError(f"{at or 'the model'} names {_names[thing]!r}, which is not a part but a function")
+    _count()
+    try:
+        return thing(**arguments)
+    except Exception as error:  # of any kind: constructors are given here what no caller would give them
+        why = str(error) or type(error).__name__
+        raise ValueError(f"{at or 'the model'}: {_names[thing]} cannot be built from its description: {why}") from error
+
+
+def _earlier(path: object, at: str, made: dict[str, Any]) -> Any:
+    if not isinstance(path, str) or path not in made:
+        raise ValueError(f"{at or 'the model'} is the same as {short(path)}, but no part stands there before it")
+    return made[path]
+
+
+def _a_dict(value: object, at: str) -> dict[str, Json]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{at or 'the model'} must hold an object under 'dict'; got {short(value)}")
+    return value
+
+
+def _check_external(thing: Callable[..., Any], arguments: dict[str, Any], at: str) -> None:
+    """Raise ValueError for arguments of other libraries' classes that a file must not choose, such as a device."""
+    if inspect.isclass(thing) and thing in _external and not arguments.keys() <= set(_external[thing]):
+        raise ValueError(
+            f"{at or 'the model'} gives {_names[thing]} {short(sorted(arguments))}; "
+            f"it may have {list(_external[thing])}"
+        )
+
+
+@contextmanager
+def at_most(modules: int) -> Iterator[None]:
+    """Bound the number of modules that this thread builds or puts into others, so that a small file makes few.
+
+    Raises:
+        ValueError: Inside, at the first module too many.
+    """
+    _install_counter()
+    before, _budget.left = getattr(_budget, "left", None), modules
+    try:
+        yield
+    finally:
+        _budget.left = before
+
+
+@functools.cache
+def _install_counter() -> None:
+    # Stays: removing a hook while another thread builds a model would break the loop over hooks there.
+    register_module_module_registration_hook(_count)
+
+
+def _count(*_: object) -> None:
+    left = getattr(_budget, "left", None)
+    if left is not None:
+        if left <= 0:
+            raise ValueError("the configuration asks for more modules than the file has weights for")
+        _budget.left = left - 1

@@ -1,0 +1,117 @@
+"""Tables of registered classes and functions, and references to them by name."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Json = Any  # what the json module reads and writes
+TAGS = ("part", "partial", "name", "same", "dict")
+
+_named: dict[str, Callable[..., Any]] = {}
+_names: dict[Callable[..., Any], str] = {}
+_external: dict[type, tuple[str, ...]] = {}  # for classes of other libraries, the arguments that a file may set
+_replaced: dict[str, int] = {}  # for names of local definitions, the number of times that another one took the name
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Reference to a class or function that does not keep it alive.
+
+    Args:
+        label: Its module and qualified name.
+        name: Its registered name; None if it was not registered when the reference was made.
+        replaced: Number of times that the name had been taken over by then.
+    """
+
+    label: str
+    name: str | None
+    replaced: int
+
+
+def enter(thing: Callable[..., Any], name: str) -> None:
+    """Add a class or function to the tables.
+
+    Raises:
+        ValueError: The name is taken by something else.
+    """
+    taken = _named.get(name)
+    if taken is not None and label(taken) != label(thing):
+        raise ValueError(
+            f"name {name!r} is taken by {label(taken)}; register {label(thing)} with another: register(..., name='...')"
+        )
+    if taken is not None and taken is not thing and "<locals>" in taken.__qualname__:
+        # The same text with other variables around it is not the same thing.
+        _names.pop(taken, None)
+        _replaced[name] = _replaced.get(name, 0) + 1
+    _named[name], _names[thing] = thing, name
+
+
+def refer(thing: Callable[..., Any]) -> Reference:
+    """Return a reference to a class, a function or something else that is called."""
+    known = (inspect.isclass(thing) or inspect.isroutine(thing)) and thing in _names
+    name = _names[thing] if known else None
+    return Reference(label(thing), name, 0 if name is None else _replaced.get(name, 0))
+
+
+def name_of(reference: Reference, at: str) -> str:
+    """Return the registered name of a reference.
+
+    Args:
+        reference: To a class or function. If it was registered after the reference was made, that counts as well.
+        at: Path of the reference in the model, for the message.
+
+    Raises:
+        ValueError: It is not registered, or another local definition has taken its name since.
+    """
+    name = reference.name
+    if name is None and "<" not in reference.label:
+        name = next((name for name, thing in _named.items() if label(thing) == reference.label), None)
+    if name is None or name not in _named or _replaced.get(name, 0) != reference.replaced:
+        raise ValueError(f"{at or 'the model'} {unregistered(reference.label)}")
+    return name
+
+
+def look_up(name: object, at: str) -> Callable[..., Any]:
+    """Return the class or function of a registered name.
+
+    Raises:
+        ValueError: The name is not registered.
+    """
+    if not isinstance(name, str) or name not in _named:
+        raise ValueError(
+            f"{at or 'the model'} names {short(name)}, which is not registered. If it is your own, "
+            "import the module that registers it before loading"
+        )
+    return _named[name]
+
+
+def unregistered(label: str) -> str:
+    """Return the message about a class or function that is not registered, without its path."""
+    return (
+        f"is {label}, which is not registered. "
+        "Put @perceiver_core.register above its definition and make the model again; a class that is not yours, into a "
+        "module of yours"
+    )
+
+
+def label(thing: object) -> str:
+    """Return the module and qualified name of a class or function; of anything else those of its class."""
+    of = type(thing)
+    if not hasattr(thing, "__qualname__"):
+        return f"<{of.__module__}.{of.__qualname__} object>"
+    return f"{getattr(thing, '__module__', '?')}.{thing.__qualname__}"
+
+
+def short(value: object) -> str:
+    """Return the representation of a value, in a line of at most 80 characters."""
+    text = re.sub(r"\s*\n\s*", " ", f"{value!r}")
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def join(at: str, key: object) -> str:
+    """Return the path of an item inside a path."""
+    return f"{at}.{key}" if at else f"{key}"

@@ -1,0 +1,220 @@
+"""Values as data: descriptions of arguments that keep no module, closure or array alive.
+
+A part carries a `Record` of its constructor's arguments. The record is copied and pickled with the part, so that its
+identity tells two uses of one part from two equal parts, also where the part itself is not at hand.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import operator
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from perceiver_core.registry.names import Reference, _external, _names, label, refer, short, unregistered
+from perceiver_core.registry.plain import plain
+
+RECORD = "_arguments"  # the attribute of a part that holds its record
+
+
+@dataclass(eq=False)
+class Record:
+    """Constructor arguments of a part, by name; its identity stands for that of the part."""
+
+    arguments: dict[str, Node]
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """A module: whatever a part has at this path when it is saved.
+
+    Args:
+        path: Path of attributes, "layers.0".
+        several: Whether a ModuleList or ModuleDict stands there, for a list or dictionary of modules.
+    """
+
+    path: str
+    several: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """Instance of a registered class."""
+
+    reference: Reference
+    record: Record
+    arguments: dict[str, Node]
+
+
+@dataclass(frozen=True)
+class Partial:
+    """A functools.partial of a class or function."""
+
+    reference: Reference
+    arguments: dict[str, Node]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A value that no configuration can hold, as the text of the error that says so, without its path."""
+
+    reason: str
+
+
+Node: TypeAlias = (
+    "bool | int | float | str | list[Node] | dict[str, Node] | Reference | Part | Partial | Attribute | Refusal | None"
+)
+
+
+def snapshot(value: Any) -> Node:
+    """Return a value as data, as it is now.
+
+    Parts are described by the arguments that make them as they are now. What cannot be described becomes a `Refusal`,
+    so that a model may be made of it, copied and pickled, but not saved.
+    """
+    value = plain(value, mappings=True)
+    if value is None or isinstance(value, torch.Generator):
+        return None
+    if isinstance(value, bool | int | float | str):
+        return _scalar(value)
+    if isinstance(value, list | tuple):
+        return [snapshot(item) for item in value]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return _each(value)
+    if isinstance(value, functools.partial):
+        return _partial(value)
+    if type(value) in _names:
+        return _part(value)
+    if inspect.isclass(value) or inspect.isroutine(value):
+        return refer(value)
+    if isinstance(value, nn.Module):
+        return Refusal(unregistered(label(type(value))))
+    number = _number(value)
+    return _no_word(value) if number is None else snapshot(number)
+
+
+def _each(values: dict[str, Any]) -> dict[str, Node]:
+    return {key: snapshot(item) for key, item in values.items()}
+
+
+def _scalar(value: bool | int | float | str) -> Node:
+    """Return what JSON writes, of subclasses (enumerations) as well."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, str):
+        return str.__str__(value)
+    return float(value) if math.isfinite(value) else _no_word(value)
+
+
+class _Described(threading.local):
+    """Partials that have been described, by identity, while a part is built; they are held so that no id is reused."""
+
+    partials: dict[int, tuple[functools.partial[Any], Node]] | None = None
+
+
+_described = _Described()
+
+
+@contextmanager
+def each_partial_once() -> Iterator[None]:
+    """Describe a partial that is given to many parts only once inside, so that a deep model is recorded quickly."""
+    if _described.partials is not None:
+        yield
+        return
+    _described.partials = {}
+    try:
+        yield
+    finally:
+        _described.partials = None
+
+
+def _partial(value: functools.partial[Any]) -> Node:
+    known = _described.partials
+    if known is not None and id(value) in known:
+        return known[id(value)][1]
+    if value.args:
+        node: Node = Refusal(f"is a functools.partial of positional arguments; name them: {_shown(value):.60}")
+    else:
+        node = Partial(refer(value.func), _each(value.keywords))
+    if known is not None:
+        known[id(value)] = value, node
+    return node
+
+
+def _part(part: Any) -> Node:
+    """Describe an instance of a registered class by the arguments that make it as it is now."""
+    if type(part) in _external:
+        found = {name: getattr(part, name) for name in _external[type(part)]}
+        given = {name: value is not None if name == "bias" else value for name, value in found.items()}
+        return Part(refer(type(part)), vars(part).setdefault(RECORD, Record({})), _each(given))
+    record = vars(part).get(RECORD)
+    if record is None:
+        return Refusal(f"was made before {label(type(part))} was registered; make it again")
+    return Part(refer(type(part)), record, {name: _current(part, node) for name, node in record.arguments.items()})
+
+
+def _current(part: Any, node: Node) -> Node:
+    """Return a recorded argument with what stands in attributes in place of their paths."""
+    if isinstance(node, list):
+        return [_current(part, item) for item in node]
+    if isinstance(node, dict):
+        return {key: _current(part, item) for key, item in node.items()}
+    if not isinstance(node, Attribute):
+        return node
+    now = attribute(part, node.path)
+    if node.several and isinstance(now, nn.ModuleList):
+        return [snapshot(module) for module in now]
+    if node.several and isinstance(now, nn.ModuleDict):
+        return _each(dict(now.items()))
+    if isinstance(now, nn.Module):
+        return snapshot(now)
+    return Refusal(
+        f"is a module that was given to {type(part).__name__}, which has none in its attribute {node.path!r} now. "
+        "Put a module there, nn.Identity() for none"
+    )
+
+
+def attribute(part: Any, path: str) -> Any:
+    """Return what a part has at a path of attributes; None if nothing."""
+    for name in path.split("."):
+        part = getattr(part, name, None)
+    return part
+
+
+def _number(value: Any) -> int | float | None:
+    """Return a number of another library as Python's; None for anything else."""
+    if type(value) is Tensor:
+        is_number = value.ndim == 0 and value.device.type == "cpu" and not value.is_complex()
+        return value.item() if is_number else None
+    index: Callable[[], int] | None = getattr(type(value), "__index__", None)
+    try:
+        return None if index is None else operator.index(value)
+    except TypeError:  # an array of several numbers
+        return None
+
+
+def _no_word(value: object) -> Refusal:
+    return Refusal(
+        f"is {_shown(value)}, which JSON has no word for. Give numbers, strings, None, lists, "
+        "dictionaries with names for keys, or registered parts"
+    )
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, Tensor | np.ndarray):
+        return f"a {type(value).__name__} of shape {tuple(value.shape)}"
+    try:
+        return short(value)
+    except Exception:  # a model may be made of what cannot be shown, too
+        return f"a {type(value).__name__}"

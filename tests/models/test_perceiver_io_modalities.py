@@ -1,0 +1,204 @@
+"""Perceiver IO of several modalities: outputs, absent and masked modalities, export."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from perceiver_core import Decoder, Encoder, PerceiverIO, adapters, heads, positions, queries
+from tests.models.perceiver_io_cases import EXACT, GRID, captions, drawn, several, words
+
+
+def test_each_modality_has_its_own_grid():
+    torch.manual_seed(0)
+    image = adapters.Image(3, positions=positions.Fourier(num_axes=2, num_bands=2, max_resolution=7))
+    both = adapters.Multimodal(
+        {"image": image, "depth": adapters.Grid(2, positions=positions.Fourier(num_axes=2, num_bands=1))}
+    )
+    ask = queries.Multimodal({"image": queries.Grid(None, image.positions), "depth": queries.FromInputs(8)})
+    each = {
+        "image": heads.Grid(None, head=heads.Linear(13, 3)),
+        "depth": heads.Grid(None, head=heads.Linear(13, 1)),
+    }
+    decoder = Decoder(14, query_dim=ask.dim, out_dim=13)
+    model = PerceiverIO(
+        both, Encoder(both.dim, num_latents=5, dim=14, num_heads=2), ask, decoder, heads.Multimodal(each)
+    ).double()
+    actual = model({"image": drawn(2, 3, 5, 7), "depth": drawn(2, 3, 2, 2)})
+    assert {name: tuple(x.shape) for name, x in actual.items()} == {"image": (2, 3, 5, 7), "depth": (2, 1, 3, 2)}
+    alone = model({"image": drawn(2, 3, 5, 7)}, query_inputs={"depth": []})
+    assert {name: tuple(x.shape) for name, x in alone.items()} == {"image": (2, 3, 5, 7)}
+
+
+class TestModalities:
+    def given(self) -> dict[str, Tensor]:
+        return {"sound": drawn(3, 21), "label": torch.tensor([3, 0, 10])}
+
+    def test_each_modality_has_an_output(self):
+        actual = several()(self.given())
+        assert {name: tuple(x.shape) for name, x in actual.items()} == {"sound": (3, 21), "label": (3, 11)}
+
+    def test_selected_outputs_of_one_modality(self):
+        model, at = several(), torch.tensor([6, 1])
+        expected = model(self.given())["sound"].view(3, 7, 3)[:, at].flatten(1)
+        torch.testing.assert_close(model(self.given(), query_inputs={"sound": at})["sound"], expected, **EXACT)
+
+    @pytest.mark.parametrize("absent", ["sound", "label"])
+    def test_absent_modalities_have_outputs(self, absent):
+        model, there = several(), torch.tensor([True, False, True])
+        actual = model(self.given(), mask={absent: there})
+        given = self.given()
+        given.pop(absent)
+        without, whole = model(given), model(self.given())
+        for name in ("sound", "label"):
+            torch.testing.assert_close(actual[name][~there], without[name][~there], **EXACT)
+            torch.testing.assert_close(actual[name][there], whole[name][there], **EXACT)
+
+    def test_a_masked_label_does_not_reach_its_output(self):
+        model, given = several(token_mask_rate={"label": 1.0}), self.given()
+        expected = model(given)["label"]
+        torch.testing.assert_close(model(given | {"label": torch.tensor([1, 2, 4])})["label"], expected, **EXACT)
+
+    @pytest.mark.parametrize("unasked", ["sound", "label"])
+    def test_modalities_that_are_not_queried_have_no_output(self, unasked):
+        model = several()
+        actual, expected = model(self.given(), query_inputs={unasked: []}), model(self.given())
+        expected.pop(unasked)
+        assert actual.keys() == expected.keys()
+        torch.testing.assert_close(actual, expected, **EXACT)
+
+    @pytest.mark.refusal
+    def test_query_inputs_that_are_no_dictionary_raise(self):
+        with pytest.raises(
+            TypeError, match=r"query_indices must be a dictionary by modality, of \['sound', 'label'\]; got Tensor"
+        ):
+            several()(self.given(), query_inputs=torch.tensor([0]))
+
+
+class TestQueriesFromInputs:
+    """A text and an image of any size, each queried at its own positions."""
+
+    def given(self, words: int = 9) -> dict[str, Tensor]:
+        return {"text": torch.arange(2 * words).view(2, words) % 13, "picture": drawn(2, 3, 5, 7)}
+
+    def test_each_input_token_has_an_output(self):
+        for length, size in ((9, (5, 7)), (4, (3, 1))):
+            actual = captions()({"text": self.given(length)["text"], "picture": drawn(2, 3, *size)})
+            assert actual["text"].shape == (2, length, 13) and actual["picture"].shape == (2, size[0] * size[1], 3)
+
+    def test_queries_are_those_of_a_model_of_the_text_alone(self):
+        model, alone, given = captions(), words(), self.given()
+        mask = torch.arange(9) < torch.tensor([[9], [4]])
+        with torch.no_grad():
+            model.queries.sources["text"].positions.vectors.copy_(alone.queries.positions.vectors)
+        queried = model.queries(model.adapter(given, mask={"text": mask}))["text"]
+        expected = alone.queries(alone.adapter(given["text"], mask=mask))
+        torch.testing.assert_close(queried[..., :7], expected, **EXACT)
+        padding = model.queries.padding["text"]
+        torch.testing.assert_close(queried[..., 7:], padding.expand_as(queried[..., 7:]), **EXACT)
+
+    def test_image_queries_are_the_image_tokens(self):
+        model, given = captions(), self.given()
+        queried = model.queries(model.adapter(given))["picture"]
+        width = model.adapter.adapters["picture"].dim
+        torch.testing.assert_close(
+            queried[..., :width], model.adapter.adapters["picture"](given["picture"]).materialize()
+        )
+
+    def test_padding_of_the_text_has_no_effect(self):
+        model, given = captions(), self.given()
+        mask = torch.arange(9) < torch.tensor([[4], [4]])
+        actual = model(given, mask={"text": mask})
+        expected = model(given | {"text": given["text"][:, :4]})
+        torch.testing.assert_close(actual["text"][:, :4], expected["text"], **EXACT)
+        torch.testing.assert_close(actual["picture"], expected["picture"], **EXACT)
+
+    def test_queries_do_not_reveal_a_masked_image(self):
+        model, given = captions(token_mask_rate={"picture": 1.0}), self.given()
+        expected = model(given)
+        torch.testing.assert_close(model(given | {"picture": drawn(2, 3, 5, 7, seed=3)}), expected, **EXACT)
+
+    @pytest.mark.refusal
+    def test_querying_an_absent_modality_raises(self):
+        model, given = captions(), self.given()
+        given.pop("text")
+        with pytest.raises(ValueError, match=r"queries\['text'\] ask at the places of an input that is not there"):
+            model(given)
+        assert list(model(given, query_inputs={"text": []})) == ["picture"]
+
+    def test_gradients_are_those_of_finite_differences(self):
+        model, x = captions(), drawn(2, 3, 1, 2).requires_grad_()
+        text = torch.tensor([[1, 2, 3], [4, 5, 6]])
+        assert torch.autograd.gradcheck(lambda x: tuple(model({"text": text, "picture": x}).values()), x)
+
+
+@pytest.mark.compile
+def test_several_modalities_compile():
+    model, given = several(), {"sound": drawn(2, 21), "label": torch.tensor([1, 2])}
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(given), model(given), **EXACT)
+
+
+@pytest.mark.compile
+def test_queries_from_several_inputs_compile():
+    model, given = captions(), {"text": torch.arange(8).view(2, 4), "picture": drawn(2, 3, *GRID)}
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(given), model(given), **EXACT)
+    at = {"text": [], "picture": torch.tensor([3, 11])}
+    torch.testing.assert_close(compiled(given, query_inputs=at), model(given, query_inputs=at), **EXACT)
+
+
+def varying(batch: int) -> dict[str, dict[str, Tensor]]:
+    """Inputs of a batch, for each exported model."""
+    rows = {"numbers": drawn(batch, 2), "categories": torch.arange(2 * batch).view(batch, 2) % 3}
+    return {
+        "several": {"sound": drawn(batch, 21), "label": torch.arange(batch) % 11},
+        "captions": {"text": torch.arange(4 * batch).view(batch, 4) % 13, "picture": drawn(batch, 3, *GRID)},
+        "rows": {"rows": rows, "label": torch.arange(batch) % 11},
+    }
+
+
+def rows() -> PerceiverIO:
+    torch.manual_seed(0)
+    both = adapters.Multimodal({"rows": adapters.Table(2, (3, 4), dim=7), "label": adapters.OneHotLabel(11)})
+    encoder = Encoder(both.dim, num_latents=5, dim=14, depth=1, num_heads=2)
+    ask = queries.Learned(3, 6)
+    return PerceiverIO(both, encoder, ask, Decoder(encoder.dim, query_dim=ask.dim, out_dim=13)).double()
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("make", [several, captions, rows])
+def test_several_modalities_are_exported_for_any_batch(make):
+    model, batch = make().eval(), torch.export.Dim("batch")
+
+    def first_axis(x):
+        return {name: first_axis(value) for name, value in x.items()} if isinstance(x, dict) else {0: batch}
+
+    given = varying(3)[make.__name__]
+    program = torch.export.export(model, (given,), dynamic_shapes={"inputs": first_axis(given)})
+    for size in (2, 3, 7):
+        given = varying(size)[make.__name__]
+        torch.testing.assert_close(program.module()(given), model(given), **EXACT)
+
+
+@pytest.mark.compile
+def test_masks_and_query_indices_are_exported_for_any_batch():
+    model, batch = captions().eval(), torch.export.Dim("batch")
+
+    def arguments(size: int) -> tuple[Tensor, ...]:
+        text = torch.arange(4) < torch.arange(size)[:, None]
+        return (
+            varying(size)["captions"],
+            {"text": text, "picture": torch.arange(size) % 2 == 0},
+            {"picture": torch.arange(2 * size).view(size, 2)},
+        )
+
+    kinds = {"text": {0: batch}, "picture": {0: batch}}
+    shapes = {"inputs": kinds, "mask": kinds, "at": {"picture": {0: batch}}}
+    given, mask, at = arguments(3)
+    program = torch.export.export(model, (given,), {"mask": mask, "at": at}, dynamic_shapes=shapes)
+    for size in (2, 3, 7):
+        given, mask, at = arguments(size)
+        torch.testing.assert_close(
+            program.module()(given, mask=mask, query_inputs=at), model(given, mask=mask, query_inputs=at), **EXACT
+        )
