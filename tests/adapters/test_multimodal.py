@@ -364,10 +364,10 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("given", "mask", "kind", "message"),
         [
-            (torch.zeros(2, 9), None, TypeError, "inputs must be a dictionary by kind"),
-            ({}, None, ValueError, "inputs must hold a kind at least"),
-            ({"smell": torch.zeros(2)}, None, ValueError, r"inputs names \['smell'\]; the kinds are \['sound'"),
-            ({"label": torch.zeros(2).long()}, torch.ones(2).bool(), TypeError, "mask must be a dictionary by kind"),
+            (torch.zeros(2, 9), None, TypeError, "inputs must be a dictionary by modality"),
+            ({}, None, ValueError, "inputs must hold a modality at least"),
+            ({"smell": torch.zeros(2)}, None, ValueError, r"inputs names \['smell'\]; the modalities are \['sound'"),
+            ({"label": torch.zeros(2).long()}, torch.ones(2).bool(), TypeError, "mask must be a dictionary by mod"),
             ({"label": torch.zeros(2).long()}, {"smell": None}, ValueError, r"mask names \['smell'\]"),
             (
                 {"label": torch.zeros(2).long(), "set": torch.zeros(3, 1, 5)},

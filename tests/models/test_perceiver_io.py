@@ -72,7 +72,7 @@ class TestGridOutputs:
 
     @pytest.mark.refusal
     def test_another_orientation_raises(self):
-        with pytest.raises(ValueError, match=r"answers are on a grid \(7, 5\), and this head makes \(5, 7\)"):
+        with pytest.raises(ValueError, match=r"outputs are on a grid \(7, 5\), and this head makes \(5, 7\)"):
             self.model(heads.Grid(GRID))(drawn(1, 3, 7, 5))
         image = pictures().adapter
         copying = PerceiverIO(
@@ -83,7 +83,7 @@ class TestGridOutputs:
             heads.Grid(GRID),
         ).double()
         assert copying(drawn(1, 3, *GRID)).shape == (1, 2, 5, 7)
-        with pytest.raises(ValueError, match="answers are on a grid"):
+        with pytest.raises(ValueError, match="outputs are on a grid"):
             copying(drawn(1, 3, 7, 5))
 
     def test_images_are_assembled_from_patches(self):

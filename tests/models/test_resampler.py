@@ -185,7 +185,7 @@ class TestFrames:
         with pytest.raises(ValueError, match="got 2 axes, 11 wide"):
             AllFrames(resampler(), frame_positions=positions.LearnedGrid((3, 5), WIDTH))
         with pytest.raises(
-            ValueError, match=r"there are vectors for at most 4 places; got 5\. Build LearnedEmbedding with"
+            ValueError, match=r"grid must have at most length=4 tokens; got 5\. Build LearnedEmbedding with"
         ):
             video()(features(BATCH, 5, N, dtype=torch.float32))
         for wrapped in (video(), EachFrame(resampler())):

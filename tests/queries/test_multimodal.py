@@ -61,7 +61,7 @@ class TestMultimodal:
     def test_querying_an_absent_modality_raises(self, source):
         tokens = Tokens(drawn(2, 5, 3), modalities={"sound": None, "text": Tokens(drawn(2, 5, 3))})
         both = Multimodal({"sound": source, "text": FromInputs(3)})
-        with pytest.raises(ValueError, match=r"queries\['sound'\] ask at the places of an input that is not there"):
+        with pytest.raises(ValueError, match=r"queries\['sound'\] need the tokens of an absent input"):
             both(tokens)
         assert list(both(tokens, query_indices={"sound": []})) == ["text"]
 

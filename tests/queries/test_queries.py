@@ -23,7 +23,7 @@ REFUSED = {
     "a scalar": (queries.Learned(3, 2), torch.tensor(1), ValueError, "at must be q or b q"),
     "off the grid": (Grid((5, 7), fourier(2)), torch.tensor([35]), ValueError, r"0 \.\.\. 34; got 35"),
     "left of the grid": (Grid((5, 7), fourier(2), endpoint=False), torch.tensor([35]), ValueError, r"0 \.\.\. 34"),
-    "no grid": (Grid(None, fourier(2)), AT, ValueError, "tokens must be Tokens, whose grid is asked for"),
+    "no grid": (Grid(None, fourier(2)), AT, ValueError, "tokens must be Tokens, whose grid is used"),
     "no points": (Coordinates(fourier(2)), None, ValueError, "at must be points in"),
     "points of three": (Coordinates(fourier(2)), torch.zeros(5, 3), ValueError, "at must be q 2 or b q 2"),
     "whole points": (Coordinates(fourier(2)), torch.zeros(5, 2).long(), TypeError, "at must be floating point"),
