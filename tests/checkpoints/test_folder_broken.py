@@ -169,7 +169,7 @@ def test_a_broken_configuration(text, message, broken):
 
 
 OTHER_MODELS = {
-    "another size": (lambda m: m["encoder"].update(dim=21), "head must take what encoder gives: 21 wide"),
+    "another size": (lambda m: m["encoder"].update(dim=21), "head must accept the output width of encoder, 21"),
     "fewer blocks": (lambda m: m["encoder"].update(depth=0), "does not fit"),
     "no module": (lambda m: {"name": "Perceiver"}, "describes a type, not a module"),
     "a partial": (lambda m: {"partial": "Perceiver"}, "describes a partial, not a module"),

@@ -13,7 +13,7 @@ from torch import nn
 
 import perceiver_core as pc
 from perceiver_core.models import sampling
-from perceiver_core.models.generate import _cached, _recomputed, _Stream, plan
+from perceiver_core.models.generate import _cached, _recomputed, _Sequence, latent_schedule
 from perceiver_core.models.perceiver_ar import LATENT_TRANSFORMER
 from tests.memory import Kept
 from tests.models.perceiver_ar_cases import (
@@ -33,7 +33,7 @@ from tests.models.perceiver_ar_cases import (
 
 def logits_of(kind, model, prompt, steps, *, start=2, mask=None, seed=0, context=None):
     """Returns the logits of `steps` new ids, which are sampled."""
-    so_far, actual, generator = _Stream(model, prompt, mask, start, context), [], torch.Generator().manual_seed(seed)
+    so_far, actual, generator = _Sequence(model, prompt, mask, start, context), [], torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for logits in islice(kind(so_far), steps):
             actual.append(logits)
@@ -43,9 +43,9 @@ def logits_of(kind, model, prompt, steps, *, start=2, mask=None, seed=0, context
 
 class TestPlan:
     def test_the_number_of_latents_grows_and_resets(self):
-        assert list(islice(plan(5, 2), 9)) == [2, 3, 4, 5, 2, 3, 4, 5, 2]
-        assert list(islice(plan(3, 3), 3)) == [3, 3, 3]
-        assert list(islice(plan(1, 1), 3)) == [1, 1, 1]
+        assert list(islice(latent_schedule(5, 2), 9)) == [2, 3, 4, 5, 2, 3, 4, 5, 2]
+        assert list(islice(latent_schedule(3, 3), 3)) == [3, 3, 3]
+        assert list(islice(latent_schedule(1, 1), 3)) == [1, 1, 1]
 
     @pytest.mark.parametrize("n", [1, 4, 13])
     def test_uncached_logits_equal_the_model_called_by_the_plan(self, n):
@@ -111,7 +111,7 @@ class TestCache:
 def continued(model, ids, steps, *, context, start, mask=None):
     """Returns the most likely ids if the model sees only the last tokens at each step."""
     mask, prompt = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask, ids.shape[1]
-    for latents in islice(plan(model.num_latents, start), steps):
+    for latents in islice(latent_schedule(model.num_latents, start), steps):
         logits = model(ids[:, -context:], mask=mask[:, -context:], num_latents=latents)[:, -1]
         ids = torch.cat([ids, logits.argmax(-1)[:, None]], 1)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
@@ -129,7 +129,7 @@ class TestContext:
             for kind in (_cached, _recomputed)
         )
         drawn, ids = torch.Generator().manual_seed(seed), prompt
-        for step, latents in enumerate(islice(plan(LATENTS, start), 17)):
+        for step, latents in enumerate(islice(latent_schedule(LATENTS, start), 17)):
             expected = model(ids[:, -context:], num_latents=latents)[:, -1]
             torch.testing.assert_close(recomputed[:, step], expected, **EXACT)
             torch.testing.assert_close(cached[:, step], expected, **EXACT)
@@ -161,7 +161,8 @@ class TestContext:
     @pytest.mark.parametrize("cache", [True, False])
     def test_it_defaults_to_the_number_of_positions(self, n, cache):
         model = model_of(
-            **turning(None), embed=pc.adapters.TokenEmbedding(19, 28, positions=pc.positions.LearnedEmbedding(8, 28))
+            **turning(None),
+            embedding=pc.adapters.TokenEmbedding(19, 28, positions=pc.positions.LearnedEmbedding(8, 28)),
         )
         actual = pc.generate(model, ids_of(n=n), max_new_tokens=12, use_cache=cache)
         assert torch.equal(actual, continued(model, ids_of(n=n), 12, context=8, start=2))
@@ -349,7 +350,7 @@ class TestErrors:
             (
                 {"sampler": sampling.Sample},
                 TypeError,
-                r"sampler must be a function of logits.*; got the class Sample\. Make one: Sample\(\)",
+                r"sampler must be a function of logits.*; got the class Sample\. Build it: Sample\(\)",
             ),
             ({"sampler": "greedy"}, TypeError, "sampler must be a function of logits and a generator.*; got 'greedy'"),
             ({"sampler": None}, TypeError, "sampler must be a function of logits and a generator.*; got NoneType"),
@@ -366,20 +367,20 @@ class TestErrors:
     @pytest.mark.parametrize(
         "choose, error, message",
         [
-            (lambda x, _: x.argmax(-1, keepdim=True), ValueError, r"one id a sample, shape \(2,\); got \(2, 1\)"),
-            (lambda x, _: x.argmax(), ValueError, r"one id a sample, shape \(2,\); got \(\)"),
-            (lambda x, _: x.amax(-1), TypeError, r"ids, whole numbers; got torch\.float64"),
-            (lambda x, _: x[:, 0] > 0, TypeError, r"ids, whole numbers; got torch\.bool"),
+            (lambda x, _: x.argmax(-1, keepdim=True), ValueError, r"one id per sample, shape \(2,\); got \(2, 1\)"),
+            (lambda x, _: x.argmax(), ValueError, r"one id per sample, shape \(2,\); got \(\)"),
+            (lambda x, _: x.amax(-1), TypeError, r"integer ids; got torch\.float64"),
+            (lambda x, _: x[:, 0] > 0, TypeError, r"integer ids; got torch\.bool"),
             (lambda x, _: x.argmax(-1).tolist(), TypeError, r"a torch\.Tensor of ids; got list"),
         ],
     )
     def test_invalid_results_of_the_sampler_raise(self, choose, error, message):
-        with pytest.raises(error, match=f"sampler must give {message}"):
+        with pytest.raises(error, match=f"sampler must return {message}"):
             pc.generate(model_of(), ids_of(), max_new_tokens=1, sampler=choose)
 
     def test_sampled_ids_outside_the_vocabulary_raise(self):
         for wrong in (19, -1):
-            with pytest.raises(ValueError, match=rf"what sampler gives must lie in 0 \.\.\. 18; got {wrong}"):
+            with pytest.raises(ValueError, match=rf"ids from the sampler must lie in 0 \.\.\. 18; got {wrong}"):
                 pc.generate(model_of(), ids_of(), max_new_tokens=1, sampler=lambda x, _, w=wrong: torch.tensor([3, w]))
 
     def test_objects_other_than_models_raise(self):
@@ -389,7 +390,7 @@ class TestErrors:
             (pc.PerceiverAR, "got the class PerceiverAR without vocab_size"),
             ("model", "got 'model' without vocab_size"),
         ):
-            with pytest.raises(TypeError, match=f"model must be a PerceiverAR, or have what it has; {message}"):
+            with pytest.raises(TypeError, match=f"model must be a PerceiverAR, or have its attributes; {message}"):
                 pc.generate(model, ids_of(), max_new_tokens=3)
 
     def test_training_mode_raises(self):
@@ -400,6 +401,6 @@ class TestErrors:
 
     def test_a_context_longer_than_the_positions_raises(self):
         with pytest.raises(
-            ValueError, match="context_length must be at most 101, as many as there are positions; got 102"
+            ValueError, match="context_length must be at most 101, the number of positions of the embedding; got 102"
         ):
             pc.generate(model_of(**POSITIONS["learned"]), ids_of(), max_new_tokens=5, context_length=102)

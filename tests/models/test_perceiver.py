@@ -60,9 +60,9 @@ def test_the_state_dict_is_that_of_its_parts():
 @pytest.mark.refusal
 def test_parts_of_different_widths_raise():
     whole = perceiver()
-    with pytest.raises(ValueError, match="encoder must take what adapter gives: 1 wide; it takes 13"):
+    with pytest.raises(ValueError, match="encoder must accept the output width of adapter, 1; got 13"):
         Perceiver(adapters.Grid(1, positions=None), whole.encoder, whole.head)
-    with pytest.raises(ValueError, match="head must take what encoder gives: 14 wide; it takes 13"):
+    with pytest.raises(ValueError, match="head must accept the output width of encoder, 14; got 13"):
         Perceiver(whole.adapter, whole.encoder, heads.Regression(13))
     with pytest.raises(TypeError, match="head must be a module; got type"):
         Perceiver(whole.adapter, whole.encoder, heads.Identity)
@@ -74,9 +74,9 @@ def test_parts_of_different_widths_raise_at_construction() -> None:
         pc.adapters.Grid(num_channels=7, positions=None),
         pc.Encoder(6, num_latents=5, dim=14, depth=1, num_heads=2),
     )
-    with pytest.raises(ValueError, match="encoder must take what adapter gives: 7 wide; it takes 6"):
+    with pytest.raises(ValueError, match="encoder must accept the output width of adapter, 7; got 6"):
         pc.Perceiver(grid, encoder, pc.heads.Identity())
-    with pytest.raises(ValueError, match="head must take what encoder gives: 14 wide; it takes 13"):
+    with pytest.raises(ValueError, match="head must accept the output width of encoder, 14; got 13"):
         pc.Perceiver(nn.Identity(), encoder, pc.heads.Regression(13))
     with pytest.raises(TypeError, match="head must be a module; got type"):
         pc.Perceiver(nn.Identity(), encoder, pc.heads.Identity)

@@ -221,11 +221,15 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("name", "part", "message"),
         [
-            ("adapter", adapters.Grid(5, positions=None), "encoder must take what adapter gives: 5 wide; it takes 3"),
-            ("encoder", Encoder(3, num_latents=2, dim=16), "decoder must take what encoder gives: 16 wide; it takes 8"),
-            ("queries", queries.Learned(2, 7), "decoder must take what queries gives: 7 wide; it takes 4"),
-            ("decoder", Decoder(8, query_dim=4), "head must take what decoder gives: 4 wide; it takes 5"),
-            ("head", heads.Linear(7, 2), "head must take what decoder gives: 5 wide; it takes 7"),
+            ("adapter", adapters.Grid(5, positions=None), "encoder must accept the output width of adapter, 5; got 3"),
+            (
+                "encoder",
+                Encoder(3, num_latents=2, dim=16),
+                "decoder must accept the output width of encoder, 16; got 8",
+            ),
+            ("queries", queries.Learned(2, 7), "decoder must accept the output width of queries, 7; got 4"),
+            ("decoder", Decoder(8, query_dim=4), "head must accept the output width of decoder, 4; got 5"),
+            ("head", heads.Linear(7, 2), "head must accept the output width of decoder, 5; got 7"),
         ],
     )
     def test_invalid_widths_raise(self, name, part, message):
@@ -242,7 +246,7 @@ class TestErrors:
     @pytest.mark.parametrize("embed", [heads.Logits, heads.TiedLogits])
     def test_invalid_widths_of_logits_raise(self, embed):
         text = adapters.TokenEmbedding(13, dim=3)
-        with pytest.raises(ValueError, match="head must take what decoder gives: 5 wide; it takes 3"):
+        with pytest.raises(ValueError, match="head must accept the output width of decoder, 5; got 3"):
             PerceiverIO(**{**self.parts(), "adapter": text, "head": embed})
 
     @pytest.mark.refusal
@@ -251,7 +255,7 @@ class TestErrors:
             heads.SingleQuery(heads.Linear(7, 2)),
             heads.Multimodal({"a": heads.SingleQuery(heads.Linear(7, 2))}),
         ):
-            with pytest.raises(ValueError, match="head must take what decoder gives: 5 wide; it takes 7"):
+            with pytest.raises(ValueError, match="head must accept the output width of decoder, 5; got 7"):
                 PerceiverIO(**{**self.parts(), "head": head})
 
     @pytest.mark.refusal
@@ -259,7 +263,7 @@ class TestErrors:
         "head", [heads.SingleQuery, heads.Identity, heads.Linear, heads.Grid, heads.Multimodal, nn.Identity, "logits"]
     )
     def test_invalid_classes_of_heads_raise(self, head):
-        with pytest.raises(TypeError, match="head must be a module, or make one from the adapter"):
+        with pytest.raises(TypeError, match="head must be a module, or a factory of one from the adapter"):
             PerceiverIO(**{**self.parts(), "head": head})
 
     def test_heads_and_queries_have_the_same_names(self):
@@ -269,7 +273,7 @@ class TestErrors:
         model = PerceiverIO(**{**given, "head": heads.Multimodal(each)})
         assert list(model(torch.zeros(1, 2, 3))) == ["a", "b"]
         each.pop("b")
-        with pytest.raises(ValueError, match=r"a head for each kind of queries; it has none for \['b'\]"):
+        with pytest.raises(ValueError, match=r"a head for each modality of the queries; it has none for \['b'\]"):
             PerceiverIO(**{**given, "head": heads.Multimodal(each)})
 
     @pytest.mark.refusal

@@ -220,7 +220,7 @@ class TestErrors:
             model(x, mask=there()[:, None, None])
         with pytest.raises(TypeError, match=r"mask must be a boolean tensor, True = attend; got torch\.float32"):
             model(x, mask=there().float())
-        with pytest.raises(ValueError, match="mask must be that of the tokens where these are Tokens"):
+        with pytest.raises(ValueError, match="mask must be None if features are Tokens"):
             model(Tokens(x), mask=there())
 
     def test_invalid_sizes_raise(self):
