@@ -44,9 +44,9 @@ def inputs(queries=5, keys=11):
 def test_weights_times_values_are_the_output(kernel, masked, keys, block):
     q, k, v = inputs(keys=keys)
     mask = masks.Padding(torch.arange(keys) < torch.tensor([[keys], [max(1, keys - 4)]])) if masked else None
-    actual = weights_of(kernel, q, k, mask=mask, block=block)
+    actual = kernel_attention_map(kernel, q, k, mask=mask, block=block)
     torch.testing.assert_close(actual @ v, kernel(q, k, v, mask=mask), **EXACT)
-    chosen = weights_of(kernel, q, k, mask=mask, queries=[4, 0], block=block)
+    chosen = kernel_attention_map(kernel, q, k, mask=mask, queries=[4, 0], block=block)
     torch.testing.assert_close(chosen, actual[:, :, [4, 0]], **EXACT)
 
 

@@ -98,8 +98,8 @@ def lambdas():
         return nn.LayerNorm(dim)
 
     return {
-        "read": lambda dim, width: pc.CrossAttend(dim, width, norm=norm),
-        "process": partial(pc.LatentTransformer, block=partial(pc.SelfAttend, mlp=lambda dim: pc.MLP(dim))),
+        "cross_attention": lambda dim, width: pc.CrossAttend(dim, width, norm=norm),
+        "latent_transformer": partial(pc.LatentTransformer, block=partial(pc.SelfAttend, mlp=lambda dim: pc.MLP(dim))),
     }
 
 
@@ -118,7 +118,7 @@ def test_models_with_lambdas_and_local_functions_are_copied_and_pickled():
     for way, again in there_and_back(model):
         assert torch.equal(again(TOKENS), model(TOKENS)), way
         with pytest.raises(
-            ValueError, match=r"encoder\.read is .*lambdas\.<locals>\.<lambda>, which is not registered"
+            ValueError, match=r"encoder\.cross_attention is .*lambdas\.<locals>\.<lambda>, which is not registered"
         ):
             to_config(again)
 
@@ -126,18 +126,18 @@ def test_models_with_lambdas_and_local_functions_are_copied_and_pickled():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"cross_attention": lambda dim, width: pc.CrossAttend(dim, width)}, r"encoder\.read is .*<lambda>"),
+        ({"cross_attention": lambda dim, width: pc.CrossAttend(dim, width)}, r"encoder\.cross_attention is .*<lambda>"),
         (
             {"cross_attention": partial(pc.CrossAttend, mlp=lambda dim: pc.MLP(dim))},
-            r"encoder\.read\.mlp is .*<lambda>",
+            r"encoder\.cross_attention\.mlp is .*<lambda>",
         ),
         (
             {"cross_attention": partial(lambda dim, width, by: pc.CrossAttend(dim, width), by=3)},
-            r"encoder\.read is .*<lambda>",
+            r"encoder\.cross_attention is .*<lambda>",
         ),
         (
             {"latent_transformer": partial(pc.LatentTransformer, block=partial(pc.SelfAttend, norm=OwnNorm))},
-            r"encoder\.process\.block\.norm is test_record\.OwnNorm",
+            r"encoder\.latent_transformer\.block\.norm is tests\.registry\.test_record\.OwnNorm",
         ),
     ],
     ids=["lambda", "inside a partial", "a partial of one", "a class"],
@@ -185,7 +185,7 @@ def test_a_function_that_is_registered_later_is_known_then():
 def test_an_instance_that_a_partial_calls_is_not_its_class():
     part = Anything(partial(OwnNorm(3)))
     register(OwnNorm)
-    with pytest.raises(ValueError, match=r"value is <test_record\.OwnNorm object>, which is not registered"):
+    with pytest.raises(ValueError, match=r"value is <tests\.registry\.test_record\.OwnNorm object>, which is not registered"):
         to_config(part)
 
 
