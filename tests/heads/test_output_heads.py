@@ -189,7 +189,7 @@ def test_invalid_outputs_and_sizes_raise():
         Multimodal({"a": Linear(DIM, 3), "b": SingleQuery(Linear(5, 3)), "c": SingleQuery()})
     with pytest.raises(ValueError, match="out_dim must be a whole number of at least 1; got 0"):
         Linear(DIM, 0)
-    with pytest.raises(ValueError, match="patch must be a whole number of at least 1; got 0"):
+    with pytest.raises(ValueError, match="patch_size must be a whole number of at least 1; got 0"):
         Waveform(DIM, 0)
     with pytest.raises(ValueError, match=r"grid\[1\] must be a whole number of at least 1; got 0"):
         Grid((5, 0))

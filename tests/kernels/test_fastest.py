@@ -116,7 +116,7 @@ def test_dropout_uses_sdpa(taken: list[str]) -> None:
         torch.manual_seed(0)
         found.append(kernel(*inputs, dropout=0.5))
     equal(*found)
-    assert taken == ["sdpa"] and not module.takes_products(inputs[0], K, dropout=0.5)
+    assert taken == ["sdpa"] and not module.uses_chunks(inputs[0], K, dropout=0.5)
     assert (found[0] - sdpa(*inputs)).abs().max() > 1e-2  # which applies dropout
 
 

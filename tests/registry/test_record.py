@@ -185,7 +185,9 @@ def test_a_function_that_is_registered_later_is_known_then():
 def test_an_instance_that_a_partial_calls_is_not_its_class():
     part = Anything(partial(OwnNorm(3)))
     register(OwnNorm)
-    with pytest.raises(ValueError, match=r"value is <tests\.registry\.test_record\.OwnNorm object>, which is not registered"):
+    with pytest.raises(
+        ValueError, match=r"value is <tests\.registry\.test_record\.OwnNorm object>, which is not registered"
+    ):
         to_config(part)
 
 
