@@ -28,6 +28,13 @@ SHOWN_IN = {
     "perceiver_core.kernels.PartialAttention": "perceiver_core.kernels.partial_attention",
     "perceiver_core.kernels.merge": "perceiver_core.kernels.partial_attention",
     "perceiver_core.load": "perceiver_core.save",
+    "perceiver_core.ReadExplanation": "perceiver_core.explain_reads",
+    "perceiver_core.reads.Cost": "perceiver_core.reads.Decision",
+    "perceiver_core.reads.FactoredKeysValues": "perceiver_core.reads.factor",
+    "perceiver_core.reads.Memory": "perceiver_core.reads.KeysValues",
+    "perceiver_core.reads.ReadContext": "perceiver_core.reads.Decision",
+    "perceiver_core.reads.Sizes": "perceiver_core.reads.Decision",
+    "perceiver_core.reads.Strategy": "perceiver_core.reads.Dense",
 }
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 

@@ -351,12 +351,42 @@ def test_vectors_that_a_head_shares_with_an_adapter_stay_shared(tmp_path):
     assert loaded.others[0].vectors is loaded.first.vectors
 
 
+@register
+class Deep(nn.Module):
+    """Gives a factory to each of its layers."""
+
+    def __init__(self, factory, depth=5):
+        super().__init__()
+        self.layers = nn.ModuleList(Anything(factory) for _ in range(depth))
+
+
 def test_a_partial_that_is_given_to_many_is_described_once():
-    deep = encoder(depth=5, latent_transformer=partial(pc.LatentTransformer, block=partial(
-        pc.SelfAttend, attention=partial(pc.MultiHeadAttention, rotary=pc.positions.Rotary(2)))))  # fmt: skip
-    blocks = deep.transformers[0].blocks
-    nodes = [vars(block)[RECORD].arguments["attention"] for block in blocks]
+    deep = Deep(partial(pc.SelfAttend, attention=partial(pc.MultiHeadAttention, rotary=pc.positions.Rotary(2))))
+    nodes = [vars(layer)[RECORD].arguments["value"] for layer in deep.layers]
     assert len(nodes) == 5 and all(node is nodes[0] for node in nodes)
+
+
+def test_modules_in_partials_are_copied_for_each_block():
+    attention = partial(pc.MultiHeadAttention, rotary=pc.positions.Rotary(2))
+    deep = encoder(depth=5, latent_transformer=partial(pc.LatentTransformer, block=partial(
+        pc.SelfAttend, attention=attention)))  # fmt: skip
+    configs = [to_config(block)["attention"] for block in deep.transformers[0].blocks]
+    assert configs == [to_config(attention)] * 5
+    assert len({id(block.attention.rotary) for block in deep.transformers[0].blocks}) == 5
+
+
+def test_a_shared_module_in_a_partial_is_one_module_again():
+    attention = partial(pc.MultiHeadAttention, rotary=pc.sharing.Shared(pc.positions.Rotary(2)))
+    model = encoder(num_reads=2, share=False, depth=3, latent_transformer=partial(
+        pc.LatentTransformer, block=partial(pc.SelfAttend, attention=attention)))  # fmt: skip
+    expected = {"part": "Shared", "module": {"part": "Rotary", "dim": 2}}
+    for way, copied in there_and_back(model):
+        config = to_config(copied)
+        assert config["latent_transformer"]["block"]["attention"]["rotary"] == expected, way
+        again = from_config(config)
+        rotaries = [block.attention.rotary for process in again.transformers for block in process.blocks]
+        assert len(rotaries) == 6 and len(set(rotaries)) == 1
+        assert to_config(again) == to_config(model)
 
 
 # ---- other processes
