@@ -38,7 +38,7 @@ class TestMultimodal:
         assert list(queried) == ["label"]
         torch.testing.assert_close(queried["label"], source()["label"], **EXACT)
         assert list(source(query_indices={"places": None})) == ["label", "places"]
-        with pytest.raises(ValueError, match=r"at must leave something to ask; .* all of \['label', 'places'\]"):
+        with pytest.raises(ValueError, match=r"query_indices must leave some.*;.* all of \['label', 'places'\]"):
             source(query_indices={"places": empty, "label": empty})
 
     def test_queries_named_like_a_modality_use_its_tokens(self):

@@ -170,7 +170,9 @@ def test_subclasses_record_their_own_arguments():
 
 
 def test_a_subclass_that_is_not_registered_is_refused():
-    with pytest.raises(ValueError, match=r"inner is test_registry\.Unregistered, which is not registered. Put @perc"):
+    with pytest.raises(
+        ValueError, match=r"inner is tests\.registry\.test_registry\.Unregistered, which is not registered. Put @perc"
+    ):
         to_config(Holder(Unregistered()))
 
 
@@ -214,7 +216,9 @@ class Unhashable:
 
 
 def test_a_name_is_taken_once():
-    with pytest.raises(ValueError, match=r"name 'MLP' is taken by perceiver_core.*register test_registry.* another"):
+    with pytest.raises(
+        ValueError, match=r"name 'MLP' is taken by perceiver_core.*register tests\.registry\.test_registry.* another"
+    ):
         register(type("MLP", (nn.Module,), {}))
     register(type("MLP", (nn.Module,), {"__module__": __name__}), name="my.MLP")
     assert from_config({"part": "my.MLP"}).__module__ == __name__
@@ -425,7 +429,7 @@ def test_settings_tell_what_has_been_changed():
         assert registry.settings(module) == registry.settings(make())
         change(module)
         assert registry.settings(module) != registry.settings(make())
-    assert registry.settings(Secretive()) == "test_registry.Secretive()"
+    assert registry.settings(Secretive()) == "tests.registry.test_registry.Secretive()"
 
 
 class Secretive(nn.Module):

@@ -82,7 +82,7 @@ def load_perceiver_pytorch(
     """Return perceiver-pytorch's `Perceiver` or `PerceiverIO` as ours: equal outputs in evaluation mode.
 
     The names in the state dict tell which of the two it is. The model takes the inputs that theirs takes: images are
-    `b h w c`. Their `queries` are our `at`: `model(data, mask=mask, query_inputs=queries)`.
+    `b h w c`. Their `queries` are our `query_inputs`: `model(data, mask=mask, query_inputs=queries)`.
 
     Args:
         state_dict: State dict of their model, of version 0.8 or newer; or the path of a safetensors file. Its tensors

@@ -190,10 +190,10 @@ def _multimodal_inputs(config: Config) -> tuple[Inputs, Inputs]:
     video = _drawn(1, frames, 3, *sides)
     audio = _drawn(1, config["num_frames"] * config["audio_samples_per_frame"])
     pixels, patches = video[:, :, 0].numel(), audio.shape[1] // config["samples_per_patch"]
-    at = {"image": torch.arange(0, pixels, 97), "audio": torch.arange(0, patches, 3)}
+    points = {"image": torch.arange(0, pixels, 97), "audio": torch.arange(0, patches, 3)}
     inputs = {"image": video, "audio": audio, "label": torch.zeros(1, config["num_labels"])}
-    theirs = {"inputs": inputs | {"audio": audio[..., None]}, "subsampled_output_points": {**at, "label": None}}
-    return theirs, {"inputs": inputs, "at": at}
+    theirs = {"inputs": inputs | {"audio": audio[..., None]}, "subsampled_output_points": {**points, "label": None}}
+    return theirs, {"inputs": inputs, "query_inputs": points}
 
 
 def _drawn(*shape: int) -> Tensor:
