@@ -21,8 +21,8 @@ GOOGLE = pc.positions.Rotary(2, base=97, exponents=pc.positions.inclusive_expone
 def turning(rotary):
     attention = partial(pc.MultiHeadAttention, rotary=rotary)
     return {
-        "read": partial(pc.CrossAttend, num_heads=2, attention=attention),
-        "process": partial(pc.LatentTransformer, block=partial(pc.SelfAttend, attention=attention)),
+        "cross_attention": partial(pc.CrossAttend, num_heads=2, attention=attention),
+        "latent_transformer": partial(pc.LatentTransformer, block=partial(pc.SelfAttend, attention=attention)),
     }
 
 
@@ -30,7 +30,7 @@ POSITIONS = {
     "rotary": {},
     "google's rotary": turning(GOOGLE),
     "learned": turning(None)
-    | {"embed": pc.adapters.TokenEmbedding(VOCABULARY, DIM, positions=pc.positions.LearnedEmbedding(101, DIM))},
+    | {"embedding": pc.adapters.TokenEmbedding(VOCABULARY, DIM, positions=pc.positions.LearnedEmbedding(101, DIM))},
 }
 each_kind = pytest.mark.parametrize("options", POSITIONS.values(), ids=POSITIONS)
 
@@ -44,14 +44,14 @@ def shaken(model, seed=0):
     return model.eval()
 
 
-def model_of(*, embed=None, latents=LATENTS, depth=2, **options):
+def model_of(*, embedding=None, latents=LATENTS, depth=2, **options):
     torch.manual_seed(0)
-    embed = (
+    embedding = (
         pc.adapters.TokenEmbedding(VOCABULARY, DIM)
-        if embed is None
-        else pc.registry.from_config(pc.registry.to_config(embed))
+        if embedding is None
+        else pc.registry.from_config(pc.registry.to_config(embedding))
     )
-    return shaken(pc.PerceiverAR(embed, num_latents=latents, depth=depth, num_heads=HEADS, **options))
+    return shaken(pc.PerceiverAR(embedding, num_latents=latents, depth=depth, num_heads=HEADS, **options))
 
 
 def ids_of(b=2, n=13, seed=0):

@@ -22,6 +22,7 @@ from perceiver_core import (
 )
 from perceiver_core.blocks.grouped_read import grouped
 from perceiver_core.models import HierarchicalAutoencoder, presets
+from perceiver_core.models.hierarchical import token_positions
 
 BATCH, N, WIDTH, PLACES = 2, 35, 3, 11
 LEVELS = [
@@ -187,7 +188,7 @@ class TestLevels:
         model = perceiver(positions=where)
         tokens = Tokens(array().unflatten(1, (5, 7)))
         expected = where.tables((5, 7), like=tokens.content)
-        torch.testing.assert_close(model.places(tokens), sum(expected).flatten(0, 1), **EXACT)
+        torch.testing.assert_close(token_positions(where, tokens), sum(expected).flatten(0, 1), **EXACT)
         assert model(tokens).shape == (BATCH, 15, 8)
 
     def test_it_is_an_encoder(self):

@@ -14,7 +14,8 @@ from torch import nn
 import perceiver_core as pc
 from perceiver_core import masks
 from perceiver_core.kernels import reference
-from perceiver_core.models.perceiver_ar import kept_of_prefix
+from perceiver_core.models.perceiver_ar import kept_prefix
+from perceiver_core.random_draws import RepeatableDraws
 from tests.models.perceiver_ar_cases import (
     DIM,
     EXACT,
@@ -104,13 +105,13 @@ class TestPadding:
 class TestPrefixDropout:
     @pytest.mark.parametrize("rate, left", [(0.0, 23), (0.1, 21), (0.5, 12), (0.75, 6), (0.99, 1)])
     def test_the_rate_sets_the_number_of_kept_tokens_in_order(self, rate, left):
-        kept = kept_of_prefix(7, 23, rate, generator=torch.Generator().manual_seed(0))
+        kept = kept_prefix(7, 23, rate, generator=torch.Generator().manual_seed(0))
         assert kept.shape == (7, left)
         assert (kept.diff(dim=1) > 0).all()
         assert kept.min() >= 0 and kept.max() < 23
 
     def test_every_token_is_equally_likely_and_samples_are_independent(self):
-        kept = kept_of_prefix(20_000, 10, 0.4, generator=torch.Generator().manual_seed(0))
+        kept = kept_prefix(20_000, 10, 0.4, generator=torch.Generator().manual_seed(0))
         there = torch.zeros(20_000, 10).scatter(1, kept, 1.0)
         torch.testing.assert_close(there.mean(0), torch.full((10,), 0.6), rtol=0, atol=0.02)
         together = (there.T @ there / 20_000)[~torch.eye(10, dtype=torch.bool)]
@@ -121,12 +122,13 @@ class TestPrefixDropout:
     def test_dropping_equals_masking(self, options):
         model, ids = model_of(prefix_dropout=0.6, **options).train(), ids_of(n=17)
         actual = model(ids, generator=torch.Generator().manual_seed(3))
-        kept = kept_of_prefix(2, 12, 0.6, generator=torch.Generator().manual_seed(3))
+        draws = RepeatableDraws().generator(torch.Generator().manual_seed(3))
+        kept = kept_prefix(2, 12, 0.6, generator=draws)
         there = torch.zeros(2, 12, dtype=torch.bool).scatter(1, kept, True)
         there = torch.cat([there, torch.ones(2, LATENTS, dtype=torch.bool)], 1)
-        x = model.eval().tokens(ids)
+        x = model.eval().embedding(ids).materialize()
         z = model.cross_attention(x[:, -LATENTS:], x, mask=masks.and_(masks.Causal(), masks.Padding(there)))
-        expected = model.answer(model.latent_transformer(z, mask=masks.Causal()))
+        expected = model.head(model.norm(model.latent_transformer(z, mask=masks.Causal())))
         torch.testing.assert_close(actual, expected, **EXACT)
         assert (actual - model(ids)).abs().max() > 1e-6
 
@@ -227,11 +229,12 @@ class TestParts:
     def test_parts_of_an_array_equal_the_whole(self):
         block = pc.SelfAttend(DIM, num_heads=HEADS, attention=partial(pc.MultiHeadAttention, rotary=GOOGLE))
         x, where = torch.randn(2, 11, DIM), torch.arange(11)
-        first, known = block.extend(x[:, :4], None, mask=masks.Causal(), positions=where[:4])
-        second, known = block.extend(x[:, 4:], known, mask=masks.Causal(), positions=where[4:])
+        cache = pc.reads.KeysValuesCache()
+        first = block(x[:, :4], mask=masks.Causal(), positions=where[:4], cache=cache)
+        second = block(x[:, 4:], mask=masks.Causal(), positions=where[4:], cache=cache)
         whole = block(x, mask=masks.Causal())
         torch.testing.assert_close(torch.cat([first, second], 1), whole, rtol=1e-5, atol=1e-5)
-        assert known.keys.shape[2] == 11
+        assert cache.memory.keys.shape[2] == 11
 
     def test_it_trains_with_default_settings(self):
         """A repeated pair of ids is predicted after a few steps."""
@@ -326,12 +329,12 @@ class TestErrors:
 
     def test_a_loss_without_a_next_id_raises(self):
         with pytest.raises(
-            ValueError, match=r"ids must be at least 2 long, one to read and one to foresee; got \(2, 1\)"
+            ValueError, match=r"ids must be at least 2 long, one to read and one to predict; got \(2, 1\)"
         ):
             model_of().loss(ids_of(n=1))
 
     def test_a_loss_without_a_next_id_in_any_sample_raises(self):
-        message = "mask must leave a sample 2 ids at least, one to read and one to foresee; all have 1"
+        message = "mask must leave 2 tokens in a sample, one to read and one to predict; all have 1"
         for n in (2, 13):
             with pytest.raises(ValueError, match=message):
                 model_of().loss(ids_of(n=n), mask=padding(1, 1, n=n))

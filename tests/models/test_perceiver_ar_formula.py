@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import perceiver_core as pc
-from perceiver_core.models.perceiver_ar import next_id_loss
+from perceiver_core.models.perceiver_ar import next_token_loss
 from tests.models.perceiver_ar_cases import (
     EXACT,
     HEADS,
@@ -113,7 +113,7 @@ class TestFormula:
         torch.testing.assert_close(*gradients, **EXACT)
 
     def test_the_loss_without_targets_is_zero(self):
-        actual = next_id_loss(torch.randn(2, 3, 7), torch.zeros(2, 5, dtype=torch.long), mask=padding(1, 1, n=5))
+        actual = next_token_loss(torch.randn(2, 3, 7), torch.zeros(2, 5, dtype=torch.long), mask=padding(1, 1, n=5))
         assert actual == 0
 
     def test_more_or_fewer_latents(self):
