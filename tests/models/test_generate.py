@@ -33,7 +33,8 @@ from tests.models.perceiver_ar_cases import (
 
 def logits_of(kind, model, prompt, steps, *, start=2, mask=None, seed=0, context=None):
     """Returns the logits of `steps` new ids, which are sampled."""
-    sequence, actual, generator = _Sequence(model, prompt, mask, start, context), [], torch.Generator().manual_seed(seed)
+    sequence, actual = _Sequence(model, prompt, mask, start, context), []
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for logits in islice(kind(sequence), steps):
             actual.append(logits)
@@ -94,7 +95,8 @@ class TestCache:
 
     def test_tokens_are_read_once(self):
         model, computed = model_of(), []
-        model.cross_attention.attention.key.register_forward_hook(lambda _, inputs, __: computed.append(inputs[0].shape[1]))
+        key = model.cross_attention.attention.key
+        key.register_forward_hook(lambda _, inputs, __: computed.append(inputs[0].shape[1]))
         pc.generate(model, ids_of(), max_new_tokens=9)
         assert computed == [13, *[1] * 8]
 
@@ -159,9 +161,8 @@ class TestContext:
     @pytest.mark.parametrize("n", [3, 8, 13])
     @pytest.mark.parametrize("cache", [True, False])
     def test_it_defaults_to_the_number_of_positions(self, n, cache):
-        model = model_of(
-            **turning(None), embedding=pc.adapters.TokenEmbedding(19, 28, positions=pc.positions.LearnedEmbedding(8, 28))
-        )
+        embedding = pc.adapters.TokenEmbedding(19, 28, positions=pc.positions.LearnedEmbedding(8, 28))
+        model = model_of(**turning(None), embedding=embedding)
         actual = pc.generate(model, ids_of(n=n), max_new_tokens=12, use_cache=cache)
         assert torch.equal(actual, continued(model, ids_of(n=n), 12, context=8, start=2))
 
@@ -186,7 +187,8 @@ class TestContext:
 
     def test_nothing_is_recomputed_before_it_is_reached(self):
         model, computed = model_of(), []
-        model.cross_attention.attention.key.register_forward_hook(lambda _, inputs, __: computed.append(inputs[0].shape[1]))
+        key = model.cross_attention.attention.key
+        key.register_forward_hook(lambda _, inputs, __: computed.append(inputs[0].shape[1]))
         pc.generate(model, ids_of(), max_new_tokens=6, context_length=16)
         assert computed == [13, 1, 1, 1, 16, 16]
 
