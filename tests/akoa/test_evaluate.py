@@ -14,11 +14,13 @@ from PIL import Image
 from torch import nn
 
 import perceiver_core as pc
-from examples.akoa import evaluate, metrics, plots, predictions, report
+from examples.akoa import evaluate
 from examples.akoa.dataset.datamodule import Split
 from examples.akoa.dataset.labels import write_labels
 from examples.akoa.evaluate import evaluate_run
+from examples.akoa.evaluation import analysis, figures, metrics, plots, predictions, report
 from examples.akoa.evaluation.inference import predict
+from examples.akoa.training import run_record
 from tests.akoa.evaluation_cases import HEIGHT, PATIENTS, WIDTH, Bright, row
 
 pytestmark = pytest.mark.no_shape_checks

@@ -7,10 +7,11 @@ import pytest
 from torch import Tensor, nn
 
 import perceiver_core as pc
-from examples.akoa import metrics
 from examples.akoa.dataset.datamodule import Split
+from examples.akoa.evaluation import analysis, metrics
 from examples.akoa.evaluation.inference import attention_maps, image_size, predict
 from examples.akoa.model import knee_model
+from examples.akoa.training import run_record
 from tests.akoa.evaluation_cases import HEIGHT, PATIENTS, WIDTH, Bright
 
 pytestmark = pytest.mark.no_shape_checks

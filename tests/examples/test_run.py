@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-pytestmark = pytest.mark.no_shape_checks
-
 from examples.common import run as runs
 from examples.common import scores
+
+pytestmark = pytest.mark.no_shape_checks
 
 
 def test_an_interval_is_that_of_the_formula():
