@@ -46,9 +46,6 @@ def saved_report(run: Path) -> dict[str, Any]:
     return loaded
 
 
-# ---- errors of earlier projects
-
-
 @pytest.mark.refusal
 @pytest.mark.parametrize(("one", "other"), [("train", "test"), ("val", "test"), ("train", "val")])
 def test_a_patient_in_two_splits_raises(one: str, other: str, splits: dict[str, Split], tmp_path: Path) -> None:
@@ -83,9 +80,6 @@ def test_evaluation_does_not_depend_on_the_training_mode(
     np.testing.assert_allclose(logits, kept, atol=1e-5)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
-
-
-# ---- the folder of a run
 
 
 @pytest.mark.refusal
@@ -147,16 +141,6 @@ def test_predictions_are_written_and_read(run: Path, splits: dict[str, Split], s
         predictions.read_predictions(run / "other.csv")
 
 
-def test_suspects_are_the_confident_disagreements() -> None:
-    rows = [row(1, "right", 0), row(1, "right", 1), row(2, "left", 0), row(2, "left", 1), row(3, "left", 4)]
-    logits = np.array([-4.0, -3.0, 1.0, -9.0, 0.5])
-    whole = analysis.suspect_volumes(rows, logits)
-    assert [(v["patient"], v["disagreeing"], v["slices"]) for v in whole] == [("0000001", 2, 2), ("0000003", 1, 1)]
-    assert whole[0]["image"] == rows[0].image
-    assert whole[0]["probability_right"] == pytest.approx(1 / (1 + np.exp(3.5)))
-    assert [s["image"] for s in analysis.suspect_slices(rows, logits)] == [rows[2].image]
-
-
 def test_history_is_gathered_by_epoch(run: Path) -> None:
     actual = figures.read_history(run / "history.csv")
     assert [line["epoch"] for line in actual] == [0, 1]
@@ -182,9 +166,6 @@ def test_plots_of_a_perfect_model() -> None:
     plots.gallery(np.empty((0, HEIGHT, WIDTH), np.uint8), [], [])
     plots.abstention({"slice": metrics.coverage_curve(given)}, metrics.abstention(given, weights))
     assert analysis.suspect_volumes(rows, given.logits) == []
-
-
-# ---- repeated evaluation
 
 
 def write_data(folder: Path, splits: Mapping[str, Split], labels: Path) -> None:
