@@ -33,22 +33,23 @@ from tests.models.perceiver_ar_cases import (
 
 def logits_of(kind, model, prompt, steps, *, start=2, mask=None, seed=0, context=None):
     """Returns the logits of `steps` new ids, which are sampled."""
-    so_far, actual, generator = _Sequence(model, prompt, mask, start, context), [], torch.Generator().manual_seed(seed)
+    sequence, actual = _Sequence(model, prompt, mask, start, context), []
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for logits in islice(kind(so_far), steps):
+        for logits in islice(kind(sequence), steps):
             actual.append(logits)
-            so_far.append(torch.randint(VOCABULARY, (len(prompt),), generator=generator))
+            sequence.append(torch.randint(VOCABULARY, (len(prompt),), generator=generator))
     return torch.stack(actual, 1)
 
 
-class TestPlan:
+class TestLatentSchedule:
     def test_the_number_of_latents_grows_and_resets(self):
         assert list(islice(latent_schedule(5, 2), 9)) == [2, 3, 4, 5, 2, 3, 4, 5, 2]
         assert list(islice(latent_schedule(3, 3), 3)) == [3, 3, 3]
         assert list(islice(latent_schedule(1, 1), 3)) == [1, 1, 1]
 
     @pytest.mark.parametrize("n", [1, 4, 13])
-    def test_uncached_logits_equal_the_model_called_by_the_plan(self, n):
+    def test_uncached_logits_equal_the_model_called_by_the_schedule(self, n):
         model, prompt = model_of(), ids_of(n=n)
         actual = logits_of(_recomputed, model, prompt, 7)
         more = torch.randint(VOCABULARY, (7, 2), generator=torch.Generator().manual_seed(0)).T
@@ -93,19 +94,19 @@ class TestCache:
         torch.testing.assert_close(cached, expected, **EXACT)
 
     def test_tokens_are_read_once(self):
-        model, made = model_of(), []
-        model.cross_attention.attention.key.register_forward_hook(lambda _, given, __: made.append(given[0].shape[1]))
+        model, computed = model_of(), []
+        key = model.cross_attention.attention.key
+        key.register_forward_hook(lambda _, inputs, __: computed.append(inputs[0].shape[1]))
         pc.generate(model, ids_of(), max_new_tokens=9)
-        assert made == [13, *[1] * 8]
+        assert computed == [13, *[1] * 8]
 
     def test_latents_are_computed_once_per_window(self):
-        model, made = model_of(), []
-        model.latent_transformer.blocks[1].register_forward_hook(lambda *_: made.append("whole"))
-        model.latent_transformer.blocks[1].attention.query.register_forward_hook(
-            lambda _, x, __: made.append(x[0].shape[1])
-        )
+        model, block_inputs, query_inputs = model_of(), [], []
+        block = model.latent_transformer.blocks[1]
+        block.register_forward_hook(lambda _, inputs, __: block_inputs.append(inputs[0].shape[1]))
+        block.attention.query.register_forward_hook(lambda _, inputs, __: query_inputs.append(inputs[0].shape[1]))
         pc.generate(model, ids_of(), max_new_tokens=9, num_initial_latents=2)
-        assert made == [2, 1, 1, 1, 2, 1, 1, 1, 2]
+        assert block_inputs == query_inputs == [2, 1, 1, 1, 2, 1, 1, 1, 2]
 
 
 def continued(model, ids, steps, *, context, start, mask=None):
@@ -160,10 +161,8 @@ class TestContext:
     @pytest.mark.parametrize("n", [3, 8, 13])
     @pytest.mark.parametrize("cache", [True, False])
     def test_it_defaults_to_the_number_of_positions(self, n, cache):
-        model = model_of(
-            **turning(None),
-            embedding=pc.adapters.TokenEmbedding(19, 28, positions=pc.positions.LearnedEmbedding(8, 28)),
-        )
+        embedding = pc.adapters.TokenEmbedding(19, 28, positions=pc.positions.LearnedEmbedding(8, 28))
+        model = model_of(**turning(None), embedding=embedding)
         actual = pc.generate(model, ids_of(n=n), max_new_tokens=12, use_cache=cache)
         assert torch.equal(actual, continued(model, ids_of(n=n), 12, context=8, start=2))
 
@@ -187,10 +186,11 @@ class TestContext:
             assert torch.equal(row[:end], whole[: min(end, len(row))]) and (row[end:] == stop).all()
 
     def test_nothing_is_recomputed_before_it_is_reached(self):
-        model, made = model_of(), []
-        model.cross_attention.attention.key.register_forward_hook(lambda _, given, __: made.append(given[0].shape[1]))
+        model, computed = model_of(), []
+        key = model.cross_attention.attention.key
+        key.register_forward_hook(lambda _, inputs, __: computed.append(inputs[0].shape[1]))
         pc.generate(model, ids_of(), max_new_tokens=6, context_length=16)
-        assert made == [13, 1, 1, 1, 16, 16]
+        assert computed == [13, 1, 1, 1, 16, 16]
 
     @each_kind
     @pytest.mark.parametrize("cache", [True, False])
@@ -386,7 +386,7 @@ class TestErrors:
     def test_objects_other_than_models_raise(self):
         linear = nn.Linear(28, 19).eval()
         for model, message in (
-            (linear, "got Linear without vocab_size, num_latents, embedding"),
+            (linear, "got Linear without vocab_size, num_latents, embedding, latent_transformer"),
             (pc.PerceiverAR, "got the class PerceiverAR without vocab_size"),
             ("model", "got 'model' without vocab_size"),
         ):

@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import binomtest
 from sklearn import metrics as sk
 
-from examples.akoa import metrics, predictions, report
+from examples.akoa.evaluation import metrics, predictions, report
 from tests.akoa.evaluation_cases import row, sample
 
 pytestmark = pytest.mark.no_shape_checks

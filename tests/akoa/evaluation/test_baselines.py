@@ -7,8 +7,8 @@ import pytest
 import torch
 from sklearn import metrics as sk
 
-from examples.akoa import baselines, predictions
 from examples.akoa.dataset.datamodule import Split
+from examples.akoa.evaluation import baselines, predictions
 from tests.akoa.evaluation_cases import HEIGHT, WIDTH, row
 
 pytestmark = pytest.mark.no_shape_checks

@@ -8,16 +8,9 @@ from PIL import Image
 
 from examples.akoa.dataset import near_duplicates
 from examples.akoa.dataset.labels import SPLITS, Row
+from tests.akoa.dataset_cases import HEIGHT, WIDTH, draw
 
 pytestmark = pytest.mark.no_shape_checks
-
-HEIGHT, WIDTH = 59, 67  # primes, never square, near the size of a thumbnail
-
-
-def draw(seed: int) -> np.ndarray:
-    """Blobs unlike those of any other seed, h x w gray levels."""
-    small = np.random.default_rng(seed).integers(0, 256, (7, 11), dtype=np.uint8)
-    return np.asarray(Image.fromarray(small).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC))
 
 
 def look(*pairs: tuple[Row, np.ndarray]) -> list[tuple[str, str, str]]:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from examples.akoa import metrics, predictions
-from examples.akoa.evaluate import summarize_folds
+from examples.akoa.evaluation import metrics, predictions, report
+from examples.akoa.evaluation.cross_validation import count_data, summarize_folds
 from tests.akoa.evaluation_cases import row
 
 pytestmark = pytest.mark.no_shape_checks

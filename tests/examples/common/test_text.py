@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-pytestmark = pytest.mark.no_shape_checks
+from examples.common import text
 
-text = pytest.importorskip("examples.common.text")
+pytestmark = pytest.mark.no_shape_checks
 
 
 def test_no_package_is_in_training_and_in_the_test():

@@ -1,17 +1,17 @@
-"""Predictions, attention maps and the mirror test of a model."""
+"""Predictions, attention maps and the image size of a model."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
-from torch import Tensor, nn
+from torch import nn
 
 import perceiver_core as pc
-from examples.akoa import metrics
 from examples.akoa.dataset.datamodule import Split
 from examples.akoa.evaluation.inference import attention_maps, image_size, predict
 from examples.akoa.model import knee_model
-from tests.akoa.evaluation_cases import HEIGHT, PATIENTS, WIDTH, Bright
+from examples.akoa.training import run_record
+from tests.akoa.evaluation_cases import HEIGHT, WIDTH, Bright
 
 pytestmark = pytest.mark.no_shape_checks
 
@@ -49,20 +49,3 @@ def test_the_image_size_follows_from_the_weights(tmp_path: Path, model: pc.Perce
     assert run_record.trained_size(tmp_path / "weights", model) == (24, 20)  # up to the next token
     (tmp_path / "run.json").write_text('{"size": [23, 19]}', encoding="utf-8")
     assert run_record.trained_size(tmp_path / "weights", model) == (HEIGHT, WIDTH)
-
-
-def test_mirror_test_of_a_symmetric_and_of_a_constant_model(splits: dict[str, Split]) -> None:
-    test, weights = splits["test"], metrics.resample(PATIENTS["test"], 0)
-    fair = analysis.mirror_test(Bright(), test, predict(Bright(), test.images), weights)
-    assert fair["max"] < 1e-6
-    assert fair["same_verdict"]["value"] == 0
-
-    class Always(Bright):
-        def forward(self, x: Tensor) -> Tensor:
-            return x.new_full((len(x),), 2.0)
-
-    p = 1 / (1 + np.exp(-2))
-    stubborn = analysis.mirror_test(Always(), test, predict(Always(), test.images), weights)
-    assert stubborn["mean"]["value"] == pytest.approx(2 * p - 1)
-    assert stubborn["max"] == pytest.approx(2 * p - 1)
-    assert stubborn["same_verdict"]["value"] == 1
