@@ -142,7 +142,8 @@ class TestSharing:
 
     @pytest.mark.refusal
     def test_invalid_schemes_raise(self):
-        with pytest.raises(TypeError, match=r"share must be True, False or a function such as sharing\.all_; got 'all'"):
+        message = r"share must be True, False or a function such as sharing\.all_; got 'all'"
+        with pytest.raises(TypeError, match=message):
             encoder(share="all")
         with pytest.raises(ValueError, match="share must plan num_reads=4 steps; it planned 3"):
             encoder(share=lambda steps: sharing.all_(3))
