@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from perceiver_core import checks
+from perceiver_core.blocks.factory import build
 from perceiver_core.registry import register
 
 Residual: TypeAlias = bool | Callable[[int], nn.Module]
@@ -81,7 +82,7 @@ def from_option(residual: Residual, dim: int) -> bool | nn.Module:
         return residual
     if isinstance(residual, nn.Module) or not callable(residual):
         raise TypeError(f"residual must be True, False or what makes a gate from a width, as GRUGate; got {residual!r}")
-    return residual(dim)
+    return build(residual, dim)
 
 
 def combine(residual: bool | nn.Module, x: Float[Tensor, "#b m d"], read: Float[Tensor, "b m d"]) -> Tensor:

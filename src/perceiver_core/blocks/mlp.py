@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -81,7 +79,7 @@ class MLP(nn.Module):
         out_dim: the width out; `dim` unless given.
         hidden_dim: the width between the layers; `dim * widening_factor` unless given.
         widening_factor: hidden width / dim. 1 in DeepMind's published encoders, 4 in perceiver-pytorch.
-        activation: any module, copied. `nn.GELU("tanh")` is what DeepMind's code computes, and the default;
+        activation: any module. `nn.GELU("tanh")` is what DeepMind's code computes, and the default;
             `nn.GELU()` (erf) is what Hugging Face and perceiver-pytorch compute. One that takes several
             channels for each it gives (`GEGLU`) says so in `inputs_per_output`.
         bias: whether the linear layers have biases.
@@ -113,8 +111,7 @@ class MLP(nn.Module):
             dim * widening_factor if hidden_dim is None else hidden_dim,
         )
         checks.positive(out_dim=out_dim, hidden_dim=hidden_dim)
-        # A copy: the object in a `functools.partial` is the same for every block, its weights must not be.
-        self.activation = nn.GELU("tanh") if activation is None else copy.deepcopy(activation)
+        self.activation = nn.GELU("tanh") if activation is None else activation
         self.expand = init.linear(dim, hidden_dim * getattr(self.activation, "inputs_per_output", 1), bias=bias)
         self.contract = init.linear(hidden_dim, out_dim, bias=bias)
         self.dropout = nn.Dropout(dropout)
