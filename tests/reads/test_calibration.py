@@ -6,7 +6,6 @@ import dataclasses
 import re
 from functools import partial
 
-
 from perceiver_core import __main__ as commands
 from perceiver_core import explain_reads
 from perceiver_core.reads import Auto, Machine, calibration
