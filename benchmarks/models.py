@@ -126,9 +126,7 @@ def transformers(architecture: str, sizes: dict[str, Any]) -> Models:
     theirs = getattr(library, f"PerceiverFor{architecture}")(config)
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
-        ours = copy.deepcopy(
-            pc.interop.load_transformers(folder)
-        )  # pages of a file count as memory later
+        ours = copy.deepcopy(pc.interop.load_transformers(folder))  # pages of a file count as memory later
     return {"transformers": Adapted(theirs, flow=architecture == FLOW), "ours": ours}
 
 

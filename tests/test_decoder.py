@@ -53,7 +53,7 @@ def test_residual_and_mlp_belong_to_the_cross_attention(residual, mlp):
     made = decoder(cross_attention=partial(CrossAttend, residual=residual, mlp=mlp))
     latents, queries = drawn(2, 7, 13), drawn(2, 5, 11, seed=1)
     read = made.cross_attention
-    expected = read.attention(read.query_norm(queries), read.keys_values(latents, queries=5))
+    expected = read.attention(read.query_norm(queries), read.input_norm(latents))
     expected = expected + queries if residual else expected
     expected = expected if mlp is None else expected + read.mlp(read.mlp_norm(expected))
     torch.testing.assert_close(made(latents, queries), made.output(expected), **EXACT)
@@ -128,7 +128,7 @@ def test_each_modality_has_its_mask(chunk):
         made(latents, queried, mask={"film": there})
     with pytest.raises(ValueError, match=r"mask\['flow'\] must have shape \(2, 5\)"):
         made(latents, queried, mask={"flow": there[:, :4]})
-    with pytest.raises(TypeError, match="mask must be a dictionary by kind, as the queries are"):
+    with pytest.raises(TypeError, match="mask must be a dictionary with the names of the queries"):
         made(latents, queried, mask=there)
 
 
@@ -142,7 +142,7 @@ def test_shared_queries_with_a_mask_per_sample():
 def test_competing_queries_are_not_chunked():
     slots = partial(CrossAttend, attention=partial(MultiHeadAttention, kernel=partial(inverted)))
     assert Decoder(13, query_dim=11, cross_attention=slots).chunk_size is None
-    with pytest.raises(ValueError, match="chunk_size must be None where queries compete for what they read; got 3"):
+    with pytest.raises(ValueError, match="chunk_size must be None where queries compete for tokens; got 3"):
         Decoder(13, query_dim=11, cross_attention=slots, chunk_size=3)
 
 
@@ -170,10 +170,23 @@ def test_attention_maps_times_values_are_the_output():
     torch.testing.assert_close(made(latents, queries), expected, **EXACT)
 
 
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_attention_maps_of_a_dictionary_of_queries(chunk):
+    made, latents = decoder(num_heads=13, chunk_size=chunk), drawn(2, 7, 13)
+    queried = {"flow": drawn(2, 5, 11, seed=1), "label": drawn(1, 1, 11, seed=2), "sound": drawn(3, 11, seed=3)}
+    valid = torch.tensor([[True, False, True, True, False], [True] * 5])
+    maps = made.attention_map(latents, queried, mask={"flow": valid})
+    assert list(maps) == ["flow", "label", "sound"]
+    for name, mask in (("flow", valid), ("label", None), ("sound", None)):
+        torch.testing.assert_close(maps[name], made.attention_map(latents, queried[name], mask=mask), **EXACT)
+
+
 @pytest.mark.refusal
 def test_invalid_maps_raise():
-    with pytest.raises(TypeError, match=r"queries must be a torch\.Tensor; got dict"):
-        decoder().attention_map(drawn(2, 7, 13), {"a": drawn(5, 11)})
+    with pytest.raises(ValueError, match="11 features"):
+        decoder().attention_map(drawn(2, 7, 13), {"a": drawn(5, 12)})
+    with pytest.raises(TypeError, match="mask must be a dictionary with the names of the queries"):
+        decoder().attention_map(drawn(2, 7, 13), {"a": drawn(5, 11)}, mask=torch.ones(2, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match="11 features"):
         decoder().attention_map(drawn(2, 7, 13), drawn(5, 12))
 

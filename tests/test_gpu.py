@@ -73,13 +73,13 @@ def padding(batch: int, keys: int) -> Tensor:
     return torch.arange(keys, device=CUDA) < torch.tensor([[keys], [keys // 3 + 1]] * (batch // 2), device=CUDA)
 
 
-def model(path: reads.Strategy | None = None, *, reads: int = 2) -> pc.Perceiver:
+def model(strategy: reads.Strategy | None = None, *, num_reads: int = 2) -> pc.Perceiver:
     torch.manual_seed(0)
     image = pc.adapters.Image(3, positions=pc.positions.Fourier(num_axes=2, num_bands=8, max_resolution=64))
-    encoder = pc.Encoder(image.dim, num_latents=48, dim=64, depth=2, num_heads=4, num_reads=reads)
+    encoder = pc.Encoder(image.dim, num_latents=48, dim=64, depth=2, num_heads=4, num_reads=num_reads)
     perceiver = pc.Perceiver(image, encoder, pc.heads.Classification(encoder.dim, num_classes=10)).to(CUDA)
-    if path is not None:
-        reads.set_strategy(perceiver, path)
+    if strategy is not None:
+        reads.set_strategy(perceiver, strategy)
     return perceiver
 
 
@@ -174,10 +174,10 @@ def test_the_triton_kernels_run_and_nothing_else_attends() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_all_paths_agree(dtype: torch.dtype) -> None:
+def test_all_strategies_agree(dtype: torch.dtype) -> None:
     results = []
-    for path in (reads.Dense(), STRUCTURED, reads.Factored()):
-        perceiver = model(path).to(dtype)
+    for strategy in (reads.Dense(), STRUCTURED, reads.Factored()):
+        perceiver = model(strategy).to(dtype)
         out = perceiver(torch.rand(IMAGES, device=CUDA, generator=torch.Generator(CUDA).manual_seed(1)).to(dtype))
         gradients = torch.autograd.grad(out.float().square().mean(), list(perceiver.parameters()))
         results.append([out.double(), torch.nn.utils.get_total_norm(gradients).double()])
@@ -239,11 +239,11 @@ def test_a_grid_beyond_32_bits() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [reads.Dense(), STRUCTURED, reads.Factored(), reads.Auto()], ids=lambda p: type(p).__name__
+    "strategy", [reads.Dense(), STRUCTURED, reads.Factored(), reads.Auto()], ids=lambda p: type(p).__name__
 )
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-def test_no_forward_pass_waits_for_the_gpu(path: reads.Strategy, masked: bool) -> None:
-    perceiver, images = model(path), torch.rand(IMAGES, device=CUDA)
+def test_no_forward_pass_waits_for_the_gpu(strategy: reads.Strategy, masked: bool) -> None:
+    perceiver, images = model(strategy), torch.rand(IMAGES, device=CUDA)
     mask = torch.rand(4, 61, 67, device=CUDA) < 0.5 if masked else None
     with torch.autocast("cuda", dtype=torch.bfloat16):
         perceiver(images, mask=mask)
@@ -252,10 +252,10 @@ def test_no_forward_pass_waits_for_the_gpu(path: reads.Strategy, masked: bool) -
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("path", [reads.Dense(), STRUCTURED], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("strategy", [reads.Dense(), STRUCTURED], ids=lambda p: type(p).__name__)
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
-def test_it_compiles_to_one_graph_and_to_cuda_graphs(path: reads.Strategy, mode: str | None) -> None:
-    perceiver = model(path)
+def test_it_compiles_to_one_graph_and_to_cuda_graphs(strategy: reads.Strategy, mode: str | None) -> None:
+    perceiver = model(strategy)
     compiled = torch.compile(perceiver, fullgraph=True, mode=mode)
     for seed in range(3):
         perceiver.zero_grad(set_to_none=True)  # otherwise gradients would be in memory that the graph overwrites
@@ -288,15 +288,15 @@ def test_it_is_exported_for_any_batch() -> None:
     torch.testing.assert_close(program.module()(images), perceiver(images), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("path", [reads.Dense(), STRUCTURED], ids=lambda p: type(p).__name__)
-def test_inputs_elsewhere_than_weights_are_refused(path: reads.Strategy) -> None:
+@pytest.mark.parametrize("strategy", [reads.Dense(), STRUCTURED], ids=lambda p: type(p).__name__)
+def test_inputs_elsewhere_than_weights_are_refused(strategy: reads.Strategy) -> None:
     with pytest.raises(ValueError, match=r"tokens is on cpu, the model on cuda:0; move one: tokens\.to\('cuda:0'\)"):
-        model(path)(torch.rand(IMAGES))
+        model(strategy)(torch.rand(IMAGES))
 
 
 def test_recomputed_activations_give_the_same_gradients() -> None:
     images, results = torch.rand(IMAGES, device=CUDA), []
-    for make in (model, lambda path: pc.checkpoint_activations(model(path))):
+    for make in (model, lambda strategy: pc.checkpoint_activations(model(strategy))):
         perceiver = make(STRUCTURED)
         results.append(torch.autograd.grad(perceiver(images).square().mean(), list(perceiver.parameters())))
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-7)
@@ -309,5 +309,5 @@ def test_the_choice_is_structured_where_heads_are_wide_and_dense_where_there_is_
     few = pc.adapters.Grid(3, positions=positions)(torch.rand(1, 8, 8, 3, device=CUDA))
     with torch.autocast("cuda", dtype=torch.bfloat16):
         wide = read().to(CUDA)
-        assert reads.Auto().choose(wide.request(tokens)) == STRUCTURED
-        assert reads.Auto().choose(wide.request(few)) == reads.Dense()
+        assert reads.Auto().choose(wide.read_context(tokens)).strategy == STRUCTURED
+        assert reads.Auto().choose(wide.read_context(few)).strategy == reads.Dense()

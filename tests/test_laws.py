@@ -217,7 +217,7 @@ CLOUD = cloud(2, 13).float()
 
 def self_attention(part, **arguments):
     attention = part(**arguments)
-    return attention, lambda: attention(X, attention.keys_values(X if attention.input_dim == DIM else TOKENS))
+    return attention, lambda: attention(X, X if attention.input_dim == DIM else TOKENS)
 
 
 def on(x):
@@ -241,8 +241,8 @@ def encoding(part, **arguments):
 def adapting(x):
     def make(part, **arguments):
         adapter = part(**arguments)
-        given = x[:, : arguments.get("channels", 3)] if part is adapters.Image else x
-        given = given[..., : 3 + arguments["features"]] if part is adapters.PointCloud else given
+        given = x[:, : arguments.get("num_channels", 3)] if part is adapters.Image else x
+        given = given[..., : 3 + arguments["num_features"]] if part is adapters.PointCloud else given
         return adapter, lambda: adapter(given).materialize()
 
     return make
@@ -251,7 +251,7 @@ def adapting(x):
 def at(x):
     def make(part, **arguments):
         where = part(**arguments)
-        return where, lambda: where(x[..., : arguments["axes"]])
+        return where, lambda: where(x[..., : arguments["num_axes"]])
 
     return make
 
@@ -259,9 +259,9 @@ def at(x):
 class Twice(reads.Dense):
     """A strategy that returns twice the output."""
 
-    def read(self, request):
-        read = super().read(request)
-        return read._replace(values=2 * read.values)
+    def prepare(self, context):
+        memory = super().prepare(context)
+        return memory._replace(values=2 * memory.values)
 
 
 ARGUMENTS = [

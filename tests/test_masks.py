@@ -124,7 +124,7 @@ def test_a_block_is_a_part_of_the_whole(mask: Mask) -> None:
 
 @pytest.mark.parametrize("mask", ALL.values(), ids=ALL.keys())
 def test_masks_that_broadcast_are_accepted(mask: Mask) -> None:
-    masks.fits(mask, torch.empty(B, H, Q, D), torch.empty(B, H, K, D))
+    masks.check_broadcast(mask, torch.empty(B, H, Q, D), torch.empty(B, H, K, D))
 
 
 class Largest(TorchDispatchMode):

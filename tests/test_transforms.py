@@ -27,7 +27,7 @@ from perceiver_core.kernels import chunked, fastest, reference, sdpa
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 KERNELS = {"fastest": fastest, "sdpa": sdpa, "reference": reference, "chunked": partial(chunked, chunk_size=5)}
-PATHS = {"dense": reads.Dense(), "factored": reads.Factored(), "structured": reads.Structured()}
+STRATEGIES = {"dense": reads.Dense(), "factored": reads.Factored(), "structured": reads.Structured()}
 FOURIER = partial(positions.Fourier, num_bands=2, max_resolution=7)
 ANY = reads.Auto()
 ADAPTERS = {
@@ -48,7 +48,7 @@ SHAPES = {
 }
 
 
-def model_of(kind="points", *, share=sharing.paper, kernel=fastest, reads=3, dropout=0.0, latents=5, path=ANY):
+def model_of(kind="points", *, share=sharing.paper, kernel=fastest, reads=3, dropout=0.0, latents=5, strategy=ANY):
     torch.manual_seed(0)
     adapter = ADAPTERS[kind]()
     attention = partial(MultiHeadAttention, kernel=kernel)
@@ -60,7 +60,7 @@ def model_of(kind="points", *, share=sharing.paper, kernel=fastest, reads=3, dro
         depth=1,
         num_heads=7,
         share=share,
-        cross_attention=partial(CrossAttend, attention=attention, dropout=dropout, strategy=path),
+        cross_attention=partial(CrossAttend, attention=attention, dropout=dropout, strategy=strategy),
         latent_transformer=partial(LatentTransformer, block=partial(SelfAttend, attention=attention, dropout=dropout)),
     )
     return Perceiver(adapter, encoder, heads.Classification(encoder.dim, 11))
@@ -126,12 +126,12 @@ class TestCompile:
         with torch._dynamo.config.patch(error_on_recompile=True):
             self.agrees(model_of(kind, reads=1), batches, dynamic=True)
 
-    @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+    @pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
     @pytest.mark.parametrize("kind", ["pixels", "audio"])
-    def test_every_strategy(self, kind, path):
+    def test_every_strategy(self, kind, strategy):
         batches = [batch_of(kind, b, n) for b, n in ((2, 13), (3, 17))]
         with torch._dynamo.config.patch(error_on_recompile=True):
-            self.agrees(model_of(kind, reads=2, path=path), batches, dynamic=True)
+            self.agrees(model_of(kind, reads=2, strategy=strategy), batches, dynamic=True)
 
     def test_inputs_per_read(self):
         torch.manual_seed(0)
@@ -163,15 +163,15 @@ class TestExport:
             torch.testing.assert_close(program.module()(*more), model(*more), **CLOSE)
 
     @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
-    @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
-    def test_every_strategy(self, path, strict):
-        model = model_of("pixels", reads=2, path=path).eval()
+    @pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
+    def test_every_strategy(self, strategy, strict):
+        model = model_of("pixels", reads=2, strategy=strategy).eval()
         args, _ = batch_of("pixels")
         axes = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
         program = torch.export.export(model, args, dynamic_shapes=(axes,), strict=strict)
         graphs = [part.graph for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
         own = [node for graph in graphs for node in graph.nodes if "perceiver_core" in str(node.target)]
-        assert len(own) == (2 if path == reads.Structured() else 0)  # one node per read
+        assert len(own) == (2 if strategy == reads.Structured() else 0)  # one node per read
         more = torch.rand(5, 3, 11, 17)
         torch.testing.assert_close(program.module()(more), model(more), **CLOSE)
 
@@ -234,12 +234,12 @@ class Saved:
 
 
 class TestActivationCheckpointing:
-    @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+    @pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
     @pytest.mark.parametrize("kind", ["pixels", "points"])
     @pytest.mark.parametrize("share", [sharing.none, sharing.paper])
-    def test_outputs_gradients_and_state_are_unchanged(self, kind, share, path):
-        plain = model_of(kind, share=share, path=path)
-        model = checkpoint_activations(model_of(kind, share=share, path=path))
+    def test_outputs_gradients_and_state_are_unchanged(self, kind, share, strategy):
+        plain = model_of(kind, share=share, strategy=strategy)
+        model = checkpoint_activations(model_of(kind, share=share, strategy=strategy))
         args, options = batch_of(kind, masked=kind == "points")
         actual = outputs_and_gradients(model, model, args, options)
         torch.testing.assert_close(actual, outputs_and_gradients(plain, plain, args, options), rtol=0, atol=0)
@@ -322,7 +322,7 @@ class TestFunctional:
             torch.testing.assert_close({n: g[i] for n, g in each.items()}, alone, **CLOSE)
 
     def test_per_sample_gradients_with_structured_reads(self):
-        model = model_of("pixels", kernel=fastest, path=reads.Structured(), reads=1).double()
+        model = model_of("pixels", kernel=fastest, strategy=reads.Structured(), reads=1).double()
         x = batch_of("pixels", b=3)[0][0].double()
 
         def loss(read, x):

@@ -61,8 +61,9 @@ def test_each_block_combines_all_earlier_outputs(repeats):
 def test_parts_of_an_array_equal_the_whole(repeats):
     (x,) = arrays(1, 2, 5, 12)
     transformer = pc.LatentTransformer(12, depth=2, num_heads=2, aggregate=Pool, num_repeats=repeats).double()
-    first, known = transformer.extend(x[:, :3], None, mask=masks.Causal())
-    last, _ = transformer.extend(x[:, 3:], known, mask=masks.Causal())
+    caches = [pc.reads.KeysValuesCache() for _ in range(transformer.num_layers)]
+    first = transformer(x[:, :3], mask=masks.Causal(), caches=caches)
+    last = transformer(x[:, 3:], mask=masks.Causal(), caches=caches)
     torch.testing.assert_close(torch.cat([first, last], 1), transformer(x, mask=masks.Causal()), **EXACT)
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from perceiver_core import MLP, CrossAttend, MultiHeadAttention, Tokens, masks
+from perceiver_core.reads import AttentionCapture, KeysValuesCache, SharedMemory
+from perceiver_core.reads.dense import project, split_heads
 
 BATCH, QUERIES, GRID, DIM, CHANNELS, POSITIONS = 2, 5, (3, 7), 14, 11, 2
 INPUT_DIM, N = CHANNELS + POSITIONS, 21
@@ -43,9 +45,14 @@ def some_mask():
     return torch.rand(BATCH, *GRID, generator=torch.Generator().manual_seed(3)) < 0.6
 
 
+def shared_memory(block, inputs):
+    cache = SharedMemory()
+    block(queries(), inputs, cache=cache)
+    return cache.memory
+
+
 def by_hand(block, x, dense, *, residual=True, allowed=None):
-    read = block.attention.keys_values(block.input_norm(dense), mask=allowed)
-    attended = block.attention(block.query_norm(x), read)
+    attended = block.attention(block.query_norm(x), block.input_norm(dense), mask=allowed)
     x = x + attended if residual else attended
     return x + block.mlp(block.mlp_norm(x))
 
@@ -75,10 +82,11 @@ def test_tokens_are_read_like_their_dense_tensor(masked):
 
 
 def test_cached_keys_and_values_give_the_same_output():
-    block = cross_attend()
-    kept = block.keys_values(tokens(some_mask()))
+    block, cache = cross_attend(), SharedMemory(num_queries=2 * QUERIES)
+    first = block(queries(), tokens(some_mask()), cache=cache)
+    torch.testing.assert_close(first, block(queries(), tokens(some_mask())), **EXACT)
     for x in (queries(), queries().flip(1)):
-        torch.testing.assert_close(block(x, kept), block(x, tokens(some_mask())), **EXACT)
+        torch.testing.assert_close(block(x, cache.memory), block(x, tokens(some_mask())), **EXACT)
 
 
 @pytest.mark.parametrize("form", ["tokens", "keys and values"])
@@ -87,7 +95,7 @@ def test_the_mask_of_a_call_and_that_of_the_tokens_are_combined(form):
     present = some_mask()
     allowed = torch.rand(BATCH, 1, QUERIES, N, generator=torch.Generator().manual_seed(4)) < 0.6
     allowed[..., present.flatten(1)[0].nonzero()[0]] = True
-    read = tokens(present) if form == "tokens" else block.keys_values(tokens(present))
+    read = tokens(present) if form == "tokens" else shared_memory(block, tokens(present))
     both = allowed & present.flatten(1)[:, None, None]
     expected = by_hand(block, queries(), tokens().materialize(), allowed=both)
     torch.testing.assert_close(block(queries(), read, mask=allowed), expected, **EXACT)
@@ -139,11 +147,49 @@ def test_factories_build_the_parts():
 def test_the_attention_map_uses_the_normalized_inputs():
     block = cross_attend(num_heads=13)
     present = some_mask()
-    weights = block.attention_map(queries(), tokens(present), queries=[3, 0])
+    capture = AttentionCapture(queries=[3, 0])
+    block(queries(), tokens(present), capture=capture)
+    weights = capture.result()
+    assert capture.grid == GRID
     assert weights.shape == (BATCH, 13, 2, N)
     allowed = present.flatten(1)[:, None, None].expand_as(weights)
     assert weights[~allowed].eq(0).all()
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]), **EXACT)
-    read = block.attention.keys_values(block.input_norm(tokens().materialize()), mask=masks.Padding(present.flatten(1)))
-    expected = block.attention.attention_map(block.query_norm(queries()), read)
+    memory = project(block.attention, block.input_norm(tokens().materialize()))
+    q = split_heads(block.attention.query(block.query_norm(queries())), 13)
+    expected = memory.attention_map(q, block.attention.kernel, mask=masks.Padding(present.flatten(1)))
     torch.testing.assert_close(weights, expected[:, :, [3, 0]], **EXACT)
+
+
+def test_a_growing_cache_reads_all_tokens_so_far():
+    block, cache = cross_attend(num_heads=13), KeysValuesCache()
+    x, dense = queries(), tokens().materialize()
+    torch.testing.assert_close(block(x, dense[:, :8], cache=cache), by_hand(block, x, dense[:, :8]), **EXACT)
+    allowed = torch.rand(BATCH, 1, QUERIES, N, generator=torch.Generator().manual_seed(4)) < 0.6
+    out = block(x, dense[:, 8:], mask=allowed, cache=cache)
+    torch.testing.assert_close(out, by_hand(block, x, dense, allowed=allowed), **EXACT)
+
+
+class UserAttention(nn.Module):
+    """Attention by a user, which takes tensors and masks only."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, inputs, *, mask=None):
+        assert isinstance(inputs, torch.Tensor)
+        return self.inner(x, inputs, mask=mask)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("given", ["tokens", "tensor"])
+def test_a_user_defined_attention_gets_normalized_tokens_and_the_whole_mask(given, masked):
+    block, present = cross_attend(), some_mask() if masked else None
+    inputs = tokens(present) if given == "tokens" else tokens().materialize()
+    mask = torch.rand(BATCH, 1, QUERIES, N, generator=torch.Generator().manual_seed(4)) < 0.6
+    mask[..., 0] = True
+    expected = [block(queries(), inputs), block(queries(), inputs, mask=mask)]
+    block.attention = UserAttention(block.attention)
+    actual = [block(queries(), inputs), block(queries(), inputs, mask=mask)]
+    torch.testing.assert_close(actual, expected, **EXACT)

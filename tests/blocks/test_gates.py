@@ -56,10 +56,10 @@ def test_a_tanh_gate_starts_closed():
 def test_blocks_accept_a_gate_as_residual(gate):
     x, tokens = drawn(2, 5, 13), drawn(2, 11, 10, seed=1)
     read, own = shaken(CrossAttend(13, 10, residual=gate)), shaken(SelfAttend(13, num_heads=1, residual=gate))
-    after = read.residual(x, read.attention(read.query_norm(x), read.keys_values(tokens)))
+    after = read.residual(x, read.attention(read.query_norm(x), read.input_norm(tokens)))
     torch.testing.assert_close(read(x, tokens), after + read.mlp(read.mlp_norm(after)), **EXACT)
     normed = own.norm(x)
-    after = own.residual(x, own.attention(normed, own.attention.keys_values(normed)))
+    after = own.residual(x, own.attention(normed))
     torch.testing.assert_close(own(x), after + own.mlp(own.mlp_norm(after)), **EXACT)
 
 
@@ -122,17 +122,17 @@ def test_under_autocast(gate, dtype):
 def test_the_mlp_is_gated_as_well(gate):
     x, tokens = drawn(2, 5, 13), drawn(2, 11, 10, seed=1)
     read, own = shaken(CrossAttend(13, 10, mlp_residual=gate)), shaken(SelfAttend(13, num_heads=1, mlp_residual=gate))
-    after = x + read.attention(read.query_norm(x), read.keys_values(tokens))
+    after = x + read.attention(read.query_norm(x), read.input_norm(tokens))
     expected = read.mlp_residual(after, read.mlp(read.mlp_norm(after)))
     torch.testing.assert_close(read(x, tokens), expected, **EXACT)
-    after = x + own.attention(own.norm(x), own.attention.keys_values(own.norm(x)))
+    after = x + own.attention(own.norm(x))
     torch.testing.assert_close(own(x), own.mlp_residual(after, own.mlp(own.mlp_norm(after))), **EXACT)
 
 
 def test_without_a_residual_the_mlp_replaces_its_input():
     x, read = drawn(2, 5, 13), shaken(CrossAttend(13, 10, mlp_residual=False))
     tokens = drawn(2, 11, 10, seed=1)
-    after = x + read.attention(read.query_norm(x), read.keys_values(tokens))
+    after = x + read.attention(read.query_norm(x), read.input_norm(tokens))
     torch.testing.assert_close(read(x, tokens), read.mlp(read.mlp_norm(after)), **EXACT)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from perceiver_core import GEGLU, MLP, LatentTransformer, MultiHeadAttention, SelfAttend, masks
+from perceiver_core.reads import KeysValuesCache
 
 DIM, N = 14, 5
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -20,7 +21,7 @@ def latents():
 
 def by_hand(block, x, mask=None):
     normed = block.norm(x)
-    x = x + block.attention(normed, block.attention.keys_values(normed, mask=mask))
+    x = x + block.attention(normed, normed, mask=mask)
     return x + block.mlp(block.mlp_norm(x))
 
 
@@ -120,7 +121,9 @@ def test_invalid_repeats_raise(repeats):
 def test_repeats_accept_an_array_in_parts(repeats):
     transformer = LatentTransformer(DIM, depth=2, num_heads=2, num_repeats=repeats).double()
     x, whole = latents(), transformer(latents(), mask=masks.Causal())
-    first, known = transformer.extend(x[:, :3], None, mask=masks.Causal())
-    last, known = transformer.extend(x[:, 3:], known, mask=masks.Causal())
+    assert transformer.num_layers == 2 * repeats
+    caches = [KeysValuesCache() for _ in range(transformer.num_layers)]
+    first = transformer(x[:, :3], mask=masks.Causal(), caches=caches)
+    last = transformer(x[:, 3:], mask=masks.Causal(), caches=caches)
     torch.testing.assert_close(torch.cat([first, last], 1), whole, **EXACT)
-    assert len(known) == 2 * repeats
+    assert [cache.memory.keys.shape[2] for cache in caches] == [N] * transformer.num_layers

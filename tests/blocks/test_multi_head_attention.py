@@ -11,9 +11,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import perceiver_core as pc
-from perceiver_core import KeysValues, MultiHeadAttention, masks
+from perceiver_core import MultiHeadAttention, masks
 from perceiver_core.kernels import chunked, reference, sdpa
 from perceiver_core.positions import Rotary
+from perceiver_core.reads import AttentionCapture, KeysValues, KeysValuesCache, SharedMemory
+from perceiver_core.reads.dense import project, split_heads
 
 BATCH, QUERIES, TOKENS, DIM, INPUT_DIM = 2, 5, 11, 14, 13
 EXACT = {"rtol": 0, "atol": 1e-12}  # float64
@@ -54,6 +56,12 @@ def user_kernel(q, k, v, *, mask):
     return scores.softmax(-1) @ v
 
 
+def attention_map(attention, x, inputs, *, mask=None, queries=None):
+    capture = AttentionCapture(queries=queries)
+    attention(x, inputs, mask=mask, capture=capture)
+    return capture.result()
+
+
 WIDTHS = [
     {"num_heads": 1},
     {"num_heads": 13},
@@ -70,7 +78,7 @@ WIDTHS = [
 def test_it_equals_the_formula(widths, bias, out_bias):
     attention = randomized(MultiHeadAttention(DIM, INPUT_DIM, bias=bias, out_bias=out_bias, **widths))
     x, tokens = arrays()
-    out = attention(x, attention.keys_values(tokens))
+    out = attention(x, tokens)
     assert out.shape == (BATCH, QUERIES, widths.get("out_dim", DIM))
     torch.testing.assert_close(out, by_formula(attention, x, tokens), **EXACT)
     assert [(layer.bias is not None) for layer in (attention.query, attention.key, attention.value)] == [bias] * 3
@@ -100,7 +108,7 @@ def test_kernels_are_interchangeable(kernel, masked):
     allowed[..., 3] = True
     mask = allowed if masked else None
     wrt = [x, tokens, *attention.parameters()]
-    out = attention(x, attention.keys_values(tokens, mask=mask))
+    out = attention(x, tokens, mask=mask)
     expected = by_formula(attention, x, tokens, mask)
     torch.testing.assert_close(out, expected, **EXACT)
     gradients = torch.autograd.grad(out.square().sum(), wrt)
@@ -113,31 +121,34 @@ def test_masks_of_the_input_and_of_the_call_are_combined():
     present = torch.ones(BATCH, TOKENS, dtype=torch.bool)
     present[:, 7:] = False
     reach = masks.Window(before=10, after=-5)  # positions count from the end
-    read = attention.keys_values(tokens, mask=masks.Padding(present))
+    memory = project(attention, tokens)._replace(mask=masks.Padding(present))
     allowed = present[:, None, None] & masks.materialize(reach, queries=QUERIES, keys=TOKENS)
-    torch.testing.assert_close(attention(x, read, mask=reach), by_formula(attention, x, tokens, allowed), **EXACT)
+    torch.testing.assert_close(attention(x, memory, mask=reach), by_formula(attention, x, tokens, allowed), **EXACT)
 
 
 def test_keys_and_values_can_be_reused():
     attention = randomized(MultiHeadAttention(DIM, INPUT_DIM, num_heads=1))
     x, tokens = arrays()
     other, _ = arrays(seed=1)
-    read = attention.keys_values(tokens)
-    assert isinstance(read, KeysValues)
+    memory = project(attention, tokens)
+    assert isinstance(memory, KeysValues)
     for queries in (x, other):
-        torch.testing.assert_close(attention(queries, read), by_formula(attention, queries, tokens), **EXACT)
+        torch.testing.assert_close(attention(queries, memory), by_formula(attention, queries, tokens), **EXACT)
 
 
 def test_the_attention_map_has_the_weights_of_the_output():
     attention = randomized(MultiHeadAttention(DIM, INPUT_DIM, num_heads=3, qk_dim=21, v_dim=15))
     x, tokens = arrays()
     present = torch.rand(BATCH, TOKENS, generator=torch.Generator().manual_seed(2)) < 0.7
-    read = attention.keys_values(tokens, mask=masks.Padding(present))
-    weights = attention.attention_map(x, read)
-    averaged = torch.einsum("bhmn,bhne->bmhe", weights, read.values).flatten(2)
-    torch.testing.assert_close(attention.output(averaged), attention(x, read), **EXACT)
-    chosen = attention.attention_map(x, read, queries=[4, 1])
+    memory = project(attention, tokens)._replace(mask=masks.Padding(present))
+    weights = attention_map(attention, x, memory)
+    averaged = torch.einsum("bhmn,bhne->bmhe", weights, memory.values).flatten(2)
+    torch.testing.assert_close(attention.output(averaged), attention(x, memory), **EXACT)
+    chosen = attention_map(attention, x, memory, queries=[4, 1])
     torch.testing.assert_close(chosen, weights[:, :, [4, 1]], **EXACT)
+    q = split_heads(attention.query(x), 3)
+    torch.testing.assert_close(memory.attention_map(q, attention.kernel), weights, **EXACT)
+    torch.testing.assert_close(attention_map(attention, x, tokens, mask=present), weights, **EXACT)
     assert weights.masked_select(~present[:, None, None]).eq(0).all()
 
 
@@ -164,14 +175,14 @@ class TestGroupedQueries:
         x, tokens = (each.requires_grad_() for each in arrays())
         allowed = torch.rand(BATCH, heads, QUERIES, TOKENS, generator=torch.Generator().manual_seed(1)) < 0.6
         allowed[..., 3] = True
-        read = grouped.keys_values(tokens)
-        assert read.keys.shape == (BATCH, kv_heads, TOKENS, 24 // heads)
-        assert read.values.shape == (BATCH, kv_heads, TOKENS, 36 // heads)
-        outs = grouped(x, read, mask=allowed), alone(x, alone.keys_values(tokens), mask=allowed)
+        memory = project(grouped, tokens)
+        assert memory.keys.shape == (BATCH, kv_heads, TOKENS, 24 // heads)
+        assert memory.values.shape == (BATCH, kv_heads, TOKENS, 36 // heads)
+        outs = grouped(x, memory, mask=allowed), alone(x, tokens, mask=allowed)
         torch.testing.assert_close(*outs, **EXACT)
         gradients = [torch.autograd.grad(out.square().sum(), [x, tokens]) for out in outs]
         torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
-        maps = [each.attention_map(x, each.keys_values(tokens), queries=[4, 1]) for each in (grouped, alone)]
+        maps = [attention_map(each, x, tokens, queries=[4, 1]) for each in (grouped, alone)]
         assert maps[0].shape == (BATCH, heads, 2, TOKENS)
         torch.testing.assert_close(*maps, **EXACT)
 
@@ -179,8 +190,8 @@ class TestGroupedQueries:
     def test_queries_with_a_batch_of_one_broadcast(self, heads, kv_heads):
         grouped, alone = self.pair(heads, kv_heads, rotary=Rotary(4))
         x, tokens = arrays()
-        for some, read in ((x[:1], tokens), (x, tokens[:1])):
-            outs = [each(some, each.keys_values(read)) for each in (grouped, alone)]
+        for some, inputs in ((x[:1], tokens), (x, tokens[:1])):
+            outs = [each(some, inputs) for each in (grouped, alone)]
             torch.testing.assert_close(*outs, **EXACT)
 
     @pytest.mark.refusal
@@ -200,16 +211,17 @@ def test_queries_and_keys_are_normalized_per_head_before_rotation():
         attention.rotary(F.layer_norm(made.unflatten(-1, (3, 6)).transpose(1, 2), (6,), norm.weight, norm.bias))
         for made, norm in ((attention.query(x), attention.query_norm), (attention.key(tokens), attention.key_norm))
     )
-    read = attention.keys_values(tokens)
-    torch.testing.assert_close(read.keys, k, **EXACT)
-    expected = attention.output((reference(q, k, read.values)).transpose(1, 2).flatten(2))
-    torch.testing.assert_close(attention(x, read), expected, **EXACT)
+    memory = project(attention, tokens)
+    torch.testing.assert_close(memory.keys, k, **EXACT)
+    expected = attention.output((reference(q, k, memory.values)).transpose(1, 2).flatten(2))
+    for inputs in (memory, tokens):
+        torch.testing.assert_close(attention(x, inputs), expected, **EXACT)
 
 
 class TestRotary:
     def logs(self, attention, queries, tokens):
         """Log weights: the scores up to a constant per query."""
-        return attention.attention_map(queries, attention.keys_values(tokens)).log()
+        return attention_map(attention, queries, tokens).log()
 
     def attention(self, dim=6):
         torch.manual_seed(0)
@@ -234,7 +246,7 @@ class TestRotary:
         attention, (_, _) = self.attention(), arrays()
         tokens = torch.randn(BATCH, TOKENS, DIM, dtype=torch.float64)
         values = attention.value(tokens).unflatten(-1, (2, -1)).transpose(1, 2)
-        torch.testing.assert_close(attention.keys_values(tokens).values, values, **EXACT)
+        torch.testing.assert_close(project(attention, tokens).values, values, **EXACT)
 
 
 class TestDropout:
@@ -248,17 +260,17 @@ class TestDropout:
         attention = MultiHeadAttention(DIM, num_heads=2, dropout=0.25, kernel=kernel)
         x = torch.randn(BATCH, TOKENS, DIM)
         for mode in (True, False, True):
-            attention.train(mode)(x, attention.keys_values(x))
+            attention.train(mode)(x, x)
         assert given == [0.25, 0.0, 0.25]
 
     def test_weights_are_dropped_and_rescaled(self):
         attention = randomized(MultiHeadAttention(DIM, num_heads=1, dropout=0.5, kernel=reference))
         x = torch.randn(1, 101, DIM, dtype=torch.float64)
         torch.manual_seed(0)
-        dropped = attention(x, attention.keys_values(x))
+        dropped = attention(x, x)
         torch.manual_seed(0)
-        weights = F.dropout(attention.attention_map(x, attention.keys_values(x)), 0.5)
-        expected = attention.output((weights @ attention.keys_values(x).values)[:, 0])
+        weights = F.dropout(attention_map(attention.eval(), x, x), 0.5)
+        expected = attention.output((weights @ project(attention, x).values)[:, 0])
         torch.testing.assert_close(dropped, expected, **EXACT)
 
     @pytest.mark.refusal
@@ -273,3 +285,54 @@ class TestDropout:
 def test_a_kernel_without_a_signature_raises() -> None:
     with pytest.raises(ValueError, match=r"kernel must be a function \(q, k, v, \*, mask\); wrap"):
         pc.MultiHeadAttention(14, num_heads=2, kernel=nn.functional.scaled_dot_product_attention)
+
+
+class TestMemories:
+    def test_self_attention_is_the_default(self):
+        attention = randomized(MultiHeadAttention(DIM, num_heads=2, rotary=Rotary(4)))
+        x, _ = arrays()
+        torch.testing.assert_close(attention(x), attention(x, x), **EXACT)
+
+    @pytest.mark.parametrize("kv_heads", [6, 2])
+    def test_a_growing_cache_gives_the_same_output(self, kv_heads):
+        attention = randomized(
+            MultiHeadAttention(DIM, num_heads=6, num_kv_heads=kv_heads, qk_dim=24, v_dim=36, rotary=Rotary(4))
+        )
+        x, cache = torch.randn(BATCH, TOKENS, DIM, dtype=torch.float64), KeysValuesCache()
+        places = torch.arange(TOKENS)
+        parts = [
+            attention(x[:, part], mask=masks.Causal(), positions=places[part], cache=cache)
+            for part in (slice(0, 4), slice(4, 5), slice(5, TOKENS))
+        ]
+        whole = attention(x, mask=masks.Causal(), positions=places)
+        torch.testing.assert_close(torch.cat(parts, 1), whole, **EXACT)
+        assert cache.memory.keys.shape == (BATCH, kv_heads, TOKENS, 4)
+        assert cache.memory.values.shape == (BATCH, kv_heads, TOKENS, 6)
+
+    def test_the_mask_of_a_call_covers_all_cached_keys(self):
+        attention = randomized(MultiHeadAttention(DIM, INPUT_DIM, num_heads=1))
+        x, tokens = arrays()
+        present = torch.rand(BATCH, TOKENS, generator=torch.Generator().manual_seed(2)) < 0.6
+        cache = KeysValuesCache()
+        attention(x, tokens[:, :4], cache=cache)
+        out = attention(x, tokens[:, 4:], mask=present, cache=cache)
+        torch.testing.assert_close(out, by_formula(attention, x, tokens, present[:, None, None]), **EXACT)
+
+    def test_a_shared_memory_is_that_of_the_first_call(self):
+        attention = randomized(MultiHeadAttention(DIM, INPUT_DIM, num_heads=1))
+        x, tokens = arrays()
+        _, others = arrays(seed=1)
+        cache = SharedMemory()
+        for inputs in (tokens, others):
+            out = attention(x, inputs, cache=cache)
+            torch.testing.assert_close(out, by_formula(attention, x, inputs), **EXACT)
+        torch.testing.assert_close(attention(x, cache.memory), by_formula(attention, x, tokens), **EXACT)
+
+    def test_captured_weights_leave_the_output_unchanged(self):
+        attention = randomized(MultiHeadAttention(DIM, INPUT_DIM, num_heads=13, kernel=user_kernel))
+        x, tokens = arrays()
+        capture = AttentionCapture()
+        assert torch.equal(attention(x, tokens, capture=capture), attention(x, tokens))
+        k = attention.key(tokens).unflatten(-1, (13, -1)).transpose(1, 2)
+        q = attention.query(x).unflatten(-1, (13, -1)).transpose(1, 2)
+        torch.testing.assert_close(capture.result(), (q @ k.mT).softmax(-1), **EXACT)

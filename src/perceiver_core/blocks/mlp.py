@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -77,6 +75,7 @@ class MLP(nn.Module):
     """Linear layer, activation, linear layer.
 
     Args:
+<<<<<<< HEAD
         dim: Width of the input.
         out_dim: Width of the output; `dim` by default.
         hidden_dim: Width between the layers; `dim * widening_factor` by default.
@@ -86,6 +85,17 @@ class MLP(nn.Module):
             has an attribute `inputs_per_output`.
         bias: Whether the linear layers have biases.
         dropout: Dropout rate of the output in training.
+=======
+        dim: the width in.
+        out_dim: the width out; `dim` unless given.
+        hidden_dim: the width between the layers; `dim * widening_factor` unless given.
+        widening_factor: hidden width / dim. 1 in DeepMind's published encoders, 4 in perceiver-pytorch.
+        activation: any module. `nn.GELU("tanh")` is what DeepMind's code computes, and the default;
+            `nn.GELU()` (erf) is what Hugging Face and perceiver-pytorch compute. One that takes several
+            channels for each it gives (`GEGLU`) says so in `inputs_per_output`.
+        bias: whether the linear layers have biases.
+        dropout: the rate at which the output is dropped in training.
+>>>>>>> adapt1
 
     Example:
         >>> import torch
@@ -111,8 +121,12 @@ class MLP(nn.Module):
         out_dim = dim if out_dim is None else out_dim
         hidden_dim = dim * widening_factor if hidden_dim is None else hidden_dim
         checks.positive(out_dim=out_dim, hidden_dim=hidden_dim)
+<<<<<<< HEAD
         # An activation may have weights; in a `functools.partial` one object would be shared by all blocks.
         self.activation = nn.GELU("tanh") if activation is None else copy.deepcopy(activation)
+=======
+        self.activation = nn.GELU("tanh") if activation is None else activation
+>>>>>>> adapt1
         self.expand = init.linear(dim, hidden_dim * getattr(self.activation, "inputs_per_output", 1), bias=bias)
         self.contract = init.linear(hidden_dim, out_dim, bias=bias)
         self.dropout = nn.Dropout(dropout)
