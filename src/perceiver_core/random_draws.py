@@ -57,7 +57,7 @@ class RepeatableDraws:
 
 
 class _Frame:
-    """States of the draws in one checkpoint, in order, and the number of draws of each backward pass that repeats it."""
+    """States of the draws in one checkpoint, in order, and the number repeated in each backward pass."""
 
     def __init__(self) -> None:
         self.states: list[Tensor] = []

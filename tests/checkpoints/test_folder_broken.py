@@ -242,12 +242,17 @@ GREEDY = {
     "bands": lambda m: m["adapter"]["positions"].update(num_bands=BIG) or m["encoder"].update(dim=21),
     "classes": lambda m: m["head"].update(num_classes=10**15),
     "a grid": lambda m: m["adapter"].update(positions={"part": "LearnedGrid", "grid": [10**9, 10**9], "dim": 3}),
-    "a random matrix": lambda m: m["adapter"].update(positions={"part": "Gaussian", "num_axes": 2, "num_features": BIG}),
+    "a random matrix": lambda m: m["adapter"].update(
+        positions={"part": "Gaussian", "num_axes": 2, "num_features": BIG}
+    ),
     "widening": lambda m: m["encoder"].update(
         cross_attention={"partial": "CrossAttend", "mlp": {"partial": "MLP", "widening_factor": BIG}}
     ),
     "nested encoders": lambda m: m["encoder"].update(
-        cross_attention={"partial": "CrossAttend", "norm": {"partial": "Encoder", "num_latents": 3, "dim": 8, "num_reads": 10_000}}
+        cross_attention={
+            "partial": "CrossAttend",
+            "norm": {"partial": "Encoder", "num_latents": 3, "dim": 8, "num_reads": 10_000},
+        }
     ),
     "blocks of nothing": lambda m: m["encoder"].update(
         num_reads=10_000, share=False, cross_attention={"name": "Identity"},

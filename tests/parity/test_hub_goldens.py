@@ -63,7 +63,7 @@ def cats(tmp_path_factory: pytest.TempPathFactory) -> Tensor:
 @pytest.mark.parametrize("name", GOLDEN)
 @torch.no_grad()
 def test_the_first_logits_equal_those_of_transformers(name: str, cats: Tensor, tmp_path: Path) -> None:
-    model = hugging_face(name)
+    model = pc.interop.load_transformers(name)
     logits = model(cats)
     assert logits.shape == (1, 1000)
     torch.testing.assert_close(logits[0, :3], torch.tensor(GOLDEN[name]), rtol=1e-4, atol=1e-4)

@@ -78,11 +78,7 @@ def from_option(residual: Residual, dim: int) -> bool | nn.Module:
     if isinstance(residual, bool):
         return residual
     if isinstance(residual, nn.Module) or not callable(residual):
-<<<<<<< HEAD
         raise TypeError(f"residual must be True, False or a factory `dim -> gate` such as GRUGate; got {residual!r}")
-=======
-        raise TypeError(f"residual must be True, False or what makes a gate from a width, as GRUGate; got {residual!r}")
->>>>>>> adapt1
     return build(residual, dim)
 
 

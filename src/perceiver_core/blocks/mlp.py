@@ -75,17 +75,6 @@ class MLP(nn.Module):
     """Linear layer, activation, linear layer.
 
     Args:
-<<<<<<< HEAD
-        dim: Width of the input.
-        out_dim: Width of the output; `dim` by default.
-        hidden_dim: Width between the layers; `dim * widening_factor` by default.
-        widening_factor: Hidden width / dim: 1 in DeepMind's published encoders, 4 in perceiver-pytorch.
-        activation: Activation, which is copied. The default `nn.GELU("tanh")` is that of DeepMind's code; `nn.GELU()`
-            (erf) is that of Hugging Face and perceiver-pytorch. An activation that reduces the width, such as `GEGLU`,
-            has an attribute `inputs_per_output`.
-        bias: Whether the linear layers have biases.
-        dropout: Dropout rate of the output in training.
-=======
         dim: the width in.
         out_dim: the width out; `dim` unless given.
         hidden_dim: the width between the layers; `dim * widening_factor` unless given.
@@ -95,7 +84,6 @@ class MLP(nn.Module):
             channels for each it gives (`GEGLU`) says so in `inputs_per_output`.
         bias: whether the linear layers have biases.
         dropout: the rate at which the output is dropped in training.
->>>>>>> adapt1
 
     Example:
         >>> import torch
@@ -121,12 +109,7 @@ class MLP(nn.Module):
         out_dim = dim if out_dim is None else out_dim
         hidden_dim = dim * widening_factor if hidden_dim is None else hidden_dim
         checks.positive(out_dim=out_dim, hidden_dim=hidden_dim)
-<<<<<<< HEAD
-        # An activation may have weights; in a `functools.partial` one object would be shared by all blocks.
-        self.activation = nn.GELU("tanh") if activation is None else copy.deepcopy(activation)
-=======
         self.activation = nn.GELU("tanh") if activation is None else activation
->>>>>>> adapt1
         self.expand = init.linear(dim, hidden_dim * getattr(self.activation, "inputs_per_output", 1), bias=bias)
         self.contract = init.linear(hidden_dim, out_dim, bias=bias)
         self.dropout = nn.Dropout(dropout)
