@@ -100,7 +100,6 @@ class TestCache:
 
     def test_latents_are_computed_once_per_window(self):
         model, made = model_of(), []
-        model.latent_transformer.blocks[1].register_forward_hook(lambda *_: made.append("whole"))
         model.latent_transformer.blocks[1].attention.query.register_forward_hook(
             lambda _, x, __: made.append(x[0].shape[1])
         )

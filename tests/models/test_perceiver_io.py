@@ -293,7 +293,7 @@ def test_it_compiles():
 @pytest.mark.compile
 def test_it_is_exported():
     model, x, at = pictures(), drawn(2, 3, *GRID), torch.tensor([3, 11])
-    program = torch.export.export(model, (x,), {"at": at})
+    program = torch.export.export(model, (x,), {"query_inputs": at})
     torch.testing.assert_close(program.module()(x, query_inputs=at), model(x, query_inputs=at), **EXACT)
 
 
@@ -301,8 +301,8 @@ def test_it_is_exported():
 def test_queries_per_sample_are_exported_for_any_batch():
     model, batch = pictures().eval(), torch.export.Dim("batch")
     at = torch.tensor([[3, 11], [0, 1], [2, 5]])
-    shapes = {"inputs": {0: batch}, "at": {0: batch}}
-    program = torch.export.export(model, (drawn(3, 3, *GRID),), {"at": at}, dynamic_shapes=shapes)
+    shapes = {"inputs": {0: batch}, "query_inputs": {0: batch}}
+    program = torch.export.export(model, (drawn(3, 3, *GRID),), {"query_inputs": at}, dynamic_shapes=shapes)
     for size in (2, 5):
         x, at = drawn(size, 3, *GRID), torch.arange(2 * size).view(size, 2)
         torch.testing.assert_close(program.module()(x, query_inputs=at), model(x, query_inputs=at), **EXACT)

@@ -194,9 +194,9 @@ def test_masks_and_query_indices_are_exported_for_any_batch():
         )
 
     kinds = {"text": {0: batch}, "picture": {0: batch}}
-    shapes = {"inputs": kinds, "mask": kinds, "at": {"picture": {0: batch}}}
+    shapes = {"inputs": kinds, "mask": kinds, "query_inputs": {"picture": {0: batch}}}
     given, mask, at = arguments(3)
-    program = torch.export.export(model, (given,), {"mask": mask, "at": at}, dynamic_shapes=shapes)
+    program = torch.export.export(model, (given,), {"mask": mask, "query_inputs": at}, dynamic_shapes=shapes)
     for size in (2, 3, 7):
         given, mask, at = arguments(size)
         torch.testing.assert_close(
