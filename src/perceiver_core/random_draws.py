@@ -26,8 +26,8 @@ class RepeatableDraws:
 
     def generator(self, generator: torch.Generator | None) -> torch.Generator | None:
         """Return the generator for the draws of one forward pass: None, the default generator, for None."""
-        if generator is None:
-            return None
+        if generator is None or torch.compiler.is_compiling():
+            return generator
         number = int(torch.randint(2**62, ()))
         recomputing = torch._C._current_graph_task_id() != -1
         seed = self._seeds.get(number) if recomputing else None
