@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import partial
 
 import numpy as np
@@ -70,9 +71,14 @@ def unshared(shared, *widths):
 
 def calls_of_keys(made):
     """Returns a list that records each computation of keys while the encoder runs."""
+    return calls_of(made, "attention.key")
+
+
+def calls_of(made, part):
+    """Returns a list that records the number of the read each time when a part of it runs."""
     calls = []
     for number, read in enumerate(made.reads):
-        read.attention.key.register_forward_hook(lambda *_, number=number: calls.append(number))
+        read.get_submodule(part).register_forward_hook(lambda *_, number=number: calls.append(number))
     return calls
 
 
@@ -356,3 +362,133 @@ def test_blocks_do_not_share_activation_weights() -> None:
 def test_a_single_query_index() -> None:
     model, x = small(), torch.rand(2, 11, 6)
     torch.testing.assert_close(model.attention_map(x, queries=3), model.attention_map(x)[:, :, [3]])
+
+
+class Mean(nn.Module):
+    """A read by a user, which takes no cache."""
+
+    def __init__(self, dim: int, input_dim: int) -> None:
+        super().__init__()
+        self.project, self.calls = nn.Linear(input_dim, dim), 0
+
+    def forward(self, x: torch.Tensor, tokens: Tokens, *, mask: masks.Mask | None = None) -> torch.Tensor:
+        assert isinstance(tokens, Tokens)
+        self.calls += 1
+        return x + self.project(tokens.materialize().mean(1, keepdim=True))
+
+
+def test_user_defined_reads_that_share_weights() -> None:
+    made = encoder(reads=3, share=sharing.all_, cross_attention=Mean)
+    assert made(grid()).shape == (BATCH, LATENTS, DIM)
+    assert len(made.reads) == 1 and made.reads[0].calls == 3
+    [transformer], [read], x = made.transformers, made.reads, made.latents.expand(BATCH, -1, -1)
+    for _ in range(3):
+        x = transformer(read(x, grid()))
+    torch.testing.assert_close(made(grid()), x, **EXACT)
+
+
+class OnlyForward(nn.Module):
+    """A child whose methods and attributes raise, except for its forward and the word that it takes a cache."""
+
+    accepts_cache = True
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: object, **kwargs: object) -> torch.Tensor:
+        return self.inner(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> object:
+        if name == "inner":
+            return super().__getattr__(name)
+        raise AssertionError(f"the encoder asked for {name}")
+
+
+@each_scheme
+@pytest.mark.parametrize("options", [{}, {"aggregate": pc.AttentionResidual}], ids=["last", "aggregate"])
+def test_children_need_nothing_but_a_forward(share, options) -> None:
+    made = encoder(share=share, latent_dropout=pc.DropLatents(0.5), **options).eval()
+    expected = made(array()), made.attention_map(array(), read=2, queries=[3])
+    made.latent_dropout = OnlyForward(made.latent_dropout)
+    for children in (made.reads, made.transformers, made.aggregates or []):
+        for number, child in enumerate(children):
+            children[number] = OnlyForward(child)
+    calls = calls_of(made, "inner.attention.key")
+    assert torch.equal(made(array()), expected[0])
+    assert sorted(calls) == sorted(set(share(4).reads))  # the cache is used
+    assert torch.equal(made.attention_map(array(), read=2, queries=[3]), expected[1])
+
+
+class TestMemories:
+    def caches(self, made: Encoder) -> list[tuple[int, bool, bool]]:
+        """Returns for each read: the number of its weights, whether it fills a cache, and whether it gets a memory."""
+        calls = []
+
+        def look(read: nn.Module, args: tuple, options: dict, number: int) -> None:
+            calls.append((number, "cache" in options, isinstance(args[1], pc.KeysValues)))
+
+        for number, read in enumerate(made.reads):
+            read.register_forward_pre_hook(partial(look, number=number), with_kwargs=True)
+        made(array())
+        return calls
+
+    def test_inputs_used_once_are_not_cached(self):
+        assert self.caches(encoder(share=False)) == [(number, False, False) for number in range(4)]
+        assert self.caches(encoder()) == [(0, False, False), (1, True, False), (1, False, True), (1, False, True)]
+        assert self.caches(encoder(share=custom)) == [
+            *((0, True, False), (1, True, False)),
+            *((0, False, True), (1, False, True)),
+        ]
+
+    @torch.no_grad()
+    def test_a_memory_is_freed_with_the_last_read_that_needs_it(self):
+        made, memories, alive = encoder(share=custom), {}, []
+
+        def read_hook(read, args, options, out, number):
+            if "cache" in options:
+                memories[number] = weakref.ref(options["cache"].memory.keys)
+
+        for number, read in enumerate(made.reads):
+            read.register_forward_hook(partial(read_hook, number=number), with_kwargs=True)
+        for transformer in made.transformers:
+            transformer.register_forward_hook(
+                lambda *_: alive.append([n for n, memory in memories.items() if memory() is not None])
+            )
+        made(array())
+        assert alive == [[0], [0, 1], [1], []]
+
+    @pytest.mark.parametrize(("share", "expected"), [(sharing.all_, [4]), (sharing.paper, [1, 3]), (custom, [2, 2])])
+    def test_the_strategy_is_chosen_for_all_queries_of_a_memory(self, share, expected):
+        made = encoder(share=share)
+        read = pc.explain_reads(made, grid())
+        assert [each.sizes.num_queries for each in read] == [LATENTS * count for count in expected]
+
+    def test_dropped_latents_are_no_queries(self):
+        made = encoder(share=sharing.all_, latent_dropout=pc.DropLatents(0.5)).train()
+        assert [each.sizes.num_queries for each in pc.explain_reads(made, grid())] == [2 * 4]
+
+
+class TestCapture:
+    @each_scheme
+    @pytest.mark.parametrize("read", [0, 2, -1])
+    def test_the_latents_after_the_read_are_returned(self, share, read):
+        made, capture = encoder(share=share), pc.reads.AttentionCapture(read, queries=[4, 0])
+        out = made(array(), capture=capture)
+        x = made.latents.expand(BATCH, -1, -1)
+        for step in range(read % 4 + 1):
+            x = x if step == 0 else made.transformers[made.sharing.transformers[step - 1]](x)
+            x = made.reads[made.sharing.reads[step]](x, array())
+        torch.testing.assert_close(out, x, **EXACT)
+        assert capture.weights.shape == (BATCH, 1, 2, N)
+        assert capture.grid is None
+
+    def test_the_grid_of_the_tokens_is_captured(self):
+        made, capture = encoder(), pc.reads.AttentionCapture(0)
+        made(grid(), capture=capture)
+        assert capture.grid == (3, 7)
+
+    @pytest.mark.refusal
+    def test_a_capture_that_nothing_filled_raises(self):
+        with pytest.raises(RuntimeError, match="no attention weights were captured"):
+            pc.reads.AttentionCapture().result()

@@ -122,7 +122,8 @@ class Encoder(nn.Module):
             tokens: object = given[key[1]]
             if step == captured:
                 options["capture"] = capture
-            if key in caches and (memory := caches[key].memory) is not None:
+            memory = caches[key].memory if key in caches else None
+            if memory is not None:
                 tokens, options["mask"] = memory, None
             elif key in keys[step + 1 :] and getattr(self.reads[key[0]], "accepts_cache", False):
                 # Inputs used once are not cached, so that a read may compute their keys and values again.
@@ -130,6 +131,7 @@ class Encoder(nn.Module):
             if key not in keys[step + 1 :]:
                 caches.pop(key, None)
             x = self.reads[key[0]](x, tokens, **options)
+            del tokens, options, memory  # a memory that no later read needs is freed before the latent transformer
             if step == captured:
                 return x
             number = self.sharing.transformers[step]
