@@ -18,7 +18,7 @@ _TORCH_NAMES = {
 
 
 def state_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the tensors of a model's state, each under its first name.
+    """Return the tensors of a model's state, each under its first name.
 
     Raises:
         ValueError: Something that is no tensor with values of its own: a lazy or sparse one, or one that wraps others.
@@ -46,13 +46,13 @@ def _wraps_others(tensor: Tensor) -> bool:
 
 
 def first_names(model: nn.Module) -> dict[str, str]:
-    """Returns for each name in the state the first name of the same tensor."""
+    """Return, by name in the state, the first name of the same tensor."""
     first: dict[int, str] = {}
     return {name: first.setdefault(id(tensor), name) for name, tensor in model.state_dict(keep_vars=True).items()}
 
 
 def check_values(tensors: dict[str, Tensor]) -> None:
-    """Raises ValueError unless tensors have values, and no two of them the same memory."""
+    """Raise ValueError unless tensors have values, and no two of them the same memory."""
     ends: list[tuple[str, int, int, str]] = []
     for name, tensor in tensors.items():
         if tensor.is_meta:
@@ -71,12 +71,12 @@ def check_values(tensors: dict[str, Tensor]) -> None:
 
 
 def tensor_specs(tensors: dict[str, Tensor]) -> TensorSpecs:
-    """Returns the shape and dtype of each tensor."""
+    """Return the shape and dtype of each tensor."""
     return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
 def specs_in(file: Any) -> TensorSpecs:
-    """Returns the shape and dtype of each tensor in an open safetensors file, which reads none of their values.
+    """Return the shape and dtype of each tensor in an open safetensors file, without reading values.
 
     Raises:
         ValueError: A dtype that no part has.
@@ -86,7 +86,7 @@ def specs_in(file: Any) -> TensorSpecs:
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """Returns the dtype of a name of safetensors.
+    """Return the dtype of a name of safetensors.
 
     Raises:
         ValueError: A dtype that no part has.

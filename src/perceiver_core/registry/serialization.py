@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
 
 from torch import nn
 
@@ -12,8 +11,8 @@ from perceiver_core.registry.names import Json, Reference, _external, _names, jo
 from perceiver_core.registry.snapshot import Node, Part, Partial, Refusal, snapshot
 
 
-def to_config(value: Any) -> Json:
-    """Returns what `from_config` needs to make a value again, as JSON.
+def to_config(value: object) -> Json:
+    """Return what `from_config` needs to make a value again, as JSON.
 
     Raises:
         ValueError: A part that is not registered, or a value that JSON has no word for.
@@ -28,7 +27,7 @@ def to_config(value: Any) -> Json:
 
 
 def _written(node: Node, at: str, seen: dict[int, str]) -> Json:
-    """Writes a node as JSON.
+    """Write a node as JSON.
 
     Args:
         node: What is written.
@@ -58,7 +57,7 @@ def _written_each(nodes: Mapping[str, Node], at: str, seen: dict[int, str]) -> d
 
 
 def settings(module: nn.Module) -> str:
-    """Returns a module's class and its settings in a line, which shows whether it was changed after its construction.
+    """Return a module's class and its settings in a line, which shows whether it was changed after its construction.
 
     Settings that the class names in `changes_no_result` are left out: how something is computed, not what.
     """
@@ -74,7 +73,7 @@ def settings(module: nn.Module) -> str:
     return f"{label(of)}({described})"
 
 
-def _config_or_type(value: Any) -> Json:
+def _config_or_type(value: object) -> Json:
     try:
         return to_config(value)
     except ValueError:
