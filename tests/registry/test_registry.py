@@ -361,12 +361,12 @@ def test_a_part_is_the_same_only_as_an_earlier_one(path):
         ({"name": "a_kernel", "scale": 3}, r"must hold 'name' alone; found \['scale'\] beside it"),
         ({"dict": {}, "x": 3}, "must hold 'dict' alone"),
         ({"dict": [3]}, r"must hold an object under 'dict'; got \[3\]"),
-        ({"part": "Numbers"}, "Numbers cannot be built from its description: .*missing .*'numbers'"),
+        ({"part": "Numbers"}, "Numbers cannot be built from its configuration: .*missing .*'numbers'"),
         (
             {"part": "Numbers", "numbers": 3, "number": 3},
-            "Numbers cannot be built from its description: .*unexpected .*'number'",
+            "Numbers cannot be built from its configuration: .*unexpected .*'number'",
         ),
-        ({"part": "Numbers", "numbers": 3, "self": 3}, "Numbers cannot be built from its description"),
+        ({"part": "Numbers", "numbers": 3, "self": 3}, "Numbers cannot be built from its configuration"),
         ({"part": "Numbers", "numbers": 3, "__class__": 3}, "unexpected keyword argument '__class__'"),
         ({"part": "Holder", "inner": {"part": "Wider", "width": None}}, "inner: Wider cannot be built"),
         (
@@ -388,7 +388,7 @@ def test_an_error_without_words_is_named():
         def __init__(self):
             raise KeyError
 
-    with pytest.raises(ValueError, match="Wordless cannot be built from its description: KeyError"):
+    with pytest.raises(ValueError, match="Wordless cannot be built from its configuration: KeyError"):
         from_config({"part": "Wordless"})
 
 

@@ -1,4 +1,4 @@
-"""Model card beside a saved model: the parts it is made of, and how to load it."""
+"""Model card of a saved model: its parts, and how to load it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def card(model: nn.Module, name: str) -> str:
     """Return the text of a model card, with the metadata that the hub reads.
 
     Args:
-        model: Made of registered parts.
-        name: Folder or name on the hub, from which it is loaded.
+        model: Model of registered parts.
+        name: Folder, or name on the hub, to load it from.
 
     Raises:
         ValueError: A part that is not registered.
@@ -47,7 +47,7 @@ def card(model: nn.Module, name: str) -> str:
 def as_calls(config: registry.Json, indent: int = 0) -> str:
     """Return the constructor calls of a configuration of `registry.to_config`, as Python.
 
-    A part in two places is written out in the first; in the second its path is written.
+    A part that occurs twice is written out once; the second occurrence is its path.
 
     Args:
         config: Configuration of a model.

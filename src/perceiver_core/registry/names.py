@@ -11,8 +11,8 @@ from typing import Any
 Json = Any  # what the json module reads and writes
 TAGS = ("part", "partial", "name", "same", "dict")
 
-_named: dict[str, Callable[..., Any]] = {}
-_names: dict[Callable[..., Any], str] = {}
+_named: dict[str, Callable[..., object]] = {}
+_names: dict[Callable[..., object], str] = {}
 _external: dict[type, tuple[str, ...]] = {}  # for classes of other libraries, the arguments that a file may set
 _replaced: dict[str, int] = {}  # for names of local definitions, the number of times that another one took the name
 
@@ -32,7 +32,11 @@ class Reference:
     replaced: int
 
 
+<<<<<<< HEAD
 def enter(thing: Callable[..., Any], name: str) -> None:
+=======
+def enter(thing: Callable[..., object], name: str) -> None:
+>>>>>>> adapt3
     """Add a class or function to the tables.
 
     Raises:
@@ -50,7 +54,11 @@ def enter(thing: Callable[..., Any], name: str) -> None:
     _named[name], _names[thing] = thing, name
 
 
+<<<<<<< HEAD
 def refer(thing: Callable[..., Any]) -> Reference:
+=======
+def refer(thing: Callable[..., object]) -> Reference:
+>>>>>>> adapt3
     """Return a reference to a class, a function or something else that is called."""
     known = (inspect.isclass(thing) or inspect.isroutine(thing)) and thing in _names
     name = _names[thing] if known else None
@@ -75,7 +83,11 @@ def name_of(reference: Reference, at: str) -> str:
     return name
 
 
+<<<<<<< HEAD
 def look_up(name: object, at: str) -> Callable[..., Any]:
+=======
+def look_up(name: object, at: str) -> Callable[..., object]:
+>>>>>>> adapt3
     """Return the class or function of a registered name.
 
     Raises:

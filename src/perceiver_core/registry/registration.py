@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 from torch import nn
 
@@ -13,7 +13,7 @@ from perceiver_core.registry.names import TAGS, _external, _named, _names, enter
 from perceiver_core.registry.plain import plain
 from perceiver_core.registry.snapshot import RECORD, Attribute, Node, Record, attribute, each_partial_once, snapshot
 
-T = TypeVar("T", bound=Callable[..., Any])
+T = TypeVar("T", bound=Callable[..., object])
 
 
 def register(thing: T, *, name: str | None = None) -> T:
@@ -79,9 +79,15 @@ def register_external(thing: type, *arguments: str) -> None:
     _named[thing.__name__], _names[thing], _external[thing] = thing, thing.__name__, arguments
 
 
+<<<<<<< HEAD
 def _signature(part: Any) -> inspect.Signature:
     """Return the signature of a constructor, if all arguments can be written by name."""
     construct = part.__init__
+=======
+def _signature(part: type) -> inspect.Signature:
+    """Return the signature of a constructor, if all arguments can be written by name."""
+    construct = part.__init__  # type: ignore[misc]
+>>>>>>> adapt3
     signature = inspect.signature(construct)
     if construct in (nn.Module.__init__, object.__init__):  # those take *args and refuse them
         return signature
@@ -99,7 +105,7 @@ def _record_arguments(part: type, signature: inspect.Signature) -> None:
     construct = cast(Callable[..., None], part.__init__)  # type: ignore[misc]
 
     @functools.wraps(construct)
-    def recording(self: Any, *args: Any, **kwargs: Any) -> None:
+    def recording(self: object, *args: object, **kwargs: object) -> None:
         args = tuple(plain(value) for value in args)
         kwargs = {name: plain(value) for name, value in kwargs.items()}
         if type(self) is not part:  # a subclass calls its parent's constructor
@@ -117,9 +123,15 @@ def _record_arguments(part: type, signature: inspect.Signature) -> None:
     part.__init__ = recording  # type: ignore[misc]
 
 
+<<<<<<< HEAD
 def _by_name(signature: inspect.Signature, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """Return the arguments of a call, those of `**kwargs` among them, without `self`."""
     given: dict[str, Any] = {}
+=======
+def _by_name(signature: inspect.Signature, *args: object, **kwargs: object) -> dict[str, object]:
+    """Return the arguments of a call, those of `**kwargs` among them, without `self`."""
+    given: dict[str, object] = {}
+>>>>>>> adapt3
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
@@ -130,14 +142,18 @@ def _by_name(signature: inspect.Signature, *args: Any, **kwargs: Any) -> dict[st
     return given
 
 
+<<<<<<< HEAD
 def _copied(value: Any) -> Any:
+=======
+def _copied(value: object) -> object:
+>>>>>>> adapt3
     """Return lists and dictionaries as they are now."""
     if isinstance(value, dict):
         return {key: _copied(item) for key, item in value.items()}
     return [_copied(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _holds_a_module(value: Any) -> bool:
+def _holds_a_module(value: object) -> bool:
     if isinstance(value, (list, tuple)):
         return any(map(_holds_a_module, value))
     if isinstance(value, dict):
@@ -145,7 +161,11 @@ def _holds_a_module(value: Any) -> bool:
     return isinstance(value, nn.Module)
 
 
+<<<<<<< HEAD
 def _kept(part: Any, name: str, value: Any) -> Node:
+=======
+def _kept(part: object, name: str, value: object) -> Node:
+>>>>>>> adapt3
     """Return where a part keeps modules that it was given as an argument.
 
     That is its attribute of the argument's name, or whatever place the modules have in it. Modules that are nowhere in
@@ -164,7 +184,7 @@ def _kept(part: Any, name: str, value: Any) -> Node:
     return _found(value, {id(module): path for path, module in inside})
 
 
-def _found(value: Any, paths: dict[int, str]) -> Node:
+def _found(value: object, paths: dict[int, str]) -> Node:
     if isinstance(value, list):
         return [_found(item, paths) for item in value]
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):

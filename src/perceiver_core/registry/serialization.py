@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
 
 from torch import nn
 
@@ -12,7 +11,11 @@ from perceiver_core.registry.names import Json, Reference, _external, _names, jo
 from perceiver_core.registry.snapshot import Node, Part, Partial, Refusal, snapshot
 
 
+<<<<<<< HEAD
 def to_config(value: Any) -> Json:
+=======
+def to_config(value: object) -> Json:
+>>>>>>> adapt3
     """Return what `from_config` needs to make a value again, as JSON.
 
     Raises:
@@ -74,7 +77,7 @@ def settings(module: nn.Module) -> str:
     return f"{label(of)}({described})"
 
 
-def _config_or_type(value: Any) -> Json:
+def _config_or_type(value: object) -> Json:
     try:
         return to_config(value)
     except ValueError:

@@ -11,10 +11,10 @@ import inspect
 import math
 import operator
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import SupportsIndex, TypeAlias
 
 import numpy as np
 import torch
@@ -75,7 +75,11 @@ Node: TypeAlias = (
 )
 
 
+<<<<<<< HEAD
 def snapshot(value: Any) -> Node:
+=======
+def snapshot(value: object) -> Node:
+>>>>>>> adapt3
     """Return a value as data, as it is now.
 
     Parts are described by the arguments that make them as they are now. What cannot be described becomes a `Refusal`,
@@ -102,7 +106,7 @@ def snapshot(value: Any) -> Node:
     return _no_word(value) if number is None else snapshot(number)
 
 
-def _each(values: dict[str, Any]) -> dict[str, Node]:
+def _each(values: dict[str, object]) -> dict[str, Node]:
     return {key: snapshot(item) for key, item in values.items()}
 
 
@@ -120,7 +124,7 @@ def _scalar(value: bool | int | float | str) -> Node:
 class _Described(threading.local):
     """Partials that have been described, by identity, while a part is built; they are held so that no id is reused."""
 
-    partials: dict[int, tuple[functools.partial[Any], Node]] | None = None
+    partials: dict[int, tuple[functools.partial[object], Node]] | None = None
 
 
 _described = _Described()
@@ -139,7 +143,7 @@ def each_partial_once() -> Iterator[None]:
         _described.partials = None
 
 
-def _partial(value: functools.partial[Any]) -> Node:
+def _partial(value: functools.partial[object]) -> Node:
     known = _described.partials
     if known is not None and id(value) in known:
         return known[id(value)][1]
@@ -152,7 +156,11 @@ def _partial(value: functools.partial[Any]) -> Node:
     return node
 
 
+<<<<<<< HEAD
 def _part(part: Any) -> Node:
+=======
+def _part(part: object) -> Node:
+>>>>>>> adapt3
     """Describe an instance of a registered class by the arguments that make it as it is now."""
     if type(part) in _external:
         found = {name: getattr(part, name) for name in _external[type(part)]}
@@ -164,7 +172,11 @@ def _part(part: Any) -> Node:
     return Part(refer(type(part)), record, {name: _current(part, node) for name, node in record.arguments.items()})
 
 
+<<<<<<< HEAD
 def _current(part: Any, node: Node) -> Node:
+=======
+def _current(part: object, node: Node) -> Node:
+>>>>>>> adapt3
     """Return a recorded argument with what stands in attributes in place of their paths."""
     if isinstance(node, list):
         return [_current(part, item) for item in node]
@@ -185,21 +197,28 @@ def _current(part: Any, node: Node) -> Node:
     )
 
 
+<<<<<<< HEAD
 def attribute(part: Any, path: str) -> Any:
+=======
+def attribute(part: object, path: str) -> object:
+>>>>>>> adapt3
     """Return what a part has at a path of attributes; None if nothing."""
     for name in path.split("."):
         part = getattr(part, name, None)
     return part
 
 
+<<<<<<< HEAD
 def _number(value: Any) -> int | float | None:
+=======
+def _number(value: object) -> int | float | None:
+>>>>>>> adapt3
     """Return a number of another library as Python's; None for anything else."""
     if type(value) is Tensor:
         is_number = value.ndim == 0 and value.device.type == "cpu" and not value.is_complex()
         return value.item() if is_number else None
-    index: Callable[[], int] | None = getattr(type(value), "__index__", None)
     try:
-        return None if index is None else operator.index(value)
+        return operator.index(value) if isinstance(value, SupportsIndex) else None
     except TypeError:  # an array of several numbers
         return None
 

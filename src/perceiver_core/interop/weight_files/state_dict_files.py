@@ -5,7 +5,6 @@ Nothing in them is executed, and nothing takes more memory than the files are la
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,12 +17,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from perceiver_core.checkpoints import hub
+from perceiver_core.checkpoints.folder import CONFIG, LARGEST_CONFIG, WEIGHTS, parse_json, read_at_most
 from perceiver_core.checkpoints.state import dtype_named
 from perceiver_core.registry import Json
 
-CONFIG, WEIGHTS, BINARY = "config.json", "model.safetensors", "pytorch_model.bin"
-INDEX = ".index.json"
-LARGEST_CONFIG, LARGEST_INDEX = 2**20, 2**24  # bytes
+BINARY, INDEX = "pytorch_model.bin", ".index.json"
+LARGEST_INDEX = 2**24  # bytes
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -70,14 +69,7 @@ def read_json(path: Path, largest: int = LARGEST_CONFIG) -> dict[str, Json]:
     Raises:
         ValueError: The file holds something else, or more than `largest` bytes.
     """
-    with path.open("rb") as file:
-        text = file.read(largest + 1)
-    if len(text) > largest:
-        raise ValueError(f"{path} must have at most {largest} bytes; it has more. Copy it again")
-    try:
-        content = json.loads(text.decode())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON in UTF-8: {error}. Copy it again") from error
+    content = parse_json(read_at_most(path, largest), str(path), largest=largest)
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a dictionary; got {type(content).__name__}")
     return content
