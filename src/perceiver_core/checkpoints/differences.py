@@ -9,11 +9,7 @@ from perceiver_core.checkpoints.state import TensorSpecs, first_names
 
 
 def model_differences(built: nn.Module, model: nn.Module) -> str:
-<<<<<<< HEAD
-    """Describe changes of a model that its constructor calls do not make, in a line; empty if there are none.
-=======
     """Return the changes of a model that its constructor calls do not make, in a line; empty if there are none.
->>>>>>> adapt3
 
     Args:
         built: Model that the constructor calls make.
@@ -38,11 +34,7 @@ def model_differences(built: nn.Module, model: nn.Module) -> str:
 
 
 def spec_differences(expected: TensorSpecs, actual: TensorSpecs) -> str:
-<<<<<<< HEAD
-    """Describe differences of names, shapes and dtypes, in a line; empty if there are none.
-=======
     """Return the differences of names, shapes and dtypes, in a line; empty if there are none.
->>>>>>> adapt3
 
     Floating point dtypes may differ (weights in half precision).
     """

@@ -90,11 +90,7 @@ def _finite(number: str) -> float:
 
 
 def write_atomically(files: dict[Path, Callable[[Path], object]]) -> None:
-<<<<<<< HEAD
-    """Write files in full under other names, then moves each to its place; leaves none of those names behind.
-=======
     """Write files in full under other names, of which none stays behind, then move each to its place.
->>>>>>> adapt3
 
     Args:
         files: For each path, a function that writes a file to the path passed to it.

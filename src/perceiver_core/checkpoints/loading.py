@@ -20,11 +20,7 @@ from perceiver_core.checkpoints.state import first_names, specs_in, state_tensor
 
 
 def load(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> nn.Module:
-<<<<<<< HEAD
-    """Build a model from a folder that `save` wrote, in evaluation mode.
-=======
     """Load a model from a folder that `save` wrote, in evaluation mode.
->>>>>>> adapt3
 
     Nothing in the files is executed: only registered parts are built, see `register`. Weights keep the dtype that they
     were saved in.
@@ -71,11 +67,7 @@ def load(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") 
 
 
 def build_without_values(config: registry.Json, tensors: int) -> nn.Module:
-<<<<<<< HEAD
-    """Build a model on the meta device, where nothing takes memory.
-=======
     """Build a model on the meta device, where it takes no memory.
->>>>>>> adapt3
 
     Args:
         config: Configuration of the model.

@@ -21,11 +21,7 @@ from perceiver_core.checkpoints.state import check_values, state_tensors, tensor
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
-<<<<<<< HEAD
-    """Write a model to a folder, which is made if it is not there.
-=======
     """Write a model to a folder, which is made if it does not exist.
->>>>>>> adapt3
 
     Both files are written in full beside the old ones before either is replaced, each in one step. A tensor that has
     several names (tied weights, a part used twice) is written once.
@@ -79,11 +75,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-<<<<<<< HEAD
-    """Return the model inside of the modules that PyTorch wraps around one to run it."""
-=======
     """Return the model inside the wrappers of torch.compile and of data parallelism."""
->>>>>>> adapt3
     if isinstance(model, DataParallel | DistributedDataParallel):
         return unwrapped(model.module)
     return unwrapped(model._orig_mod) if _is_compiled(model) else model  # type: ignore[arg-type]

@@ -46,11 +46,7 @@ def _wraps_others(tensor: Tensor) -> bool:
 
 
 def first_names(model: nn.Module) -> dict[str, str]:
-<<<<<<< HEAD
-    """Return for each name in the state the first name of the same tensor."""
-=======
     """Return, by name in the state, the first name of the same tensor."""
->>>>>>> adapt3
     first: dict[int, str] = {}
     return {name: first.setdefault(id(tensor), name) for name, tensor in model.state_dict(keep_vars=True).items()}
 
@@ -80,11 +76,7 @@ def tensor_specs(tensors: dict[str, Tensor]) -> TensorSpecs:
 
 
 def specs_in(file: Any) -> TensorSpecs:
-<<<<<<< HEAD
-    """Return the shape and dtype of each tensor in an open safetensors file, which reads none of their values.
-=======
     """Return the shape and dtype of each tensor in an open safetensors file, without reading values.
->>>>>>> adapt3
 
     Raises:
         ValueError: A dtype that no part has.

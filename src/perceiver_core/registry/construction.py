@@ -85,11 +85,7 @@ def _a_dict(value: object, at: str) -> dict[str, Json]:
     return value
 
 
-<<<<<<< HEAD
-def _check_external(thing: Callable[..., Any], arguments: dict[str, Any], at: str) -> None:
-=======
 def _check_external(thing: Callable[..., object], arguments: dict[str, object], at: str) -> None:
->>>>>>> adapt3
     """Raise ValueError for arguments of other libraries' classes that a file must not choose, such as a device."""
     if inspect.isclass(thing) and thing in _external and not arguments.keys() <= set(_external[thing]):
         raise ValueError(

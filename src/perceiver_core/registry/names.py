@@ -32,11 +32,7 @@ class Reference:
     replaced: int
 
 
-<<<<<<< HEAD
-def enter(thing: Callable[..., Any], name: str) -> None:
-=======
 def enter(thing: Callable[..., object], name: str) -> None:
->>>>>>> adapt3
     """Add a class or function to the tables.
 
     Raises:
@@ -54,11 +50,7 @@ def enter(thing: Callable[..., object], name: str) -> None:
     _named[name], _names[thing] = thing, name
 
 
-<<<<<<< HEAD
-def refer(thing: Callable[..., Any]) -> Reference:
-=======
 def refer(thing: Callable[..., object]) -> Reference:
->>>>>>> adapt3
     """Return a reference to a class, a function or something else that is called."""
     known = (inspect.isclass(thing) or inspect.isroutine(thing)) and thing in _names
     name = _names[thing] if known else None
@@ -83,11 +75,7 @@ def name_of(reference: Reference, at: str) -> str:
     return name
 
 
-<<<<<<< HEAD
-def look_up(name: object, at: str) -> Callable[..., Any]:
-=======
 def look_up(name: object, at: str) -> Callable[..., object]:
->>>>>>> adapt3
     """Return the class or function of a registered name.
 
     Raises:

@@ -14,11 +14,7 @@ _STRINGS = (str, bytes, bytearray, memoryview)
 _LONGEST = 2**19  # items; a configuration, of at most 2**20 bytes, cannot hold more
 
 
-<<<<<<< HEAD
-def plain(value: Any, *, mappings: bool = False) -> Any:
-=======
 def plain(value: object, *, mappings: bool = False) -> object:
->>>>>>> adapt3
     """Return a value with the numbers of NumPy and the lists of configuration libraries as Python's own.
 
     Converted are scalars of NumPy, its arrays of at most one axis, and sequences that are neither lists nor tuples if
@@ -61,15 +57,9 @@ def _of_numpy(value: np.generic | NDArray[np.generic]) -> object:
     return value.tolist()
 
 
-<<<<<<< HEAD
-def _of_container(value: Sequence[Any] | Mapping[Any, Any], mappings: bool) -> Any:
-    """Return a list or a dictionary; the container as it is if it holds anything but plain values."""
-    items: list[tuple[Any, Any]] = []
-=======
 def _of_container(value: Sequence[object] | Mapping[object, object], mappings: bool) -> object:
     """Return a list or a dictionary; the container as it is if it holds anything but plain values."""
     items: list[tuple[object, object]] = []
->>>>>>> adapt3
     try:
         for key in islice(value, _LONGEST + 1):  # not all at once: a sequence that computes its items may be slow
             item = plain(value[key] if isinstance(value, Mapping) else key, mappings=mappings)

@@ -79,15 +79,9 @@ def register_external(thing: type, *arguments: str) -> None:
     _named[thing.__name__], _names[thing], _external[thing] = thing, thing.__name__, arguments
 
 
-<<<<<<< HEAD
-def _signature(part: Any) -> inspect.Signature:
-    """Return the signature of a constructor, if all arguments can be written by name."""
-    construct = part.__init__
-=======
 def _signature(part: type) -> inspect.Signature:
     """Return the signature of a constructor, if all arguments can be written by name."""
     construct = part.__init__  # type: ignore[misc]
->>>>>>> adapt3
     signature = inspect.signature(construct)
     if construct in (nn.Module.__init__, object.__init__):  # those take *args and refuse them
         return signature
@@ -123,15 +117,9 @@ def _record_arguments(part: type, signature: inspect.Signature) -> None:
     part.__init__ = recording  # type: ignore[misc]
 
 
-<<<<<<< HEAD
-def _by_name(signature: inspect.Signature, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """Return the arguments of a call, those of `**kwargs` among them, without `self`."""
-    given: dict[str, Any] = {}
-=======
 def _by_name(signature: inspect.Signature, *args: object, **kwargs: object) -> dict[str, object]:
     """Return the arguments of a call, those of `**kwargs` among them, without `self`."""
     given: dict[str, object] = {}
->>>>>>> adapt3
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
@@ -142,11 +130,7 @@ def _by_name(signature: inspect.Signature, *args: object, **kwargs: object) -> d
     return given
 
 
-<<<<<<< HEAD
-def _copied(value: Any) -> Any:
-=======
 def _copied(value: object) -> object:
->>>>>>> adapt3
     """Return lists and dictionaries as they are now."""
     if isinstance(value, dict):
         return {key: _copied(item) for key, item in value.items()}
@@ -161,11 +145,7 @@ def _holds_a_module(value: object) -> bool:
     return isinstance(value, nn.Module)
 
 
-<<<<<<< HEAD
-def _kept(part: Any, name: str, value: Any) -> Node:
-=======
 def _kept(part: object, name: str, value: object) -> Node:
->>>>>>> adapt3
     """Return where a part keeps modules that it was given as an argument.
 
     That is its attribute of the argument's name, or whatever place the modules have in it. Modules that are nowhere in

@@ -11,11 +11,7 @@ from perceiver_core.registry.names import Json, Reference, _external, _names, jo
 from perceiver_core.registry.snapshot import Node, Part, Partial, Refusal, snapshot
 
 
-<<<<<<< HEAD
-def to_config(value: Any) -> Json:
-=======
 def to_config(value: object) -> Json:
->>>>>>> adapt3
     """Return what `from_config` needs to make a value again, as JSON.
 
     Raises:

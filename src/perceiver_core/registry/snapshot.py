@@ -75,11 +75,7 @@ Node: TypeAlias = (
 )
 
 
-<<<<<<< HEAD
-def snapshot(value: Any) -> Node:
-=======
 def snapshot(value: object) -> Node:
->>>>>>> adapt3
     """Return a value as data, as it is now.
 
     Parts are described by the arguments that make them as they are now. What cannot be described becomes a `Refusal`,
@@ -156,11 +152,7 @@ def _partial(value: functools.partial[object]) -> Node:
     return node
 
 
-<<<<<<< HEAD
-def _part(part: Any) -> Node:
-=======
 def _part(part: object) -> Node:
->>>>>>> adapt3
     """Describe an instance of a registered class by the arguments that make it as it is now."""
     if type(part) in _external:
         found = {name: getattr(part, name) for name in _external[type(part)]}
@@ -172,11 +164,7 @@ def _part(part: object) -> Node:
     return Part(refer(type(part)), record, {name: _current(part, node) for name, node in record.arguments.items()})
 
 
-<<<<<<< HEAD
-def _current(part: Any, node: Node) -> Node:
-=======
 def _current(part: object, node: Node) -> Node:
->>>>>>> adapt3
     """Return a recorded argument with what stands in attributes in place of their paths."""
     if isinstance(node, list):
         return [_current(part, item) for item in node]
@@ -197,22 +185,14 @@ def _current(part: object, node: Node) -> Node:
     )
 
 
-<<<<<<< HEAD
-def attribute(part: Any, path: str) -> Any:
-=======
 def attribute(part: object, path: str) -> object:
->>>>>>> adapt3
     """Return what a part has at a path of attributes; None if nothing."""
     for name in path.split("."):
         part = getattr(part, name, None)
     return part
 
 
-<<<<<<< HEAD
-def _number(value: Any) -> int | float | None:
-=======
 def _number(value: object) -> int | float | None:
->>>>>>> adapt3
     """Return a number of another library as Python's; None for anything else."""
     if type(value) is Tensor:
         is_number = value.ndim == 0 and value.device.type == "cpu" and not value.is_complex()
