@@ -483,10 +483,13 @@ class TestCapture:
         assert capture.weights.shape == (BATCH, 1, 2, N)
         assert capture.grid is None
 
-    def test_the_grid_of_the_tokens_is_captured(self):
-        made, capture = encoder(), pc.reads.AttentionCapture(0)
+    @pytest.mark.parametrize("read", [0, 1, 2, -1])
+    def test_the_grid_of_the_tokens_is_captured(self, read):
+        made, capture = encoder(), pc.reads.AttentionCapture(read)
         made(grid(), capture=capture)
         assert capture.grid == (3, 7)
+        made(array(), capture=capture)
+        assert capture.grid is None
 
     @pytest.mark.refusal
     def test_a_capture_that_nothing_filled_raises(self):

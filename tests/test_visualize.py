@@ -45,6 +45,18 @@ def test_map_equals_the_formula_at_every_read(model: pc.Perceiver) -> None:
         x = model.encoder.transformers[step](read(x, tokens))
 
 
+@pytest.mark.parametrize("read", [0, 1, 2, -1])
+def test_map_of_a_read_that_shares_its_weights(read: int) -> None:
+    torch.manual_seed(0)
+    image = pc.adapters.Image(3, positions=pc.positions.Fourier(num_axes=2, num_bands=3, max_resolution=16))
+    encoder = pc.Encoder(image.dim, num_latents=5, dim=11, num_reads=3, depth=1, num_heads=1)
+    shared = pc.Perceiver(image, encoder, pc.heads.Identity())
+    pictures = torch.randn(2, 3, *GRID)
+    weights = visualize.attention_map(shared, pictures, read=read)
+    assert weights.shape == (2, 1, 5, *GRID)
+    torch.testing.assert_close(weights.flatten(3), encoder.attention_map(image(pictures), read=read))
+
+
 def test_map_of_selected_latents_and_of_the_last_read(model: pc.Perceiver) -> None:
     pictures = torch.randn(2, 3, *GRID)
     every = visualize.attention_map(model, pictures, read=2)

@@ -120,8 +120,9 @@ class Encoder(nn.Module):
         for step, key in enumerate(keys):
             options: dict[str, object] = {"mask": mask}
             tokens: object = given[key[1]]
-            if step == captured:
+            if capture is not None and step == captured:
                 options["capture"] = capture
+                capture.grid = tokens.grid if isinstance(tokens, Tokens) else None  # which a shared memory has not
             memory = caches[key].memory if key in caches else None
             if memory is not None:
                 tokens, options["mask"] = memory, None

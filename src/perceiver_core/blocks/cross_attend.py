@@ -111,7 +111,8 @@ class CrossAttend(nn.Module):
         options: dict[str, object] = {} if positions is None else {"positions": positions}
         if capture is not None:
             options["capture"] = capture
-            capture.grid = tokens.grid if isinstance(tokens, Tokens) else None
+            if isinstance(tokens, (Tokens, Tensor)):
+                capture.grid = tokens.grid if isinstance(tokens, Tokens) else None
         inputs: object = tokens
         if isinstance(tokens, (Tokens, Tensor)):
             token_mask, mask = (None, mask) if cache is not None and cache.appends else (mask, None)
