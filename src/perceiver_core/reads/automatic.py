@@ -16,6 +16,7 @@ from perceiver_core.reads.strategy import Cost, Memory, ReadContext, Sizes, Stra
 from perceiver_core.reads.structured import Structured
 from perceiver_core.registry import register
 
+LAST = 1e6  # seconds added to the cost of a strategy that is taken only where no other can compute a read
 MATERIALIZED_BYTES = 2**30  # a CPU read that would write out more is not dense where another strategy computes it
 
 
@@ -115,13 +116,13 @@ class Auto:
 def _ranked(strategies: tuple[Strategy, ...], sizes: Sizes, machine: Machine) -> list[Strategy]:
     """Return strategies by ascending cost; last are those that are taken only where no other can compute the read."""
 
-    def rank(strategy: Strategy) -> tuple[bool, float]:
+    def is_last(strategy: Strategy) -> bool:
         if sizes.device not in DEFAULTS:
-            last = not isinstance(strategy, Dense)  # PyTorch's own kernels come first
-        elif sizes.device == "cuda":
-            last = not isinstance(strategy, (Structured, Dense))
-        else:
-            last = isinstance(strategy, Dense) and sizes.materialized_bytes > MATERIALIZED_BYTES
-        return last, strategy.cost(sizes, machine).seconds
+            return not isinstance(strategy, Dense)  # PyTorch's own kernels come first
+        if sizes.device == "cuda":
+            return not isinstance(strategy, (Structured, Dense))
+        return isinstance(strategy, Dense) and sizes.materialized_bytes > MATERIALIZED_BYTES
 
-    return sorted(strategies, key=rank)
+    seconds = [strategy.cost(sizes, machine).seconds + LAST * is_last(strategy) for strategy in strategies]
+    # One number per strategy: torch.compile cannot sort by tuples.
+    return [strategies[i] for i in sorted(range(len(strategies)), key=lambda i: seconds[i])]
