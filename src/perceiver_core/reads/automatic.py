@@ -89,10 +89,12 @@ class Auto:
         """
         sizes = Sizes.of(context)
         machine = self.machine or DEFAULTS.get(sizes.device, MEASURED_CPU)
-        # torch.compile traces the function itself: it cannot look into the cache.
-        ranked = (_ranked.__wrapped__ if torch.compiler.is_compiling() else _ranked)(
-            tuple(self.strategies), sizes, machine
-        )
+        ranked: Sequence[Strategy] = tuple(self.strategies)
+        if torch.compiler.is_compiling():  # it traces the function itself, and costs of symbolic sizes are best avoided
+            ranked = [strategy for strategy in ranked if not strategy.why_not(context)]
+            ranked = ranked if len(ranked) == 1 else _ranked.__wrapped__(tuple(ranked), sizes, machine)
+        else:
+            ranked = _ranked(ranked, sizes, machine)
         slow = None  # a structured read without its compiled loop, where nothing else can compute the read
         for strategy in ranked:
             if strategy.why_not(context):
@@ -123,6 +125,10 @@ def _ranked(strategies: tuple[Strategy, ...], sizes: Sizes, machine: Machine) ->
             return not isinstance(strategy, (Structured, Dense))
         return isinstance(strategy, Dense) and sizes.materialized_bytes > MATERIALIZED_BYTES
 
+    remaining, ranked = list(strategies), []
     seconds = [strategy.cost(sizes, machine).seconds + LAST * is_last(strategy) for strategy in strategies]
-    # One number per strategy: torch.compile cannot sort by tuples.
-    return [strategies[i] for i in sorted(range(len(strategies)), key=lambda i: seconds[i])]
+    while remaining:  # not sorted(), which torch.compile does not apply to such numbers
+        best = seconds.index(min(seconds))
+        ranked.append(remaining.pop(best))
+        seconds.pop(best)
+    return ranked
