@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -63,6 +63,7 @@ class Source(NamedTuple):
         return self.strategy.prepare(context)
 
 
+@runtime_checkable
 class Cache(Protocol):
     """Carries a memory from one call of a read to later calls."""
 

@@ -22,6 +22,7 @@ Kernel: TypeAlias = Callable[..., Tensor]
 QueryIndices: TypeAlias = "int | Sequence[int] | Int[Tensor, ' chosen'] | None"
 
 
+@runtime_checkable
 class AttentionInput(Protocol):
     """Input of an attention module: a `Source`, or a `Memory` that an earlier read made."""
 
@@ -30,6 +31,7 @@ class AttentionInput(Protocol):
         ...
 
 
+@runtime_checkable
 class Memory(AttentionInput, Protocol):
     """Keys and values of an input, formed or factored, that queries can attend to."""
 
@@ -51,6 +53,7 @@ class Memory(AttentionInput, Protocol):
         ...
 
 
+@runtime_checkable
 class Attention(Protocol):
     """The parts of an attention module that form keys and values; `MultiHeadAttention` has them."""
 

@@ -49,7 +49,7 @@ def plain(value: Any, *, mappings: bool = False) -> Any:
     return value
 
 
-def _of_numpy(value: np.generic | np.ndarray[Any, Any]) -> Any:
+def _of_numpy(value: np.generic | np.ndarray[Any, np.dtype[Any]]) -> Any:
     if value.ndim > 1 or value.dtype.kind not in "biufU":
         return value
     if value.dtype.kind == "f":
