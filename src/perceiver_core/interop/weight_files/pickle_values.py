@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
@@ -16,6 +16,7 @@ CORES = ("core", "_core")  # before and after NumPy 2
 RECONSTRUCT: set[Name] = {(f"numpy.{core}.multiarray", "_reconstruct") for core in CORES}
 
 
+@runtime_checkable
 class Budget(Protocol):
     """Size of a file, and the number of bytes that its text has been encoded to so far."""
 
