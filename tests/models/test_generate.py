@@ -21,22 +21,22 @@ from tests.models.perceiver_ar_cases import (
     LATENTS,
     POSITIONS,
     VOCABULARY,
-    each_kind,
-    few,
+    each_position_embedding,
+    few_examples,
     ids_of,
     model_of,
     padding,
+    rotary_options,
     seeds,
-    turning,
 )
 
 
-def logits_of(kind, model, prompt, steps, *, start=2, mask=None, seed=0, context=None):
+def logits_of(method, model, prompt, steps, *, start=2, mask=None, seed=0, context=None):
     """Returns the logits of `steps` new ids, which are sampled."""
     sequence, actual = _Sequence(model, prompt, mask, start, context), []
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for logits in islice(kind(sequence), steps):
+        for logits in islice(method(sequence), steps):
             actual.append(logits)
             sequence.append(torch.randint(VOCABULARY, (len(prompt),), generator=generator))
     return torch.stack(actual, 1)
@@ -59,28 +59,28 @@ class TestLatentSchedule:
 
 
 class TestCache:
-    @each_kind
-    @few
+    @each_position_embedding
+    @few_examples
     @given(n=st.integers(1, 13), start=st.integers(1, LATENTS), seed=seeds)
     def test_the_cache_has_no_effect_on_the_logits(self, options, n, start, seed):
         model, prompt = model_of(**options), ids_of(n=n, seed=seed)
         cached, expected = (
-            logits_of(kind, model, prompt, 11, start=start, seed=seed) for kind in (_cached, _recomputed)
+            logits_of(method, model, prompt, 11, start=start, seed=seed) for method in (_cached, _recomputed)
         )
         torch.testing.assert_close(cached, expected, **EXACT)
 
     def test_the_cache_has_no_effect_with_repeated_blocks(self):
         model, prompt = model_of(latent_transformer=partial(LATENT_TRANSFORMER, num_repeats=3)), ids_of()
-        cached, expected = (logits_of(kind, model, prompt, 11) for kind in (_cached, _recomputed))
+        cached, expected = (logits_of(method, model, prompt, 11) for method in (_cached, _recomputed))
         torch.testing.assert_close(cached, expected, **EXACT)
 
-    @each_kind
-    @few
+    @each_position_embedding
+    @few_examples
     @given(lengths=st.lists(st.integers(1, 13), min_size=2, max_size=3), start=st.integers(1, LATENTS), seed=seeds)
     def test_the_cache_has_no_effect_on_padded_prompts(self, options, lengths, start, seed):
         model, prompt, mask = model_of(**options), ids_of(len(lengths), seed=seed), padding(*lengths)
         cached, expected = (
-            logits_of(kind, model, prompt, 11, start=start, mask=mask, seed=seed) for kind in (_cached, _recomputed)
+            logits_of(method, model, prompt, 11, start=start, mask=mask, seed=seed) for method in (_cached, _recomputed)
         )
         torch.testing.assert_close(cached, expected, **EXACT)
 
@@ -89,7 +89,7 @@ class TestCache:
     def test_few_and_many_latents(self, latents, depth):
         model, prompt = model_of(latents=latents, depth=depth), ids_of(n=3)
         cached, expected = (
-            logits_of(kind, model, prompt, 29, start=max(1, latents // 2)) for kind in (_cached, _recomputed)
+            logits_of(method, model, prompt, 29, start=max(1, latents // 2)) for method in (_cached, _recomputed)
         )
         torch.testing.assert_close(cached, expected, **EXACT)
 
@@ -120,14 +120,14 @@ def continued(model, ids, steps, *, context, start, mask=None):
 
 
 class TestContext:
-    @each_kind
-    @few
+    @each_position_embedding
+    @few_examples
     @given(n=st.integers(1, 13), context=st.integers(1, 15), start=st.integers(1, LATENTS), seed=seeds)
     def test_logits_depend_only_on_the_last_tokens(self, options, n, context, start, seed):
         model, prompt = model_of(**options), ids_of(n=n, seed=seed)
         cached, recomputed = (
-            logits_of(kind, model, prompt, 17, start=start, seed=seed, context=context)
-            for kind in (_cached, _recomputed)
+            logits_of(method, model, prompt, 17, start=start, seed=seed, context=context)
+            for method in (_cached, _recomputed)
         )
         drawn, ids = torch.Generator().manual_seed(seed), prompt
         for step, latents in enumerate(islice(latent_schedule(LATENTS, start), 17)):
@@ -136,8 +136,8 @@ class TestContext:
             torch.testing.assert_close(cached[:, step], expected, **EXACT)
             ids = torch.cat([ids, torch.randint(VOCABULARY, (2,), generator=drawn)[:, None]], 1)
 
-    @each_kind
-    @few
+    @each_position_embedding
+    @few_examples
     @given(
         lengths=st.lists(st.integers(1, 13), min_size=2, max_size=3),
         context=st.integers(1, 17),
@@ -162,11 +162,11 @@ class TestContext:
     @pytest.mark.parametrize("cache", [True, False])
     def test_it_defaults_to_the_number_of_positions(self, n, cache):
         embedding = pc.adapters.TokenEmbedding(19, 28, positions=pc.positions.LearnedEmbedding(8, 28))
-        model = model_of(**turning(None), embedding=embedding)
+        model = model_of(**rotary_options(None), embedding=embedding)
         actual = pc.generate(model, ids_of(n=n), max_new_tokens=12, use_cache=cache)
         assert torch.equal(actual, continued(model, ids_of(n=n), 12, context=8, start=2))
 
-    @each_kind
+    @each_position_embedding
     def test_a_context_length_that_is_not_reached_has_no_effect(self, options):
         model, prompt = model_of(**options), ids_of()
         actual = pc.generate(model, prompt, max_new_tokens=9, context_length=21)
@@ -192,7 +192,7 @@ class TestContext:
         pc.generate(model, ids_of(), max_new_tokens=6, context_length=16)
         assert computed == [13, 1, 1, 1, 16, 16]
 
-    @each_kind
+    @each_position_embedding
     @pytest.mark.parametrize("cache", [True, False])
     def test_memory_is_bounded(self, options, cache):
         model = model_of(**options)
@@ -205,7 +205,7 @@ class TestContext:
 
 
 class TestGenerate:
-    @each_kind
+    @each_position_embedding
     @pytest.mark.parametrize("cache", [True, False])
     def test_a_padded_batch_equals_prompts_one_by_one(self, options, cache):
         model, prompt, lengths = model_of(**options), ids_of(4), (13, 2, 1, 7)

@@ -156,10 +156,10 @@ class TestLevels:
         whole = (perceiver()(x) - perceiver()(changed)).unflatten(1, (5, 3)).abs().amax((0, 2, 3))
         assert whole.gt(1e-6).all()
 
-    @pytest.mark.parametrize("hidden", [0.0, 7.0, float("nan"), float("inf")])
-    def test_masked_tokens_have_no_effect(self, hidden):
+    @pytest.mark.parametrize("fill", [0.0, 7.0, float("nan"), float("inf")])
+    def test_masked_tokens_have_no_effect(self, fill):
         model, mask = autoencoder(), some()
-        x = array().masked_fill(~mask[..., None], hidden).requires_grad_()
+        x = array().masked_fill(~mask[..., None], fill).requires_grad_()
         out = model(x, mask=mask)
         torch.testing.assert_close(out, model(array().masked_fill(~mask[..., None], -5.0), mask=mask), **EXACT)
         out.square().sum().backward()
@@ -172,23 +172,23 @@ class TestLevels:
         torch.testing.assert_close(model(x, mask=mask)[1:2], model(x[1:2], mask=mask[1:2]), **EXACT)
 
     def test_the_grid_and_mask_of_tokens_are_used(self):
-        where = positions.LearnedGrid((5, 7), PLACES)
-        model, x, mask = perceiver(positions=where), array(), some()
-        content, there = x.unflatten(1, (5, 7)), mask.unflatten(1, (5, 7))
-        out = model(Tokens(content, mask=there))
+        embedding = positions.LearnedGrid((5, 7), PLACES)
+        model, x, mask = perceiver(positions=embedding), array(), some()
+        content, valid = x.unflatten(1, (5, 7)), mask.unflatten(1, (5, 7))
+        out = model(Tokens(content, mask=valid))
         flat = perceiver()
         state = model.state_dict()
         flat.load_state_dict(state | {"positions.vectors": state["positions.vectors"].flatten(0, 1)})
         torch.testing.assert_close(out, flat(x, mask=mask), **EXACT)
         other = some(N + 1)[:, 1:]
-        torch.testing.assert_close(model(Tokens(content, mask=there), mask=other), flat(x, mask=mask & other), **EXACT)
+        torch.testing.assert_close(model(Tokens(content, mask=valid), mask=other), flat(x, mask=mask & other), **EXACT)
 
     def test_positions_of_separate_tables(self):
-        where = positions.Fourier(num_axes=2, num_bands=2, max_resolution=7)
-        model = perceiver(positions=where)
+        embedding = positions.Fourier(num_axes=2, num_bands=2, max_resolution=7)
+        model = perceiver(positions=embedding)
         tokens = Tokens(array().unflatten(1, (5, 7)))
-        expected = where.tables((5, 7), like=tokens.content)
-        torch.testing.assert_close(token_positions(model.positions, tokens), sum(expected).flatten(0, 1), **EXACT)
+        expected = embedding.tables((5, 7), like=tokens.content)
+        torch.testing.assert_close(token_positions(embedding, tokens), sum(expected).flatten(0, 1), **EXACT)
         assert model(tokens).shape == (BATCH, 15, 8)
 
     def test_it_is_an_encoder(self):
@@ -315,9 +315,9 @@ class TestIntegration:
         torch.testing.assert_close(actual, expected, **EXACT)
 
     def small(self):
-        where = positions.LearnedEmbedding(N, PLACES)
+        embedding = positions.LearnedEmbedding(N, PLACES)
         return autoencoder(
-            levels=[LEVELS[0], LEVELS[2]], decoder_levels=[Level(5, 3, 8, depth=1, num_heads=4)], positions=where
+            levels=[LEVELS[0], LEVELS[2]], decoder_levels=[Level(5, 3, 8, depth=1, num_heads=4)], positions=embedding
         )
 
     @pytest.mark.compile

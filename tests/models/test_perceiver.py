@@ -23,29 +23,29 @@ def perceiver(head=None):
 )
 def test_the_parts_run_in_order(head, shape):
     model = perceiver(head)
-    pictures = torch.rand(2, 3, 7, 5)
+    images = torch.rand(2, 3, 7, 5)
     mask = torch.rand(2, 7, 5) < 0.6
-    for given in ({}, {"mask": mask}):
-        out = model(pictures, **given)
-        expected = model.head(model.encoder(model.adapter(pictures, **given)))
+    for options in ({}, {"mask": mask}):
+        out = model(images, **options)
+        expected = model.head(model.encoder(model.adapter(images, **options)))
         torch.testing.assert_close(out, expected, rtol=0, atol=0)
         assert out.shape == shape
-    assert not torch.allclose(model(pictures), model(pictures, mask=mask), atol=1e-5)
+    assert not torch.allclose(model(images), model(images, mask=mask), atol=1e-5)
 
 
 def test_plain_tensors_need_no_adapter():
     whole = perceiver()
     model = Perceiver(nn.Identity(), whole.encoder, whole.head)
-    pictures = torch.rand(2, 3, 7, 5)
-    torch.testing.assert_close(model(whole.adapter(pictures).materialize()), whole(pictures), rtol=0, atol=1e-6)
+    images = torch.rand(2, 3, 7, 5)
+    torch.testing.assert_close(model(whole.adapter(images).materialize()), whole(images), rtol=0, atol=1e-6)
 
 
 def test_a_user_defined_adapter_needs_no_mask_argument():
     class Flat(nn.Module):
         dim = 3
 
-        def forward(self, pictures):
-            return pictures.flatten(2).mT
+        def forward(self, images):
+            return images.flatten(2).mT
 
     model = Perceiver(Flat(), Encoder(3, num_latents=5, dim=14, depth=1, num_heads=7), heads.Regression(14))
     assert model(torch.rand(2, 3, 7, 5)).shape == (2, 1)
