@@ -27,13 +27,7 @@ def to_config(value: object) -> Json:
 
 
 def _written(node: Node, at: str, seen: dict[int, str]) -> Json:
-    """Write a node as JSON.
-
-    Args:
-        node: What is written.
-        at: Its path in the whole.
-        seen: Paths of the parts that have been written, by the identity of their records.
-    """
+    """Return a node at a path as JSON; `seen` has the paths of the parts so far, by the identity of their records."""
     if isinstance(node, Refusal):
         raise ValueError(f"{at or 'the model'} {node.reason}")
     if isinstance(node, list):
