@@ -1,4 +1,4 @@
-"""Values from configurations: parts made by calling registered classes, no more of them than a file may ask for."""
+"""Values from configurations: parts made by calling registered classes, in limited number."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _budget = threading.local()
 
 
 def from_config(config: Json) -> Any:
-    """Make the value that `to_config` described.
+    """Build a value from its configuration; see `to_config`.
 
     Raises:
         ValueError: A name that is not registered, arguments that do not fit, or a malformed configuration.
