@@ -40,7 +40,7 @@ def card(model: nn.Module, name: str) -> str:
         f"## Load it\n\n{first}"
         "```python\nimport perceiver_core as pc\n\n"
         f"model = pc.checkpoints.from_pretrained({_quoted(name)})\n```\n\n"
-        f"## What it is made of\n\n```python\n{calls}\n```\n"
+        f"## Architecture\n\n```python\n{calls}\n```\n"
     )
 
 

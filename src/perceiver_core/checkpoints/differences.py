@@ -9,12 +9,7 @@ from perceiver_core.checkpoints.state import TensorSpecs, first_names
 
 
 def model_differences(built: nn.Module, model: nn.Module) -> str:
-    """Return the changes of a model that its constructor calls do not make, in a line; empty if there are none.
-
-    Args:
-        built: Model that the constructor calls make.
-        model: Model as it is now.
-    """
+    """Return the differences of a model from the one that its constructor calls build, in a line; empty if none."""
     was = {path: registry.settings(module) for path, module in built.named_modules(remove_duplicate=False)}
     is_ = {path: registry.settings(module) for path, module in model.named_modules(remove_duplicate=False)}
     found = [

@@ -21,11 +21,7 @@ LARGEST_CONFIG = 2**20  # bytes
 
 
 def config_text(model: nn.Module) -> str:
-    """Return the text of a model's `config.json`.
-
-    Raises:
-        ValueError: A part that is not registered, or an argument that JSON has no word for.
-    """
+    """Return the text of a model's `config.json`."""
     config = {"library": "perceiver_core", "format": FORMAT, "model": registry.to_config(model)}
     return json.dumps(config, indent=2, allow_nan=False) + "\n"
 

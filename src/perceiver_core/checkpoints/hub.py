@@ -157,10 +157,6 @@ def fetched(name_or_folder: str | PathLike[str], files: Sequence[str], **options
     Raises:
         FileNotFoundError: There is no such folder and no such name on the hub, or no huggingface_hub.
         ValueError: A revision of a folder.
-
-    Example:
-        >>> from perceiver_core.checkpoints.hub import fetched
-        >>> fetched("deepmind/vision-perceiver-fourier", ["config.json"])  # doctest: +SKIP
     """
     folder = Path(name_or_folder)
     if folder.is_dir():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from perceiver_core import registry
 from perceiver_core.checkpoints.differences import spec_differences
 from perceiver_core.checkpoints.folder import CONFIG, WEIGHTS, parse_config, read_at_most
-from perceiver_core.checkpoints.state import first_names, specs_in, state_tensors, tensor_specs
+from perceiver_core.checkpoints.state import assign, specs_in, state_tensors, tensor_specs
 
 
 def load(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> nn.Module:
@@ -60,18 +60,14 @@ def load(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") 
             if different:
                 raise ValueError(f"{folder / WEIGHTS} does not fit {CONFIG}: {different}. Copy both from one save")
             # Copies: tensors are views of the file, which may be overwritten.
-            _fill(model, {name: file.get_tensor(name).to(device, copy=True) for name in specs})
+            assign(model, {name: file.get_tensor(name).to(device, copy=True) for name in specs})
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is not a whole safetensors file: {error}. Copy it again") from error
     return model.eval()
 
 
 def build_without_values(config: registry.Json, tensors: int) -> nn.Module:
-    """Build a model on the meta device, where it takes no memory.
-
-    Args:
-        config: Configuration of the model.
-        tensors: Number of its tensors, which bounds that of its modules.
+    """Build a model on the meta device, where it takes no memory; the number of its tensors bounds that of its modules.
 
     Raises:
         ValueError: A configuration of anything but a module, too many modules, or a tensor outside of the state.
@@ -92,16 +88,3 @@ def build_without_values(config: registry.Json, tensors: int) -> nn.Module:
                 f"in a buffer that is saved, self.register_buffer({lost[0]!r}, ...), or compute it in forward"
             )
     return model
-
-
-def _fill(model: nn.Module, values: dict[str, Tensor]) -> None:
-    """Replace the tensors of a model by others; tied tensors stay tied."""
-    made: dict[str, Tensor] = {}
-    tensors = model.state_dict(keep_vars=True)
-    for name, first in first_names(model).items():
-        old = tensors[name]
-        if name == first:
-            new = values[name]
-            made[name] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
-        made[name] = made[first]
-    model.load_state_dict(made, assign=True)

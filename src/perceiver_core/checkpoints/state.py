@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -51,6 +52,22 @@ def first_names(model: nn.Module) -> dict[str, str]:
     return {name: first.setdefault(id(tensor), name) for name, tensor in model.state_dict(keep_vars=True).items()}
 
 
+def assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Replace the tensors of a model, which may be on the meta device, without a copy; tied tensors stay tied.
+
+    Args:
+        model: The model.
+        state: New tensors by name; the first name of a tied tensor suffices.
+    """
+    new: dict[int, Tensor] = {}
+    targets = model.state_dict(keep_vars=True)
+    for name, old in targets.items():
+        if id(old) not in new:
+            tensor = state[name].detach()
+            new[id(old)] = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+    model.load_state_dict({name: new[id(old)] for name, old in targets.items()}, assign=True)
+
+
 def check_values(tensors: dict[str, Tensor]) -> None:
     """Raise ValueError unless tensors have values, and no two of them the same memory."""
     ends: list[tuple[str, int, int, str]] = []
@@ -76,21 +93,13 @@ def tensor_specs(tensors: dict[str, Tensor]) -> TensorSpecs:
 
 
 def specs_in(file: Any) -> TensorSpecs:
-    """Return the shape and dtype of each tensor in an open safetensors file, without reading values.
-
-    Raises:
-        ValueError: A dtype that no part has.
-    """
+    """Return the shape and dtype of each tensor in an open safetensors file, without reading values."""
     slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    return {name: (tuple(s.get_shape()), dtype_named(s.get_dtype())) for name, s in slices.items()}
+    return {name: (tuple(s.get_shape()), _dtype(s.get_dtype())) for name, s in slices.items()}
 
 
-def dtype_named(name: str) -> torch.dtype:
-    """Return the dtype of a name of safetensors.
-
-    Raises:
-        ValueError: A dtype that no part has.
-    """
+def _dtype(name: str) -> torch.dtype:
+    """Return the dtype of a name of safetensors, or raise ValueError."""
     if name not in _TORCH_NAMES:
         raise ValueError(f"model.safetensors holds values of type {name}, which no part has")
     dtype: torch.dtype = getattr(torch, _TORCH_NAMES[name])

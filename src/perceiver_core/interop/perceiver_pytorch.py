@@ -26,11 +26,12 @@ from perceiver_core.blocks import (
     MultiHeadAttention,
     SelfAttend,
 )
+from perceiver_core.checkpoints.state import assign
 from perceiver_core.decoder import Decoder
 from perceiver_core.encoder import Encoder
 from perceiver_core.interop.checked_arguments import CheckedArguments
 from perceiver_core.interop.weight_files.state_dict_files import read_state_dict
-from perceiver_core.interop.weight_mapping import Entry, WeightMapping, assign, fused, renamed
+from perceiver_core.interop.weight_mapping import Entry, WeightMapping, fused, renamed
 from perceiver_core.kernels import inverted
 from perceiver_core.models import Perceiver, PerceiverIO
 from perceiver_core.positions import FourierPerAxis

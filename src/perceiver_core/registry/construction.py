@@ -1,4 +1,4 @@
-"""Values from configurations: parts made by calling registered classes, no more of them than a file may ask for."""
+"""Values from configurations: parts made by calling registered classes, in limited number."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _budget = threading.local()
 
 
 def from_config(config: Json) -> Any:
-    """Make the value that `to_config` described.
+    """Build a value from its configuration; see `to_config`.
 
     Raises:
         ValueError: A name that is not registered, arguments that do not fit, or a malformed configuration.
@@ -48,7 +48,9 @@ def _build(config: Json, at: str, built: dict[str, object]) -> object:
     if tag == "same":
         return _earlier(named, at, built)
     if tag == "dict":
-        return {key: _build(item, join(at, key), built) for key, item in _a_dict(named, at).items()}
+        if not isinstance(named, dict):
+            raise ValueError(f"{at or 'the model'} must hold an object under 'dict'; got {short(named)}")
+        return {key: _build(item, join(at, key), built) for key, item in named.items()}
     thing = look_up(named, at)
     arguments = {key: _build(item, join(at, key), built) for key, item in rest.items()}
     if tag == "name":
@@ -58,6 +60,12 @@ def _build(config: Json, at: str, built: dict[str, object]) -> object:
         return functools.partial(thing, **arguments)
     built[at] = _make(thing, arguments, at)
     return built[at]
+
+
+def _earlier(path: object, at: str, built: dict[str, object]) -> object:
+    if not isinstance(path, str) or path not in built:
+        raise ValueError(f"{at or 'the model'} is the same as {short(path)}, but no part stands there before it")
+    return built[path]
 
 
 def _make(thing: Callable[..., object], arguments: dict[str, object], at: str) -> object:
@@ -71,18 +79,6 @@ def _make(thing: Callable[..., object], arguments: dict[str, object], at: str) -
         raise ValueError(
             f"{at or 'the model'}: {_names[thing]} cannot be built from its configuration: {why}"
         ) from error
-
-
-def _earlier(path: object, at: str, built: dict[str, object]) -> object:
-    if not isinstance(path, str) or path not in built:
-        raise ValueError(f"{at or 'the model'} is the same as {short(path)}, but no part stands there before it")
-    return built[path]
-
-
-def _a_dict(value: object, at: str) -> dict[str, Json]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{at or 'the model'} must hold an object under 'dict'; got {short(value)}")
-    return value
 
 
 def _check_external(thing: Callable[..., object], arguments: dict[str, object], at: str) -> None:

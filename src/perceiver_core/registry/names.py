@@ -33,11 +33,7 @@ class Reference:
 
 
 def enter(thing: Callable[..., object], name: str) -> None:
-    """Add a class or function to the tables.
-
-    Raises:
-        ValueError: The name is taken by something else.
-    """
+    """Add a class or function to the tables; raise ValueError if its name is taken by another."""
     taken = _named.get(name)
     if taken is not None and label(taken) != label(thing):
         raise ValueError(
@@ -58,11 +54,7 @@ def refer(thing: Callable[..., object]) -> Reference:
 
 
 def name_of(reference: Reference, at: str) -> str:
-    """Return the registered name of a reference.
-
-    Args:
-        reference: To a class or function. If it was registered after the reference was made, that counts as well.
-        at: Path of the reference in the model, for the message.
+    """Return the registered name of a reference at a path of the model; it may have been registered since.
 
     Raises:
         ValueError: It is not registered, or another local definition has taken its name since.
@@ -76,11 +68,7 @@ def name_of(reference: Reference, at: str) -> str:
 
 
 def look_up(name: object, at: str) -> Callable[..., object]:
-    """Return the class or function of a registered name.
-
-    Raises:
-        ValueError: The name is not registered.
-    """
+    """Return the class or function of a registered name, or raise ValueError."""
     if not isinstance(name, str) or name not in _named:
         raise ValueError(
             f"{at or 'the model'} names {short(name)}, which is not registered. If it is your own, "

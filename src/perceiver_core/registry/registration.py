@@ -19,24 +19,23 @@ T = TypeVar("T", bound=Callable[..., object])
 def register(thing: T, *, name: str | None = None) -> T:
     """Let `save` and `load` write and build a class or function. Use it as a decorator.
 
-    A class's constructor arguments are recorded when it is called, so a part needs no configuration class. The record
-    is data: numbers, strings, lists and descriptions of parts and partials. Where an argument is a module (or a list
-    or dictionary of modules), keep it as an attribute of the same name: what stands there when the model is saved is
-    what is written. A model may be given what cannot be described, a lambda for example; only `save` refuses it.
+    The constructor arguments of a class are recorded when it is called, so a part needs no configuration class. The
+    record is data: numbers, strings, lists and descriptions of parts and partials. Keep a module that is an argument
+    (or a list or dictionary of modules) as an attribute of the same name: the module in this attribute is written when
+    the model is saved. Arguments that cannot be described, such as a lambda, are refused by `save` only.
 
-    Numbers of NumPy and containers of configuration libraries reach the constructor as Python's own.
+    Numbers of NumPy and containers of configuration libraries are converted to Python's own before the constructor.
 
-    Arguments are written by name, so `**kwargs` may be taken, `*args` and positional-only ones may not.
-    Registering once more what has the same module and qualified name (a notebook cell that is run again)
-    replaces it.
+    Arguments are written by name, so a constructor may take `**kwargs`, but no `*args` or positional-only arguments. A
+    definition with the module and qualified name of an earlier one (a notebook cell that is run again) replaces it.
 
     Args:
         thing: Class (a part) or function (a kernel, a sharing scheme).
-        name: Name in `config.json`; its own qualified name by default.
+        name: Name in `config.json`; the qualified name by default.
 
     Raises:
-        ValueError: The name is taken by something else; a lambda without a name; a constructor argument
-            that has no name, or a reserved one.
+        ValueError: The name is taken by something else; a lambda without a name; a constructor argument without a
+            name, or with a reserved one.
 
     Example:
         >>> import perceiver_core as pc
@@ -106,7 +105,7 @@ def _record_arguments(part: type, signature: inspect.Signature) -> None:
             construct(self, *args, **kwargs)
             return
         given = _by_name(signature, self, *args, **kwargs)
-        # Before the call, which may change lists, and their owner later. Where modules are kept is seen after it.
+        # Before the call, since it, or the caller later, may change lists. Places of modules are known after it.
         modules = {name: _copied(value) for name, value in given.items() if _holds_a_module(value)}
         with each_partial_once():
             nodes = {name: None if name in modules else snapshot(value) for name, value in given.items()}
@@ -146,10 +145,10 @@ def _holds_a_module(value: object) -> bool:
 
 
 def _kept(part: object, name: str, value: object) -> Node:
-    """Return where a part keeps modules that it was given as an argument.
+    """Return the places in a part of the modules that were passed to it as an argument.
 
-    That is its attribute of the argument's name, or whatever place the modules have in it. Modules that are nowhere in
-    the part (it has copied them, or needed them in its constructor only) are described as they are now.
+    The attribute of the argument's name comes first, then any place in the part. Modules that the part does not contain
+    (it copies them, or needs them in its constructor only) are described as they are now.
     """
     now = attribute(part, name)
     if isinstance(value, nn.Module) and isinstance(now, nn.Module):

@@ -35,7 +35,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Attribute:
-    """A module: whatever a part has at this path when it is saved.
+    """The module that a part has at a path when it is saved.
 
     Args:
         path: Path of attributes, "layers.0".
@@ -76,10 +76,10 @@ Node: TypeAlias = (
 
 
 def snapshot(value: object) -> Node:
-    """Return a value as data, as it is now.
+    """Return the current state of a value as data.
 
-    Parts are described by the arguments that make them as they are now. What cannot be described becomes a `Refusal`,
-    so that a model may be made of it, copied and pickled, but not saved.
+    Parts are described by the constructor arguments that give their current state. A value that cannot be described
+    becomes a `Refusal`: a model with it can be used, copied and pickled, but not saved.
     """
     value = plain(value, mappings=True)
     if value is None or isinstance(value, torch.Generator):
@@ -107,7 +107,7 @@ def _each(values: dict[str, object]) -> dict[str, Node]:
 
 
 def _scalar(value: bool | int | float | str) -> Node:
-    """Return what JSON writes, of subclasses (enumerations) as well."""
+    """Return a plain number or string, also for subclasses (enumerations)."""
     if isinstance(value, bool):
         return value
     if isinstance(value, int):
@@ -153,7 +153,7 @@ def _partial(value: functools.partial[object]) -> Node:
 
 
 def _part(part: object) -> Node:
-    """Describe an instance of a registered class by the arguments that make it as it is now."""
+    """Describe an instance of a registered class by the arguments that give its current state."""
     if type(part) in _external:
         found = {name: getattr(part, name) for name in _external[type(part)]}
         given = {name: value is not None if name == "bias" else value for name, value in found.items()}
@@ -165,7 +165,7 @@ def _part(part: object) -> Node:
 
 
 def _current(part: object, node: Node) -> Node:
-    """Return a recorded argument with what stands in attributes in place of their paths."""
+    """Return a recorded argument with the paths of attributes replaced by their values."""
     if isinstance(node, list):
         return [_current(part, item) for item in node]
     if isinstance(node, dict):
@@ -186,7 +186,7 @@ def _current(part: object, node: Node) -> Node:
 
 
 def attribute(part: object, path: str) -> object:
-    """Return what a part has at a path of attributes; None if nothing."""
+    """Return the value of a part at a path of attributes; None if there is none."""
     for name in path.split("."):
         part = getattr(part, name, None)
     return part
