@@ -25,7 +25,7 @@ REFUSED = {
         queries.Learned(3, 2),
         torch.tensor([0.5]),
         TypeError,
-        "query_indices must be indices, a tensor of whole",
+        "query_indices must be indices, an integer tensor",
     ),
     "a mask": (queries.Learned(3, 2), torch.ones(3).bool(), TypeError, "query_indices must be indices"),
     "a list": (queries.Learned(3, 2), [0, 1], TypeError, "got list"),
