@@ -43,14 +43,14 @@ docs: $(VENV)/.installed-dev $(VENV)/.installed-docs ## build the pages in docs/
 	$(RUN) -m sphinx -W --keep-going -q -b doctest docs docs/_build/doctest
 	$(RUN) -m pytest -q --doctest-modules src --ignore=src/perceiver_core/kernels/grid/triton_kernels.py
 
-bench: $(VENV)/.installed-dev ## measure, results in benchmarks/results (BENCH="--toy" for seconds)
+bench: $(VENV)/.installed-dev ## measure for 40 minutes at most, results in benchmarks/results (BENCH="--toy" for a trial run)
 	$(RUN) -m benchmarks $(BENCH)
 
 # Where there is a GPU there is mostly a PyTorch for it as well, so no .venv is made: PYTHON is the one that has it.
 gpu: export PYTHONPATH := src
 gpu: ## on a machine with a CUDA GPU: its tests and its tables, by the PyTorch that PYTHON has (BENCH="--toy" for a minute)
 	$(PYTHON) -m pytest -q -p no:cacheprovider -m "gpu or triton" $(GPU_TESTS); tests=$$?; \
-	$(PYTHON) -m benchmarks attention read models --device cuda $(BENCH) && exit $$tests
+	$(PYTHON) -m benchmarks read attention models --device cuda $(BENCH) && exit $$tests
 
 GPU_TESTS := tests/test_gpu.py tests/kernels tests/reads tests/blocks tests/checkpoints tests/benchmarks
 

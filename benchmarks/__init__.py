@@ -1,5 +1,1 @@
-"""What perceiver-core costs, measured: `python -m benchmarks`, or `make bench`.
-
-A benchmark first checks that what it compares agrees, then times it in turns, so that a busy machine slows
-all alike, and reports medians. README.md beside this file says what each figure means.
-"""
+"""Measurements of perceiver-core's time and memory: `python -m benchmarks`; README.md explains every column."""

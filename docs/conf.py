@@ -1,4 +1,4 @@
-"""How Sphinx builds these pages: `make docs`."""
+"""Sphinx configuration of these pages, built by `make docs`."""
 
 from perceiver_core import __version__
 

@@ -119,8 +119,8 @@ def sample_text(model: pc.PerceiverAR, text: Tensor, count: int) -> dict[str, st
     content = text.numpy().tobytes()
     end = max(content.find(PROMPT, CONTEXT), CONTEXT) + len(PROMPT)
     prompt = torch.tensor([list(content[end - CONTEXT : end])])
-    choose, generator = pc.models.sampling.Sample(temperature=0.6), torch.Generator().manual_seed(0)
-    ids = pc.generate(model, prompt, max_new_tokens=count, sampler=choose, use_cache=False, generator=generator)
+    sampler, generator = pc.models.sampling.Sample(temperature=0.6), torch.Generator().manual_seed(0)
+    ids = pc.generate(model, prompt, max_new_tokens=count, sampler=sampler, use_cache=False, generator=generator)
     return {"prompt": printable(prompt[0]), "new": printable(ids[0])}
 
 

@@ -94,7 +94,7 @@ def build(channels: int) -> pc.PerceiverIO:
     pixels = pc.adapters.PointCloud(num_features=channels, positions=positions)
     mlp, attention = partial(pc.MLP, widening_factor=2), partial(pc.MultiHeadAttention, qk_dim=128, v_dim=128)
     read = partial(pc.CrossAttend, num_heads=8, attention=attention)
-    process = partial(pc.LatentTransformer, block=partial(pc.SelfAttend, mlp=mlp))
+    transformer = partial(pc.LatentTransformer, block=partial(pc.SelfAttend, mlp=mlp))
     encoder = pc.Encoder(
         pixels.dim,
         num_latents=48,
@@ -103,7 +103,7 @@ def build(channels: int) -> pc.PerceiverIO:
         depth=2,
         num_heads=4,
         cross_attention=read,
-        latent_transformer=process,
+        latent_transformer=transformer,
     )
     queries = pc.queries.Grid((SIDE, SIDE), positions)
     output_read = partial(pc.CrossAttend, attention=attention, mlp=partial(pc.MLP, widening_factor=4))

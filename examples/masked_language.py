@@ -42,9 +42,9 @@ def build() -> pc.PerceiverIO:
         MASK + 1, 128, num_previous=4, num_next=4, positions=pc.positions.LearnedEmbedding(MAX_LENGTH, 128)
     )
     read = partial(pc.CrossAttend, num_heads=8)
-    process = partial(pc.LatentTransformer, block=partial(pc.SelfAttend, mlp=partial(pc.MLP, widening_factor=2)))
+    transformer = partial(pc.LatentTransformer, block=partial(pc.SelfAttend, mlp=partial(pc.MLP, widening_factor=2)))
     encoder = pc.Encoder(
-        text.dim, num_latents=64, dim=128, depth=3, num_heads=4, cross_attention=read, latent_transformer=process
+        text.dim, num_latents=64, dim=128, depth=3, num_heads=4, cross_attention=read, latent_transformer=transformer
     )
     queries = pc.queries.FromInputs(text.dim)
     output_read = partial(pc.CrossAttend, residual=True, mlp=partial(pc.MLP, widening_factor=4))

@@ -160,9 +160,9 @@ def build() -> pc.PerceiverIO:
     pair = pc.adapters.FramePair(positions=positions, num_channels=1, patch_size=PATCH, dim=128 - positions.dim)
     attention = partial(pc.MultiHeadAttention, qk_dim=128, v_dim=128)
     read = partial(pc.CrossAttend, num_heads=8, attention=attention, mlp=partial(pc.MLP, widening_factor=2))
-    process = partial(pc.LatentTransformer, block=partial(pc.SelfAttend, mlp=partial(pc.MLP, widening_factor=2)))
+    transformer = partial(pc.LatentTransformer, block=partial(pc.SelfAttend, mlp=partial(pc.MLP, widening_factor=2)))
     encoder = pc.Encoder(
-        pair.dim, num_latents=32, dim=128, depth=2, num_heads=4, cross_attention=read, latent_transformer=process
+        pair.dim, num_latents=32, dim=128, depth=2, num_heads=4, cross_attention=read, latent_transformer=transformer
     )
     queries = pc.queries.FromInputs(pair.dim)
     output_read = partial(pc.CrossAttend, residual=True, attention=attention, mlp=partial(pc.MLP, widening_factor=4))

@@ -143,7 +143,7 @@ def build() -> pc.Perceiver:
     """Build the model from up to 450 points to ten logits, with 32 latents."""
     points = pc.adapters.PointCloud(positions=pc.positions.Fourier(num_axes=3, num_bands=8, max_resolution=12))
     read = partial(pc.CrossAttend, num_heads=8, attention=partial(pc.MultiHeadAttention, qk_dim=128, v_dim=128))
-    process = partial(pc.LatentTransformer, block=partial(pc.SelfAttend, mlp=partial(pc.MLP, widening_factor=2)))
+    transformer = partial(pc.LatentTransformer, block=partial(pc.SelfAttend, mlp=partial(pc.MLP, widening_factor=2)))
     encoder = pc.Encoder(
         points.dim,
         num_latents=32,
@@ -152,7 +152,7 @@ def build() -> pc.Perceiver:
         depth=2,
         num_heads=4,
         cross_attention=read,
-        latent_transformer=process,
+        latent_transformer=transformer,
     )
     return pc.Perceiver(points, encoder, pc.heads.Classification(encoder.dim, num_classes=len(SHAPES)))
 

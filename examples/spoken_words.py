@@ -107,7 +107,7 @@ def build(adapter: nn.Module, *, qk_dim: int) -> pc.Perceiver:
         qk_dim: Number of channels of queries and keys of the reads.
     """
     read = partial(pc.CrossAttend, num_heads=8, attention=partial(pc.MultiHeadAttention, qk_dim=qk_dim, v_dim=128))
-    process = partial(pc.LatentTransformer, block=partial(pc.SelfAttend, mlp=partial(pc.MLP, widening_factor=2)))
+    transformer = partial(pc.LatentTransformer, block=partial(pc.SelfAttend, mlp=partial(pc.MLP, widening_factor=2)))
     encoder = pc.Encoder(
         adapter.dim,
         num_latents=32,
@@ -116,7 +116,7 @@ def build(adapter: nn.Module, *, qk_dim: int) -> pc.Perceiver:
         depth=2,
         num_heads=4,
         cross_attention=read,
-        latent_transformer=process,
+        latent_transformer=transformer,
     )
     return pc.Perceiver(adapter, encoder, pc.heads.Classification(encoder.dim, num_classes=len(WORDS)))
 

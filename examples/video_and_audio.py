@@ -48,7 +48,7 @@ def build() -> pc.PerceiverIO:
     adapter = pc.adapters.Multimodal(adapters, modality_dropout={"video": 0.2, "audio": 0.2, "label": 0.5})
     mlp, attention = partial(pc.MLP, widening_factor=4), partial(pc.MultiHeadAttention, qk_dim=128, v_dim=128)
     read = partial(pc.CrossAttend, num_heads=4, attention=attention, mlp=mlp)
-    process = partial(pc.LatentTransformer, block=partial(pc.SelfAttend, mlp=mlp))
+    transformer = partial(pc.LatentTransformer, block=partial(pc.SelfAttend, mlp=mlp))
     encoder = pc.Encoder(
         adapter.dim,
         num_latents=LATENTS,
@@ -58,7 +58,7 @@ def build() -> pc.PerceiverIO:
         num_heads=4,
         share=False,
         cross_attention=read,
-        latent_transformer=process,
+        latent_transformer=transformer,
     )
     sources = {
         "video": pc.queries.Grid(GRID, video_positions),

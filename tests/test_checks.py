@@ -28,7 +28,7 @@ def test_is_floating_raises_for_other_inputs() -> None:
     with says(TypeError, "image must be a torch.Tensor; got list. Convert it: torch.as_tensor(...)"):
         checks.is_floating("image", [1.0])  # type: ignore[arg-type]
     for dtype in (torch.uint8, torch.int64, torch.bool, torch.complex64):
-        hint = "Convert and scale it, 8-bit pictures for example: image.float() / 255"
+        hint = "Convert and scale it, 8-bit images for example: image.float() / 255"
         with says(TypeError, f"image must be floating point; got {dtype}. {hint}"):
             checks.is_floating("image", torch.zeros(3, dtype=dtype))
 
@@ -159,18 +159,18 @@ def test_values_are_checked_under_grad() -> None:
         torch.func.grad(loss)(torch.full((2, 3, 5), math.nan))
 
 
-def test_same_place() -> None:
+def test_matches_weight() -> None:
     weight = torch.zeros(3)
-    checks.same_place("tokens", torch.zeros(2), weight)
+    checks.matches_weight("tokens", torch.zeros(2), weight)
     with says(ValueError, "tokens is on meta, the model on cpu; move one: tokens.to('cpu')"):
-        checks.same_place("tokens", torch.zeros(2, device="meta"), weight)
+        checks.matches_weight("tokens", torch.zeros(2, device="meta"), weight)
     hint = "convert one (tokens.to(torch.float32)), or use torch.autocast"
     with says(TypeError, f"tokens is torch.bfloat16, the model torch.float32; {hint}"):
-        checks.same_place("tokens", torch.zeros(2).bfloat16(), weight)
+        checks.matches_weight("tokens", torch.zeros(2).bfloat16(), weight)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        checks.same_place("tokens", torch.zeros(2).bfloat16(), weight)
+        checks.matches_weight("tokens", torch.zeros(2).bfloat16(), weight)
         with pytest.raises(ValueError, match="tokens is on meta"):
-            checks.same_place("tokens", torch.zeros(2, device="meta"), weight)
+            checks.matches_weight("tokens", torch.zeros(2, device="meta"), weight)
 
 
 @pytest.mark.parametrize("size", [0, -3, 1.0, True, "3", None], ids=repr)

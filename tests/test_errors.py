@@ -179,7 +179,7 @@ def test_masks_of_a_call():
     x = torch.rand(2, 11, 3)
     with fails(TypeError, "mask must be a boolean tensor"):
         encoder(x, mask=torch.ones(2, 1, 1, 11))
-    with fails(ValueError, "mask must be b n (which tokens are there) or b h q k; got shape (2, 5, 11)"):
+    with fails(ValueError, "mask must be b n (valid tokens) or b h q k; got shape (2, 5, 11)"):
         encoder(x, mask=torch.ones(2, 5, 11, dtype=torch.bool))
     with fails(ValueError, "mask must broadcast to (2, 11); got shape (2, 7)"):
         encoder(x, mask=torch.ones(2, 7, dtype=torch.bool))

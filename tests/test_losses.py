@@ -62,7 +62,7 @@ class TestEndPointError:
             ((1, 2, 5), (1, 2, 5), None, "must both be b 2 h w"),
             ((3, 5), (3, 5), None, "must both be b 2 h w"),
             ((1, 2, 3, 5), (1, 2, 3, 5), torch.ones(1, 5, 3).bool(), r"mask must have shape \(1, 3, 5\)"),
-            ((1, 2, 3, 5), (1, 2, 3, 5), torch.zeros(1, 3, 5).bool(), "mask must leave a point at least"),
+            ((1, 2, 3, 5), (1, 2, 3, 5), torch.zeros(1, 3, 5).bool(), "mask must leave at least one point"),
         ],
     )
     def test_invalid_flows_raise(self, flow, target, mask, message):
@@ -103,7 +103,7 @@ class TestWeighted:
         [
             ({}, {"a": 0}, {"a": 0}, r"targets must have their outputs; there are none for \['a'\]"),
             ({"a": 0}, {"a": 0}, {}, "targets must have their losses"),
-            ({"a": 0}, {}, {"a": 0}, "targets must hold a kind at least"),
+            ({"a": 0}, {}, {"a": 0}, "targets must hold at least one modality"),
         ],
     )
     def test_invalid_modalities_raise(self, outputs, targets, losses, message):
@@ -172,7 +172,7 @@ class TestCrossEntropy:
             cross_entropy(torch.zeros(2, 5), torch.zeros(2))
         with pytest.raises(ValueError, match=r"without their last axis, \(2, 5\); got \(2, 4\)"):
             cross_entropy(torch.zeros(2, 5, 4), torch.zeros(2, 4).long())
-        with pytest.raises(ValueError, match="one at least that is not -100; got none"):
+        with pytest.raises(ValueError, match="at least one that is not -100; got none"):
             cross_entropy(torch.zeros(2, 5), torch.tensor([-100, -100]))
 
 

@@ -1,10 +1,10 @@
-"""Count the library's function calls, and its switches between files, in one forward pass of the README's model.
+"""Count the library's function calls, and its switches between files, in one forward pass of an image classifier.
 
     python tools/call_graph.py            counts for a dense read and for the default one
     python tools/call_graph.py --list     every call, indented by its depth
 
-Counted with `sys.setprofile` in the second call, on the CPU: frames of perceiver_core, comprehensions left out. A switch is
-a call into another file than the call before it.
+The model has one read and one self-attend. Counted with `sys.setprofile` in the second call, on the CPU: frames of
+perceiver_core, comprehensions left out. A switch is a call into another file than the call before it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -59,8 +60,8 @@ def calls_of(model: nn.Module, x: Tensor) -> list[Call]:
     return calls
 
 
-def readme_model(strategy: pc.reads.Strategy) -> pc.Perceiver:
-    """Return the README's model with one read and one self-attend."""
+def image_classifier(strategy: pc.reads.Strategy) -> pc.Perceiver:
+    """Return a classifier of 48 x 64 images with one read and one self-attend."""
     positions = pc.positions.Fourier(num_axes=2, num_bands=16, max_resolution=(48, 64))
     image = pc.adapters.Image(3, positions=positions)
     read = partial(pc.CrossAttend, strategy=strategy)
@@ -75,9 +76,9 @@ def main() -> None:
     options = parser.parse_args()
     for name, strategy in (("dense", pc.reads.Dense()), ("default", pc.reads.Auto())):
         with torch.no_grad():
-            calls = calls_of(readme_model(strategy), torch.randn(2, 3, 48, 64))
+            calls = calls_of(image_classifier(strategy), torch.randn(2, 3, 48, 64))
         files = [call.file for call in calls]
-        switches = sum(first != second for first, second in zip(files, files[1:], strict=False))
+        switches = sum(first != second for first, second in pairwise(files))
         print(f"{name} read: {len(calls)} calls, {len(set(files))} files, {switches} switches between files")
         if options.list:
             print("\n".join(f"{'  ' * call.depth}{call.function}  [{call.file}]" for call in calls))

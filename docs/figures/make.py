@@ -1,4 +1,4 @@
-"""Draws the figures of the documentation: `python docs/figures/make.py`."""
+"""Draw the figures of the documentation that need no measurement: `python docs/figures/make.py`."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ FOLDER = Path(__file__).parent
 
 
 def architecture() -> None:
-    """A Perceiver of three reads, at the widths of the ImageNet model."""
+    """Draw a Perceiver of three reads, at the widths of the ImageNet model."""
     where = pc.positions.Fourier(num_axes=2, num_bands=64, max_resolution=224)
     image = pc.adapters.Image(num_channels=3, positions=where)
     with torch.device("meta"):
@@ -20,7 +20,7 @@ def architecture() -> None:
 
 
 def positions() -> None:
-    """The Fourier features of a picture of 24 x 32 pixels."""
+    """Draw the Fourier features of an image of 24 x 32 pixels."""
     where = pc.positions.Fourier(num_axes=2, num_bands=7, max_resolution=(24, 32))
     pc.visualize.position_features(where, (24, 32), columns=10).savefig(FOLDER / "positions.png", dpi=110)
 

@@ -96,10 +96,10 @@ class ConvTokenEmbedding(pc.adapters.TokenEmbedding):
         x = embedding(ids) + positions;  x + gelu(convolution(norm(x)))
 
     Without the convolution a small model spends most of a short training on learning which tokens are neighbors.
-    Since a token depends on more than its id, `pc.generate` needs `cache=False` with this adapter.
+    Since a token depends on more than its id, `pc.generate` needs `use_cache=False` with this adapter.
 
     Args:
-        vocabulary: Number of ids.
+        vocab_size: Number of ids.
         dim: Number of channels of a token.
         num_previous: Number of tokens before a token that the convolution covers.
         num_next: Number of tokens after it that the convolution covers.
@@ -107,9 +107,9 @@ class ConvTokenEmbedding(pc.adapters.TokenEmbedding):
     """
 
     def __init__(
-        self, vocabulary: int, dim: int, *, num_previous: int, num_next: int = 0, positions: nn.Module | None = None
+        self, vocab_size: int, dim: int, *, num_previous: int, num_next: int = 0, positions: nn.Module | None = None
     ) -> None:
-        super().__init__(vocabulary, dim, positions=positions)
+        super().__init__(vocab_size, dim, positions=positions)
         self.padding = num_previous, num_next
         self.norm, self.conv = nn.LayerNorm(dim), nn.Conv1d(dim, dim, num_previous + 1 + num_next)
 

@@ -1,4 +1,4 @@
-"""The system's memory allocator, where it keeps what PyTorch has freed."""
+"""Settings of the system's memory allocator."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def return_freed_memory() -> bool:
-    """Makes glibc give large blocks back to the system as soon as they are freed, for all of the process.
+    """Make glibc return large blocks to the system as soon as they are freed, in the whole process.
 
-    As glibc comes, it raises by itself the size from which it does so, up to 32 MB, and keeps smaller blocks in a heap.
-    Before version 2.38 that heap hardly reuses the aligned blocks that PyTorch asks for, so a process grows to several
-    times what it holds. The price is that the system clears memory anew for each large tensor.
+    By default glibc raises the size above which it does so, up to 32 MB, and keeps smaller blocks in a heap. Before
+    version 2.38 that heap hardly reuses the aligned blocks that PyTorch allocates, so a process grows to several times
+    the memory that it uses. In exchange, the system clears the memory of each large tensor again.
 
     Returns:
-        Whether it was done: on Linux with glibc.
+        Whether the setting was applied: True on Linux with glibc.
 
     Example:
         >>> from perceiver_core.allocator import return_freed_memory

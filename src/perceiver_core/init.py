@@ -1,10 +1,8 @@
-"""Initialization, all of it, with its sources.
+"""Initialization of all weights, as in the Perceiver's published code (deepmind-research/perceiver).
 
-The numbers are those of the Perceiver's published code (deepmind-research/perceiver):
-
-- linear layers: variance scaling, scale 1, fan-in, truncated normal; bias zero (`io_processors` and
-  `perceiver.py`, `conv_1d`, `init_scale=1.0`),
-- the latent array and learned positions: normal of 0.02 truncated at two standard deviations
+- Linear layers: variance scaling of scale 1, fan-in, truncated normal; bias zero (`io_processors` and `perceiver.py`,
+  `conv_1d`, `init_scale=1.0`).
+- Latent array and learned positions: normal of standard deviation 0.02, truncated at two standard deviations
   (`TrainablePositionEncoding`, `init_scale=0.02`).
 """
 
@@ -17,12 +15,12 @@ from torch import Tensor, nn
 
 from perceiver_core.linear import Linear
 
-# The standard deviation of a standard normal truncated to [-2, 2], from which the scale is restored.
+# Standard deviation of a standard normal truncated to [-2, 2]; weights are divided by it to restore their scale.
 TRUNCATED_STD = 0.87962566103423978
 
 
 def linear(in_features: int, out_features: int, *, bias: bool = True) -> nn.Linear:
-    """A linear layer whose weights have variance 1 / in_features, and whose bias is zero.
+    """Return a linear layer whose weights have variance 1 / in_features, and whose bias is zero.
 
     Example:
         >>> import torch
@@ -40,13 +38,13 @@ def linear(in_features: int, out_features: int, *, bias: bool = True) -> nn.Line
 
 
 def fan_in_(weight: Tensor, fan_in: int) -> Tensor:
-    """Fills `weight` from a truncated normal of variance 1 / fan_in."""
+    """Fill `weight` from a truncated normal distribution of variance 1 / fan_in."""
     std = 1 / math.sqrt(fan_in) / TRUNCATED_STD
     return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
 def embedding(*shape: int, std: float = 0.02) -> nn.Parameter:
-    """A learned array (latents, positions): normal, truncated at two standard deviations.
+    """Return a learned array (latents, positions): normal, truncated at two standard deviations.
 
     Example:
         >>> from perceiver_core import init

@@ -1,4 +1,4 @@
-"""Losses: of optical flow, of labels some of which do not count, and of several kinds of output at once."""
+"""Losses for optical flow, for partly ignored labels, and for several output modalities."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 def end_point_error(
     flow: Flow, target: Flow, mask: Bool[Tensor, "b h w"] | Bool[Tensor, "b q"] | None = None
 ) -> Float[Tensor, ""]:
-    """The mean length of the difference between a flow and the true one, in the units of both, mostly pixels.
+    """Compute the mean length of the difference between a flow and its target, in their units, usually pixels.
 
     Args:
-        flow: `b 2 h w`, or `b q 2` for some points.
-        target: the true flow, of the same shape.
-        mask: where it is known; everywhere unless given. What both hold elsewhere has no effect, NaN included.
+        flow: Predicted flow, `b 2 h w` or, at selected points, `b q 2`.
+        target: True flow, of the same shape.
+        mask: Points with a known target; all by default. Values at other points have no effect, even NaN.
 
     Raises:
-        TypeError: a mask that is not boolean.
-        ValueError: tensors of different shapes, or a mask that leaves nothing.
+        TypeError: A mask that is not boolean.
+        ValueError: Tensors of different shapes, or a mask without a point.
 
     Example:
         >>> import torch
@@ -38,17 +38,17 @@ def end_point_error(
 
     Reference: Jaegle et al. 2022 (Perceiver IO), section 4.2 (average end-point error).
     """
-    if flow.shape != target.shape or flow.ndim not in (3, 4) or flow.shape[1 if flow.ndim == 4 else 2] != 2:
+    axis = 1 if flow.ndim == 4 else 2
+    if flow.shape != target.shape or flow.ndim not in (3, 4) or flow.shape[axis] != 2:
         raise ValueError(
             f"flow and target must both be b 2 h w, or b q 2; got {tuple(flow.shape)} and {tuple(target.shape)}"
         )
-    axis = 1 if flow.ndim == 4 else 2
-    wide = torch.promote_types(flow.dtype, torch.float32)  # the square of 300 pixels is too much for float16
+    wide = torch.promote_types(flow.dtype, torch.float32)  # the square of 300 pixels overflows float16
     difference = flow.to(wide) - target.to(wide)
     if mask is not None:
         checks.is_mask("mask", mask, difference.select(axis, 0).shape)
         if not checks.is_true(mask.any, mask):
-            raise ValueError("mask must leave a point at least; got none")
+            raise ValueError("mask must leave at least one point; got none")
         difference = difference.where(mask.unsqueeze(axis), 0.0)
     # A length whose gradient at zero is zero, not NaN.
     squares = difference.square().sum(axis)
@@ -59,17 +59,17 @@ def end_point_error(
 def cross_entropy(
     logits: Float[Tensor, "b ... v"], labels: Int[Tensor, "b ..."], *, ignore_index: int = -100
 ) -> Float[Tensor, ""]:
-    """The mean cross-entropy of labels, in nats: of classes `b v`, or of tokens `b q v`, the last axis the vocabulary.
+    """Compute the mean cross-entropy, in nats, of class labels `b` or token labels `b q`.
 
     Args:
-        logits: of each label.
-        labels: which it is; `ignore_index` where none is asked for, as in a masked language model where nothing was
-            hidden.
-        ignore_index: the label that does not count.
+        logits: Logits of each label; the last axis is the vocabulary.
+        labels: Class indices; `ignore_index` for those that do not count, such as the tokens that are not masked in a
+            masked language model.
+        ignore_index: Label that does not count.
 
     Raises:
-        TypeError: labels that are not whole numbers.
-        ValueError: labels of another shape than the logits without their last axis, or none that counts.
+        TypeError: Labels that are not integers.
+        ValueError: Labels of another shape than the logits without their last axis, or none that counts.
 
     Example:
         >>> import torch
@@ -78,7 +78,7 @@ def cross_entropy(
         >>> round(cross_entropy(torch.zeros(1, 4, 262), labels).item(), 3)  # log 262
         5.568
 
-    Reference: Devlin et al. 2019 (BERT), section 3.1; transformers counts -100 nowhere too.
+    Reference: Devlin et al. 2019 (BERT), section 3.1; transformers ignores -100 too.
     """
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise TypeError(f"labels must be whole numbers; got {labels.dtype}")
@@ -88,7 +88,7 @@ def cross_entropy(
             f"got {tuple(labels.shape)}"
         )
     if not checks.is_true(lambda: (labels != ignore_index).any(), labels):
-        raise ValueError(f"labels must hold one at least that is not {ignore_index}; got none")
+        raise ValueError(f"labels must hold at least one that is not {ignore_index}; got none")
     wide = torch.promote_types(logits.dtype, torch.float32)
     return F.cross_entropy(logits.to(wide).flatten(0, -2), labels.flatten().long(), ignore_index=ignore_index)
 
@@ -100,57 +100,58 @@ def weighted(
     *,
     masks: Mapping[str, Bool[Tensor, " b"]] | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-    """The losses of several kinds of output, added up.
+    """Compute the weighted sum of the losses of several modalities.
 
     Args:
-        outputs: by name.
-        targets: by name; kinds without a target cost nothing.
-        losses: by name, a function of (output, target) and its weight.
-        masks: by name `b`, which samples have a target of a kind; all unless given. What a target holds for the others
-            has no effect, and a kind that no sample has costs nothing.
+        outputs: Outputs by modality.
+        targets: Targets by modality; modalities without a target have no loss.
+        losses: Loss function `(output, target) -> loss` and its weight, by modality.
+        masks: Samples `b` that have a target, by modality; all by default. Targets of other samples have no effect,
+            and a modality that no sample has adds zero.
 
     Returns:
-        The weighted sum, and by name each loss before its weight.
+        The weighted sum, and the unweighted losses by modality.
 
     Raises:
-        TypeError: a mask that is not boolean.
-        ValueError: targets without an output or without a loss, or none at all; floating-point targets of another
-            shape than their output, which PyTorch would stretch.
+        TypeError: A mask that is not boolean.
+        ValueError: Targets without an output or without a loss, or none at all; floating-point targets of another
+            shape than their output, which PyTorch would broadcast.
 
     Example:
         >>> import torch
         >>> from torch.nn import functional as F
         >>> from perceiver_core.losses import cross_entropy, weighted
-        >>> outputs = {"sound": torch.zeros(2, 9), "label": torch.zeros(2, 3)}
-        >>> targets = {"sound": torch.ones(2, 9), "label": torch.tensor([0, 2])}
-        >>> total, each = weighted(outputs, targets, {"sound": (F.l1_loss, 1.0), "label": (cross_entropy, 0.5)})
+        >>> outputs = {"audio": torch.zeros(2, 9), "label": torch.zeros(2, 3)}
+        >>> targets = {"audio": torch.ones(2, 9), "label": torch.tensor([0, 2])}
+        >>> total, each = weighted(outputs, targets, {"audio": (F.l1_loss, 1.0), "label": (cross_entropy, 0.5)})
         >>> round(total.item(), 3), sorted(each)
-        (1.549, ['label', 'sound'])
+        (1.549, ['audio', 'label'])
 
-    Reference: Jaegle et al. 2022 (Perceiver IO), section 4.3 (weights of video, sound and label).
+    Reference: Jaegle et al. 2022 (Perceiver IO), section 4.3 (weights of video, audio and label).
     """
-    for name, there in (("outputs", outputs), ("losses", losses)):
-        if missing := targets.keys() - there.keys():
-            raise ValueError(f"targets must have their {name}; there are none for {sorted(missing)}")
+    masks = masks or {}
+    for argument, entries in (("outputs", outputs), ("losses", losses)):
+        if missing := targets.keys() - entries.keys():
+            raise ValueError(f"targets must have their {argument}; there are none for {sorted(missing)}")
     if not targets:
-        raise ValueError("targets must hold a kind at least; got none")
-    if unknown := (masks or {}).keys() - targets.keys():
+        raise ValueError("targets must hold at least one modality; got none")
+    if unknown := masks.keys() - targets.keys():
         raise ValueError(f"masks names {sorted(unknown)}; there are targets for {sorted(targets)}")
     each = {
-        name: _of_kind(name, losses[name][0], outputs[name], target, (masks or {}).get(name))
+        name: _modality_loss(name, losses[name][0], outputs[name], target, masks.get(name))
         for name, target in targets.items()
     }
     return torch.stack([losses[name][1] * loss for name, loss in each.items()]).sum(), each
 
 
-def _of_kind(name: str, loss: Loss, output: Tensor, target: Tensor, there: Tensor | None) -> Tensor:
+def _modality_loss(name: str, loss: Loss, output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
     if target.is_floating_point() and target.shape != output.shape:
         raise ValueError(
             f"targets[{name!r}] must have the shape of its output, {tuple(output.shape)}; got {tuple(target.shape)}"
         )
-    if there is None:
+    if mask is None:
         return loss(output, target)
-    checks.is_mask(f"masks[{name!r}]", there, (target.shape[0],))
-    if not there.any():
-        return 0.0 * output.sum()  # so that what made the output has a gradient, of zero
-    return loss(output[there], target[there])
+    checks.is_mask(f"masks[{name!r}]", mask, (target.shape[0],))
+    if not mask.any():
+        return 0.0 * output.sum()  # so that all parameters get a gradient, of zero
+    return loss(output[mask], target[mask])

@@ -1,35 +1,31 @@
-"""Parts by the name of a kind (text, picture, sound): what adapters, queries and heads of several kinds share."""
+"""Modules by modality (text, image, audio), as in adapters, queries and heads of several modalities."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import nn
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
-def check(argument: str, parts: Mapping[str, nn.Module], what: str) -> None:
-    """Raises unless every part is a module, by a name that a module can have.
 
-    Args:
-        argument: what to call `parts` in the message.
-        parts: the modules, by name.
-        what: what a part is.
+def check(argument: str, parts: Mapping[str, nn.Module], part_name: str) -> None:
+    """Raise unless `parts` are modules by modality, with names that torch.nn.ModuleDict and ParameterDict accept.
 
-    Raises:
-        TypeError: anything but a dictionary of modules.
-        ValueError: no part at all; an empty name, one with a dot, or one that torch.nn.ModuleDict or ParameterDict has
-            another use for, "values" and "type" for example.
+    A name must not be empty, have a dot, or be an attribute of theirs, such as "values" and "type". Messages call
+    `parts` by the name `argument`, and one of them by `part_name`.
     """
     if not isinstance(parts, Mapping):
-        raise TypeError(f"{argument} must be a dictionary by kind; got {type(parts).__name__}")
+        raise TypeError(f"{argument} must be a dictionary by modality; got {type(parts).__name__}")
     if not parts:
-        raise ValueError(f"{argument} must name {what} at least; got none")
+        raise ValueError(f"{argument} must hold {part_name} at least; got none")
     for name, part in parts.items():
         if not isinstance(name, str):
-            raise TypeError(f"{argument} must have names for keys; got {name!r}")
-        if not name or "." in name or any(hasattr(each(), name) for each in (nn.ModuleDict, nn.ParameterDict)):
+            raise TypeError(f"{argument} must have strings as keys; got {name!r}")
+        if not name or "." in name or hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
             raise ValueError(
                 f"{argument} must not have the name {name!r}: it is empty, has a dot, or is an attribute of "
                 "torch's modules. Choose another"
@@ -38,13 +34,13 @@ def check(argument: str, parts: Mapping[str, nn.Module], what: str) -> None:
             raise TypeError(f"{argument}[{name!r}] must be a module; got {type(part).__name__}. Build it first")
 
 
-def call(argument: str, kind: str, part: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What a part gives; a TypeError or ValueError of its own says of which kind it is."""
+def call(argument: str, modality: str, part: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call a part; a TypeError or ValueError from it names the argument and the modality."""
     if torch.compiler.is_compiling():
         return part(*args, **kwargs)
     try:
         return part(*args, **kwargs)
     except (TypeError, ValueError) as error:
-        if type(error) not in (TypeError, ValueError):  # others need not be made from a message
+        if type(error) not in (TypeError, ValueError):  # the constructor of a subclass may not take a message alone
             raise
-        raise type(error)(f"{argument}[{kind!r}]: {error}") from error
+        raise type(error)(f"{argument}[{modality!r}]: {error}") from error

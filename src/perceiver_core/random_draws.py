@@ -1,39 +1,91 @@
-"""Random draws from a generator of the user's that repeat under activation checkpointing.
+"""Random draws from a user's generator that repeat under activation checkpointing.
 
 Activation checkpointing restores the state of PyTorch's default generator before it runs a forward pass again, but not
-that of other generators: draws from these would differ, and gradients would be silently wrong.
+the state of other generators: their draws would differ, and gradients would be silently wrong.
 """
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections import OrderedDict
+from weakref import WeakKeyDictionary, ref
 
 import torch
+from torch import Tensor
 
-REMEMBERED = 4096  # forward passes whose draws can be repeated
+MAX_STATES = 1024  # forward passes that can be repeated where the checkpoint is not known
 
 
 class RepeatableDraws:
-    """Random draws of one module.
+    """States of a user's generator before the draws of one module, found again when a forward pass is repeated.
 
-    Each forward pass draws a seed from the user's generator, and remembers it under a number drawn from the default
-    generator. When activation checkpointing runs the pass again, inside a backward pass, the default generator gives
-    the same number, which finds the seed.
+    Non-reentrant checkpoints are told apart by the frame in their hooks. Other passes (reentrant or nested checkpoints,
+    PyTorch 2.6) are identified by the state of the default generator, which checkpointing restores; of several passes
+    that start from the same state, the last one is repeated.
     """
 
     def __init__(self) -> None:
-        self._seeds: OrderedDict[int, int] = OrderedDict()
+        self._frames: WeakKeyDictionary[object, _Frame] = WeakKeyDictionary()
+        self._states: OrderedDict[bytes, Tensor] = OrderedDict()
+
+    def __reduce__(self) -> tuple[type[RepeatableDraws], tuple[()]]:
+        """Copy and pickle without the states: they belong to running forward passes."""
+        return type(self), ()
 
     def generator(self, generator: torch.Generator | None) -> torch.Generator | None:
-        """Return the generator for the draws of one forward pass: None, the default generator, for None."""
+        """Return the generator for the draws of one forward pass; None, the default generator, for None.
+
+        It is the user's own, or in a repeated pass a copy with the state that the user's had in the original one.
+        """
         if generator is None or torch.compiler.is_compiling():
             return generator
-        number = int(torch.randint(2**62, ()))
-        recomputing = torch._C._current_graph_task_id() != -1
-        seed = self._seeds.get(number) if recomputing else None
-        if seed is None:
-            seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-            self._seeds[number] = seed
-            while len(self._seeds) > REMEMBERED:
-                self._seeds.popitem(last=False)
-        return torch.Generator(generator.device).manual_seed(seed)
+        task = torch._C._current_graph_task_id()  # of the backward pass that this call is in, or -1
+        frame, key = _checkpoint_frame(), _default_state()
+        if task == -1:
+            state = generator.get_state()
+            self._states[key] = state
+            self._states.move_to_end(key)
+            if len(self._states) > MAX_STATES:
+                self._states.popitem(last=False)
+            if frame is not None:
+                self._frames.setdefault(frame, _Frame()).states.append(state)
+            return generator
+        known = None if frame is None else self._frames.get(frame)  # not of a checkpoint inside a repeated one
+        repeated = self._states.get(key) if known is None else known.next_state(task)
+        return generator if repeated is None else torch.Generator(generator.device).set_state(repeated)
+
+
+class _Frame:
+    """States of the draws in one checkpoint, in order, and the number repeated in each backward pass."""
+
+    def __init__(self) -> None:
+        self.states: list[Tensor] = []
+        self._repeated: dict[int, int] = {}
+
+    def next_state(self, task: int) -> Tensor | None:
+        number = self._repeated.get(task, 0)
+        self._repeated[task] = number + 1
+        return self.states[number % len(self.states)]
+
+
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # not in PyTorch 2.6
+
+
+def _checkpoint_frame() -> object | None:
+    """Return the frame of the innermost non-reentrant checkpoint, in an original pass and in a repeated one."""
+    hooks = None if _top_hooks is None else _top_hooks(True)
+    return None if hooks is None else _frame_in(inspect.unwrap(hooks[0]))
+
+
+def _frame_in(hook: object) -> object | None:
+    """Return the frame that the hook of a checkpoint holds in its closure, weakly in a repeated pass."""
+    for cell in getattr(hook, "__closure__", None) or ():
+        held = cell.cell_contents() if isinstance(cell.cell_contents, ref) else cell.cell_contents
+        if type(held).__name__ == "_CheckpointFrame":
+            return held
+    return None
+
+
+def _default_state() -> bytes:
+    return hashlib.blake2b(torch.get_rng_state().numpy().tobytes(), digest_size=16).digest()

@@ -1,13 +1,15 @@
-"""Weight sharing: which set of weights each step of an encoder uses.
+"""Weight sharing: the set of weights that each step of an encoder uses.
 
-A step is a read (cross-attend) followed by a latent transformer. A scheme is any function from the number of
-steps to a `Sharing`; steps with the same number use the same module, which is registered once.
+A step is a read (cross-attend) followed by a latent transformer. A scheme is a function from the number of steps to a
+`Sharing`; steps with the same index use the same module, which is registered once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from typing import TypeAlias
 
 from torch import nn
@@ -18,12 +20,12 @@ from perceiver_core.registry import register
 
 @dataclass(frozen=True)
 class Sharing:
-    """For each step, the number of its read's weights and of its latent transformer's.
+    """Weight indices of the read and of the latent transformer of each step.
 
-    Numbers start at 0 and a new one is the next: (0, 1, 1, 2), not (0, 2, 2, 1).
+    Indices start at 0 and a new one is the next: (0, 1, 1, 2), not (0, 2, 2, 1).
 
     Raises:
-        ValueError: two lengths, or numbers out of order.
+        ValueError: Two lengths, or indices out of order.
 
     Example:
         >>> from perceiver_core.sharing import Sharing
@@ -37,16 +39,14 @@ class Sharing:
     def __post_init__(self) -> None:
         if len(self.reads) != len(self.transformers):
             raise ValueError(f"reads and transformers must be of one length; got {self.reads} and {self.transformers}")
-        for name, plan in (("reads", self.reads), ("transformers", self.transformers)):
-            seen = 0
-            for number in plan:
-                if not 0 <= number <= seen:
-                    raise ValueError(f"{name} must count up from 0 without gaps; got {plan}")
-                seen = max(seen, number + 1)
+        for name, indices in (("reads", self.reads), ("transformers", self.transformers)):
+            largest = accumulate(indices, max, initial=-1)  # before each index
+            if any(not 0 <= index <= before + 1 for index, before in zip(indices, largest, strict=False)):
+                raise ValueError(f"{name} must count up from 0 without gaps; got {indices}")
 
     @property
     def steps(self) -> int:
-        """How many steps there are."""
+        """Number of steps."""
         return len(self.reads)
 
 
@@ -72,54 +72,55 @@ class Shared:
 
 
 Scheme: TypeAlias = Callable[[int], Sharing]
+_check = partial(checks.positive, at_most=10_000)
 
 
 @register
 def none(steps: int) -> Sharing:
-    """Every step has weights of its own.
+    """Give every step weights of its own.
 
     Example:
         >>> from perceiver_core import sharing
         >>> sharing.none(3)
         Sharing(reads=(0, 1, 2), transformers=(0, 1, 2))
     """
-    _check(steps)
+    _check(steps=steps)
     return Sharing(tuple(range(steps)), tuple(range(steps)))
 
 
 @register
 def all_(steps: int) -> Sharing:
-    """All steps share all weights: a recurrent network that reads its input again and again.
+    """Share all weights among all steps: a recurrent network that reads its input repeatedly.
 
     Example:
         >>> from perceiver_core import sharing
         >>> sharing.all_(3)
         Sharing(reads=(0, 0, 0), transformers=(0, 0, 0))
     """
-    _check(steps)
+    _check(steps=steps)
     return Sharing((0,) * steps, (0,) * steps)
 
 
 @register
 def all_but_first(steps: int) -> Sharing:
-    """The first read and the first latent transformer stand alone; perceiver-pytorch's `weight_tie_layers`.
+    """Share all weights except those of the first step; `weight_tie_layers` of perceiver-pytorch.
 
     Example:
         >>> from perceiver_core import sharing
         >>> sharing.all_but_first(3)
         Sharing(reads=(0, 1, 1), transformers=(0, 1, 1))
     """
-    plan = (0, *(1,) * (steps - 1))
-    _check(steps)
-    return Sharing(plan, plan)
+    _check(steps=steps)
+    indices = (0, *(1,) * (steps - 1))
+    return Sharing(indices, indices)
 
 
 @register
 def paper(steps: int) -> Sharing:
-    """The first read stands alone, the other reads share, and so do all latent transformers.
+    """Share all weights except those of the first read.
 
-    The paper shares "all but the initial cross-attend"; with it the ImageNet model has the 44.9 million
-    parameters that the paper states.
+    The paper shares "all but the initial cross-attend"; the ImageNet model then has the 44.9 million parameters that
+    the paper states.
 
     Example:
         >>> from perceiver_core import sharing
@@ -128,9 +129,5 @@ def paper(steps: int) -> Sharing:
 
     Reference: Jaegle et al. 2021 (Perceiver), section 4.1 and appendix.
     """
-    _check(steps)
+    _check(steps=steps)
     return Sharing((0, *(1,) * (steps - 1)), (0,) * steps)
-
-
-def _check(steps: int) -> None:
-    checks.positive(at_most=10_000, steps=steps)

@@ -1,52 +1,55 @@
-"""Pictures: what a model looked at, what position features look like, how a model is put together.
+"""Figures of attention maps, position features and model architectures.
 
-Pictures need matplotlib: `pip install "perceiver-core[plots]"`. Figures are plain `matplotlib.figure.Figure`
-objects, tied to no window: `figure.savefig("map.png")`.
+They need matplotlib: `pip install "perceiver-core[plots]"`. Figures are plain `matplotlib.figure.Figure` objects
+without a window: `figure.savefig("map.png")`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from perceiver_core import checks
+from perceiver_core.encoder import Encoder
 from perceiver_core.models import Perceiver
 from perceiver_core.positions import Positions
 from perceiver_core.reads import AttentionCapture
 from perceiver_core.tokens import Tokens
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # A colorblind-safe cycle (Okabe and Ito): one color for each set of weights.
 _COLORS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#0072B2", "#D55E00")
+_NO_MATPLOTLIB = 'figures need matplotlib: pip install "perceiver-core[plots]"'
 
 
 @torch.no_grad()
 def attention_map(
     model: Perceiver,
-    inputs: Any,
+    inputs: object,
     *,
     read: int = -1,
     queries: int | Sequence[int] | Tensor | None = None,
-    mask: Any = None,
+    mask: object = None,
 ) -> Float[Tensor, "b h chosen *grid"]:
-    """How much chosen latents attend to each token, laid out on the input's own grid.
+    """Return the attention weights between selected latents and all tokens, on the grid of the input.
 
-    Dropout is off while the map is taken; the model's training mode is left as it was.
+    The model runs without dropout; its training mode is restored.
 
     Args:
-        model: a Perceiver.
-        inputs: what the model takes.
-        read: which of the encoder's reads; the last unless given.
-        queries: which latents, by index; all of them unless given.
-        mask: as the model takes it.
+        model: Perceiver.
+        inputs: Inputs of the model.
+        read: Index of the read of the encoder; the last one by default.
+        queries: Indices of the selected latents; all of them by default.
+        mask: Mask of the model's inputs.
 
     Returns:
         Weights that add to 1 over the grid.
@@ -62,11 +65,10 @@ def attention_map(
         torch.Size([2, 1, 2, 13, 17])
     """
     capture = AttentionCapture(read, queries)
-    options = {} if mask is None else {"mask": mask}
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        model(inputs, capture=capture, **options)
+        model(inputs, capture=capture, **({} if mask is None else {"mask": mask}))
     finally:
         for module, training in modes.items():
             module.training = training
@@ -75,17 +77,17 @@ def attention_map(
 
 
 def overlay(
-    picture: Float[Tensor, "c h w"], weights: Float[Tensor, "rows columns"], *, strength: float = 0.6
+    image: Float[Tensor, "c h w"], weights: Float[Tensor, "rows columns"], *, strength: float = 0.6
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """A map laid over the picture it belongs to: bright where the model looked.
+    """Blend an attention map into its image: bright where the weights are large.
 
     Args:
-        picture: grey or color, on any scale; stretched to its own range.
-        weights: a map of any size; smoothed up to the picture's, stretched to its own range.
-        strength: in [0, 1], how much of the map is seen.
+        image: Grayscale or color image on any scale; stretched to its own range.
+        weights: Attention map of any size; interpolated to that of the image and stretched to its own range.
+        strength: Opacity of the map, in [0, 1].
 
     Raises:
-        ValueError: a picture that is not grey or color, a map that is not two-dimensional, a strength out of range.
+        ValueError: An image that is not grayscale or color, a map that is not 2-D, a strength out of range.
 
     Example:
         >>> import torch
@@ -93,30 +95,28 @@ def overlay(
         >>> pc.visualize.overlay(torch.rand(1, 60, 44), torch.rand(15, 11)).shape
         (60, 44, 3)
     """
-    if picture.ndim != 3 or picture.shape[0] not in (1, 3):
-        raise ValueError(f"picture must be c h w with 1 or 3 channels; got shape {tuple(picture.shape)}")
+    if image.ndim != 3 or image.shape[0] not in (1, 3):
+        raise ValueError(f"image must be c h w with 1 or 3 channels; got shape {tuple(image.shape)}")
     if not 0.0 <= strength <= 1.0:
         raise ValueError(f"strength must lie in [0, 1]; got {strength}")
     checks.has_shape("weights", weights, "rows columns")
-    height, width = picture.shape[1:]
-    grown = F.interpolate(weights.detach().float().cpu()[None, None], (height, width), mode="bilinear")[0, 0]
-    heat = _colored(_stretched(grown).numpy(), "inferno")
-    base = _stretched(picture.detach().float().cpu()).expand(3, -1, -1).permute(1, 2, 0).numpy()
-    mixed = (1 - strength) * base + strength * heat
-    return (mixed * 255).round().astype(np.uint8)
+    resized = F.interpolate(weights.detach().float().cpu()[None, None], image.shape[1:], mode="bilinear")[0, 0]
+    heat = _colored(_stretched(resized).numpy(), "inferno")
+    base = _stretched(image.detach().float().cpu()).expand(3, -1, -1).permute(1, 2, 0).numpy()
+    return (((1 - strength) * base + strength * heat) * 255).round().astype(np.uint8)
 
 
 def position_features(positions: Positions, grid: Sequence[int], *, columns: int = 8, limit: int = 64) -> Figure:
-    """The features of a grid's points as pictures, one a feature (for one axis: all of them in one).
+    """Plot position features over a grid: one image per feature, or one image of all features for a single axis.
 
     Args:
-        positions: any positions over one or two axes.
-        grid: the size of each axis.
-        columns: pictures in a row.
-        limit: how many features to show, evenly chosen.
+        positions: Positions over one or two axes.
+        grid: Size of each axis.
+        columns: Number of images per row.
+        limit: Largest number of features to plot, evenly spaced.
 
     Raises:
-        ValueError: a grid of other than one or two axes.
+        ValueError: A grid of other than one or two axes.
 
     Example:
         >>> import perceiver_core as pc
@@ -127,22 +127,19 @@ def position_features(positions: Positions, grid: Sequence[int], *, columns: int
     """
     if len(grid) not in (1, 2):
         raise ValueError(f"grid must have one or two axes; got {tuple(grid)}")
-    tables = positions.tables(grid, like=torch.zeros(()))
-    tokens = Tokens(torch.zeros(1, *grid, 1), tables)
-    features = tokens.positions()
-    assert features is not None
-    values = features.detach().numpy()
-    chosen = np.linspace(0, positions.dim - 1, min(limit, positions.dim)).round().astype(int)
+    tokens = Tokens(torch.zeros(1, *grid, 1), positions.tables(grid, like=torch.zeros(())))
+    values = cast(Tensor, tokens.positions()).detach().numpy()
+    selected = np.linspace(0, positions.dim - 1, min(limit, positions.dim)).round().astype(int)
     if len(grid) == 1:
         figure = _figure(8, 4)
         axes = figure.subplots()
-        axes.imshow(values[:, chosen].T, aspect="auto", cmap="RdBu", interpolation="nearest")
+        axes.imshow(values[:, selected].T, aspect="auto", cmap="RdBu", interpolation="nearest")
         axes.set(xlabel="position", ylabel="feature", title=repr(positions))
         return figure
-    rows = -(-len(chosen) // columns)
+    rows = -(-len(selected) // columns)
     figure = _figure(1.3 * columns, 1.5 * rows * grid[0] / grid[1] + 0.2)
-    for place, feature in enumerate(chosen, start=1):
-        axes = figure.add_subplot(rows, columns, place)
+    for index, feature in enumerate(selected, start=1):
+        axes = figure.add_subplot(rows, columns, index)
         axes.imshow(values[..., feature], cmap="RdBu", interpolation="nearest")
         axes.set_title(str(feature), fontsize=7, pad=2)
         axes.set_axis_off()
@@ -150,7 +147,7 @@ def position_features(positions: Positions, grid: Sequence[int], *, columns: int
 
 
 def architecture(model: Perceiver) -> Figure:
-    """A drawing of a Perceiver: its reads and latent transformers in order, one color for each set of weights.
+    """Draw a Perceiver: its reads and latent transformers in order, one color for each set of weights.
 
     Example:
         >>> import torch
@@ -160,15 +157,16 @@ def architecture(model: Perceiver) -> Figure:
         >>> float(pc.visualize.architecture(model).get_figwidth()) > 5
         True
     """
-    encoder: Any = model.encoder
-    steps, dim = encoder.sharing.steps, encoder.dim
-    figure = _figure(2.8 + 1.9 * steps, 3.2)
+    encoder = cast(Encoder, model.encoder)
+    steps, width = encoder.sharing.steps, 2.8 + 1.9 * encoder.sharing.steps
+    figure = _figure(width, 3.2)
     axes = figure.subplots()
-    axes.set(xlim=(0, 2.8 + 1.9 * steps), ylim=(0, 3.2))
+    axes.set(xlim=(0, width), ylim=(0, 3.2))
     axes.set_axis_off()
-    _box(axes, (0.1, 1.75, 1.0, 0.9), f"latents\n{encoder.latents.shape[0]} \u00d7 {dim}", "#DDDDDD")
-    widths = [encoder.reads[number].input_dim for number in encoder.sharing.reads]
-    _box(axes, (1.2, 0.15, 1.9 * steps, 0.6), _input_label(model, widths), "#DDDDDD")
+    _box(axes, (0.1, 1.75, 1.0, 0.9), f"latents\n{encoder.latents.shape[0]} \u00d7 {encoder.dim}", "#DDDDDD")
+    input_widths = " / ".join(dict.fromkeys(str(encoder.reads[read].input_dim) for read in encoder.sharing.reads))
+    label = f"input array, n \u00d7 {input_widths}  ({type(model.adapter).__name__})"
+    _box(axes, (1.2, 0.15, 1.9 * steps, 0.6), label, "#DDDDDD")
     for step, (read, transformer) in enumerate(zip(encoder.sharing.reads, encoder.sharing.transformers, strict=True)):
         left = 1.35 + 1.9 * step
         depth = len(getattr(encoder.transformers[transformer], "blocks", ()))
@@ -182,27 +180,21 @@ def architecture(model: Perceiver) -> Figure:
     _arrow(axes, (end - 0.27, 2.2), (end, 2.2))
     _box(axes, (end, 1.75, 1.0, 0.9), f"head\n{type(model.head).__name__}", "#DDDDDD")
     _arrow(axes, (end + 1.0, 2.2), (end + 1.3, 2.2))
-    count = sum(parameter.numel() for parameter in model.parameters())
-    axes.text(0.1, 2.95, f"{count / 1e6:.1f} million parameters; the same color is the same weights", fontsize=9)
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    axes.text(0.1, 2.95, f"{millions:.1f} million parameters; the same color is the same weights", fontsize=9)
     return figure
 
 
-def _input_label(model: nn.Module, widths: Sequence[int]) -> str:
-    adapter = type(model.adapter).__name__
-    width = " / ".join(str(w) for w in dict.fromkeys(widths))
-    return f"input array, n \u00d7 {width}  ({adapter})"
-
-
-def _box(axes: Any, place: tuple[float, float, float, float], text: str, color: str) -> None:
+def _box(axes: Axes, bounds: tuple[float, float, float, float], text: str, color: str) -> None:
     from matplotlib.patches import FancyBboxPatch
 
-    x, y, width, height = place
+    x, y, width, height = bounds
     shape = FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=0.08", fc=color, ec="#333333")
     axes.add_patch(shape)
     axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=8)
 
 
-def _arrow(axes: Any, start: tuple[float, float], end: tuple[float, float]) -> None:
+def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
     axes.annotate("", xy=end, xytext=start, arrowprops={"arrowstyle": "->", "color": "#333333"})
 
 
@@ -210,19 +202,19 @@ def _figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('pictures need matplotlib: pip install "perceiver-core[plots]"') from error
+        raise ImportError(_NO_MATPLOTLIB) from error
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _colored(values: Float[np.ndarray, "h w"], name: str) -> Float[np.ndarray, "h w 3"]:
+def _colored(values: Float[np.ndarray, "h w"], colormap: str) -> Float[np.ndarray, "h w 3"]:
     try:
         from matplotlib import colormaps
     except ImportError as error:
-        raise ImportError('pictures need matplotlib: pip install "perceiver-core[plots]"') from error
-    return np.asarray(colormaps[name](values))[..., :3]
+        raise ImportError(_NO_MATPLOTLIB) from error
+    return np.asarray(colormaps[colormap](values))[..., :3]
 
 
 def _stretched(x: Tensor) -> Tensor:
-    """To [0, 1] over its own range; a constant becomes 0."""
+    """Return `x` scaled to [0, 1] over its own range; a constant becomes 0."""
     low, high = x.min(), x.max()
     return (x - low) / (high - low).clamp_min(torch.finfo(x.dtype).tiny)

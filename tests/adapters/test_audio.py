@@ -85,5 +85,5 @@ def test_stereo_is_two_channels_side_by_side() -> None:
     assert content[:, -1, 6:].abs().max() == 0  # the remainder is padded
     mono = adapters.Audio(patch_size=5, positions=None)
     torch.testing.assert_close(mono(samples[:, 0]).content, mono(samples[:, :1]).content)
-    with pytest.raises(ValueError, match="samples must have 2 channels in axis 1; got 1"):
+    with pytest.raises(ValueError, match="waveform must have 2 channels in axis 1; got 1"):
         stereo(samples[:, :1])

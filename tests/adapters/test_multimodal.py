@@ -341,11 +341,11 @@ def test_dictionaries_of_other_objects_raise():
     for make, argument in (
         (Multimodal, "adapters"), (pc.queries.Multimodal, "sources"), (pc.heads.Multimodal, "heads"),
     ):  # fmt: skip
-        with pytest.raises(TypeError, match=f"{argument} must be a dictionary by kind; got list"):
+        with pytest.raises(TypeError, match=f"{argument} must be a dictionary by modality; got list"):
             make([OneHotLabel(3)])
         with pytest.raises(TypeError, match=rf"{argument}\['a'\] must be a module; got type. Build it first"):
             make({"a": OneHotLabel})
-        with pytest.raises(TypeError, match=f"{argument} must have names for keys; got 3"):
+        with pytest.raises(TypeError, match=f"{argument} must have strings as keys; got 3"):
             make({3: OneHotLabel(3)})
 
 
@@ -364,10 +364,10 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("given", "mask", "kind", "message"),
         [
-            (torch.zeros(2, 9), None, TypeError, "inputs must be a dictionary by kind"),
-            ({}, None, ValueError, "inputs must hold a kind at least"),
-            ({"smell": torch.zeros(2)}, None, ValueError, r"inputs names \['smell'\]; the kinds are \['sound'"),
-            ({"label": torch.zeros(2).long()}, torch.ones(2).bool(), TypeError, "mask must be a dictionary by kind"),
+            (torch.zeros(2, 9), None, TypeError, "inputs must be a dictionary by modality"),
+            ({}, None, ValueError, "inputs must hold a modality at least"),
+            ({"smell": torch.zeros(2)}, None, ValueError, r"inputs names \['smell'\]; the modalities are \['sound'"),
+            ({"label": torch.zeros(2).long()}, torch.ones(2).bool(), TypeError, "mask must be a dictionary by mod"),
             ({"label": torch.zeros(2).long()}, {"smell": None}, ValueError, r"mask names \['smell'\]"),
             (
                 {"label": torch.zeros(2).long(), "set": torch.zeros(3, 1, 5)},
@@ -404,5 +404,5 @@ class TestErrors:
     def test_invalid_settings_raise(self, options, message):
         with pytest.raises(ValueError, match=message):
             Multimodal(adapters(), **options)
-        with pytest.raises(ValueError, match="adapters must name an adapter at least"):
+        with pytest.raises(ValueError, match="adapters must hold an adapter at least"):
             Multimodal({})

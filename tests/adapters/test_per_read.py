@@ -43,7 +43,7 @@ def test_an_encoder_reads_one_input_per_read():
 
 @pytest.mark.refusal
 def test_invalid_arguments_raise():
-    with pytest.raises(ValueError, match="inputs must be 2, one an adapter; got 1"):
+    with pytest.raises(ValueError, match="inputs must be 2, one per adapter; got 1"):
         both()((torch.rand(2, 3, 7, 5),))
-    with pytest.raises(ValueError, match="masks must be 2, one an adapter; got 1"):
+    with pytest.raises(ValueError, match="masks must be 2, one per adapter; got 1"):
         both()((torch.rand(2, 3, 7, 5), torch.rand(2, 23)), mask=[None])

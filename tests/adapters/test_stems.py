@@ -180,7 +180,7 @@ def test_nan_raises_before_batch_norm_records_it() -> None:
     adapter = image("conv").train()
     pictures = torch.rand(2, 3, 23, 17)
     pictures[1, 2, 3, 5] = torch.nan
-    with pytest.raises(ValueError, match="pictures holds NaN"):
+    with pytest.raises(ValueError, match="images holds NaN"):
         adapter(pictures)
     assert adapter.stem.norm.running_mean.isfinite().all()
     assert adapter.stem.norm.num_batches_tracked == 0
@@ -189,9 +189,9 @@ def test_nan_raises_before_batch_norm_records_it() -> None:
 @pytest.mark.refusal
 @pytest.mark.parametrize("stem", ["project", "conv"])
 def test_images_of_another_dtype_or_device_raise(stem: str) -> None:
-    with pytest.raises(TypeError, match=r"pictures is torch\.float64, the model torch\.float32"):
+    with pytest.raises(TypeError, match=r"images is torch\.float64, the model torch\.float32"):
         image(stem)(torch.rand(2, 3, 23, 17, dtype=torch.float64))
-    with pytest.raises(ValueError, match="pictures is on meta, the model on cpu"):
+    with pytest.raises(ValueError, match="images is on meta, the model on cpu"):
         image(stem)(torch.rand(2, 3, 23, 17, device="meta"))
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match=r"torch\.float64"):
         image(stem)(torch.rand(2, 3, 23, 17, dtype=torch.float64))

@@ -66,15 +66,15 @@ def test_it_is_saved_and_loaded(tmp_path):
     [
         ({"categories": torch.tensor([[2, 0]])}, ValueError, r"categories must lie in -1 \.\.\. \[1, 4\]"),
         ({"categories": torch.tensor([[0, -2]])}, ValueError, r"categories must lie in -1"),
-        ({"categories": torch.zeros(1, 2)}, TypeError, "categories must be whole numbers"),
+        ({"categories": torch.zeros(1, 2)}, TypeError, "categories must be integers"),
         ({"categories": torch.zeros(1, 3, dtype=torch.long)}, ValueError, "categories must have 2 features"),
         ({"categories": [[0, 1]]}, TypeError, "categories must be a torch.Tensor; got list"),
-        ({"categories": torch.zeros(1, 2).bool()}, TypeError, "categories must be whole numbers; got torch.bool"),
+        ({"categories": torch.zeros(1, 2).bool()}, TypeError, "categories must be integers; got torch.bool"),
         ({"numbers": [0.0]}, TypeError, "numbers must be a torch.Tensor; got list"),
         ({"numbers": torch.zeros(1, 2)}, ValueError, "numbers must have 3 features"),
         ({"numbers": torch.zeros(1, 3).long()}, TypeError, "numbers must be floating point"),
         ({"numbers": torch.tensor([[0.0, torch.inf, NAN]] * 2)}, ValueError, "numbers holds NaN or infinite"),
-        ({"numbers": torch.zeros(1, 3)}, ValueError, r"rows must be as many of each kind; got \[1, 2\]"),
+        ({"numbers": torch.zeros(1, 3)}, ValueError, r"rows must have as many numbers as categories; got \[1, 2\]"),
         ({"other": torch.zeros(1, 3)}, ValueError, r"rows must have \['categories', 'numbers'\]; got"),
     ],
 )
@@ -91,7 +91,7 @@ def test_a_list_of_rows_raises():
 
 @pytest.mark.refusal
 def test_invalid_settings_raise():
-    with pytest.raises(TypeError, match=r"category_sizes must be how many each column has, as \(3, 7\); got 3"):
+    with pytest.raises(TypeError, match=r"category_sizes must be the size of each column, as \(3, 7\); got 3"):
         Table(category_sizes=3, dim=3)
     with pytest.raises(ValueError, match="num_numeric and category_sizes must name a column at least; got 0"):
         Table(dim=3)

@@ -64,11 +64,11 @@ def test_gradients_reach_every_pixel():
 @pytest.mark.parametrize(
     ("films", "kind", "message"),
     [
-        (torch.zeros(2, 5, 3, 7), ValueError, r"films must have 5 axes \(b t c h w\)"),
-        (torch.zeros(2, 3, 5, 7, 11), ValueError, "films must have 3 channels in axis 2; got 5"),
-        (torch.zeros(2, 0, 3, 7, 11), ValueError, "films must not be empty"),
-        (torch.zeros(2, 5, 3, 7, 11).byte(), TypeError, "films must be floating point"),
-        (torch.full((1, 5, 3, 7, 11), torch.nan), ValueError, "films holds NaN"),
+        (torch.zeros(2, 5, 3, 7), ValueError, r"video must have 5 axes \(b t c h w\)"),
+        (torch.zeros(2, 3, 5, 7, 11), ValueError, "video must have 3 channels in axis 2; got 5"),
+        (torch.zeros(2, 0, 3, 7, 11), ValueError, "video must not be empty"),
+        (torch.zeros(2, 5, 3, 7, 11).byte(), TypeError, "video must be floating point"),
+        (torch.full((1, 5, 3, 7, 11), torch.nan), ValueError, "video holds NaN"),
     ],
 )
 def test_invalid_videos_raise(films, kind, message):

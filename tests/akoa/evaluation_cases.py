@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from examples.akoa import predictions
 from examples.akoa.dataset.datamodule import Split
 from examples.akoa.dataset.labels import Row
+from examples.akoa.evaluation import predictions
 
 HEIGHT, WIDTH, SLICES = 23, 19, 3
 PATIENTS = {"train": 11, "val": 4, "test": 5}

@@ -14,11 +14,13 @@ from PIL import Image
 from torch import nn
 
 import perceiver_core as pc
-from examples.akoa import evaluate, metrics, plots, predictions, report
+from examples.akoa import evaluate
 from examples.akoa.dataset.datamodule import Split
 from examples.akoa.dataset.labels import write_labels
 from examples.akoa.evaluate import evaluate_run
+from examples.akoa.evaluation import analysis, figures, metrics, plots, predictions, report
 from examples.akoa.evaluation.inference import predict
+from examples.akoa.training import run_record
 from tests.akoa.evaluation_cases import HEIGHT, PATIENTS, WIDTH, Bright, row
 
 pytestmark = pytest.mark.no_shape_checks
@@ -42,9 +44,6 @@ def run(tmp_path_factory: pytest.TempPathFactory, splits: dict[str, Split], mode
 def saved_report(run: Path) -> dict[str, Any]:
     loaded: dict[str, Any] = json.loads((run / "report.json").read_text(encoding="utf-8"))
     return loaded
-
-
-# ---- errors of earlier projects
 
 
 @pytest.mark.refusal
@@ -81,9 +80,6 @@ def test_evaluation_does_not_depend_on_the_training_mode(
     np.testing.assert_allclose(logits, kept, atol=1e-5)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
-
-
-# ---- the folder of a run
 
 
 @pytest.mark.refusal
@@ -145,16 +141,6 @@ def test_predictions_are_written_and_read(run: Path, splits: dict[str, Split], s
         predictions.read_predictions(run / "other.csv")
 
 
-def test_suspects_are_the_confident_disagreements() -> None:
-    rows = [row(1, "right", 0), row(1, "right", 1), row(2, "left", 0), row(2, "left", 1), row(3, "left", 4)]
-    logits = np.array([-4.0, -3.0, 1.0, -9.0, 0.5])
-    whole = analysis.suspect_volumes(rows, logits)
-    assert [(v["patient"], v["disagreeing"], v["slices"]) for v in whole] == [("0000001", 2, 2), ("0000003", 1, 1)]
-    assert whole[0]["image"] == rows[0].image
-    assert whole[0]["probability_right"] == pytest.approx(1 / (1 + np.exp(3.5)))
-    assert [s["image"] for s in analysis.suspect_slices(rows, logits)] == [rows[2].image]
-
-
 def test_history_is_gathered_by_epoch(run: Path) -> None:
     actual = figures.read_history(run / "history.csv")
     assert [line["epoch"] for line in actual] == [0, 1]
@@ -180,9 +166,6 @@ def test_plots_of_a_perfect_model() -> None:
     plots.gallery(np.empty((0, HEIGHT, WIDTH), np.uint8), [], [])
     plots.abstention({"slice": metrics.coverage_curve(given)}, metrics.abstention(given, weights))
     assert analysis.suspect_volumes(rows, given.logits) == []
-
-
-# ---- repeated evaluation
 
 
 def write_data(folder: Path, splits: Mapping[str, Split], labels: Path) -> None:

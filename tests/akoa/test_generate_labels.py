@@ -17,22 +17,11 @@ from examples.akoa.dataset import labels as lb
 from examples.akoa.dataset.labels import Row
 from examples.akoa.generate_labels import main
 from examples.akoa.phantom import dataset as phantom
+from tests.akoa.dataset_cases import HEIGHT, WIDTH, draw, file_name
 
 pytestmark = pytest.mark.no_shape_checks
 
-HEIGHT, WIDTH = 59, 67  # primes, never square, near the size of a thumbnail
-
 Folder = Callable[[dict[str, bytes]], Path]
-
-
-def file_name(patient: int, visit: int, side: str, slice_: int, gap: str = "_") -> str:
-    return f"OAI{patient:07}_BaseLine_{visit}{gap}de3d1_SAG_3D_DESS_WE_{side}.nii.gz_{slice_}.png"
-
-
-def draw(seed: int) -> np.ndarray:
-    """Blobs unlike those of any other seed, h x w gray levels."""
-    small = np.random.default_rng(seed).integers(0, 256, (7, 11), dtype=np.uint8)
-    return np.asarray(Image.fromarray(small).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC))
 
 
 def png(gray: np.ndarray) -> bytes:

@@ -1,4 +1,4 @@
-"""Training: schedule, losses, checkpoints, resuming, and the single evaluation on the test set."""
+"""Training runs: learning rates, losses, resuming, and the single evaluation on the test set."""
 
 import csv
 import json
@@ -13,17 +13,13 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from PIL import Image
-from torch.nn import functional as F
 
 import perceiver_core as pc
 from examples.akoa import train
 from examples.akoa.dataset.labels import Row, write_labels
-from examples.akoa.model import knee_model
 from examples.akoa.training.laterality import (
     AtomicCheckpointIO,
-    Laterality,
     learning_rate_factor,
-    moving_average,
     smoothed_losses,
 )
 
@@ -103,35 +99,7 @@ def same_training(one: dict, other: dict) -> None:
             assert torch.equal(tensor, other["optimizer_states"][0]["state"][index][name])
 
 
-# The model
-
-
-def test_the_model_gives_one_logit_in_two_megabytes():
-    model = knee_model((37, 29))
-    assert model(torch.rand(3, 1, 37, 29)).shape == (3, 1)
-    assert sum(parameter.numel() for parameter in model.parameters()) * 4 < 2e6
-
-
-def test_every_weight_of_the_model_learns():
-    model = knee_model((16, 12))
-    F.binary_cross_entropy_with_logits(model(torch.rand(5, 1, 16, 12))[:, 0], torch.rand(5)).backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
-
-
 # Schedule and loss
-
-
-@pytest.mark.parametrize("steps", [1, 2, 7, 100, 1013])
-def test_the_learning_rate_warms_up_and_ends_near_zero(steps):
-    curve = [learning_rate_factor(step, steps) for step in range(steps)]
-    top = curve.index(max(curve))
-    assert max(curve) == 1
-    assert curve[: top + 1] == sorted(curve[: top + 1])
-    assert curve[top:] == sorted(curve[top:], reverse=True)
-    assert top <= max(1, 0.11 * steps)
-    if steps >= 100:
-        assert curve[0] < 0.11
-        assert curve[-1] < 1e-3
 
 
 def test_the_learning_rate_moves_every_step_and_knows_how_many_there_are(folder, tmp_path, looks, monkeypatch):
@@ -164,30 +132,6 @@ def test_a_ragged_last_batch_weighs_as_much_as_it_holds(folder, tmp_path, looks,
         logged = {name: float(value) for line in csv.DictReader(file) for name, value in line.items() if value}
     for part, losses in sums.items():
         assert logged[f"{part}_loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
-
-
-def test_label_smoothing_draws_targets_together():
-    logits, labels = torch.tensor([2.0, -1.0, 0.5]), torch.tensor([1.0, 0.0, 1.0])
-    p = logits.sigmoid()
-    expected = -torch.tensor([0.9, 0.1, 0.9]) * p.log() - torch.tensor([0.1, 0.9, 0.1]) * (1 - p).log()
-    torch.testing.assert_close(smoothed_losses(logits, labels, 0.2), expected)
-
-
-def test_the_moving_average_forgets_its_start():
-    average = torch.full((3,), 100.0)
-    for update in range(1, 400):
-        average = moving_average(average, torch.zeros(3), torch.tensor(update))
-    assert 0 < average.max() < 0.1
-
-
-@pytest.mark.refusal
-def test_invalid_laterality_settings_raise():
-    for wrong in ({"learning_rate": 0.0}, {"weight_decay": -1.0}, {"label_smoothing": 1.0}):
-        with pytest.raises(ValueError, match="need learning_rate > 0"):
-            Laterality(torch.nn.Identity(), **wrong)
-
-
-# Runs
 
 
 def test_the_same_seed_gives_the_same_weights(folder, tmp_path, looks):
@@ -274,37 +218,6 @@ def test_command_line_errors(folder, tmp_path, wrong):
     with pytest.raises(SystemExit) as stop:
         train.main(arguments(folder, tmp_path, *wrong.split()))
     assert stop.value.code == 2
-
-
-# AtomicCheckpointIO
-
-
-def test_a_checkpoint_is_whole_or_the_old_one(tmp_path, monkeypatch):
-    path = tmp_path / "last.ckpt"
-    AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
-
-    def torn(checkpoint, file):
-        file.write(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(torch, "save", torn)
-    with pytest.raises(OSError, match="disk full"):
-        AtomicCheckpointIO().save_checkpoint({"step": 2}, path)
-    assert AtomicCheckpointIO().load_checkpoint(path) == {"step": 1}
-    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
-
-
-@pytest.mark.refusal
-def test_checkpoints_with_more_than_tensors_raise(tmp_path):
-    path = tmp_path / "evil.ckpt"
-    torch.save({"state_dict": Path("anything")}, path)
-    with pytest.raises(ValueError, match="cannot be loaded as a checkpoint"):
-        AtomicCheckpointIO().load_checkpoint(path, weights_only=False)
-    path.write_bytes(b"torn")
-    with pytest.raises(ValueError, match="cannot be loaded as a checkpoint"):
-        AtomicCheckpointIO().load_checkpoint(path)
-    with pytest.raises(FileNotFoundError):
-        AtomicCheckpointIO().load_checkpoint(tmp_path / "none.ckpt")
 
 
 # Whole commands

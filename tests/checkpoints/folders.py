@@ -65,26 +65,26 @@ CONFIG_OF_SMALL = """\
     "part": "Perceiver",
     "adapter": {
       "part": "Image",
-      "channels": 1,
+      "num_channels": 1,
       "positions": {
         "part": "Fourier",
-        "axes": 2,
-        "bands": 2,
+        "num_axes": 2,
+        "num_bands": 2,
         "max_resolution": 7
       }
     },
     "encoder": {
       "part": "Encoder",
       "input_dim": 11,
-      "latents": 5,
+      "num_latents": 5,
       "dim": 14,
       "depth": 1,
-      "heads": 7
+      "num_heads": 7
     },
     "head": {
-      "part": "Classify",
+      "part": "Classification",
       "dim": 14,
-      "classes": 3
+      "num_classes": 3
     }
   }
 }

@@ -134,13 +134,13 @@ def test_a_counter_must_count(tmp_path):
 
 BROKEN_TEXT = {
     "empty": (b"", "is not valid JSON"),
-    "no JSON": (b"model: Perceiver", "is not valid JSON: .*Copy it again"),
+    "no JSON": (b"model: Perceiver", "is not valid JSON in UTF-8: .*Copy it again"),
     "half": (CONFIG_OF_SMALL.encode()[:200], "is not valid JSON"),
     "no text": (b"\xff\xfe\x00\x01", "is not valid JSON"),
     "UTF-16": (CONFIG_OF_SMALL.encode("utf-16"), "is not valid JSON"),
     "deep": (b"[" * 100_000 + b"]" * 100_000, "is not valid JSON"),
     "deep objects": (b'{"a":' * 100_000, "is not valid JSON"),
-    "huge": (b"[" + b"0," * 10**7 + b"0]", "is larger than any configuration"),
+    "huge": (b"[" + b"0," * 10**7 + b"0]", "must have at most 1048576 bytes; it has more"),
     "NaN": (CONFIG_OF_SMALL.replace('"depth": 1', '"depth": NaN').encode(), "NaN is not a finite number"),
     "infinity": (CONFIG_OF_SMALL.replace('"depth": 1', '"depth": -Infinity').encode(), "-Infinity is not a finite"),
     "overflow": (CONFIG_OF_SMALL.replace('"depth": 1', '"depth": 1e999').encode(), "1e999 is not a finite number"),
@@ -169,7 +169,7 @@ def test_a_broken_configuration(text, message, broken):
 
 
 OTHER_MODELS = {
-    "another size": (lambda m: m["encoder"].update(dim=21), "head must take what encoder gives: 21 wide"),
+    "another size": (lambda m: m["encoder"].update(dim=21), "head must accept the output width of encoder, 21"),
     "fewer blocks": (lambda m: m["encoder"].update(depth=0), "does not fit"),
     "no module": (lambda m: {"name": "Perceiver"}, "describes a type, not a module"),
     "a partial": (lambda m: {"partial": "Perceiver"}, "describes a partial, not a module"),
@@ -242,12 +242,17 @@ GREEDY = {
     "bands": lambda m: m["adapter"]["positions"].update(num_bands=BIG) or m["encoder"].update(dim=21),
     "classes": lambda m: m["head"].update(num_classes=10**15),
     "a grid": lambda m: m["adapter"].update(positions={"part": "LearnedGrid", "grid": [10**9, 10**9], "dim": 3}),
-    "a random matrix": lambda m: m["adapter"].update(positions={"part": "Gaussian", "num_axes": 2, "num_features": BIG}),
+    "a random matrix": lambda m: m["adapter"].update(
+        positions={"part": "Gaussian", "num_axes": 2, "num_features": BIG}
+    ),
     "widening": lambda m: m["encoder"].update(
         cross_attention={"partial": "CrossAttend", "mlp": {"partial": "MLP", "widening_factor": BIG}}
     ),
     "nested encoders": lambda m: m["encoder"].update(
-        cross_attention={"partial": "CrossAttend", "norm": {"partial": "Encoder", "num_latents": 3, "dim": 8, "num_reads": 10_000}}
+        cross_attention={
+            "partial": "CrossAttend",
+            "norm": {"partial": "Encoder", "num_latents": 3, "dim": 8, "num_reads": 10_000},
+        }
     ),
     "blocks of nothing": lambda m: m["encoder"].update(
         num_reads=10_000, share=False, cross_attention={"name": "Identity"},

@@ -32,8 +32,9 @@ RICH = perceiver(
     adapters.PerRead(
         [adapters.Audio(5, positions=fourier(1)), adapters.Image(1, positions=positions.LearnedGrid((5, 7), 3))]
     ),
-    num_reads=2, share=sharing.none, cross_attention=partial(pc.CrossAttend, norm=partial(nn.LayerNorm, eps=1e-3), mlp=partial(
-        pc.MLP, activation=pc.GEGLU()), attention=partial(MULTI_HEAD, kernel=partial(kernels.chunked, chunk_size=3))),
+    num_reads=2, share=sharing.none, cross_attention=partial(
+        pc.CrossAttend, norm=partial(nn.LayerNorm, eps=1e-3), mlp=partial(pc.MLP, activation=pc.GEGLU()),
+        attention=partial(MULTI_HEAD, kernel=partial(kernels.chunked, chunk_size=3))),
 )  # fmt: skip
 CONFIG_OF_RICH = json.loads(json.dumps(registry.to_config(RICH)))
 PATHS = list(leaves(CONFIG_OF_RICH))

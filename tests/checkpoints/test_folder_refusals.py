@@ -103,7 +103,7 @@ def test_parts_that_are_not_registered_are_refused(head, tmp_path):
     [
         ("buffer", r"inner \(Homeless\) has a tensor 'table' that is in no file. Keep it in a buffer"),
         ("attribute", r"inner \(Homeless\) has a tensor 'table' that is in no file"),
-        ("values", "Homeless cannot be built from its description: .*meta"),
+        ("values", "Homeless cannot be built from its configuration: .*meta"),
         ("extra", r"inner\._extra_state is not a tensor with values \(dict\)"),
         ("lazy", r"inner\.table\.weight is not a tensor with values \(UninitializedParameter\)"),
     ],
@@ -132,7 +132,7 @@ def test_a_model_without_values_is_refused(tmp_path):
 def test_a_model_of_unequal_settings_says_so_before_writing(tmp_path):
     with pytest.raises(ValueError, match=r"factor is inf, which JSON has no word for"):
         pc.save(Infinite(math.inf), tmp_path / "new")
-    with pytest.raises(ValueError, match=r"the config\.json of Infinite is larger than any configuration"):
+    with pytest.raises(ValueError, match=r"the config\.json of Infinite must have at most 1048576 bytes"):
         pc.save(Infinite("x" * 2**20), tmp_path / "new")
     with pytest.raises(ValueError, match=r"model must be a torch\.nn\.Module; got partial"):
         pc.save(partial(pc.MLP, widening_factor=3), tmp_path / "new")

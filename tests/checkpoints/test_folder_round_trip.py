@@ -78,12 +78,14 @@ ENCODERS = {
     },
     "reads of several widths": {"input_dim": (11, 11), "num_reads": 2, "share": False},
     "no depth": {"depth": 0},
-    "widths": {"cross_attention": partial(pc.CrossAttend, attention=partial(MULTI_HEAD, qk_dim=6, v_dim=10, bias=False), num_heads=2)},
+    "widths": {"cross_attention": partial(
+        pc.CrossAttend, attention=partial(MULTI_HEAD, qk_dim=6, v_dim=10, bias=False), num_heads=2)},
     "no residual": {"cross_attention": partial(pc.CrossAttend, residual=False, dropout=0.1)},
     "rotary": {"latent_transformer": partial(pc.LatentTransformer, block=partial(
         pc.SelfAttend, attention=partial(MULTI_HEAD, rotary=positions.Rotary(2, base=100.0))))},
     **{
-        f"activation {made}": {"cross_attention": partial(pc.CrossAttend, mlp=partial(pc.MLP, widening_factor=2, activation=made))}
+        f"activation {made}": {
+            "cross_attention": partial(pc.CrossAttend, mlp=partial(pc.MLP, widening_factor=2, activation=made))}
         for made in (pc.GEGLU(), pc.SquaredReLU(), nn.GELU(), nn.GELU("tanh"), nn.ReLU(), nn.SiLU(), nn.Tanh(),
                            nn.Sigmoid(), nn.Identity())
     },

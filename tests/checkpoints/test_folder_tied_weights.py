@@ -28,13 +28,32 @@ def test_a_part_that_is_used_twice_is_one_part_again(tmp_path):
     assert [name for name in names if "vectors" in name] == ["adapter.adapters.0.positions.vectors"]
 
 
-def test_a_part_that_a_partial_gives_to_many_is_one_part_again(tmp_path):
-    block = partial(pc.SelfAttend, attention=partial(pc.MultiHeadAttention, rotary=Learner()))
+@pytest.mark.parametrize("shared, count", [(True, 1), (False, 4)], ids=["shared", "copied"])
+def test_a_module_in_a_partial_is_shared_by_all_blocks_only_where_it_was(shared, count, tmp_path):
+    rotary = pc.sharing.Shared(Learner()) if shared else Learner()
+    block = partial(pc.SelfAttend, attention=partial(pc.MultiHeadAttention, rotary=rotary))
     model = encoder(num_reads=2, depth=2, share=False, latent_transformer=partial(pc.LatentTransformer, block=block))
     again = assert_comes_back(model, torch.rand(2, 17, 11), tmp_path)
-    assert len({id(m) for m in again.modules() if isinstance(m, Learner)}) == 1
-    assert len({id(p) for name, p in again.named_parameters(remove_duplicate=False) if "slope" in name}) == 1
-    assert len({id(b) for name, b in again.named_buffers(remove_duplicate=False) if "steps" in name}) == 1
+    for encoder_ in (model, again):
+        assert len({id(m) for m in encoder_.modules() if isinstance(m, Learner)}) == count
+        named = [*encoder_.named_parameters(remove_duplicate=False), *encoder_.named_buffers(remove_duplicate=False)]
+        for tensor in ("slope", "steps"):
+            assert len([name for name, _ in named if tensor in name]) == 4
+            assert len({id(x) for name, x in named if tensor in name}) == count
+
+
+def test_two_partials_share_a_module(tmp_path):
+    shared = pc.sharing.Shared(Learner())
+    attention = partial(pc.MultiHeadAttention, rotary=shared)
+    process = partial(pc.LatentTransformer, block=partial(pc.SelfAttend, attention=attention))
+    read = partial(pc.CrossAttend, attention=partial(pc.MultiHeadAttention, rotary=shared))
+    again = assert_comes_back(
+        encoder(cross_attention=read, latent_transformer=process), torch.rand(2, 17, 11), tmp_path
+    )
+    assert again.reads[0].attention.rotary is again.transformers[0].blocks[0].attention.rotary
+    assert [name for name in load_file(tmp_path / "model.safetensors") if "slope" in name] == [
+        "reads.0.attention.rotary.slope"
+    ]
 
 
 def test_weights_that_a_constructor_ties_stay_tied(tmp_path):

@@ -90,17 +90,17 @@ def test_psnr_is_that_of_the_formula():
 
 def test_the_loss_queries_only_some_positions(monkeypatch):
     torch.manual_seed(0)
-    queried, data = (
-        [],
-        completion.ImageSet(torch.rand(3, 1, 32, 32), torch.rand(1, 1, 32, 32), num_visible=41, min_deviation=1.0),
-    )
-    model = completion.build(1)
-    answer = model.forward
-    monkeypatch.setattr(
-        model, "forward", lambda points, at: queried.append((points, at)) or answer(points, query_inputs=at)
-    )
+    images = torch.rand(3, 1, 32, 32), torch.rand(1, 1, 32, 32)
+    data, model, calls = completion.ImageSet(*images, num_visible=41, min_deviation=1.0), completion.build(1), []
+    forward = model.forward
+
+    def recorded(points, query_inputs):
+        calls.append((points, query_inputs))
+        return forward(points, query_inputs=query_inputs)
+
+    monkeypatch.setattr(model, "forward", recorded)
     completion.loss(model, data, batch=5).backward()
-    ((points, at),) = queried
+    ((points, query_inputs),) = calls
     assert points.shape == (5, 41, 3)
-    assert at.shape == (5, completion.NUM_QUERIES)
+    assert query_inputs.shape == (5, completion.NUM_QUERIES)
     assert all(p.grad is not None for p in model.parameters())

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.no_shape_checks
+from examples.common import scores
 
-scores = pytest.importorskip("examples.common.scores")
+pytestmark = pytest.mark.no_shape_checks
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "examples.md").read_text()

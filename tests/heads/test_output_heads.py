@@ -77,15 +77,15 @@ def test_the_grid_may_come_with_the_outputs():
     head = Grid(None)
     for grid in ((5, 7), (7, 5), (35,)):
         torch.testing.assert_close(head(answers(35, 3), grid=grid), Grid(grid)(answers(35, 3)), **EXACT)
-    with pytest.raises(ValueError, match="grid must be given, to Grid or with the answers"):
+    with pytest.raises(ValueError, match="grid must be passed to Grid or with the outputs"):
         head(answers(35, 3))
 
 
 @pytest.mark.refusal
 def test_outputs_of_another_grid_raise():
-    with pytest.raises(ValueError, match=r"answers are on a grid \(7, 5\), and this head makes \(5, 7\)"):
+    with pytest.raises(ValueError, match=r"outputs are on a grid \(7, 5\), and this head makes \(5, 7\)"):
         Grid((5, 7))(answers(35, 3), grid=(7, 5))
-    with pytest.raises(ValueError, match=r"answers must be b 35 c, one for each point of \(5, 7\)"):
+    with pytest.raises(ValueError, match=r"outputs must be b 35 c, one for each point of \(5, 7\)"):
         Grid((5, 7))(answers(34, 3))
     with pytest.raises(ValueError, match="channel_axis must be an axis"):
         Grid((5, 7), channel_axis=4)
@@ -115,7 +115,7 @@ def test_a_patch_equals_a_slice_of_the_image():
 
 @pytest.mark.refusal
 def test_invalid_patches_raise():
-    with pytest.raises(ValueError, match="size must have two axes, of pictures, or three, of films"):
+    with pytest.raises(ValueError, match="size must have two axes, for images, or three, for videos"):
         Unpatchify(3, grid=None, patch_size=(2,))
     with pytest.raises(ValueError, match="grid must have as many axes as patch_size, 2"):
         Unpatchify(3, grid=(2,), patch_size=(2, 2))
@@ -177,19 +177,19 @@ def test_heads_are_saved_and_loaded(head, tmp_path):
 
 @pytest.mark.refusal
 def test_invalid_outputs_and_sizes_raise():
-    with pytest.raises(ValueError, match=r"answers must be one a sample, b 1 d; got shape \(2, 3, 13\)"):
+    with pytest.raises(ValueError, match=r"outputs must be one per sample, b 1 d; got shape \(2, 3, 13\)"):
         SingleQuery()(answers(3))
-    with pytest.raises(ValueError, match=r"answers name \['smell'\]; there are heads for \['label'\]"):
+    with pytest.raises(ValueError, match=r"outputs name \['smell'\]; there are heads for \['label'\]"):
         Multimodal({"label": SingleQuery()})({"smell": answers(1)})
-    with pytest.raises(ValueError, match=r"answers\['label'\]: answers must be one a sample"):
+    with pytest.raises(ValueError, match=r"outputs\['label'\]: outputs must be one per sample"):
         Multimodal({"label": SingleQuery()})({"label": answers(3)})
-    with pytest.raises(ValueError, match="heads must name a head at least; got none"):
+    with pytest.raises(ValueError, match="heads must hold a head at least; got none"):
         Multimodal({})
-    with pytest.raises(ValueError, match=r"heads must take answers of one width.*; they take {'a': 13, 'b': 5}"):
+    with pytest.raises(ValueError, match=r"heads must take outputs of one width.*; they take {'a': 13, 'b': 5}"):
         Multimodal({"a": Linear(DIM, 3), "b": SingleQuery(Linear(5, 3)), "c": SingleQuery()})
     with pytest.raises(ValueError, match="out_dim must be a whole number of at least 1; got 0"):
         Linear(DIM, 0)
-    with pytest.raises(ValueError, match="patch must be a whole number of at least 1; got 0"):
+    with pytest.raises(ValueError, match="patch_size must be a whole number of at least 1; got 0"):
         Waveform(DIM, 0)
     with pytest.raises(ValueError, match=r"grid\[1\] must be a whole number of at least 1; got 0"):
         Grid((5, 0))

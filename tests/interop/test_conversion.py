@@ -130,7 +130,7 @@ def test_other_sizes_of_fourier_features_are_converted_to_ours_alone(tmp_path, m
     assert command(monkeypatch, path, tmp_path / "ours", "--arguments", given) == 0
     same(pc.load(tmp_path / "ours"), original(FOURIER, **sizes)[0])
     said = refused(monkeypatch, capsys, path, tmp_path / "theirs", "--arguments", given, "--to", "transformers")
-    assert "transformers cannot express what this model computes: adapter.positions.bands is 6, not 64" in said
+    assert "transformers cannot express what this model computes: adapter.positions.num_bands is 6, not 64" in said
 
 
 def test_published_sizes_of_fourier_features_are_written_for_transformers(tmp_path, monkeypatch):
@@ -299,11 +299,11 @@ REFUSED = {
     "ours without a configuration": (["ours", "out", "--to", "transformers"], "arguments must be given"),
     "ours of another kind": (
         ["ours", "out", "--to", "transformers", "--arguments", json.dumps(configured("PerceiverForOpticalFlow"))],
-        "adapter is Image of ['channels', 'positions'], not FramePair of ['positions']",
+        "adapter is Image of ['num_channels', 'positions'], not FramePair of ['positions']",
     ),
     "ours of another size": (
         ["ours", "out", "--to", "transformers", "--arguments", json.dumps(configured(FOURIER) | {"num_labels": 7})],
-        "decoder.out is 3, not 7",
+        "decoder.out_dim is 3, not 7",
     ),
     "a check of DeepMind's code": (["arrays.npz", "out", "--check"], "cannot run DeepMind's code"),
     "a check with other numerics": (

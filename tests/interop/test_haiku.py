@@ -146,7 +146,7 @@ def test_fourier_classifiers_of_other_sizes(kind: str, sizes: dict[str, Any], tm
     resolution = {name: size for name, size in sizes.items() if name == "max_resolution"}
     again = load_haiku(tmp_path / "it", **OWN, **resolution)
     features = again.adapter.positions
-    assert (features.bands, list(features.max_resolution)) == (
+    assert (features.num_bands, list(features.max_resolution)) == (
         sizes.get("num_bands", 64),
         sizes.get("max_resolution", [224, 224] if kind == FOURIER else [56, 56]),
     )

@@ -260,7 +260,7 @@ VALUES: dict[str, tuple[Any, str]] = {
     "output_shape": ([1, "a", 2, 3], "output_shape as 4 whole numbers"),
     "use_query_residual": ("no", "use_query_residual as one of (True, False); got 'no'"),
     "attention_probs_dropout_prob": (float("nan"), "as a number in [0, 1); got nan"),
-    "num_self_attention_heads": (5, "config makes no PerceiverForImageClassificationConvProcessing: heads"),
+    "num_self_attention_heads": (5, "config makes no PerceiverForImageClassificationConvProcessing: num_heads"),
     "num_latents": (2**31, "num_latents as a whole number"),
 }
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from perceiver_core.checkpoints.state import assign
 from perceiver_core.interop.weight_mapping import (
     STACKED,
     TRANSPOSED,
@@ -16,7 +17,6 @@ from perceiver_core.interop.weight_mapping import (
     Entry,
     Transform,
     WeightMapping,
-    assign,
     constant,
     fused,
     rearranged,

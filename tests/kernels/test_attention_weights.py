@@ -10,6 +10,7 @@ import torch
 import perceiver_core as pc
 from perceiver_core import masks
 from perceiver_core.kernels import add_zero_attn, chunked, fastest, inverted, kernel_attention_map, reference, sdpa
+from perceiver_core.reads import AttentionCapture
 
 EXACT = {"rtol": 1e-10, "atol": 1e-11}
 
@@ -44,9 +45,9 @@ def inputs(queries=5, keys=11):
 def test_weights_times_values_are_the_output(kernel, masked, keys, block):
     q, k, v = inputs(keys=keys)
     mask = masks.Padding(torch.arange(keys) < torch.tensor([[keys], [max(1, keys - 4)]])) if masked else None
-    actual = weights_of(kernel, q, k, mask=mask, block=block)
+    actual = kernel_attention_map(kernel, q, k, mask=mask, block=block)
     torch.testing.assert_close(actual @ v, kernel(q, k, v, mask=mask), **EXACT)
-    chosen = weights_of(kernel, q, k, mask=mask, queries=[4, 0], block=block)
+    chosen = kernel_attention_map(kernel, q, k, mask=mask, queries=[4, 0], block=block)
     torch.testing.assert_close(chosen, actual[:, :, [4, 0]], **EXACT)
 
 
@@ -57,8 +58,10 @@ def test_attention_maps_of_blocks_are_those_of_their_kernel(kernel):
     read = pc.CrossAttend(12, 10, num_heads=2, attention=attention, mlp=None, residual=False).double()
     x, tokens = torch.randn(2, 5, 12).double(), torch.randn(2, 11, 10).double()
     values = read.attention.value(read.input_norm(tokens)).unflatten(-1, (2, -1)).transpose(1, 2)
-    attended = (read.attention_map(x, tokens) @ values).transpose(1, 2).flatten(2)
-    torch.testing.assert_close(read.attention.output(attended), read(x, tokens), **EXACT)
+    capture = AttentionCapture()
+    expected = read(x, tokens, capture=capture)
+    attended = (capture.result() @ values).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(read.attention.output(attended), expected, **EXACT)
 
 
 def test_a_zero_token_takes_its_share():

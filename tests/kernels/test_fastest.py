@@ -46,7 +46,7 @@ MASKS: dict[str, Mask | None] = {
     "tensor": dead(bools(B, 1, Q, K)),
 }
 every_mask = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
-halves = partial(chunked, chunk_size=module.PIECE, half_precision_matmul=True)
+halves = partial(chunked, chunk_size=module.CHUNK_SIZE, half_precision_matmul=True)
 
 
 def equal(actual: Tensor, expected: Tensor) -> None:
@@ -72,7 +72,7 @@ def units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
     """Parametrizes over processors with and without bfloat16 units."""
     present: bool = getattr(request, "param", True)
     monkeypatch.setattr(module, "has_bfloat16_units", lambda: present)
-    monkeypatch.setattr(module, "LITTLE", B * H * Q * K * D)
+    monkeypatch.setattr(module, "MIN_MULTIPLICATIONS", B * H * Q * K * D)
     return present
 
 
@@ -116,7 +116,7 @@ def test_dropout_uses_sdpa(taken: list[str]) -> None:
         torch.manual_seed(0)
         found.append(kernel(*inputs, dropout=0.5))
     equal(*found)
-    assert taken == ["sdpa"] and not module.takes_products(inputs[0], K, dropout=0.5)
+    assert taken == ["sdpa"] and not module.uses_chunks(inputs[0], K, dropout=0.5)
     assert (found[0] - sdpa(*inputs)).abs().max() > 1e-2  # which applies dropout
 
 

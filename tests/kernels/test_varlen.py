@@ -11,7 +11,7 @@ from torch import Tensor
 
 from perceiver_core import masks
 from perceiver_core.kernels import reference, sdpa, varlen
-from perceiver_core.kernels.grid import gpu
+from perceiver_core.kernels.grid import triton
 from perceiver_core.kernels.sdpa import kernel_for
 
 
@@ -70,7 +70,7 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         seen.append(tuple(k.shape))
         return emulated(q, k, *rest, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(varlen, "takes", lambda q: True)
+    monkeypatch.setattr(varlen, "is_supported", lambda q: True)
     monkeypatch.setattr(varlen, "_varlen", lambda: noted)
     return seen
 
@@ -133,10 +133,10 @@ def test_other_masks_are_not_packed(packed: list[tuple[int, ...]]) -> None:
     there = PATTERNS["anywhere"]()
     q, k, v = (draw(3, 2, 11, 4, seed=i).detach() for i in range(3))
     for mask in (masks.and_(masks.Padding(there), masks.Causal()), there[:, None, :, None] & there[:, None, None, :]):
-        assert varlen.present(mask) is None
+        assert varlen.valid_keys(mask) is None
         torch.testing.assert_close(sdpa(q, k, v, mask=mask), reference(q, k, v, mask=mask))
     both = masks.and_(masks.Padding(there), masks.Padding(there.flip(1)))
-    assert torch.equal(varlen.present(both), there & there.flip(1))
+    assert torch.equal(varlen.valid_keys(both), there & there.flip(1))
     assert packed == []
 
 
@@ -169,8 +169,8 @@ def test_functional_transforms_are_not_packed(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(varlen, "why_not", lambda *_: "")
     monkeypatch.setattr(varlen, "has_varlen", lambda: True)
     seen = []
-    torch.func.grad(lambda x: (seen.append(varlen.takes(x)), x.sum())[1])(torch.zeros(1, 1, 2, 8))
-    assert seen == [False] and varlen.takes(torch.zeros(1, 1, 2, 8))
+    torch.func.grad(lambda x: (seen.append(varlen.is_supported(x)), x.sum())[1])(torch.zeros(1, 1, 2, 8))
+    assert seen == [False] and varlen.is_supported(torch.zeros(1, 1, 2, 8))
 
 
 H200 = torch.device("cuda")
@@ -186,7 +186,7 @@ H200 = torch.device("cuda")
         ((64, 64), torch.float32, None, "memory-efficient", "not float32; use torch.autocast"),
         ((64, 64), torch.bfloat16, masks.Causal(), "flash, packed", ""),
         ((64, 64), torch.bfloat16, masks.Padding(torch.ones(1, 2).bool()), "flash, packed", ""),
-        ((64, 64), torch.bfloat16, torch.ones(1, 1, 2, 2).bool(), "cuDNN or memory-efficient", "masks of keys alone"),
+        ((64, 64), torch.bfloat16, torch.ones(1, 1, 2, 2).bool(), "cuDNN or memory-efficient", "key-padding masks"),
     ],
 )
 def test_kernel_for_returns_the_kernel_and_the_reason(widths, dtype, mask, name, why, monkeypatch) -> None:  # type: ignore[no-untyped-def]
@@ -211,11 +211,11 @@ def test_the_gpu_capability_is_known_while_tracing(monkeypatch: pytest.MonkeyPat
     def queried(x: Tensor) -> Tensor:
         if not varlen.why_not(torch.bfloat16, 64, H200) and varlen.has_varlen() is not None:
             x = x + 1
-        return x if gpu.missing(torch.device("meta"), x.shape[-1]) else x + 1
+        return x if triton.why_unavailable(torch.device("meta"), x.shape[-1]) else x + 1
 
     x = torch.zeros(3)
     assert torch.equal(torch.compile(queried, fullgraph=True)(x), x + 1)
 
 
 def test_nothing_is_packed_on_a_cpu() -> None:
-    assert not varlen.takes(torch.zeros(1, 1, 2, 8, dtype=torch.bfloat16))
+    assert not varlen.is_supported(torch.zeros(1, 1, 2, 8, dtype=torch.bfloat16))

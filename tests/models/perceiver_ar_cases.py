@@ -13,29 +13,29 @@ import perceiver_core as pc
 
 VOCABULARY, DIM, LATENTS, HEADS = 19, 28, 5, 7
 EXACT = {"rtol": 0, "atol": 1e-12}  # float64
-few = settings(max_examples=12, deadline=None, derandomize=True)
+few_examples = settings(max_examples=12, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**31)
 GOOGLE = pc.positions.Rotary(2, base=97, exponents=pc.positions.inclusive_exponents)
 
 
-def turning(rotary):
+def rotary_options(rotary):
     attention = partial(pc.MultiHeadAttention, rotary=rotary)
     return {
-        "read": partial(pc.CrossAttend, num_heads=2, attention=attention),
-        "process": partial(pc.LatentTransformer, block=partial(pc.SelfAttend, attention=attention)),
+        "cross_attention": partial(pc.CrossAttend, num_heads=2, attention=attention),
+        "latent_transformer": partial(pc.LatentTransformer, block=partial(pc.SelfAttend, attention=attention)),
     }
 
 
 POSITIONS = {
     "rotary": {},
-    "google's rotary": turning(GOOGLE),
-    "learned": turning(None)
-    | {"embed": pc.adapters.TokenEmbedding(VOCABULARY, DIM, positions=pc.positions.LearnedEmbedding(101, DIM))},
+    "google's rotary": rotary_options(GOOGLE),
+    "learned": rotary_options(None)
+    | {"embedding": pc.adapters.TokenEmbedding(VOCABULARY, DIM, positions=pc.positions.LearnedEmbedding(101, DIM))},
 }
-each_kind = pytest.mark.parametrize("options", POSITIONS.values(), ids=POSITIONS)
+each_position_embedding = pytest.mark.parametrize("options", POSITIONS.values(), ids=POSITIONS)
 
 
-def shaken(model, seed=0):
+def randomized(model, seed=0):
     generator = torch.Generator().manual_seed(seed)
     model = model.double()
     with torch.no_grad():
@@ -44,14 +44,14 @@ def shaken(model, seed=0):
     return model.eval()
 
 
-def model_of(*, embed=None, latents=LATENTS, depth=2, **options):
+def model_of(*, embedding=None, latents=LATENTS, depth=2, **options):
     torch.manual_seed(0)
-    embed = (
+    embedding = (
         pc.adapters.TokenEmbedding(VOCABULARY, DIM)
-        if embed is None
-        else pc.registry.from_config(pc.registry.to_config(embed))
+        if embedding is None
+        else pc.registry.from_config(pc.registry.to_config(embedding))
     )
-    return shaken(pc.PerceiverAR(embed, num_latents=latents, depth=depth, num_heads=HEADS, **options))
+    return randomized(pc.PerceiverAR(embedding, num_latents=latents, depth=depth, num_heads=HEADS, **options))
 
 
 def ids_of(b=2, n=13, seed=0):

@@ -15,45 +15,45 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def pictures(**options) -> PerceiverIO:
+def images(**options) -> PerceiverIO:
     torch.manual_seed(0)
     image = adapters.Image(3, positions=positions.Fourier(num_axes=2, num_bands=3, max_resolution=GRID))
     encoder = Encoder(image.dim, num_latents=5, dim=14, depth=1, num_heads=2)
-    ask = queries.Grid(None, image.positions)
-    decoder = Decoder(encoder.dim, query_dim=ask.dim, out_dim=2, **options)
-    return PerceiverIO(image, encoder, ask, decoder).double()
+    output_queries = queries.Grid(None, image.positions)
+    decoder = Decoder(encoder.dim, query_dim=output_queries.dim, out_dim=2, **options)
+    return PerceiverIO(image, encoder, output_queries, decoder).double()
 
 
 def several(**options) -> PerceiverIO:
     torch.manual_seed(0)
-    sound = adapters.Audio(patch_size=3, positions=positions.Fourier(num_axes=1, num_bands=2, max_resolution=7))
-    both = adapters.Multimodal({"sound": sound, "label": adapters.OneHotLabel(11)}, **options)
+    audio = adapters.Audio(patch_size=3, positions=positions.Fourier(num_axes=1, num_bands=2, max_resolution=7))
+    both = adapters.Multimodal({"audio": audio, "label": adapters.OneHotLabel(11)}, **options)
     encoder = Encoder(both.dim, num_latents=5, dim=14, depth=1, num_heads=2)
-    ask = queries.Multimodal({"sound": queries.Grid((7,), sound.positions), "label": queries.Learned(1, 3)})
-    decoder = Decoder(encoder.dim, query_dim=ask.dim, out_dim=13)
-    each = {"sound": heads.Waveform(13, patch_size=3), "label": heads.SingleQuery(heads.Linear(13, 11))}
-    return PerceiverIO(both, encoder, ask, decoder, heads.Multimodal(each)).double()
+    output_queries = queries.Multimodal({"audio": queries.Grid((7,), audio.positions), "label": queries.Learned(1, 3)})
+    decoder = Decoder(encoder.dim, query_dim=output_queries.dim, out_dim=13)
+    each = {"audio": heads.Waveform(13, patch_size=3), "label": heads.SingleQuery(heads.Linear(13, 11))}
+    return PerceiverIO(both, encoder, output_queries, decoder, heads.Multimodal(each)).double()
 
 
 def captions(**options) -> PerceiverIO:
     """Both modalities are queried at the positions of their inputs."""
     torch.manual_seed(0)
     text = adapters.TokenEmbedding(13, dim=6, positions=positions.LearnedEmbedding(11, dim=6))
-    picture = adapters.Image(3, positions=positions.Fourier(num_axes=2, num_bands=3, max_resolution=GRID))
-    both = adapters.Multimodal({"text": text, "picture": picture}, **options)
+    image = adapters.Image(3, positions=positions.Fourier(num_axes=2, num_bands=3, max_resolution=GRID))
+    both = adapters.Multimodal({"text": text, "image": image}, **options)
     encoder = Encoder(both.dim, num_latents=5, dim=14, depth=1, num_heads=2)
-    ask = queries.Multimodal(
-        {"picture": queries.FromInputs(picture.dim), "text": queries.Grid(None, positions.LearnedEmbedding(11, dim=7))}
+    output_queries = queries.Multimodal(
+        {"image": queries.FromInputs(image.dim), "text": queries.Grid(None, positions.LearnedEmbedding(11, dim=7))}
     )
-    decoder = Decoder(encoder.dim, query_dim=ask.dim, out_dim=6)
-    each = {"text": heads.TiedLogits(text), "picture": heads.Linear(6, 3)}
-    return PerceiverIO(both, encoder, ask, decoder, heads.Multimodal(each)).double()
+    decoder = Decoder(encoder.dim, query_dim=output_queries.dim, out_dim=6)
+    each = {"text": heads.TiedLogits(text), "image": heads.Linear(6, 3)}
+    return PerceiverIO(both, encoder, output_queries, decoder, heads.Multimodal(each)).double()
 
 
-def words(most: int = 11, **options) -> PerceiverIO:
+def words(max_length: int = 11, **options) -> PerceiverIO:
     torch.manual_seed(0)
-    text = adapters.TokenEmbedding(13, dim=6, positions=positions.LearnedEmbedding(most, dim=6))
+    text = adapters.TokenEmbedding(13, dim=6, positions=positions.LearnedEmbedding(max_length, dim=6))
     encoder = Encoder(text.dim, num_latents=5, dim=14, depth=1, num_heads=2)
-    ask = queries.Grid(None, positions.LearnedEmbedding(most, dim=7))
-    decoder = Decoder(encoder.dim, query_dim=ask.dim, out_dim=6)
-    return PerceiverIO(text, encoder, ask, decoder, heads.TiedLogits).double()
+    output_queries = queries.Grid(None, positions.LearnedEmbedding(max_length, dim=7))
+    decoder = Decoder(encoder.dim, query_dim=output_queries.dim, out_dim=6)
+    return PerceiverIO(text, encoder, output_queries, decoder, heads.TiedLogits).double()

@@ -13,7 +13,7 @@ from torch import nn
 
 import perceiver_core as pc
 from perceiver_core.models import sampling
-from perceiver_core.models.generate import _cached, _recomputed, _Stream, plan
+from perceiver_core.models.generate import _cached, _recomputed, _Sequence, latent_schedule
 from perceiver_core.models.perceiver_ar import LATENT_TRANSFORMER
 from tests.memory import Kept
 from tests.models.perceiver_ar_cases import (
@@ -21,34 +21,35 @@ from tests.models.perceiver_ar_cases import (
     LATENTS,
     POSITIONS,
     VOCABULARY,
-    each_kind,
-    few,
+    each_position_embedding,
+    few_examples,
     ids_of,
     model_of,
     padding,
+    rotary_options,
     seeds,
-    turning,
 )
 
 
-def logits_of(kind, model, prompt, steps, *, start=2, mask=None, seed=0, context=None):
+def logits_of(method, model, prompt, steps, *, start=2, mask=None, seed=0, context=None):
     """Returns the logits of `steps` new ids, which are sampled."""
-    so_far, actual, generator = _Stream(model, prompt, mask, start, context), [], torch.Generator().manual_seed(seed)
+    sequence, actual = _Sequence(model, prompt, mask, start, context), []
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for logits in islice(kind(so_far), steps):
+        for logits in islice(method(sequence), steps):
             actual.append(logits)
-            so_far.append(torch.randint(VOCABULARY, (len(prompt),), generator=generator))
+            sequence.append(torch.randint(VOCABULARY, (len(prompt),), generator=generator))
     return torch.stack(actual, 1)
 
 
-class TestPlan:
+class TestLatentSchedule:
     def test_the_number_of_latents_grows_and_resets(self):
-        assert list(islice(plan(5, 2), 9)) == [2, 3, 4, 5, 2, 3, 4, 5, 2]
-        assert list(islice(plan(3, 3), 3)) == [3, 3, 3]
-        assert list(islice(plan(1, 1), 3)) == [1, 1, 1]
+        assert list(islice(latent_schedule(5, 2), 9)) == [2, 3, 4, 5, 2, 3, 4, 5, 2]
+        assert list(islice(latent_schedule(3, 3), 3)) == [3, 3, 3]
+        assert list(islice(latent_schedule(1, 1), 3)) == [1, 1, 1]
 
     @pytest.mark.parametrize("n", [1, 4, 13])
-    def test_uncached_logits_equal_the_model_called_by_the_plan(self, n):
+    def test_uncached_logits_equal_the_model_called_by_the_schedule(self, n):
         model, prompt = model_of(), ids_of(n=n)
         actual = logits_of(_recomputed, model, prompt, 7)
         more = torch.randint(VOCABULARY, (7, 2), generator=torch.Generator().manual_seed(0)).T
@@ -58,28 +59,28 @@ class TestPlan:
 
 
 class TestCache:
-    @each_kind
-    @few
+    @each_position_embedding
+    @few_examples
     @given(n=st.integers(1, 13), start=st.integers(1, LATENTS), seed=seeds)
     def test_the_cache_has_no_effect_on_the_logits(self, options, n, start, seed):
         model, prompt = model_of(**options), ids_of(n=n, seed=seed)
         cached, expected = (
-            logits_of(kind, model, prompt, 11, start=start, seed=seed) for kind in (_cached, _recomputed)
+            logits_of(method, model, prompt, 11, start=start, seed=seed) for method in (_cached, _recomputed)
         )
         torch.testing.assert_close(cached, expected, **EXACT)
 
     def test_the_cache_has_no_effect_with_repeated_blocks(self):
         model, prompt = model_of(latent_transformer=partial(LATENT_TRANSFORMER, num_repeats=3)), ids_of()
-        cached, expected = (logits_of(kind, model, prompt, 11) for kind in (_cached, _recomputed))
+        cached, expected = (logits_of(method, model, prompt, 11) for method in (_cached, _recomputed))
         torch.testing.assert_close(cached, expected, **EXACT)
 
-    @each_kind
-    @few
+    @each_position_embedding
+    @few_examples
     @given(lengths=st.lists(st.integers(1, 13), min_size=2, max_size=3), start=st.integers(1, LATENTS), seed=seeds)
     def test_the_cache_has_no_effect_on_padded_prompts(self, options, lengths, start, seed):
         model, prompt, mask = model_of(**options), ids_of(len(lengths), seed=seed), padding(*lengths)
         cached, expected = (
-            logits_of(kind, model, prompt, 11, start=start, mask=mask, seed=seed) for kind in (_cached, _recomputed)
+            logits_of(method, model, prompt, 11, start=start, mask=mask, seed=seed) for method in (_cached, _recomputed)
         )
         torch.testing.assert_close(cached, expected, **EXACT)
 
@@ -88,30 +89,30 @@ class TestCache:
     def test_few_and_many_latents(self, latents, depth):
         model, prompt = model_of(latents=latents, depth=depth), ids_of(n=3)
         cached, expected = (
-            logits_of(kind, model, prompt, 29, start=max(1, latents // 2)) for kind in (_cached, _recomputed)
+            logits_of(method, model, prompt, 29, start=max(1, latents // 2)) for method in (_cached, _recomputed)
         )
         torch.testing.assert_close(cached, expected, **EXACT)
 
     def test_tokens_are_read_once(self):
-        model, made = model_of(), []
-        model.cross_attention.attention.key.register_forward_hook(lambda _, given, __: made.append(given[0].shape[1]))
+        model, computed = model_of(), []
+        key = model.cross_attention.attention.key
+        key.register_forward_hook(lambda _, inputs, __: computed.append(inputs[0].shape[1]))
         pc.generate(model, ids_of(), max_new_tokens=9)
-        assert made == [13, *[1] * 8]
+        assert computed == [13, *[1] * 8]
 
     def test_latents_are_computed_once_per_window(self):
-        model, made = model_of(), []
-        model.latent_transformer.blocks[1].register_forward_hook(lambda *_: made.append("whole"))
-        model.latent_transformer.blocks[1].attention.query.register_forward_hook(
-            lambda _, x, __: made.append(x[0].shape[1])
-        )
+        model, block_inputs, query_inputs = model_of(), [], []
+        block = model.latent_transformer.blocks[1]
+        block.register_forward_hook(lambda _, inputs, __: block_inputs.append(inputs[0].shape[1]))
+        block.attention.query.register_forward_hook(lambda _, inputs, __: query_inputs.append(inputs[0].shape[1]))
         pc.generate(model, ids_of(), max_new_tokens=9, num_initial_latents=2)
-        assert made == [2, 1, 1, 1, 2, 1, 1, 1, 2]
+        assert block_inputs == query_inputs == [2, 1, 1, 1, 2, 1, 1, 1, 2]
 
 
 def continued(model, ids, steps, *, context, start, mask=None):
     """Returns the most likely ids if the model sees only the last tokens at each step."""
     mask, prompt = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask, ids.shape[1]
-    for latents in islice(plan(model.num_latents, start), steps):
+    for latents in islice(latent_schedule(model.num_latents, start), steps):
         logits = model(ids[:, -context:], mask=mask[:, -context:], num_latents=latents)[:, -1]
         ids = torch.cat([ids, logits.argmax(-1)[:, None]], 1)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
@@ -119,24 +120,24 @@ def continued(model, ids, steps, *, context, start, mask=None):
 
 
 class TestContext:
-    @each_kind
-    @few
+    @each_position_embedding
+    @few_examples
     @given(n=st.integers(1, 13), context=st.integers(1, 15), start=st.integers(1, LATENTS), seed=seeds)
     def test_logits_depend_only_on_the_last_tokens(self, options, n, context, start, seed):
         model, prompt = model_of(**options), ids_of(n=n, seed=seed)
         cached, recomputed = (
-            logits_of(kind, model, prompt, 17, start=start, seed=seed, context=context)
-            for kind in (_cached, _recomputed)
+            logits_of(method, model, prompt, 17, start=start, seed=seed, context=context)
+            for method in (_cached, _recomputed)
         )
         drawn, ids = torch.Generator().manual_seed(seed), prompt
-        for step, latents in enumerate(islice(plan(LATENTS, start), 17)):
+        for step, latents in enumerate(islice(latent_schedule(LATENTS, start), 17)):
             expected = model(ids[:, -context:], num_latents=latents)[:, -1]
             torch.testing.assert_close(recomputed[:, step], expected, **EXACT)
             torch.testing.assert_close(cached[:, step], expected, **EXACT)
             ids = torch.cat([ids, torch.randint(VOCABULARY, (2,), generator=drawn)[:, None]], 1)
 
-    @each_kind
-    @few
+    @each_position_embedding
+    @few_examples
     @given(
         lengths=st.lists(st.integers(1, 13), min_size=2, max_size=3),
         context=st.integers(1, 17),
@@ -160,13 +161,12 @@ class TestContext:
     @pytest.mark.parametrize("n", [3, 8, 13])
     @pytest.mark.parametrize("cache", [True, False])
     def test_it_defaults_to_the_number_of_positions(self, n, cache):
-        model = model_of(
-            **turning(None), embed=pc.adapters.TokenEmbedding(19, 28, positions=pc.positions.LearnedEmbedding(8, 28))
-        )
+        embedding = pc.adapters.TokenEmbedding(19, 28, positions=pc.positions.LearnedEmbedding(8, 28))
+        model = model_of(**rotary_options(None), embedding=embedding)
         actual = pc.generate(model, ids_of(n=n), max_new_tokens=12, use_cache=cache)
         assert torch.equal(actual, continued(model, ids_of(n=n), 12, context=8, start=2))
 
-    @each_kind
+    @each_position_embedding
     def test_a_context_length_that_is_not_reached_has_no_effect(self, options):
         model, prompt = model_of(**options), ids_of()
         actual = pc.generate(model, prompt, max_new_tokens=9, context_length=21)
@@ -186,12 +186,13 @@ class TestContext:
             assert torch.equal(row[:end], whole[: min(end, len(row))]) and (row[end:] == stop).all()
 
     def test_nothing_is_recomputed_before_it_is_reached(self):
-        model, made = model_of(), []
-        model.cross_attention.attention.key.register_forward_hook(lambda _, given, __: made.append(given[0].shape[1]))
+        model, computed = model_of(), []
+        key = model.cross_attention.attention.key
+        key.register_forward_hook(lambda _, inputs, __: computed.append(inputs[0].shape[1]))
         pc.generate(model, ids_of(), max_new_tokens=6, context_length=16)
-        assert made == [13, 1, 1, 1, 16, 16]
+        assert computed == [13, 1, 1, 1, 16, 16]
 
-    @each_kind
+    @each_position_embedding
     @pytest.mark.parametrize("cache", [True, False])
     def test_memory_is_bounded(self, options, cache):
         model = model_of(**options)
@@ -204,7 +205,7 @@ class TestContext:
 
 
 class TestGenerate:
-    @each_kind
+    @each_position_embedding
     @pytest.mark.parametrize("cache", [True, False])
     def test_a_padded_batch_equals_prompts_one_by_one(self, options, cache):
         model, prompt, lengths = model_of(**options), ids_of(4), (13, 2, 1, 7)
@@ -349,7 +350,7 @@ class TestErrors:
             (
                 {"sampler": sampling.Sample},
                 TypeError,
-                r"sampler must be a function of logits.*; got the class Sample\. Make one: Sample\(\)",
+                r"sampler must be a function of logits.*; got the class Sample\. Build it: Sample\(\)",
             ),
             ({"sampler": "greedy"}, TypeError, "sampler must be a function of logits and a generator.*; got 'greedy'"),
             ({"sampler": None}, TypeError, "sampler must be a function of logits and a generator.*; got NoneType"),
@@ -366,30 +367,30 @@ class TestErrors:
     @pytest.mark.parametrize(
         "choose, error, message",
         [
-            (lambda x, _: x.argmax(-1, keepdim=True), ValueError, r"one id a sample, shape \(2,\); got \(2, 1\)"),
-            (lambda x, _: x.argmax(), ValueError, r"one id a sample, shape \(2,\); got \(\)"),
-            (lambda x, _: x.amax(-1), TypeError, r"ids, whole numbers; got torch\.float64"),
-            (lambda x, _: x[:, 0] > 0, TypeError, r"ids, whole numbers; got torch\.bool"),
+            (lambda x, _: x.argmax(-1, keepdim=True), ValueError, r"one id per sample, shape \(2,\); got \(2, 1\)"),
+            (lambda x, _: x.argmax(), ValueError, r"one id per sample, shape \(2,\); got \(\)"),
+            (lambda x, _: x.amax(-1), TypeError, r"integer ids; got torch\.float64"),
+            (lambda x, _: x[:, 0] > 0, TypeError, r"integer ids; got torch\.bool"),
             (lambda x, _: x.argmax(-1).tolist(), TypeError, r"a torch\.Tensor of ids; got list"),
         ],
     )
     def test_invalid_results_of_the_sampler_raise(self, choose, error, message):
-        with pytest.raises(error, match=f"sampler must give {message}"):
+        with pytest.raises(error, match=f"sampler must return {message}"):
             pc.generate(model_of(), ids_of(), max_new_tokens=1, sampler=choose)
 
     def test_sampled_ids_outside_the_vocabulary_raise(self):
         for wrong in (19, -1):
-            with pytest.raises(ValueError, match=rf"what sampler gives must lie in 0 \.\.\. 18; got {wrong}"):
+            with pytest.raises(ValueError, match=rf"ids from the sampler must lie in 0 \.\.\. 18; got {wrong}"):
                 pc.generate(model_of(), ids_of(), max_new_tokens=1, sampler=lambda x, _, w=wrong: torch.tensor([3, w]))
 
     def test_objects_other_than_models_raise(self):
         linear = nn.Linear(28, 19).eval()
         for model, message in (
-            (linear, "got Linear without vocab_size, num_latents, embedding"),
+            (linear, "got Linear without vocab_size, num_latents, embedding, latent_transformer"),
             (pc.PerceiverAR, "got the class PerceiverAR without vocab_size"),
             ("model", "got 'model' without vocab_size"),
         ):
-            with pytest.raises(TypeError, match=f"model must be a PerceiverAR, or have what it has; {message}"):
+            with pytest.raises(TypeError, match=f"model must be a PerceiverAR, or have its attributes; {message}"):
                 pc.generate(model, ids_of(), max_new_tokens=3)
 
     def test_training_mode_raises(self):
@@ -400,6 +401,6 @@ class TestErrors:
 
     def test_a_context_longer_than_the_positions_raises(self):
         with pytest.raises(
-            ValueError, match="context_length must be at most 101, as many as there are positions; got 102"
+            ValueError, match="context_length must be at most 101, the number of positions of the embedding; got 102"
         ):
             pc.generate(model_of(**POSITIONS["learned"]), ids_of(), max_new_tokens=5, context_length=102)

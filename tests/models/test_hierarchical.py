@@ -22,6 +22,7 @@ from perceiver_core import (
 )
 from perceiver_core.blocks.grouped_read import grouped
 from perceiver_core.models import HierarchicalAutoencoder, presets
+from perceiver_core.models.hierarchical import token_positions
 
 BATCH, N, WIDTH, PLACES = 2, 35, 3, 11
 LEVELS = [
@@ -42,9 +43,9 @@ def randomized(make):
     return module
 
 
-def perceiver(levels=LEVELS, decode=DECODE, **options):
+def perceiver(levels=LEVELS, decoder_levels=DECODE, **options):
     options = {"positions": positions.LearnedGrid((N,), PLACES)} | options
-    return randomized(lambda: HierarchicalPerceiver(WIDTH, levels=levels, decode=decode, **options))
+    return randomized(lambda: HierarchicalPerceiver(WIDTH, levels=levels, decoder_levels=decoder_levels, **options))
 
 
 def autoencoder(output_dim=None, **options):
@@ -124,7 +125,7 @@ class TestGroupedRead:
 
 class TestLevels:
     def by_hand(self, model, x, mask):
-        x = nn.functional.linear(x, model.embed.weight, model.embed.bias) + model.positions.vectors
+        x = nn.functional.linear(x, model.embedding.weight, model.embedding.bias) + model.positions.vectors
         first = model.encoding[0](x, mask=mask)
         second = model.encoding[1](first)
         third = model.encoding[2](second)
@@ -135,17 +136,17 @@ class TestLevels:
     def test_levels_run_in_order_with_skips_between_opposite_levels(self, masked):
         mask = some() if masked else None
         model = perceiver()
-        for decode in (0, 1, 2):
-            out = self.by_hand(model, array(), mask)[decode]
-            part = perceiver(decode=DECODE[:decode])
+        for number in (0, 1, 2):
+            out = self.by_hand(model, array(), mask)[number]
+            part = perceiver(decoder_levels=DECODE[:number])
             part.load_state_dict({name: w for name, w in model.state_dict().items() if name in part.state_dict()})
             torch.testing.assert_close(part(array(), mask=mask), out, **EXACT)
-            last = [LEVELS[-1], *DECODE][decode]
+            last = [LEVELS[-1], *DECODE][number]
             assert out.shape == (BATCH, last.num_groups * last.num_latents, last.dim)
             assert (part.dim, part.input_dim, part.level) == (last.dim, WIDTH, last)
 
     def test_groups_are_independent_until_they_merge(self):
-        model = perceiver(levels=LEVELS[:1], decode=())
+        model = perceiver(levels=LEVELS[:1], decoder_levels=())
         x = array()
         changed = x.clone()
         changed[:, 7:14] += 1  # the second of five groups
@@ -155,10 +156,10 @@ class TestLevels:
         whole = (perceiver()(x) - perceiver()(changed)).unflatten(1, (5, 3)).abs().amax((0, 2, 3))
         assert whole.gt(1e-6).all()
 
-    @pytest.mark.parametrize("hidden", [0.0, 7.0, float("nan"), float("inf")])
-    def test_masked_tokens_have_no_effect(self, hidden):
+    @pytest.mark.parametrize("fill", [0.0, 7.0, float("nan"), float("inf")])
+    def test_masked_tokens_have_no_effect(self, fill):
         model, mask = autoencoder(), some()
-        x = array().masked_fill(~mask[..., None], hidden).requires_grad_()
+        x = array().masked_fill(~mask[..., None], fill).requires_grad_()
         out = model(x, mask=mask)
         torch.testing.assert_close(out, model(array().masked_fill(~mask[..., None], -5.0), mask=mask), **EXACT)
         out.square().sum().backward()
@@ -171,28 +172,28 @@ class TestLevels:
         torch.testing.assert_close(model(x, mask=mask)[1:2], model(x[1:2], mask=mask[1:2]), **EXACT)
 
     def test_the_grid_and_mask_of_tokens_are_used(self):
-        where = positions.LearnedGrid((5, 7), PLACES)
-        model, x, mask = perceiver(positions=where), array(), some()
-        content, there = x.unflatten(1, (5, 7)), mask.unflatten(1, (5, 7))
-        out = model(Tokens(content, mask=there))
+        embedding = positions.LearnedGrid((5, 7), PLACES)
+        model, x, mask = perceiver(positions=embedding), array(), some()
+        content, valid = x.unflatten(1, (5, 7)), mask.unflatten(1, (5, 7))
+        out = model(Tokens(content, mask=valid))
         flat = perceiver()
         state = model.state_dict()
         flat.load_state_dict(state | {"positions.vectors": state["positions.vectors"].flatten(0, 1)})
         torch.testing.assert_close(out, flat(x, mask=mask), **EXACT)
         other = some(N + 1)[:, 1:]
-        torch.testing.assert_close(model(Tokens(content, mask=there), mask=other), flat(x, mask=mask & other), **EXACT)
+        torch.testing.assert_close(model(Tokens(content, mask=valid), mask=other), flat(x, mask=mask & other), **EXACT)
 
     def test_positions_of_separate_tables(self):
-        where = positions.Fourier(num_axes=2, num_bands=2, max_resolution=7)
-        model = perceiver(positions=where)
+        embedding = positions.Fourier(num_axes=2, num_bands=2, max_resolution=7)
+        model = perceiver(positions=embedding)
         tokens = Tokens(array().unflatten(1, (5, 7)))
-        expected = where.tables((5, 7), like=tokens.content)
-        torch.testing.assert_close(model.places(tokens), sum(expected).flatten(0, 1), **EXACT)
+        expected = embedding.tables((5, 7), like=tokens.content)
+        torch.testing.assert_close(token_positions(embedding, tokens), sum(expected).flatten(0, 1), **EXACT)
         assert model(tokens).shape == (BATCH, 15, 8)
 
     def test_it_is_an_encoder(self):
         head = pc.heads.Classification(6, 11)
-        model = pc.Perceiver(nn.Identity(), perceiver(decode=()).float(), head)
+        model = pc.Perceiver(nn.Identity(), perceiver(decoder_levels=()).float(), head)
         assert model(array().float()).shape == (BATCH, 11)
 
     @pytest.mark.parametrize("n", [35, 31, 17])
@@ -231,7 +232,7 @@ class TestAutoencoder:
             HierarchicalPerceiver(
                 1,
                 levels=[Level(4, 4, 16, 1, 4), Level(1, 4, 16, 1, 4)],
-                decode=[Level(4, 4, 16, 1, 4)],
+                decoder_levels=[Level(4, 4, 16, 1, 4)],
                 positions=positions.LearnedGrid((16,), dim=16),
             )
         )
@@ -251,12 +252,12 @@ class TestAutoencoder:
 @pytest.mark.refusal
 class TestErrors:
     def test_invalid_levels_raise(self):
-        with pytest.raises(ValueError, match="levels must name one at least; got none"):
-            perceiver(levels=[], decode=())
-        with pytest.raises(ValueError, match="decode must have at most 2 levels, one less than levels; got 3"):
-            perceiver(decode=[*DECODE, DECODE[0]])
-        with pytest.raises(ValueError, match=r"decode level 1 must have .* opposite, 5 x 3; got 5 x 7"):
-            perceiver(decode=[DECODE[0], Level(5, num_latents=7, dim=8)])
+        with pytest.raises(ValueError, match="levels must have at least one level; got none"):
+            perceiver(levels=[], decoder_levels=())
+        with pytest.raises(ValueError, match="decoder_levels must have at most 2 levels, one less than levels; got 3"):
+            perceiver(decoder_levels=[*DECODE, DECODE[0]])
+        with pytest.raises(ValueError, match=r"decoder_levels\[1\] must have .* opposite level, 5 x 3; got 5 x 7"):
+            perceiver(decoder_levels=[DECODE[0], Level(5, num_latents=7, dim=8)])
         with pytest.raises(TypeError, match=r"positions must be an object such as positions\.Learned"):
             perceiver(positions=None)
 
@@ -314,9 +315,9 @@ class TestIntegration:
         torch.testing.assert_close(actual, expected, **EXACT)
 
     def small(self):
-        where = positions.LearnedEmbedding(N, PLACES)
+        embedding = positions.LearnedEmbedding(N, PLACES)
         return autoencoder(
-            levels=[LEVELS[0], LEVELS[2]], decode=[Level(5, 3, 8, depth=1, num_heads=4)], positions=where
+            levels=[LEVELS[0], LEVELS[2]], decoder_levels=[Level(5, 3, 8, depth=1, num_heads=4)], positions=embedding
         )
 
     @pytest.mark.compile

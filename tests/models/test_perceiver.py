@@ -23,29 +23,29 @@ def perceiver(head=None):
 )
 def test_the_parts_run_in_order(head, shape):
     model = perceiver(head)
-    pictures = torch.rand(2, 3, 7, 5)
+    images = torch.rand(2, 3, 7, 5)
     mask = torch.rand(2, 7, 5) < 0.6
-    for given in ({}, {"mask": mask}):
-        out = model(pictures, **given)
-        expected = model.head(model.encoder(model.adapter(pictures, **given)))
+    for options in ({}, {"mask": mask}):
+        out = model(images, **options)
+        expected = model.head(model.encoder(model.adapter(images, **options)))
         torch.testing.assert_close(out, expected, rtol=0, atol=0)
         assert out.shape == shape
-    assert not torch.allclose(model(pictures), model(pictures, mask=mask), atol=1e-5)
+    assert not torch.allclose(model(images), model(images, mask=mask), atol=1e-5)
 
 
 def test_plain_tensors_need_no_adapter():
     whole = perceiver()
     model = Perceiver(nn.Identity(), whole.encoder, whole.head)
-    pictures = torch.rand(2, 3, 7, 5)
-    torch.testing.assert_close(model(whole.adapter(pictures).materialize()), whole(pictures), rtol=0, atol=1e-6)
+    images = torch.rand(2, 3, 7, 5)
+    torch.testing.assert_close(model(whole.adapter(images).materialize()), whole(images), rtol=0, atol=1e-6)
 
 
 def test_a_user_defined_adapter_needs_no_mask_argument():
     class Flat(nn.Module):
         dim = 3
 
-        def forward(self, pictures):
-            return pictures.flatten(2).mT
+        def forward(self, images):
+            return images.flatten(2).mT
 
     model = Perceiver(Flat(), Encoder(3, num_latents=5, dim=14, depth=1, num_heads=7), heads.Regression(14))
     assert model(torch.rand(2, 3, 7, 5)).shape == (2, 1)
@@ -60,9 +60,9 @@ def test_the_state_dict_is_that_of_its_parts():
 @pytest.mark.refusal
 def test_parts_of_different_widths_raise():
     whole = perceiver()
-    with pytest.raises(ValueError, match="encoder must take what adapter gives: 1 wide; it takes 13"):
+    with pytest.raises(ValueError, match="encoder must accept the output width of adapter, 1; got 13"):
         Perceiver(adapters.Grid(1, positions=None), whole.encoder, whole.head)
-    with pytest.raises(ValueError, match="head must take what encoder gives: 14 wide; it takes 13"):
+    with pytest.raises(ValueError, match="head must accept the output width of encoder, 14; got 13"):
         Perceiver(whole.adapter, whole.encoder, heads.Regression(13))
     with pytest.raises(TypeError, match="head must be a module; got type"):
         Perceiver(whole.adapter, whole.encoder, heads.Identity)
@@ -74,9 +74,9 @@ def test_parts_of_different_widths_raise_at_construction() -> None:
         pc.adapters.Grid(num_channels=7, positions=None),
         pc.Encoder(6, num_latents=5, dim=14, depth=1, num_heads=2),
     )
-    with pytest.raises(ValueError, match="encoder must take what adapter gives: 7 wide; it takes 6"):
+    with pytest.raises(ValueError, match="encoder must accept the output width of adapter, 7; got 6"):
         pc.Perceiver(grid, encoder, pc.heads.Identity())
-    with pytest.raises(ValueError, match="head must take what encoder gives: 14 wide; it takes 13"):
+    with pytest.raises(ValueError, match="head must accept the output width of encoder, 14; got 13"):
         pc.Perceiver(nn.Identity(), encoder, pc.heads.Regression(13))
     with pytest.raises(TypeError, match="head must be a module; got type"):
         pc.Perceiver(nn.Identity(), encoder, pc.heads.Identity)

@@ -14,7 +14,8 @@ from torch import nn
 import perceiver_core as pc
 from perceiver_core import masks
 from perceiver_core.kernels import reference
-from perceiver_core.models.perceiver_ar import kept_of_prefix
+from perceiver_core.models.perceiver_ar import kept_prefix
+from perceiver_core.random_draws import RepeatableDraws
 from tests.models.perceiver_ar_cases import (
     DIM,
     EXACT,
@@ -23,18 +24,18 @@ from tests.models.perceiver_ar_cases import (
     LATENTS,
     POSITIONS,
     VOCABULARY,
-    each_kind,
-    few,
+    each_position_embedding,
+    few_examples,
     ids_of,
     model_of,
     padding,
+    randomized,
     seeds,
-    shaken,
 )
 
 
 class TestCausality:
-    @few
+    @few_examples
     @given(seed=seeds, n=st.integers(2, 17), data=st.data())
     def test_a_later_token_changes_no_earlier_logit(self, seed, n, data):
         at = data.draw(st.integers(0, n - 1))
@@ -69,8 +70,8 @@ class TestCausality:
 
 
 class TestPadding:
-    @each_kind
-    @few
+    @each_position_embedding
+    @few_examples
     @given(seed=seeds, lengths=st.lists(st.integers(1, 13), min_size=2, max_size=3))
     def test_padding_has_no_effect(self, options, seed, lengths):
         model, ids, mask = model_of(**options), ids_of(len(lengths), seed=seed), padding(*lengths)
@@ -93,40 +94,41 @@ class TestPadding:
 
     def test_a_mask_of_all_true_has_no_effect(self):
         model, ids = model_of(prefix_dropout=0.5), ids_of()
-        there = torch.ones_like(ids, dtype=torch.bool)
-        torch.testing.assert_close(model(ids, mask=there), model(ids), **EXACT)
-        torch.testing.assert_close(model.loss(ids, mask=there), model.loss(ids), **EXACT)
+        valid = torch.ones_like(ids, dtype=torch.bool)
+        torch.testing.assert_close(model(ids, mask=valid), model(ids), **EXACT)
+        torch.testing.assert_close(model.loss(ids, mask=valid), model.loss(ids), **EXACT)
         model.train()
-        one, two = (model(ids, mask=m, generator=torch.Generator().manual_seed(1)) for m in (there, None))
+        one, two = (model(ids, mask=m, generator=torch.Generator().manual_seed(1)) for m in (valid, None))
         torch.testing.assert_close(one, two, **EXACT)
 
 
 class TestPrefixDropout:
     @pytest.mark.parametrize("rate, left", [(0.0, 23), (0.1, 21), (0.5, 12), (0.75, 6), (0.99, 1)])
     def test_the_rate_sets_the_number_of_kept_tokens_in_order(self, rate, left):
-        kept = kept_of_prefix(7, 23, rate, generator=torch.Generator().manual_seed(0))
+        kept = kept_prefix(7, 23, rate, generator=torch.Generator().manual_seed(0))
         assert kept.shape == (7, left)
         assert (kept.diff(dim=1) > 0).all()
         assert kept.min() >= 0 and kept.max() < 23
 
     def test_every_token_is_equally_likely_and_samples_are_independent(self):
-        kept = kept_of_prefix(20_000, 10, 0.4, generator=torch.Generator().manual_seed(0))
-        there = torch.zeros(20_000, 10).scatter(1, kept, 1.0)
-        torch.testing.assert_close(there.mean(0), torch.full((10,), 0.6), rtol=0, atol=0.02)
-        together = (there.T @ there / 20_000)[~torch.eye(10, dtype=torch.bool)]
+        kept = kept_prefix(20_000, 10, 0.4, generator=torch.Generator().manual_seed(0))
+        valid = torch.zeros(20_000, 10).scatter(1, kept, 1.0)
+        torch.testing.assert_close(valid.mean(0), torch.full((10,), 0.6), rtol=0, atol=0.02)
+        together = (valid.T @ valid / 20_000)[~torch.eye(10, dtype=torch.bool)]
         torch.testing.assert_close(together, torch.full((90,), 0.6 * 5 / 9), rtol=0, atol=0.02)  # 6 of 10, two of them
-        assert len(there.unique(dim=0)) == 210
+        assert len(valid.unique(dim=0)) == 210
 
-    @each_kind
+    @each_position_embedding
     def test_dropping_equals_masking(self, options):
         model, ids = model_of(prefix_dropout=0.6, **options).train(), ids_of(n=17)
         actual = model(ids, generator=torch.Generator().manual_seed(3))
-        kept = kept_of_prefix(2, 12, 0.6, generator=torch.Generator().manual_seed(3))
-        there = torch.zeros(2, 12, dtype=torch.bool).scatter(1, kept, True)
-        there = torch.cat([there, torch.ones(2, LATENTS, dtype=torch.bool)], 1)
-        x = model.eval().tokens(ids)
-        z = model.cross_attention(x[:, -LATENTS:], x, mask=masks.and_(masks.Causal(), masks.Padding(there)))
-        expected = model.answer(model.latent_transformer(z, mask=masks.Causal()))
+        draws = RepeatableDraws().generator(torch.Generator().manual_seed(3))
+        kept = kept_prefix(2, 12, 0.6, generator=draws)
+        valid = torch.zeros(2, 12, dtype=torch.bool).scatter(1, kept, True)
+        valid = torch.cat([valid, torch.ones(2, LATENTS, dtype=torch.bool)], 1)
+        x = model.eval().embedding(ids).materialize()
+        z = model.cross_attention(x[:, -LATENTS:], x, mask=masks.and_(masks.Causal(), masks.Padding(valid)))
+        expected = model.head(model.norm(model.latent_transformer(z, mask=masks.Causal())))
         torch.testing.assert_close(actual, expected, **EXACT)
         assert (actual - model(ids)).abs().max() > 1e-6
 
@@ -167,7 +169,7 @@ class TestParts:
             assert (getattr(again.head, "vectors", None) is again.embedding.vectors) == tied
             torch.testing.assert_close(again(ids_of()), model(ids_of()), rtol=0, atol=0)
 
-    @each_kind
+    @each_position_embedding
     def test_it_is_saved_and_loaded(self, options, tmp_path):
         model = model_of(prefix_dropout=0.25, norm=nn.RMSNorm, **options)
         pc.save(model, tmp_path)
@@ -189,19 +191,19 @@ class TestParts:
         }
         assert changes.keys() == set(inspect.signature(pc.PerceiverAR).parameters)
 
-        def made(**options):
+        def output(**options):
             options = {
                 "embedding": pc.adapters.TokenEmbedding(VOCABULARY, DIM),
                 "num_latents": LATENTS,
                 "num_heads": HEADS,
             } | options
             torch.manual_seed(0)
-            embed = pc.registry.from_config(pc.registry.to_config(options.pop("embedding")))
-            return shaken(pc.PerceiverAR(embed, **{"depth": 2} | options)).train()(ids_of())
+            embedding = pc.registry.from_config(pc.registry.to_config(options.pop("embedding")))
+            return randomized(pc.PerceiverAR(embedding, **{"depth": 2} | options)).train()(ids_of())
 
         for change in changes.values():
-            actual = made(**change)
-            assert actual.shape != made().shape or not torch.allclose(actual, made())
+            actual = output(**change)
+            assert actual.shape != output().shape or not torch.allclose(actual, output())
 
     def test_a_user_defined_kernel(self):
         attention = partial(pc.MultiHeadAttention, rotary=pc.positions.Rotary(), kernel=reference)
@@ -226,12 +228,13 @@ class TestParts:
 
     def test_parts_of_an_array_equal_the_whole(self):
         block = pc.SelfAttend(DIM, num_heads=HEADS, attention=partial(pc.MultiHeadAttention, rotary=GOOGLE))
-        x, where = torch.randn(2, 11, DIM), torch.arange(11)
-        first, known = block.extend(x[:, :4], None, mask=masks.Causal(), positions=where[:4])
-        second, known = block.extend(x[:, 4:], known, mask=masks.Causal(), positions=where[4:])
+        x, positions = torch.randn(2, 11, DIM), torch.arange(11)
+        cache = pc.reads.KeysValuesCache()
+        first = block(x[:, :4], mask=masks.Causal(), positions=positions[:4], cache=cache)
+        second = block(x[:, 4:], mask=masks.Causal(), positions=positions[4:], cache=cache)
         whole = block(x, mask=masks.Causal())
         torch.testing.assert_close(torch.cat([first, second], 1), whole, rtol=1e-5, atol=1e-5)
-        assert known.keys.shape[2] == 11
+        assert cache.memory.keys.shape[2] == 11
 
     def test_it_trains_with_default_settings(self):
         """A repeated pair of ids is predicted after a few steps."""
@@ -278,9 +281,9 @@ class TestCompilation:
             torch.testing.assert_close(actual, model(ids_of(n=n)), **EXACT)
         actual.sum().backward()
 
-    @pytest.mark.parametrize("kind, strict", [*((kind, False) for kind in POSITIONS), ("learned", True)])
-    def test_it_is_exported_for_any_length(self, kind, strict):
-        model = model_of(depth=1, **POSITIONS[kind])
+    @pytest.mark.parametrize("name, strict", [*((name, False) for name in POSITIONS), ("learned", True)])
+    def test_it_is_exported_for_any_length(self, name, strict):
+        model = model_of(depth=1, **POSITIONS[name])
         axes = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
         program = torch.export.export(model, (ids_of(),), dynamic_shapes=(axes,), strict=strict)
         for b, n in ((3, 17), (5, 7), (2, 53)):
@@ -325,13 +328,11 @@ class TestErrors:
             model(ids, mask=padding(4, 0))
 
     def test_a_loss_without_a_next_id_raises(self):
-        with pytest.raises(
-            ValueError, match=r"ids must be at least 2 long, one to read and one to foresee; got \(2, 1\)"
-        ):
+        with pytest.raises(ValueError, match=r"ids must be at least 2 long, an input and a target; got \(2, 1\)"):
             model_of().loss(ids_of(n=1))
 
     def test_a_loss_without_a_next_id_in_any_sample_raises(self):
-        message = "mask must leave a sample 2 ids at least, one to read and one to foresee; all have 1"
+        message = "mask must leave at least 2 tokens, an input and a target, in a sample; all have 1"
         for n in (2, 13):
             with pytest.raises(ValueError, match=message):
                 model_of().loss(ids_of(n=n), mask=padding(1, 1, n=n))
@@ -346,7 +347,7 @@ class TestErrors:
             ({"num_latents": 0}, "num_latents must be a whole number of at least 1; got 0"),
             ({"prefix_dropout": 1.0}, r"prefix_dropout must lie in \[0, 1\); got 1\.0"),
             ({"num_heads": 3}, "num_heads must divide qk_dim; got num_heads=3, qk_dim=28"),
-            ({"num_heads": 28}, r"heads must be of an even width, channels are turned in pairs; got 1"),
+            ({"num_heads": 28}, r"heads must have an even width, since channels are rotated in pairs; got 1"),
         ):
             with pytest.raises(ValueError, match=message):
                 pc.PerceiverAR(pc.adapters.TokenEmbedding(19, 28), **{"num_latents": 5, "num_heads": 7} | options)(

@@ -54,7 +54,7 @@ def features(*shape, dtype=torch.float64, seed=1):
     return torch.randn(*(shape or (BATCH, N)), WIDTH, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
-def there(*shape):
+def valid(*shape):
     mask = torch.rand(*(shape or (BATCH, N)), generator=torch.Generator().manual_seed(2)) < 0.6
     mask[0].view(-1)[0] = True
     return mask
@@ -64,7 +64,7 @@ class TestCrossAttention:
     @each_variant
     @pytest.mark.parametrize("hidden", [0.0, 7.0, float("nan"), float("inf")])
     def test_masked_features_have_no_effect(self, options, hidden):
-        model, mask = resampler(**options).double(), there()
+        model, mask = resampler(**options).double(), valid()
         x = features().masked_fill(~mask[..., None], hidden).requires_grad_()
         out = model(x, mask=mask)
         for sample in range(BATCH):
@@ -77,7 +77,7 @@ class TestCrossAttention:
 
     @each_variant
     def test_a_sample_without_features_returns_its_latents(self, options):
-        model, mask = resampler(**options).double(), there()
+        model, mask = resampler(**options).double(), valid()
         mask[1] = False
         out = model(features(), mask=mask)
         x = model.latents[None]
@@ -106,7 +106,7 @@ class TestCrossAttention:
         assert x.grad.ne(0).any(-1).all()
 
     def test_the_mask_of_tokens_is_used(self):
-        model, mask = resampler().double(), there()
+        model, mask = resampler().double(), valid()
         x = features()
         torch.testing.assert_close(model(Tokens(x, mask=mask)), model(x, mask=mask), **EXACT)
 
@@ -119,7 +119,7 @@ class TestCrossAttention:
 
     @pytest.mark.parametrize("layer", [0, 1, -1])
     def test_the_attention_map_covers_features_and_latents(self, layer):
-        model, mask = resampler().double(), there()
+        model, mask = resampler().double(), valid()
         weights = model.attention_map(features(), mask=mask, layer=layer, queries=[4, 0])
         assert weights.shape == (BATCH, HEADS, 2, N + LATENTS)
         torch.testing.assert_close(weights.sum(-1), torch.ones(BATCH, HEADS, 2, dtype=torch.float64), **EXACT)
@@ -136,7 +136,7 @@ class TestFrames:
     @pytest.mark.parametrize("masked", [False, True])
     def test_each_frame_is_read_independently(self, masked):
         model = randomized(EachFrame(resampler(), frame_positions=positions.LearnedEmbedding(4, WIDTH))).double()
-        x, mask = features(BATCH, FRAMES, N), there(BATCH, FRAMES, N) if masked else None
+        x, mask = features(BATCH, FRAMES, N), valid(BATCH, FRAMES, N) if masked else None
         out = model(x, mask=mask)
         for t in range(FRAMES):
             seen = None if mask is None else mask[:, t]
@@ -147,7 +147,7 @@ class TestFrames:
     @pytest.mark.parametrize("masked", [False, True])
     def test_all_frames_are_read_together(self, masked):
         model = video().double()
-        x, mask = features(BATCH, FRAMES, N), there(BATCH, FRAMES, N) if masked else None
+        x, mask = features(BATCH, FRAMES, N), valid(BATCH, FRAMES, N) if masked else None
         timed = torch.cat([x[:, t] + model.frame_positions.vectors[t] for t in range(FRAMES)], 1)
         expected = model.resampler(timed, mask=None if mask is None else mask.flatten(1))
         torch.testing.assert_close(model(x, mask=mask), expected, **EXACT)
@@ -185,7 +185,7 @@ class TestFrames:
         with pytest.raises(ValueError, match="got 2 axes, 11 wide"):
             AllFrames(resampler(), frame_positions=positions.LearnedGrid((3, 5), WIDTH))
         with pytest.raises(
-            ValueError, match=r"there are vectors for at most 4 places; got 5\. Build LearnedEmbedding with"
+            ValueError, match=r"grid must have at most length=4 tokens; got 5\. Build LearnedEmbedding with"
         ):
             video()(features(BATCH, 5, N, dtype=torch.float32))
         for wrapped in (video(), EachFrame(resampler())):
@@ -194,7 +194,7 @@ class TestFrames:
             with pytest.raises(
                 ValueError, match=r"mask must have shape \(2, 3, 17\), one value a token; got \(2, 51\)"
             ):
-                wrapped(features(BATCH, FRAMES, N, dtype=torch.float32), mask=there(BATCH, FRAMES * N))
+                wrapped(features(BATCH, FRAMES, N, dtype=torch.float32), mask=valid(BATCH, FRAMES * N))
 
 
 @pytest.mark.refusal
@@ -215,13 +215,13 @@ class TestErrors:
     def test_invalid_masks_raise(self):
         model, x = resampler(), features(dtype=torch.float32)
         with pytest.raises(ValueError, match=r"mask must have shape \(2, 17\), one value a token; got \(2, 16\)"):
-            model(x, mask=there()[:, :16])
+            model(x, mask=valid()[:, :16])
         with pytest.raises(ValueError, match=r"mask must have shape \(2, 17\)"):
-            model(x, mask=there()[:, None, None])
+            model(x, mask=valid()[:, None, None])
         with pytest.raises(TypeError, match=r"mask must be a boolean tensor, True = attend; got torch\.float32"):
-            model(x, mask=there().float())
-        with pytest.raises(ValueError, match="mask must be that of the tokens where these are Tokens"):
-            model(Tokens(x), mask=there())
+            model(x, mask=valid().float())
+        with pytest.raises(ValueError, match="mask must be None if features are Tokens"):
+            model(Tokens(x), mask=valid())
 
     def test_invalid_sizes_raise(self):
         with pytest.raises(ValueError, match="depth must be a whole number of at least 1; got 0"):
@@ -262,8 +262,8 @@ class TestIntegration:
     def test_under_autocast(self):
         model, x = resampler(), features(dtype=torch.float32)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            half = model(x, mask=there())
-        torch.testing.assert_close(half.float(), model(x, mask=there()), rtol=0.1, atol=0.1)
+            half = model(x, mask=valid())
+        torch.testing.assert_close(half.float(), model(x, mask=valid()), rtol=0.1, atol=0.1)
 
     @pytest.mark.compile
     @each_variant
@@ -272,7 +272,7 @@ class TestIntegration:
         model = resampler(**options).double()
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
         for n in (17, 23, 7):
-            for mask in (None, there(BATCH, n)):
+            for mask in (None, valid(BATCH, n)):
                 x = features(BATCH, n)
                 torch.testing.assert_close(compiled(x, mask=mask), model(x, mask=mask), rtol=1e-9, atol=1e-10)
         torch._dynamo.reset()
@@ -283,9 +283,9 @@ class TestIntegration:
         model, x = resampler(**VARIANTS["grouped"]).eval(), features(dtype=torch.float32)
         axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
         dynamic = {"features": axes, "mask": axes}
-        program = torch.export.export(model, (x,), {"mask": there()}, dynamic_shapes=dynamic, strict=strict)
+        program = torch.export.export(model, (x,), {"mask": valid()}, dynamic_shapes=dynamic, strict=strict)
         for b, n in ((3, 23), (5, 7)):
-            more, mask = features(b, n, dtype=torch.float32), there(b, n)
+            more, mask = features(b, n, dtype=torch.float32), valid(b, n)
             torch.testing.assert_close(program.module()(more, mask=mask), model(more, mask=mask), **CLOSE)
 
     @pytest.mark.compile

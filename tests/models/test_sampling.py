@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from perceiver_core.models import sampling
 from tests.models.perceiver_ar_cases import (
     EXACT,
-    few,
+    few_examples,
     seeds,
 )
 
@@ -46,7 +46,7 @@ class TestSampling:
         everything = sampling.Sample(top_k=99).probabilities(self.LOGITS)
         torch.testing.assert_close(everything, self.LOGITS.softmax(-1), **EXACT)
 
-    @few
+    @few_examples
     @given(seed=seeds, top_p=st.floats(0.01, 1.0), temperature=st.floats(0.2, 3.0))
     def test_top_p_keeps_the_smallest_sufficient_set(self, seed, top_p, temperature):
         logits = torch.randn(3, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))

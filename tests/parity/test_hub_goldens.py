@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from perceiver_core.checkpoints import from_pretrained, save_pretrained
+from perceiver_core.interop import load_transformers
 
 allowed = pytest.mark.skipif(os.environ.get("PERCEIVER_CORE_HUB") != "1", reason="downloads; set PERCEIVER_CORE_HUB=1")
 image = pytest.importorskip("PIL.Image")
@@ -63,7 +64,7 @@ def cats(tmp_path_factory: pytest.TempPathFactory) -> Tensor:
 @pytest.mark.parametrize("name", GOLDEN)
 @torch.no_grad()
 def test_the_first_logits_equal_those_of_transformers(name: str, cats: Tensor, tmp_path: Path) -> None:
-    model = hugging_face(name)
+    model = load_transformers(name)
     logits = model(cats)
     assert logits.shape == (1, 1000)
     torch.testing.assert_close(logits[0, :3], torch.tensor(GOLDEN[name]), rtol=1e-4, atol=1e-4)

@@ -240,7 +240,10 @@ class TestDropout:
     def test_of_tokens(self, masked):
         data, asked = self.data(2, 19, 11), self.data(23, 13)
         mask = torch.rand(2, 19) < 0.6 if masked else None
-        ours, them = {"inputs": data, "at": asked, "mask": mask}, {"data": data, "queries": asked, "mask": mask}
+        ours, them = (
+            {"inputs": data, "query_inputs": asked, "mask": mask},
+            {"data": data, "queries": asked, "mask": mask},
+        )
         outs, without = self.both("PerceiverIO", IO | {"seq_dropout_prob": 0.45}, ours, them)
         torch.testing.assert_close(*outs, rtol=0, atol=1e-9)
         assert not torch.allclose(outs[0], without, atol=1e-3)

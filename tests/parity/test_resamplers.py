@@ -110,7 +110,7 @@ class TestIdefics2:
                 f"{name}.mlp_norm.weight": value(layer.post_attention_layernorm.weight),
                 **self.gated(f"{name}.mlp", layer.mlp, value),
             }
-        return actual | ({} if projection is None else self.gated("project", projection, value))
+        return actual | ({} if projection is None else self.gated("projection", projection, value))
 
     @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
     @pytest.mark.parametrize("heads, kv_heads", [(6, 2), (6, 1), (3, 3), (16, 4)])
@@ -249,7 +249,7 @@ class TestFlamingo:
         ours = randomized(EachFrame(self.model(), frame_positions=positions.LearnedEmbedding(7, self.WIDTH)))
 
         def formula(x_f):
-            return self.resampled(ours.resampler, x_f + ours.times.vectors[: self.FRAMES, None])
+            return self.resampled(ours.resampler, x_f + ours.frame_positions.vectors[: self.FRAMES, None])
 
         self.compare(ours, formula)
 
@@ -257,7 +257,7 @@ class TestFlamingo:
         ours = randomized(AllFrames(self.model(), frame_positions=positions.LearnedEmbedding(7, self.WIDTH)))
 
         def formula(x_f):
-            x_f = x_f + ours.times.vectors[: self.FRAMES, None]
+            x_f = x_f + ours.frame_positions.vectors[: self.FRAMES, None]
             return self.resampled(ours.resampler, x_f.flatten(1, 2))
 
         self.compare(ours, formula)
@@ -266,7 +266,7 @@ class TestFlamingo:
         ours = randomized(AllFrames(self.model(), frame_positions=positions.LearnedGrid((3,), self.WIDTH)))
 
         def formula(x_f):
-            vectors = ours.times.vectors
+            vectors = ours.frame_positions.vectors
             places = torch.linspace(0, len(vectors) - 1, self.FRAMES, dtype=torch.float64)
             below = places.floor().long().clamp(max=len(vectors) - 2)
             part = (places - below)[:, None]

@@ -92,9 +92,10 @@ def their_inputs(kind: str, model: nn.Module) -> tuple[dict[str, Any], dict[str,
         label = torch.zeros(2, config.num_labels, dtype=torch.float64)
         film = drawn(2, config.num_frames, 3, config.image_size, config.image_size)
         inputs = {"image": film, "audio": drawn(2, samples, 1, seed=1), "label": label}
-        at = {"image": torch.tensor([3, 0, 100, 191]), "audio": torch.tensor([5, 1, 2])}
+        points = {"image": torch.tensor([3, 0, 100, 191]), "audio": torch.tensor([5, 1, 2])}
         ours = {"image": film, "audio": inputs["audio"][..., 0], "label": label}
-        return {"inputs": inputs, "subsampled_output_points": {**at, "label": None}}, {"inputs": ours, "at": at}
+        theirs = {"inputs": inputs, "subsampled_output_points": {**points, "label": None}}
+        return theirs, {"inputs": ours, "query_inputs": points}
     shape = (6, 6) if "Learned" in kind else (13, 17) if "Fourier" in kind else (23, 37)
     pictures = drawn(2, 3, *shape)
     return {"inputs": pictures}, {"inputs": pictures}

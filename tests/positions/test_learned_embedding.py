@@ -28,7 +28,7 @@ class TestLearnedEmbedding:
     @pytest.mark.refusal
     def test_invalid_lengths_and_grids_raise(self) -> None:
         with pytest.raises(
-            ValueError, match=r"there are vectors for at most 7 places; got 11\. Build LearnedEmbedding with"
+            ValueError, match=r"grid must have at most length=7 tokens; got 11\. Build LearnedEmbedding with"
         ):
             LearnedEmbedding(7, dim=3).tables((11,), LIKE)
         with pytest.raises(ValueError, match="length must be a whole number of at least 1; got 0"):

@@ -108,7 +108,7 @@ def test_it_has_no_state() -> None:
 
 @pytest.mark.refusal
 def test_odd_and_empty_widths_raise() -> None:
-    with pytest.raises(ValueError, match="dim must be even, channels are turned in pairs; got 7"):
+    with pytest.raises(ValueError, match="dim must be even, since channels are rotated in pairs; got 7"):
         Rotary(7)
     with pytest.raises(ValueError, match="dim must be a whole number of at least 1; got 0"):
         Rotary(0)
@@ -182,7 +182,7 @@ def test_queries_aligned_at_the_end_have_the_right_distances(rotary: Rotary, que
 @pytest.mark.refusal
 def test_odd_heads_and_invalid_bases_raise() -> None:
     with pytest.raises(
-        ValueError, match=r"heads must be of an even width, channels are turned in pairs; got 13\. Give"
+        ValueError, match=r"heads must have an even width, since channels are rotated in pairs; got 13\. Give"
     ):
         Rotary()(draw(B, H, N, D))
     with pytest.raises(ValueError, match=r"base must be above 0; got 0\.0"):

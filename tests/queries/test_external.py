@@ -26,7 +26,7 @@ def test_a_model_accepts_external_queries():
 @pytest.mark.parametrize(
     ("at", "kind", "message"),
     [
-        (None, ValueError, "queries must be the queries, q 7 or b q 7"),
+        (None, ValueError, "queries must be q 7 or b q 7; got None"),
         (torch.zeros(5, 6), ValueError, r"queries must be q 7 or b q 7; got shape \(5, 6\)"),
         (torch.zeros(7), ValueError, r"got shape \(7,\)"),
         (torch.zeros(5, 7).long(), TypeError, "queries must be floating point"),

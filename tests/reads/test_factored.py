@@ -131,7 +131,11 @@ def test_the_size_of_a_slab(constant, value, monkeypatch):
     assert (memory.tokens_per_slab, memory.attend_slab) == (31, factored.attend_slab)
 
 
-@pytest.mark.parametrize("options", [{"kernel": sdpa}, {"rotary": positions.Rotary(2)}, {"num_kv_heads": 1}], ids=repr)
+@pytest.mark.parametrize(
+    "options",
+    [{"kernel": sdpa}, {"rotary": positions.Rotary(2)}, {"num_kv_heads": 1}],
+    ids=["kernel", "rotary", "grouped"],
+)
 def test_keys_and_values_are_formed_for_a_kernel(options, monkeypatch):
     monkeypatch.setattr(slabs, "TOKENS", 31)
     tokens, x = tokens_of((5, 13), masked=True), queries()

@@ -98,8 +98,8 @@ def lambdas():
         return nn.LayerNorm(dim)
 
     return {
-        "read": lambda dim, width: pc.CrossAttend(dim, width, norm=norm),
-        "process": partial(pc.LatentTransformer, block=partial(pc.SelfAttend, mlp=lambda dim: pc.MLP(dim))),
+        "cross_attention": lambda dim, width: pc.CrossAttend(dim, width, norm=norm),
+        "latent_transformer": partial(pc.LatentTransformer, block=partial(pc.SelfAttend, mlp=lambda dim: pc.MLP(dim))),
     }
 
 
@@ -118,7 +118,7 @@ def test_models_with_lambdas_and_local_functions_are_copied_and_pickled():
     for way, again in there_and_back(model):
         assert torch.equal(again(TOKENS), model(TOKENS)), way
         with pytest.raises(
-            ValueError, match=r"encoder\.read is .*lambdas\.<locals>\.<lambda>, which is not registered"
+            ValueError, match=r"encoder\.cross_attention is .*lambdas\.<locals>\.<lambda>, which is not registered"
         ):
             to_config(again)
 
@@ -126,18 +126,18 @@ def test_models_with_lambdas_and_local_functions_are_copied_and_pickled():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"cross_attention": lambda dim, width: pc.CrossAttend(dim, width)}, r"encoder\.read is .*<lambda>"),
+        ({"cross_attention": lambda dim, width: pc.CrossAttend(dim, width)}, r"encoder\.cross_attention is .*<lambda>"),
         (
             {"cross_attention": partial(pc.CrossAttend, mlp=lambda dim: pc.MLP(dim))},
-            r"encoder\.read\.mlp is .*<lambda>",
+            r"encoder\.cross_attention\.mlp is .*<lambda>",
         ),
         (
             {"cross_attention": partial(lambda dim, width, by: pc.CrossAttend(dim, width), by=3)},
-            r"encoder\.read is .*<lambda>",
+            r"encoder\.cross_attention is .*<lambda>",
         ),
         (
             {"latent_transformer": partial(pc.LatentTransformer, block=partial(pc.SelfAttend, norm=OwnNorm))},
-            r"encoder\.process\.block\.norm is test_record\.OwnNorm",
+            r"encoder\.latent_transformer\.block\.norm is tests\.registry\.test_record\.OwnNorm",
         ),
     ],
     ids=["lambda", "inside a partial", "a partial of one", "a class"],
@@ -185,7 +185,9 @@ def test_a_function_that_is_registered_later_is_known_then():
 def test_an_instance_that_a_partial_calls_is_not_its_class():
     part = Anything(partial(OwnNorm(3)))
     register(OwnNorm)
-    with pytest.raises(ValueError, match=r"value is <test_record\.OwnNorm object>, which is not registered"):
+    with pytest.raises(
+        ValueError, match=r"value is <tests\.registry\.test_record\.OwnNorm object>, which is not registered"
+    ):
         to_config(part)
 
 
@@ -349,12 +351,42 @@ def test_vectors_that_a_head_shares_with_an_adapter_stay_shared(tmp_path):
     assert loaded.others[0].vectors is loaded.first.vectors
 
 
+@register
+class Deep(nn.Module):
+    """Gives a factory to each of its layers."""
+
+    def __init__(self, factory, depth=5):
+        super().__init__()
+        self.layers = nn.ModuleList(Anything(factory) for _ in range(depth))
+
+
 def test_a_partial_that_is_given_to_many_is_described_once():
-    deep = encoder(depth=5, latent_transformer=partial(pc.LatentTransformer, block=partial(
-        pc.SelfAttend, attention=partial(pc.MultiHeadAttention, rotary=pc.positions.Rotary(2)))))  # fmt: skip
-    blocks = deep.transformers[0].blocks
-    nodes = [vars(block)[RECORD].arguments["attention"] for block in blocks]
+    deep = Deep(partial(pc.SelfAttend, attention=partial(pc.MultiHeadAttention, rotary=pc.positions.Rotary(2))))
+    nodes = [vars(layer)[RECORD].arguments["value"] for layer in deep.layers]
     assert len(nodes) == 5 and all(node is nodes[0] for node in nodes)
+
+
+def test_modules_in_partials_are_copied_for_each_block():
+    attention = partial(pc.MultiHeadAttention, rotary=pc.positions.Rotary(2))
+    deep = encoder(depth=5, latent_transformer=partial(pc.LatentTransformer, block=partial(
+        pc.SelfAttend, attention=attention)))  # fmt: skip
+    configs = [to_config(block)["attention"] for block in deep.transformers[0].blocks]
+    assert configs == [to_config(attention)] * 5
+    assert len({id(block.attention.rotary) for block in deep.transformers[0].blocks}) == 5
+
+
+def test_a_shared_module_in_a_partial_is_one_module_again():
+    attention = partial(pc.MultiHeadAttention, rotary=pc.sharing.Shared(pc.positions.Rotary(2)))
+    model = encoder(num_reads=2, share=False, depth=3, latent_transformer=partial(
+        pc.LatentTransformer, block=partial(pc.SelfAttend, attention=attention)))  # fmt: skip
+    expected = {"part": "Shared", "module": {"part": "Rotary", "dim": 2}}
+    for way, copied in there_and_back(model):
+        config = to_config(copied)
+        assert config["latent_transformer"]["block"]["attention"]["rotary"] == expected, way
+        again = from_config(config)
+        rotaries = [block.attention.rotary for process in again.transformers for block in process.blocks]
+        assert len(rotaries) == 6 and len(set(rotaries)) == 1
+        assert to_config(again) == to_config(model)
 
 
 # ---- other processes

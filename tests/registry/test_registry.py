@@ -170,7 +170,9 @@ def test_subclasses_record_their_own_arguments():
 
 
 def test_a_subclass_that_is_not_registered_is_refused():
-    with pytest.raises(ValueError, match=r"inner is test_registry\.Unregistered, which is not registered. Put @perc"):
+    with pytest.raises(
+        ValueError, match=r"inner is tests\.registry\.test_registry\.Unregistered, which is not registered. Put @perc"
+    ):
         to_config(Holder(Unregistered()))
 
 
@@ -214,7 +216,9 @@ class Unhashable:
 
 
 def test_a_name_is_taken_once():
-    with pytest.raises(ValueError, match=r"name 'MLP' is taken by perceiver_core.*register test_registry.* another"):
+    with pytest.raises(
+        ValueError, match=r"name 'MLP' is taken by perceiver_core.*register tests\.registry\.test_registry.* another"
+    ):
         register(type("MLP", (nn.Module,), {}))
     register(type("MLP", (nn.Module,), {"__module__": __name__}), name="my.MLP")
     assert from_config({"part": "my.MLP"}).__module__ == __name__
@@ -357,12 +361,12 @@ def test_a_part_is_the_same_only_as_an_earlier_one(path):
         ({"name": "a_kernel", "scale": 3}, r"must hold 'name' alone; found \['scale'\] beside it"),
         ({"dict": {}, "x": 3}, "must hold 'dict' alone"),
         ({"dict": [3]}, r"must hold an object under 'dict'; got \[3\]"),
-        ({"part": "Numbers"}, "Numbers cannot be built from its description: .*missing .*'numbers'"),
+        ({"part": "Numbers"}, "Numbers cannot be built from its configuration: .*missing .*'numbers'"),
         (
             {"part": "Numbers", "numbers": 3, "number": 3},
-            "Numbers cannot be built from its description: .*unexpected .*'number'",
+            "Numbers cannot be built from its configuration: .*unexpected .*'number'",
         ),
-        ({"part": "Numbers", "numbers": 3, "self": 3}, "Numbers cannot be built from its description"),
+        ({"part": "Numbers", "numbers": 3, "self": 3}, "Numbers cannot be built from its configuration"),
         ({"part": "Numbers", "numbers": 3, "__class__": 3}, "unexpected keyword argument '__class__'"),
         ({"part": "Holder", "inner": {"part": "Wider", "width": None}}, "inner: Wider cannot be built"),
         (
@@ -384,7 +388,7 @@ def test_an_error_without_words_is_named():
         def __init__(self):
             raise KeyError
 
-    with pytest.raises(ValueError, match="Wordless cannot be built from its description: KeyError"):
+    with pytest.raises(ValueError, match="Wordless cannot be built from its configuration: KeyError"):
         from_config({"part": "Wordless"})
 
 
@@ -425,7 +429,7 @@ def test_settings_tell_what_has_been_changed():
         assert registry.settings(module) == registry.settings(make())
         change(module)
         assert registry.settings(module) != registry.settings(make())
-    assert registry.settings(Secretive()) == "test_registry.Secretive()"
+    assert registry.settings(Secretive()) == "tests.registry.test_registry.Secretive()"
 
 
 class Secretive(nn.Module):

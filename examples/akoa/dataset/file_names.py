@@ -145,7 +145,7 @@ def classify_files(paths: Iterable[str]) -> tuple[list[ImageFile], list[str], li
             ignored.append(path)
             continue
         try:
-            check_strategy(path)
+            check_path(path)
             file = ImageFile(path, parse_name(PurePosixPath(path).name))
         except ValueError as error:
             problems.append(Problem("unparsed", path, "", str(error)))

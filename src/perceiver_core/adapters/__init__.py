@@ -1,4 +1,9 @@
-"""Adapters: raw tensors to `Tokens`. Each knows the width of its tokens (`.dim`)."""
+"""Adapters: modules from raw inputs to `Tokens`. The attribute `dim` of an adapter is the width of its tokens.
+
+The argument `mask` of `forward`, if there is one, marks valid tokens (True = attend). Adapters raise TypeError for
+inputs and masks of a wrong dtype, and ValueError for another rank, size or number of channels, empty inputs, NaN and
+infinite values of valid tokens, and masks of another shape.
+"""
 
 from perceiver_core.adapters.audio import Audio, Spectrogram
 from perceiver_core.adapters.bytes import Bytes

@@ -1,4 +1,4 @@
-"""Text as the bytes of its UTF-8, with the special tokens of the published language model."""
+"""Text as UTF-8 bytes, with the special tokens of the published language model."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from perceiver_core.registry import register
 
 @register
 class Bytes(TokenEmbedding):
-    """Ids of six special tokens and 256 bytes: nothing is unknown, and no tokenizer has to be kept with a model.
+    """Adapter for ids of 256 bytes and six special tokens: no unknown tokens, and no tokenizer to save with a model.
 
     `Bytes.PAD`, `BOS`, `EOS`, `MASK`, `CLS` and `SEP` are 0 to 5; byte k is 6 + k.
 
     Args:
-        dim: the width of a token.
-        positions: as those of `TokenEmbedding`.
-        positions_include_padding: as that of `TokenEmbedding`.
+        dim: Width of a token.
+        positions: As in `TokenEmbedding`.
+        positions_include_padding: As in `TokenEmbedding`.
 
     Example:
         >>> import torch
@@ -51,17 +51,18 @@ class Bytes(TokenEmbedding):
     def encode(
         cls, texts: str | Sequence[str], *, ends: bool = False, left: bool = False, most: int | None = None
     ) -> tuple[Int[Tensor, "b n"], Bool[Tensor, "b n"]]:
-        """Ids of texts, padded to the longest, and which of them are there.
+        """Return the ids of texts, padded to the longest, and the mask of valid ids.
 
         Args:
-            texts: one or several.
-            ends: whether CLS stands before each text and SEP after it, as the published language model wants.
-            left: whether padding stands on the left, as `generate` wants, and not on the right.
-            most: how many ids a text may have, ends included; what is more is cut off. No limit unless given.
+            texts: One or several texts.
+            ends: Whether CLS precedes and SEP follows each text, as the published language model requires.
+            left: Whether padding is on the left, as `generate` requires, instead of the right.
+            most: Maximum number of ids of a text, ends included, to which longer texts are truncated; no limit by
+                default.
 
         Raises:
-            TypeError: texts that are not strings.
-            ValueError: no text that has a token. One without, "" beside others, is masked: it is not there.
+            TypeError: Texts that are not strings.
+            ValueError: No text that has a token. Among others, an empty text is fully masked.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         if wrong := [type(text).__name__ for text in texts if not isinstance(text, str)]:
@@ -80,11 +81,7 @@ class Bytes(TokenEmbedding):
 
     @classmethod
     def decode(cls, ids: Int[Tensor, "b n"] | Int[Tensor, " n"]) -> list[str]:
-        """The texts of ids, special tokens left out; bytes that are no UTF-8 become the replacement character.
-
-        Raises:
-            ValueError: ids beyond those there are.
-        """
+        """Return the texts of ids, without special tokens; invalid UTF-8 becomes the replacement character."""
         ids = ids[None] if isinstance(ids, Tensor) and ids.ndim == 1 else ids
         checks.ids("ids", ids, cls.SPECIAL + 256)
         rows = ([i - cls.SPECIAL for i in row if i >= cls.SPECIAL] for row in ids.tolist())

@@ -1,8 +1,8 @@
-"""Dropout of whole tokens: what is dropped is not read, which saves its time too."""
+"""Dropout of whole tokens, which saves the time of reading them."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +15,16 @@ from perceiver_core.tokens import Tokens
 
 @register
 class DropTokens(nn.Module):
-    """An adapter whose tokens are in training a part of them only, drawn anew for each sample.
+    """Adapter that drops tokens of another adapter in training, drawn for each sample.
 
-    Of n tokens, (1 - rate) n are left, rounded down, one at least, in their order; of those that a mask leaves, the
-    same share, rounded up. Whatever goes by a token's number, `Rotary`, a causal mask or `queries.Grid(None, ...)`,
-    sees those that are left as neighbors: for tokens that carry their positions, or need none.
+    Of n tokens, (1 - rate) n are kept, rounded down, at least one, in their order; of the valid tokens of a sample the
+    same share, rounded up. `Rotary`, causal masks and `queries.Grid(None, ...)` go by a token's index, so they would
+    see the kept tokens as neighbors: drop only tokens that carry their positions, or need none.
 
     Args:
-        adapter: makes the tokens.
-        rate: the share of tokens that is dropped.
-        generator: draws which; PyTorch's own unless given. It is not saved.
+        adapter: Adapter that makes the tokens.
+        rate: Share of the tokens that is dropped.
+        generator: Generator of the random draws; PyTorch's default generator by default. It is not saved.
 
     Example:
         >>> import torch
@@ -42,33 +42,24 @@ class DropTokens(nn.Module):
         super().__init__()
         checks.probability(rate=rate)
         self.adapter, self.rate, self.generator = adapter, rate, generator
+        self.dim: int = cast(Any, adapter).dim
         self._draws = RepeatableDraws()
 
-    @property
-    def dim(self) -> int:
-        """The width of a token."""
-        return int(self.adapter.dim)  # type: ignore[arg-type]
-
-    def forward(self, x: Any, *, mask: Tensor | None = None) -> Tokens:
-        """The tokens of the adapter; in training some of them, as a list without a grid."""
+    def forward(self, x: object, *, mask: Tensor | None = None) -> Tokens:
+        """Return the tokens of the adapter; in training the kept ones, without a grid."""
         tokens: Tokens = self.adapter(x) if mask is None else self.adapter(x, mask=mask)
         if not self.training or not self.rate:
             return tokens
-        content = tokens.materialize()
-        # Not torch.randn: with a generator it takes no sizes that torch.compile leaves open.
-        order = torch.empty(content.shape[:2], device=content.device).normal_(
-            generator=self._draws.generator(self.generator)
-        )
-        present = None if tokens.mask is None else tokens.mask.flatten(1)
-        if present is not None:
-            order = order.masked_fill(~present, -torch.inf)
-        best = order.topk(
-            max(1, checks.part_of(tokens.num_tokens, 1 - self.rate)), dim=1
-        ).indices  # those that are there come first
-        kept, place = best.sort(1)
+        content, valid = tokens.materialize(), tokens.flat_mask()
+        generator = self._draws.generator(self.generator)
+        # Not torch.randn, which with a generator takes no dynamic sizes of torch.compile.
+        order = torch.empty(content.shape[:2], device=content.device).normal_(generator=generator)
+        if valid is not None:
+            order = order.masked_fill(~valid, -torch.inf)  # valid tokens are kept first
+        num_kept = max(1, checks.part_of(tokens.num_tokens, 1 - self.rate))
+        kept, rank = order.topk(num_kept, dim=1).indices.sort(1)
         content = content.gather(1, kept[..., None].expand(-1, -1, content.shape[-1]))
-        if present is None:
+        if valid is None:
             return Tokens(content)
-        share = ((1 - self.rate) * present.sum(1, keepdim=True).double() - 1e-9).ceil()
-        counted = place < share
-        return Tokens(content, mask=present.gather(1, kept) & counted)
+        num_valid = ((1 - self.rate) * valid.sum(1, keepdim=True).double() - 1e-9).ceil()
+        return Tokens(content, mask=valid.gather(1, kept) & (rank < num_valid))

@@ -1,4 +1,4 @@
-"""Two frames for optical flow: every pixel knows its neighborhood in both."""
+"""Pairs of frames for optical flow: a token per pixel, with its neighborhood in both frames."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from perceiver_core.tokens import Tokens
 
 @register
 class FramePair(nn.Module):
-    """Two frames `b 2 c h w` to a token a pixel: the patches around it in both, projected.
+    """Adapter for two frames `b 2 c h w`: a token per pixel, projected from the patches around it in both frames.
 
-    Patches are padded with zeros at the border. In a patch pixels come row by row, all channels of a pixel together;
-    the first frame's patch comes first.
+    Patches are padded with zeros at the border. The patch of the first frame comes first; its pixels are in row-major
+    order, all channels of a pixel together.
 
     Args:
-        positions: position features over two axes; None for none.
-        num_channels: 3 for color.
-        patch_size: the side of a patch; odd.
-        dim: what the patches are projected to.
+        positions: Position features over two axes; None for none.
+        num_channels: Number of channels of a pixel: 3 for color.
+        patch_size: Side of a patch in pixels; odd.
+        dim: Width of the projected patches, without positions.
 
     Example:
         >>> import torch
         >>> import perceiver_core as pc
-        >>> where = pc.positions.Fourier(num_axes=2, num_bands=64, max_resolution=(368, 496))
-        >>> pair = pc.adapters.FramePair(positions=where)
+        >>> positions = pc.positions.Fourier(num_axes=2, num_bands=64, max_resolution=(368, 496))
+        >>> pair = pc.adapters.FramePair(positions=positions)
         >>> pair.dim, pair(torch.rand(1, 2, 3, 13, 17)).grid
         (322, (13, 17))
 
@@ -47,23 +47,15 @@ class FramePair(nn.Module):
             raise ValueError(f"patch_size must be odd, to have a pixel in its middle; got {patch_size}")
         check_axes("FramePair", positions, 2)
         self.positions, self.num_channels, self.patch_size = positions, num_channels, patch_size
+        self.dim = token_dim(dim, positions)
         self.project = init.linear(2 * num_channels * patch_size * patch_size, dim)
 
-    @property
-    def dim(self) -> int:
-        """The width of a token."""
-        return token_dim(self.project.out_features, self.positions)
-
     def forward(self, frames: Float[Tensor, "b 2 c h w"], *, mask: Bool[Tensor, "b h w"] | None = None) -> Tokens:
-        """The tokens of a pair of frames of any size.
+        """Return the tokens of pairs of frames of any size.
 
         Args:
-            frames: the earlier first; values as the model is trained, mostly in [-1, 1].
-            mask: over pixels, True = attend.
-
-        Raises:
-            TypeError: frames that are not floating point.
-            ValueError: other than two frames, another number of channels, NaN, a mask of another shape.
+            frames: The earlier frame, then the later; values as in training, mostly in [-1, 1].
+            mask: Valid pixels, True = attend.
         """
         checks.is_floating("frames", frames)
         checks.has_shape("frames", frames, "b t c h w")
@@ -73,9 +65,7 @@ class FramePair(nn.Module):
         return grid_tokens("frames", self.project(self.patches(frames)), self.positions, mask)
 
     def patches(self, frames: Float[Tensor, "b 2 c h w"]) -> Float[Tensor, "b h w patches"]:
-        """The patches around every pixel, both frames' in a row."""
+        """Return the patches around every pixel, those of both frames concatenated."""
         height, width = frames.shape[-2:]
-        around = F.unfold(frames.flatten(0, 1), self.patch_size, padding=self.patch_size // 2)
-        return rearrange(
-            around, "(b t) (c k) (h w) -> b h w (t k c)", t=2, c=self.num_channels, h=height, w=width
-        )  # fmt: skip
+        columns = F.unfold(frames.flatten(0, 1), self.patch_size, padding=self.patch_size // 2)
+        return rearrange(columns, "(b t) (c k) (h w) -> b h w (t k c)", t=2, c=self.num_channels, h=height, w=width)

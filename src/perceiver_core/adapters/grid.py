@@ -1,4 +1,4 @@
-"""Any channels-last array on a grid, and the step that all grid adapters end with."""
+"""Channels-last arrays on a grid, and the last step of all grid adapters."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from perceiver_core.tokens import Tokens
 
 @register
 class Grid(nn.Module):
-    """Arrays `b *grid c` of as many axes as its positions have: one token a grid point.
+    """Adapter for arrays `b *grid c` with as many grid axes as the positions have: one token per grid point.
 
     Args:
-        num_channels: c.
-        positions: position features; None for tokens that do not know where they are (a set).
+        num_channels: Number of channels c.
+        positions: Position features; None for tokens without positions (a set).
 
     Example:
         >>> import torch
         >>> import perceiver_core as pc
-        >>> where = pc.positions.Fourier(num_axes=3, num_bands=4, max_resolution=16)
-        >>> video = pc.adapters.Grid(num_channels=3, positions=where)
+        >>> positions = pc.positions.Fourier(num_axes=3, num_bands=4, max_resolution=16)
+        >>> video = pc.adapters.Grid(num_channels=3, positions=positions)
         >>> tokens = video(torch.rand(2, 5, 7, 11, 3))
         >>> tokens.num_tokens, tokens.dim == video.dim
         (385, True)
@@ -33,19 +33,10 @@ class Grid(nn.Module):
         super().__init__()
         checks.positive(num_channels=num_channels)
         self.num_channels, self.positions = num_channels, positions
-
-    @property
-    def dim(self) -> int:
-        """The width of a token."""
-        return token_dim(self.num_channels, self.positions)
+        self.dim = token_dim(num_channels, positions)
 
     def forward(self, x: Float[Tensor, "b *grid c"], *, mask: Bool[Tensor, " b *grid"] | None = None) -> Tokens:
-        """The tokens of an array.
-
-        Raises:
-            TypeError: an array that is not floating point.
-            ValueError: another rank or number of channels, an empty array, NaN.
-        """
+        """Return the tokens of arrays."""
         checks.is_floating("array", x)
         axes = 1 if self.positions is None else self.positions.num_axes
         if x.ndim != axes + 2 and (self.positions is not None or x.ndim < 3):
@@ -55,17 +46,13 @@ class Grid(nn.Module):
         return grid_tokens("array", x, self.positions, mask)
 
 
-def token_dim(channels: int, positions: Positions | None) -> int:
-    """The width of tokens with `channels` of content and these positions."""
-    return channels + (0 if positions is None else positions.dim)
+def token_dim(num_channels: int, positions: Positions | None) -> int:
+    """Return the width of tokens with `num_channels` of content and these positions."""
+    return num_channels + (0 if positions is None else positions.dim)
 
 
 def grid_tokens(name: str, content: Tensor, positions: Positions | None, mask: Tensor | None) -> Tokens:
-    """Tokens of channels-last content, its values checked.
-
-    Raises:
-        TypeError, ValueError: see `checks.is_mask` and `checks.values`.
-    """
+    """Return tokens of channels-last content, after a check of its values and mask."""
     if mask is not None:
         checks.is_mask("mask", mask, content.shape[:-1])
     checks.values(name, content, mask)
@@ -73,19 +60,19 @@ def grid_tokens(name: str, content: Tensor, positions: Positions | None, mask: T
     return Tokens(content, tables, mask)
 
 
-def check_axes(adapter: str, positions: Positions | None, axes: int) -> None:
-    """Raises unless positions are an object with tables over `axes` axes.
+def check_axes(adapter: str, positions: Positions | None, num_axes: int) -> None:
+    """Raise unless positions are None, or an object with tables over `num_axes` axes.
 
     Raises:
-        TypeError: something else, a class for example.
-        ValueError: another number of axes.
+        TypeError: Something else, a class for example.
+        ValueError: Another number of axes.
     """
     if positions is None:
         return
     if isinstance(positions, type) or not isinstance(positions, Positions):
         raise TypeError(
-            f"positions of {adapter} must have dim, num_axes and tables, as positions.Fourier(num_axes={axes}) has; "
-            f"got {positions!r}"
+            f"positions of {adapter} must have dim, num_axes and tables, as positions.Fourier(num_axes={num_axes}) "
+            f"has; got {positions!r}"
         )
-    if positions.num_axes != axes:
-        raise ValueError(f"positions of {adapter} must have {axes} axes; got {positions.num_axes}")
+    if positions.num_axes != num_axes:
+        raise ValueError(f"positions of {adapter} must have {num_axes} axes; got {positions.num_axes}")

@@ -1,8 +1,9 @@
-"""Pictures of any size, grey or color."""
+"""Images of any size, grayscale or color."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -18,68 +19,60 @@ from perceiver_core.tokens import Tokens
 
 @register
 class Image(nn.Module):
-    """Pictures `b c h w` to tokens: a stem, then a position for every point of its grid.
+    """Adapter for images `b c h w`: a stem, then one token per point of its output.
 
     Args:
-        num_channels: 1 for grey, 3 for color, or any other number.
-        positions: position features over two axes; None for none.
-        stem: makes the stem from (channels): `Pixels`, or `functools.partial` of `Patches`, `Project`, `ConvStem`,
-            or any module with `.dim` that maps `b c h w` to `b dim h' w'`.
+        num_channels: Number of channels of a pixel: 1 for grayscale, 3 for color, or any other.
+        positions: Position features over two axes; None for none.
+        stem: Factory `num_channels -> module`: `Pixels`, `functools.partial` of `Patches`, `Project` or `ConvStem`, or
+            any module with `.dim` from `b c h w` to `b dim h' w'`.
 
     Example:
         >>> import torch
         >>> from functools import partial
         >>> import perceiver_core as pc
-        >>> where = pc.positions.Fourier(num_axes=2, num_bands=8, max_resolution=64)
-        >>> image = pc.adapters.Image(num_channels=1, positions=where, stem=partial(pc.adapters.Patches, patch_size=4))
+        >>> positions = pc.positions.Fourier(num_axes=2, num_bands=8, max_resolution=64)
+        >>> stem = partial(pc.adapters.Patches, patch_size=4)
+        >>> image = pc.adapters.Image(num_channels=1, positions=positions, stem=stem)
         >>> image.dim, image(torch.rand(2, 1, 60, 44)).grid
         (50, (15, 11))
     """
 
     def __init__(
-        self, num_channels: int = 3, *, positions: Positions | None, stem: Callable[..., nn.Module] = Pixels
+        self, num_channels: int = 3, *, positions: Positions | None, stem: Callable[[int], nn.Module] = Pixels
     ) -> None:
         super().__init__()
         checks.positive(num_channels=num_channels)
         check_axes("Image", positions, 2)
         self.num_channels, self.positions = num_channels, positions
         self.stem = build(stem, num_channels)
-
-    @property
-    def dim(self) -> int:
-        """The width of a token."""
-        return token_dim(int(self.stem.dim), self.positions)  # type: ignore[arg-type]
+        self.dim = token_dim(cast(Any, self.stem).dim, positions)
 
     def forward(
-        self, pictures: Float[Tensor, "b c h w"], *, mask: Bool[Tensor, "b rows columns"] | None = None
+        self, images: Float[Tensor, "b c h w"], *, mask: Bool[Tensor, "b rows columns"] | None = None
     ) -> Tokens:
-        """The tokens of pictures.
+        """Return the tokens of images of any height and width.
 
         Args:
-            pictures: any height and width; values as the model is trained, mostly around [-1, 1].
-            mask: over the grid of tokens (that of pixels, or of patches), True = attend. Masked pixels are zeros
-                to a stem whose tokens overlap.
-
-        Raises:
-            TypeError: pictures that are not floating point.
-            ValueError: another rank or number of channels, an empty picture, NaN, a mask of another shape.
+            images: Values as in training, mostly around [-1, 1].
+            mask: Valid tokens on their grid (of pixels, or of patches), True = attend. A stem whose tokens overlap sees
+                masked pixels as zeros.
         """
-        checks.channels_first("pictures", pictures, "b c h w", self.num_channels)
+        checks.channels_first("images", images, "b c h w", self.num_channels)
         if (convolution := getattr(self.stem, "convolution", None)) is not None:
-            checks.matches_weight("pictures", pictures, convolution)
-        pixels = None if mask is None else self._pixels(mask, pictures)
-        if pixels is not None:
-            pictures = pictures.masked_fill(~pixels.unsqueeze(1), 0.0)
+            checks.matches_weight("images", images, convolution)
+        pixel_mask = None if mask is None else self._pixel_mask(mask, images)
+        if pixel_mask is not None:
+            images = images.masked_fill(~pixel_mask.unsqueeze(1), 0.0)
         if type(self.stem) is not Pixels:  # whose output is the image, checked below
-            checks.values("pictures", pictures.movedim(1, -1), pixels)  # before a batch norm updates its statistics
-        content = self.stem(pictures).movedim(1, -1)
-        return grid_tokens("pictures", content, self.positions, mask)
+            checks.values("images", images.movedim(1, -1), pixel_mask)  # before a batch norm updates its statistics
+        return grid_tokens("images", self.stem(images).movedim(1, -1), self.positions, mask)
 
-    def _pixels(self, mask: Tensor, pictures: Tensor) -> Tensor | None:
-        """The mask of tokens as one of pixels, where the stem says how many pixels of each axis a token stands for."""
+    def _pixel_mask(self, mask: Tensor, images: Tensor) -> Tensor | None:
+        """Return the mask of tokens as a mask of pixels, if the stem has a `stride`, the pixels per token."""
         checks.is_mask("mask", mask)
-        high, wide = getattr(self.stem, "stride", (0, 0))
-        height, width = pictures.shape[-2:]
-        if not high or tuple(mask.shape[1:]) != (-(-height // high), -(-width // wide)):
-            return None  # a stem of the user's, or a mask that does not fit and is refused with its tokens
-        return mask.repeat_interleave(high, 1).repeat_interleave(wide, 2)[:, :height, :width]
+        rows, columns = getattr(self.stem, "stride", (0, 0))
+        height, width = images.shape[-2:]
+        if not rows or tuple(mask.shape[1:]) != (-(-height // rows), -(-width // columns)):
+            return None  # a stem of the user's, or a mask of a wrong shape, which raises later
+        return mask.repeat_interleave(rows, 1).repeat_interleave(columns, 2)[:, :height, :width]

@@ -1,4 +1,4 @@
-"""A label among the inputs: one token."""
+"""Class labels among the inputs: one token per sample."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from perceiver_core.tokens import Tokens
 
 @register
 class OneHotLabel(nn.Module):
-    """Class numbers `b`, or probabilities of classes `b classes`, to a token each.
+    """Adapter for class indices `b`, as one-hot vectors, or class probabilities `b classes`: one token per sample.
 
-    Class numbers become tokens of the dtype that the adapter was last converted to, `.double()` for example: it has no
-    weights to go by, so a file does not say it. Probabilities keep theirs.
+    One-hot vectors have the dtype that the adapter was last converted to, with `.double()` for example. It has no
+    weights that would have that dtype, so it is not saved. Probabilities keep their dtype.
 
     Args:
-        num_classes: how many; the width of the token.
+        num_classes: Number of classes; the width of the token.
 
     Example:
         >>> import torch
@@ -40,19 +40,14 @@ class OneHotLabel(nn.Module):
         self.dtype = torch.get_default_dtype()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OneHotLabel:
-        # What `.to()` and `.double()` call. A buffer that is not saved could not be loaded, and one that is would be a
-        # weight more than published models have.
+        # `.to()` and `.double()` call this. The dtype is not that of a buffer, which could not be loaded if it were not
+        # saved, and would be one weight more than published models have if it were.
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def forward(self, labels: Shaped[Tensor, " b *classes"]) -> Tokens:
-        """The tokens.
-
-        Raises:
-            TypeError: labels that are not a tensor.
-            ValueError: another shape, or class numbers that there are not.
-        """
+        """Return the tokens; raise ValueError for class indices outside 0 ... num_classes - 1."""
         if not isinstance(labels, Tensor):
             raise TypeError(
                 f"labels must be a torch.Tensor; got {type(labels).__name__}. Convert it: torch.as_tensor(...)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -13,9 +13,9 @@ from perceiver_core.tokens import Tokens
 
 @register
 class PerRead(nn.Module):
-    """Several adapters, one a read: each input goes to its own.
+    """Adapter for a sequence of inputs, one per read of the encoder, each with an adapter of its own.
 
-    Give the encoder `adapter.dim`, the widths, and as many reads.
+    The encoder takes its `dim`, the widths, as `input_dim`, and the same number of reads.
 
     Example:
         >>> import torch
@@ -32,21 +32,13 @@ class PerRead(nn.Module):
     def __init__(self, adapters: Sequence[nn.Module]) -> None:
         super().__init__()
         self.adapters = nn.ModuleList(adapters)
+        self.dim = tuple([int(adapter.dim) for adapter in cast(Any, self.adapters)])
 
-    @property
-    def dim(self) -> tuple[int, ...]:
-        """The width of each input's tokens."""
-        return tuple(int(adapter.dim) for adapter in self.adapters)  # type: ignore[arg-type]
-
-    def forward(self, inputs: Sequence[Any], *, mask: Sequence[Tensor | None] | None = None) -> list[Tokens]:
-        """The tokens of each input.
-
-        Raises:
-            ValueError: another number of inputs or masks than of adapters.
-        """
+    def forward(self, inputs: Sequence[object], *, mask: Sequence[Tensor | None] | None = None) -> list[Tokens]:
+        """Return the tokens of each input; raise ValueError unless there is one input, and one mask, per adapter."""
         masks = [None] * len(self.adapters) if mask is None else list(mask)
-        for name, given in (("inputs", inputs), ("masks", masks)):
-            if isinstance(given, Tensor) or len(given) != len(self.adapters):
-                got = "one tensor" if isinstance(given, Tensor) else len(given)
-                raise ValueError(f"{name} must be {len(self.adapters)}, one an adapter; got {got}")
+        for name, values in (("inputs", inputs), ("masks", masks)):
+            if isinstance(values, Tensor) or len(values) != len(self.adapters):
+                got = "one tensor" if isinstance(values, Tensor) else len(values)
+                raise ValueError(f"{name} must be {len(self.adapters)}, one per adapter; got {got}")
         return [adapter(x, mask=m) for adapter, x, m in zip(self.adapters, inputs, masks, strict=True)]

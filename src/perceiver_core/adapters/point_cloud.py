@@ -1,4 +1,4 @@
-"""Point clouds: coordinates first, then features; ragged clouds by a mask."""
+"""Point clouds of any size, padded to one with a mask."""
 
 from __future__ import annotations
 
@@ -10,60 +10,48 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from perceiver_core import checks
-from perceiver_core.positions import Fourier, FourierPerAxis, Gaussian, LearnedEmbedding, LearnedGrid, NeRF
+from perceiver_core.positions.points import PointFeatures, takes_points
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
 
 @register
 class PointCloud(nn.Module):
-    """Points `b n axes+f`: a token holds a point's features and the position features of its coordinates.
+    """Adapter for points `b n axes+f`: a token holds a point's features and the position features of its coordinates.
 
     Args:
-        num_features: f, what a point has beside its coordinates (color, normal, ...).
-        positions: features of the coordinates, which should lie in [-1, 1].
+        num_features: Number of features f of a point besides its coordinates (color, normal, ...).
+        positions: Position features of the coordinates, which should lie in [-1, 1].
 
     Example:
         >>> import torch
         >>> import perceiver_core as pc
-        >>> where = pc.positions.Fourier(num_axes=3, num_bands=64, max_resolution=1120)
-        >>> points = pc.adapters.PointCloud(num_features=3, positions=where)
-        >>> points.dim, points(torch.rand(2, 450, 6) * 2 - 1).num_tokens
+        >>> positions = pc.positions.Fourier(num_axes=3, num_bands=64, max_resolution=1120)
+        >>> cloud = pc.adapters.PointCloud(num_features=3, positions=positions)
+        >>> cloud.dim, cloud(torch.rand(2, 450, 6) * 2 - 1).num_tokens
         (390, 450)
 
     Reference: Jaegle et al. 2021 (Perceiver), section 4.3.
     """
 
-    def __init__(self, num_features: int = 0, *, positions: Fourier | FourierPerAxis | NeRF | Gaussian) -> None:
+    def __init__(self, num_features: int = 0, *, positions: PointFeatures) -> None:
         super().__init__()
         if num_features < 0:
             raise ValueError(f"num_features must be at least 0; got {num_features}")
-        if (
-            not isinstance(positions, nn.Module)
-            or not hasattr(positions, "num_axes")
-            or isinstance(positions, (LearnedEmbedding, LearnedGrid))
-        ):
+        if not isinstance(positions, nn.Module) or not takes_points(positions):
             raise TypeError(
-                f"positions of PointCloud must give features of any point, as positions.Fourier(num_axes=3) does; "
+                "positions of PointCloud must give features of any point, as positions.Fourier(num_axes=3) does; "
                 f"got {positions!r}"
             )
         self.num_features, self.positions = num_features, positions
-
-    @property
-    def dim(self) -> int:
-        """The width of a token."""
-        return self.num_features + self.positions.dim
+        self.dim = num_features + positions.dim
 
     def forward(self, points: Float[Tensor, "b n f"], *, mask: Bool[Tensor, "b n"] | None = None) -> Tokens:
-        """The tokens of clouds of any size.
+        """Return the tokens of clouds of any size.
 
         Args:
-            points: coordinates in [-1, 1], then features.
-            mask: True where there is a point; see `pad_point_clouds`.
-
-        Raises:
-            TypeError: points that are not floating point.
-            ValueError: another rank or width, an empty cloud, NaN, a mask of another shape.
+            points: Coordinates in [-1, 1], then features.
+            mask: Valid points, True = attend; see `pad_point_clouds`.
         """
         axes = self.positions.num_axes
         checks.is_floating("points", points)
@@ -71,15 +59,12 @@ class PointCloud(nn.Module):
         if mask is not None:
             checks.is_mask("mask", mask, points.shape[:-1])
         checks.values("points", points, mask)
-        where = self.positions(points[..., :axes]).to(points.dtype)
-        return Tokens(torch.cat([points[..., axes:], where], dim=-1), mask=mask)
+        features = self.positions(points[..., :axes]).to(points.dtype)
+        return Tokens(torch.cat([points[..., axes:], features], dim=-1), mask=mask)
 
 
 def pad_point_clouds(clouds: Sequence[Float[Tensor, "_ f"]]) -> tuple[Float[Tensor, "b n f"], Bool[Tensor, "b n"]]:
-    """Clouds of different sizes as one batch, with the mask that says which points are there.
-
-    Raises:
-        ValueError: no clouds.
+    """Return clouds of different sizes as one batch, and the mask of valid points.
 
     Example:
         >>> import torch

@@ -1,6 +1,6 @@
-"""Stems: what happens to pixels before they are tokens. Each is made from the number of channels.
+"""Stems of images: layers before pixels become tokens. `Image` builds them from the number of channels.
 
-Each knows the width of its tokens (`.dim`) and how many pixels of each axis one stands for (`.stride`).
+A stem has `dim`, the width of its tokens, and `stride`, the number of pixels per token along each axis.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perceiver_core import checks, init
+from perceiver_core.adapters.patchify import patchify
 from perceiver_core.registry import register
 
 
 @register
 class Pixels(nn.Module):
-    """Every pixel is a token, as it is.
+    """Stem without layers: every pixel is a token.
 
     Example:
         >>> import torch
@@ -32,19 +33,19 @@ class Pixels(nn.Module):
         self.dim, self.stride = num_channels, (1, 1)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """What came."""
+        """Return the images unchanged."""
         return x
 
 
 @register
 class Patches(nn.Module):
-    """Every patch is a token: its pixels, in a row, all channels of a pixel together.
+    """Stem of patches: a token holds the pixels of a patch in row-major order, all channels of a pixel together.
 
-    Pictures that patches do not divide are padded with zeros at the bottom and on the right.
+    Incomplete patches at the bottom and on the right are padded with zeros.
 
     Args:
-        num_channels: of the picture.
-        patch_size: of a patch, in pixels: one number, or (height, width).
+        num_channels: Number of channels of a pixel.
+        patch_size: Size of a patch in pixels: one number, or (height, width).
 
     Example:
         >>> import torch
@@ -57,25 +58,21 @@ class Patches(nn.Module):
 
     def __init__(self, num_channels: int, *, patch_size: int | Sequence[int]) -> None:
         super().__init__()
-        both = [patch_size, patch_size] if isinstance(patch_size, int) else list(patch_size)
-        if len(both) != 2:
+        sides = [patch_size, patch_size] if isinstance(patch_size, int) else list(patch_size)
+        if len(sides) != 2:
             raise ValueError(f"patch_size must be one number, or (height, width); got {patch_size!r}")
-        self.height, self.width = self.stride = (both[0], both[1])
+        self.height, self.width = self.stride = (sides[0], sides[1])
         checks.positive(num_channels=num_channels, height=self.height, width=self.width)
         self.dim = num_channels * self.height * self.width
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b p rows columns"]:
-        """A patch a token."""
-        x = F.pad(x, (0, -x.shape[-1] % self.width, 0, -x.shape[-2] % self.height))
-        batch, channels, height, width = x.shape
-        rows, columns = height // self.height, width // self.width
-        x = x.reshape(batch, channels, rows, self.height, columns, self.width)
-        return x.permute(0, 3, 5, 1, 2, 4).reshape(batch, self.dim, rows, columns)
+        """Return one token per patch."""
+        return patchify(x, self.stride).movedim(-1, 1)
 
 
 @register
 class Project(nn.Module):
-    """Every pixel is a token, its channels projected by a 1 x 1 convolution.
+    """Stem of a 1 x 1 convolution: every pixel is a token, its channels projected.
 
     Example:
         >>> import torch
@@ -93,16 +90,16 @@ class Project(nn.Module):
         self.convolution = _convolution(num_channels, dim, kernel=1, stride=1)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h w"]:
-        """The projected pixels."""
-        projected: Tensor = self.convolution(x)
-        return projected
+        """Return the projected pixels."""
+        return self.convolution(x)
 
 
 @register
 class ConvStem(nn.Module):
-    """A 7 x 7 convolution of stride 2, batch norm, ReLU, 3 x 3 max pooling of stride 2: a token for 4 x 4 pixels.
+    """Stem of a 7 x 7 convolution, batch norm, ReLU and 3 x 3 max pooling: a token per 4 x 4 pixels.
 
-    Both strides pad as the paper's TensorFlow-style "SAME": ceil(size / 2), more at the end than at the start.
+    Convolution and pooling have a stride of 2 and TensorFlow's "SAME" padding, as in the paper: outputs have size
+    ceil(size / 2), with more padding at the end than at the start.
 
     Example:
         >>> import torch
@@ -121,16 +118,16 @@ class ConvStem(nn.Module):
         self.norm = nn.BatchNorm2d(dim)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d rows columns"]:
-        """A quarter of the height and of the width, rounded up twice."""
+        """Return features of a quarter of the height and width, rounded up twice."""
         x = F.relu(self.norm(self.convolution(_pad_same(x, kernel=7, fill=0.0))))
         return F.max_pool2d(_pad_same(x, kernel=3, fill=-torch.inf), kernel_size=3, stride=2)
 
 
 @register
 class SymmetricPadConvStem(ConvStem):
-    """`ConvStem` as transformers computes it: 3 pixels of padding on all sides before the convolution, none later.
+    """`ConvStem` with the padding of transformers: 3 pixels on all sides before the convolution, none before pooling.
 
-    Of 224 x 224 pixels it makes 55 x 55 tokens instead of 56 x 56.
+    An image of 224 x 224 pixels becomes 55 x 55 tokens instead of 56 x 56.
 
     Example:
         >>> import torch
@@ -142,21 +139,21 @@ class SymmetricPadConvStem(ConvStem):
     """
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d rows columns"]:
-        """A quarter of the height and of the width, less one where they are even."""
+        """Return features of one row and one column fewer than those of `ConvStem`."""
         x = F.relu(self.norm(self.convolution(F.pad(x, (3, 3, 3, 3)))))
         return F.max_pool2d(x, kernel_size=3, stride=2)
 
 
-def _convolution(channels: int, dim: int, *, kernel: int, stride: int, bias: bool = True) -> nn.Conv2d:
-    layer = nn.Conv2d(channels, dim, kernel, stride, bias=bias)
-    init.fan_in_(layer.weight, channels * kernel * kernel)
+def _convolution(num_channels: int, dim: int, *, kernel: int, stride: int, bias: bool = True) -> nn.Conv2d:
+    layer = nn.Conv2d(num_channels, dim, kernel, stride, bias=bias)
+    init.fan_in_(layer.weight, num_channels * kernel * kernel)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer
 
 
 def _pad_same(x: Tensor, *, kernel: int, fill: float) -> Tensor:
-    """Pads so that a stride of 2 gives ceil(size / 2)."""
+    """Return `x` padded so that a stride of 2 gives ceil(size / 2)."""
     pads: list[int] = []
     for size in (x.shape[-1], x.shape[-2]):
         total = max(kernel - (1 if size % 2 else 2), 0)

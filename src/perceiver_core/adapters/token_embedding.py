@@ -1,4 +1,4 @@
-"""Sequences of a vocabulary: text, bytes, notes."""
+"""Sequences of a vocabulary: text, bytes, musical notes."""
 
 from __future__ import annotations
 
@@ -8,33 +8,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perceiver_core import checks, init
-from perceiver_core.positions import Fourier, FourierPerAxis, Gaussian, NeRF
+from perceiver_core.positions import Gaussian, LearnedGrid, Projected
+from perceiver_core.positions.fourier import SeparableFeatures
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
 
 @register
 class TokenEmbedding(nn.Module):
-    """Every id gets its learned vector, to which that of its position is added, if there is one.
+    """Adapter for token ids: a learned vector per id, plus the vector of its position, if there are positions.
 
     Args:
-        vocab_size: how many different ids there are, from 0.
-        dim: the width of a vector.
-        positions: a module from indices `b n` to vectors `b n d`, such as `positions.LearnedEmbedding`; none unless
-            given, for models that turn queries and keys (`positions.Rotary`).
-        positions_include_padding: whether tokens that a mask hides have places too, so that a token's place is its
-            place in the array (models of DeepMind's Perceiver IO); unless so, the first token that is there is the
-            first, however much padding there is before it (Perceiver AR).
-
-    Raises:
-        TypeError: positions that take no indices.
-        ValueError: positions of another width.
+        vocab_size: Number of ids.
+        dim: Width of a vector.
+        positions: Module from indices `b n` to vectors of width `dim`, such as `positions.LearnedEmbedding`; none by
+            default, for models with rotary positions (`positions.Rotary`).
+        positions_include_padding: Whether positions count masked tokens too, so that a token's position is its index in
+            the array (as in DeepMind's Perceiver IO). By default the first valid token has position 0, after any
+            padding (as in Perceiver AR).
 
     Example:
         >>> import torch
         >>> import perceiver_core as pc
-        >>> where = pc.positions.LearnedEmbedding(100, dim=32)
-        >>> text = pc.adapters.TokenEmbedding(vocab_size=256, dim=32, positions=where)
+        >>> positions = pc.positions.LearnedEmbedding(100, dim=32)
+        >>> text = pc.adapters.TokenEmbedding(vocab_size=256, dim=32, positions=positions)
         >>> text(torch.tensor([list(b"a b c")])).content.shape
         torch.Size([1, 5, 32])
     """
@@ -56,7 +53,7 @@ class TokenEmbedding(nn.Module):
 
     @property
     def length(self) -> int | None:
-        """How long a sequence may be; None where there is no limit."""
+        """Maximum length of a sequence; None for no limit."""
         return getattr(self.positions, "length", None)
 
     def forward(
@@ -66,17 +63,15 @@ class TokenEmbedding(nn.Module):
         mask: Bool[Tensor, "b n"] | None = None,
         positions: Int[Tensor, "*#b n"] | None = None,
     ) -> Tokens:
-        """The tokens.
+        """Return the tokens.
 
         Args:
-            ids: whole numbers of any integer dtype.
-            mask: which tokens are there, True = attend. Positions count these, unless `positions_include_padding`.
-            positions: the index of each token in its sequence, `n` or `b n`, if not counted from the first on.
+            ids: Ids of any integer dtype.
+            mask: Valid tokens, True = attend. Positions count these, unless `positions_include_padding`.
+            positions: Position of each token in its sequence, `n` or `b n`; counted from the first token by default.
 
         Raises:
-            TypeError: ids that are not whole numbers, a mask that is not boolean.
-            ValueError: ids outside the vocabulary or another shape, a sequence longer than there are positions, a mask
-                that leaves a sample no token.
+            ValueError: Ids outside the vocabulary, a sequence longer than the positions, a sample without valid tokens.
         """
         checks.ids("ids", ids, self.vocab_size)
         if mask is not None:
@@ -84,16 +79,14 @@ class TokenEmbedding(nn.Module):
             checks.leaves_a_token(mask)
         content = F.embedding(ids.long(), self.vectors)
         if self.positions is not None:
-            if positions is None:
-                positions = self._counted(ids, mask)
-            content = content + self.positions(positions)
+            content = content + self.positions(self._default_positions(ids, mask) if positions is None else positions)
         return Tokens(content, mask=mask)
 
-    def _counted(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+    def _default_positions(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         if self.length is not None and ids.shape[1] > self.length:
             raise ValueError(
-                f"ids must be at most {self.length} long, as many as there are positions; got {ids.shape[1]}. Give the "
-                "last ones, or make more positions"
+                f"ids must be at most {self.length} long, the number of positions; got {ids.shape[1]}. Pass the last "
+                "ones only, or build more positions"
             )
         if mask is None or self.positions_include_padding:
             return torch.arange(ids.shape[1], device=ids.device)
@@ -101,5 +94,5 @@ class TokenEmbedding(nn.Module):
 
 
 def _takes_indices(positions: object) -> bool:
-    takes_points = isinstance(positions, (Fourier, FourierPerAxis, NeRF, Gaussian))
-    return isinstance(positions, nn.Module) and type(positions).forward is not nn.Module.forward and not takes_points
+    takes_others = isinstance(positions, (SeparableFeatures, Gaussian, LearnedGrid, Projected))  # points or grids
+    return isinstance(positions, nn.Module) and type(positions).forward is not nn.Module.forward and not takes_others

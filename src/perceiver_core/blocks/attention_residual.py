@@ -1,4 +1,4 @@
-"""Attention residuals: each block starts from a weighted mean of what all before it have made, not from the last."""
+"""Attention residuals: a block starts from a weighted mean of all previous outputs instead of the last one."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ Aggregate: TypeAlias = Callable[[int], nn.Module]
 
 @register
 class AttentionResidual(nn.Module):
-    """A mean of several arrays, in which every channel of every vector weighs them for itself.
+    """Weighted mean of several arrays, with weights for each channel of each vector.
 
         logits = expand(project(norm(arrays)))        out = sum of softmax(logits, over the arrays) * arrays
 
-    All arrays so far are kept and weighed anew at each block, so time and memory grow with the square of the depth.
+    All previous arrays are kept and weighted again at each block, so time and memory grow quadratically with depth.
 
     Args:
-        dim: the width of the arrays.
-        rank: the width that the logits go through.
+        dim: Width of the arrays.
+        rank: Width between the two projections that compute the logits.
 
     Raises:
-        ValueError: sizes below 1.
+        ValueError: Sizes below 1.
 
     Example:
         >>> import torch
-        >>> import perceiver_core as pc
         >>> from functools import partial
-        >>> pool = partial(pc.AttentionResidual, rank=8)
-        >>> pc.LatentTransformer(32, depth=3, heads=4, pool=pool)(torch.randn(2, 5, 32)).shape
+        >>> import perceiver_core as pc
+        >>> aggregate = partial(pc.AttentionResidual, rank=8)
+        >>> pc.LatentTransformer(32, depth=3, num_heads=4, aggregate=aggregate)(torch.randn(2, 5, 32)).shape
         torch.Size([2, 5, 32])
 
-    Reference: Chen et al. 2026 (Attention Residuals, arXiv:2603.15031); weights for each channel, as here, are those of
+    Reference: Chen et al. 2026 (Attention Residuals, arXiv:2603.15031); weights per channel as in
     lucidrains/perceiver-pytorch 0.11, `EnformerAttentionResidual`.
     """
 
@@ -50,14 +50,13 @@ class AttentionResidual(nn.Module):
         self.project, self.expand = init.linear(dim, rank, bias=False), init.linear(rank, dim, bias=False)
 
     def forward(self, arrays: Sequence[Float[Tensor, "#b m d"]]) -> Float[Tensor, "b m d"]:
-        """The mean; each is expanded to the shape of the last."""
-        past = torch.stack([x.expand_as(arrays[-1]) for x in arrays], dim=-2)
-        weights: Tensor = self.expand(self.project(self.norm(past))).softmax(-2)
-        return (weights * past).sum(-2)
+        """Return the weighted mean of the arrays, each expanded to the shape of the last."""
+        stacked = torch.stack([x.expand_as(arrays[-1]) for x in arrays], dim=-2)
+        weights = self.expand(self.project(self.norm(stacked))).softmax(-2)
+        return (weights * stacked).sum(-2)
 
 
 def aggregate_states(aggregate: nn.Module, states: list[Tensor], x: Float[Tensor, "b m d"]) -> Float[Tensor, "b m d"]:
-    """Append the output of a block to the states before it, and return what `aggregate` makes of all."""
+    """Append a block's output to the previous ones, and return the result of `aggregate` for all."""
     states.append(x)
-    combined: Tensor = aggregate(states)
-    return combined
+    return aggregate(states)

@@ -1,4 +1,4 @@
-"""Dropout of whole latents: what is dropped reads nothing, which saves its time too."""
+"""Dropout of whole latents, which also saves the time of their attention."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from perceiver_core.registry import register
 
 @register
 class DropLatents(nn.Module):
-    """In training a part of the latents only, drawn anew each time, the same for all samples.
+    """Random subset of the latents in training, drawn anew for each forward pass, the same for all samples.
 
-    Of m latents, (1 - rate) m are left, rounded down, one at least, in their order.
+    Of m latents, (1 - rate) m are kept, rounded down but at least one, in their order.
 
     Args:
-        rate: the share of latents that is dropped.
-        generator: draws which; PyTorch's own unless given. It is not saved.
+        rate: Share of latents that is dropped.
+        generator: Random generator; PyTorch's default one by default. It is not saved.
 
     Raises:
-        ValueError: a rate outside [0, 1).
+        ValueError: A rate outside [0, 1).
 
     Example:
         >>> import torch
@@ -32,7 +32,7 @@ class DropLatents(nn.Module):
         >>> encoder.train()(x).shape, encoder.eval()(x).shape
         (torch.Size([2, 6, 32]), torch.Size([2, 8, 32]))
 
-    Reference: Hinton et al. 2012, on whole vectors; kklemon/FlashPerceiver drops latents so.
+    Reference: Hinton et al. 2012, applied to whole vectors; dropout of latents as in kklemon/FlashPerceiver.
     """
 
     def __init__(self, rate: float, *, generator: torch.Generator | None = None) -> None:
@@ -42,11 +42,10 @@ class DropLatents(nn.Module):
         self._draws = RepeatableDraws()
 
     def forward(self, latents: Float[Tensor, "b m d"]) -> Float[Tensor, "b kept d"]:
-        """Some of the latents in training, all otherwise."""
+        """Return some of the latents in training, all of them otherwise."""
         if not self.training or not self.rate:
             return latents
-        order = torch.empty(latents.shape[1], device=latents.device).normal_(
-            generator=self._draws.generator(self.generator)
-        )
-        kept = order.topk(max(1, checks.part_of(latents.shape[1], 1 - self.rate))).indices
+        m, generator = latents.shape[1], self._draws.generator(self.generator)
+        order = torch.empty(m, device=latents.device).normal_(generator=generator)
+        kept = order.topk(max(1, checks.part_of(m, 1 - self.rate))).indices
         return latents[:, kept.sort().values]

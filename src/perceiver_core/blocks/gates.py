@@ -1,4 +1,4 @@
-"""Gates: what a block makes of its array and of what that array has read, in place of their sum."""
+"""Gates: learned replacements of the residual sum of a block."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ from perceiver_core.blocks.factory import build
 from perceiver_core.registry import register
 
 Residual: TypeAlias = bool | Callable[[int], nn.Module]
-"""Whether an array is added to what it has read; or what makes, from its width, a gate (array, read) -> array."""
+"""Whether the input of a branch is added to its output; or a factory `dim -> gate`, called as `gate(input, output)`."""
 
 
 @register
 class GRUGate(nn.Module):
-    """A gated recurrent unit whose state is the array and whose input is what it has read.
+    """Gated recurrent unit: its state is the input of a branch (attention or MLP), its input the branch's output.
 
     Args:
-        dim: the width of both.
+        dim: Width of both.
 
     Example:
         >>> import torch
-        >>> from functools import partial
         >>> import perceiver_core as pc
         >>> read = pc.CrossAttend(32, 10, residual=pc.GRUGate)
         >>> read(torch.randn(2, 5, 32), torch.randn(2, 50, 10)).shape
@@ -40,27 +39,25 @@ class GRUGate(nn.Module):
         checks.positive(dim=dim)
         self.cell = nn.GRUCell(dim, dim)
 
-    def forward(self, x: Float[Tensor, "#b m d"], read: Float[Tensor, "b m d"]) -> Float[Tensor, "b m d"]:
-        """The array after the gate."""
-        state = x.expand_as(read)
-        after: Tensor = self.cell(read.flatten(0, 1), state.flatten(0, 1))
-        return after.view_as(read)
+    def forward(self, x: Float[Tensor, "#b m d"], output: Float[Tensor, "b m d"]) -> Float[Tensor, "b m d"]:
+        """Return the next state of the unit."""
+        return self.cell(output.flatten(0, 1), x.expand_as(output).flatten(0, 1)).view_as(output)
 
 
 @register
 class TanhGate(nn.Module):
-    """x + tanh(gate) read, with one learned gate, closed at first.
+    """Residual sum with a learned scalar gate, `x + tanh(gate) * output`, which is zero at initialization.
 
-    As `residual` and as `mlp_residual` it makes a block that starts by doing nothing.
+    A block with this gate as `residual` and as `mlp_residual` starts as the identity.
 
     Args:
-        dim: the width of both, which does not matter.
+        dim: Width of both, unused: the gate is a scalar.
 
     Example:
         >>> import torch
         >>> import perceiver_core as pc
-        >>> x, read = torch.randn(2, 5, 32), torch.randn(2, 5, 32)
-        >>> torch.equal(pc.TanhGate(32)(x, read), x)
+        >>> x, output = torch.randn(2, 5, 32), torch.randn(2, 5, 32)
+        >>> torch.equal(pc.TanhGate(32)(x, output), x)
         True
 
     Reference: Alayrac et al. 2022 (Flamingo), section 2.2 and figure 4.
@@ -71,23 +68,22 @@ class TanhGate(nn.Module):
         checks.positive(dim=dim)
         self.gate = nn.Parameter(torch.zeros(1))
 
-    def forward(self, x: Float[Tensor, "#b m d"], read: Float[Tensor, "b m d"]) -> Float[Tensor, "b m d"]:
-        """The array after the gate."""
-        return x + self.gate.tanh() * read
+    def forward(self, x: Float[Tensor, "#b m d"], output: Float[Tensor, "b m d"]) -> Float[Tensor, "b m d"]:
+        """Return the gated sum."""
+        return x + self.gate.tanh() * output
 
 
 def from_option(residual: Residual, dim: int) -> bool | nn.Module:
-    """What `joined` takes, from what a block was given."""
+    """Return the gate of a `residual` option, or the option itself if it is True or False."""
     if isinstance(residual, bool):
         return residual
     if isinstance(residual, nn.Module) or not callable(residual):
-        raise TypeError(f"residual must be True, False or what makes a gate from a width, as GRUGate; got {residual!r}")
+        raise TypeError(f"residual must be True, False or a factory `dim -> gate` such as GRUGate; got {residual!r}")
     return build(residual, dim)
 
 
-def combine(residual: bool | nn.Module, x: Float[Tensor, "#b m d"], read: Float[Tensor, "b m d"]) -> Tensor:
-    """The array and what it has read: their sum, the latter alone, or what a gate makes of them."""
+def combine(residual: bool | nn.Module, x: Float[Tensor, "#b m d"], output: Float[Tensor, "b m d"]) -> Tensor:
+    """Combine the input and the output of a branch: their sum, the output alone, or the result of a gate."""
     if isinstance(residual, bool):
-        return x + read if residual else read
-    out: Tensor = residual(x, read)
-    return out
+        return x + output if residual else output
+    return residual(x, output)

@@ -1,4 +1,4 @@
-"""Grouped read: stretches of the input are read by latents of their own. One level of a Hierarchical Perceiver."""
+"""Grouped read: segments of the input are read by latents of their own. It is one level of a Hierarchical Perceiver."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from perceiver_core.blocks.self_attend import SelfAttend
 from perceiver_core.registry import register
 
 LATENT_TRANSFORMER = partial(LatentTransformer, block=partial(SelfAttend, mlp=partial(MLP, widening_factor=4)))
-"""The latent transformer of deepmind/hierarchical_perceiver, whose MLPs are four times as wide."""
+"""Latent transformer of deepmind/hierarchical_perceiver, whose MLPs have four times the width of the latents."""
 
 
 @register
 @dataclass(frozen=True)
 class Level:
-    """The sizes of one level.
+    """Sizes of one level of a Hierarchical Perceiver.
 
     Args:
-        num_groups: how many groups its input is cut into.
-        num_latents: how many latents each group has.
-        dim: their width.
-        depth: how many self-attends follow the read.
-        num_heads: heads of these.
+        num_groups: Number of groups that the level's input is divided into.
+        num_latents: Number of latents per group.
+        dim: Width of the latents.
+        depth: Number of self-attention blocks after the read.
+        num_heads: Number of attention heads of these blocks.
 
     Raises:
-        ValueError: sizes below 1.
+        ValueError: Sizes below 1.
 
     Example:
         >>> from perceiver_core import Level
@@ -53,26 +53,25 @@ class Level:
     num_heads: int = 8
 
     def __post_init__(self) -> None:
-        checks.positive(
-            num_groups=self.num_groups, num_latents=self.num_latents, dim=self.dim, num_heads=self.num_heads
-        )
+        groups, latents, dim, heads = self.num_groups, self.num_latents, self.dim, self.num_heads
+        checks.positive(num_groups=groups, num_latents=latents, dim=dim, num_heads=heads)
 
 
 @register
 class GroupedRead(nn.Module):
-    """One level: every group is read by its own latents, which then attend to each other.
+    """Read and latent transformer applied to each group of the input, with latents of its own.
 
         tokens = b (g n) c -> (b g) n c;  latents = transformer(read(latents, tokens));  (b g) z d -> b (g z) d
 
-    Weights are the same for all groups, latents are not. Tokens that groups do not divide are padded at the end, by
-    tokens that are not there; a group without tokens keeps its latents.
+    All groups share their weights, but not their latents. If the number of tokens is not divisible by that of groups,
+    masked padding is added at the end; latents of a group without tokens are not updated by the read.
 
     Args:
-        input_dim: the width of the tokens.
-        level: the sizes.
-        skip_dim: the width of what is added to the latents before they read; None where nothing is.
-        cross_attention: makes a cross-attend from (dim, input_dim).
-        latent_transformer: makes a latent transformer from (dim, depth=depth, num_heads=num_heads).
+        input_dim: Width of the tokens.
+        level: Sizes of the level.
+        skip_dim: Width of a skip input that is added to the latents before the read; None for no skip.
+        cross_attention: Factory `(dim, input_dim) -> module`.
+        latent_transformer: Factory `(dim, depth=depth, num_heads=num_heads) -> module`.
 
     Example:
         >>> import torch
@@ -107,12 +106,12 @@ class GroupedRead(nn.Module):
         mask: Bool[Tensor, "b n"] | None = None,
         skip: Float[Tensor, "b m s"] | None = None,
     ) -> Float[Tensor, "b m d"]:
-        """The latents of all groups, one group after the other.
+        """Return the latents of all groups, group by group.
 
         Args:
-            tokens: what is read.
-            mask: which of them are there.
-            skip: what is added to the latents before they read, of as many vectors.
+            tokens: Tokens.
+            mask: Valid tokens.
+            skip: Vectors that are added to the latents before the read, one per latent.
         """
         groups = self.level.num_groups
         x = repeat(self.latents, "g z d -> (b g) z d", b=tokens.shape[0])
@@ -127,7 +126,7 @@ class GroupedRead(nn.Module):
 
 
 def grouped(x: Shaped[Tensor, "b n c"], groups: int) -> Shaped[Tensor, "bg size c"]:
-    """Stretches of equal size, each a sample of its own; the last ones are padded with zeros.
+    """Divide tokens into contiguous groups of equal size, each a sample of the batch; the end is padded with zeros.
 
     Example:
         >>> import torch
@@ -137,6 +136,6 @@ def grouped(x: Shaped[Tensor, "b n c"], groups: int) -> Shaped[Tensor, "bg size 
     """
     size = (x.shape[1] + groups - 1) // groups
     padding = size * groups - x.shape[1]
-    if torch.compiler.is_compiling() or padding:  # a graph must not depend on whether there is any
+    if torch.compiler.is_compiling() or padding:  # a compiled graph must not depend on whether there is padding
         x = F.pad(x, (0, 0, 0, padding))
     return rearrange(x, "b (g n) c -> (b g) n c", g=groups, n=size)

@@ -1,4 +1,4 @@
-"""Joint attend: latents attend to tokens and to each other in one softmax. The block of a Resampler."""
+"""Joint attend: latents attend to tokens and to each other in one softmax. It is the block of a Resampler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The MLP of a block, and the activations that nn does not have."""
+"""MLP of a block, and activations that `torch.nn` does not have."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from perceiver_core.registry import register
 
 @register
 class GEGLU(nn.Module):
-    """GELU of one half of the channels gates the other: x * gelu(gate). Halves the width.
+    """Gated GELU, `x * gelu(gate)`: the input is split into x and gate along its channels, so the width is halved.
 
     Example:
         >>> import torch
@@ -20,20 +20,20 @@ class GEGLU(nn.Module):
         >>> GEGLU()(torch.randn(2, 3, 16)).shape
         torch.Size([2, 3, 8])
 
-    Reference: Shazeer 2020, equation 6; the order [x, gate] is perceiver-pytorch's.
+    Reference: Shazeer 2020, equation 6; the order [x, gate] is that of perceiver-pytorch.
     """
 
     inputs_per_output = 2
 
     def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b half"]:
-        """One half of the channels, gated by the other."""
+        """Return the gated half of the channels."""
         values, gates = x.chunk(2, dim=-1)
         return values * F.gelu(gates)
 
 
 @register
 class SwiGLU(nn.Module):
-    """SiLU of one half of the channels gates the other: x * silu(gate). Halves the width.
+    """Gated SiLU, `x * silu(gate)`, with x and gate in the order of `GEGLU`; the width is halved.
 
     Example:
         >>> import torch
@@ -41,20 +41,20 @@ class SwiGLU(nn.Module):
         >>> SwiGLU()(torch.randn(2, 3, 16)).shape
         torch.Size([2, 3, 8])
 
-    Reference: Shazeer 2020, equation 6; in the order [x, gate], as `GEGLU`.
+    Reference: Shazeer 2020, equation 6.
     """
 
     inputs_per_output = 2
 
     def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b half"]:
-        """One half of the channels, gated by the other."""
+        """Return the gated half of the channels."""
         values, gates = x.chunk(2, dim=-1)
         return values * F.silu(gates)
 
 
 @register
 class SquaredReLU(nn.Module):
-    """relu(x)^2.
+    """Squared ReLU, `relu(x)^2`, the activation of Perceiver AR.
 
     Example:
         >>> import torch
@@ -62,17 +62,17 @@ class SquaredReLU(nn.Module):
         >>> SquaredReLU()(torch.tensor([-1.0, 3.0]))
         tensor([0., 9.])
 
-    Reference: So et al. 2021 (Primer), section 4; Perceiver AR uses it.
+    Reference: So et al. 2021 (Primer), section 4.
     """
 
     def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b c"]:
-        """The squares of what is positive."""
+        """Return the squares of positive values, and zero for the others."""
         return F.relu(x).square()
 
 
 @register
 class MLP(nn.Module):
-    """Linear, activation, linear.
+    """Linear layer, activation, linear layer.
 
     Args:
         dim: the width in.
@@ -106,10 +106,8 @@ class MLP(nn.Module):
         super().__init__()
         checks.positive(dim=dim, widening_factor=widening_factor)
         checks.probability(dropout=dropout)
-        out_dim, hidden_dim = (
-            dim if out_dim is None else out_dim,
-            dim * widening_factor if hidden_dim is None else hidden_dim,
-        )
+        out_dim = dim if out_dim is None else out_dim
+        hidden_dim = dim * widening_factor if hidden_dim is None else hidden_dim
         checks.positive(out_dim=out_dim, hidden_dim=hidden_dim)
         self.activation = nn.GELU("tanh") if activation is None else activation
         self.expand = init.linear(dim, hidden_dim * getattr(self.activation, "inputs_per_output", 1), bias=bias)
@@ -117,6 +115,5 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
-        """Every vector by itself."""
-        out: Tensor = self.dropout(self.contract(self.activation(self.expand(x))))
-        return out
+        """Return the output for every vector."""
+        return self.dropout(self.contract(self.activation(self.expand(x))))

@@ -1,4 +1,4 @@
-"""Model card beside a saved model: the parts it is made of, and how to load it."""
+"""Model card of a saved model: its parts, and how to load it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _WIDTH = 100
 
 
 def card(model: nn.Module, name: str) -> str:
-    """Returns the text of a model card, with the metadata that the hub reads.
+    """Return the text of a model card, with the metadata that the hub reads.
 
     Args:
-        model: Made of registered parts.
-        name: Folder or name on the hub, from which it is loaded.
+        model: Model of registered parts.
+        name: Folder, or name on the hub, to load it from.
 
     Raises:
         ValueError: A part that is not registered.
@@ -40,14 +40,14 @@ def card(model: nn.Module, name: str) -> str:
         f"## Load it\n\n{first}"
         "```python\nimport perceiver_core as pc\n\n"
         f"model = pc.checkpoints.from_pretrained({_quoted(name)})\n```\n\n"
-        f"## What it is made of\n\n```python\n{calls}\n```\n"
+        f"## Architecture\n\n```python\n{calls}\n```\n"
     )
 
 
 def as_calls(config: registry.Json, indent: int = 0) -> str:
-    """Returns the constructor calls of a configuration of `registry.to_config`, as Python.
+    """Return the constructor calls of a configuration of `registry.to_config`, as Python.
 
-    A part in two places is written out in the first; in the second its path is written.
+    A part that occurs twice is written out once; the second occurrence is its path.
 
     Args:
         config: Configuration of a model.
@@ -78,7 +78,7 @@ def as_calls(config: registry.Json, indent: int = 0) -> str:
 
 
 def _wrapped(start: str, items: list[str], end: str, indent: int) -> str:
-    """Returns items on one line if they fit, otherwise each on its own."""
+    """Return items on one line if they fit, otherwise each on its own."""
     line = f"{start}{', '.join(items)}{end}"
     if "\n" not in line and indent + len(line) <= _WIDTH:
         return line
@@ -87,12 +87,12 @@ def _wrapped(start: str, items: list[str], end: str, indent: int) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Returns a string literal with double quotes, as formatters of Python write it."""
+    """Return a string literal with double quotes, as formatters of Python write it."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def _home(module: nn.Module) -> str:
-    """Returns "perceiver_core" or "torch" for modules of these libraries, and the module's name for others."""
+    """Return "perceiver_core" or "torch" for modules of these libraries, and the module's name for others."""
     home = type(module).__module__
     top = home.partition(".")[0]
     return top if top in ("perceiver_core", "torch") else home

@@ -1,4 +1,4 @@
-"""Differences between two models, or between the tensors of two, in words."""
+"""Differences between two models, or between the tensors of two, as text."""
 
 from __future__ import annotations
 
@@ -9,12 +9,7 @@ from perceiver_core.checkpoints.state import TensorSpecs, first_names
 
 
 def model_differences(built: nn.Module, model: nn.Module) -> str:
-    """Describes changes of a model that its constructor calls do not make, in a line; empty if there are none.
-
-    Args:
-        built: Model that the constructor calls make.
-        model: Model as it is now.
-    """
+    """Return the differences of a model from the one that its constructor calls build, in a line; empty if none."""
     was = {path: registry.settings(module) for path, module in built.named_modules(remove_duplicate=False)}
     is_ = {path: registry.settings(module) for path, module in model.named_modules(remove_duplicate=False)}
     found = [
@@ -34,7 +29,7 @@ def model_differences(built: nn.Module, model: nn.Module) -> str:
 
 
 def spec_differences(expected: TensorSpecs, actual: TensorSpecs) -> str:
-    """Describes differences of names, shapes and dtypes, in a line; empty if there are none.
+    """Return the differences of names, shapes and dtypes, in a line; empty if there are none.
 
     Floating point dtypes may differ (weights in half precision).
     """

@@ -21,17 +21,13 @@ LARGEST_CONFIG = 2**20  # bytes
 
 
 def config_text(model: nn.Module) -> str:
-    """Returns the text of a model's `config.json`.
-
-    Raises:
-        ValueError: A part that is not registered, or an argument that JSON has no word for.
-    """
+    """Return the text of a model's `config.json`."""
     config = {"library": "perceiver_core", "format": FORMAT, "model": registry.to_config(model)}
     return json.dumps(config, indent=2, allow_nan=False) + "\n"
 
 
 def parse_config(text: str | bytes, source: str) -> registry.Json:
-    """Returns the configuration of the model in the text of a `config.json`.
+    """Return the configuration of the model in the text of a `config.json`.
 
     Args:
         text: Text, or its bytes in UTF-8.
@@ -40,14 +36,7 @@ def parse_config(text: str | bytes, source: str) -> registry.Json:
     Raises:
         ValueError: Text that is too long, no JSON, not written by `save`, or of another format.
     """
-    if len(text) > LARGEST_CONFIG:
-        raise ValueError(f"{source} is larger than any configuration ({LARGEST_CONFIG} bytes)")
-    try:
-        if isinstance(text, bytes):
-            text = text.decode()
-        config = json.loads(text, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source} is not valid JSON: {error}. Copy it again") from error
+    config = parse_json(text, source, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
     if not isinstance(config, dict) or config.get("library") != "perceiver_core" or "model" not in config:
         raise ValueError(
             f"{source} was not written by perceiver_core.save; give load a folder that was, and one of transformers to "
@@ -62,7 +51,27 @@ def parse_config(text: str | bytes, source: str) -> registry.Json:
     return config["model"]
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def parse_json(text: str | bytes, source: str, *, largest: int = LARGEST_CONFIG, **hooks: Any) -> registry.Json:
+    """Return the value of JSON text; `hooks` are those of `json.loads`.
+
+    Raises:
+        ValueError: Text of more than `largest` characters or bytes, or that is no JSON in UTF-8.
+    """
+    if len(text) > largest:
+        raise ValueError(f"{source} must have at most {largest} bytes; it has more. Copy it again")
+    try:
+        return json.loads(text.decode() if isinstance(text, bytes) else text, **hooks)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source} is not valid JSON in UTF-8: {error}. Copy it again") from error
+
+
+def read_at_most(path: Path, largest: int = LARGEST_CONFIG) -> bytes:
+    """Return the first bytes of a file, one more than `largest` if it is longer."""
+    with path.open("rb") as file:
+        return file.read(largest + 1)
+
+
+def _unique(pairs: list[tuple[str, registry.Json]]) -> dict[str, registry.Json]:
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError(f"an object has a key twice; its keys are {[key for key, _ in pairs][:5]}")
@@ -77,10 +86,10 @@ def _finite(number: str) -> float:
 
 
 def write_atomically(files: dict[Path, Callable[[Path], object]]) -> None:
-    """Writes files in full under other names, then moves each to its place; leaves none of those names behind.
+    """Write files in full under other names, of which none stays behind, then move each to its place.
 
     Args:
-        files: For each path, a function that writes a file to the path it is given.
+        files: For each path, a function that writes a file to the path passed to it.
     """
     written = {path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial"): path for path in files}
     try:

@@ -1,6 +1,6 @@
 """Models on the Hugging Face hub: the folders that `save` writes, with a model card.
 
-Functions and not methods: a folder says itself what model it holds, and they take any model of registered parts.
+Functions rather than methods: a folder names the class of its model, which may be any model of registered parts.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ CARD = "README.md"
 
 
 def save_pretrained(model: nn.Module, folder: str | PathLike[str]) -> Path:
-    """Writes a model to a folder as `save` does, and a model card beside it.
+    """Write a model to a folder as `save` does, and a model card beside it.
 
     Args:
-        model: made of registered parts (all of the library's are).
-        folder: where to, made if it is not there. A README.md that is there stays as it is.
+        model: Model of registered parts (all of the library's are).
+        folder: Folder to write, made if it does not exist. An existing README.md is kept.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: what `save` refuses. Nothing is written then.
+        ValueError: The model cannot be saved, see `save`. Nothing is written then.
 
     Example:
         >>> import tempfile
@@ -58,23 +58,26 @@ def from_pretrained(
     cache_dir: str | PathLike[str] | None = None,
     local_files_only: bool = False,
     device: str | torch.device = "cpu",
-) -> Any:
-    """A model from a folder that `save` wrote, or from the hub; in evaluation mode.
+) -> nn.Module:
+    """Load a model from a folder that `save` wrote, or from the hub, in evaluation mode.
 
-    What comes from the hub is loaded as `load` does it: nothing in it is executed.
+    Files from the hub are loaded by `load`: nothing in them is executed.
 
     Args:
-        name_or_folder: a folder, or a name on the Hugging Face hub (`owner/name`), for which huggingface_hub has to be
+        name_or_folder: Folder, or name on the Hugging Face hub (`owner/name`), for which huggingface_hub has to be
             installed.
-        revision: of the hub's repository: a branch, a tag or a commit.
-        token: for private repositories; the one that huggingface_hub has stored unless given.
-        cache_dir: where what is fetched is kept.
-        local_files_only: whether to do with what was fetched before.
-        device: where to.
+        revision: Branch, tag or commit of the repository.
+        token: Token for private repositories; by default the one that huggingface_hub has stored.
+        cache_dir: Folder for fetched files.
+        local_files_only: Whether to use only files that were fetched before.
+        device: Device of the weights.
+
+    Returns:
+        The model, an instance of the class that was saved.
 
     Raises:
-        FileNotFoundError: no such folder and no huggingface_hub, or a file missing.
-        ValueError: files that `load` refuses; a revision of a folder.
+        FileNotFoundError: There is no such folder and no huggingface_hub, or a file is missing.
+        ValueError: Files that `load` refuses; a revision of a folder.
 
     Example:
         >>> import tempfile
@@ -86,15 +89,8 @@ def from_pretrained(
         >>> model.latents.shape
         torch.Size([7, 32])
     """
-    folder = fetched(
-        name_or_folder,
-        (CONFIG, WEIGHTS),
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-    )
-    return load(folder, device=device)
+    options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    return load(fetched(name_or_folder, (CONFIG, WEIGHTS), **options), device=device)
 
 
 def push_to_hub(
@@ -107,23 +103,23 @@ def push_to_hub(
     create_pr: bool = False,
     token: str | bool | None = None,
 ) -> str:
-    """Uploads a model to the Hugging Face hub, in one commit. Needs huggingface_hub.
+    """Upload a model to the Hugging Face hub, in one commit. Needs huggingface_hub.
 
     Args:
-        model: made of registered parts.
-        repo_id: `owner/name`; the repository is made if it is not there. A model card that it has stays as it is.
-        message: of the commit.
-        private: whether a repository that is made is private; the owner's setting unless given.
-        revision: the branch to commit to, made if it is not there; `main` unless given.
-        create_pr: whether to open a pull request instead.
-        token: one that may write; the one that huggingface_hub has stored unless given.
+        model: Model of registered parts.
+        repo_id: `owner/name`; the repository is made if it does not exist. Its model card, if it has one, is kept.
+        message: Message of the commit.
+        private: Whether a new repository is private; by default the owner's setting.
+        revision: Branch to commit to, made if it does not exist; `main` by default.
+        create_pr: Whether to open a pull request instead.
+        token: Token with write access; by default the one that huggingface_hub has stored.
 
     Returns:
         The address of the commit.
 
     Raises:
         ImportError: huggingface_hub is not installed.
-        ValueError: what `save` refuses. Nothing is made on the hub then.
+        ValueError: The model cannot be saved, see `save`. Nothing is made on the hub then.
 
     Example:
         >>> import perceiver_core as pc
@@ -151,20 +147,16 @@ def push_to_hub(
 
 
 def fetched(name_or_folder: str | PathLike[str], files: Sequence[str], **options: Any) -> Path:
-    """A folder as it is, or one fetched from the hub.
+    """Return a folder as it is, or fetch one from the hub.
 
     Args:
-        name_or_folder: a folder, or `owner/name` on the hub.
-        files: which of the hub's files are wanted.
-        options: of `huggingface_hub.snapshot_download`.
+        name_or_folder: Folder, or `owner/name` on the hub.
+        files: Names of files to fetch, or patterns.
+        options: Options of `huggingface_hub.snapshot_download`.
 
     Raises:
-        FileNotFoundError: no such folder, and no name on the hub, or no huggingface_hub.
-        ValueError: a revision of a folder.
-
-    Example:
-        >>> from perceiver_core.checkpoints.hub import fetched
-        >>> fetched("deepmind/vision-perceiver-fourier", ["config.json"])  # doctest: +SKIP
+        FileNotFoundError: There is no such folder and no such name on the hub, or no huggingface_hub.
+        ValueError: A revision of a folder.
     """
     folder = Path(name_or_folder)
     if folder.is_dir():

@@ -1,4 +1,4 @@
-"""Models from folders that `save` wrote.
+"""Loading of folders that `save` wrote.
 
 Loading builds registered parts only, on no device, and compares their shapes with the file before any memory is
 taken: a small hostile file can ask for nothing.
@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from perceiver_core import registry
 from perceiver_core.checkpoints.differences import spec_differences
-from perceiver_core.checkpoints.folder import CONFIG, LARGEST_CONFIG, WEIGHTS, parse_config
-from perceiver_core.checkpoints.state import first_names, specs_in, state_tensors, tensor_specs
+from perceiver_core.checkpoints.folder import CONFIG, WEIGHTS, parse_config, read_at_most
+from perceiver_core.checkpoints.state import assign, specs_in, state_tensors, tensor_specs
 
 
 def load(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> nn.Module:
-    """Builds a model from a folder that `save` wrote, in evaluation mode.
+    """Load a model from a folder that `save` wrote, in evaluation mode.
 
-    Executes nothing from the files: only registered parts are built, see `register`. Weights keep the
-    dtype that they were saved in.
+    Nothing in the files is executed: only registered parts are built, see `register`. Weights keep the dtype that they
+    were saved in.
 
     Args:
         folder: Folder to read.
@@ -51,9 +51,7 @@ def load(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") 
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is not there; give load the folder that save wrote")
-    if (folder / CONFIG).stat().st_size > LARGEST_CONFIG:
-        raise ValueError(f"{folder / CONFIG} is larger than any configuration ({LARGEST_CONFIG} bytes); copy it again")
-    config = parse_config((folder / CONFIG).read_bytes(), f"{folder / CONFIG}")
+    config = parse_config(read_at_most(folder / CONFIG), f"{folder / CONFIG}")
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             specs = specs_in(file)
@@ -61,19 +59,15 @@ def load(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") 
             different = spec_differences(tensor_specs(state_tensors(model)), specs)
             if different:
                 raise ValueError(f"{folder / WEIGHTS} does not fit {CONFIG}: {different}. Copy both from one save")
-            # A copy: what is read is a view of the file, which somebody may overwrite.
-            _fill(model, {name: file.get_tensor(name).to(device, copy=True) for name in specs})
+            # Copies: tensors are views of the file, which may be overwritten.
+            assign(model, {name: file.get_tensor(name).to(device, copy=True) for name in specs})
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is not a whole safetensors file: {error}. Copy it again") from error
     return model.eval()
 
 
 def build_without_values(config: registry.Json, tensors: int) -> nn.Module:
-    """Builds a model on the meta device, where nothing takes memory.
-
-    Args:
-        config: Configuration of the model.
-        tensors: Number of its tensors, which bounds that of its modules.
+    """Build a model on the meta device, where it takes no memory; the number of its tensors bounds that of its modules.
 
     Raises:
         ValueError: A configuration of anything but a module, too many modules, or a tensor outside of the state.
@@ -94,16 +88,3 @@ def build_without_values(config: registry.Json, tensors: int) -> nn.Module:
                 f"in a buffer that is saved, self.register_buffer({lost[0]!r}, ...), or compute it in forward"
             )
     return model
-
-
-def _fill(model: nn.Module, values: dict[str, Tensor]) -> None:
-    """Replaces the tensors of a model by others; what was one tensor under two names stays one."""
-    made: dict[str, Tensor] = {}
-    tensors = model.state_dict(keep_vars=True)
-    for name, first in first_names(model).items():
-        old = tensors[name]
-        if name == first:
-            new = values[name]
-            made[name] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
-        made[name] = made[first]
-    model.load_state_dict(made, assign=True)

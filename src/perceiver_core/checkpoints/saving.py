@@ -1,7 +1,7 @@
-"""Models to folders.
+"""Saving of models to folders.
 
-What is about to be written is built again, on no device, and compared with the model, so that what is saved can be
-loaded, and is the same model then.
+Before anything is written, the model is built again from its configuration, on the meta device, and compared with the
+original, so that every saved folder can be loaded.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from perceiver_core.checkpoints.state import check_values, state_tensors, tensor
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
-    """Writes a model to a folder, which is made if it is not there.
+    """Write a model to a folder, which is made if it does not exist.
 
-    Both files are written in full beside the old ones before either is replaced, each in one step. A
-    tensor that has several names (tied weights, a part used twice) is written once.
+    Both files are written in full beside the old ones before either is replaced, each in one step. A tensor that has
+    several names (tied weights, a part used twice) is written once.
 
     Args:
-        model: Made of registered parts (all of the library's are). Parts that were given to a constructor
-            may have been replaced since (`model.head = ...`); settings and inner layers may not. Of a model that
-            `torch.compile`, `DataParallel` or `DistributedDataParallel` has wrapped, the model inside is saved.
+        model: Model of registered parts (all of the library's are). Parts that were passed to a constructor may have
+            been replaced since (`model.head = ...`); settings and inner layers may not. Of a model wrapped by
+            `torch.compile`, `DataParallel` or `DistributedDataParallel`, the model inside is saved.
         folder: Folder to write.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: A part that is not registered, a model changed since it was built so that its
-            constructor calls no longer describe it, or tensors without values. Nothing is written then.
+        ValueError: A part that is not registered, a model changed so that its constructor calls no longer describe it,
+            or tensors without values. Nothing is written then.
 
     Example:
         >>> import tempfile, torch
@@ -75,7 +75,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Returns the model inside of the modules that PyTorch wraps around one to run it."""
+    """Return the model inside the wrappers of torch.compile and of data parallelism."""
     if isinstance(model, DataParallel | DistributedDataParallel):
         return unwrapped(model.module)
     return unwrapped(model._orig_mod) if _is_compiled(model) else model  # type: ignore[arg-type]
@@ -87,7 +87,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _check_not_compiled(model: nn.Module) -> None:
-    """Raises ValueError if a part of a model is wrapped by torch.compile, under other names then."""
+    """Raise ValueError if a part of a model is wrapped by torch.compile, under other names then."""
     for path, module in model.named_modules():
         if _is_compiled(module):
             raise ValueError(

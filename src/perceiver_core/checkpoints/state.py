@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +19,7 @@ _TORCH_NAMES = {
 
 
 def state_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the tensors of a model's state, each under its first name.
+    """Return the tensors of a model's state, each under its first name.
 
     Raises:
         ValueError: Something that is no tensor with values of its own: a lazy or sparse one, or one that wraps others.
@@ -46,13 +47,29 @@ def _wraps_others(tensor: Tensor) -> bool:
 
 
 def first_names(model: nn.Module) -> dict[str, str]:
-    """Returns for each name in the state the first name of the same tensor."""
+    """Return, by name in the state, the first name of the same tensor."""
     first: dict[int, str] = {}
     return {name: first.setdefault(id(tensor), name) for name, tensor in model.state_dict(keep_vars=True).items()}
 
 
+def assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Replace the tensors of a model, which may be on the meta device, without a copy; tied tensors stay tied.
+
+    Args:
+        model: The model.
+        state: New tensors by name; the first name of a tied tensor suffices.
+    """
+    new: dict[int, Tensor] = {}
+    targets = model.state_dict(keep_vars=True)
+    for name, old in targets.items():
+        if id(old) not in new:
+            tensor = state[name].detach()
+            new[id(old)] = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+    model.load_state_dict({name: new[id(old)] for name, old in targets.items()}, assign=True)
+
+
 def check_values(tensors: dict[str, Tensor]) -> None:
-    """Raises ValueError unless tensors have values, and no two of them the same memory."""
+    """Raise ValueError unless tensors have values, and no two of them the same memory."""
     ends: list[tuple[str, int, int, str]] = []
     for name, tensor in tensors.items():
         if tensor.is_meta:
@@ -71,26 +88,18 @@ def check_values(tensors: dict[str, Tensor]) -> None:
 
 
 def tensor_specs(tensors: dict[str, Tensor]) -> TensorSpecs:
-    """Returns the shape and dtype of each tensor."""
+    """Return the shape and dtype of each tensor."""
     return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
 def specs_in(file: Any) -> TensorSpecs:
-    """Returns the shape and dtype of each tensor in an open safetensors file, which reads none of their values.
-
-    Raises:
-        ValueError: A dtype that no part has.
-    """
+    """Return the shape and dtype of each tensor in an open safetensors file, without reading values."""
     slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    return {name: (tuple(s.get_shape()), dtype_named(s.get_dtype())) for name, s in slices.items()}
+    return {name: (tuple(s.get_shape()), _dtype(s.get_dtype())) for name, s in slices.items()}
 
 
-def dtype_named(name: str) -> torch.dtype:
-    """Returns the dtype of a name of safetensors.
-
-    Raises:
-        ValueError: A dtype that no part has.
-    """
+def _dtype(name: str) -> torch.dtype:
+    """Return the dtype of a name of safetensors, or raise ValueError."""
     if name not in _TORCH_NAMES:
         raise ValueError(f"model.safetensors holds values of type {name}, which no part has")
     dtype: torch.dtype = getattr(torch, _TORCH_NAMES[name])

@@ -14,13 +14,13 @@ from perceiver_core.registry import register
 
 @register
 class Classification(nn.Module):
-    """Logits from the mean of the latents: mean, norm, dropout, linear.
+    """Logits from the mean of the latents: mean, norm, dropout, linear layer.
 
     Args:
-        dim: the width of the latents.
-        num_classes: how many logits.
-        norm: makes a norm from a width; `nn.Identity` for the paper's head, which has none.
-        dropout: the rate of dropout before the linear layer.
+        dim: Width of the latents.
+        num_classes: Number of classes.
+        norm: Factory `dim -> module`; `nn.Identity` for the paper's head, which has no norm.
+        dropout: Rate of dropout before the linear layer.
 
     Example:
         >>> import torch
@@ -32,12 +32,7 @@ class Classification(nn.Module):
     """
 
     def __init__(
-        self,
-        dim: int,
-        num_classes: int,
-        *,
-        norm: Callable[[int], nn.Module] = nn.LayerNorm,
-        dropout: float = 0.0,
+        self, dim: int, num_classes: int, *, norm: Callable[[int], nn.Module] = nn.LayerNorm, dropout: float = 0.0
     ) -> None:
         super().__init__()
         checks.positive(dim=dim, num_classes=num_classes)
@@ -47,6 +42,5 @@ class Classification(nn.Module):
         self.logits = init.linear(dim, num_classes)
 
     def forward(self, latents: Float[Tensor, "b m d"]) -> Float[Tensor, "b classes"]:
-        """One logit a class."""
-        logits: Tensor = self.logits(self.dropout(self.norm(latents.mean(1))))
-        return logits
+        """Return one logit per class."""
+        return self.logits(self.dropout(self.norm(latents.mean(1))))

@@ -1,11 +1,10 @@
-"""Arrays: one decoder output for every point of a grid."""
+"""Arrays: one decoder output per point of a grid."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
 from math import prod
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -16,16 +15,14 @@ from perceiver_core.registry import register
 
 @partial(register, name="heads.Grid")
 class Grid(nn.Module):
-    """An answer for every point of a grid, as an array: flow, pixels, depth, frames of a film.
+    """Array of decoder outputs, one per grid point: optical flow, pixels, depth, frames of a video.
 
     Args:
-        grid: its size; None for the one that was asked on, which a `PerceiverIO` says.
-        head: what is done to each answer first, such as `Linear`.
-        scale: a factor for all values. Perceiver IO's flow is a hundredth of what its decoder gives.
-        channel_axis: which axis of the array the values are: 1 for `b c h w`, 2 for films `b t c h w`, -1 for the last.
-
-    Raises:
-        ValueError: an axis that the array has not.
+        grid: Size of the grid; None for the grid of the queries, which `PerceiverIO` passes.
+        head: Head that is applied to each output first, such as `Linear`; none by default.
+        scale: Factor of all values. The flow of Perceiver IO is a hundredth of its decoder's outputs.
+        channel_axis: Axis of the array that holds the channels: 1 for `b c h w`, 2 for videos `b t c h w`, -1 for the
+            last.
 
     Example:
         >>> import torch
@@ -33,8 +30,8 @@ class Grid(nn.Module):
         >>> flow = heads.Grid((5, 7), scale=0.01)
         >>> flow(torch.randn(2, 35, 2)).shape, flow(torch.randn(2, 11, 2), query_inputs=torch.arange(11)).shape
         (torch.Size([2, 2, 5, 7]), torch.Size([2, 11, 2]))
-        >>> film = heads.Grid((3, 5, 7), head=heads.Linear(32, out_dim=3), channel_axis=2)
-        >>> film(torch.randn(2, 105, 32)).shape
+        >>> video = heads.Grid((3, 5, 7), head=heads.Linear(32, out_dim=3), channel_axis=2)
+        >>> video(torch.randn(2, 105, 32)).shape
         torch.Size([2, 3, 3, 5, 7])
 
     Reference: deepmind-research/perceiver/perceiver.py, `FlowDecoder`.
@@ -48,52 +45,55 @@ class Grid(nn.Module):
         super().__init__()
         if grid is not None:
             checks.positive(**{f"grid[{i}]": size for i, size in enumerate(grid)})
-            _check_axis(channel_axis, len(grid))
+            _check_channel_axis(channel_axis, len(grid))
         self.grid, self.scale, self.channel_axis = None if grid is None else tuple(grid), scale, channel_axis
         self.head = nn.Identity() if head is None else head
         if hasattr(self.head, "dim"):
             self.dim = self.head.dim
 
     def forward(
-        self, answers: Float[Tensor, "b q d"], *, query_inputs: Any = None, grid: Sequence[int] | None = None
+        self, outputs: Float[Tensor, "b q d"], *, query_inputs: object = None, grid: Sequence[int] | None = None
     ) -> Float[Tensor, "b ..."]:
-        """The array, or `b q c` for some of the points.
+        """Return the array, or `b q c` for selected points.
 
         Args:
-            answers: one a point.
-            query_inputs: which points were asked for; all of the grid unless given.
-            grid: the one that was asked on, where that is known.
+            outputs: Decoder outputs, one per point.
+            query_inputs: Selected points; all points of the grid by default.
+            grid: Grid of the queries, if available.
 
         Raises:
-            ValueError: answers on another grid, or another number of them than it has points.
+            ValueError: Outputs on another grid, or another number of outputs than of grid points.
         """
-        values: Tensor = self.head(answers) * self.scale
+        values = self.head(outputs) * self.scale
         if query_inputs is not None:
             return values
         size = self._size(grid)
         if values.ndim != 3 or values.shape[1] != prod(size):
             raise ValueError(
-                f"answers must be b {prod(size)} c, one for each point of {size}, where `query_inputs` does not say "
-                f"which points were asked for; got shape {tuple(answers.shape)}"
+                f"outputs must be b {prod(size)} c, one for each point of {size}, unless `query_inputs` selects "
+                f"points; got shape {tuple(outputs.shape)}"
             )
         return values.reshape(values.shape[0], *size, values.shape[-1]).movedim(-1, self.channel_axis)
 
-    def _size(self, asked: Sequence[int] | None) -> tuple[int, ...]:
-        if asked is None and self.grid is None:
-            raise ValueError("grid must be given, to Grid or with the answers, where queries do not tell it")
-        if asked is not None and self.grid is not None and tuple(asked) != self.grid:
+    def _size(self, query_grid: Sequence[int] | None) -> tuple[int, ...]:
+        """Return the size of the array."""
+        if query_grid is None:
+            if self.grid is None:
+                raise ValueError("grid must be passed to Grid or with the outputs, since the queries have none")
+            return self.grid
+        size = tuple(query_grid)
+        if self.grid is not None and size != self.grid:
             raise ValueError(
-                f"answers are on a grid {tuple(asked)}, and this head makes {self.grid}. Give it None to take any, "
-                "or ask on its grid: queries.Grid(grid, positions)"
+                f"outputs are on a grid {size}, and this head makes {self.grid}. Build it with grid=None for any grid, "
+                "or take queries on its grid: queries.Grid(grid, positions)"
             )
-        size = tuple(asked) if self.grid is None and asked is not None else self.grid
-        assert size is not None
-        _check_axis(self.channel_axis, len(size))
+        _check_channel_axis(self.channel_axis, len(size))
         return size
 
 
-def _check_axis(channel_axis: int, axes: int) -> None:
-    if channel_axis != -1 and not 1 <= channel_axis <= axes + 1:
+def _check_channel_axis(channel_axis: int, num_axes: int) -> None:
+    if channel_axis != -1 and not 1 <= channel_axis <= num_axes + 1:
         raise ValueError(
-            f"channel_axis must be an axis of an array b ... of {axes} axes and one for them; got {channel_axis}"
+            f"channel_axis must be an axis of an array b ... of {num_axes} grid axes and a channel axis; "
+            f"got {channel_axis}"
         )

@@ -12,7 +12,7 @@ from perceiver_core.registry import register
 
 @partial(register, name="heads.Identity")
 class Identity(nn.Module):
-    """No head: the latents themselves.
+    """Head that returns the latents unchanged.
 
     Example:
         >>> import torch
@@ -22,5 +22,5 @@ class Identity(nn.Module):
     """
 
     def forward(self, latents: Float[Tensor, "b m d"]) -> Float[Tensor, "b m d"]:
-        """What came."""
+        """Return the latents."""
         return latents

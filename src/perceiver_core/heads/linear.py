@@ -13,11 +13,11 @@ from perceiver_core.registry import register
 
 @partial(register, name="heads.Linear")
 class Linear(nn.Module):
-    """A linear layer: channels of a pixel, logits of a token.
+    """A linear layer, for example to the channels of a pixel or the logits of a token.
 
     Args:
-        dim: the width of an answer.
-        out_dim: how many it becomes.
+        dim: Width of a decoder output.
+        out_dim: Width after the projection.
 
     Example:
         >>> import torch
@@ -32,7 +32,6 @@ class Linear(nn.Module):
         self.dim = dim
         self.values = init.linear(dim, out_dim)
 
-    def forward(self, answers: Float[Tensor, "b q d"]) -> Float[Tensor, "b q values"]:
-        """The values of each answer."""
-        values: Tensor = self.values(answers)
-        return values
+    def forward(self, outputs: Float[Tensor, "b q d"]) -> Float[Tensor, "b q values"]:
+        """Return the projected outputs."""
+        return self.values(outputs)

@@ -13,10 +13,10 @@ from perceiver_core.registry import register
 
 @register
 class Logits(nn.Module):
-    """A logit for every id of a vocabulary, for every vector: a linear layer of its own.
+    """Logits over a vocabulary for every latent or decoder output, by a linear layer of their own.
 
     Args:
-        embedding: the adapter whose vocabulary it is (`.dim`, `.vocab_size`); see `adapters.TokenEmbedding`.
+        embedding: Adapter with the vocabulary (`.dim`, `.vocab_size`); see `adapters.TokenEmbedding`.
 
     Example:
         >>> import torch
@@ -29,21 +29,20 @@ class Logits(nn.Module):
 
     def __init__(self, embedding: nn.Module) -> None:
         super().__init__()
-        self.dim, vocab_size = _of_vocabulary(embedding)
+        self.dim, vocab_size = _sizes(embedding)
         self.logits = init.linear(self.dim, vocab_size)
 
     def forward(self, latents: Float[Tensor, "b m d"]) -> Float[Tensor, "b m vocabulary"]:
-        """One logit an id."""
-        logits: Tensor = self.logits(latents)
-        return logits
+        """Return one logit per id."""
+        return self.logits(latents)
 
 
 @register
 class TiedLogits(nn.Module):
-    """A logit for every id of a vocabulary, for every vector: its product with the id's vector, and a bias.
+    """Logits over a vocabulary for every latent or decoder output: products with the embedding's vectors, plus a bias.
 
     Args:
-        embedding: the adapter whose vectors these are (`.vectors`); see `adapters.TokenEmbedding`.
+        embedding: Adapter whose vectors are shared (`.vectors`); see `adapters.TokenEmbedding`.
 
     Example:
         >>> import torch
@@ -53,12 +52,12 @@ class TiedLogits(nn.Module):
         >>> head(torch.randn(2, 7, 32)).shape, head.vectors is text.vectors
         (torch.Size([2, 7, 11]), True)
 
-    Reference: Press and Wolf 2017; krasserm/perceiver-io ties Perceiver AR's so.
+    Reference: Press and Wolf 2017; krasserm/perceiver-io ties the logits of Perceiver AR in this way.
     """
 
     def __init__(self, embedding: nn.Module) -> None:
         super().__init__()
-        self.dim, vocab_size = _of_vocabulary(embedding)
+        self.dim, vocab_size = _sizes(embedding)
         vectors = getattr(embedding, "vectors", None)
         if not isinstance(vectors, nn.Parameter):
             raise TypeError(
@@ -67,11 +66,12 @@ class TiedLogits(nn.Module):
         self.vectors, self.bias = vectors, nn.Parameter(torch.zeros(vocab_size))
 
     def forward(self, latents: Float[Tensor, "b m d"]) -> Float[Tensor, "b m vocabulary"]:
-        """One logit an id."""
+        """Return one logit per id."""
         return F.linear(latents, self.vectors, self.bias)
 
 
-def _of_vocabulary(embedding: nn.Module) -> tuple[int, int]:
+def _sizes(embedding: nn.Module) -> tuple[int, int]:
+    """Return the width and the size of a vocabulary."""
     dim, vocab_size = getattr(embedding, "dim", None), getattr(embedding, "vocab_size", None)
     if not isinstance(dim, int) or not isinstance(vocab_size, int):
         raise TypeError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,23 +13,19 @@ from perceiver_core.registry import register
 
 @partial(register, name="heads.Multimodal")
 class Multimodal(nn.Module):
-    """A head for each kind of answer.
+    """Dictionary of heads, one for each modality of the output.
 
     Args:
-        heads: by name, as the queries are named.
-
-    Raises:
-        TypeError: heads that are not modules.
-        ValueError: no heads, a name that a module cannot have, or heads of different widths (`.dim`).
+        heads: Heads by modality, with the names of the queries; those with a width (`.dim`) must have the same.
 
     Example:
         >>> import torch
         >>> from perceiver_core import heads
         >>> label = heads.SingleQuery(heads.Linear(32, 10))
-        >>> head = heads.Multimodal({"sound": heads.Waveform(32, patch_size=16), "label": label})
-        >>> answers = {"sound": torch.randn(2, 60, 32), "label": torch.randn(2, 1, 32)}
-        >>> {name: tuple(output.shape) for name, output in head(answers).items()}
-        {'sound': (2, 960), 'label': (2, 10)}
+        >>> head = heads.Multimodal({"audio": heads.Waveform(32, patch_size=16), "label": label})
+        >>> outputs = {"audio": torch.randn(2, 60, 32), "label": torch.randn(2, 1, 32)}
+        >>> {name: tuple(x.shape) for name, x in head(outputs).items()}
+        {'audio': (2, 960), 'label': (2, 10)}
 
     Reference: deepmind-research/perceiver/io_processors.py, `MultimodalPostprocessor`.
     """
@@ -43,32 +38,30 @@ class Multimodal(nn.Module):
         self.heads = nn.ModuleDict(heads)
         widths = {name: head.dim for name, head in heads.items() if isinstance(getattr(head, "dim", None), int)}
         if len(set(widths.values())) > 1:
-            raise ValueError(f"heads must take answers of one width, as a decoder gives them; they take {widths}")
+            raise ValueError(f"heads must take outputs of one width, as a decoder gives them; they take {widths}")
         self.dim = next(iter(widths.values()), None)
 
     def forward(
         self,
-        answers: Mapping[str, Tensor],
+        outputs: Mapping[str, Tensor],
         *,
-        query_inputs: Mapping[str, Any] | None = None,
+        query_inputs: Mapping[str, object] | None = None,
         grid: Mapping[str, Sequence[int] | None] | None = None,
     ) -> dict[str, Tensor]:
-        """An output for each kind that was asked for.
+        """Return the result of each head; raise ValueError for a modality without one.
 
         Args:
-            answers: by name.
-            query_inputs: by name which queries were asked, as a head such as `Grid` wants to know.
-            grid: by name the grid that was asked on, where that is known.
-
-        Raises:
-            ValueError: a kind that there is no head for.
+            outputs: Decoder outputs by modality.
+            query_inputs: Selected queries by modality, for heads that use them, such as `Grid`.
+            grid: Grid of the queries by modality, if available.
         """
-        if unknown := answers.keys() - self.heads.keys():
-            raise ValueError(f"answers name {sorted(unknown)}; there are heads for {list(self.heads)}")
-        outputs = {}
-        for name, answer in answers.items():
-            head = self.heads[name]
-            sees = getattr(head, "needs_query_layout", False)
-            more = {"query_inputs": (query_inputs or {}).get(name), "grid": (grid or {}).get(name)} if sees else {}
-            outputs[name] = modalities.call("answers", name, head, answer, **more)
-        return outputs
+        if unknown := outputs.keys() - self.heads.keys():
+            raise ValueError(f"outputs name {sorted(unknown)}; there are heads for {list(self.heads)}")
+        query_inputs, grid = query_inputs or {}, grid or {}
+        results = {}
+        for name, x in outputs.items():
+            head, options = self.heads[name], {}
+            if getattr(head, "needs_query_layout", False):
+                options = {"query_inputs": query_inputs.get(name), "grid": grid.get(name)}
+            results[name] = modalities.call("outputs", name, head, x, **options)
+        return results

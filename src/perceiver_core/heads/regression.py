@@ -14,13 +14,13 @@ from perceiver_core.registry import register
 
 @register
 class Regression(nn.Module):
-    """Real values from the mean of the latents: mean, norm, dropout, linear.
+    """Real values from the mean of the latents: mean, norm, dropout, linear layer.
 
     Args:
-        dim: the width of the latents.
-        num_outputs: how many values.
-        norm: makes a norm from a width.
-        dropout: the rate of dropout before the linear layer.
+        dim: Width of the latents.
+        num_outputs: Number of values.
+        norm: Factory `dim -> module`.
+        dropout: Rate of dropout before the linear layer.
 
     Example:
         >>> import torch
@@ -30,12 +30,7 @@ class Regression(nn.Module):
     """
 
     def __init__(
-        self,
-        dim: int,
-        num_outputs: int = 1,
-        *,
-        norm: Callable[[int], nn.Module] = nn.LayerNorm,
-        dropout: float = 0.0,
+        self, dim: int, num_outputs: int = 1, *, norm: Callable[[int], nn.Module] = nn.LayerNorm, dropout: float = 0.0
     ) -> None:
         super().__init__()
         checks.positive(dim=dim, num_outputs=num_outputs)
@@ -45,6 +40,5 @@ class Regression(nn.Module):
         self.values = init.linear(dim, num_outputs)
 
     def forward(self, latents: Float[Tensor, "b m d"]) -> Float[Tensor, "b values"]:
-        """The values, on any scale."""
-        values: Tensor = self.values(self.dropout(self.norm(latents.mean(1))))
-        return values
+        """Return the values, on an unbounded scale."""
+        return self.values(self.dropout(self.norm(latents.mean(1))))

@@ -10,10 +10,10 @@ from perceiver_core.registry import register
 
 @register
 class SingleQuery(nn.Module):
-    """The only answer, after a head if there is one: logits of a picture from one query.
+    """Output of the only query, without the query axis; for example, the logits of an image.
 
     Args:
-        head: what is done to the answer first.
+        head: Head that is applied first; none by default.
 
     Example:
         >>> import torch
@@ -27,19 +27,10 @@ class SingleQuery(nn.Module):
     def __init__(self, head: nn.Module | None = None) -> None:
         super().__init__()
         self.head = nn.Identity() if head is None else head
+        self.dim: int | None = getattr(head, "dim", None)
 
-    @property
-    def dim(self) -> int | None:
-        """The width of an answer; None where the head does not say it."""
-        return getattr(self.head, "dim", None)
-
-    def forward(self, answers: Float[Tensor, "b 1 d"]) -> Float[Tensor, "b values"]:
-        """The answer to the only query.
-
-        Raises:
-            ValueError: several answers.
-        """
-        if answers.ndim != 3 or answers.shape[1] != 1:
-            raise ValueError(f"answers must be one a sample, b 1 d; got shape {tuple(answers.shape)}")
-        only: Tensor = self.head(answers)[:, 0]
-        return only
+    def forward(self, outputs: Float[Tensor, "b 1 d"]) -> Float[Tensor, "b values"]:
+        """Return the output of the only query; raise ValueError if there are more."""
+        if outputs.ndim != 3 or outputs.shape[1] != 1:
+            raise ValueError(f"outputs must be one per sample, b 1 d; got shape {tuple(outputs.shape)}")
+        return self.head(outputs)[:, 0]

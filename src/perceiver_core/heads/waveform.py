@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from perceiver_core import checks, init
+from perceiver_core.adapters.patchify import unpatchify
 from perceiver_core.registry import register
 
 
 @register
 class Waveform(nn.Module):
-    """Every answer is a piece of a waveform.
+    """Waveform from decoder outputs, each projected to a patch of samples.
 
     Args:
-        dim: the width of an answer.
-        patch_size: samples a piece.
-        num_channels: of the waveform; one has no axis for them, as `adapters.Audio` wants it.
+        dim: Width of a decoder output.
+        patch_size: Number of samples per patch.
+        num_channels: Number of channels; a waveform of one channel has no channel axis, as in `adapters.Audio`.
 
     Example:
         >>> import torch
@@ -33,11 +33,11 @@ class Waveform(nn.Module):
     def __init__(self, dim: int, patch_size: int, *, num_channels: int = 1) -> None:
         super().__init__()
         checks.positive(dim=dim, patch_size=patch_size, num_channels=num_channels)
-        self.dim, self.num_channels = dim, num_channels
+        self.dim, self.patch_size, self.num_channels = dim, patch_size, num_channels
         self.samples = init.linear(dim, num_channels * patch_size)
 
-    def forward(self, answers: Float[Tensor, "b q d"]) -> Float[Tensor, "b *c s"]:
-        """The pieces, one after the other."""
-        checks.has_shape("answers", answers, "b q d", last=self.dim)
-        sound = rearrange(self.samples(answers), "b q (patch c) -> b c (q patch)", c=self.num_channels)
-        return sound[:, 0] if self.num_channels == 1 else sound
+    def forward(self, outputs: Float[Tensor, "b q d"]) -> Float[Tensor, "b *c s"]:
+        """Return the patches of all outputs, concatenated."""
+        checks.has_shape("outputs", outputs, "b q d", last=self.dim)
+        waveform = unpatchify(self.samples(outputs), (self.patch_size,))
+        return waveform[:, 0] if self.num_channels == 1 else waveform

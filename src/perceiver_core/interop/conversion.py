@@ -15,6 +15,7 @@ from torch import nn
 
 from perceiver_core.checkpoints import hub
 from perceiver_core.checkpoints.card import card
+from perceiver_core.checkpoints.folder import CONFIG
 from perceiver_core.checkpoints.loading import load
 from perceiver_core.checkpoints.saving import save
 from perceiver_core.interop import reference_run
@@ -24,7 +25,7 @@ from perceiver_core.interop.perceiver_pytorch import load_perceiver_pytorch
 from perceiver_core.interop.published_models import DEEPMIND_NUMERICS, TRANSFORMERS_NUMERICS
 from perceiver_core.interop.transformers import load_transformers, save_transformers
 from perceiver_core.interop.transformers_config import Config, read_config
-from perceiver_core.interop.weight_files.state_dict_files import CONFIG, fetch
+from perceiver_core.interop.weight_files.state_dict_files import fetch
 
 TARGETS = ("perceiver-core", "transformers")
 TOLERANCE = 1e-6  # standard deviations

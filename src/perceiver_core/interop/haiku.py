@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from perceiver_core.checkpoints.state import state_tensors
+from perceiver_core.checkpoints.state import assign, state_tensors
 from perceiver_core.interop.checked_arguments import CheckedArguments
 from perceiver_core.interop.published_models import DEEPMIND_NUMERICS, Numerics, build
 from perceiver_core.interop.published_weights import (
@@ -29,7 +29,6 @@ from perceiver_core.interop.published_weights import (
 from perceiver_core.interop.transformers_config import DEFAULTS, FOURIER, Config
 from perceiver_core.interop.weight_files.haiku_parameters import open_parameters
 from perceiver_core.interop.weight_files.state_dict_files import check_floats, errors_with_path
-from perceiver_core.interop.weight_mapping import assign
 from perceiver_core.models import PerceiverIO
 from perceiver_core.registry import Json
 

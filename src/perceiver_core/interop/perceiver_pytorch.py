@@ -26,11 +26,12 @@ from perceiver_core.blocks import (
     MultiHeadAttention,
     SelfAttend,
 )
+from perceiver_core.checkpoints.state import assign
 from perceiver_core.decoder import Decoder
 from perceiver_core.encoder import Encoder
 from perceiver_core.interop.checked_arguments import CheckedArguments
 from perceiver_core.interop.weight_files.state_dict_files import read_state_dict
-from perceiver_core.interop.weight_mapping import Entry, WeightMapping, assign, fused, renamed
+from perceiver_core.interop.weight_mapping import Entry, WeightMapping, fused, renamed
 from perceiver_core.kernels import inverted
 from perceiver_core.models import Perceiver, PerceiverIO
 from perceiver_core.positions import FourierPerAxis
@@ -82,7 +83,7 @@ def load_perceiver_pytorch(
     """Return perceiver-pytorch's `Perceiver` or `PerceiverIO` as ours: equal outputs in evaluation mode.
 
     The names in the state dict tell which of the two it is. The model takes the inputs that theirs takes: images are
-    `b h w c`. Their `queries` are our `at`: `model(data, mask=mask, query_inputs=queries)`.
+    `b h w c`. Their `queries` are our `query_inputs`: `model(data, mask=mask, query_inputs=queries)`.
 
     Args:
         state_dict: State dict of their model, of version 0.8 or newer; or the path of a safetensors file. Its tensors

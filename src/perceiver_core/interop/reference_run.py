@@ -26,19 +26,7 @@ Inputs: TypeAlias = dict[str, Json]
 
 
 def library(name: str) -> ModuleType:
-    """Return the module that has an original's classes.
-
-    Args:
-        name: Name of the package, "transformers" or "perceiver-pytorch".
-
-    Raises:
-        ImportError: It is not installed.
-
-    Example:
-        >>> from perceiver_core.interop import reference_run
-        >>> reference_run.library("transformers").PerceiverForMaskedLM  # doctest: +SKIP
-        <class 'transformers.models.perceiver.modeling_perceiver.PerceiverForMaskedLM'>
-    """
+    """Return the module with the classes of "transformers" or "perceiver-pytorch"; raise ImportError without it."""
     try:
         if name == "transformers":
             from transformers.models.perceiver import modeling_perceiver as module
@@ -62,14 +50,6 @@ def transformers(folder: Path, ours: nn.Module) -> float:
 
     Raises:
         ImportError: transformers is not installed.
-
-    Example:
-        >>> from pathlib import Path
-        >>> import perceiver_core as pc
-        >>> from perceiver_core.interop import reference_run
-        >>> folder = Path("vision-perceiver-fourier")
-        >>> reference_run.transformers(folder, pc.interop.load_transformers(folder))  # doctest: +SKIP
-        3.1e-13
     """
     modeling = library("transformers")
     config = complete(read_config(folder))
@@ -99,15 +79,6 @@ def perceiver_pytorch(path: Path, arguments: Config, ours: nn.Module) -> float:
     Raises:
         ImportError: perceiver-pytorch is not installed.
         ValueError: The arguments make no model, or one that the weights are not of.
-
-    Example:
-        >>> from pathlib import Path
-        >>> import perceiver_core as pc
-        >>> from perceiver_core.interop import reference_run
-        >>> arguments = {"depth": 6, "max_freq": 10.0, "num_freq_bands": 6}
-        >>> ours = pc.interop.load_perceiver_pytorch("theirs.safetensors", **arguments)  # doctest: +SKIP
-        >>> reference_run.perceiver_pytorch(Path("theirs.safetensors"), arguments, ours)  # doctest: +SKIP
-        5.2e-15
     """
     module, weights = library("perceiver-pytorch"), read_state_dict(path)
     has_queries = any(name.startswith("decoder_cross_attn.") for name in weights)
@@ -190,10 +161,10 @@ def _multimodal_inputs(config: Config) -> tuple[Inputs, Inputs]:
     video = _drawn(1, frames, 3, *sides)
     audio = _drawn(1, config["num_frames"] * config["audio_samples_per_frame"])
     pixels, patches = video[:, :, 0].numel(), audio.shape[1] // config["samples_per_patch"]
-    at = {"image": torch.arange(0, pixels, 97), "audio": torch.arange(0, patches, 3)}
+    points = {"image": torch.arange(0, pixels, 97), "audio": torch.arange(0, patches, 3)}
     inputs = {"image": video, "audio": audio, "label": torch.zeros(1, config["num_labels"])}
-    theirs = {"inputs": inputs | {"audio": audio[..., None]}, "subsampled_output_points": {**at, "label": None}}
-    return theirs, {"inputs": inputs, "at": at}
+    theirs = {"inputs": inputs | {"audio": audio[..., None]}, "subsampled_output_points": {**points, "label": None}}
+    return theirs, {"inputs": inputs, "query_inputs": points}
 
 
 def _drawn(*shape: int) -> Tensor:

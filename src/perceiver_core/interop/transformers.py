@@ -12,8 +12,8 @@ from torch import nn
 
 from perceiver_core import registry
 from perceiver_core.checkpoints.differences import model_differences, spec_differences
-from perceiver_core.checkpoints.folder import write_atomically
-from perceiver_core.checkpoints.state import check_values, state_tensors, tensor_specs
+from perceiver_core.checkpoints.folder import CONFIG, WEIGHTS, write_atomically
+from perceiver_core.checkpoints.state import assign, check_values, state_tensors, tensor_specs
 from perceiver_core.interop.published_models import ACTIVATIONS, TRANSFORMERS_NUMERICS, Numerics, build
 from perceiver_core.interop.published_weights import CONVOLUTIONAL, from_transformers
 from perceiver_core.interop.transformers_config import (
@@ -25,8 +25,7 @@ from perceiver_core.interop.transformers_config import (
     transformers_entries,
 )
 from perceiver_core.interop.weight_files import state_dict_files as files
-from perceiver_core.interop.weight_files.state_dict_files import CONFIG, FLOATS, WEIGHTS, check_floats, errors_with_path
-from perceiver_core.interop.weight_mapping import assign
+from perceiver_core.interop.weight_files.state_dict_files import FLOATS, check_floats, errors_with_path
 from perceiver_core.models import PerceiverIO
 
 

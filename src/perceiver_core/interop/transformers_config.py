@@ -7,7 +7,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TypeAlias
 
-from perceiver_core.interop.weight_files.state_dict_files import CONFIG, read_json
+from perceiver_core.checkpoints.folder import CONFIG
+from perceiver_core.interop.weight_files.state_dict_files import read_json
 from perceiver_core.registry import Json
 
 Config: TypeAlias = Mapping[str, Json]

@@ -24,7 +24,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 Names: TypeAlias = str | tuple[str, ...]  # of one tensor, or of a group
 Tensors: TypeAlias = Tensor | Sequence[Tensor]
@@ -176,22 +176,6 @@ class WeightMapping:
             misfits = [_misfit(name, theirs[name], tensor) for name, tensor in expected.items() if name in theirs]
             differences += [misfit for misfit in misfits if misfit][:NUM_SHOWN]
         _raise_if(differences)
-
-
-def assign(model: nn.Module, state: State) -> None:
-    """Replace the tensors of a model, which may be on the meta device, without a copy; tied tensors stay tied.
-
-    Args:
-        model: The model.
-        state: New tensors by name; the first name of a tied tensor suffices.
-    """
-    new: dict[int, Tensor] = {}
-    targets = model.state_dict(keep_vars=True)
-    for name, old in targets.items():
-        if id(old) not in new:
-            tensor = state[name].detach()
-            new[id(old)] = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
-    model.load_state_dict({name: new[id(old)] for name, old in targets.items()}, assign=True)
 
 
 def _as_tuple(names: Names) -> tuple[str, ...]:

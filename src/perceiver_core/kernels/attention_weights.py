@@ -1,26 +1,26 @@
-"""The weights that any kernel gives: what it makes of values of which each is one, for its own key alone."""
+"""Attention weights of any kernel, obtained by passing one-hot values."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from perceiver_core.kernels.chunked import chunked
 from perceiver_core.kernels.fastest import fastest
 from perceiver_core.kernels.reference import attention_map, reference
 from perceiver_core.kernels.sdpa import sdpa
+from perceiver_core.kernels.shapes import Keys, Queries, QueryIndices
 from perceiver_core.masks import Mask
 
 SOFTMAX = (fastest, sdpa, chunked, reference)
 
 
-def unwrapped(kernel: Any) -> Any:
-    """The function that `functools.partial` was given, or what is no partial itself."""
+def unwrapped(kernel: object) -> object:
+    """Return the function inside nested `functools.partial` objects."""
     while isinstance(kernel, partial):
         kernel = kernel.func
     return kernel
@@ -28,25 +28,25 @@ def unwrapped(kernel: Any) -> Any:
 
 def kernel_attention_map(
     kernel: Callable[..., Tensor],
-    q: Float[Tensor, "b h q d"],
-    k: Float[Tensor, "b h k d"],
+    q: Queries,
+    k: Keys,
     *,
     mask: Mask | None = None,
-    queries: int | Sequence[int] | Int[Tensor, " chosen"] | None = None,
+    queries: QueryIndices = None,
     block: int = 256,
 ) -> Float[Tensor, "b h chosen k"]:
-    """The weights with which a kernel adds up the values, for chosen queries.
+    """Return the weights that a kernel gives the values, for selected queries.
 
-    Those of this library's softmax kernels are written out by `attention_map`. Any other is asked for them, with
-    values that are rows of the identity, a block of keys at a time: exact for kernels linear in the values.
+    `attention_map` computes those of the library's softmax kernels. Any other kernel is called with one-hot values,
+    one block of keys at a time, which is exact for kernels that are linear in the values.
 
     Args:
-        kernel: `(q, k, v, *, mask) -> out`.
-        q: queries.
-        k: keys.
-        mask: as the kernel is given.
-        queries: which queries to give the weights of, by index; all of them unless given.
-        block: how many keys the kernel is asked about at once.
+        kernel: Attention kernel `(q, k, v, *, mask) -> out`.
+        q: Queries.
+        k: Keys.
+        mask: Attention mask.
+        queries: Indices of the selected queries; all of them by default.
+        block: Number of keys per call of the kernel.
 
     Example:
         >>> import torch
@@ -58,8 +58,8 @@ def kernel_attention_map(
         return attention_map(q, k, mask=mask, queries=queries)
     rows = slice(None) if queries is None else torch.as_tensor(queries, device=q.device).reshape(-1)
     keys = torch.arange(k.shape[-2], device=k.device)
-    blocks = []
+    weights = []
     for start in range(0, k.shape[-2], block):
-        ones = (keys[:, None] == keys[start : start + block]).to(k.dtype).expand(*k.shape[:2], -1, -1)
-        blocks.append(kernel(q, k, ones, mask=mask)[..., rows, :])
-    return torch.cat(blocks, dim=-1)
+        one_hot = (keys[:, None] == keys[start : start + block]).to(k.dtype).expand(*k.shape[:2], -1, -1)
+        weights.append(kernel(q, k, one_hot, mask=mask)[..., rows, :])
+    return torch.cat(weights, dim=-1)

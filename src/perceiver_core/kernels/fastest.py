@@ -1,37 +1,30 @@
-"""The default kernel: the fastest of this package for what it is given."""
+"""The default attention kernel: the fastest of this package for its inputs."""
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from perceiver_core import checks
 from perceiver_core.kernels.chunked import chunked
 from perceiver_core.kernels.sdpa import sdpa
+from perceiver_core.kernels.shapes import Keys, Outputs, Queries, Values
 from perceiver_core.masks import Mask
 from perceiver_core.registry import register
 
-PIECE = 1024  # keys; the scores of a piece should stay in the cache
-LITTLE = 2**25  # multiplications for the scores
+CHUNK_SIZE = 1024  # keys; the scores of a chunk should stay in the processor's cache
+MIN_MULTIPLICATIONS = 2**25  # of the scores; below, PyTorch's kernel starts sooner
 
 
 @register
-def fastest(
-    q: Float[Tensor, "b h q d"],
-    k: Float[Tensor, "b h k d"],
-    v: Float[Tensor, "b h k e"],
-    *,
-    mask: Mask | None = None,
-    dropout: float = 0.0,
-) -> Float[Tensor, "b h q e"]:
-    """`sdpa`, and in bfloat16 on a processor with units for it `chunked`, made of products in bfloat16.
+def fastest(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropout: float = 0.0) -> Outputs:
+    """Compute attention by `sdpa`, or in bfloat16 on a processor with units for it by `chunked` in bfloat16.
 
-    There PyTorch's fused kernel is no faster in bfloat16 than in float32, and products are several times faster.
-    Scores are then rounded to bfloat16, as where attention is written out in it, which adds about as much error as
-    the rounding of queries and keys; `kernel=sdpa` keeps them in float32.
+    On such processors PyTorch's fused kernel is no faster in bfloat16 than in float32, and matrix products are several
+    times faster. `chunked` then rounds scores to bfloat16, as dense attention in bfloat16 does, which adds about as
+    much error as the rounding of queries and keys; `kernel=sdpa` keeps scores in float32.
 
-    Args and result are those of `sdpa`.
+    Arguments and result are those of `sdpa`.
 
     Example:
         >>> import torch
@@ -41,22 +34,21 @@ def fastest(
     """
     if uses_chunks(q, k.shape[-2], dropout=dropout):
         half = (x.to(torch.bfloat16) for x in (q, k, v))
-        return chunked(*half, mask=mask, chunk_size=PIECE, half_precision_matmul=True)
+        return chunked(*half, mask=mask, chunk_size=CHUNK_SIZE, half_precision_matmul=True)
     return sdpa(q, k, v, mask=mask, dropout=dropout)
 
 
-def uses_chunks(q: Tensor, keys: int, *, dropout: float = 0.0) -> bool:
-    """Whether `fastest` takes `chunked` for these queries and so many keys.
+def uses_chunks(q: Tensor, num_keys: int, *, dropout: float = 0.0) -> bool:
+    """Return whether `fastest` uses `chunked` for these queries and this number of keys.
 
-    Not for little work, which PyTorch's kernel starts sooner. Nor under torch.compile and torch.export: the choice
-    would depend on sizes that may vary, and on the machine on which the graph is made.
+    Never under torch.compile and torch.export: the choice depends on sizes that may vary, and on the machine.
     """
     if q.device.type != "cpu" or dropout or torch.compiler.is_compiling():
         return False
-    enough = q.numel() * keys >= LITTLE
+    enough = q.numel() * num_keys >= MIN_MULTIPLICATIONS
     return enough and checks.product_dtype(q) == torch.bfloat16 and has_bfloat16_units()
 
 
 def has_bfloat16_units() -> bool:
-    """Whether this processor is known to multiply matrices in bfloat16 without emulation: x86 with the units for it."""
+    """Return whether this is an x86 processor with units that multiply bfloat16 matrices without emulation."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

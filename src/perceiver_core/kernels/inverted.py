@@ -1,42 +1,29 @@
-"""Inverted attention: queries compete for the keys, as the slots of slot attention do.
+"""Inverted attention: queries compete for the keys, as slots do in slot attention.
 
 W = softmax(q k^T / sqrt(d)) over the queries        A = W / sum of W over the keys        out = A v
 
-A query that may attend to nothing gives zeros, as in every kernel.
+The output of a query that may attend to no key is zero, as in every kernel.
 """
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 from torch.nn import functional as F
 
 from perceiver_core import masks
+from perceiver_core.kernels.shapes import Keys, Outputs, Queries, Values
 from perceiver_core.masks import Mask
 from perceiver_core.registry import register
 
 
 @register
-def inverted(
-    q: Float[Tensor, "b h q d"],
-    k: Float[Tensor, "b h k d"],
-    v: Float[Tensor, "b h k e"],
-    *,
-    mask: Mask | None = None,
-    dropout: float = 0.0,
-) -> Float[Tensor, "b h q e"]:
-    """Attention whose softmax is over the queries: what one of them takes, the others do not get.
+def inverted(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropout: float = 0.0) -> Outputs:
+    """Compute attention whose softmax is over the queries, so that they share out each key.
 
-    Every query matters to every other, so queries cannot be answered by themselves or in chunks. Weights are written
-    out, in memory q x k; they are normalized as logarithms, so a query that loses every key still gets an average.
+    The result of a query depends on all other queries, so queries cannot be processed separately or in chunks. The
+    weights take memory q x k; they are normalized as logarithms, so a query that loses every key still gets an average.
 
-    Args:
-        q: queries.
-        k: keys, of the queries' width.
-        v: values, of any width.
-        mask: see `masks`. A query does not compete for keys that it may not attend to.
-        dropout: the rate at which attention weights are dropped.
+    Arguments are those of `reference`. A query does not compete for keys that it may not attend to.
 
     Example:
         >>> import torch
@@ -54,11 +41,11 @@ def inverted(
         weights = scores.log_softmax(-2).softmax(-1)
     else:
         masks.check_broadcast(mask, q, k)
-        allowed = masks.materialize(mask, queries=q.shape[-2], keys=k.shape[-2], device=q.device)
+        masked = ~masks.materialize(mask, queries=q.shape[-2], keys=k.shape[-2], device=q.device)
         lowest = torch.finfo(wide).min
-        shares = scores.masked_fill(~allowed, lowest).log_softmax(-2).masked_fill(~allowed, lowest)
-        weights = shares.softmax(-1).masked_fill(~allowed, 0.0)
+        shares = scores.masked_fill(masked, lowest).log_softmax(-2).masked_fill(masked, lowest)
+        weights = shares.softmax(-1).masked_fill(masked, 0.0)
     return F.dropout(weights, dropout).to(v.dtype) @ v
 
 
-inverted.competes = True  # type: ignore[attr-defined] # what one query gets depends on which others ask
+inverted.competes = True  # type: ignore[attr-defined] # the result of a query depends on the other queries

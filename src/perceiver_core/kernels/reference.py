@@ -1,41 +1,33 @@
-"""Softmax attention as its formula: what every other kernel is tested against.
+"""Softmax attention by its formula, against which every other kernel is tested.
 
     A = softmax(q k^T / sqrt(d))        out = A v
 
-A query that may attend to nothing gives zeros: no value is its average.
+The output of a query that may attend to no key is zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
 from perceiver_core import masks
+from perceiver_core.kernels.shapes import Keys, Outputs, Queries, QueryIndices, Values
 from perceiver_core.masks import Mask
 from perceiver_core.registry import register
 
 
 @register
-def reference(
-    q: Float[Tensor, "b h q d"],
-    k: Float[Tensor, "b h k d"],
-    v: Float[Tensor, "b h k e"],
-    *,
-    mask: Mask | None = None,
-    dropout: float = 0.0,
-) -> Float[Tensor, "b h q e"]:
-    """Attention with every weight written out: exact, twice differentiable, in memory q x k.
+def reference(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropout: float = 0.0) -> Outputs:
+    """Compute attention with all weights in memory, q x k: exact and twice differentiable.
 
     Args:
-        q: queries.
-        k: keys, of the queries' width.
-        v: values, of any width.
-        mask: see `masks`; None attends everywhere.
-        dropout: the rate at which attention weights are dropped.
+        q: Queries.
+        k: Keys, of the queries' width.
+        v: Values, of any width.
+        mask: Attention mask; see `masks`. None attends everywhere.
+        dropout: Rate at which attention weights are dropped.
 
     Example:
         >>> import torch
@@ -46,28 +38,23 @@ def reference(
 
     Reference: Vaswani et al. 2017, equation 1.
     """
-    weights = F.dropout(attention_map(q, k, mask=mask), dropout)
-    return weights.to(v.dtype) @ v
+    return F.dropout(attention_map(q, k, mask=mask), dropout).to(v.dtype) @ v
 
 
 def attention_map(
-    q: Float[Tensor, "b h q d"],
-    k: Float[Tensor, "b h k d"],
-    *,
-    mask: Mask | None = None,
-    queries: int | Sequence[int] | Int[Tensor, " chosen"] | None = None,
+    q: Queries, k: Keys, *, mask: Mask | None = None, queries: QueryIndices = None
 ) -> Float[Tensor, "b h chosen k"]:
-    """The attention weights themselves, for chosen queries, beside whatever kernel computes the outputs.
+    """Return the softmax attention weights of selected queries.
 
     Args:
-        q: queries.
-        k: keys.
-        mask: as the kernel was given.
-        queries: which queries to give the weights of, by index; all of them unless given.
+        q: Queries.
+        k: Keys.
+        mask: Attention mask; see `masks`.
+        queries: Indices of the selected queries; all of them by default.
 
     Returns:
-        Weights that add to 1 over the keys, or are all 0 for a query that may attend to nothing; in
-        float32 for half precision.
+        Weights that add to 1 over the keys, or are all 0 for a query that may attend to no key; in float32 for half
+        precision.
 
     Example:
         >>> import torch
@@ -80,13 +67,12 @@ def attention_map(
         masks.check_broadcast(mask, q, k)
     rows = masks.positions(q.shape[-2], q.device)
     if queries is not None:
-        chosen = torch.as_tensor(queries, device=q.device).reshape(-1)
-        q, rows = q[..., chosen, :], rows[chosen]
+        selected = torch.as_tensor(queries, device=q.device).reshape(-1)
+        q, rows = q[..., selected, :], rows[selected]
     wide = torch.promote_types(q.dtype, torch.float32)
-    # Scaled first and not in half precision, where a product may overflow; autocast narrows it all the same.
+    # Scaled before the product, and in float32, since it may overflow in half precision; autocast narrows it anyway.
     scores = ((q.to(wide) * q.shape[-1] ** -0.5) @ k.to(wide).mT).to(wide)
     if mask is None:
         return scores.softmax(-1)
-    allowed = masks.block(mask, rows, masks.positions(k.shape[-2], k.device))
-    lowest = torch.finfo(scores.dtype).min
-    return scores.masked_fill(~allowed, lowest).softmax(-1).masked_fill(~allowed, 0.0)
+    masked = ~masks.block(mask, rows, masks.positions(k.shape[-2], k.device))
+    return scores.masked_fill(masked, torch.finfo(wide).min).softmax(-1).masked_fill(masked, 0.0)

@@ -1,11 +1,11 @@
-"""PyTorch's fused attention kernels, with what they refuse made to fit, exactly.
+"""PyTorch's fused attention kernels, with inputs adapted, exactly, so that the fast ones apply.
 
 `torch.nn.functional.scaled_dot_product_attention` picks flash, cuDNN, memory-efficient or plain matrix products;
-`torch.nn.attention.sdpa_kernel` overrides its choice, and `torch.nn.attention.activate_flash_attention_impl` brings
-FlashAttention-3 or 4 where they are installed. Four things keep it off the flash kernels, and are mended here: values
-of another width than the keys, (on CUDA) widths that are not a multiple of 8, masks of padding, for which keys are
-packed, and causal attention of the last queries to all keys (both: `varlen`). Columns of zeros change no score and no
-output. What is left is said by `kernel_for`.
+`torch.nn.attention.sdpa_kernel` overrides its choice, and `torch.nn.attention.activate_flash_attention_impl` enables
+FlashAttention-3 or 4 if installed. Flash kernels do not take four kinds of inputs, which are adapted here: values of
+another width than the keys and, on CUDA, widths that are not a multiple of 8 are padded with zero columns, which change
+neither scores nor outputs; padding masks, and causal attention of the last queries to all keys, go to the kernel for
+packed sequences (see `varlen`). `kernel_for` names the kernel that is used.
 """
 
 from __future__ import annotations
@@ -13,28 +13,18 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 from torch.nn import functional as F
 
-from perceiver_core import masks
+from perceiver_core import checks, masks
 from perceiver_core.kernels import varlen
+from perceiver_core.kernels.shapes import Keys, Outputs, Queries, Values
 from perceiver_core.masks import Mask
 from perceiver_core.registry import register
 
 
 @register
-def sdpa(
-    q: Float[Tensor, "b h q d"],
-    k: Float[Tensor, "b h k d"],
-    v: Float[Tensor, "b h k e"],
-    *,
-    mask: Mask | None = None,
-    dropout: float = 0.0,
-) -> Float[Tensor, "b h q e"]:
-    """Fused attention by PyTorch.
-
-    Args and result are those of `reference`.
+def sdpa(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropout: float = 0.0) -> Outputs:
+    """Compute attention by PyTorch's fused kernels. Arguments and result are those of `reference`.
 
     Example:
         >>> import torch
@@ -43,32 +33,33 @@ def sdpa(
         >>> torch.testing.assert_close(sdpa(q, k, v), reference(q, k, v))
     """
     device_type = q.device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        # Autocast converts inside the kernel; the widths are seen before that, so convert here.
+    if checks.autocasting(q.device):
+        # Autocast converts inside the kernel, after `varlen.is_supported` looks at the dtype; so convert here.
         dtype = torch.get_autocast_dtype(device_type)
         q, k, v = (x.to(dtype) if x.dtype == torch.float32 else x for x in (q, k, v))
     scale, value_width = q.shape[-1] ** -0.5, v.shape[-1]
     if q.shape[-1] != value_width or device_type == "cuda":
         width = fused_width(q.shape[-1], value_width, q.device)
-        q, k, v = (_widen(x, width) for x in (q, k, v))
+        q, k, v = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q, k, v))
     if mask is None or (isinstance(mask, masks.Causal) and q.shape[-2] == k.shape[-2]):
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=mask is not None, scale=scale)
         return out[..., :value_width]
     masks.check_broadcast(mask, q, k)
-    if not dropout and varlen.takes(q):
+    if not dropout and varlen.is_supported(q):
         if isinstance(mask, masks.Causal) and q.shape[-2] < k.shape[-2]:
-            return varlen.attend_causally(q, k, v, scale=scale)[..., :value_width]
-        if (there := varlen.present(mask)) is not None:
-            return varlen.attend(q, k, v, there, scale=scale)[..., :value_width]
+            return varlen.attend_causal(q, k, v, scale=scale)[..., :value_width]
+        if (valid := varlen.valid_keys(mask)) is not None:
+            return varlen.attend(q, k, v, valid, scale=scale)[..., :value_width]
     allowed = masks.materialize(mask, queries=q.shape[-2], keys=k.shape[-2], device=q.device)
-    some = allowed.any(-1, keepdim=True)
-    # The kernels differ on rows with nothing to attend to, so they never see one.
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=_four_axes(allowed | ~some), dropout_p=dropout, scale=scale)
-    return out[..., :value_width].masked_fill(~some, 0.0)
+    attends = allowed.any(-1, keepdim=True)
+    # The kernels differ on fully masked rows, so they never get one.
+    allowed = (allowed | ~attends)[(None,) * (4 - allowed.ndim)]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout, scale=scale)
+    return out[..., :value_width].masked_fill(~attends, 0.0)
 
 
 class Kernel(NamedTuple):
-    """A kernel of PyTorch, and why it is not a flash kernel where it is not."""
+    """Name of a PyTorch kernel, and the reason why it is not a flash kernel, if it is not."""
 
     name: str
     why: str = ""
@@ -77,11 +68,10 @@ class Kernel(NamedTuple):
 def kernel_for(
     key_width: int, value_width: int, dtype: torch.dtype, device: torch.device, mask: Mask | None = None
 ) -> Kernel:
-    """Which of PyTorch's kernels `sdpa` has for heads of these widths, without dropout.
+    """Return the PyTorch kernel that `sdpa` uses for heads of these widths, without dropout.
 
-    On CUDA "flash or cuDNN", of which PyTorch takes the one that it knows to be faster; "flash, packed"; "cuDNN or
-    memory-efficient"; or "memory-efficient". A causal mask is taken to have no more queries than keys, and with as many
-    to be no mask.
+    On CUDA it is "flash or cuDNN", of which PyTorch picks the faster; "flash, packed"; "cuDNN or memory-efficient"; or
+    "memory-efficient". A causal mask is assumed to have fewer queries than keys; equal lengths use `is_causal`.
 
     Example:
         >>> import torch
@@ -95,20 +85,12 @@ def kernel_for(
         return Kernel("memory-efficient", why)
     if mask is None:
         return Kernel("flash or cuDNN")
-    if not isinstance(mask, masks.Causal) and varlen.present(mask) is None:
-        return Kernel("cuDNN or memory-efficient", "flash kernels take masks of keys alone and causal ones")
-    return Kernel("flash, packed") if varlen.has_varlen() else Kernel("memory-efficient", "PyTorch 2.11 packs keys")
+    if not isinstance(mask, masks.Causal) and varlen.valid_keys(mask) is None:
+        return Kernel("cuDNN or memory-efficient", "flash kernels take key-padding masks and causal masks only")
+    return Kernel("flash, packed") if varlen.has_varlen() else Kernel("memory-efficient", "packing needs PyTorch 2.11")
 
 
 def fused_width(key_width: int, value_width: int, device: torch.device) -> int:
-    """The head width that the fused kernels of a device take: one for keys and values, on CUDA a multiple of 8."""
+    """Return the head width for the fused kernels: the wider of keys and values, on CUDA padded to a multiple of 8."""
     width = max(key_width, value_width)
     return -(-width // 8) * 8 if device.type == "cuda" else width
-
-
-def _widen(x: Tensor, width: int) -> Tensor:
-    return F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x
-
-
-def _four_axes(mask: Tensor) -> Tensor:
-    return mask[(None,) * (4 - mask.ndim)]

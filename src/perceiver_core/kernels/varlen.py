@@ -1,9 +1,9 @@
-"""PyTorch's flash kernel for packed keys, where its other kernels would need a mask written out.
+"""PyTorch's flash kernel for packed sequences, used for masks that its other flash kernels do not take.
 
-A mask keeps PyTorch off its flash kernels; how many keys each sample has does not, nor does causal attention that
-lines up at the end. So keys that are there are packed, one sample after the other. Packing is a stable sort of which
-keys are there, so masks of any pattern are served, nothing waits for the GPU, and sizes stay fixed: what is not there
-lies behind all samples, where no kernel looks.
+PyTorch's dense flash kernels take no mask, but the packed one takes the number of keys of each sample, and causal
+attention that aligns at the end. So valid keys are packed, one sample after the other. A stable sort brings them to the
+front, so masks of any pattern are supported, sizes stay fixed, and nothing waits for the GPU: masked keys lie behind
+all samples, where no kernel reads.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perceiver_core import masks
+from perceiver_core.kernels.shapes import Keys, Outputs, Queries, Values
 from perceiver_core.masks import Mask
 
 WIDEST = 256  # the widest head of the flash kernel
@@ -27,22 +28,22 @@ CAPABILITY = (8, 0)  # of the GPU, at least
 
 
 class Packed(NamedTuple):
-    """Keys and values of a batch, packed."""
+    """Packed keys and values of a batch, and the start of each sample, followed by the total number of valid keys."""
 
     keys: Float[Tensor, "bn h d"]
     values: Float[Tensor, "bn h e"]
     starts: Int[Tensor, " samples_and_one"]
 
 
-def present(mask: Mask) -> Bool[Tensor, "#b n"] | None:
-    """Which keys are there, if that is all that a mask says.
+def valid_keys(mask: Mask) -> Bool[Tensor, "#b n"] | None:
+    """Return the valid keys of a key-padding mask; None for any other mask.
 
     Example:
         >>> import torch
         >>> from perceiver_core import masks
-        >>> from perceiver_core.kernels.varlen import present
-        >>> there = torch.tensor([[True, False]])
-        >>> present(masks.Padding(there)), present(masks.Causal())
+        >>> from perceiver_core.kernels.varlen import valid_keys
+        >>> valid = torch.tensor([[True, False]])
+        >>> valid_keys(masks.Padding(valid)), valid_keys(masks.Causal())
         (tensor([[ True, False]]), None)
     """
     rules, tensors = masks.split(mask)
@@ -54,9 +55,9 @@ def present(mask: Mask) -> Bool[Tensor, "#b n"] | None:
     return allowed[:, 0, 0]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # no GPU comes while a graph is made
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # GPUs do not change during tracing
 def why_not(dtype: torch.dtype, width: int, device: torch.device) -> str:
-    """Why PyTorch's flash kernels do not take queries of this dtype and width on a device; empty if they do."""
+    """Return the reason why PyTorch's flash kernels do not take queries like these; empty if they do."""
     if device.type != "cuda":
         return "flash kernels run on CUDA"
     if dtype not in (torch.float16, torch.bfloat16):
@@ -68,54 +69,41 @@ def why_not(dtype: torch.dtype, width: int, device: torch.device) -> str:
     return ""
 
 
-def takes(q: Float[Tensor, "b h q d"]) -> bool:
-    """Whether PyTorch's flash kernel takes packed keys for these queries."""
-    if torch._C._are_functorch_transforms_active():  # which that kernel has no rules for
+def is_supported(q: Float[Tensor, "b h q d"]) -> bool:
+    """Return whether PyTorch's flash kernel takes packed keys for these queries."""
+    if torch._C._are_functorch_transforms_active():  # the kernel has no rules for them
         return False
     return not why_not(q.dtype, q.shape[-1], q.device) and has_varlen()
 
 
-def attend(
-    q: Float[Tensor, "b h q d"],
-    k: Float[Tensor, "b h k d"],
-    v: Float[Tensor, "b h k d"],
-    there: Bool[Tensor, "#b k"],
-    *,
-    scale: float,
-) -> Float[Tensor, "b h q d"]:
-    """Attention to the keys that are there; zeros where none is."""
-    there = there.expand(k.shape[0], k.shape[2])
-    out = _run(q, pack(k, v, there), k.shape[2], (-1, -1), scale)
-    return out.masked_fill(~there.any(1)[:, None, None, None], 0.0)
+def attend(q: Queries, k: Keys, v: Values, valid: Bool[Tensor, "#b k"], *, scale: float) -> Outputs:
+    """Compute attention to the valid keys, for values of the keys' width; zeros for samples without a valid key."""
+    valid = valid.expand(k.shape[0], k.shape[2])
+    out = _run(q, pack(k, v, valid), k.shape[2], (-1, -1), scale)
+    return out.masked_fill(~valid.any(1)[:, None, None, None], 0.0)
 
 
-def attend_causally(
-    q: Float[Tensor, "b h q d"], k: Float[Tensor, "b h k d"], v: Float[Tensor, "b h k d"], *, scale: float
-) -> Float[Tensor, "b h q d"]:
-    """Attention to no later position, where the last query lines up with the last key."""
-    batch, keys = k.shape[0], k.shape[2]
-    starts = torch.arange(0, (batch + 1) * keys, keys, device=q.device, dtype=torch.int32)
-    flat = [rearrange(x, "b h n d -> (b n) h d") for x in (k, v)]
-    return _run(q, Packed(flat[0], flat[1], starts), keys, (-1, 0), scale)
+def attend_causal(q: Queries, k: Keys, v: Values, *, scale: float) -> Outputs:
+    """Compute causal attention, in which the last query aligns with the last key, for values of the keys' width."""
+    keys, values = (rearrange(x, "b h n d -> (b n) h d") for x in (k, v))
+    return _run(q, Packed(keys, values, _equal_starts(k)), k.shape[2], (-1, 0), scale)
 
 
-def _run(
-    q: Float[Tensor, "b h q d"], packed: Packed, most: int, window: tuple[int, int], scale: float
-) -> Float[Tensor, "b h q d"]:
-    batch, _, queries, _ = q.shape
-    starts = torch.arange(0, (batch + 1) * queries, queries, device=q.device, dtype=torch.int32)
-    asked = rearrange(q, "b h m d -> (b m) h d")
-    out = _varlen()(
-        asked, packed.keys, packed.values, starts, packed.starts, queries, most, scale=scale, window_size=window
-    )
-    return rearrange(out, "(b m) h d -> b h m d", b=batch)
+def _run(q: Queries, packed: Packed, max_keys: int, window: tuple[int, int], scale: float) -> Outputs:
+    queries, sizes = rearrange(q, "b h m d -> (b m) h d"), (q.shape[2], max_keys)
+    starts = (_equal_starts(q), packed.starts)
+    out = _varlen()(queries, packed.keys, packed.values, *starts, *sizes, scale=scale, window_size=window)
+    return rearrange(out, "(b m) h d -> b h m d", b=q.shape[0])
 
 
-def pack(k: Float[Tensor, "b h n d"], v: Float[Tensor, "b h n e"], there: Bool[Tensor, "b n"]) -> Packed:
-    """Keys and values with those in front that are there. Kernels differ on samples without a key: these get a zero.
+def _equal_starts(x: Float[Tensor, "b h n d"]) -> Int[Tensor, " samples_and_one"]:
+    """Return the starts of samples that all have n positions."""
+    batch, _, n, _ = x.shape
+    return torch.arange(0, (batch + 1) * n, n, device=x.device, dtype=torch.int32)
 
-    Returns:
-        `starts` says where each sample starts, and in the end how many keys there are in all, in int32.
+
+def pack(k: Float[Tensor, "b h n d"], v: Float[Tensor, "b h n e"], valid: Bool[Tensor, "b n"]) -> Packed:
+    """Pack valid keys and values to the front. Kernels differ on samples without a key, so these get one of zeros.
 
     Example:
         >>> import torch
@@ -125,34 +113,33 @@ def pack(k: Float[Tensor, "b h n d"], v: Float[Tensor, "b h n e"], there: Bool[T
         >>> packed.keys.flatten().tolist()[:3], packed.starts.tolist()
         ([0.0, 2.0, 4.0], [0, 2, 3])
     """
-    taken = torch.cat([there[:, :1] | ~there.any(1, keepdim=True), there[:, 1:]], 1)
+    taken = torch.cat([valid[:, :1] | ~valid.any(1, keepdim=True), valid[:, 1:]], 1)
     order = taken.flatten().logical_not().argsort(stable=True)
-    flat = [rearrange(x, "b h n d -> (b n) h d") for x in (k, v)]
-    keys, values = (_Reordered.apply(x, order, there.flatten()) for x in flat)  # type: ignore[no-untyped-call]
+    reorder: Callable[..., Tensor] = _Reordered.apply
+    keys, values = (reorder(rearrange(x, "b h n d -> (b n) h d"), order, valid.flatten()) for x in (k, v))
     return Packed(keys, values, F.pad(taken.sum(1).cumsum(0), (1, 0)).int())
 
 
 class _Reordered(torch.autograd.Function):
-    """x[order] for a permutation, whose gradient is put back in place without adding anything up.
+    """x[order] for a permutation, whose gradient is permuted back without a sum.
 
-    What is not there is zero, whatever it holds, and so is its gradient: that of what a kernel never looked at is
-    whatever lay in memory.
+    Masked positions become zero, and so do their gradients, which kernels leave uninitialized.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, there: Tensor) -> Tensor:
-        ctx.save_for_backward(order, there)
-        return x[order].masked_fill_(~there[order][:, None, None], 0.0)
+    def forward(ctx: Any, x: Tensor, order: Tensor, valid: Tensor) -> Tensor:
+        ctx.save_for_backward(order, valid)
+        return x[order].masked_fill_(~valid[order][:, None, None], 0.0)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        order, there = ctx.saved_tensors
-        return gradient[order.argsort()].masked_fill_(~there[:, None, None], 0.0), None, None
+        order, valid = ctx.saved_tensors
+        return gradient[order.argsort()].masked_fill_(~valid[:, None, None], 0.0), None, None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_varlen() -> bool:
-    """Whether this PyTorch has attention to packed keys with a scale of one's own: from 2.11 on."""
+    """Return whether PyTorch's attention to packed keys takes a scale and a window: from 2.11 on."""
     return {"scale", "window_size"} <= _parameters()
 
 

@@ -1,46 +1,43 @@
-"""A token of zeros beside the keys, so that a query may attend to nothing.
+"""Attention with an extra key of zeros, so that a query may attend to nothing.
 
 A = exp(s) / (1 + sum of exp(s))        out = A v
-
-Any kernel computes it, on one key more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
 from perceiver_core import masks
 from perceiver_core.kernels.fastest import fastest
+from perceiver_core.kernels.shapes import Keys, Outputs, Queries, Values
 from perceiver_core.masks import Mask
 from perceiver_core.registry import register
 
 
 @register
 def add_zero_attn(
-    q: Float[Tensor, "b h q d"],
-    k: Float[Tensor, "b h k d"],
-    v: Float[Tensor, "b h k e"],
+    q: Queries,
+    k: Keys,
+    v: Values,
     *,
     mask: Mask | None = None,
     kernel: Callable[..., Tensor] = fastest,
-    **options: Any,
-) -> Float[Tensor, "b h q e"]:
-    """Attention by any kernel to the keys and to one of zeros, whose value is zero, and which no mask hides.
+    **options: object,
+) -> Outputs:
+    """Compute attention to the keys and to an extra key of zeros, whose value is zero and which is never masked.
 
     `functools.partial(add_zero_attn, kernel=...)` is a kernel too.
 
     Args:
-        q: queries.
-        k: keys, of the queries' width.
-        v: values, of any width.
-        mask: who may attend to which of the keys; see `masks`.
-        kernel: attends.
-        options: the kernel's others, such as `dropout`.
+        q: Queries.
+        k: Keys.
+        v: Values.
+        mask: Attention mask over the keys, without the extra one.
+        kernel: Kernel that computes the attention.
+        options: Other arguments of the kernel, such as `dropout`.
 
     Example:
         >>> import torch
@@ -51,13 +48,13 @@ def add_zero_attn(
 
     Reference: Miller 2023, "Attention Is Off By One"; torch.nn.MultiheadAttention, `add_zero_attn`.
     """
-    beside = None if mask is None else _beside(mask, q, k)
-    # In front: positions count from the end, so those of the keys stay what they are.
-    return kernel(q, F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0)), mask=beside, **options)
+    # The extra key is the first one: positions count from the end, so those of the other keys do not change.
+    extended = None if mask is None else _extend(mask, q, k)
+    return kernel(q, F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0)), mask=extended, **options)
 
 
-def _beside(mask: Mask, q: Tensor, k: Tensor) -> Mask:
-    """The mask with a first key that all may attend to."""
+def _extend(mask: Mask, q: Tensor, k: Tensor) -> Mask:
+    """Return the mask with a first key that all queries may attend to."""
     masks.check_broadcast(mask, q, k)
     if isinstance(mask, masks.Padding):
         return masks.Padding(F.pad(mask.keys, (1, 0), value=True))

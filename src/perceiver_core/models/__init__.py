@@ -1,4 +1,4 @@
-"""Whole models, each a page that reads like its paper's figure."""
+"""Complete models."""
 
 from perceiver_core.models import presets, sampling
 from perceiver_core.models.generate import generate, stream

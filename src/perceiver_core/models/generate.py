@@ -1,37 +1,30 @@
 """Generation with Perceiver AR, token by token, with cached keys and values.
 
-Each new token becomes one more latent, so its keys and values are appended to the caches. When all latents are used,
-the window slides: latents are recomputed for the last `num_initial_latents` tokens and their number grows again; cached
-keys and values of the cross-attention, which depend on no latent, are kept. The schedule is the same without caches, so
-both give the same logits.
-
-Once the sequence is longer than `context_length`, each token shifts what is attended to by one. Cached latents then
-depend on a dropped token, so everything is recomputed for each token.
+Each new token becomes one more latent, whose keys and values are appended to the caches. After the maximum number of
+latents a new window starts: latents are recomputed for the last `num_initial_latents` tokens only, and their number
+grows again. Cached keys and values of the cross-attention do not depend on latents and are kept. The schedule is the
+same without caches, so both give the same logits. Once the sequence is longer than `context_length`, each new token
+drops the oldest one, on which cached latents depend, so everything is recomputed for each token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import cycle
-from typing import TypeAlias
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from perceiver_core import checks, masks
-from perceiver_core.models.generation_checks import (
-    check_parts,
-    check_sampled,
-    checked_context_length,
-    checked_stop_ids,
-)
+from perceiver_core.blocks import LatentTransformer
 from perceiver_core.models.perceiver_ar import DecodingStep, PerceiverAR, causal
 from perceiver_core.models.sampling import Sampler, greedy
 from perceiver_core.reads import KeysValuesCache
 
 
-def generate(  # noqa: PLR0913 (what to continue, how far, and how)
+def generate(  # noqa: PLR0913 (the prompt, its length and all options of the generation)
     model: PerceiverAR,
     prompt: Shaped[Tensor, "b n"],
     *,
@@ -48,30 +41,25 @@ def generate(  # noqa: PLR0913 (what to continue, how far, and how)
 
     Args:
         model: Model in evaluation mode.
-        prompt: At least one token id per sample; of a prompt longer than `context_length`, its end is used.
+        prompt: Token ids, at least one per sample. Only the last `context_length` are used.
         max_new_tokens: Maximum number of tokens to generate.
         mask: Valid tokens of the prompt, True = attend; shorter prompts are padded on the left.
-        sampler: Function from logits `b v` and the generator to ids `b`: `sampling.greedy`, `sampling.Sample`, or your
-            own.
+        sampler: Function `(logits: b v, generator) -> ids: b`, such as `sampling.greedy` or `sampling.Sample()`.
         stop_ids: Token id, or ids, that end a sample. A finished sample repeats its last id until all are finished.
         num_initial_latents: Maximum number of latents when a window starts; half of the model's latents by default.
-        context_length: Maximum number of the last tokens that are attended to, with positions counted from the first
-            of these. By default the number of positions of the model's embedding; unlimited if its positions are
-            (`positions.Rotary`). It bounds memory. Beyond it, each token costs as much as without caches: a read of
-            `context_length` tokens, and the latents.
-        use_cache: Whether keys and values are cached. Without caches everything is recomputed for each token, with the
-            same result.
+        context_length: Maximum number of last tokens that are attended to, with positions counted from the first of
+            these. It bounds memory; beyond it, each token costs as much as without caches. By default the number of
+            positions of the model's embedding, or unlimited if these are (`positions.Rotary`).
+        use_cache: Whether keys and values are cached or recomputed for each token, with the same result.
         generator: Random generator of the sampler.
 
     Returns:
         The new ids; fewer than `max_new_tokens` if all samples finish earlier.
 
     Raises:
-        TypeError: A prompt, or output of `sampler`, that is not of integers; a model, `sampler`, `stop_ids` or
-            generator of another type.
-        ValueError: An empty prompt, ids outside the vocabulary, a mask of another shape or padded elsewhere, numbers
-            out of range, a context longer than the model has positions for, a model in training mode; other than one
-            id per sample from `sampler`.
+        TypeError: Arguments of another type; ids from the sampler that are not integers.
+        ValueError: A model in training mode, an empty prompt, ids outside the vocabulary, a mask of another shape or
+            with padding elsewhere, numbers out of range; a sampler that does not return one id per sample.
 
     Example:
         >>> import torch
@@ -82,8 +70,8 @@ def generate(  # noqa: PLR0913 (what to continue, how far, and how)
         >>> pc.generate(model, prompt, max_new_tokens=20, sampler=pc.models.sampling.Sample(top_p=0.9)).shape
         torch.Size([1, 20])
 
-    Reference: google-research/perceiver-ar, sample_utils.py, `reset_memory`: there too, latents of a full window are
-    recomputed, with half as many.
+    Reference: google-research/perceiver-ar, sample_utils.py, `reset_memory`, where latents of a full window are
+    recomputed too, with half their number.
     """
     tokens = stream(
         model,
@@ -115,7 +103,7 @@ def stream(  # noqa: PLR0913 (as above)
 ) -> Iterator[Int[Tensor, " b"]]:
     """Predict the tokens after a prompt, and yield each as soon as it is computed.
 
-    Args and errors are those of `generate`. Errors are raised by the call itself, except those of the sampler's output.
+    Arguments and errors are those of `generate`. The call itself raises them, except for errors of the sampler's ids.
 
     Example:
         >>> import torch
@@ -125,8 +113,8 @@ def stream(  # noqa: PLR0913 (as above)
         >>> for ids in pc.models.stream(model, torch.tensor([[1, 2, 3]]), max_new_tokens=5):
         ...     assert ids.shape == (1,)
     """
-    check_parts(model, sampler, generator)
-    stops = checked_stop_ids(stop_ids, model.vocab_size)
+    _check_parts(model, sampler, generator)
+    stops = _checked_stop_ids(stop_ids, model.vocab_size)
     initial = max(1, model.num_latents // 2) if num_initial_latents is None else num_initial_latents
     checks.ids("prompt", prompt, model.vocab_size)
     if mask is not None:
@@ -134,20 +122,15 @@ def stream(  # noqa: PLR0913 (as above)
         checks.padded_on_the_left("mask", mask)
     checks.positive(max_new_tokens=max_new_tokens)
     checks.positive(at_most=model.num_latents, num_initial_latents=initial)
-    sequence = _Sequence(model, prompt.long(), mask, initial, checked_context_length(model, context_length))
-
-    def sample(logits: Tensor) -> Tensor:
-        ids = sampler(logits, generator)
-        check_sampled(ids, logits)
-        return ids
-
-    return _stream(_cached if use_cache else _recomputed, sequence, max_new_tokens, sample, stops)
+    sequence = _Sequence(model, prompt.long(), mask, initial, _checked_context_length(model, context_length))
+    logits = _cached(sequence) if use_cache else _recomputed(sequence)
+    return _sampled(logits, sequence, max_new_tokens, sampler, generator, stops)
 
 
 def latent_schedule(num_latents: int, num_initial_latents: int) -> Iterator[int]:
     """Yield the maximum number of latents for each new token.
 
-    It does not depend on the prompt, so samples of a batch follow it together as they would alone.
+    The schedule does not depend on the prompt, so each sample of a batch follows it as it would alone.
 
     Example:
         >>> from itertools import islice
@@ -159,64 +142,63 @@ def latent_schedule(num_latents: int, num_initial_latents: int) -> Iterator[int]
 
 
 class _Sequence:
-    """The tokens so far, as many as are attended to."""
+    """Prompt and generated tokens, limited to the last `context_length`."""
 
     def __init__(
-        self, model: PerceiverAR, ids: Tensor, mask: Tensor | None, num_initial_latents: int, context: int | None
+        self, model: PerceiverAR, ids: Tensor, mask: Tensor | None, num_initial_latents: int, context_length: int | None
     ) -> None:
-        last = slice(0 if context is None else -context, None)
-        self.model, self.context = model, context
+        last = slice(0 if context_length is None else -context_length, None)
+        self.model, self.context_length = model, context_length
         self.ids, self.mask = ids[:, last], None if mask is None else mask[:, last]
         self.schedule = latent_schedule(model.num_latents, num_initial_latents)
         self.prompt_length = self.ids.shape[1]
-        self.shifted = False  # whether a token that was attended to has been dropped
+        self.shifted = False  # whether the last `append` dropped a token
 
     def append(self, ids: Int[Tensor, " b"]) -> None:
-        self.shifted = self.ids.shape[1] == self.context
+        self.shifted = self.ids.shape[1] == self.context_length
         kept = slice(int(self.shifted), None)
         self.ids = torch.cat([self.ids[:, kept], ids[:, None]], 1)
         if self.mask is not None:
             self.mask = torch.cat([self.mask[:, kept], self.mask.new_ones(len(ids), 1)], 1)
 
-    def valid(self, count: int) -> Tensor | None:
-        """Return the mask of the last `count` tokens."""
-        return None if self.mask is None else self.mask[:, -count:]
+    def last(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """Return the last `count` ids and their mask."""
+        return self.ids[:, -count:], None if self.mask is None else self.mask[:, -count:]
 
-    def positions(self, count: int) -> Tensor:
-        """Return rotary positions of the last `count` tokens, at which the prompt's last token is 0."""
-        now = self.ids.shape[1] - self.prompt_length
-        return torch.arange(now - count + 1, now + 1, device=self.ids.device)
-
-    def indices(self, count: int) -> Tensor:
-        """Return the indices of the last `count` tokens among those that are attended to, padding left out."""
-        if self.mask is not None:
-            return (self.mask.long().cumsum(1) - 1).clamp(min=0)[:, -count:]
+    def indices(self, count: int) -> tuple[Tensor, Tensor]:
+        """Return the indices of the last `count` tokens, not counting padding, and their rotary positions."""
         n = self.ids.shape[1]
-        return torch.arange(n - count, n, device=self.ids.device)
+        last = torch.arange(n - count, n, device=self.ids.device)
+        valid = last if self.mask is None else (self.mask.long().cumsum(1) - 1).clamp(min=0)[:, -count:]
+        return valid, last - (self.prompt_length - 1)  # the last token of the prompt has position 0
 
-    def attention_mask(self, queries: int, keys: int) -> masks.Mask | None:
-        """Return the mask from the last `queries` to the last `keys` tokens; one query attends to all valid tokens."""
-        valid = self.valid(keys)
-        if queries > 1:
+    def attention_mask(self, num_queries: int, num_keys: int) -> masks.Mask | None:
+        """Return the causal mask from the last `num_queries` to the last `num_keys` tokens."""
+        _, valid = self.last(num_keys)
+        if num_queries > 1:
             return causal(valid)
         return None if valid is None else masks.Padding(valid)
 
 
-Logits: TypeAlias = Callable[[_Sequence], Iterator[Float[Tensor, "b v"]]]
-
-
 @torch.no_grad()
-def _stream(
-    logits_of: Logits, sequence: _Sequence, steps: int, sample: Callable[[Tensor], Tensor], stops: tuple[int, ...]
+def _sampled(
+    logits: Iterator[Float[Tensor, "b v"]],
+    sequence: _Sequence,
+    max_new_tokens: int,
+    sampler: Sampler,
+    generator: torch.Generator | None,
+    stop_ids: tuple[int, ...],
 ) -> Iterator[Tensor]:
-    finished = torch.zeros(len(sequence.ids), dtype=torch.bool, device=sequence.ids.device)
-    stop_ids = torch.tensor(stops, dtype=torch.long, device=sequence.ids.device)
+    """Yield ids sampled from the logits, and append them to the sequence."""
     ids = sequence.ids[:, -1]
-    for number, logits in enumerate(logits_of(sequence), 1):
-        ids = torch.where(finished, ids, sample(logits))
+    finished, stops = torch.zeros_like(ids, dtype=torch.bool), ids.new_tensor(stop_ids)
+    for number, next_logits in enumerate(logits, 1):
+        sampled = sampler(next_logits, generator)
+        _check_sampled(sampled, next_logits)
+        ids = torch.where(finished, ids, sampled)
         yield ids
-        finished = finished | torch.isin(ids, stop_ids)
-        if number == steps or (stops and bool(finished.all())):
+        finished = finished | torch.isin(ids, stops)
+        if number == max_new_tokens or (stop_ids and bool(finished.all())):
             return
         sequence.append(ids)
 
@@ -230,29 +212,87 @@ def _recomputed(sequence: _Sequence) -> Iterator[Float[Tensor, "b v"]]:
 def _cached(sequence: _Sequence) -> Iterator[Float[Tensor, "b v"]]:
     """Yield the same logits from caches: keys and values of each token are computed once, latents once per window.
 
-    Once the first token is dropped nothing cached is used: latents depend on it, and positions change.
+    Once a token is dropped, the caches are not used: cached latents depend on it, and positions change.
     """
-    model, num_layers = sequence.model, sequence.model.latent_transformer.num_layers
-    cache: KeysValuesCache | None = None
-    latent_caches: list[KeysValuesCache] = []
-    before = 0
+    num_layers = cast(LatentTransformer, sequence.model.latent_transformer).num_layers
+    cache, before = KeysValuesCache(), 0
     for planned in sequence.schedule:
         n = sequence.ids.shape[1]
-        cache = None if sequence.shifted else cache
-        num_latents, restart = min(planned, n), cache is None or planned <= before  # or a window starts
-        num_queries, num_new = (num_latents if restart else 1), (n if cache is None else 1)
-        cache = KeysValuesCache() if cache is None else cache
-        if restart:
-            latent_caches = [KeysValuesCache() for _ in range(int(num_layers))]  # type: ignore[arg-type]
-        count = max(num_queries, num_new)
+        if sequence.shifted:
+            cache = KeysValuesCache()
+        num_new = n if cache.memory is None else 1
+        window_starts = cache.memory is None or planned <= before
+        if window_starts:
+            latent_caches = [KeysValuesCache() for _ in range(num_layers)]
+        num_latents = min(planned, n)
+        num_queries, before = num_latents if window_starts else 1, planned
+        ids, mask = sequence.last(count := max(num_queries, num_new))
+        indices, positions = sequence.indices(count)
         step = DecodingStep(
-            indices=sequence.indices(count),
-            positions=sequence.positions(count),
+            indices=indices,
+            positions=positions,
             num_new=num_new,
             mask=sequence.attention_mask(num_queries, n),
             latent_mask=sequence.attention_mask(num_queries, num_latents),
             cache=cache,
             latent_caches=latent_caches,
         )
-        ids, valid, before = sequence.ids[:, -count:], sequence.valid(count), planned
-        yield model(ids, mask=valid, num_latents=num_queries, step=step)[:, 0]
+        yield sequence.model(ids, mask=mask, num_latents=num_queries, step=step)[:, 0]
+
+
+def _check_parts(model: PerceiverAR, sampler: Sampler, generator: torch.Generator | None) -> None:
+    """Raise unless the model is a Perceiver AR in evaluation mode, and sampler and generator have the right types."""
+    required = ("vocab_size", "num_latents", "embedding", "latent_transformer", "training")
+    if missing := [name for name in required if not hasattr(model, name)]:
+        raise TypeError(
+            f"model must be a PerceiverAR, or have its attributes; got {_name(model)} without {', '.join(missing)}"
+        )
+    if model.training:
+        raise ValueError("model must be in evaluation mode, without dropout; call model.eval()")
+    if isinstance(sampler, type) or not callable(sampler):
+        hint = f". Build it: {sampler.__name__}()" if isinstance(sampler, type) else ""
+        raise TypeError(
+            "sampler must be a function of logits and a generator, such as sampling.greedy or sampling.Sample(); "
+            f"got {_name(sampler)}{hint}"
+        )
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator; got {generator!r}. Build one: torch.Generator()")
+
+
+def _checked_stop_ids(stop_ids: int | Collection[int], vocab_size: int) -> tuple[int, ...]:
+    """Return the stop ids as a tuple, after checks."""
+    if isinstance(stop_ids, str) or not isinstance(stop_ids, (int, Iterable)):
+        raise TypeError(f"stop_ids must be an id or a collection of ids; got {stop_ids!r}")
+    ids = (stop_ids,) if isinstance(stop_ids, int) else tuple(stop_ids)
+    for number in ids:
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < vocab_size:
+            raise ValueError(f"stop_ids must be ids of the vocabulary, 0 ... {vocab_size - 1}; got {number!r}")
+    return ids
+
+
+def _checked_context_length(model: PerceiverAR, context_length: int | None) -> int | None:
+    """Return the context length, by default the number of positions of the model's embedding; None for unlimited."""
+    longest: int | None = getattr(model.embedding, "length", None)
+    if context_length is None:
+        return longest
+    checks.positive(context_length=context_length)
+    if longest is not None and context_length > longest:
+        raise ValueError(
+            f"context_length must be at most {longest}, the number of positions of the embedding; got {context_length}"
+        )
+    return context_length
+
+
+def _check_sampled(ids: Tensor, logits: Float[Tensor, "b v"]) -> None:
+    """Raise unless a sampler returned one id of the vocabulary per sample."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"sampler must return a torch.Tensor of ids; got {_name(ids)}")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"sampler must return integer ids; got {ids.dtype}")
+    if ids.shape != logits.shape[:1]:
+        raise ValueError(f"sampler must return one id per sample, shape ({len(logits)},); got {tuple(ids.shape)}")
+    checks.below("ids from the sampler", ids, logits.shape[1])
+
+
+def _name(x: object) -> str:
+    return f"the class {x.__name__}" if isinstance(x, type) else repr(x) if isinstance(x, str) else type(x).__name__

@@ -1,10 +1,10 @@
-"""The Hierarchical Perceiver: groups of the input are read by latents of their own, and merge from level to level.
+"""Hierarchical Perceiver: groups of the input are read by latents of their own, and merge from level to level.
 
-    tokens --16 groups--> 16 x z latents --4 groups--> 4 x z latents --1 group--> z latents      encode
-    latents --4 groups--> 4 x z latents --16 groups--> 16 x z latents                            decode
+    tokens --16 groups--> 16 x z latents --4 groups--> 4 x z latents --1 group--> z latents      levels
+    latents --4 groups--> 4 x z latents --16 groups--> 16 x z latents                            decoder_levels
 
-Who is in a group attends to nobody outside, so a read costs as many times less as there are groups, and a long input
-meets many latents. Groups are stretches of the input as it comes, flattened: what is near in it should belong together.
+Attention stays within a group. A read with g groups therefore costs g times less, so a long input can be read by many
+latents. Groups are contiguous segments of the flattened input: tokens that are related should be close to each other.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ from perceiver_core.tokens import Tokens
 
 @register
 class HierarchicalPerceiver(nn.Module):
-    """Levels of grouped reads that merge groups, and levels that split them again.
+    """Levels of grouped reads that merge groups, and optional levels that split them again.
 
-        x = embed(inputs) + positions
-        for each level:         x = latents of the groups of x
-        for each decode level:  x = latents of the groups of x, to which those of the level opposite are added first
+        x = embedding(inputs) + positions
+        for each level:          x = grouped_read(x)
+        for each decoder level:  x = grouped_read(x, skip=x of the opposite level)
 
-    An encoder as others are: it goes between an adapter and a head. The decode levels are for answers as large as the
-    input; see `HierarchicalAutoencoder`.
+    Used as an encoder, between an adapter and a head. Decoder levels are for outputs as large as the input; see
+    `HierarchicalAutoencoder`.
 
     Args:
-        input_dim: the width of the input's tokens.
-        levels: the sizes of each level. The paper's groups become fewer, as 16, 4, 1.
-        positions: position features that are added to the embedded input, whose width is theirs; the paper's are
-            learned and low-dimensional: `positions.LearnedGrid((n,), dim=32)`.
-        decode: the sizes of the levels after these. The first is opposite the last level but one, and so on back to
-            the first, each with as many groups and latents as the level opposite.
-        cross_attention: makes the cross-attend of a level from (dim, input_dim).
-        latent_transformer: makes its latent transformer from (dim, depth=depth, num_heads=num_heads).
+        input_dim: Width of the input's tokens.
+        levels: Sizes of each level. In the paper the number of groups decreases, for example 16, 4, 1.
+        positions: Position features that are added to the embedded input, which has their width; in the paper learned
+            and low-dimensional: `positions.LearnedGrid((n,), dim=32)`.
+        decoder_levels: Sizes of the levels that follow. The first one is opposite the second-to-last of `levels`, the
+            next one opposite the level before that, and so on, each with the numbers of groups and latents of its
+            opposite.
+        cross_attention: Factory `(dim, input_dim) -> module` of a level's cross-attention.
+        latent_transformer: Factory `(dim, depth=depth, num_heads=num_heads) -> module` of a level's latent transformer.
 
     Raises:
-        TypeError: positions that are none.
-        ValueError: no level; decode levels of other sizes than their opposites.
+        TypeError, ValueError: Invalid positions; no levels; decoder levels with other sizes than their opposites.
 
     Example:
         >>> import torch
@@ -70,7 +70,7 @@ class HierarchicalPerceiver(nn.Module):
         *,
         levels: Sequence[Level],
         positions: Positions,
-        decode: Sequence[Level] = (),
+        decoder_levels: Sequence[Level] = (),
         cross_attention: Callable[..., nn.Module] = CrossAttend,
         latent_transformer: Callable[..., nn.Module] = LATENT_TRANSFORMER,
     ) -> None:
@@ -80,76 +80,76 @@ class HierarchicalPerceiver(nn.Module):
             raise TypeError(
                 f"positions must be an object such as positions.LearnedGrid((n,), dim=32); got {positions!r}"
             )
-        opposites = _opposites(levels, decode)
+        opposites = _opposites(levels, decoder_levels)
         self.input_dim, self.positions = input_dim, positions
-        self.embed = init.linear(input_dim, positions.dim)
-        widths = [positions.dim, *(level.dim for level in (*levels, *decode))]
-        make = partial(GroupedRead, cross_attention=cross_attention, latent_transformer=latent_transformer)
-        self.encoding = nn.ModuleList(make(width, level) for width, level in zip(widths, levels, strict=False))
+        self.embedding = init.linear(input_dim, positions.dim)
+        widths = [positions.dim, *(level.dim for level in (*levels, *decoder_levels))]
+        read = partial(GroupedRead, cross_attention=cross_attention, latent_transformer=latent_transformer)
+        self.encoding = nn.ModuleList(read(width, level) for width, level in zip(widths, levels, strict=False))
         self.decoding = nn.ModuleList(
-            make(width, level, skip_dim=opposite.dim)
-            for width, level, opposite in zip(widths[len(levels) :], decode, opposites, strict=False)
+            read(width, level, skip_dim=opposite.dim)
+            for width, level, opposite in zip(widths[len(levels) :], decoder_levels, opposites, strict=False)
         )
-        self.level = [*levels, *decode][-1]
+        self.level = [*levels, *decoder_levels][-1]
         self.dim = self.level.dim
 
     def forward(
         self, inputs: Tokens | Float[Tensor, "b n c"], *, mask: Bool[Tensor, "b n"] | None = None
     ) -> Float[Tensor, "b m d"]:
-        """The latents of the last level, one group after the other.
+        """Return the latents of the last level, group by group.
 
         Args:
-            inputs: tokens, or a tensor.
-            mask: which of them are there, beside the tokens' own mask. What others hold has no effect, NaN included,
-                but they have their places in the groups.
+            inputs: Tokens, or a tensor.
+            mask: Valid tokens, besides the tokens' own mask. The content of other tokens has no effect, NaN included,
+                but they count in the division into groups.
 
         Raises:
-            TypeError: inputs of another dtype, a mask that is not boolean.
-            ValueError: inputs of another width, rank or device, a mask of another shape.
+            TypeError, ValueError: Inputs of another width, rank, dtype or device; an invalid mask.
         """
         x, mask = self._embedded(inputs, mask)
-        kept = []
+        outputs = []
         for level in self.encoding:
             x, mask = level(x, mask=mask), None
-            kept.append(x)
-        for level, skip in zip(self.decoding, kept[-2::-1], strict=False):
+            outputs.append(x)
+        for level, skip in zip(self.decoding, outputs[-2::-1], strict=False):
             x = level(x, skip=skip)
         return x
 
     def _embedded(self, inputs: Tokens | Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Tokens with their positions added, and which of them are there."""
+        """Return the embedded tokens with their positions added, and their mask."""
         x = inputs.materialize() if isinstance(inputs, Tokens) else inputs
         checks.is_floating("inputs", x)
         checks.has_shape("inputs", x, "b n c", last=self.input_dim)
-        checks.matches_weight("inputs", x, self.embed)
+        checks.matches_weight("inputs", x, self.embedding)
         if mask is not None:
             checks.is_mask("mask", mask, x.shape[:-1])
         if isinstance(inputs, Tokens) and inputs.mask is not None:
             mask = inputs.flat_mask() if mask is None else mask & inputs.mask.flatten(1)
         if mask is not None:
             x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
-        return self.embed(x) + token_positions(self.positions, inputs), mask
+        return self.embedding(x) + token_positions(self.positions, inputs), mask
 
 
 @register
 class HierarchicalAutoencoder(nn.Module):
-    """An answer for every token of the input: its position is a query, which reads the latents of its group.
+    """Hierarchical Perceiver with an output for every token of the input, valid or not.
 
-    With a mask it is the paper's pretraining: of the tokens that are there, those that are not are made up.
+    The query of a token is its position features; it reads the latents of its group. With a mask this is the paper's
+    pretraining: invalid tokens are predicted from the valid ones.
 
     Args:
-        perceiver: whose last level has the groups that the answer is made of.
-        output_dim: the width of the answer; that of the input unless given.
-        cross_attention: makes a cross-attend from (dim, input_dim, residual=False).
+        perceiver: Hierarchical Perceiver whose last level divides the tokens of the output into groups.
+        output_dim: Width of the output; `perceiver.input_dim` by default.
+        cross_attention: Factory `(dim, input_dim, residual=False) -> module`.
 
     Example:
         >>> import torch
         >>> import perceiver_core as pc
-        >>> from perceiver_core.models import HierarchicalAutoencoder
         >>> levels = [pc.Level(16, num_latents=4, dim=32), pc.Level(1, num_latents=8, dim=64)]
-        >>> where = pc.positions.LearnedGrid((500,), dim=32)
-        >>> perceiver = pc.HierarchicalPerceiver(3, levels=levels, positions=where, decode=levels[:1])
-        >>> HierarchicalAutoencoder(perceiver)(torch.randn(2, 500, 3), mask=torch.rand(2, 500) < 0.15).shape
+        >>> positions = pc.positions.LearnedGrid((500,), dim=32)
+        >>> perceiver = pc.HierarchicalPerceiver(3, levels=levels, positions=positions, decoder_levels=levels[:1])
+        >>> autoencoder = pc.models.HierarchicalAutoencoder(perceiver)
+        >>> autoencoder(torch.randn(2, 500, 3), mask=torch.rand(2, 500) < 0.15).shape
         torch.Size([2, 500, 3])
 
     Reference: Carreira et al. 2022 (Hierarchical Perceiver), masked auto-encoding;
@@ -172,20 +172,14 @@ class HierarchicalAutoencoder(nn.Module):
     def forward(
         self, inputs: Tokens | Float[Tensor, "b n c"], *, mask: Bool[Tensor, "b n"] | None = None
     ) -> Float[Tensor, "b n o"]:
-        """A vector for every token, whether it was there or not.
-
-        Args:
-            inputs: as those of `HierarchicalPerceiver`.
-            mask: likewise.
-        """
+        """Return a vector for every token; arguments as in `HierarchicalPerceiver`."""
         groups, latents = self.perceiver.level.num_groups, self.perceiver(inputs, mask=mask)
         positions = token_positions(self.perceiver.positions, inputs)
         queries = repeat(grouped(positions.unsqueeze(0), groups), "g n p -> (b g) n p", b=latents.shape[0])
-        answers = self.cross_attention(queries, rearrange(latents, "b (g z) d -> (b g) z d", g=groups))
-        out: Tensor = rearrange(self.output(answers), "(b g) n o -> b (g n) o", g=groups)
-        return F.pad(
-            out, (0, 0, 0, positions.shape[0] - out.shape[1])
-        )  # cut off; a slice would bind a graph to its strides
+        outputs = self.cross_attention(queries, rearrange(latents, "b (g z) d -> (b g) z d", g=groups))
+        outputs = rearrange(self.output(outputs), "(b g) n o -> b (g n) o", g=groups)
+        # Negative padding cuts off padded tokens, where a slice would specialize a graph to the strides.
+        return F.pad(outputs, (0, 0, 0, positions.shape[0] - outputs.shape[1]))
 
 
 def token_positions(positions: Positions, inputs: Tokens | Float[Tensor, "b n c"]) -> Float[Tensor, "n p"]:
@@ -196,17 +190,19 @@ def token_positions(positions: Positions, inputs: Tokens | Float[Tensor, "b n c"
     return total.expand(*grid, total.shape[-1]).flatten(0, -2)
 
 
-def _opposites(levels: Sequence[Level], decode: Sequence[Level]) -> list[Level]:
-    """The level that each decode level gets its skip from."""
+def _opposites(levels: Sequence[Level], decoder_levels: Sequence[Level]) -> list[Level]:
+    """Return the levels whose outputs the decoder levels get as skips, after checks."""
     if not levels:
-        raise ValueError("levels must name one at least; got none")
+        raise ValueError("levels must have at least one level; got none")
     opposites = list(levels)[-2::-1]
-    if len(decode) > len(opposites):
-        raise ValueError(f"decode must have at most {len(opposites)} levels, one less than levels; got {len(decode)}")
-    for number, (level, opposite) in enumerate(zip(decode, opposites, strict=False)):
+    if len(decoder_levels) > len(opposites):
+        raise ValueError(
+            f"decoder_levels must have at most {len(opposites)} levels, one less than levels; got {len(decoder_levels)}"
+        )
+    for number, (level, opposite) in enumerate(zip(decoder_levels, opposites, strict=False)):
         if (level.num_groups, level.num_latents) != (opposite.num_groups, opposite.num_latents):
             raise ValueError(
-                f"decode level {number} must have the groups and latents of the level opposite, "
+                f"decoder_levels[{number}] must have the groups and latents of the opposite level, "
                 f"{opposite.num_groups} x {opposite.num_latents}; got {level.num_groups} x {level.num_latents}"
             )
     return opposites

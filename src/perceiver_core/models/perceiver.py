@@ -1,8 +1,8 @@
-"""The Perceiver: adapter, encoder, head."""
+"""Perceiver: adapter, encoder, head."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -13,25 +13,25 @@ from perceiver_core.registry import register
 
 @register
 class Perceiver(nn.Module):
-    """Whatever the adapter takes, to whatever the head gives.
+    """Perceiver of any modality: its adapter determines the inputs, its head the outputs.
 
-        raw input --adapter--> tokens --encoder--> latents --head--> answer
+        raw input --adapter--> tokens --encoder--> latents --head--> output
 
     Args:
-        adapter: raw input to tokens; see `adapters`. `nn.Identity()` for tensors `b n c`, or
-            for `Tokens`, which carry their own mask.
-        encoder: tokens to latents; see `Encoder`.
-        head: latents to an answer; see `heads`.
+        adapter: Module from raw input to tokens; see `adapters`. `nn.Identity()` if the input is already a tensor
+            `b n c`, or `Tokens`, which have their own mask.
+        encoder: Module from tokens to latents; see `Encoder`.
+        head: Module from latents to the output; see `heads`.
 
     Raises:
-        TypeError: a part that is not a module.
-        ValueError: parts whose widths (`.dim`, `.input_dim`, where they have them) do not meet.
+        TypeError: A part that is not a module.
+        ValueError: Consecutive parts of different widths (`.dim` and `.input_dim`, if they have these attributes).
 
     Example:
         >>> import torch
         >>> import perceiver_core as pc
-        >>> where = pc.positions.Fourier(num_axes=2, num_bands=8, max_resolution=32)
-        >>> image = pc.adapters.Image(num_channels=3, positions=where)
+        >>> positions = pc.positions.Fourier(num_axes=2, num_bands=8, max_resolution=32)
+        >>> image = pc.adapters.Image(num_channels=3, positions=positions)
         >>> encoder = pc.Encoder(image.dim, num_latents=16, dim=32, num_reads=2, depth=2, num_heads=4)
         >>> model = pc.Perceiver(image, encoder, pc.heads.Classification(encoder.dim, num_classes=10))
         >>> model(torch.rand(2, 3, 31, 23)).shape
@@ -42,14 +42,12 @@ class Perceiver(nn.Module):
 
     def __init__(self, adapter: nn.Module, encoder: nn.Module, head: nn.Module) -> None:
         super().__init__()
-        for name, part in (("adapter", adapter), ("encoder", encoder), ("head", head)):
-            check_module(name, part)
-        check_widths("adapter", adapter, "dim", "encoder", encoder, "input_dim")
-        check_widths("encoder", encoder, "dim", "head", head, "dim")
+        parts = {"adapter": adapter, "encoder": encoder, "head": head}
+        check_parts(parts, {"adapter.dim": "encoder.input_dim", "encoder.dim": "head.dim"})
         self.adapter, self.encoder, self.head = adapter, encoder, head
 
     def forward(
-        self, inputs: Any, *, mask: Any = None, capture: AttentionCapture | None = None
+        self, inputs: object, *, mask: object = None, capture: AttentionCapture | None = None
     ) -> Float[Tensor, "b ..."]:
         """Return the output of the head.
 
@@ -63,16 +61,19 @@ class Perceiver(nn.Module):
         return self.head(latents)
 
 
-def check_module(name: str, part: nn.Module) -> None:
-    """Raises TypeError unless a part is a module."""
-    if not isinstance(part, nn.Module):
-        raise TypeError(f"{name} must be a module; got {type(part).__name__}. Build it first")
+def check_parts(parts: Mapping[str, object], widths: Mapping[str, str]) -> None:
+    """Raise unless all parts are modules, and pairs of widths such as ("adapter.dim", "encoder.input_dim") are equal.
 
-
-def check_widths(giver: str, gives: nn.Module, out: str, taker: str, takes: nn.Module, into: str) -> None:
-    """Raises ValueError unless what one part gives is as wide as what the next takes, where both say it."""
-    given, taken = getattr(gives, out, None), getattr(takes, into, None)
-    if None not in (given, taken) and given != taken:
-        raise ValueError(
-            f"{taker} must take what {giver} gives: {given} wide; it takes {taken}. Build it with {giver}.{out}"
-        )
+    A width is skipped if a part has no such attribute.
+    """
+    for name, part in parts.items():
+        if not isinstance(part, nn.Module):
+            raise TypeError(f"{name} must be a module; got {type(part).__name__}. Build it first")
+    for names in widths.items():
+        (source, output), (target, input_) = (name.split(".") for name in names)
+        expected, actual = getattr(parts[source], output, None), getattr(parts[target], input_, None)
+        if None not in (expected, actual) and expected != actual:
+            raise ValueError(
+                f"{target} must accept the output width of {source}, {expected}; got {actual}. "
+                f"Build it with {source}.{output}"
+            )

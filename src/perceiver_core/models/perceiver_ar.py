@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perceiver_core import checks, masks
+from perceiver_core.adapters import TokenEmbedding
 from perceiver_core.blocks import CrossAttend, LatentTransformer, MultiHeadAttention, SelfAttend
 from perceiver_core.blocks.factory import build
 from perceiver_core.heads import TiedLogits
@@ -20,7 +21,6 @@ from perceiver_core.positions import Rotary
 from perceiver_core.random_draws import RepeatableDraws
 from perceiver_core.reads import KeysValuesCache
 from perceiver_core.registry import register
-from perceiver_core.tokens import Tokens
 
 ROTARY_ATTENTION = partial(MultiHeadAttention, rotary=Rotary())
 CROSS_ATTENTION = partial(CrossAttend, attention=ROTARY_ATTENTION)
@@ -28,14 +28,14 @@ LATENT_TRANSFORMER = partial(LatentTransformer, block=partial(SelfAttend, attent
 
 
 class DecodingStep(NamedTuple):
-    """State of cached generation that a forward pass continues from.
+    """State of cached generation from which a forward pass continues.
 
     Args:
-        indices: Index of each given token among the tokens that are attended to, for position embeddings.
-        positions: Position of each given token for rotary embeddings.
-        num_new: Number of the last tokens whose keys and values are not cached yet.
-        mask: Attention mask from the latents to all tokens so far.
-        latent_mask: Attention mask from the latents to all latents so far.
+        indices: Indices of the tokens of this pass in the sequence, for position embeddings.
+        positions: Positions of these tokens for rotary embeddings.
+        num_new: Number of last tokens whose keys and values are not cached yet.
+        mask: Attention mask from the latents of this pass to all tokens so far.
+        latent_mask: Attention mask from these latents to all latents so far.
         cache: Keys and values of the tokens in the cross-attention.
         latent_caches: Keys and values of the latents in each layer of the latent transformer.
     """
@@ -51,51 +51,43 @@ class DecodingStep(NamedTuple):
 
 @register
 class PerceiverAR(nn.Module):
-    """Autoregressive model: logits of the next token at each of the last tokens, from all tokens up to it.
+    """Autoregressive model of token ids. Its latents are the last tokens, which attend causally to the whole sequence.
 
         x       = embedding(ids)                                    b n d
         latents = cross_attention(last m of x, x, causal)           b m d
         latents = latent_transformer(latents, causal)               b m d
         logits  = head(norm(latents))                               b m vocab_size
 
-    The cost grows with the context by that of one read. A sequence shorter than `num_latents` has one latent per token.
+    Only the cost of the cross-attention grows with the length of the sequence. If it is shorter than `num_latents`,
+    every token is a latent.
 
     Args:
         embedding: Adapter of token ids, with `dim` and `vocab_size`; see `adapters.TokenEmbedding`.
-        num_latents: Maximum number of the last tokens that are latents.
+        num_latents: Maximum number of latents.
         depth: Number of self-attention blocks after the read.
-        num_heads: Number of attention heads of these blocks, not of the read.
-        cross_attention: Factory `(dim, dim) -> module` of the read, which has its own number of heads, 1 by default.
-            For eight heads write `cross_attention=partial(perceiver_ar.CROSS_ATTENTION, num_heads=8)`.
+        num_heads: Number of attention heads of these blocks; the read has its own.
+        cross_attention: Factory `(dim, dim) -> module` of the read. It has 1 head by default; for eight heads write
+            `cross_attention=partial(perceiver_ar.CROSS_ATTENTION, num_heads=8)`.
         latent_transformer: Factory `(dim, depth=depth, num_heads=num_heads) -> module`.
         norm: Factory `dim -> module` of the norm before the head.
-        head: Factory `embedding -> module` of the logits: `heads.TiedLogits`, `heads.Logits`, or your own.
-        prefix_dropout: Share of the tokens before the latents that each sample leaves out in training, drawn anew each
-            time: exactly this share, rounded down.
+        head: Factory `embedding -> module` of the logits, such as `heads.TiedLogits` or `heads.Logits`.
+        prefix_dropout: Share, rounded down to whole tokens, of the tokens before the latents that is dropped in
+            training, drawn anew for each sample and forward pass.
 
-    By default, `cross_attention` and `latent_transformer` rotate queries and keys by their positions
-    (`positions.Rotary`, all channels). Modules that do not need an `embedding` with positions.
+    The default `cross_attention` and `latent_transformer` rotate all channels of queries and keys by their positions
+    (`positions.Rotary`). Others need an `embedding` that adds positions.
 
     Raises:
-        ValueError: Sizes below 1, a rate outside [0, 1).
+        TypeError, ValueError: An embedding that the head cannot use; sizes below 1; a rate outside [0, 1).
 
     Example:
         >>> import torch
         >>> import perceiver_core as pc
         >>> embedding = pc.adapters.TokenEmbedding(vocab_size=256, dim=32)
         >>> model = pc.PerceiverAR(embedding, num_latents=8, depth=2, num_heads=4)
-        >>> text = torch.tensor([list(b"a long context, read by its end")])
-        >>> model(text).shape, model.loss(text).shape
+        >>> ids = torch.tensor([list(b"the last eight bytes are latents")])
+        >>> model(ids).shape, model.loss(ids).shape
         (torch.Size([1, 8, 256]), torch.Size([]))
-
-    With four heads in the read too, as in published models:
-
-        >>> from functools import partial
-        >>> from perceiver_core.models import perceiver_ar
-        >>> read = partial(perceiver_ar.CROSS_ATTENTION, num_heads=4)
-        >>> model = pc.PerceiverAR(embedding, num_latents=8, depth=2, num_heads=4, cross_attention=read)
-        >>> model.cross_attention.attention.num_heads
-        4
 
     Reference: Hawthorne et al. 2022, "General-purpose, long-context autoregressive modeling with Perceiver AR"; prefix
     dropout as in krasserm/perceiver-io, perceiver/model/core/modules.py, `PerceiverAR`.
@@ -118,9 +110,8 @@ class PerceiverAR(nn.Module):
         checks.positive(num_latents=num_latents, num_heads=num_heads)
         checks.probability(prefix_dropout=prefix_dropout)
         self.embedding, self.num_latents, self.prefix_dropout = embedding, num_latents, prefix_dropout
-        self.head = build(head, embedding)  # raises if the adapter has no dim or vocab_size
-        self.dim: int = embedding.dim  # type: ignore[assignment]
-        self.vocab_size: int = embedding.vocab_size  # type: ignore[assignment]
+        self.head = build(head, embedding)  # raises if the embedding has no dim or vocab_size
+        self.dim, self.vocab_size = cast(TokenEmbedding, embedding).dim, cast(TokenEmbedding, embedding).vocab_size
         self.cross_attention = build(cross_attention, self.dim, self.dim)
         self.latent_transformer = build(latent_transformer, self.dim, depth=depth, num_heads=num_heads)
         self.norm = build(norm, self.dim)
@@ -135,16 +126,16 @@ class PerceiverAR(nn.Module):
         generator: torch.Generator | None = None,
         step: DecodingStep | None = None,
     ) -> Float[Tensor, "b m vocab_size"]:
-        """Return the logits of the token after each of the last m tokens.
+        """Return the logits of the token that follows each of the last m tokens.
 
         Args:
             ids: Token ids.
-            mask: Valid tokens, True = attend; shorter sequences are padded on the left. Logits at padding are
-                meaningless.
-            num_latents: Maximum number of the last tokens that are latents; the constructor's by default.
+            mask: Valid tokens, True = attend; shorter sequences are padded on the left. Logits at padding have no
+                meaning.
+            num_latents: Maximum number of latents; the constructor's by default.
             generator: Random generator of prefix dropout.
-            step: Cached keys and values of earlier tokens, to which `ids` are added; the logits are those after the
-                last token alone. See `generate`.
+            step: State of cached generation. `ids` are then the last tokens only, and the logits those after the last
+                one; see `generate`.
 
         Raises:
             TypeError, ValueError: Invalid ids or mask; see `adapters.TokenEmbedding`.
@@ -153,8 +144,7 @@ class PerceiverAR(nn.Module):
             checks.positive(num_latents=num_latents)
         m = self.num_latents if num_latents is None else num_latents
         options = {} if step is None else {"positions": step.indices}
-        embedded: Tokens = self.embedding(ids, mask=mask, **options)
-        x = embedded.materialize()  # padding is zero
+        x = self.embedding(ids, mask=mask, **options).materialize()  # padding is zero
         if step is not None:
             return self._continue(x, m, step)
         if mask is not None:
@@ -172,31 +162,31 @@ class PerceiverAR(nn.Module):
         mask: Bool[Tensor, "b n"] | None = None,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, ""]:
-        """Return the cross-entropy of the last m tokens, each given all before it; see `next_token_loss`.
+        """Return the mean cross-entropy of the predictions of the last m tokens; see `next_token_loss`.
 
         Args:
-            ids: At least two token ids per sample; the last one is predicted only.
-            mask: Valid tokens; padding on the left. A sample of one token does not count.
+            ids: Token ids, at least two per sample; the last one is only predicted, not an input.
+            mask: Valid tokens; shorter sequences are padded on the left. Samples of one valid token are ignored.
             generator: Random generator of prefix dropout.
 
         Raises:
-            ValueError: Sequences of one token; a mask padded elsewhere, or with one valid token in every sample.
+            ValueError: Sequences of one token; a mask with padding elsewhere, or with one valid token in every sample.
         """
         checks.ids("ids", ids, self.vocab_size)
         if ids.shape[1] < 2:
-            raise ValueError(f"ids must be at least 2 long, one to read and one to predict; got {tuple(ids.shape)}")
-        before = None
+            raise ValueError(f"ids must be at least 2 long, an input and a target; got {tuple(ids.shape)}")
+        input_mask = None
         if mask is not None:
             checks.is_mask("mask", mask, ids.shape)
             checks.padded_on_the_left("mask", mask)
             if not checks.is_true(mask[:, -2].any, mask):
-                raise ValueError("mask must leave 2 tokens in a sample, one to read and one to predict; all have 1")
-            # A sample of one token has none to read: it reads padding, and its loss does not count.
-            before = torch.cat([mask[:, :-2], torch.ones_like(mask[:, :1])], 1)
-        return next_token_loss(self(ids[:, :-1], mask=before, generator=generator), ids, mask=mask)
+                raise ValueError("mask must leave at least 2 tokens, an input and a target, in a sample; all have 1")
+            # The only token of a sample is a target, which leaves no input: padding is read, and the loss ignored.
+            input_mask = torch.cat([mask[:, :-2], torch.ones_like(mask[:, :1])], 1)
+        return next_token_loss(self(ids[:, :-1], mask=input_mask, generator=generator), ids, mask=mask)
 
     def _continue(self, x: Tensor, num_latents: int, step: DecodingStep) -> Tensor:
-        """Return the logits after the last token, from cached keys and values and those of the new tokens."""
+        """Return the logits after the last token, from cached keys and values of the earlier tokens."""
         positions = step.positions[-num_latents:]
         latents = self.cross_attention(
             x[:, -num_latents:],
@@ -214,9 +204,9 @@ class PerceiverAR(nn.Module):
     def _drop_prefix(
         self, x: Tensor, mask: Tensor | None, num_latents: int, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the tokens that are read, which of them are valid, and their positions where some are left out.
+        """Return the tokens after prefix dropout, their mask, and their positions if tokens were dropped.
 
-        No token after the first latent is left out, so a causal mask, counted from the end, means the same.
+        Only tokens before the latents are dropped, so causal masks, which are aligned at the end, remain valid.
         """
         n = x.shape[1]
         if not self.training or not self.prefix_dropout or n <= num_latents:
@@ -230,7 +220,7 @@ class PerceiverAR(nn.Module):
 
 
 def causal(valid: Bool[Tensor, "b n"] | None) -> Mask:
-    """Return a causal mask that also leaves out padding."""
+    """Return a causal mask that also excludes padding."""
     return masks.Causal() if valid is None else masks.And((masks.Causal(), masks.Padding(valid)))
 
 
@@ -242,16 +232,11 @@ def kept_prefix(
     device: torch.device | None = None,
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, "b kept"]:
-    """Draw for each sample the tokens of a prefix that are kept when a share `rate`, rounded down, is left out.
+    """Draw the indices of the prefix tokens that dropout at `rate` keeps in each sample, in ascending order.
 
-    All subsets of this size are equally likely. Indices are in ascending order.
-
-    Example:
-        >>> from perceiver_core.models.perceiver_ar import kept_prefix
-        >>> kept_prefix(2, 7, 0.5).shape
-        torch.Size([2, 4])
+    The number of dropped tokens is rounded down; all subsets of this size are equally likely.
     """
-    # Not torch.rand: with a generator it takes no sizes that torch.compile leaves open.
+    # torch.rand with a generator does not accept the dynamic sizes of torch.compile.
     order = torch.empty(batch, prefix, device=device).uniform_(generator=generator).argsort(1)
     return order[:, checks.part_of(prefix, rate) :].sort(1).values
 
@@ -262,9 +247,9 @@ def next_token_loss(
     *,
     mask: Bool[Tensor, "b n"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Return the mean cross-entropy of the last m tokens, from the logits for all but the last token of the sequence.
+    """Return the mean cross-entropy of the last m tokens, from the logits after the tokens before them.
 
-    Padding does not count, nor does the first token of a sample, which has no context.
+    Padding is ignored, and so is the first token of a sample, which has no context.
 
     Example:
         >>> import torch

@@ -4,46 +4,46 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
 
 from torch import nn
 
-from perceiver_core.heads import Multimodal as Answered
-from perceiver_core.models.perceiver import check_module, check_widths
-from perceiver_core.queries import Multimodal as Asked
+from perceiver_core.blocks.factory import build
+from perceiver_core.heads import Multimodal as MultimodalHead
+from perceiver_core.models.perceiver import check_parts
+from perceiver_core.queries import Multimodal as MultimodalQueries
 from perceiver_core.reads import AttentionCapture
 from perceiver_core.registry import register
 
 
 @register
 class PerceiverIO(nn.Module):
-    """Whatever the adapter takes, to an answer for each query.
+    """Perceiver with a decoder: an output for each query.
 
         raw input --adapter--> tokens --encoder--> latents <--decoder-- queries
-                                                      answers --head--> output
+                                                     outputs --head--> output
 
     Args:
-        adapter: raw input to tokens; see `adapters`.
-        encoder: tokens to latents; see `Encoder`.
-        queries: what is asked; see `queries`.
-        decoder: latents and queries to answers; see `Decoder`.
-        head: answers to the output; see `heads`. Or what makes one from the adapter, as `heads.TiedLogits` does.
-            `nn.Identity()` unless given.
+        adapter: Module from raw input to tokens; see `adapters`.
+        encoder: Module from tokens to latents; see `Encoder`.
+        queries: Module that returns the query vectors; see `queries`.
+        decoder: Module from latents and queries to one vector per query; see `Decoder`.
+        head: Module from these vectors to the output, see `heads`; or a factory `adapter -> module`, such as
+            `heads.TiedLogits`. `nn.Identity()` by default.
 
     Raises:
-        TypeError: a part that is not a module, a class of heads that makes none from an adapter.
-        ValueError: parts whose widths do not meet, a kind of queries that there is no head for.
+        TypeError: A part that is not a module; a head factory that does not take the adapter.
+        ValueError: Consecutive parts of different widths; a modality of the queries without a head.
 
     Example:
         >>> import torch
         >>> import perceiver_core as pc
-        >>> where = pc.positions.Fourier(num_axes=2, num_bands=8, max_resolution=32)
-        >>> image = pc.adapters.Image(num_channels=3, positions=where)
+        >>> positions = pc.positions.Fourier(num_axes=2, num_bands=8, max_resolution=32)
+        >>> image = pc.adapters.Image(num_channels=3, positions=positions)
         >>> encoder = pc.Encoder(image.dim, num_latents=16, dim=32, depth=2, num_heads=4)
-        >>> ask = pc.queries.Grid(None, image.positions)
-        >>> model = pc.PerceiverIO(image, encoder, ask, pc.Decoder(encoder.dim, query_dim=ask.dim, out_dim=2))
-        >>> pictures = torch.rand(2, 3, 31, 23)
-        >>> model(pictures).shape, model(pictures, query_inputs=torch.randint(31 * 23, (2, 50))).shape
+        >>> queries = pc.queries.Grid(None, positions)
+        >>> model = pc.PerceiverIO(image, encoder, queries, pc.Decoder(encoder.dim, query_dim=queries.dim, out_dim=2))
+        >>> images = torch.rand(2, 3, 31, 23)
+        >>> model(images).shape, model(images, query_inputs=torch.randint(31 * 23, (2, 50))).shape
         (torch.Size([2, 713, 2]), torch.Size([2, 50, 2]))
 
     Reference: Jaegle et al. 2022, "Perceiver IO: A General Architecture for Structured Inputs & Outputs", figure 2.
@@ -58,36 +58,40 @@ class PerceiverIO(nn.Module):
         head: nn.Module | Callable[[nn.Module], nn.Module] | None = None,
     ) -> None:
         super().__init__()
-        check_module("adapter", adapter)
-        head = nn.Identity() if head is None else _made(head, adapter)
-        parts = {"encoder": encoder, "queries": queries, "decoder": decoder, "head": head}
-        for name, part in parts.items():
-            check_module(name, part)
-        check_widths("adapter", adapter, "dim", "encoder", encoder, "input_dim")
-        check_widths("encoder", encoder, "dim", "decoder", decoder, "dim")
-        check_widths("queries", queries, "dim", "decoder", decoder, "query_dim")
-        check_widths("decoder", decoder, "out_dim", "head", head, "dim")
-        if isinstance(queries, Asked) and isinstance(head, Answered):
-            check_modalities(queries, head)
+        check_parts({"adapter": adapter}, {})  # before the head is built from it
+        head = nn.Identity() if head is None else _built(head, adapter)
+        check_parts(
+            {"adapter": adapter, "encoder": encoder, "queries": queries, "decoder": decoder, "head": head},
+            {
+                "adapter.dim": "encoder.input_dim",
+                "encoder.dim": "decoder.dim",
+                "queries.dim": "decoder.query_dim",
+                "decoder.out_dim": "head.dim",
+            },
+        )
+        if isinstance(queries, MultimodalQueries) and isinstance(head, MultimodalHead):
+            missing = [name for name in queries.sources if name not in head.heads]
+            if missing:
+                raise ValueError(f"head must have a head for each modality of the queries; it has none for {missing}")
         self.adapter, self.encoder, self.queries, self.decoder, self.head = adapter, encoder, queries, decoder, head
 
     def forward(
         self,
-        inputs: Any,
+        inputs: object,
         *,
-        mask: Any = None,
-        query_inputs: Any = None,
-        query_mask: Any = None,
+        mask: object = None,
+        query_inputs: object = None,
+        query_mask: object = None,
         capture: AttentionCapture | None = None,
-    ) -> Any:
-        """Return an output for each query.
+    ) -> object:
+        """Return an output for each query: a tensor, or a dictionary by modality.
 
         Args:
             inputs: Input of the adapter.
             mask: Valid tokens, True = attend, in the shape that the adapter documents.
             query_inputs: Input of the query module: indices, points or query vectors; all queries by default. A loss
                 on some of the outputs needs only these.
-            query_mask: Valid queries `b q`, True = decode; a dictionary of masks where the queries are a dictionary.
+            query_mask: Valid queries `b q`, True = decode; a dictionary of masks if the queries are a dictionary.
             capture: Receives the attention weights of one read of the encoder.
         """
         tokens = self.adapter(inputs) if mask is None else self.adapter(inputs, mask=mask)
@@ -100,35 +104,17 @@ class PerceiverIO(nn.Module):
         return self.head(outputs, query_inputs=query_inputs, grid=None if grid_of is None else grid_of(tokens))
 
 
-def check_modalities(queries: Asked, head: Answered) -> None:
-    """Raises ValueError unless there is a head for each kind that is asked for."""
-    if missing := [kind for kind in queries.sources if kind not in head.heads]:
-        raise ValueError(f"head must have a head for each kind of queries; it has none for {missing}")
-
-
-def _made(head: Any, adapter: nn.Module) -> nn.Module:
-    """The head, or what it makes from the adapter.
-
-    Raises:
-        TypeError: it makes none, a class that wants something else among them.
-    """
+def _built(head: nn.Module | Callable[[nn.Module], nn.Module], adapter: nn.Module) -> nn.Module:
+    """Return the head; a factory is called with the adapter."""
     if isinstance(head, nn.Module):
         return head
-    what = f"head must be a module, or make one from the adapter, as heads.TiedLogits does; {_name(head)}"
-    if isinstance(head, type) and _required(head) != 1:
-        raise TypeError(f"{what} is made from other things. Build it first")
+    name = getattr(head, "__name__", repr(head))
+    expected = f"head must be a module, or a factory of one from the adapter, such as heads.TiedLogits; got {name}"
+    if isinstance(head, type):
+        parameters = inspect.signature(head).parameters.values()
+        if sum(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters) != 1:
+            raise TypeError(f"{expected}, which takes other arguments. Build it first")
     try:
-        made: nn.Module = head(adapter)
+        return build(head, adapter)
     except TypeError as error:
-        raise TypeError(f"{what}: {error}") from error
-    return made
-
-
-def _required(of: type) -> int:
-    """How many arguments a class must be given."""
-    every = inspect.signature(of).parameters.values()
-    return sum(one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD) for one in every)
-
-
-def _name(thing: object) -> str:
-    return getattr(thing, "__name__", repr(thing))
+        raise TypeError(f"{expected}: {error}") from error

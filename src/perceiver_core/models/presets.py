@@ -1,6 +1,13 @@
-"""Presets: the sizes of the papers, by name.
+"""Presets: models with the sizes of published papers and code.
 
-Each is a short call to the parts. Parameter counts are tested.
+Example:
+    >>> import torch
+    >>> from perceiver_core.models import presets
+    >>> with torch.device("meta"):
+    ...     models = [presets.imagenet(), presets.audioset(), presets.modelnet40(), presets.perceiver_ar(256)]
+    ...     models += [presets.idefics2_resampler(), presets.hip16()]
+    >>> [sum(parameter.numel() for parameter in model.parameters()) for model in models]
+    [44912254, 46242333, 44772202, 164279552, 743219200, 100743968]
 """
 
 from __future__ import annotations
@@ -29,80 +36,49 @@ from perceiver_core.models.resampler import Resampler
 
 
 def imagenet(num_classes: int = 1000) -> Perceiver:
-    """The ImageNet Perceiver: 224 x 224 pixels with 64 Fourier bands, 512 latents, 8 reads of 6 self-attends.
+    """Return the ImageNet Perceiver: 224 x 224 pixels, 64 Fourier bands, 512 latents, 8 reads of 6 self-attends.
 
     The paper states 44.9 million parameters.
 
-    Example:
-        >>> import torch
-        >>> from perceiver_core.models import presets
-        >>> with torch.device("meta"):
-        ...     model = presets.imagenet()
-        >>> sum(p.numel() for p in model.parameters())
-        44912254
-
     Reference: Jaegle et al. 2021 (Perceiver), section 4.1.
     """
-    where = positions.Fourier(num_axes=2, num_bands=64, max_resolution=224)
-    return _perceiver(adapters.Image(num_channels=3, positions=where), num_classes, num_reads=8)
+    fourier = positions.Fourier(num_axes=2, num_bands=64, max_resolution=224)
+    return _perceiver(adapters.Image(num_channels=3, positions=fourier), num_classes, num_reads=8)
 
 
 def audioset(num_classes: int = 527) -> Perceiver:
-    """Raw sound: 1.28 s at 48 kHz, 61,440 samples in 480 patches of 128, with 192 Fourier bands.
+    """Return the AudioSet Perceiver: 1.28 s of raw audio at 48 kHz (61,440 samples in 480 patches), 192 Fourier bands.
 
-    No code was published for this model; where the text gives no number, it has those of `imagenet`.
-
-    Example:
-        >>> import torch
-        >>> from perceiver_core.models import presets
-        >>> with torch.device("meta"):
-        ...     model = presets.audioset()
-        >>> model.adapter.dim, sum(p.numel() for p in model.parameters())
-        (513, 46242333)
+    No code was published for this model; sizes that the text does not state are those of `imagenet`.
 
     Reference: Jaegle et al. 2021 (Perceiver), section 4.2.
     """
-    where = positions.Fourier(num_axes=1, num_bands=192, max_resolution=480)
-    return _perceiver(adapters.Audio(patch_size=128, positions=where), num_classes, num_reads=8)
+    fourier = positions.Fourier(num_axes=1, num_bands=192, max_resolution=480)
+    return _perceiver(adapters.Audio(patch_size=128, positions=fourier), num_classes, num_reads=8)
 
 
 def modelnet40(num_classes: int = 40) -> Perceiver:
-    """Point clouds: about 2,000 points, 64 Fourier bands up to resolution 1,120, 2 reads of 6 self-attends.
-
-    Example:
-        >>> import torch
-        >>> from perceiver_core.models import presets
-        >>> with torch.device("meta"):
-        ...     model = presets.modelnet40()
-        >>> model.adapter.dim, sum(p.numel() for p in model.parameters())
-        (387, 44772202)
+    """Return the point cloud Perceiver: about 2,000 points, 64 Fourier bands up to resolution 1,120, 2 reads.
 
     Reference: Jaegle et al. 2021 (Perceiver), section 4.3.
     """
-    where = positions.Fourier(num_axes=3, num_bands=64, max_resolution=1120)
-    return _perceiver(adapters.PointCloud(positions=where), num_classes, num_reads=2)
+    fourier = positions.Fourier(num_axes=3, num_bands=64, max_resolution=1120)
+    return _perceiver(adapters.PointCloud(positions=fourier), num_classes, num_reads=2)
 
 
 def perceiver_ar(
     vocab_size: int, *, context_length: int = 8192, num_latents: int = 1024, depth: int = 12
 ) -> PerceiverAR:
-    """Perceiver AR as its published code is set up, but for the sizes that each data set has of its own.
+    """Return Perceiver AR as configured by default in its published code; the arguments depend on the data set.
 
-    1,024 channels, 16 heads of 64 channels everywhere, of which 32 are turned, MLPs four times as wide with squared
-    ReLUs, logits of their own. The latents are the embeddings, which in that code go through a linear layer first.
-
-    Example:
-        >>> import torch
-        >>> from perceiver_core.models import presets
-        >>> with torch.device("meta"):
-        ...     model = presets.perceiver_ar(256)
-        >>> sum(p.numel() for p in model.parameters())
-        164279552
+    1,024 channels; 16 heads of 64 channels in all attention, 32 of these with rotary positions; MLPs of four times the
+    width with squared ReLUs; untied logits. Latents are the embeddings, without the linear layer that precedes them in
+    that code.
 
     Reference: google-research/perceiver-ar, perceiver_ar/experiment.py, `get_config`.
     """
-    turned = positions.Rotary(32, base=context_length, exponents=positions.inclusive_exponents)
-    attention = partial(MultiHeadAttention, rotary=turned)
+    rotary = positions.Rotary(32, base=context_length, exponents=positions.inclusive_exponents)
+    attention = partial(MultiHeadAttention, rotary=rotary)
     mlp = partial(MLP, widening_factor=4, activation=SquaredReLU())
     block = partial(SelfAttend, attention=attention, mlp=mlp, dropout=0.1)
     return PerceiverAR(
@@ -117,20 +93,12 @@ def perceiver_ar(
 
 
 def idefics2_resampler(input_dim: int = 1152, dim: int = 4096, *, hidden_dim: int = 14_336) -> Resampler:
-    """The connector of Idefics2-8b: a gated projection to the width of the text, 64 latents, 3 layers.
+    """Return the connector of Idefics2-8b: a gated projection to the width of the text model, 64 latents, 3 layers.
 
     Args:
-        input_dim: the width of the vision encoder.
-        dim: the width of the text model.
-        hidden_dim: the width inside the projection, which is that inside the text model's MLPs.
-
-    Example:
-        >>> import torch
-        >>> from perceiver_core.models import presets
-        >>> with torch.device("meta"):
-        ...     resampler = presets.idefics2_resampler()
-        >>> sum(p.numel() for p in resampler.parameters())
-        743219200
+        input_dim: Width of the vision encoder.
+        dim: Width of the text model.
+        hidden_dim: Hidden width of the projection, which is that of the text model's MLPs.
 
     Reference: Laurençon et al. 2024 (Idefics2); the sizes are those of transformers' `Idefics2Config`.
     """
@@ -149,15 +117,7 @@ def idefics2_resampler(input_dim: int = 1152, dim: int = 4096, *, hidden_dim: in
 
 
 def hip16(input_dim: int = 3, num_tokens: int = 224 * 224) -> HierarchicalPerceiver:
-    """HiP-16: 16, 4 and 1 groups, 18 self-attends over 256 latents in the middle, and back to 16 groups.
-
-    Example:
-        >>> import torch
-        >>> from perceiver_core.models import presets
-        >>> with torch.device("meta"):
-        ...     model = presets.hip16()
-        >>> model(torch.empty(1, 50176, 3, device="meta")).shape
-        torch.Size([1, 2048, 128])
+    """Return HiP-16: 16, 4 and 1 groups, 18 self-attends over 256 latents in the middle, and back to 16 groups.
 
     Reference: Carreira et al. 2022 (Hierarchical Perceiver); deepmind/hierarchical_perceiver, `perceiver.py`,
     `VARIANTS`.
@@ -168,13 +128,13 @@ def hip16(input_dim: int = 3, num_tokens: int = 224 * 224) -> HierarchicalPercei
         Level(1, num_latents=256, dim=512, depth=18, num_heads=16),
         Level(1, num_latents=64, dim=1024, depth=2, num_heads=32),
     ]
-    decode = [
+    decoder_levels = [
         Level(1, num_latents=256, dim=512, depth=1, num_heads=16),
         Level(4, num_latents=256, dim=256, depth=1, num_heads=8),
         Level(16, num_latents=128, dim=128, depth=1, num_heads=4),
     ]
-    where = positions.LearnedGrid((num_tokens,), dim=32)
-    return HierarchicalPerceiver(input_dim, levels=levels, positions=where, decode=decode)
+    grid = positions.LearnedGrid((num_tokens,), dim=32)
+    return HierarchicalPerceiver(input_dim, levels=levels, positions=grid, decoder_levels=decoder_levels)
 
 
 def _perceiver(

@@ -1,7 +1,7 @@
-"""The Perceiver Resampler: however many features an image or a video has, a fixed number of vectors of them.
+"""Perceiver Resampler: any number of features of an image or a video becomes a fixed number of vectors.
 
-A vision-language model reads pictures through it: features of a vision encoder come in, a few visual tokens go out.
-`Resampler` takes one array of features a sample; `EachFrame` and `AllFrames` lay the frames of a video before it.
+A vision-language model uses it to turn the features of a vision encoder into a few visual tokens. `Resampler` takes one
+array of features per sample; `EachFrame` and `AllFrames` apply it to the frames of a video.
 """
 
 from __future__ import annotations
@@ -27,30 +27,31 @@ FLAMINGO = partial(
     attention=partial(MultiHeadAttention, bias=False, out_bias=False),
     mlp=partial(MLP, widening_factor=4, activation=SquaredReLU(), bias=False),
 )
-"""The paper's layer; without biases, as all published code has it."""
+"""Layer of the paper, without biases as in all published code."""
 
 
 @register
 class Resampler(nn.Module):
-    """Latents read the features and each other in one softmax, `depth` times over.
+    """Latents that attend, in each layer, to the features and to each other in one softmax.
 
         features = projection(features)
-        for each layer:  latents = layer(latents, [features, latents])
-        answer = norm(latents)
+        for each layer:  latents = layer(latents, features)
+        output = norm(latents)
 
     Args:
-        input_dim: the width of the features.
-        num_latents: how many vectors a sample becomes.
-        dim: their width; `input_dim` unless given.
-        depth: how many layers, each with its own weights.
-        num_heads: attention heads of a layer.
-        projection: makes what brings features to the width of the latents, from (input_dim, dim); a linear layer where
-            these differ, and nothing where they do not, unless given.
-        block: makes a layer from (dim, num_heads=num_heads); `functools.partial` of `JointAttend` sets the rest.
-        norm: makes the norm of what comes out, from its width.
+        input_dim: Width of the features.
+        num_latents: Number of output vectors per sample.
+        dim: Width of the output vectors; `input_dim` by default.
+        depth: Number of layers, each with its own weights.
+        num_heads: Number of attention heads per layer.
+        projection: Factory `(input_dim, dim) -> module` applied to the features; by default a linear layer, or none if
+            `dim` equals `input_dim`.
+        block: Factory `(dim, num_heads=num_heads) -> module` of a layer; `functools.partial` of `JointAttend` sets the
+            rest.
+        norm: Factory `dim -> module` of the norm of the output.
 
     Raises:
-        ValueError: sizes below 1.
+        ValueError: Sizes below 1.
 
     Example:
         >>> import torch
@@ -97,15 +98,14 @@ class Resampler(nn.Module):
 
         Args:
             features: Features, for example of a vision encoder; or `Tokens`, with their own mask.
-            mask: Valid features. The values of the others have no effect, NaN included. In a sample without valid
-                features the latents attend to each other only.
+            mask: Valid features. The content of others has no effect, NaN included. In a sample without valid features
+                the latents attend to each other only.
             capture: Receives the attention weights of one layer.
 
         Raises:
-            TypeError: Features of another dtype, a mask that is not boolean.
-            ValueError: Features of another width, rank or device, a mask of another shape.
+            TypeError, ValueError: Features of another width, rank, dtype or device; an invalid mask.
         """
-        features, mask = self._project(features, mask)
+        features, mask = self._projected(features, mask)
         x = self.latents.unsqueeze(0)  # a batch of 1 until the first layer
         captured = None if capture is None else range(len(self.layers))[capture.read]
         for number, layer in enumerate(self.layers):
@@ -139,11 +139,11 @@ class Resampler(nn.Module):
         self(features, mask=mask, capture=capture)
         return capture.result()
 
-    def _project(self, features: Tokens | Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return features as wide as the latents, and their mask."""
+    def _projected(self, features: Tokens | Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return features of the latents' width, and their mask."""
         if isinstance(features, Tokens):
             if mask is not None:
-                raise ValueError("mask must be that of the tokens where these are Tokens; make them with it")
+                raise ValueError("mask must be None if features are Tokens, which have their own; build them with it")
             mask, features = features.flat_mask(), features.materialize()
         checks.is_floating("features", features)
         checks.has_shape("features", features, "b n c", last=self.input_dim)
@@ -154,26 +154,57 @@ class Resampler(nn.Module):
         return self.projection(features), mask
 
 
-@register
-class EachFrame(nn.Module):
-    """Frames by themselves: each becomes so many vectors as an image does.
+class _Frames(nn.Module):
+    """Resampler applied to frames to which frame positions are added; subclasses choose how frames are joined."""
 
-        b t n c  --add frame positions-->  (b t) n c  --each-->  b t m d
+    def __init__(self, resampler: nn.Module, *, frame_positions: Positions | None) -> None:
+        super().__init__()
+        if frame_positions is not None:
+            if isinstance(frame_positions, type) or not isinstance(frame_positions, Positions):
+                example = "positions.LearnedEmbedding(8, dim)"
+                raise TypeError(f"frame_positions must be positions such as {example}; got {frame_positions!r}")
+            width = getattr(resampler, "input_dim", frame_positions.dim)
+            if frame_positions.num_axes != 1 or frame_positions.dim != width:
+                raise ValueError(
+                    f"frame_positions must have one axis and the width of the features, {width}, to which they are "
+                    f"added; got {frame_positions.num_axes} axes, {frame_positions.dim} wide"
+                )
+        self.resampler, self.frame_positions = resampler, frame_positions
+        self.input_dim, self.dim = getattr(resampler, "input_dim", None), getattr(resampler, "dim", None)
+
+    def _resampled(self, features: Tensor, mask: Tensor | None, axes: str) -> Tensor:
+        """Return the output of the resampler for features and mask rearranged from `b t n` to `axes`."""
+        positions = self.frame_positions
+        checks.is_floating("features", features)
+        checks.has_shape("features", features, "b t n c", last=None if positions is None else positions.dim)
+        if mask is not None:
+            checks.is_mask("mask", mask, features.shape[:-1])
+            mask = rearrange(mask, f"b t n -> {axes}")
+        if positions is not None:
+            tables = positions.tables((features.shape[1],), like=features)
+            features = features + sum(tables[1:], start=tables[0]).unsqueeze(-2)
+        return self.resampler(rearrange(features, f"b t n c -> {axes} c"), mask=mask)
+
+
+@register
+class EachFrame(_Frames):
+    """Resampler applied to each frame of a video separately.
+
+        b t n c  --add frame positions-->  (b t) n c  --resampler-->  b t m d
 
     Args:
-        resampler: what reads the features of a frame.
-        frame_positions: positions along one axis that are added to the features of each frame;
-            `positions.LearnedEmbedding` or `positions.LearnedGrid`. None for frames that do not know when they are.
+        resampler: Module from the features of a frame to its vectors.
+        frame_positions: Positions along one axis that are added to the features of each frame, such as
+            `positions.LearnedEmbedding` or `positions.LearnedGrid`; None for no positions.
 
     Raises:
-        TypeError, ValueError: frame positions that are not positions of one axis and of the features' width.
+        TypeError, ValueError: Frame positions that are not positions of one axis and of the features' width.
 
     Example:
         >>> import torch
         >>> import perceiver_core as pc
-        >>> from perceiver_core.models import EachFrame
         >>> resampler = pc.Resampler(48, num_latents=8, depth=2, num_heads=4)
-        >>> frames = EachFrame(resampler, frame_positions=pc.positions.LearnedEmbedding(5, dim=48))
+        >>> frames = pc.models.EachFrame(resampler, frame_positions=pc.positions.LearnedEmbedding(5, dim=48))
         >>> frames(torch.randn(2, 3, 257, 48)).shape
         torch.Size([2, 3, 8, 48])
 
@@ -181,102 +212,47 @@ class EachFrame(nn.Module):
     """
 
     def __init__(self, resampler: nn.Module, *, frame_positions: Positions | None = None) -> None:
-        super().__init__()
-        _check_frame_positions(frame_positions, resampler)
-        self.resampler, self.frame_positions = resampler, frame_positions
-        self.input_dim, self.dim = getattr(resampler, "input_dim", None), getattr(resampler, "dim", None)
+        super().__init__(resampler, frame_positions=frame_positions)
 
     def forward(
         self, features: Float[Tensor, "b t n c"], *, mask: Bool[Tensor, "b t n"] | None = None
     ) -> Float[Tensor, "b t m d"]:
-        """The latents of every frame.
+        """Return the vectors of every frame.
 
         Args:
-            features: of frames.
-            mask: which of them are there; a frame without any is read as one of no features.
-
-        Raises:
-            TypeError, ValueError: what the resampler does not take; more frames than there are frame positions.
+            features: Features of the frames, of which `positions.LearnedEmbedding` limits the number.
+            mask: Valid features; as in `Resampler`, a frame may have none.
         """
-        features = _with_frame_positions(features, mask, self.frame_positions)
-        flat = None if mask is None else rearrange(mask, "b t n -> (b t) n")
-        out: Tensor = self.resampler(rearrange(features, "b t n c -> (b t) n c"), mask=flat)
-        return rearrange(out, "(b t) m d -> b t m d", b=features.shape[0])
+        return rearrange(self._resampled(features, mask, "(b t) n"), "(b t) m d -> b t m d", b=features.shape[0])
 
 
 @register
-class AllFrames(nn.Module):
-    """All frames at once: a video becomes so many vectors as an image does.
+class AllFrames(_Frames):
+    """Resampler applied to all frames of a video together: the number of vectors is that of an image.
 
         b t n c  --add frame positions-->  b (t n) c  --resampler-->  b m d
 
     Args:
-        resampler: what reads the features of all frames.
-        frame_positions: as those of `EachFrame`. The paper's are `positions.LearnedGrid((8,), dim)`, which are
-            interpolated for another number of frames; open_flamingo's are `positions.LearnedEmbedding(most, dim)`.
+        resampler: Module from the features of all frames to the vectors of the video.
+        frame_positions: As in `EachFrame`, but required. In the paper `positions.LearnedGrid((8,), dim)`, which are
+            interpolated to other numbers of frames; in open_flamingo `positions.LearnedEmbedding(max_frames, dim)`.
 
     Raises:
-        TypeError, ValueError: frame positions that are not positions of one axis and of the features' width.
+        TypeError, ValueError: As in `EachFrame`.
 
     Example:
         >>> import torch
         >>> import perceiver_core as pc
-        >>> from perceiver_core.models import AllFrames
         >>> resampler = pc.Resampler(48, num_latents=8, depth=2, num_heads=4)
-        >>> video = AllFrames(resampler, frame_positions=pc.positions.LearnedGrid((8,), dim=48))
+        >>> video = pc.models.AllFrames(resampler, frame_positions=pc.positions.LearnedGrid((8,), dim=48))
         >>> video(torch.randn(2, 30, 17, 48)).shape
         torch.Size([2, 8, 48])
 
     Reference: Alayrac et al. 2022 (Flamingo), appendix A.1.1.
     """
 
-    def __init__(self, resampler: nn.Module, *, frame_positions: Positions | None) -> None:
-        super().__init__()
-        _check_frame_positions(frame_positions, resampler)
-        self.resampler, self.frame_positions = resampler, frame_positions
-        self.input_dim, self.dim = getattr(resampler, "input_dim", None), getattr(resampler, "dim", None)
-
     def forward(
         self, features: Float[Tensor, "b t n c"], *, mask: Bool[Tensor, "b t n"] | None = None
     ) -> Float[Tensor, "b m d"]:
-        """The latents of every video.
-
-        Args:
-            features: of frames.
-            mask: which of them are there; of a shorter video, say, the frames behind its end are not.
-
-        Raises:
-            TypeError, ValueError: what the resampler does not take; more frames than there are frame positions.
-        """
-        features = _with_frame_positions(features, mask, self.frame_positions)
-        flat = None if mask is None else rearrange(mask, "b t n -> b (t n)")
-        out: Tensor = self.resampler(rearrange(features, "b t n c -> b (t n) c"), mask=flat)
-        return out
-
-
-def _check_frame_positions(frame_positions: Positions | None, resampler: nn.Module) -> None:
-    if frame_positions is None:
-        return
-    if isinstance(frame_positions, type) or not isinstance(frame_positions, Positions):
-        raise TypeError(
-            f"frame_positions must be positions such as positions.LearnedEmbedding(8, dim); got {frame_positions!r}"
-        )
-    width = getattr(resampler, "input_dim", frame_positions.dim)
-    if frame_positions.num_axes != 1 or frame_positions.dim != width:
-        raise ValueError(
-            f"frame_positions must have one axis and the width of the features, {width}, to which they are added; "
-            f"got {frame_positions.num_axes} axes, {frame_positions.dim} wide"
-        )
-
-
-def _with_frame_positions(features: Tensor, mask: Tensor | None, frame_positions: Positions | None) -> Tensor:
-    """Features with the position of their frame added."""
-    checks.is_floating("features", features)
-    width = None if frame_positions is None else frame_positions.dim
-    checks.has_shape("features", features, "b t n c", last=width)
-    if mask is not None:
-        checks.is_mask("mask", mask, features.shape[:-1])
-    if frame_positions is None:
-        return features
-    tables = frame_positions.tables((features.shape[1],), like=features)
-    return features + sum(tables[1:], start=tables[0]).unsqueeze(-2)
+        """Return the vectors of every video; a shorter video has masked frames at its end."""
+        return self._resampled(features, mask, "b (t n)")

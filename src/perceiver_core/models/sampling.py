@@ -1,4 +1,4 @@
-"""How the next id is chosen from its logits: any function `(logits: b v, generator) -> ids: b`."""
+"""Samplers: functions `(logits: b v, generator) -> ids: b` that choose the next token."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Sampler: TypeAlias = Callable[[Tensor, torch.Generator | None], Tensor]
 
 
 def greedy(logits: Float[Tensor, "b v"], generator: torch.Generator | None = None) -> Int[Tensor, " b"]:
-    """The most likely id.
+    """Return the most likely id of each sample.
 
     Example:
         >>> import torch
@@ -30,22 +30,23 @@ def greedy(logits: Float[Tensor, "b v"], generator: torch.Generator | None = Non
 
 @dataclass(frozen=True)
 class Sample:
-    """An id drawn by its probability, of those that are left in the race.
+    """Random sampling of ids by their probability, optionally among the most likely ids only.
 
     Args:
-        temperature: logits are divided by it; 1 leaves them, towards 0 the most likely id wins.
-        top_k: only the k most likely ids; all unless given.
-        top_p: only the fewest most likely ids that have this probability together, of those that `top_k` leaves.
+        temperature: Number that the logits are divided by. As it goes to 0, sampling becomes greedy.
+        top_k: Number of most likely ids to sample from; all by default.
+        top_p: Probability mass to sample from: the smallest set of most likely ids whose probabilities, after `top_k`,
+            sum to at least this.
 
     Raises:
-        TypeError: a temperature or top_p that is no number.
-        ValueError: a temperature of 0 or below, a top_k below 1, a top_p outside (0, 1].
+        TypeError: A temperature or top_p that is not a number.
+        ValueError: A temperature of 0 or below, a top_k below 1, a top_p outside (0, 1].
 
     Example:
         >>> import torch
         >>> from perceiver_core.models import sampling
-        >>> choose = sampling.Sample(temperature=0.8, top_p=0.9)
-        >>> choose(torch.zeros(2, 11), torch.Generator().manual_seed(0)).shape
+        >>> sample = sampling.Sample(temperature=0.8, top_p=0.9)
+        >>> sample(torch.zeros(2, 11), torch.Generator().manual_seed(0)).shape
         torch.Size([2])
 
     Reference: Fan et al. 2018 (top-k); Holtzman et al. 2020 (top-p, nucleus sampling), section 3.1.
@@ -56,9 +57,9 @@ class Sample:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p"):
-            if not isinstance(given := getattr(self, name), Real):
-                raise TypeError(f"{name} must be a number; got {given!r}")
+        for name, value in (("temperature", self.temperature), ("top_p", self.top_p)):
+            if not isinstance(value, Real):
+                raise TypeError(f"{name} must be a number; got {value!r}")
         if not 0 < self.temperature < float("inf"):
             raise ValueError(
                 f"temperature must be above 0 and finite; got {self.temperature!r}. For the most likely id use greedy"
@@ -69,14 +70,14 @@ class Sample:
             raise ValueError(f"top_p must lie in (0, 1]; got {self.top_p!r}")
 
     def __call__(self, logits: Float[Tensor, "b v"], generator: torch.Generator | None = None) -> Int[Tensor, " b"]:
-        """One id for each row."""
+        """Return one random id per sample."""
         return torch.multinomial(self.probabilities(logits), 1, generator=generator).squeeze(-1)
 
     def probabilities(self, logits: Float[Tensor, "b v"]) -> Float[Tensor, "b v"]:
-        """The probability of each id to be drawn, in float32 at least."""
+        """Return the probability of each id to be sampled, in float32 or wider."""
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        # Differences to the largest may overflow to -inf, as logits could to inf; the least number stands for those
-        # below it, which would be zero.
+        # Divided by a tiny temperature, differences to the maximum may overflow to -inf, where logits could to inf. A
+        # temperature below the smallest normal number would become zero in this dtype, so it is replaced by that.
         wide = (wide - wide.amax(-1, keepdim=True)) / max(self.temperature, torch.finfo(wide.dtype).tiny)
         ranked, ids = wide.sort(dim=-1, descending=True, stable=True)
         shares = ranked[..., : self.top_k].softmax(-1)

@@ -1,4 +1,4 @@
-"""Where tokens are: position features for adapters and queries, all on coordinates in [-1, 1]."""
+"""Position features of tokens and queries, on coordinates in [-1, 1]."""
 
 from perceiver_core.positions.fourier import Fourier, FourierPerAxis, Gaussian, NeRF
 from perceiver_core.positions.grid import Positions, coordinates, grid_points

@@ -1,4 +1,4 @@
-"""Where the tokens of a grid are, and position features of one axis laid into the columns of all."""
+"""Coordinates of the points of a grid, and tables of position features over it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 @runtime_checkable
 class Positions(Protocol):
-    """Anything that gives the tokens of a grid their position features, as tables that broadcast over it.
+    """Position features of the tokens of a grid, as tables that broadcast over it.
 
     Example:
         >>> from perceiver_core import positions
@@ -24,34 +24,31 @@ class Positions(Protocol):
 
     @property
     def dim(self) -> int:
-        """The width of the features."""
-        ...
+        """Width of the features."""
 
     @property
     def num_axes(self) -> int:
-        """How many axes the grid has."""
-        ...
+        """Number of grid axes."""
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Tensor, ...]:
-        """Tables whose sum is the features of every token of `grid`, in the dtype and on the device of `like`."""
-        ...
+        """Return tables whose sum is the features of every token of `grid`, in the dtype and device of `like`."""
 
 
 def coordinates(size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Float[Tensor, " n"]:
-    """The positions along an axis of `size` tokens: evenly spaced from -1 to 1, ends included.
+    """Return the coordinates of `size` tokens along an axis, evenly spaced from -1 to 1, ends included.
 
     Example:
         >>> from perceiver_core.positions import coordinates
         >>> coordinates(5).tolist()
         [-1.0, -0.5, 0.0, 0.5, 1.0]
     """
-    # Not linspace: of a size that torch.compile leaves open it would make a constant.
+    # Not linspace, which would make a dynamic size of torch.compile a constant.
     indices = torch.arange(size, device=device, dtype=dtype or torch.get_default_dtype())
     return indices.mul_(2).div_(max(size - 1, 1)).sub_(1)
 
 
 def grid_points(grid: Sequence[int], like: Tensor) -> Float[Tensor, "*grid axes"]:
-    """The coordinates of every point of a grid, the first axis first.
+    """Return the coordinates of every point of a grid, the first axis first.
 
     Example:
         >>> import torch
@@ -64,17 +61,18 @@ def grid_points(grid: Sequence[int], like: Tensor) -> Float[Tensor, "*grid axes"
 
 
 Features: TypeAlias = Callable[[Tensor, int], list[Tensor]]
-"""Groups of features of coordinates along one axis: `(x: *b, axis) -> [*b f, ...]`, each as wide for every axis."""
+"""Function `(x: *b, axis) -> [*b f, ...]` from coordinates along an axis to groups of features, whose widths are the
+same for all axes."""
 
 
 def separable_features(features: Features, points: Tensor) -> Float[Tensor, "*b p"]:
-    """The features of points `*b axes`, group by group and in a group axis by axis."""
+    """Return the features of points `*b axes`, ordered by group, then by axis."""
     axes = [features(x, axis) for axis, x in enumerate(points.unbind(-1))]
     return torch.cat([part for group in zip(*axes, strict=True) for part in group], dim=-1)
 
 
 def separable_tables(features: Features, grid: Sequence[int], like: Tensor) -> tuple[Tensor, ...]:
-    """One table an axis, `1 .. size .. 1 p`, zero in the columns of the other axes: their sum is the features."""
+    """Return one table `1 .. size .. 1 p` per axis, zero in the columns of other axes; their sum is the features."""
     tables = []
     num_axes, dtype = len(grid), computing_dtype(like)
     for axis, size in enumerate(grid):
@@ -92,11 +90,7 @@ def small_tables(
 ) -> tuple[Tensor, ...]:
     """Return `separable_tables`; those of small grids are cached, since they would dominate the time of a small model.
 
-    Args:
-        features: As in `separable_tables`.
-        settings: Class and hyperparameters that determine `features`; a part of the cache's key.
-        grid: As in `separable_tables`.
-        like: As in `separable_tables`.
+    The class and hyperparameters that determine the features are `settings`, a part of the cache's key.
     """
     plain = type(like) is Tensor and not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None
     if not plain or sum(grid) > CACHED_ROWS or torch._C._functorch.peek_interpreter_stack() is not None:
@@ -117,12 +111,12 @@ CACHED_GRIDS, CACHED_ROWS, CACHED_NUMBERS = 64, 512, 2**16  # at most 16 MB in f
 _cache: dict[tuple[object, ...], tuple[Tensor, ...]] = {}
 
 
-def check_axes(grid: Sequence[int], axes: int) -> None:
-    """Raises ValueError unless `grid` has `axes` axes, none empty."""
-    if len(grid) != axes or any(size < 1 for size in grid):
-        raise ValueError(f"grid must have {axes} axes of at least one token; got {tuple(grid)}")
+def check_axes(grid: Sequence[int], num_axes: int) -> None:
+    """Raise ValueError unless `grid` has `num_axes` axes, none empty."""
+    if len(grid) != num_axes or any(size < 1 for size in grid):
+        raise ValueError(f"grid must have {num_axes} axes of at least one token; got {tuple(grid)}")
 
 
 def computing_dtype(like: Tensor) -> torch.dtype:
-    """Positions are computed in float32 at least: high bands have no meaning in half precision."""
+    """Return float32 or wider: high frequencies have no meaning in half precision."""
     return torch.promote_types(like.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""Learned positions of a sequence: a vector for every index."""
+"""Learned positions of a sequence: one vector per index."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from perceiver_core.registry import register
 
 @register
 class LearnedEmbedding(nn.Module):
-    """A learned vector for every index along one axis: the first token has the first, whatever the length.
+    """A learned vector for every index along one axis; token i has vector i, whatever the length of the input.
 
-    `LearnedGrid` stretches its array over inputs of other sizes, as a picture wants; this does not, as a sequence that
-    grows by one token at a time wants, or a film's frames.
+    It suits sequences that grow by one token at a time, and frames of a video. `LearnedGrid` instead resamples its
+    array for inputs of other sizes, which suits images.
 
     Args:
-        length: how many indices there are.
-        dim: the width of a vector.
+        length: Number of indices.
+        dim: Width of a vector.
 
     Example:
         >>> import torch
         >>> from perceiver_core.positions import LearnedEmbedding
-        >>> where = LearnedEmbedding(100, dim=32)
-        >>> where(torch.tensor([2, 0, 5])).shape, where.tables((7,), like=torch.zeros(()))[0].shape
+        >>> positions = LearnedEmbedding(100, dim=32)
+        >>> positions(torch.tensor([2, 0, 5])).shape, positions.tables((7,), like=torch.zeros(()))[0].shape
         (torch.Size([3, 32]), torch.Size([7, 32]))
 
     Reference: google-research/perceiver-ar, perceiver_ar_model.py, `position_embeddings` of the style "random";
@@ -43,25 +43,16 @@ class LearnedEmbedding(nn.Module):
         self.vectors = init.embedding(length, dim)
 
     def forward(self, positions: Int[Tensor, "*b n"]) -> Float[Tensor, "*b n d"]:
-        """The vectors at these indices, from 0.
-
-        Raises:
-            ValueError: indices below 0, or for which there are no vectors; looked at on a CPU, in eager mode.
-        """
+        """Return the vectors at these indices, which are checked to be in range on a CPU, in eager mode."""
         checks.below("positions", positions, self.length)
         return F.embedding(positions, self.vectors)
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "n p"], ...]:
-        """The first vectors: one table.
-
-        Raises:
-            ValueError: more places than there are vectors.
-        """
+        """Return one table, the vectors of the first indices; raise ValueError if there are too few."""
         check_axes(grid, self.num_axes)
         if grid[0] > self.length:
             raise ValueError(
-                f"there are vectors for at most {self.length} places; got {grid[0]}. Build LearnedEmbedding with more, "
-                "or take LearnedGrid, which resamples"
+                f"grid must have at most length={self.length} tokens; got {grid[0]}. Build LearnedEmbedding with a "
+                "larger length, or use LearnedGrid, which resamples"
             )
-        table: Tensor = self(torch.arange(grid[0], device=like.device))
-        return (table.to(like.dtype),)
+        return (self(torch.arange(grid[0], device=like.device)).to(like.dtype),)

@@ -1,4 +1,4 @@
-"""Learned positions: an array over a grid, resampled or cut where the input has another size."""
+"""Learned positions of a grid: an array that is resampled for inputs of another size."""
 
 from __future__ import annotations
 
@@ -20,21 +20,17 @@ _RESAMPLING = {1: "linear", 2: "bicubic", 3: "trilinear"}
 class LearnedGrid(nn.Module):
     """A learned vector for every point of a grid of one to three axes.
 
-    An input of another size, square or not, gets the array resampled (linear, bicubic or trilinear, by
-    the number of axes), grid ends on grid ends as coordinates are.
+    For inputs of another size the array is resampled (linear, bicubic or trilinear, by the number of axes), with
+    grid ends aligned as coordinates are.
 
     Args:
-        grid: the size that the array is stored at, usually the training size.
-        dim: the width of a vector.
-
-    Raises:
-        ValueError: a grid of no or more than three axes.
+        grid: Size of the array, usually the size in training.
+        dim: Width of a vector.
 
     Example:
         >>> import torch
         >>> from perceiver_core.positions import LearnedGrid
-        >>> where = LearnedGrid((14, 14), dim=32)
-        >>> where.tables((11, 17), like=torch.zeros(()))[0].shape
+        >>> LearnedGrid((14, 14), dim=32).tables((11, 17), like=torch.zeros(()))[0].shape
         torch.Size([11, 17, 32])
 
     Reference: deepmind-research/perceiver/position_encoding.py, `TrainablePositionEncoding`.
@@ -50,9 +46,8 @@ class LearnedGrid(nn.Module):
         self.vectors = init.embedding(*grid, dim)
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "*grid p"], ...]:
-        """Return the array at the size of `grid`: one table."""
-        table: Tensor = self(grid, like)
-        return (table,)
+        """Return one table: the array at the size of `grid`."""
+        return (self(grid, like),)
 
     def forward(self, grid: Sequence[int], like: Tensor) -> Float[Tensor, "*grid p"]:
         """Return the array at the size of `grid`, in the dtype of `like`."""

@@ -1,4 +1,4 @@
-"""Positions of another width: any, projected."""
+"""Position features projected to another width."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from perceiver_core.registry import register
 
 @register
 class Projected(nn.Module):
-    """A linear layer over position features. Their tables are projected, not every token.
+    """A linear layer over position features, applied to their tables instead of every token.
 
     Args:
-        positions: any position features.
-        dim: what they become.
+        positions: Position features.
+        dim: Width after the projection.
 
     Example:
         >>> import torch
         >>> from perceiver_core.positions import LearnedGrid, Projected
-        >>> where = Projected(LearnedGrid((14, 14), dim=32), dim=256)
-        >>> where.tables((14, 14), like=torch.zeros(()))[0].shape
+        >>> positions = Projected(LearnedGrid((14, 14), dim=32), dim=256)
+        >>> positions.tables((14, 14), like=torch.zeros(()))[0].shape
         torch.Size([14, 14, 256])
 
     Reference: deepmind-research/perceiver, `project_pos_dim`; Perceiver IO's ImageNet model with learned positions.
@@ -40,12 +40,11 @@ class Projected(nn.Module):
         self.project = init.linear(positions.dim, dim)
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "... p"], ...]:
-        """Return the tables projected; the bias is in the first."""
-        tables: tuple[Tensor, ...] = self(grid, like)
-        return tables
+        """Return the projected tables; the bias is part of the first."""
+        return self(grid, like)
 
     def forward(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "... p"], ...]:
-        """Return the tables projected; the bias is in the first."""
+        """Return the projected tables; the bias is part of the first."""
         first, *others = (table.to(self.project.weight.dtype) for table in self.positions.tables(grid, like))
         projected = [self.project(first)]
         if others:

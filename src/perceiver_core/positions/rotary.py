@@ -1,4 +1,4 @@
-"""Rotary positions: queries and keys are turned by their position, so scores depend on distances only."""
+"""Rotary positions: queries and keys are rotated by their position, so that scores depend on distances only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from perceiver_core.registry import register
 
 @partial(register, name="positions.half_open_exponents")
 def half_open_exponents(pairs: int, like: Tensor) -> Float[Tensor, " pairs"]:
-    """Exponents 0, 1 / pairs, ... below 1: RoFormer's, and those of most language models.
+    """Return exponents 0, 1 / pairs, ... below 1, as in RoFormer and most language models.
 
     Example:
         >>> import torch
@@ -30,7 +30,7 @@ def half_open_exponents(pairs: int, like: Tensor) -> Float[Tensor, " pairs"]:
 
 @partial(register, name="positions.inclusive_exponents")
 def inclusive_exponents(pairs: int, like: Tensor) -> Float[Tensor, " pairs"]:
-    """Exponents from 0 to 1, ends included: Perceiver AR's, whose base is the length of the context.
+    """Return exponents from 0 to 1, ends included, as in Perceiver AR, whose base is the context length.
 
     Example:
         >>> import torch
@@ -45,19 +45,16 @@ def inclusive_exponents(pairs: int, like: Tensor) -> Float[Tensor, " pairs"]:
 
 @register
 class Rotary(nn.Module):
-    """Turns neighboring pairs of channels by position x base^-exponent. A callable on heads `b h n d`.
+    """Rotation of neighboring pairs of channels by position x base^-exponent, applied to heads `b h n d`.
 
-    Positions count from the end of the sequence (the last is 0), so that queries which are the last
-    tokens of a longer input meet its keys at the right distance without being told where they stand.
+    Default positions count from the end of the sequence (the last is 0), so that queries which are the last tokens of
+    a longer input have the right distances to its keys without further arguments.
 
     Args:
-        dim: how many channels of a head are turned, the rest pass unchanged; all of them unless given.
-        base: wavelengths go from 2 pi tokens to about 2 pi base.
-        exponents: from a number of pairs of channels, and a tensor to be like, to the exponent of each pair:
-            `half_open_exponents`, `inclusive_exponents`, or your own.
-
-    Raises:
-        ValueError: an odd dim, or (in forward) heads narrower than dim or, where all is turned, of an odd width.
+        dim: Number of channels of a head that are rotated, the others pass unchanged; all by default. It must be even.
+        base: Base of the wavelengths, which range from 2 pi tokens to about 2 pi base.
+        exponents: Function from a number of channel pairs, and a tensor whose dtype and device it uses, to the exponent
+            of each pair: `half_open_exponents`, `inclusive_exponents`, or your own.
 
     Example:
         >>> import torch
@@ -65,13 +62,13 @@ class Rotary(nn.Module):
         >>> Rotary(dim=8)(torch.randn(2, 4, 7, 16)).shape
         torch.Size([2, 4, 7, 16])
 
-    Perceiver AR's published code turns half of the channels of a head, here 32 of 64, in every layer:
+    Perceiver AR's published code rotates half of the channels of a head, here 32 of 64, in every layer:
 
         >>> from perceiver_core.positions import inclusive_exponents
         >>> rotary = Rotary(dim=32, base=8192, exponents=inclusive_exponents)
 
-    It counts distances from the end upwards, so its turns are the mirror image of these; with positions from the data,
-    which its cached generation needs, they are the same.
+    It counts distances from the end upwards, so its rotations are the mirror image of these; with positions from the
+    data, which its cached generation needs, they are the same.
 
     Reference: Su et al. 2021 (RoFormer), section 3.2.2; google-research/perceiver-ar, perceiver_ar_model.py,
     `_apply_rotary_encoding_to_subset`.
@@ -88,7 +85,7 @@ class Rotary(nn.Module):
         if dim is not None:
             checks.positive(dim=dim)
             if dim % 2:
-                raise ValueError(f"dim must be even, channels are turned in pairs; got {dim}")
+                raise ValueError(f"dim must be even, since channels are rotated in pairs; got {dim}")
         if not base > 0:
             raise ValueError(f"base must be above 0; got {base!r}")
         self.dim, self.base, self.exponents = dim, base, exponents
@@ -96,27 +93,27 @@ class Rotary(nn.Module):
     def forward(
         self, heads: Float[Tensor, "b h n d"], positions: Shaped[Tensor, "*#b n"] | None = None
     ) -> Float[Tensor, "b h n d"]:
-        """The heads, turned.
+        """Return the rotated heads.
 
         Args:
-            heads: queries or keys.
-            positions: where each token stands, `n` or `b n`, if not one after the other up to the end.
+            heads: Queries or keys.
+            positions: Position of each token, `n` or `b n`; consecutive by default, the last one being 0.
         """
         dim = heads.shape[-1] if self.dim is None else self.dim
         if heads.shape[-1] < dim:
             raise ValueError(f"heads must be at least dim={dim} wide; got {heads.shape[-1]}")
         if dim % 2:
             raise ValueError(
-                f"heads must be of an even width, channels are turned in pairs; got {dim}. Give Rotary a dim"
+                f"heads must have an even width, since channels are rotated in pairs; got {dim}. Give Rotary a dim"
             )
         wide = torch.promote_types(heads.dtype, torch.float32)
-        turned, kept = heads[..., :dim].to(wide), heads[..., dim:]
+        rotated, passed = heads[..., :dim].to(wide), heads[..., dim:]
         if positions is None:
             positions = torch.arange(1 - heads.shape[-2], 1, device=heads.device)
         if positions.ndim not in (1, 2) or positions.shape[-1] != heads.shape[-2]:
             raise ValueError(f"positions must be n or b n with n={heads.shape[-2]}; got {tuple(positions.shape)}")
-        angles = positions.to(wide)[..., None, :, None] * self.base ** -self.exponents(dim // 2, turned)
-        even, odd = turned[..., ::2], turned[..., 1::2]
+        angles = positions.to(wide)[..., None, :, None] * self.base ** -self.exponents(dim // 2, rotated)
+        even, odd = rotated[..., ::2], rotated[..., 1::2]
         cos, sin = angles.cos(), angles.sin()
         pairs = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-        return torch.cat([pairs.flatten(-2).to(heads.dtype), kept], dim=-1)
+        return torch.cat([pairs.flatten(-2).to(heads.dtype), passed], dim=-1)

@@ -1,9 +1,9 @@
-"""Queries of a decoder. Each source knows the width of its queries (`.dim`) and can give some of them only.
+"""Queries of a decoder.
 
-A source of queries is a module `(tokens, query_inputs=None) -> queries`: `tokens` is what the adapter made of the
-input. The second argument has a name of its own in each source: `query_indices` chooses from the queries that are given
-without it, by indices `q` or `b q`, the same for all samples or each its own; `Coordinates` takes `points`, `External`
-takes `queries`.
+A source of queries is a module `(tokens, query_inputs=None) -> queries`, with `dim`, the width of the queries; `tokens`
+is the output of the adapter. The name of the second argument says what a source takes: `query_indices` selects some of
+the queries that it returns by default, by indices `q` for all samples or `b q` for each; `Coordinates` takes `points`,
+and `External` takes `queries`.
 """
 
 from perceiver_core.queries.coordinates import Coordinates

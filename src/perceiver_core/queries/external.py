@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -13,16 +11,16 @@ from perceiver_core.registry import register
 
 @register
 class External(nn.Module):
-    """What is given with each call, as it is.
+    """Queries that come with each call, unchanged.
 
     Args:
-        dim: the width of a query.
+        dim: Width of a query.
 
     Example:
         >>> import torch
         >>> from perceiver_core import queries
-        >>> ask = queries.External(32)
-        >>> ask(queries=torch.randn(100, 32)).shape, ask(queries=torch.randn(2, 100, 32)).shape
+        >>> source = queries.External(32)
+        >>> source(queries=torch.randn(100, 32)).shape, source(queries=torch.randn(2, 100, 32)).shape
         (torch.Size([1, 100, 32]), torch.Size([2, 100, 32]))
     """
 
@@ -31,12 +29,10 @@ class External(nn.Module):
         checks.positive(dim=dim)
         self.dim = dim
 
-    def forward(self, tokens: Any = None, queries: Float[Tensor, "*b q e"] | None = None) -> Float[Tensor, "#b q e"]:
-        """The queries `queries`, `q e` for all samples or `b q e`; `tokens` do not matter."""
+    def forward(self, tokens: object = None, queries: Float[Tensor, "*b q e"] | None = None) -> Float[Tensor, "#b q e"]:
+        """Return the queries, `q e` for all samples or `b q e`; `tokens` are not used."""
         if queries is None:
-            raise ValueError(
-                f"queries must be the queries, q {self.dim} or b q {self.dim}; External has none of its own"
-            )
+            raise ValueError(f"queries must be q {self.dim} or b q {self.dim}; got None. Pass them with each call")
         checks.is_floating("queries", queries)
         if queries.ndim not in (2, 3) or queries.shape[-1] != self.dim:
             raise ValueError(f"queries must be q {self.dim} or b q {self.dim}; got shape {tuple(queries.shape)}")

@@ -1,4 +1,4 @@
-"""Queries that are the input's own tokens: an answer for each of them."""
+"""Queries that are the tokens of the input: one output per token."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from perceiver_core import checks
-from perceiver_core.queries.choose import chosen
+from perceiver_core.queries.selection import select
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
 
 @register
 class FromInputs(nn.Module):
-    """The tokens written out, content and positions.
+    """Queries that are the materialized tokens, content and positions.
 
     Args:
-        dim: the width of a token, the adapter's `.dim`.
+        dim: Width of a token, the adapter's `dim`.
 
     Example:
         >>> import torch
@@ -32,14 +32,14 @@ class FromInputs(nn.Module):
         checks.positive(dim=dim)
         self.dim = dim
 
-    def grid_of(self, tokens: Tokens | Tensor) -> tuple[int, ...] | None:
-        """The grid of the tokens."""
-        return tuple(tokens.grid) if isinstance(tokens, Tokens) else None
+    def grid_of(self, tokens: object) -> tuple[int, ...] | None:
+        """Return the grid of the queries: that of the tokens, None for a plain tensor."""
+        return tokens.grid if isinstance(tokens, Tokens) else None
 
     def forward(
         self, tokens: Tokens | Float[Tensor, "b n c"], query_indices: Int[Tensor, "*b q"] | None = None
     ) -> Float[Tensor, "b q e"]:
-        """One query a token."""
-        dense = tokens.materialize() if isinstance(tokens, Tokens) else tokens
-        checks.has_shape("tokens", dense, "b n c", last=self.dim)
-        return dense if query_indices is None else chosen(dense, query_indices)
+        """Return one query per token, or those at `query_indices`."""
+        queries = tokens.materialize() if isinstance(tokens, Tokens) else tokens
+        checks.has_shape("tokens", queries, "b n c", last=self.dim)
+        return queries if query_indices is None else select(queries, query_indices)

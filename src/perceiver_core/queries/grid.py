@@ -1,9 +1,10 @@
-"""Queries that are positions on a grid: an answer for each of its points."""
+"""Queries that are positions on a grid: one output per grid point."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
@@ -11,32 +12,29 @@ from torch import Tensor, nn
 
 from perceiver_core.positions import Positions
 from perceiver_core.positions.grid import check_axes, computing_dtype
-from perceiver_core.queries.choose import check_indices, check_takes_points
+from perceiver_core.positions.points import PointFeatures, check_takes_points
+from perceiver_core.queries.selection import check_indices
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
 
 @partial(register, name="queries.Grid")
 class Grid(nn.Module):
-    """The position features of every point of a grid, the last axis fastest. Those of chosen points alone are made.
+    """Queries that are the position features of grid points, the last axis fastest; only selected ones are computed.
 
     Args:
-        grid: its size; None for the grid of the input. Places are those of the grid, whatever a mask hides, as those of
-            `adapters.TokenEmbedding(positions_include_padding=True)` are.
-        positions: position features over as many axes.
-        endpoint: whether chosen points stand where they stand on the whole grid, at -1 + 2 i / (size - 1) along each
-            axis, so that the last one is at 1 (as `numpy.linspace`). False puts them at -1 + 2 i / size, as in the
-            published multimodal model; this needs positions that take points, such as `positions.Fourier`.
-
-    Raises:
-        TypeError: `endpoint=False` with positions that take no points.
-        ValueError: a grid of other axes than the positions have.
+        grid: Size of the grid; None for that of the input. Masks do not shift positions on the grid, as with
+            `adapters.TokenEmbedding(positions_include_padding=True)`.
+        positions: Position features over the same number of axes.
+        endpoint: Whether selected points have their coordinates on the whole grid, -1 + 2 i / (size - 1) along each
+            axis, so that the last one is at 1 (as in `numpy.linspace`). If False they are at -1 + 2 i / size, as in
+            the published multimodal model; this requires positions that take points, such as `positions.Fourier`.
 
     Example:
         >>> import torch
         >>> from perceiver_core import positions, queries
-        >>> ask = queries.Grid((480, 640), positions.Fourier(num_axes=2, num_bands=16, max_resolution=(480, 640)))
-        >>> ask(query_indices=torch.randint(480 * 640, (1000,))).shape
+        >>> source = queries.Grid((480, 640), positions.Fourier(num_axes=2, num_bands=16, max_resolution=(480, 640)))
+        >>> source(query_indices=torch.randint(480 * 640, (1000,))).shape
         torch.Size([1, 1000, 66])
 
     Reference: Jaegle et al. 2022 (Perceiver IO), section 3.2; table 8 (queries by task).
@@ -49,64 +47,50 @@ class Grid(nn.Module):
         if grid is not None:
             check_axes(grid, positions.num_axes)
         self.grid, self.positions, self.endpoint = None if grid is None else tuple(grid), positions, endpoint
+        self.dim = positions.dim
 
-    @property
-    def dim(self) -> int:
-        """The width of a query."""
-        return self.positions.dim
-
-    def grid_of(self, tokens: Tokens | None = None) -> tuple[int, ...] | None:
-        """The grid that is asked on: its own, or that of the input."""
-        return self.grid or (tuple(tokens.grid) if isinstance(tokens, Tokens) else None)
+    def grid_of(self, tokens: object = None) -> tuple[int, ...] | None:
+        """Return the grid of the queries: its own, or that of the input."""
+        return self.grid or (tokens.grid if isinstance(tokens, Tokens) else None)
 
     def forward(
         self, tokens: Tokens | None = None, query_indices: Int[Tensor, "*b q"] | None = None
     ) -> Float[Tensor, "#b q e"]:
-        """The features of all points, or of those at `query_indices` into the flattened grid.
+        """Return the features of all grid points, or of those at `query_indices` into the flattened grid.
 
         Args:
-            tokens: those of the input, for their grid, dtype and device.
-            query_indices: which points; see `queries`.
+            tokens: Tokens of the input, for their grid, dtype and device.
+            query_indices: Selected points; see `queries`.
         """
         grid = self.grid_of(tokens)
         if grid is None:
-            raise ValueError("tokens must be Tokens, whose grid is asked for; or build Grid with a grid of its own")
-        like = (
-            tokens.content
-            if isinstance(tokens, Tokens)
-            else torch.empty(0, device=None if query_indices is None else query_indices.device)
-        )
-        if query_indices is not None and not self.endpoint:
-            return self._without_endpoint(query_indices, grid, like)
-        tables = self.positions.tables(grid, like)
+            raise ValueError("tokens must be Tokens, whose grid is used; or build Grid with a grid of its own")
+        device = None if query_indices is None else query_indices.device
+        like = tokens.content if isinstance(tokens, Tokens) else torch.empty(0, device=device)
         if query_indices is None:
-            features = sum(tables[1:], tables[0]).expand(*grid, -1).flatten(0, -2)
-            return features[None]
+            tables = self.positions.tables(grid, like)
+            return sum(tables[1:], tables[0]).expand(*grid, -1).flatten(0, -2)[None]
         check_indices(query_indices, torch.Size(grid).numel())
-        places = _unraveled(query_indices, grid)
-        picked = [_at(table, places) for table in tables]
-        features = sum(picked[1:], picked[0])
-        return features[None] if query_indices.ndim == 1 else features
-
-    def _without_endpoint(self, query_indices: Tensor, grid: Sequence[int], like: Tensor) -> Tensor:
-        check_indices(query_indices, torch.Size(grid).numel())
-        places = [
-            2 * place.to(computing_dtype(like)) / size - 1
-            for place, size in zip(_unraveled(query_indices, grid), grid, strict=True)
-        ]
-        features: Tensor = self.positions(torch.stack(places, dim=-1)).to(like.dtype)  # type: ignore[operator]
+        indices = _unravel(query_indices, grid)
+        if self.endpoint:
+            rows = [_rows(table, indices) for table in self.positions.tables(grid, like)]
+            features = sum(rows[1:], rows[0])
+        else:
+            dtype = computing_dtype(like)
+            points = [2 * index.to(dtype) / size - 1 for index, size in zip(indices, grid, strict=True)]
+            features = cast(PointFeatures, self.positions)(torch.stack(points, dim=-1)).to(like.dtype)
         return features[None] if query_indices.ndim == 1 else features
 
 
-def _at(table: Tensor, places: list[Tensor]) -> Tensor:
-    """The entries of a table that broadcasts over the grid."""
-    return table[tuple([place * (size > 1) for place, size in zip(places, table.shape, strict=False)])]
+def _rows(table: Tensor, indices: list[Tensor]) -> Tensor:
+    """Return the rows of a table that broadcasts over the grid, at an index along each axis."""
+    return table[tuple([index * (size > 1) for index, size in zip(indices, table.shape, strict=False)])]
 
 
-def _unraveled(at: Tensor, grid: Sequence[int]) -> list[Tensor]:
-    """The place along each axis."""
-    places = []
+def _unravel(flat: Tensor, grid: Sequence[int]) -> list[Tensor]:
+    """Return the index along each axis."""
+    indices = []
     for size in reversed(grid):
-        places.append(at % size)
-        at = at // size
-    return places[::-1]
+        indices.append(flat % size)
+        flat = flat // size
+    return indices[::-1]

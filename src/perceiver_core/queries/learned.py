@@ -1,31 +1,30 @@
-"""Learned queries: one vector for each answer."""
+"""Learned queries: one vector per output."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from perceiver_core import checks, init
-from perceiver_core.queries.choose import chosen
+from perceiver_core.queries.selection import select
 from perceiver_core.registry import register
 
 
 @partial(register, name="queries.Learned")
 class Learned(nn.Module):
-    """As many learned vectors as there are answers.
+    """Queries that are learned vectors, the same for all inputs.
 
     Args:
-        num_queries: how many.
-        dim: their width.
+        num_queries: Number of queries.
+        dim: Width of a query.
 
     Example:
         >>> import torch
         >>> from perceiver_core import queries
-        >>> ask = queries.Learned(2048, dim=768)
-        >>> ask().shape, ask(query_indices=torch.tensor([0, 5])).shape
+        >>> source = queries.Learned(2048, dim=768)
+        >>> source().shape, source(query_indices=torch.tensor([0, 5])).shape
         (torch.Size([1, 2048, 768]), torch.Size([1, 2, 768]))
 
     Reference: deepmind-research/perceiver/perceiver.py, `BasicDecoder` with trainable position encodings.
@@ -37,7 +36,9 @@ class Learned(nn.Module):
         self.dim = dim
         self.vectors = init.embedding(num_queries, dim)
 
-    def forward(self, tokens: Any = None, query_indices: Int[Tensor, "*b q"] | None = None) -> Float[Tensor, "#b q e"]:
-        """Return the query vectors, or those of `query_indices`; `tokens` are not used."""
+    def forward(
+        self, tokens: object = None, query_indices: Int[Tensor, "*b q"] | None = None
+    ) -> Float[Tensor, "#b q e"]:
+        """Return the query vectors, or those at `query_indices`; `tokens` are not used."""
         vectors = self.vectors[None]
-        return vectors.clone() if query_indices is None else chosen(vectors, query_indices)
+        return vectors.clone() if query_indices is None else select(vectors, query_indices)

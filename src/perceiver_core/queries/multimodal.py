@@ -1,10 +1,10 @@
-"""Queries of several kinds, padded to one width by learned vectors."""
+"""Queries of several modalities, padded to one width by learned vectors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -19,26 +19,22 @@ from perceiver_core.tokens import Tokens
 
 @partial(register, name="queries.Multimodal")
 class Multimodal(nn.Module):
-    """A dictionary of sources of queries; what it asks is a dictionary, all of one width.
+    """Dictionary of sources of queries, padded to one width.
 
-    Each kind is padded by a learned vector of its own, which also tells the decoder what kind is asked for. A source
-    that is named as a kind of the input (`adapters.Multimodal`) looks at the tokens of this kind, on their own grid;
-    others look at all of them.
+    Queries of each modality are padded with a learned vector of their own, which also identifies the modality. A source
+    with the name of a modality of the input (`adapters.Multimodal`) gets the tokens of this modality, on their own
+    grid; others get all tokens.
 
     Args:
-        sources: by name.
-        min_modality_channels: how many learned channels the widest kind has.
-
-    Raises:
-        TypeError: sources that are not modules.
-        ValueError: no sources, or a name that a module cannot have.
+        sources: Sources of queries by modality.
+        min_modality_channels: Number of learned channels of the widest modality.
 
     Example:
         >>> import torch
         >>> from perceiver_core import queries
-        >>> ask = queries.Multimodal({"label": queries.Learned(1, 30), "sound": queries.Learned(50, 20)})
-        >>> {name: tuple(asked.shape) for name, asked in ask().items()}
-        {'label': (1, 1, 32), 'sound': (1, 50, 32)}
+        >>> source = queries.Multimodal({"label": queries.Learned(1, 30), "audio": queries.Learned(50, 20)})
+        >>> {name: tuple(x.shape) for name, x in source().items()}
+        {'label': (1, 1, 32), 'audio': (1, 50, 32)}
 
     Reference: Jaegle et al. 2022 (Perceiver IO), section 3.2; deepmind-research/perceiver, `MultimodalDecoder`.
     """
@@ -48,86 +44,76 @@ class Multimodal(nn.Module):
         modalities.check("sources", sources, "a source of queries")
         checks.positive(min_modality_channels=min_modality_channels)
         self.sources, self.min_modality_channels = nn.ModuleDict(sources), min_modality_channels
-        widths = {name: int(source.dim) for name, source in self.sources.items()}  # type: ignore[arg-type]
+        widths = {name: part.dim for name, part in cast(Mapping[str, Any], sources).items()}
         self.dim = max(widths.values()) + min_modality_channels
         self.padding = nn.ParameterDict({name: init.embedding(self.dim - width) for name, width in widths.items()})
 
     def forward(
-        self, tokens: Any = None, query_indices: Mapping[str, Any] | None = None
+        self, tokens: object = None, query_indices: Mapping[str, object] | None = None
     ) -> dict[str, Float[Tensor, "#b q e"]]:
-        """What each source asks.
+        """Return the queries of each source.
 
         Args:
-            tokens: those of the input, for sources that look at them.
-            query_indices: by name, which queries; all of a source that is not named. A source that is given an empty
-                list or tensor is not asked, and what is asked has no entry for it.
+            tokens: Tokens of the input, for sources that use them.
+            query_indices: Second argument of each source, by modality; all queries of a source that is not named. A
+                source with an empty list or tensor is left out of the result.
 
         Raises:
-            TypeError: `query_indices` that is not a dictionary.
-            ValueError: a name that there is not, no source that is asked, queries of different batch sizes, or a source
-                that asks at the places of a kind that is not there.
-            TypeError, ValueError: what a source raises, with its name before it.
+            ValueError: An unknown name, no queries at all, queries of different batch sizes, or a source that needs the
+                tokens of an absent modality.
+            TypeError, ValueError: Errors of a source, preceded by its modality.
         """
-        chosen = self._chosen(query_indices)
-        asked = {}
-        for name, source in self.sources.items():
-            if not _is_empty(chosen.get(name)):
-                queries = modalities.call("queries", name, source, self._seen(name, tokens), chosen.get(name))
-                asked[name] = self._padded(name, queries)
-        if not asked:
-            raise ValueError(f"query_indices must leave something to ask; it is empty for all of {list(self.sources)}")
-        batches = {name: queries.shape[0] for name, queries in asked.items()}
-        many = [batch for batch in batches.values() if batch != 1]
-        if any(batch != many[0] for batch in many):
-            raise ValueError(f"queries must have one batch size, or a batch of 1; got {batches}")
-        return asked
-
-    def grid_of(self, tokens: Any = None) -> dict[str, tuple[int, ...] | None]:
-        """By name the grid that a source asks on, for those that ask on one."""
-        return {
-            name: source.grid_of(self._seen(name, tokens))
-            for name, source in self.sources.items()
-            if isinstance(source, (FromInputs, Grid)) and not self._has_no_places(name, tokens)
-        }
-
-    def _chosen(self, query_indices: Any) -> Mapping[str, Any]:
-        query_indices = {} if query_indices is None else query_indices
-        if not isinstance(query_indices, Mapping):
+        selected = {} if query_indices is None else query_indices
+        if not isinstance(selected, Mapping):
             raise TypeError(
                 f"query_indices must be a dictionary by modality, of {list(self.sources)}; "
-                f"got {type(query_indices).__name__}"
+                f"got {type(selected).__name__}"
             )
-        if unknown := query_indices.keys() - self.sources.keys():
+        if unknown := selected.keys() - self.sources.keys():
             raise ValueError(f"query_indices names {sorted(unknown)}; the sources are {sorted(self.sources)}")
-        return query_indices
+        queries = {}
+        for name, source in self.sources.items():
+            if not _is_empty(selected.get(name)):
+                x = modalities.call("queries", name, source, self._tokens_of(name, tokens), selected.get(name))
+                vector = self.padding[name].to(x.dtype)
+                queries[name] = torch.cat([x, vector.expand(*x.shape[:-1], -1)], dim=-1)
+        if not queries:
+            raise ValueError(f"query_indices must leave some queries; it is empty for all of {list(self.sources)}")
+        batches = {name: x.shape[0] for name, x in queries.items()}
+        own = [batch for batch in batches.values() if batch != 1]
+        if any(batch != own[0] for batch in own):
+            raise ValueError(f"queries must have one batch size, or a batch of 1; got {batches}")
+        return queries
 
-    def _seen(self, name: str, tokens: Any) -> Any:
-        """What a source looks at: the kind of its name, if there is one."""
-        if self._has_no_places(name, tokens):
+    def grid_of(self, tokens: object = None) -> dict[str, tuple[int, ...] | None]:
+        """Return the grid of the queries of each source, for sources whose queries lie on one."""
+        return {
+            name: source.grid_of(self._tokens_of(name, tokens))
+            for name, source in self.sources.items()
+            if isinstance(source, (FromInputs, Grid)) and not self._lacks_tokens(name, tokens)
+        }
+
+    def _tokens_of(self, name: str, tokens: object) -> object:
+        """Return the tokens of the modality of a source, or all tokens if there is no such modality."""
+        if self._lacks_tokens(name, tokens):
             raise ValueError(
-                f"queries[{name!r}] ask at the places of an input that is not there. Ask nothing of it, "
-                f"query_inputs={{{name!r}: []}}, or give it"
+                f"queries[{name!r}] need the tokens of an absent input. Select no queries of it, "
+                f"query_inputs={{{name!r}: []}}, or pass the input"
             )
-        kind = _kinds(tokens).get(name)
-        return tokens if kind is None else kind
+        return _modalities(tokens).get(name) or tokens
 
-    def _has_no_places(self, name: str, tokens: Any) -> bool:
-        """Whether a source asks at the places of a kind that is not there."""
-        of_each = _kinds(tokens)
-        if name not in of_each or of_each[name] is not None:
+    def _lacks_tokens(self, name: str, tokens: object) -> bool:
+        """Return whether a source needs the tokens of an absent modality."""
+        present = _modalities(tokens)
+        if name not in present or present[name] is not None:
             return False
         source = self.sources[name]
         return isinstance(source, FromInputs) or (isinstance(source, Grid) and source.grid is None)
 
-    def _padded(self, name: str, asked: Tensor) -> Tensor:
-        vector = self.padding[name].to(asked.dtype)
-        return torch.cat([asked, vector.expand(*asked.shape[:-1], -1)], dim=-1)
 
-
-def _kinds(tokens: Any) -> Mapping[str, Tokens | None]:
-    """What the input has of each kind; nothing where it is not of several."""
+def _modalities(tokens: object) -> Mapping[str, Tokens | None]:
     return (tokens.modalities or {}) if isinstance(tokens, Tokens) else {}
 
 
-def _is_empty(indices: Any) -> bool:
+def _is_empty(indices: object) -> bool:
     return indices.numel() == 0 if isinstance(indices, Tensor) else isinstance(indices, (list, tuple)) and not indices

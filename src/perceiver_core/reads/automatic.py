@@ -16,6 +16,7 @@ from perceiver_core.reads.strategy import Cost, Memory, ReadContext, Sizes, Stra
 from perceiver_core.reads.structured import Structured
 from perceiver_core.registry import register
 
+LAST = 1e6  # seconds added to the cost of a strategy that is taken only where no other can compute a read
 MATERIALIZED_BYTES = 2**30  # a CPU read that would write out more is not dense where another strategy computes it
 
 
@@ -88,10 +89,12 @@ class Auto:
         """
         sizes = Sizes.of(context)
         machine = self.machine or DEFAULTS.get(sizes.device, MEASURED_CPU)
-        # torch.compile traces the function itself: it cannot look into the cache.
-        ranked = (_ranked.__wrapped__ if torch.compiler.is_compiling() else _ranked)(
-            tuple(self.strategies), sizes, machine
-        )
+        ranked: Sequence[Strategy] = tuple(self.strategies)
+        if torch.compiler.is_compiling():  # it traces the function itself, and costs of symbolic sizes are best avoided
+            ranked = [strategy for strategy in ranked if not strategy.why_not(context)]
+            ranked = ranked if len(ranked) == 1 else _ranked.__wrapped__(tuple(ranked), sizes, machine)
+        else:
+            ranked = _ranked(ranked, sizes, machine)
         slow = None  # a structured read without its compiled loop, where nothing else can compute the read
         for strategy in ranked:
             if strategy.why_not(context):
@@ -115,13 +118,17 @@ class Auto:
 def _ranked(strategies: tuple[Strategy, ...], sizes: Sizes, machine: Machine) -> list[Strategy]:
     """Return strategies by ascending cost; last are those that are taken only where no other can compute the read."""
 
-    def rank(strategy: Strategy) -> tuple[bool, float]:
+    def is_last(strategy: Strategy) -> bool:
         if sizes.device not in DEFAULTS:
-            last = not isinstance(strategy, Dense)  # PyTorch's own kernels come first
-        elif sizes.device == "cuda":
-            last = not isinstance(strategy, (Structured, Dense))
-        else:
-            last = isinstance(strategy, Dense) and sizes.materialized_bytes > MATERIALIZED_BYTES
-        return last, strategy.cost(sizes, machine).seconds
+            return not isinstance(strategy, Dense)  # PyTorch's own kernels come first
+        if sizes.device == "cuda":
+            return not isinstance(strategy, (Structured, Dense))
+        return isinstance(strategy, Dense) and sizes.materialized_bytes > MATERIALIZED_BYTES
 
-    return sorted(strategies, key=rank)
+    remaining, ranked = list(strategies), []
+    seconds = [strategy.cost(sizes, machine).seconds + LAST * is_last(strategy) for strategy in strategies]
+    while remaining:  # not sorted(), which torch.compile does not apply to such numbers
+        best = seconds.index(min(seconds))
+        ranked.append(remaining.pop(best))
+        seconds.pop(best)
+    return ranked

@@ -172,16 +172,17 @@ class Sizes(NamedTuple):
     def of(cls, context: ReadContext) -> Sizes:
         """Return the sizes of a read.
 
-        Under torch.compile the batch and the grid are replaced by typical sizes: a decision that depended on the real
-        ones would specialize the graph to them.
+        Under torch.compile the batch, the grid and the number of queries are replaced by typical sizes: a decision that
+        depended on the real ones would specialize the graph to them.
         """
         tokens, attention = context.tokens, context.attention
         content = tokens.content if isinstance(tokens, Tokens) else tokens
         axes = merged_axes(tokens) if isinstance(tokens, Tokens) else tuple(content.shape[1:-1])
         tables = tokens.position_tables if isinstance(tokens, Tokens) else ()
         batch, device, element_size = content.shape[0], content.device.type, checks.product_dtype(content).itemsize
+        num_queries = context.num_queries
         if torch.compiler.is_compiling():
-            batch = 1 if device == "cpu" else 16
+            batch, num_queries = 1 if device == "cpu" else 16, 512
             axes = (65_536,) if len(axes) == 1 else (256,) * len(axes)
         return cls(
             batch=batch,
@@ -191,7 +192,7 @@ class Sizes(NamedTuple):
             axes=axes,
             num_heads=attention.num_heads,
             kv_dim=attention.kv_dim,
-            num_queries=context.num_queries,
+            num_queries=num_queries,
             element_size=element_size,
             device=device,
             half=element_size == 2,

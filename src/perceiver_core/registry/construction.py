@@ -1,4 +1,4 @@
-"""Values from configurations: parts made by calling registered classes, no more of them than a file may ask for."""
+"""Values from configurations: parts made by calling registered classes, in limited number."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _budget = threading.local()
 
 
 def from_config(config: Json) -> Any:
-    """Makes the value that `to_config` described.
+    """Build a value from its configuration; see `to_config`.
 
     Raises:
         ValueError: A name that is not registered, arguments that do not fit, or a malformed configuration.
@@ -30,12 +30,12 @@ def from_config(config: Json) -> Any:
     try:
         return _build(config, "", {})
     except RecursionError as error:
-        raise ValueError("the description is nested too deeply; no model is") from error
+        raise ValueError("the configuration is nested too deeply; no model is") from error
 
 
-def _build(config: Json, at: str, made: dict[str, Any]) -> Any:
+def _build(config: Json, at: str, built: dict[str, object]) -> object:
     if isinstance(config, list):
-        return [_build(item, join(at, index), made) for index, item in enumerate(config)]
+        return [_build(item, join(at, index), built) for index, item in enumerate(config)]
     if not isinstance(config, dict):
         return config
     tags = [tag for tag in TAGS if tag in config]
@@ -46,21 +46,29 @@ def _build(config: Json, at: str, made: dict[str, Any]) -> Any:
     if tag in ("name", "same", "dict") and rest:
         raise ValueError(f"{at or 'the model'} must hold {tag!r} alone; found {short(sorted(rest)[:5])} beside it")
     if tag == "same":
-        return _earlier(named, at, made)
+        return _earlier(named, at, built)
     if tag == "dict":
-        return {key: _build(item, join(at, key), made) for key, item in _a_dict(named, at).items()}
+        if not isinstance(named, dict):
+            raise ValueError(f"{at or 'the model'} must hold an object under 'dict'; got {short(named)}")
+        return {key: _build(item, join(at, key), built) for key, item in named.items()}
     thing = look_up(named, at)
-    arguments = {key: _build(item, join(at, key), made) for key, item in rest.items()}
+    arguments = {key: _build(item, join(at, key), built) for key, item in rest.items()}
     if tag == "name":
         return thing
     _check_external(thing, arguments, at)
     if tag == "partial":
         return functools.partial(thing, **arguments)
-    made[at] = _make(thing, arguments, at)
-    return made[at]
+    built[at] = _make(thing, arguments, at)
+    return built[at]
 
 
-def _make(thing: Callable[..., Any], arguments: dict[str, Any], at: str) -> Any:
+def _earlier(path: object, at: str, built: dict[str, object]) -> object:
+    if not isinstance(path, str) or path not in built:
+        raise ValueError(f"{at or 'the model'} is the same as {short(path)}, but no part stands there before it")
+    return built[path]
+
+
+def _make(thing: Callable[..., object], arguments: dict[str, object], at: str) -> object:
     if not inspect.isclass(thing):
         raise ValueError(f"{at or 'the model'} names {_names[thing]!r}, which is not a part but a function")
     _count()
@@ -68,23 +76,13 @@ def _make(thing: Callable[..., Any], arguments: dict[str, Any], at: str) -> Any:
         return thing(**arguments)
     except Exception as error:  # of any kind: constructors are given here what no caller would give them
         why = str(error) or type(error).__name__
-        raise ValueError(f"{at or 'the model'}: {_names[thing]} cannot be built from its description: {why}") from error
+        raise ValueError(
+            f"{at or 'the model'}: {_names[thing]} cannot be built from its configuration: {why}"
+        ) from error
 
 
-def _earlier(path: object, at: str, made: dict[str, Any]) -> Any:
-    if not isinstance(path, str) or path not in made:
-        raise ValueError(f"{at or 'the model'} is the same as {short(path)}, but no part stands there before it")
-    return made[path]
-
-
-def _a_dict(value: object, at: str) -> dict[str, Json]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{at or 'the model'} must hold an object under 'dict'; got {short(value)}")
-    return value
-
-
-def _check_external(thing: Callable[..., Any], arguments: dict[str, Any], at: str) -> None:
-    """Raises ValueError for arguments of other libraries' classes that a file must not choose, such as a device."""
+def _check_external(thing: Callable[..., object], arguments: dict[str, object], at: str) -> None:
+    """Raise ValueError for arguments of other libraries' classes that a file must not choose, such as a device."""
     if inspect.isclass(thing) and thing in _external and not arguments.keys() <= set(_external[thing]):
         raise ValueError(
             f"{at or 'the model'} gives {_names[thing]} {short(sorted(arguments))}; "
@@ -94,7 +92,7 @@ def _check_external(thing: Callable[..., Any], arguments: dict[str, Any], at: st
 
 @contextmanager
 def at_most(modules: int) -> Iterator[None]:
-    """Bounds the number of modules that this thread builds or puts into others, so that a small file makes few.
+    """Bound the number of modules that this thread builds or puts into others, so that a small file makes few.
 
     Raises:
         ValueError: Inside, at the first module too many.

@@ -11,8 +11,8 @@ from typing import Any
 Json = Any  # what the json module reads and writes
 TAGS = ("part", "partial", "name", "same", "dict")
 
-_named: dict[str, Callable[..., Any]] = {}
-_names: dict[Callable[..., Any], str] = {}
+_named: dict[str, Callable[..., object]] = {}
+_names: dict[Callable[..., object], str] = {}
 _external: dict[type, tuple[str, ...]] = {}  # for classes of other libraries, the arguments that a file may set
 _replaced: dict[str, int] = {}  # for names of local definitions, the number of times that another one took the name
 
@@ -32,12 +32,8 @@ class Reference:
     replaced: int
 
 
-def enter(thing: Callable[..., Any], name: str) -> None:
-    """Adds a class or function to the tables.
-
-    Raises:
-        ValueError: The name is taken by something else.
-    """
+def enter(thing: Callable[..., object], name: str) -> None:
+    """Add a class or function to the tables; raise ValueError if its name is taken by another."""
     taken = _named.get(name)
     if taken is not None and label(taken) != label(thing):
         raise ValueError(
@@ -50,19 +46,15 @@ def enter(thing: Callable[..., Any], name: str) -> None:
     _named[name], _names[thing] = thing, name
 
 
-def refer(thing: Callable[..., Any]) -> Reference:
-    """Returns a reference to a class, a function or something else that is called."""
+def refer(thing: Callable[..., object]) -> Reference:
+    """Return a reference to a class, a function or something else that is called."""
     known = (inspect.isclass(thing) or inspect.isroutine(thing)) and thing in _names
     name = _names[thing] if known else None
     return Reference(label(thing), name, 0 if name is None else _replaced.get(name, 0))
 
 
 def name_of(reference: Reference, at: str) -> str:
-    """Returns the registered name of a reference.
-
-    Args:
-        reference: To a class or function. If it was registered after the reference was made, that counts as well.
-        at: Path of the reference in the model, for the message.
+    """Return the registered name of a reference at a path of the model; it may have been registered since.
 
     Raises:
         ValueError: It is not registered, or another local definition has taken its name since.
@@ -75,12 +67,8 @@ def name_of(reference: Reference, at: str) -> str:
     return name
 
 
-def look_up(name: object, at: str) -> Callable[..., Any]:
-    """Returns the class or function of a registered name.
-
-    Raises:
-        ValueError: The name is not registered.
-    """
+def look_up(name: object, at: str) -> Callable[..., object]:
+    """Return the class or function of a registered name, or raise ValueError."""
     if not isinstance(name, str) or name not in _named:
         raise ValueError(
             f"{at or 'the model'} names {short(name)}, which is not registered. If it is your own, "
@@ -90,7 +78,7 @@ def look_up(name: object, at: str) -> Callable[..., Any]:
 
 
 def unregistered(label: str) -> str:
-    """Returns the message about a class or function that is not registered, without its path."""
+    """Return the message about a class or function that is not registered, without its path."""
     return (
         f"is {label}, which is not registered. "
         "Put @perceiver_core.register above its definition and make the model again; a class that is not yours, into a "
@@ -99,7 +87,7 @@ def unregistered(label: str) -> str:
 
 
 def label(thing: object) -> str:
-    """Returns the module and qualified name of a class or function; of anything else those of its class."""
+    """Return the module and qualified name of a class or function; of anything else those of its class."""
     of = type(thing)
     if not hasattr(thing, "__qualname__"):
         return f"<{of.__module__}.{of.__qualname__} object>"
@@ -107,11 +95,11 @@ def label(thing: object) -> str:
 
 
 def short(value: object) -> str:
-    """Returns the representation of a value, in a line of at most 80 characters."""
+    """Return the representation of a value, in a line of at most 80 characters."""
     text = re.sub(r"\s*\n\s*", " ", f"{value!r}")
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def join(at: str, key: object) -> str:
-    """Returns the path of an item inside a path."""
+    """Return the path of an item inside a path."""
     return f"{at}.{key}" if at else f"{key}"

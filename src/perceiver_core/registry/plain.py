@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from operator import is_
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 _SCALARS = (int, float, str, bool, type(None))
 _STRINGS = (str, bytes, bytearray, memoryview)
 _LONGEST = 2**19  # items; a configuration, of at most 2**20 bytes, cannot hold more
 
 
-def plain(value: Any, *, mappings: bool = False) -> Any:
-    """Returns a value with the numbers of NumPy and the lists of configuration libraries as Python's own.
+def plain(value: object, *, mappings: bool = False) -> object:
+    """Return a value with the numbers of NumPy and the lists of configuration libraries as Python's own.
 
     Converted are scalars of NumPy, its arrays of at most one axis, and sequences that are neither lists nor tuples if
     all they hold is numbers, strings, None and containers of these (those of OmegaConf, for example). Lists, tuples and
@@ -36,10 +36,10 @@ def plain(value: Any, *, mappings: bool = False) -> Any:
         return value
     if isinstance(value, np.generic | np.ndarray):
         return _of_numpy(value)
-    if type(value) in (list, tuple):
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
         items = [plain(item, mappings=mappings) for item in value]
         return value if all(map(is_, items, value)) else type(value)(items)
-    if type(value) is dict:
+    if isinstance(value, dict) and type(value) is dict:
         found = {key: plain(item, mappings=mappings) for key, item in value.items()}
         return value if all(map(is_, found.values(), value.values())) else found
     if isinstance(value, (*_STRINGS, list, tuple, dict)):
@@ -49,7 +49,7 @@ def plain(value: Any, *, mappings: bool = False) -> Any:
     return value
 
 
-def _of_numpy(value: np.generic | np.ndarray[Any, np.dtype[Any]]) -> Any:
+def _of_numpy(value: np.generic | NDArray[np.generic]) -> object:
     if value.ndim > 1 or value.dtype.kind not in "biufU":
         return value
     if value.dtype.kind == "f":
@@ -57,9 +57,9 @@ def _of_numpy(value: np.generic | np.ndarray[Any, np.dtype[Any]]) -> Any:
     return value.tolist()
 
 
-def _of_container(value: Sequence[Any] | Mapping[Any, Any], mappings: bool) -> Any:
-    """Returns a list or a dictionary; the container as it is if it holds anything but plain values."""
-    items: list[tuple[Any, Any]] = []
+def _of_container(value: Sequence[object] | Mapping[object, object], mappings: bool) -> object:
+    """Return a list or a dictionary; the container as it is if it holds anything but plain values."""
+    items: list[tuple[object, object]] = []
     try:
         for key in islice(value, _LONGEST + 1):  # not all at once: a sequence that computes its items may be slow
             item = plain(value[key] if isinstance(value, Mapping) else key, mappings=mappings)
@@ -71,7 +71,7 @@ def _of_container(value: Sequence[Any] | Mapping[Any, Any], mappings: bool) -> A
     return dict(items) if isinstance(value, Mapping) else [item for _, item in items]
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
     if isinstance(value, dict):

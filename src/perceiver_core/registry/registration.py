@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 from torch import nn
 
@@ -13,30 +13,29 @@ from perceiver_core.registry.names import TAGS, _external, _named, _names, enter
 from perceiver_core.registry.plain import plain
 from perceiver_core.registry.snapshot import RECORD, Attribute, Node, Record, attribute, each_partial_once, snapshot
 
-T = TypeVar("T", bound=Callable[..., Any])
+T = TypeVar("T", bound=Callable[..., object])
 
 
 def register(thing: T, *, name: str | None = None) -> T:
-    """Lets `save` and `load` write and build a class or function. Use it as a decorator.
+    """Let `save` and `load` write and build a class or function. Use it as a decorator.
 
-    A class's constructor arguments are recorded when it is called, so a part needs no configuration class. The record
-    is data: numbers, strings, lists and descriptions of parts and partials. Where an argument is a module (or a list
-    or dictionary of modules), keep it as an attribute of the same name: what stands there when the model is saved is
-    what is written. A model may be given what cannot be described, a lambda for example; only `save` refuses it.
+    The constructor arguments of a class are recorded when it is called, so a part needs no configuration class. The
+    record is data: numbers, strings, lists and descriptions of parts and partials. Keep a module that is an argument
+    (or a list or dictionary of modules) as an attribute of the same name: the module in this attribute is written when
+    the model is saved. Arguments that cannot be described, such as a lambda, are refused by `save` only.
 
-    Numbers of NumPy and containers of configuration libraries reach the constructor as Python's own.
+    Numbers of NumPy and containers of configuration libraries are converted to Python's own before the constructor.
 
-    Arguments are written by name, so `**kwargs` may be taken, `*args` and positional-only ones may not.
-    Registering once more what has the same module and qualified name (a notebook cell that is run again)
-    replaces it.
+    Arguments are written by name, so a constructor may take `**kwargs`, but no `*args` or positional-only arguments. A
+    definition with the module and qualified name of an earlier one (a notebook cell that is run again) replaces it.
 
     Args:
         thing: Class (a part) or function (a kernel, a sharing scheme).
-        name: Name in `config.json`; its own qualified name by default.
+        name: Name in `config.json`; the qualified name by default.
 
     Raises:
-        ValueError: The name is taken by something else; a lambda without a name; a constructor argument
-            that has no name, or a reserved one.
+        ValueError: The name is taken by something else; a lambda without a name; a constructor argument without a
+            name, or with a reserved one.
 
     Example:
         >>> import perceiver_core as pc
@@ -62,7 +61,7 @@ def register(thing: T, *, name: str | None = None) -> T:
 
 
 def register_external(thing: type, *arguments: str) -> None:
-    """Registers a class of another library.
+    """Register a class of another library.
 
     Args:
         thing: Class, which is named by its own name in `config.json`.
@@ -79,9 +78,9 @@ def register_external(thing: type, *arguments: str) -> None:
     _named[thing.__name__], _names[thing], _external[thing] = thing, thing.__name__, arguments
 
 
-def _signature(part: Any) -> inspect.Signature:
-    """Returns the signature of a constructor, if all arguments can be written by name."""
-    construct = part.__init__
+def _signature(part: type) -> inspect.Signature:
+    """Return the signature of a constructor, if all arguments can be written by name."""
+    construct = part.__init__  # type: ignore[misc]
     signature = inspect.signature(construct)
     if construct in (nn.Module.__init__, object.__init__):  # those take *args and refuse them
         return signature
@@ -99,14 +98,14 @@ def _record_arguments(part: type, signature: inspect.Signature) -> None:
     construct = cast(Callable[..., None], part.__init__)  # type: ignore[misc]
 
     @functools.wraps(construct)
-    def recording(self: Any, *args: Any, **kwargs: Any) -> None:
+    def recording(self: object, *args: object, **kwargs: object) -> None:
         args = tuple(plain(value) for value in args)
         kwargs = {name: plain(value) for name, value in kwargs.items()}
         if type(self) is not part:  # a subclass calls its parent's constructor
             construct(self, *args, **kwargs)
             return
         given = _by_name(signature, self, *args, **kwargs)
-        # Before the call, which may change lists, and their owner later. Where modules are kept is seen after it.
+        # Before the call, since it, or the caller later, may change lists. Places of modules are known after it.
         modules = {name: _copied(value) for name, value in given.items() if _holds_a_module(value)}
         with each_partial_once():
             nodes = {name: None if name in modules else snapshot(value) for name, value in given.items()}
@@ -117,9 +116,9 @@ def _record_arguments(part: type, signature: inspect.Signature) -> None:
     part.__init__ = recording  # type: ignore[misc]
 
 
-def _by_name(signature: inspect.Signature, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """Returns the arguments of a call, those of `**kwargs` among them, without `self`."""
-    given: dict[str, Any] = {}
+def _by_name(signature: inspect.Signature, *args: object, **kwargs: object) -> dict[str, object]:
+    """Return the arguments of a call, those of `**kwargs` among them, without `self`."""
+    given: dict[str, object] = {}
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
@@ -130,14 +129,14 @@ def _by_name(signature: inspect.Signature, *args: Any, **kwargs: Any) -> dict[st
     return given
 
 
-def _copied(value: Any) -> Any:
-    """Returns lists and dictionaries as they are now."""
+def _copied(value: object) -> object:
+    """Return lists and dictionaries as they are now."""
     if isinstance(value, dict):
         return {key: _copied(item) for key, item in value.items()}
     return [_copied(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _holds_a_module(value: Any) -> bool:
+def _holds_a_module(value: object) -> bool:
     if isinstance(value, (list, tuple)):
         return any(map(_holds_a_module, value))
     if isinstance(value, dict):
@@ -145,11 +144,11 @@ def _holds_a_module(value: Any) -> bool:
     return isinstance(value, nn.Module)
 
 
-def _kept(part: Any, name: str, value: Any) -> Node:
-    """Returns where a part keeps modules that it was given as an argument.
+def _kept(part: object, name: str, value: object) -> Node:
+    """Return the places in a part of the modules that were passed to it as an argument.
 
-    That is its attribute of the argument's name, or whatever place the modules have in it. Modules that are nowhere in
-    the part (it has copied them, or needed them in its constructor only) are described as they are now.
+    The attribute of the argument's name comes first, then any place in the part. Modules that the part does not contain
+    (it copies them, or needs them in its constructor only) are described as they are now.
     """
     now = attribute(part, name)
     if isinstance(value, nn.Module) and isinstance(now, nn.Module):
@@ -164,7 +163,7 @@ def _kept(part: Any, name: str, value: Any) -> Node:
     return _found(value, {id(module): path for path, module in inside})
 
 
-def _found(value: Any, paths: dict[int, str]) -> Node:
+def _found(value: object, paths: dict[int, str]) -> Node:
     if isinstance(value, list):
         return [_found(item, paths) for item in value]
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):

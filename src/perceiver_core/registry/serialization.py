@@ -1,10 +1,9 @@
-"""Configurations of values, as JSON; settings of modules in a line."""
+"""Configurations of values as JSON, and settings of modules as a line of text."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
 
 from torch import nn
 
@@ -12,11 +11,11 @@ from perceiver_core.registry.names import Json, Reference, _external, _names, jo
 from perceiver_core.registry.snapshot import Node, Part, Partial, Refusal, snapshot
 
 
-def to_config(value: Any) -> Json:
-    """Returns what `from_config` needs to make a value again, as JSON.
+def to_config(value: object) -> Json:
+    """Return the configuration from which `from_config` makes a value again, as JSON.
 
     Raises:
-        ValueError: A part that is not registered, or a value that JSON has no word for.
+        ValueError: A part that is not registered, or a value that JSON cannot express.
 
     Example:
         >>> from functools import partial
@@ -28,13 +27,7 @@ def to_config(value: Any) -> Json:
 
 
 def _written(node: Node, at: str, seen: dict[int, str]) -> Json:
-    """Writes a node as JSON.
-
-    Args:
-        node: What is written.
-        at: Its path in the whole.
-        seen: Paths of the parts that have been written, by the identity of their records.
-    """
+    """Return a node at a path as JSON; `seen` has the paths of the parts so far, by the identity of their records."""
     if isinstance(node, Refusal):
         raise ValueError(f"{at or 'the model'} {node.reason}")
     if isinstance(node, list):
@@ -58,9 +51,9 @@ def _written_each(nodes: Mapping[str, Node], at: str, seen: dict[int, str]) -> d
 
 
 def settings(module: nn.Module) -> str:
-    """Returns a module's class and its settings in a line, which shows whether it was changed after its construction.
+    """Return the class and settings of a module in a line, by which later changes of the module are found.
 
-    Settings that the class names in `changes_no_result` are left out: how something is computed, not what.
+    Settings that the class names in `changes_no_result` are left out, since they do not affect the output.
     """
     of = type(module)
     if of in _names and of not in _external:
@@ -74,7 +67,7 @@ def settings(module: nn.Module) -> str:
     return f"{label(of)}({described})"
 
 
-def _config_or_type(value: Any) -> Json:
+def _config_or_type(value: object) -> Json:
     try:
         return to_config(value)
     except ValueError:

@@ -11,10 +11,10 @@ import inspect
 import math
 import operator
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import SupportsIndex, TypeAlias
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Attribute:
-    """A module: whatever a part has at this path when it is saved.
+    """The module that a part has at a path when it is saved.
 
     Args:
         path: Path of attributes, "layers.0".
@@ -75,11 +75,11 @@ Node: TypeAlias = (
 )
 
 
-def snapshot(value: Any) -> Node:
-    """Returns a value as data, as it is now.
+def snapshot(value: object) -> Node:
+    """Return the current state of a value as data.
 
-    Parts are described by the arguments that make them as they are now. What cannot be described becomes a `Refusal`,
-    so that a model may be made of it, copied and pickled, but not saved.
+    Parts are described by the constructor arguments that give their current state. A value that cannot be described
+    becomes a `Refusal`: a model with it can be used, copied and pickled, but not saved.
     """
     value = plain(value, mappings=True)
     if value is None or isinstance(value, torch.Generator):
@@ -102,12 +102,12 @@ def snapshot(value: Any) -> Node:
     return _no_word(value) if number is None else snapshot(number)
 
 
-def _each(values: dict[str, Any]) -> dict[str, Node]:
+def _each(values: dict[str, object]) -> dict[str, Node]:
     return {key: snapshot(item) for key, item in values.items()}
 
 
 def _scalar(value: bool | int | float | str) -> Node:
-    """Returns what JSON writes, of subclasses (enumerations) as well."""
+    """Return a plain number or string, also for subclasses (enumerations)."""
     if isinstance(value, bool):
         return value
     if isinstance(value, int):
@@ -120,7 +120,7 @@ def _scalar(value: bool | int | float | str) -> Node:
 class _Described(threading.local):
     """Partials that have been described, by identity, while a part is built; they are held so that no id is reused."""
 
-    partials: dict[int, tuple[functools.partial[Any], Node]] | None = None
+    partials: dict[int, tuple[functools.partial[object], Node]] | None = None
 
 
 _described = _Described()
@@ -128,7 +128,7 @@ _described = _Described()
 
 @contextmanager
 def each_partial_once() -> Iterator[None]:
-    """Describes a partial that is given to many parts only once inside, so that a deep model is recorded quickly."""
+    """Describe a partial that is given to many parts only once inside, so that a deep model is recorded quickly."""
     if _described.partials is not None:
         yield
         return
@@ -139,7 +139,7 @@ def each_partial_once() -> Iterator[None]:
         _described.partials = None
 
 
-def _partial(value: functools.partial[Any]) -> Node:
+def _partial(value: functools.partial[object]) -> Node:
     known = _described.partials
     if known is not None and id(value) in known:
         return known[id(value)][1]
@@ -152,8 +152,8 @@ def _partial(value: functools.partial[Any]) -> Node:
     return node
 
 
-def _part(part: Any) -> Node:
-    """Describes an instance of a registered class by the arguments that make it as it is now."""
+def _part(part: object) -> Node:
+    """Describe an instance of a registered class by the arguments that give its current state."""
     if type(part) in _external:
         found = {name: getattr(part, name) for name in _external[type(part)]}
         given = {name: value is not None if name == "bias" else value for name, value in found.items()}
@@ -164,8 +164,8 @@ def _part(part: Any) -> Node:
     return Part(refer(type(part)), record, {name: _current(part, node) for name, node in record.arguments.items()})
 
 
-def _current(part: Any, node: Node) -> Node:
-    """Returns a recorded argument with what stands in attributes in place of their paths."""
+def _current(part: object, node: Node) -> Node:
+    """Return a recorded argument with the paths of attributes replaced by their values."""
     if isinstance(node, list):
         return [_current(part, item) for item in node]
     if isinstance(node, dict):
@@ -185,21 +185,20 @@ def _current(part: Any, node: Node) -> Node:
     )
 
 
-def attribute(part: Any, path: str) -> Any:
-    """Returns what a part has at a path of attributes; None if nothing."""
+def attribute(part: object, path: str) -> object:
+    """Return the value of a part at a path of attributes; None if there is none."""
     for name in path.split("."):
         part = getattr(part, name, None)
     return part
 
 
-def _number(value: Any) -> int | float | None:
-    """Returns a number of another library as Python's; None for anything else."""
+def _number(value: object) -> int | float | None:
+    """Return a number of another library as Python's; None for anything else."""
     if type(value) is Tensor:
         is_number = value.ndim == 0 and value.device.type == "cpu" and not value.is_complex()
         return value.item() if is_number else None
-    index: Callable[[], int] | None = getattr(type(value), "__index__", None)
     try:
-        return None if index is None else operator.index(value)
+        return operator.index(value) if isinstance(value, SupportsIndex) else None
     except TypeError:  # an array of several numbers
         return None
 

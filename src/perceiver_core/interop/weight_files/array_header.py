@@ -45,33 +45,21 @@ class ArrayHeader(NamedTuple):
 
 
 def number_dtype(code: str) -> DType:
-    """Return the dtype of numbers with a NumPy code such as `<f4`.
-
-    Raises:
-        ValueError: The code is not that of a number dtype (objects and text above all).
-    """
+    """Return the dtype of a NumPy code such as `<f4`; raise ValueError unless it is one of numbers."""
     if not NUMBERS.fullmatch(code):
         raise ValueError(f"only arrays of numbers are read; one is of dtype {code[:20]!r}")
     return np.dtype(code)
 
 
 def checked_shape(shape: object) -> tuple[int, ...]:
-    """Return `shape` if it is the shape of an array.
-
-    Raises:
-        ValueError: `shape` is anything else.
-    """
+    """Return `shape`; raise ValueError unless it is the shape of an array."""
     if not isinstance(shape, tuple) or len(shape) > 16 or not all(type(n) is int and 0 <= n < 2**40 for n in shape):
         raise ValueError("the shape of an array must be whole numbers, 16 at most, none of them negative")
     return shape
 
 
 def check_file_size(path: Path) -> int:
-    """Return the size of a file in bytes.
-
-    Raises:
-        ValueError: The file is empty, or too large to hold weights of a Perceiver.
-    """
+    """Return the size of a file in bytes; raise ValueError if it is empty, or too large for weights of a Perceiver."""
     size = path.stat().st_size
     if not 0 < size <= LARGEST:
         raise ValueError(f"{path} must hold a published Perceiver IO, at most {LARGEST} bytes; it has {size}")

@@ -5,7 +5,6 @@ Nothing in them is executed, and nothing takes more memory than the files are la
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,12 +17,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from perceiver_core.checkpoints import hub
-from perceiver_core.checkpoints.state import dtype_named
+from perceiver_core.checkpoints.folder import CONFIG, LARGEST_CONFIG, WEIGHTS, parse_json, read_at_most
+from perceiver_core.checkpoints.state import specs_in
 from perceiver_core.registry import Json
 
-CONFIG, WEIGHTS, BINARY = "config.json", "model.safetensors", "pytorch_model.bin"
-INDEX = ".index.json"
-LARGEST_CONFIG, LARGEST_INDEX = 2**20, 2**24  # bytes
+BINARY, INDEX = "pytorch_model.bin", ".index.json"
+LARGEST_INDEX = 2**24  # bytes
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -42,15 +41,7 @@ class StateDictFile(NamedTuple):
 
 
 def fetch(name_or_folder: str | PathLike[str]) -> Path:
-    """Return a folder as it is, or fetch one from the hub: `.bin` files only if there are no safetensors.
-
-    Raises:
-        FileNotFoundError: There is no such folder, and no such name on the hub or no huggingface_hub.
-
-    Example:
-        >>> from perceiver_core.interop.weight_files import state_dict_files
-        >>> state_dict_files.fetch("deepmind/vision-perceiver-fourier")  # doctest: +SKIP
-    """
+    """Return a folder as it is, or fetch one from the hub: `.bin` files only if there are no safetensors."""
     folder = hub.fetched(name_or_folder, (CONFIG, *_patterns(WEIGHTS)))
     has_weights = any((folder / f"{WEIGHTS}{end}").is_file() for end in ("", INDEX))
     if has_weights or folder == Path(name_or_folder) or not (folder / CONFIG).is_file():
@@ -70,14 +61,7 @@ def read_json(path: Path, largest: int = LARGEST_CONFIG) -> dict[str, Json]:
     Raises:
         ValueError: The file holds something else, or more than `largest` bytes.
     """
-    with path.open("rb") as file:
-        text = file.read(largest + 1)
-    if len(text) > largest:
-        raise ValueError(f"{path} must have at most {largest} bytes; it has more. Copy it again")
-    try:
-        content = json.loads(text.decode())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON in UTF-8: {error}. Copy it again") from error
+    content = parse_json(read_at_most(path, largest), str(path), largest=largest)
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a dictionary; got {type(content).__name__}")
     return content
@@ -108,11 +92,8 @@ def open_safetensors(path: Path) -> StateDictFile:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            headers = {
-                name: torch.empty(part.get_shape(), dtype=dtype_named(part.get_dtype()), device="meta")
-                for name, part in slices.items()
-            }
+            specs = specs_in(file)
+            headers = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in specs.items()}
             # safetensors' save_model keeps here the names of tied tensors that it left out, and of those it kept.
             tied = {name: kept for name, kept in (file.metadata() or {}).items() if kept in headers}
     except SafetensorError as error:
@@ -121,7 +102,7 @@ def open_safetensors(path: Path) -> StateDictFile:
 
     def read() -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:  # copies, since the file may be overwritten
-            tensors = {name: file.get_tensor(name).clone() for name in slices}
+            tensors = {name: file.get_tensor(name).clone() for name in specs}
         return tensors | {name: tensors[kept] for name, kept in tied.items()}
 
     return StateDictFile(path, headers, read)

@@ -17,7 +17,7 @@ MAX_SPLIT_BYTES = 2**26  # memory of the results of all splits
 
 
 def forward(inputs: GridInputs) -> GridOutputs:
-    """Computes the read, in splits of the grid that are merged where the queries alone make few tasks."""
+    """Compute the read, in splits of the grid that are merged where the queries alone make few tasks."""
     content_queries, axis_queries, content, _, _ = inputs
     batch, grid = content.shape[0], content.shape[2:]
     _, heads, queries, channels = content_queries.shape
@@ -45,7 +45,7 @@ def forward(inputs: GridInputs) -> GridOutputs:
 
 
 def backward(inputs: GridInputs, saved: Saved, upstream: Upstream, needs_token_gradients: bool) -> GridGradients:
-    """Computes the gradients, in splits of the grid that are summed up."""
+    """Compute the gradients, in splits of the grid that are summed up."""
     content_queries, axis_queries, content, scale, _ = inputs
     batch, grid = content.shape[0], content.shape[2:]
     single_axis = len(grid) == 1  # splits then have separate positions, and write to one gradient of the axis queries
@@ -69,7 +69,7 @@ def backward(inputs: GridInputs, saved: Saved, upstream: Upstream, needs_token_g
 
 
 def _num_splits(num_tasks: int, inputs: GridInputs, width: int) -> int:
-    """Returns the number of splits of the grid that keep many threads busy.
+    """Return the number of splits of the grid that keep many threads busy.
 
     Args:
         num_tasks: Number of tasks without splits.

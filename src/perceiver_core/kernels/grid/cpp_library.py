@@ -39,13 +39,13 @@ NUM_POINTERS = {"forward": 9, "backward": 14}  # tensors that the functions of `
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # no compiler appears while a graph is traced
 def available() -> bool:
-    """Returns whether the functions can be compiled here; the first call compiles them."""
+    """Return whether the functions can be compiled here; the first call compiles them."""
     return bool(functions())
 
 
 @cache
 def functions() -> dict[tuple[str, torch.dtype], Callable[..., None]]:
-    """Returns the functions of the library by name and dtype; empty, after one warning, without a compiler.
+    """Return the functions of the library by name and dtype; empty, after one warning, without a compiler.
 
     The library stays loaded for the life of the process.
     """
@@ -81,7 +81,7 @@ def _load() -> ctypes.CDLL:
 
 
 def _compile(compiler: str, path: Path | None) -> ctypes.CDLL:
-    """Compiles and loads the library, and moves it to `path` at once, so that processes may compile concurrently.
+    """Compile and loads the library, and moves it to `path` at once, so that processes may compile concurrently.
 
     Without a path, which means that no folder belongs to the user alone, every process compiles its own.
     """
@@ -105,7 +105,7 @@ def _compile(compiler: str, path: Path | None) -> ctypes.CDLL:
 
 
 def _fingerprint(compiler: str) -> str:
-    """Returns a hash of all that determines the library: source, compiler, flags and the processor's features."""
+    """Return a hash of all that determines the library: source, compiler, flags and the processor's features."""
     for target in TARGETS:
         command = [compiler, *target.split(), "-dM", "-E", "-x", "c++", os.devnull]
         macros = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
@@ -124,7 +124,7 @@ def _compiler() -> str:
 
 
 def _cache_folder() -> Path | None:
-    """Returns a folder that only this user can write to, because its libraries are executed; None if there is none."""
+    """Return a folder that only this user can write to, because its libraries are executed; None if there is none."""
     if not hasattr(os, "getuid"):
         return None
     try:

@@ -19,7 +19,7 @@ MAX_SCORES = 2**22  # scores of a slab, per sample and head
 
 
 def forward(inputs: GridInputs) -> GridOutputs:
-    """Computes the read by online softmax over the slabs."""
+    """Compute the read by online softmax over the slabs."""
     content_queries, axis_queries, content, scale, mask = inputs
     shape, grid = (content.shape[0], *content_queries.shape[1:3]), content.shape[2:]
     content, scale, bias = _apply_mask(content, scale, mask)
@@ -48,7 +48,7 @@ def forward(inputs: GridInputs) -> GridOutputs:
 
 
 def backward(inputs: GridInputs, saved: Saved, upstream: Upstream, needs_token_gradients: bool) -> GridGradients:
-    """Computes the gradients slab by slab."""
+    """Compute the gradients slab by slab."""
     content_queries, axis_queries, content, scale, mask = inputs
     d_read, d_marginals, _ = upstream
     grid = content.shape[2:]
@@ -78,7 +78,7 @@ def backward(inputs: GridInputs, saved: Saved, upstream: Upstream, needs_token_g
 
 
 def _apply_mask(content: Tensor, scale: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns content and scale, zero at masked tokens, and the bias of the scores, -inf at masked tokens."""
+    """Return content and scale, zero at masked tokens, and the bias of the scores, -inf at masked tokens."""
     bias = scale.new_zeros(scale.shape)
     if mask is not None:
         content, scale = content.masked_fill(~mask[:, None], 0.0), scale.masked_fill(~mask, 0.0)
@@ -87,7 +87,7 @@ def _apply_mask(content: Tensor, scale: Tensor, mask: Tensor | None) -> tuple[Te
 
 
 def _slabs(num_queries: int, grid: torch.Size) -> list[slice]:
-    """Returns slices of the first axis with at most `MAX_SCORES` scores each, or of size 1."""
+    """Return slices of the first axis with at most `MAX_SCORES` scores each, or of size 1."""
     step = max(1, MAX_SCORES // max(1, num_queries * prod(grid[1:])))
     return [slice(start, min(start + step, grid[0])) for start in range(0, grid[0], step)]
 
@@ -98,7 +98,7 @@ def _over_grid(x: Tensor, grid: torch.Size) -> Tensor:
 
 
 def _products(content_queries: Tensor, axis_queries: Tensor, content: Tensor, grid: torch.Size, slab: slice) -> Tensor:
-    """Returns the unscaled scores of the tokens of a slab, `b h q *grid`."""
+    """Return the unscaled scores of the tokens of a slab, `b h q *grid`."""
     content_queries = content_queries.expand(content.shape[0], *content_queries.shape[1:])
     products = torch.einsum("bhqc,bcn->bhqn", content_queries, content.flatten(2))
     products = products.reshape(*products.shape[:3], *content.shape[2:])
@@ -110,7 +110,7 @@ def _products(content_queries: Tensor, axis_queries: Tensor, content: Tensor, gr
 
 
 def _add_axis_sums(totals: Tensor, x: Tensor, grid: torch.Size, slab: slice) -> None:
-    """Adds to `totals`, `b h q axis_positions`, the sums of a slab's `x` over all axes of the grid but one each."""
+    """Add to `totals`, `b h q axis_positions`, the sums of a slab's `x` over all axes of the grid but one each."""
     start = 0
     for axis, size in enumerate(grid):
         others = [3 + other for other in range(len(grid)) if other != axis]

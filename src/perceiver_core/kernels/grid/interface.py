@@ -71,13 +71,13 @@ class Backend(Protocol):
     """Functions that a backend module defines."""
 
     def forward(self, inputs: GridInputs) -> GridOutputs:
-        """Computes the read of contiguous inputs."""
+        """Compute the read of contiguous inputs."""
         ...
 
     def backward(
         self, inputs: GridInputs, saved: Saved, upstream: Upstream, needs_token_gradients: bool
     ) -> GridGradients:
-        """Recomputes the softmax weights and returns the gradients of the inputs."""
+        """Recompute the softmax weights and returns the gradients of the inputs."""
         ...
 
 

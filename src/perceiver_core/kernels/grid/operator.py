@@ -45,7 +45,7 @@ def read_grid(
     scale: Float[Tensor, " b *grid"],
     mask: Bool[Tensor, " b *grid"] | None = None,
 ) -> GridRead:
-    """Computes the read of the module's formula, in float32 or float64.
+    """Compute the read of the module's formula, in float32 or float64.
 
     Args:
         content_queries: Coefficients of each query for the content, with the softmax scale included. A batch of one
@@ -82,7 +82,7 @@ def read_grid(
 
 
 def missing_kernel(device: torch.device, channels: int) -> str:
-    """Returns why no compiled kernel is available for a device; empty if one is, which on a CPU may be compiled now."""
+    """Return why no compiled kernel is available for a device; empty if one is, which on a CPU may be compiled now."""
     if device.type != "cpu":
         return triton.why_unavailable(device, channels)
     return "" if cpp_library.available() else "it would need a C++ compiler"
@@ -96,7 +96,7 @@ def missing_kernel(device: torch.device, channels: int) -> str:
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _read_grid(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns read, marginals, log-sum-exp, and the two tensors of `Saved`."""
+    """Return read, marginals, log-sum-exp, and the two tensors of `Saved`."""
     inputs = _validated(*arguments)
     read, marginals, (base, total) = _backend(inputs).forward(inputs)
     return read, marginals, (base + total.log2()) * LN2, base, total
@@ -118,7 +118,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _read_grid_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the tensors of `GridGradients`; see `Saved` and `Upstream` for the arguments."""
+    """Return the tensors of `GridGradients`; see `Saved` and `Upstream` for the arguments."""
     *tensors, needs_token_gradients = arguments
     inputs = _validated(*tensors[:5])
     base, total, d_read, d_marginals, offset = (x.contiguous() for x in tensors[5:])
@@ -181,7 +181,7 @@ class _ReadGridBackward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Saves nothing: there is no second derivative."""
+        """Save nothing: there is no second derivative."""
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> None:
@@ -209,12 +209,12 @@ def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[tupl
 
 
 def _batch_size(x: Tensor, in_dim: int | None) -> int:
-    """Returns the size of the batch axis, which is the first but for the mapped one."""
+    """Return the size of the batch axis, which is the first but for the mapped one."""
     return x.shape[0] if in_dim is None else x.movedim(in_dim, 0).shape[1]
 
 
 def _fold_into_batch(size: int, batch: int, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]) -> list[Any]:
-    """Merges the mapped axis of every tensor with its batch axis."""
+    """Merge the mapped axis of every tensor with its batch axis."""
     folded = []
     for x, in_dim in zip(arguments, in_dims, strict=True):
         if isinstance(x, Tensor):
@@ -225,7 +225,7 @@ def _fold_into_batch(size: int, batch: int, in_dims: tuple[int | None, ...], arg
 
 
 def _backend(inputs: GridInputs) -> Backend:
-    """Returns the fastest backend for the device and the sizes of the inputs."""
+    """Return the fastest backend for the device and the sizes of the inputs."""
     content = inputs.content
     if not inputs.content_queries.numel() or not content.numel():
         return eager
@@ -237,7 +237,7 @@ def _backend(inputs: GridInputs) -> Backend:
 def _validated(
     content_queries: Tensor, axis_queries: Tensor, content: Tensor, scale: Tensor, mask: Tensor | None
 ) -> GridInputs:
-    """Returns contiguous inputs whose shapes fit: the compiled loop looks at memory and not at shapes."""
+    """Return contiguous inputs whose shapes fit: the compiled loop looks at memory and not at shapes."""
     if content.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"content must be float32 or float64; got {content.dtype}. Convert it: content.float()")
     if content.ndim < 3 or 0 in content.shape[1:]:

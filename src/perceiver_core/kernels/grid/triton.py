@@ -36,7 +36,7 @@ _failures: dict[torch.device, str] = {}  # why kernels could not be built, by de
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # no GPU appears while a graph is traced
 def why_unavailable(device: torch.device, channels: int) -> str:
-    """Returns why the kernels cannot run on a device; empty if they can."""
+    """Return why the kernels cannot run on a device; empty if they can."""
     if device.type != "cuda":
         return f"there is no compiled loop for {device.type}"
     if not _has_triton():
@@ -58,7 +58,7 @@ def _has_triton() -> bool:
 
 
 def forward(inputs: GridInputs) -> GridOutputs:
-    """Computes the read by the kernels, or in plain PyTorch if none can be built for this GPU."""
+    """Compute the read by the kernels, or in plain PyTorch if none can be built for this GPU."""
     axis = _axis_to_swap(inputs.content.shape[2:])
     if axis is not None:
         inputs = _swap_inputs(inputs, axis)
@@ -73,7 +73,7 @@ def forward(inputs: GridInputs) -> GridOutputs:
 
 
 def backward(inputs: GridInputs, saved: Saved, upstream: Upstream, needs_token_gradients: bool) -> GridGradients:
-    """Computes the gradients by the kernels, or in plain PyTorch if none can be built for this GPU."""
+    """Compute the gradients by the kernels, or in plain PyTorch if none can be built for this GPU."""
     grid = inputs.content.shape[2:]
     axis = _axis_to_swap(grid)
     if axis is not None:
@@ -93,7 +93,7 @@ def backward(inputs: GridInputs, saved: Saved, upstream: Upstream, needs_token_g
 
 
 def _axis_to_swap(grid: torch.Size) -> int | None:
-    """Returns the longest axis if the last is shorter than a stretch, which would make the rows too many."""
+    """Return the longest axis if the last is shorter than a stretch, which would make the rows too many."""
     longest = max(range(len(grid)), key=lambda axis: grid[axis])
     return longest if grid[-1] < WARP // 2 < grid[longest] else None
 
@@ -190,7 +190,7 @@ def _backward(inputs: GridInputs, saved: Saved, upstream: Upstream, needs_token_
 
 
 def _query_tensors(plan: Plan, content: Tensor, tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the coefficients of the content, of rows and of columns, `b h .. q`, with padded queries.
+    """Return the coefficients of the content, of rows and of columns, `b h .. q`, with padded queries.
 
     Args:
         plan: Plan of the read.
@@ -207,13 +207,13 @@ def _query_tensors(plan: Plan, content: Tensor, tables: Tensor) -> tuple[Tensor,
 
 
 def _columns_last(plan: Plan, tables: Tensor) -> Tensor:
-    """Returns the part of the last axis, `b h q columns`, with padded queries."""
+    """Return the part of the last axis, `b h q columns`, with padded queries."""
     columns = tables[..., tables.shape[-1] - plan.width :]
     return F.pad(columns, (0, 0, 0, plan.queries - tables.shape[2])).contiguous()
 
 
 def _token_tensors(plan: Plan, inputs: GridInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns content, scale and the bias of the scores, with padded columns; masked tokens are zero."""
+    """Return content, scale and the bias of the scores, with padded columns; masked tokens are zero."""
     _, _, content, scale, mask = inputs
     if mask is None:
         scale = _pad(scale, plan.padded_width, value=1.0)
@@ -224,12 +224,12 @@ def _token_tensors(plan: Plan, inputs: GridInputs) -> tuple[Tensor, Tensor, Tens
 
 
 def _pad(x: Tensor, size: int, value: float = 0.0) -> Tensor:
-    """Pads the last axis to a size."""
+    """Pad the last axis to a size."""
     return F.pad(x, (0, size - x.shape[-1]), value=value) if x.shape[-1] < size else x.contiguous()
 
 
 def _split_heads(plan: Plan, x: Tensor, queries: int) -> Tensor:
-    """Splits samples and heads into two axes, and removes the padding of the queries."""
+    """Split samples and heads into two axes, and removes the padding of the queries."""
     return x.reshape(plan.samples, plan.heads, *x.shape[1:])[..., :queries]
 
 
@@ -239,7 +239,7 @@ def _transpose(x: Tensor) -> Tensor:
 
 
 def _row_axis_sums(rows: Tensor, row_axes: tuple[int, ...]) -> list[Tensor]:
-    """Returns the sums along each axis but the last, `batch_heads size q`, of sums over rows, `batch_heads rows q`."""
+    """Return the sums along each axis but the last, `batch_heads size q`, of sums over rows, `batch_heads rows q`."""
     rows = rows.reshape(len(rows), *row_axes, rows.shape[-1]) if row_axes else rows
     axes = range(1, len(row_axes) + 1)
     return [rows.sum([axis for axis in axes if axis != kept]) if len(row_axes) > 1 else rows for kept in axes]

@@ -33,7 +33,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _program_part(blocks, splits, groups, BLOCK: tl.constexpr):
-    """Returns a program's queries, group of stretches, split of the rows, and sample and head."""
+    """Return a program's queries, group of stretches, split of the rows, and sample and head."""
     program = tl.program_id(0)
     block, rest = program % blocks, program // blocks
     group, rest = rest % groups, rest // groups

@@ -39,7 +39,7 @@ class NoKernelError(RuntimeError):
 
 
 def launch_over_queries(plan: Plan, kernel: str, *tensors: Tensor) -> None:
-    """Launches a kernel whose programs hold a block of queries each and walk over a part of the grid."""
+    """Launch a kernel whose programs hold a block of queries each and walk over a part of the grid."""
     options = QUERY_OPTIONS_MATRIX if plan.uses_matrix_units else QUERY_OPTIONS_REGISTERS
 
     def launch(option: Options) -> None:
@@ -54,7 +54,7 @@ def launch_over_queries(plan: Plan, kernel: str, *tensors: Tensor) -> None:
 
 
 def launch_over_tokens(plan: Plan, kernel: str, *tensors: Tensor) -> None:
-    """Launches a kernel whose programs hold columns of one row each and walk over all queries."""
+    """Launch a kernel whose programs hold columns of one row each and walk over all queries."""
     padded_channels = plan.constants["PADDED"]
     block = 16 if padded_channels <= 4 or plan.uses_matrix_units else 8  # more queries at a time exceed the registers
 
@@ -69,7 +69,7 @@ def launch_over_tokens(plan: Plan, kernel: str, *tensors: Tensor) -> None:
 
 
 def run_kernel(kernel: str, num_programs: int, arguments: tuple[Any, ...], options: Options) -> None:
-    """Runs one kernel of `triton_kernels`."""
+    """Run one kernel of `triton_kernels`."""
     from perceiver_core.kernels.grid import triton_kernels  # needs Triton, which is optional
 
     getattr(triton_kernels, kernel)[(num_programs,)](*arguments, **options)
@@ -91,7 +91,7 @@ def _launch_tuned(
 
 
 def fastest(launch: Callable[[Options], None], options: Sequence[Options]) -> Options:
-    """Returns the option with which a kernel takes the least time, among those that compile and fit on the GPU.
+    """Return the option with which a kernel takes the least time, among those that compile and fit on the GPU.
 
     Raises:
         NoKernelError: No option compiles and fits.
@@ -105,7 +105,7 @@ def fastest(launch: Callable[[Options], None], options: Sequence[Options]) -> Op
 
 
 def _milliseconds(launch: Callable[[Options], None], option: Options) -> float | Exception:
-    """Returns the least of three times, or the error with which the kernel does not compile or fit."""
+    """Return the least of three times, or the error with which the kernel does not compile or fit."""
     try:
         launch(option)
     except Exception as error:
@@ -116,7 +116,7 @@ def _milliseconds(launch: Callable[[Options], None], option: Options) -> float |
 
 
 def _is_unsupported(error: Exception) -> bool:
-    """Returns whether an error of a launch means that the kernel does not compile or does not fit on the GPU.
+    """Return whether an error of a launch means that the kernel does not compile or does not fit on the GPU.
 
     Triton has its own classes for most such errors; its driver and its compiler passes raise plain RuntimeErrors.
     PyTorch's errors of a device (`torch.AcceleratorError`, `torch.OutOfMemoryError`) are subclasses of RuntimeError.

@@ -41,7 +41,7 @@ class Plan(NamedTuple):
 
     @classmethod
     def of(cls, inputs: GridInputs) -> Plan:
-        """Builds the plan for the sizes and the device of the inputs."""
+        """Build the plan for the sizes and the device of the inputs."""
         samples, channels, *row_axes, width = inputs.content.shape
         heads, queries = inputs.content_queries.shape[1], -(-inputs.content_queries.shape[2] // WARP) * WARP
         padded_channels = 1 << (channels - 1).bit_length()
@@ -87,5 +87,5 @@ class Plan(NamedTuple):
 
 
 def num_processors(device: torch.device) -> int:
-    """Returns the number of multiprocessors of a GPU; 1 on other devices."""
+    """Return the number of multiprocessors of a GPU; 1 on other devices."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

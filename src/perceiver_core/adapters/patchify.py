@@ -1,0 +1,35 @@
+"""Arrays of any number of axes to patches and back.
+
+The values of a patch are in row-major order, with all channels of a position together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def patchify(x: Float[Tensor, "b c *axes"], patch_size: Sequence[int]) -> Float[Tensor, "b *grid p"]:
+    """Return the patches of arrays, padded with zeros at the end of each axis to whole patches."""
+    pads = [(0, -size % patch) for size, patch in zip(x.shape[2:], patch_size, strict=True)]
+    x = F.pad(x, [pad for axis in reversed(pads) for pad in axis])
+    split = [part for size, patch in zip(x.shape[2:], patch_size, strict=True) for part in (size // patch, patch)]
+    x = x.reshape(*x.shape[:2], *split)
+    return x.permute(0, *range(2, x.ndim, 2), *range(3, x.ndim, 2), 1).flatten(1 + len(patch_size))
+
+
+def unpatchify(
+    patches: Float[Tensor, "b *grid p"], patch_size: Sequence[int], channel_axis: int = 1
+) -> Float[Tensor, "b ..."]:
+    """Return the arrays whose patches these are, with channels on an axis: 1 for `b c *axes`, 2 for `b t c h w`."""
+    batch, *grid, _ = patches.shape
+    n = len(grid)
+    x = patches.reshape(batch, *grid, *patch_size, -1)
+    order = [axis for i in range(n) for axis in (1 + i, 1 + n + i)]
+    order.insert(2 * (channel_axis - 1), 2 * n + 1)
+    sizes = [size * patch for size, patch in zip(grid, patch_size, strict=True)]
+    sizes.insert(channel_axis - 1, x.shape[-1])
+    return x.permute(0, *order).reshape(batch, *sizes)
