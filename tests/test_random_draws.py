@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 from collections.abc import Callable
@@ -146,6 +147,57 @@ def test_checkpointed_blocks_around_random_draws(make, inputs) -> None:
 
 
 @each_model
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)], ids=str)
+def test_passes_from_one_state_of_the_default_generator(make, inputs, order) -> None:
+    """Seeding the default generator before each pass does not make them one."""
+    results = []
+
+    def seeded_anew(call: Callable[[nn.Module, Any], Tensor]) -> Callable[[nn.Module, Any], Tensor]:
+        def run(model: nn.Module, x: Any) -> Tensor:
+            torch.manual_seed(7)
+            return call(model, x)
+
+        return run
+
+    for call in (lambda model, x: model(x), checkpointed):
+        model = make(seeded()).double().train()
+        results.append(passes(model, inputs, seeded_anew(call), order))
+    torch.testing.assert_close(*results, **EXACT)
+
+
+@each_model
+def test_the_default_generator_is_not_used(make, inputs) -> None:
+    model = make(seeded()).double().train()
+    state = torch.get_rng_state()
+    for call in (lambda model, x: model(x), checkpointed):
+        call(model, inputs(0)).sum().backward()
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_graph_can_be_used_twice() -> None:
+    model = with_dropped_latents(seeded()).double().train()
+    loss = checkpointed(model, drawn(3, 17, 10)).square().sum()
+    first = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, list(model.parameters())), first, **EXACT)
+
+
+def test_reentrant_checkpoints() -> None:
+    results = []
+    for reentrant in (None, True):
+        model, x = with_dropped_latents(seeded()).double().train(), drawn(3, 17, 10).requires_grad_()
+        torch.manual_seed(7)
+        losses = []
+        for _ in range(2):
+            out = model(x) if reentrant is None else checkpoint(model, x, use_reentrant=True)
+            losses.append(out.square().sum())
+            torch.rand(1)  # moves the default generator, by which reentrant passes are told apart
+        for loss in losses:
+            loss.backward()
+        results.append([x.grad, *(weight.grad for weight in model.parameters())])
+    torch.testing.assert_close(*results, **EXACT)
+
+
+@each_model
 def test_no_draws_in_evaluation(make, inputs) -> None:
     generator = seeded()
     before = generator.get_state(), torch.get_rng_state()
@@ -183,12 +235,23 @@ class TestRepeatableDraws:
         assert RepeatableDraws().generator(None) is None
         assert torch.equal(torch.get_rng_state(), state)
 
-    def test_only_a_limited_number_of_seeds_is_kept(self, monkeypatch):
-        monkeypatch.setattr(random_draws, "REMEMBERED", 5)
+    def test_only_a_limited_number_of_states_is_kept(self, monkeypatch):
+        monkeypatch.setattr(random_draws, "MAX_STATES", 5)
         draws, generator = RepeatableDraws(), seeded()
-        for _ in range(17):
+        for seed in range(17):
+            torch.manual_seed(seed)
             draws.generator(generator)
-        assert len(draws._seeds) == 5
+        assert len(draws._states) == 5
+        assert len(draws._frames) == 0
+
+    def test_states_of_a_checkpoint_are_dropped_with_its_graph(self):
+        model = with_dropped_latents(seeded()).train()
+        x, frames = drawn(3, 17, 10).float(), model.latent_dropout._draws._frames
+        outs = [checkpointed(model, x) for _ in range(3)]
+        assert len(frames) == 3
+        del outs[0]
+        gc.collect()
+        assert len(frames) == 2
 
     def test_a_model_in_evaluation_after_training_is_saved_without_its_generator(self, tmp_path):
         model = with_dropped_latents(seeded()).train()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from perceiver_core import MLP, CrossAttend, MultiHeadAttention, Tokens, masks
+from perceiver_core import MLP, CrossAttend, Encoder, MultiHeadAttention, Tokens, masks, sharing
 from perceiver_core.reads import AttentionCapture, KeysValuesCache, SharedMemory
 from perceiver_core.reads.dense import project, split_heads
 
@@ -193,3 +193,17 @@ def test_a_user_defined_attention_gets_normalized_tokens_and_the_whole_mask(give
     block.attention = UserAttention(block.attention)
     actual = [block(queries(), inputs), block(queries(), inputs, mask=mask)]
     torch.testing.assert_close(actual, expected, **EXACT)
+
+
+def test_a_user_defined_attention_stores_no_memory():
+    """Reads that share their weights read the tokens each time."""
+    block, cache = cross_attend(), SharedMemory()
+    block.attention = UserAttention(block.attention)
+    block(queries(), tokens(), cache=cache)
+    assert cache.memory is None
+    encoder = Encoder(
+        INPUT_DIM, num_latents=QUERIES, dim=DIM, num_reads=3, depth=1, num_heads=2, share=sharing.all_
+    ).double()
+    expected = encoder(tokens())
+    encoder.reads[0].attention = UserAttention(encoder.reads[0].attention)
+    torch.testing.assert_close(encoder(tokens()), expected, **EXACT)
