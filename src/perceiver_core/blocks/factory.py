@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
@@ -39,7 +40,7 @@ def build(factory: Callable[..., T], *args: object, **kwargs: object) -> T:
 
 
 def _renewed(value: Any, *, unwrap: bool) -> Any:
-    """Return a value with every module in it copied.
+    """Return a value with every module in it copied; a partial without modules is returned itself.
 
     `Shared` modules are unwrapped where they reach the factory that is called now, and stay wrapped in the factories
     that it is given.
@@ -51,7 +52,8 @@ def _renewed(value: Any, *, unwrap: bool) -> Any:
     if isinstance(value, partial):
         args = [_renewed_argument(item, unwrap=unwrap) for item in value.args]
         keywords = {name: _renewed_argument(item, unwrap=unwrap) for name, item in value.keywords.items()}
-        return partial(value.func, *args, **keywords)
+        same = all(map(operator.is_, (*args, *keywords.values()), (*value.args, *value.keywords.values())))
+        return value if same else partial(value.func, *args, **keywords)
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
         return type(value)(_renewed(item, unwrap=unwrap) for item in value)
     if isinstance(value, dict):

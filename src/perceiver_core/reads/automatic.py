@@ -27,6 +27,14 @@ class Decision(NamedTuple):
         strategy: Strategy taken.
         sizes: Sizes of the read.
         machine: Machine constants from which costs were predicted.
+
+    Example:
+        >>> import torch
+        >>> import perceiver_core as pc
+        >>> context = pc.CrossAttend(32, 10).read_context(torch.randn(2, 50, 10), num_queries=7)
+        >>> decision = pc.reads.Auto().choose(context)
+        >>> decision.strategy, decision.sizes.num_queries, decision.cost.seconds > 0
+        (Dense(), 7, True)
     """
 
     strategy: Strategy

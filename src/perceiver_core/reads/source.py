@@ -36,6 +36,13 @@ class Source(NamedTuple):
         mask: Attention mask besides the tokens' own.
         positions: Positions of the tokens for rotary embeddings; consecutive by default, the last one being 0.
         num_queries: Total number of queries of all reads that will share the memory.
+
+    Example:
+        >>> import torch
+        >>> import perceiver_core as pc
+        >>> source = pc.reads.Source(torch.randn(2, 50, 10), torch.nn.LayerNorm(10), pc.reads.Dense())
+        >>> pc.MultiHeadAttention(32, 10, num_heads=2)(torch.randn(2, 5, 32), source).shape
+        torch.Size([2, 5, 32])
     """
 
     tokens: Tokens | Float[Tensor, "b n c"]
@@ -149,6 +156,14 @@ class AttentionCapture:
         queries: Indices of the queries whose weights are captured; all of them by default.
         weights: Captured weights, `b h chosen n`.
         grid: Grid of the tokens, if they have one.
+
+    Example:
+        >>> import torch
+        >>> import perceiver_core as pc
+        >>> capture = pc.reads.AttentionCapture(queries=[0, 3])
+        >>> out = pc.CrossAttend(32, 10, num_heads=2)(torch.randn(2, 5, 32), torch.randn(2, 50, 10), capture=capture)
+        >>> capture.result().shape
+        torch.Size([2, 2, 2, 50])
     """
 
     read: int = -1

@@ -222,6 +222,10 @@ def check_strategy(strategy: Strategy) -> None:
 
     Raises:
         TypeError: Anything else.
+
+    Example:
+        >>> import perceiver_core as pc
+        >>> pc.reads.check_strategy(pc.reads.Dense())
     """
     if isinstance(strategy, type) or not isinstance(strategy, Strategy):
         shown = strategy.__name__ if isinstance(strategy, type) else repr(strategy)
