@@ -39,8 +39,8 @@ SPECTROGRAM = adapters.Spectrogram(positions=fourier(2))
 POINTS = adapters.PointCloud(2, positions=fourier(3))
 VIDEO = adapters.Grid(3, positions=fourier(3))
 GOOD = {
-    "image": (IMAGE, torch.rand(2, 3, 7, 5), (2, 7, 5), "pictures"),
-    "audio": (AUDIO, torch.rand(2, 23), (2, 4), "samples"),
+    "image": (IMAGE, torch.rand(2, 3, 7, 5), (2, 7, 5), "images"),
+    "audio": (AUDIO, torch.rand(2, 23), (2, 4), "waveform"),
     "spectrogram": (SPECTROGRAM, torch.rand(2, 3, 7), (2, 3, 7), "spectrogram"),
     "points": (POINTS, torch.rand(2, 11, 5), (2, 11), "points"),
     "video": (VIDEO, torch.rand(2, 2, 3, 5, 3), (2, 2, 3, 5), "array"),
@@ -56,8 +56,8 @@ def fails(error, *parts):
 @pytest.mark.parametrize(
     "adapter, x, message",
     [
-        (IMAGE, torch.rand(3, 7, 5), "pictures must have 4 axes (b c h w); got shape (3, 7, 5)"),
-        (AUDIO, torch.rand(23), "samples must have 2 axes (b s); got shape (23,)"),
+        (IMAGE, torch.rand(3, 7, 5), "images must have 4 axes (b c h w); got shape (3, 7, 5)"),
+        (AUDIO, torch.rand(23), "waveform must have 2 axes (b s); got shape (23,)"),
         (SPECTROGRAM, torch.rand(3, 7), "spectrogram must have 3 axes (b bins frames); got shape (3, 7)"),
         (POINTS, torch.rand(11, 5), "points must have 3 axes (b n f); got shape (11, 5)"),
     ],
@@ -71,7 +71,7 @@ def test_missing_batch_axis(adapter, x, message):
     "adapter, x, message",
     [
         (VIDEO, torch.rand(2, 3, 5, 3), "array must be b *grid c with 3 grid axes; got shape (2, 3, 5, 3)"),
-        (IMAGE, torch.rand(1, 2, 3, 7, 5), "pictures must have 4 axes (b c h w); got shape (1, 2, 3, 7, 5)"),
+        (IMAGE, torch.rand(1, 2, 3, 7, 5), "images must have 4 axes (b c h w); got shape (1, 2, 3, 7, 5)"),
     ],
 )
 def test_wrong_rank(adapter, x, message):
@@ -87,9 +87,9 @@ def test_a_rank_off_by_two_gets_no_hint_about_the_batch_axis():
 @pytest.mark.parametrize(
     "adapter, x, message",
     [
-        (IMAGE, torch.rand(2, 1, 7, 5), "pictures must have 3 channels in axis 1; got 1 (shape (2, 1, 7, 5))"),
+        (IMAGE, torch.rand(2, 1, 7, 5), "images must have 3 channels in axis 1; got 1 (shape (2, 1, 7, 5))"),
         (IMAGE, torch.rand(2, 1, 7, 5), "Build the adapter with num_channels=1, or move the channel axis"),
-        (IMAGE, torch.rand(2, 7, 5, 3), "pictures must have 3 channels in axis 1; got 7"),
+        (IMAGE, torch.rand(2, 7, 5, 3), "images must have 3 channels in axis 1; got 7"),
         (VIDEO, torch.rand(2, 3, 2, 5, 7), "array must have 3 channels in axis 4; got 7"),
         (POINTS, torch.rand(2, 11, 3), "points must have 5 features in its last axis (b n f); got shape (2, 11, 3)"),
     ],
@@ -120,7 +120,7 @@ def test_nan_and_infinity(adapter, good, grid, name, value):
 def test_infinities_that_cancel_are_detected():
     bad = torch.rand(2, 23)
     bad[0, 0], bad[0, 1] = torch.inf, -torch.inf
-    with fails(ValueError, "samples holds NaN or infinite values"):
+    with fails(ValueError, "waveform holds NaN or infinite values"):
         AUDIO(bad)
 
 
@@ -261,7 +261,7 @@ def test_positions_with_another_number_of_axes(make, name, axes):
 
 def test_number_of_inputs():
     both = adapters.PerRead([IMAGE, AUDIO])
-    with fails(ValueError, "inputs must be 2, one an adapter; got 3"):
+    with fails(ValueError, "inputs must be 2, one per adapter; got 3"):
         both([torch.rand(2, 3, 7, 5)] * 3)
     encoder = Encoder(both.dim, num_latents=5, dim=14, num_reads=2, depth=1, num_heads=7, share=False)
     with fails(ValueError, "inputs must be one for each of 2 reads; got 1"):

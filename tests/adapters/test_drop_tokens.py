@@ -67,6 +67,9 @@ def test_the_seed_selects_the_kept_tokens():
     actual = [adapter(x).content for adapter in seeded]
     assert torch.equal(actual[0], actual[1]) and not torch.equal(actual[0], actual[2])
     assert not torch.equal(seeded[0](x).content, actual[0])  # drawn anew
+    state = torch.get_rng_state()
+    seeded[0](x)
+    assert torch.equal(torch.get_rng_state(), state)
     repeated = pc.adapters.DropTokens(where, rate=0.5, generator=torch.Generator().manual_seed(3))
     with torch.random.fork_rng():
         torch.manual_seed(11)  # the default generator does not matter

@@ -24,7 +24,7 @@ N, DIM, INPUT_DIM = 7, 12, 10
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
     with restored():
-        for part in (LearnedKernel, Scale, Slope, ScaledNorm, ScaledGate):
+        for part in (LearnedKernel, LearnedScale, Slope, ScaledNorm, ScaledGate):
             pc.register(part)
         yield
 
@@ -40,7 +40,7 @@ class LearnedKernel(nn.Module):
         return reference(self.scale * q, k, v, mask=mask)
 
 
-class Scale(nn.Module):
+class LearnedScale(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(1))
@@ -82,16 +82,16 @@ def factories(wrap: Callable[[nn.Module], object] = lambda module: module) -> di
     """Returns the arguments of a block: partials of partials that hold modules, each of which is wrapped."""
     attention = partial(
         pc.MultiHeadAttention,
-        qk_norm=partial(ScaledNorm, scale=wrap(Scale())),
+        qk_norm=partial(ScaledNorm, scale=wrap(LearnedScale())),
         rotary=wrap(Rotary()),
         kernel=wrap(LearnedKernel()),
     )
     mlp = partial(pc.MLP, activation=wrap(Slope()))
-    return {"attention": attention, "mlp": mlp, "norm": partial(ScaledNorm, scale=wrap(Scale()))}
+    return {"attention": attention, "mlp": mlp, "norm": partial(ScaledNorm, scale=wrap(LearnedScale()))}
 
 
 def gated(wrap: Callable[[nn.Module], object] = lambda module: module) -> dict[str, partial[nn.Module]]:
-    gate = partial(ScaledGate, scale=wrap(Scale()))
+    gate = partial(ScaledGate, scale=wrap(LearnedScale()))
     return {**factories(wrap), "residual": gate, "mlp_residual": gate}
 
 
@@ -145,7 +145,7 @@ CASES = [
     *(pytest.param(make, gated, id=name) for name, make in MODELS.items()),
     *(pytest.param(make, factories, id=name) for name, make in JOINT.items()),
 ]
-PARTS = (LearnedKernel, Scale, Slope, Rotary)
+PARTS = (LearnedKernel, LearnedScale, Slope, Rotary)
 
 
 def uses(model: nn.Module, part: type[nn.Module]) -> list[nn.Module]:

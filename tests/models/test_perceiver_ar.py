@@ -372,5 +372,5 @@ class TestErrors:
             pc.adapters.TokenEmbedding(19, 28, positions=pc.positions.LearnedEmbedding(5, 12))
 
     def test_more_tokens_than_positions_raise(self):
-        with pytest.raises(ValueError, match="ids must be at most 101 long, as many as there are positions; got 102"):
+        with pytest.raises(ValueError, match="ids must be at most 101 long, the number of positions; got 102"):
             model_of(**POSITIONS["learned"])(ids_of(n=102))

@@ -121,7 +121,7 @@ class TestQueriesFromInputs:
     def test_querying_an_absent_modality_raises(self):
         model, inputs = captions(), self.inputs()
         inputs.pop("text")
-        with pytest.raises(ValueError, match=r"queries\['text'\] ask at the places of an input that is not there"):
+        with pytest.raises(ValueError, match=r"queries\['text'\] need the tokens of an absent input"):
             model(inputs)
         assert list(model(inputs, query_inputs={"text": []})) == ["image"]
 

@@ -8,6 +8,7 @@ from math import prod
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from perceiver_core import checks, masks
 from perceiver_core.kernels import PartialAttention, fastest, partial_attention
@@ -112,7 +113,7 @@ def why_not_factored(context: ReadContext) -> str:
     return ""
 
 
-_PLAIN = (nn.Parameter, Tensor)
+_PLAIN = (nn.Parameter, Tensor, FakeTensor)  # the last one while torch.export traces
 
 
 def needs_kernel(context: ReadContext) -> str:
