@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from perceiver_core.allocator import return_freed_memory
@@ -40,7 +42,13 @@ def checkpoint_activations(model: M, blocks: tuple[type[nn.Module], ...] = (Cros
     """
     for module in model.modules():
         if isinstance(module, blocks) and "forward" not in vars(module):
-            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+            module.forward = partial(_checkpointed, module.forward)
     if any(parameter.device.type == "cpu" for parameter in model.parameters()):
         return_freed_memory()
     return model
+
+
+def _checkpointed(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    if torch.compiler.is_compiling() and kwargs.get("cache") is not None:
+        return forward(*args, **kwargs)  # a graph cannot store a memory from inside a checkpoint
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)

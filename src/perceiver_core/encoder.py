@@ -13,7 +13,7 @@ from perceiver_core.blocks import CrossAttend, LatentTransformer
 from perceiver_core.blocks.attention_residual import Aggregate, aggregate_states
 from perceiver_core.blocks.factory import build
 from perceiver_core.masks import Mask
-from perceiver_core.reads import AttentionCapture, SharedMemory
+from perceiver_core.reads import AttentionCapture, Memory, SharedMemory
 from perceiver_core.reads.strategy import QueryIndices
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
@@ -114,31 +114,26 @@ class Encoder(nn.Module):
         given = self._inputs(inputs)
         keys = self._read_keys(given)
         captured = -1 if capture is None else _index(capture.read, len(keys))
-        caches: dict[ReadKey, SharedMemory] = {}
+        shared = _SharedMemories(keys)
         x: Tensor = self.latent_dropout(self.latents.unsqueeze(0))  # a batch of 1 until the first read
         states = [x]
-        for step, key in enumerate(keys):
-            options: dict[str, object] = {"mask": mask}
-            tokens: object = given[key[1]]
-            if capture is not None and step == captured:
-                options["capture"] = capture
-                capture.grid = tokens.grid if isinstance(tokens, Tokens) else None  # which a shared memory has not
-            memory = caches[key].memory if key in caches else None
-            if memory is not None:
-                tokens, options["mask"] = memory, None
-            elif key in keys[step + 1 :] and getattr(self.reads[key[0]], "accepts_cache", False):
-                # Inputs used once are not cached, so that a read may compute their keys and values again.
-                caches[key] = options["cache"] = SharedMemory(num_queries=x.shape[1] * keys.count(key))
-            if key not in keys[step + 1 :]:
-                caches.pop(key, None)
-            x = self.reads[key[0]](x, tokens, **options)
-            del tokens, options, memory  # a memory that no later read needs is freed before the latent transformer
-            if step == captured:
-                return x
-            number = self.sharing.transformers[step]
-            x = self.transformers[number](x)
-            if self.aggregates is not None:
-                x = aggregate_states(self.aggregates[number], states, x)
+        try:
+            for step, (read, source) in enumerate(keys):
+                tokens, options = shared.arguments(step, self.reads[read], given[source], mask, x.shape[1])
+                if capture is not None and step == captured:
+                    options["capture"] = capture
+                    capture.grid = given[source].grid if isinstance(given[source], Tokens) else None  # type: ignore[union-attr]
+                x = self.reads[read](x, tokens, **options)
+                del tokens, options  # a memory that no later read needs is freed before the latent transformer
+                shared.release(step)
+                if step == captured:
+                    return x
+                number = self.sharing.transformers[step]
+                x = self.transformers[number](x)
+                if self.aggregates is not None:
+                    x = aggregate_states(self.aggregates[number], states, x)
+        finally:
+            shared.release_all()
         return x
 
     def attention_map(
@@ -192,6 +187,40 @@ class Encoder(nn.Module):
         """Return the weights and the input of each step; an input that occurs twice has its first index."""
         first = [min(i for i, other in enumerate(given) if other is x) for x in given]
         return [(number, first[step % len(given)]) for step, number in enumerate(self.sharing.reads)]
+
+
+class _SharedMemories:
+    """Memories that the reads of one forward pass share, by their weights and input."""
+
+    def __init__(self, keys: list[ReadKey]) -> None:
+        self.keys = keys
+        self.caches: dict[ReadKey, SharedMemory] = {}
+
+    def arguments(
+        self, step: int, read: nn.Module, tokens: Input, mask: Mask | None, num_latents: int
+    ) -> tuple[Input | Memory, dict[str, object]]:
+        """Return the input of a read and its keyword arguments: a memory, or the tokens and a cache for later reads."""
+        key = self.keys[step]
+        memory = self.caches[key].memory if key in self.caches else None
+        if memory is not None:
+            return memory, {}
+        options: dict[str, object] = {"mask": mask}
+        # Inputs used once are not cached, so that a read may compute their keys and values again.
+        if key in self.keys[step + 1 :] and getattr(read, "accepts_cache", False):
+            self.caches[key] = options["cache"] = SharedMemory(num_queries=num_latents * self.keys.count(key))
+        return tokens, options
+
+    def release(self, step: int) -> None:
+        """Drop the memory of a read if no later one needs it, or if a reentrant checkpoint made it without a graph."""
+        cache = self.caches.get(self.keys[step])
+        if cache is not None and (self.keys[step] not in self.keys[step + 1 :] or not cache.has_graph()):
+            del self.caches[self.keys[step]]
+            cache.release()
+
+    def release_all(self) -> None:
+        """Drop all memories, also after an error: a checkpoint keeps its arguments, and with them the caches."""
+        for cache in self.caches.values():
+            cache.release()
 
 
 def _index(read: int, num_reads: int) -> int:

@@ -13,7 +13,7 @@ from perceiver_core import checks
 from perceiver_core.kernels import fastest, sdpa
 from perceiver_core.kernels.sdpa import Kernel, kernel_for
 from perceiver_core.reads import Auto, Cost, Dense, Factored, Machine, ReadContext, Sizes, Strategy, Structured
-from perceiver_core.reads.source import recorded_reads
+from perceiver_core.reads.source import listening
 
 
 @dataclass(frozen=True)
@@ -91,21 +91,26 @@ def explain_reads(model: nn.Module, *inputs: object, **options: object) -> ReadE
     """
     model = getattr(model, "_orig_mod", model)  # the module inside torch.compile's wrapper
     names = {id(part): name.rpartition(".")[0] for name, part in model.named_modules()}
-    with recorded_reads() as reads, _frozen_statistics(model), torch.random.fork_rng(devices=[]), torch.no_grad():
+    reads: list[ReadExplanation] = []
+
+    def explain(context: ReadContext, strategy: Strategy) -> None:
+        reads.append(_explanation(names.get(id(context.attention), ""), strategy, context))
+
+    with listening(explain), _frozen_state(model), torch.random.fork_rng(devices=[]), torch.no_grad():
         model(*inputs, **options)
     if not reads:
         raise ValueError(
             f"model must make reads (CrossAttend), which have a strategy; {type(model).__name__} made none"
         )
-    return ReadExplanations(
-        _explanation(names.get(id(context.attention), ""), strategy, context) for context, strategy in reads
-    )
+    return ReadExplanations(reads)
 
 
 @contextmanager
-def _frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Keep the running statistics of norms as they are while a model in training mode is run."""
+def _frozen_state(model: nn.Module) -> Iterator[None]:
+    """Keep running statistics of norms and the user's generators as they are while a model in training mode is run."""
     moving = [part for part in model.modules() if part.training and hasattr(part, "running_mean")]
+    generators = [g for part in model.modules() if isinstance(g := getattr(part, "generator", None), torch.Generator)]
+    states = [generator.get_state() for generator in generators]
     try:
         for part in moving:
             part.training = False
@@ -113,6 +118,8 @@ def _frozen_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for part in moving:
             part.training = True
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
 
 
 def _explanation(name: str, strategy: Strategy, context: ReadContext) -> ReadExplanation:

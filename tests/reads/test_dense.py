@@ -103,8 +103,16 @@ class TestKeysValues:
         KeysValues(draw(B, 3, N, 4), draw(B, 3, N, 5)).attend(draw(B, 3, Q, 4), kernel, dropout=rate)
         assert seen == [{"mask": None, "dropout": rate} if rate else {"mask": None}]
 
-    def test_later_keys_are_appended_without_masks(self):
+    @pytest.mark.refusal
+    def test_masks_of_parts_cannot_be_appended(self):
         first = KeysValues(draw(B, 3, 4, 4), draw(B, 3, 4, 5), masks.Padding(torch.ones(B, 4, dtype=torch.bool)))
+        later = KeysValues(draw(B, 3, 7, 4, seed=1), draw(B, 3, 7, 5, seed=1))
+        for one, other in ((first, later), (later, first)):
+            with pytest.raises(ValueError, match="with a mask of their own cannot be appended"):
+                one.append(other)
+
+    def test_later_keys_are_appended(self):
+        first = KeysValues(draw(B, 3, 4, 4), draw(B, 3, 4, 5))
         later = KeysValues(draw(B, 3, 7, 4, seed=1), draw(B, 3, 7, 5, seed=1))
         both = first.append(later)
         assert torch.equal(both.keys, torch.cat([first.keys, later.keys], 2))

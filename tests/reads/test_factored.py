@@ -97,7 +97,7 @@ def test_weights_that_are_no_plain_tensors():
     read.attention.key.weight = Quantized(read.attention.key.weight.data)
     read.attention.key.weight.__class__ = Quantized
     reason = reads.Factored().why_not(read.read_context(tokens))
-    assert reason == "a projection has weights of type Quantized, not plain tensors"
+    assert reason == "a weight of the norm or of a projection is a Quantized, not a plain tensor"
 
 
 @pytest.mark.refusal

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -16,8 +17,17 @@ import perceiver_core as pc
 from perceiver_core import explain_reads, masks, reads
 from perceiver_core.positions import Rotary
 from perceiver_core.reads import Auto, Dense, Factored, KeysValuesCache, ReadContext, SharedMemory, Source, Structured
-from perceiver_core.reads.source import recorded_reads
+from perceiver_core.reads.source import listening
 from tests.reads.cases import EXACT, images, memory_of, model_of, outcome, queries, read_of, tokens_of
+
+
+@contextmanager
+def recorded_reads():
+    """The reads of this thread, with their strategies."""
+    contexts = []
+    with listening(lambda context, strategy: contexts.append((context, strategy))):
+        yield contexts
+
 
 STRATEGIES = {"dense": Dense(), "factored": Factored(), "structured": Structured()}
 each_strategy = pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
@@ -194,4 +204,4 @@ class TestRecord:
         del model
         gc.collect()
         assert alive() is None and len(report) == 2
-        assert reads.source._recording is None
+        assert reads.source._listeners == {}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from perceiver_core import checks, masks
 from perceiver_core.blocks import gates
-from perceiver_core.blocks.factory import build
+from perceiver_core.blocks.factory import build, takes_argument
 from perceiver_core.blocks.gates import Residual
 from perceiver_core.blocks.mlp import MLP
 from perceiver_core.blocks.multi_head_attention import MultiHeadAttention
@@ -54,6 +54,10 @@ class CrossAttend(nn.Module):
 
     changes_no_result = ("strategy",)
     accepts_cache = True
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.accepts_cache = takes_argument(cls.forward, "cache")
 
     def __init__(  # noqa: PLR0913 (each is a part or a choice that published models make differently)
         self,
@@ -115,16 +119,23 @@ class CrossAttend(nn.Module):
                 capture.grid = tokens.grid if isinstance(tokens, Tokens) else None
         inputs: object = tokens
         if isinstance(tokens, (Tokens, Tensor)):
-            token_mask, mask = (None, mask) if cache is not None and cache.appends else (mask, None)
-            num_queries = x.shape[1] if cache is None or cache.num_queries is None else cache.num_queries
             self._check(tokens)
+            grows = cache is not None and cache.appends  # then the mask covers the cached keys too
+            num_queries = x.shape[1] if cache is None or cache.num_queries is None else cache.num_queries
+            token_mask, mask = (None if grows else mask), (mask if grows else None)
             source = Source(tokens, self.input_norm, self.strategy, token_mask, token_positions, num_queries)
             if getattr(self.attention, "accepts_source", False):
                 inputs = source
-                if cache is not None:
+                if cache is not None and getattr(self.attention, "accepts_cache", False):
                     options["cache"] = cache
             else:
                 inputs, mask = source.normalized(), masks.and_(source.whole_mask(), masks.from_token_mask(mask))
+            if grows and "cache" not in options:
+                raise TypeError(
+                    f"cache of keys and values needs MultiHeadAttention; got {type(self.attention).__name__}"
+                )
+        elif not hasattr(tokens, "memory"):
+            raise TypeError(f"tokens must be Tokens, a tensor b n c or a memory; got {type(tokens).__name__}")
         attended = self.dropout(self.attention(self.query_norm(x), inputs, mask=mask, **options))
         x = x + attended if self.residual is True else gates.combine(self.residual, x, attended)
         if self.mlp is None or self.mlp_norm is None:

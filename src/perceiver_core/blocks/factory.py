@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
 from collections.abc import Callable
 from functools import partial
@@ -50,16 +51,24 @@ def _renewed(value: Any, *, unwrap: bool) -> Any:
     if isinstance(value, Shared):
         return value.module if unwrap else value
     if isinstance(value, partial):
-        args = [_renewed_argument(item, unwrap=unwrap) for item in value.args]
-        keywords = {name: _renewed_argument(item, unwrap=unwrap) for name, item in value.keywords.items()}
-        same = all(map(operator.is_, (*args, *keywords.values()), (*value.args, *value.keywords.values())))
-        return value if same else partial(value.func, *args, **keywords)
+        func = _renewed(value.func, unwrap=unwrap)
+        args = [_renewed_item(item, unwrap=unwrap) for item in value.args]
+        keywords = {name: _renewed_item(item, unwrap=unwrap) for name, item in value.keywords.items()}
+        old, new = (value.func, *value.args, *value.keywords.values()), (func, *args, *keywords.values())
+        return value if all(map(operator.is_, old, new)) else partial(func, *args, **keywords)
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-        return type(value)(_renewed(item, unwrap=unwrap) for item in value)
+        items = [_renewed_item(item, unwrap=unwrap) for item in value]
+        return value if all(map(operator.is_, value, items)) else type(value)(items)
     if isinstance(value, dict):
-        return {key: _renewed(item, unwrap=unwrap) for key, item in value.items()}
+        return {key: _renewed_item(item, unwrap=unwrap) for key, item in value.items()}
     return value
 
 
-def _renewed_argument(value: Any, *, unwrap: bool) -> Any:
+def _renewed_item(value: Any, *, unwrap: bool) -> Any:
     return _renewed(value, unwrap=unwrap and not isinstance(value, partial))
+
+
+def takes_argument(function: Callable[..., object], name: str) -> bool:
+    """Tell whether a function takes a keyword argument of this name."""
+    parameters = inspect.signature(function).parameters.values()
+    return any(parameter.name == name or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from perceiver_core import checks, init, masks
-from perceiver_core.blocks.factory import build
+from perceiver_core.blocks.factory import build, takes_argument
 from perceiver_core.kernels import fastest
 from perceiver_core.masks import Mask
 from perceiver_core.reads.dense import project, rotate, split_heads
@@ -54,6 +53,11 @@ class MultiHeadAttention(nn.Module):
     """
 
     accepts_source = True  # takes a reads.Source, and so forms keys and values in its own forward
+    accepts_cache = True
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.accepts_cache = takes_argument(cls.forward, "cache")
 
     def __init__(  # noqa: PLR0913 (each is a choice that published models make differently)
         self,
@@ -149,11 +153,10 @@ def _check_heads(num_heads: int, **widths: int) -> None:
 def _check_dropout(dropout: float, kernel: Callable[..., Tensor]) -> None:
     checks.probability(dropout=dropout)
     try:
-        parameters = inspect.signature(kernel).parameters.values()
+        takes_dropout = takes_argument(kernel, "dropout")
     except (TypeError, ValueError) as error:
         raise ValueError(f"kernel must be a function (q, k, v, *, mask); wrap {kernel!r} in one") from error
-    takes_it = any(p.name == "dropout" or p.kind is p.VAR_KEYWORD for p in parameters)
-    if dropout and not takes_it:
+    if dropout and not takes_dropout:
         raise ValueError(
             f"dropout={dropout} needs a kernel that takes `dropout`; {getattr(kernel, '__name__', kernel)} does not. "
             "Use kernel=sdpa, or drop from the residual instead"

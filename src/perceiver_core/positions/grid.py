@@ -93,22 +93,29 @@ def small_tables(
     The class and hyperparameters that determine the features are `settings`, a part of the cache's key.
     """
     plain = type(like) is Tensor and not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None
-    if not plain or sum(grid) > CACHED_ROWS or torch._C._functorch.peek_interpreter_stack() is not None:
+    if (
+        not plain
+        or sum(grid) > CACHED_ROWS
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or (like.device.type == "cuda" and torch.cuda.is_current_stream_capturing())  # computed when it is replayed
+    ):
         return separable_tables(features, grid, like)
-    # A tensor made in inference mode cannot be used outside it.
-    key = (settings, tuple(grid), like.dtype, like.device, torch.is_inference_mode_enabled())
-    tables = _cache.get(key)
-    if tables is None:
+    key = (settings, tuple(grid), like.dtype, like.device)
+    cached = _cache.get(key, ())
+    if cached and all(table._version == version and not table.requires_grad for table, version in cached):
+        return tuple([table for table, _ in cached])
+    with torch.inference_mode(False):  # a tensor made in inference mode could not be used outside it
         tables = separable_tables(features, grid, like)
-        if sum(table.numel() for table in tables) <= CACHED_NUMBERS:
-            if len(_cache) >= CACHED_GRIDS:
-                _cache.clear()
-            _cache[key] = tables
+    if sum(table.numel() for table in tables) <= CACHED_NUMBERS:
+        if len(_cache) >= CACHED_GRIDS:
+            _cache.clear()
+        _cache[key] = tuple([(table, table._version) for table in tables])
     return tables
 
 
 CACHED_GRIDS, CACHED_ROWS, CACHED_NUMBERS = 64, 512, 2**16  # at most 16 MB in float32
-_cache: dict[tuple[object, ...], tuple[Tensor, ...]] = {}
+_cache: dict[tuple[object, ...], tuple[tuple[Tensor, int], ...]] = {}
+"""Tables with their versions, by which edits in place are seen."""
 
 
 def check_axes(grid: Sequence[int], num_axes: int) -> None:

@@ -60,7 +60,7 @@ class Auto:
         machine: Machine constants; those of `reads.machine` for the device by default.
 
     Raises:
-        TypeError: A strategy that is none, or not hashable (make it a frozen dataclass).
+        TypeError: A strategy that is none.
         ValueError: No strategies; or (in `choose`) none that can compute a read.
 
     Example:
@@ -78,7 +78,6 @@ class Auto:
             raise ValueError("strategies must name at least one; got none. reads.Dense() computes every read")
         for strategy in self.strategies:
             check_strategy(strategy)
-            hash(strategy)  # costs are cached by strategy
 
     def why_not(self, context: ReadContext) -> str:
         """Return why none of the strategies can compute a read; empty if one can."""
@@ -102,7 +101,10 @@ class Auto:
             ranked = [strategy for strategy in ranked if not strategy.why_not(context)]
             ranked = ranked if len(ranked) == 1 else _ranked.__wrapped__(tuple(ranked), sizes, machine)
         else:
-            ranked = _ranked(ranked, sizes, machine)
+            try:
+                ranked = _ranked(ranked, sizes, machine)
+            except TypeError:  # a user's strategy or a symbolic size that is not hashable
+                ranked = _ranked.__wrapped__(ranked, sizes, machine)
         slow = None  # a structured read without its compiled loop, where nothing else can compute the read
         for strategy in ranked:
             if strategy.why_not(context):

@@ -74,7 +74,15 @@ class KeysValues(NamedTuple):
         return self
 
     def append(self, later: KeysValues) -> KeysValues:
-        """Return these keys and values followed by later ones, without masks: each mask covered its own keys only."""
+        """Return these keys and values followed by later ones.
+
+        Raises:
+            ValueError: Either has a mask, which covers its own keys only. Pass a mask of all keys to the read instead.
+        """
+        if self.mask is not None or later.mask is not None:
+            raise ValueError(
+                "keys and values with a mask of their own cannot be appended; pass the read a mask of all keys: mask="
+            )
         return KeysValues(torch.cat([self.keys, later.keys], 2), torch.cat([self.values, later.values], 2))
 
 

@@ -88,6 +88,13 @@ def _is_large(memory: FactoredKeysValues) -> bool:
     return memory.content.shape[0] * prod(memory.grid) > limit
 
 
+PLAIN = (
+    nn.Parameter,
+    Tensor,
+    FakeTensor,
+)  # types of weights that any operator takes; the last while torch.export traces
+
+
 def why_not_factored(context: ReadContext) -> str:
     """Return the reason why norm and projections of the input cannot be factored; empty if they can."""
     if not isinstance(context.tokens, Tokens):
@@ -108,12 +115,11 @@ def why_not_factored(context: ReadContext) -> str:
             return "the norm or a projection to keys or values has a hook, which expects it to be called"
         if "forward" in state:
             return "the forward of the norm or of a projection to keys or values was replaced"
-    if type(key.weight) not in _PLAIN or type(value.weight) not in _PLAIN:
-        return f"a projection has weights of type {type(key.weight).__name__}, not plain tensors"
+    for part in (norm, key, value):
+        for parameter in (getattr(part, "weight", None), getattr(part, "bias", None)):
+            if parameter is not None and type(parameter) not in PLAIN:
+                return f"a weight of the norm or of a projection is a {type(parameter).__name__}, not a plain tensor"
     return ""
-
-
-_PLAIN = (nn.Parameter, Tensor, FakeTensor)  # the last one while torch.export traces
 
 
 def needs_kernel(context: ReadContext) -> str:

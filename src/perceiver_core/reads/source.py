@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -65,8 +66,10 @@ class Source(NamedTuple):
     def memory(self, attention: Attention) -> Memory:
         """Return the memory that the strategy makes for `attention`."""
         context = ReadContext(attention, self.norm, self.tokens, self.mask, self.positions, self.num_queries)
-        if _recording is not None and _recording.thread == threading.get_ident():
-            _recording.reads.append((context, self.strategy))
+        if _listeners and not torch.compiler.is_compiling():
+            listener = _listeners.get(threading.get_ident())
+            if listener is not None:
+                listener(context, self.strategy)
         return self.strategy.prepare(context)
 
 
@@ -105,12 +108,21 @@ class SharedMemory:
     def __init__(self, num_queries: int | None = None) -> None:
         self.num_queries = num_queries
         self.memory: Memory | None = None
+        self._released = self._grad_enabled = False
 
     def update(self, memory: Memory) -> Memory:
         """Store the first memory, and return the one given."""
-        if self.memory is None:
-            self.memory = memory
+        if self.memory is None and not self._released:
+            self.memory, self._grad_enabled = memory, torch.is_grad_enabled()
         return memory
+
+    def has_graph(self) -> bool:
+        """Tell whether the memory was made in the present gradient mode; in a reentrant checkpoint it was not."""
+        return self.memory is None or self._grad_enabled == torch.is_grad_enabled()
+
+    def release(self) -> None:
+        """Drop the memory for good: nothing that keeps the cache, such as a checkpoint, keeps the memory with it."""
+        self.memory, self._released = None, True
 
 
 class KeysValuesCache:
@@ -182,21 +194,20 @@ class AttentionCapture:
         return self.weights
 
 
-@dataclass
-class _Recording:
-    thread: int
-    reads: list[tuple[ReadContext, Strategy]]
-
-
-_recording: _Recording | None = None
+ReadListener: TypeAlias = Callable[[ReadContext, Strategy], None]
+_listeners: dict[int, ReadListener] = {}  # by thread
 
 
 @contextmanager
-def recorded_reads() -> Iterator[list[tuple[ReadContext, Strategy]]]:
-    """Collect, in the order in which they happen, the reads that this thread prepares, with their strategies."""
-    global _recording
-    before, _recording = _recording, _Recording(threading.get_ident(), [])
+def listening(listener: ReadListener) -> Iterator[None]:
+    """Call a function for every read that this thread prepares, before it is made."""
+    thread = threading.get_ident()
+    before = _listeners.get(thread)
+    _listeners[thread] = listener  # a read cannot be passed a listener through modules of other libraries
     try:
-        yield _recording.reads
+        yield
     finally:
-        _recording = before
+        if before is None:
+            del _listeners[thread]
+        else:
+            _listeners[thread] = before
