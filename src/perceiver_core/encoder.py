@@ -125,7 +125,8 @@ class Encoder(nn.Module):
                     capture.grid = given[source].grid if isinstance(given[source], Tokens) else None  # type: ignore[union-attr]
                 x = self.reads[read](x, tokens, **options)
                 del tokens, options  # a memory that no later read needs is freed before the latent transformer
-                shared.release(step)
+                if shared.caches:
+                    shared.release(step)
                 if step == captured:
                     return x
                 number = self.sharing.transformers[step]
@@ -133,7 +134,8 @@ class Encoder(nn.Module):
                 if self.aggregates is not None:
                     x = aggregate_states(self.aggregates[number], states, x)
         finally:
-            shared.release_all()
+            if shared.caches:
+                shared.release_all()
         return x
 
     def attention_map(

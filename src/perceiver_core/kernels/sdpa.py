@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from perceiver_core import checks, masks
+from perceiver_core import masks
 from perceiver_core.kernels import varlen
 from perceiver_core.kernels.shapes import Keys, Outputs, Queries, Values
 from perceiver_core.masks import Mask
@@ -33,7 +33,7 @@ def sdpa(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropout: f
         >>> torch.testing.assert_close(sdpa(q, k, v), reference(q, k, v))
     """
     device_type = q.device.type
-    if checks.autocasting(q.device):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         # Autocast converts inside the kernel, after `varlen.is_supported` looks at the dtype; so convert here.
         dtype = torch.get_autocast_dtype(device_type)
         q, k, v = (x.to(dtype) if x.dtype == torch.float32 else x for x in (q, k, v))

@@ -130,11 +130,10 @@ class Dense:
 
 def project(attention: Attention, inputs: Tensor, positions: Tensor | None = None) -> KeysValues:
     """Return the keys and values of an input `b n c`: linear projections, key norm, rotary embedding."""
-    keys = attention.key_norm(split_heads(attention.key(inputs), attention.num_kv_heads))
-    values = split_heads(attention.value(inputs), attention.num_kv_heads)
-    return KeysValues(
-        attention.rotary(keys) if positions is None else rotate(attention.rotary, keys, positions), values
-    )
+    keys, values = attention.key(inputs), attention.value(inputs)
+    keys = attention.key_norm(split_heads(keys, attention.num_kv_heads))
+    keys = attention.rotary(keys) if positions is None else rotate(attention.rotary, keys, positions)
+    return KeysValues(keys, split_heads(values, attention.num_kv_heads))
 
 
 def split_heads(x: Float[Tensor, "b n hd"], num_heads: int) -> Float[Tensor, "b h n d"]:
