@@ -52,7 +52,7 @@ gpu: ## on a machine with a CUDA GPU: its tests and its tables, by the PyTorch t
 	$(PYTHON) -m pytest -q -p no:cacheprovider -m "gpu or triton" $(GPU_TESTS); tests=$$?; \
 	$(PYTHON) -m benchmarks read attention models --device cuda $(BENCH) && exit $$tests
 
-GPU_TESTS := tests/test_gpu.py tests/kernels tests/reads tests/blocks tests/checkpoints tests/benchmarks
+GPU_TESTS := tests/integration/test_gpu.py tests/kernels tests/reads tests/blocks tests/checkpoints tests/benchmarks
 
 constraints: $(VENV)/.installed-dev $(VENV)/.installed-akoa $(VENV)/.installed-docs ## upgrade .venv (torch apart) and pin it in constraints.txt
 	$(RUN) -m pip install --quiet --upgrade --upgrade-strategy eager "$$(grep '^torch==' constraints.txt)" -e ".[images,hub,plots,akoa,dev,docs]"

@@ -27,7 +27,6 @@ from perceiver_core import (
     reads,
     registry,
     sharing,
-    visualize,
 )
 from perceiver_core.activation_checkpointing import checkpoint_activations
 from perceiver_core.blocks import (
@@ -50,7 +49,8 @@ from perceiver_core.blocks import (
 from perceiver_core.checkpoints import load, save
 from perceiver_core.decoder import Decoder
 from perceiver_core.encoder import Encoder
-from perceiver_core.explain import ReadExplanation, ReadExplanations, explain_reads
+from perceiver_core.inspection import visualize
+from perceiver_core.inspection.explain import ReadExplanation, ReadExplanations, explain_reads
 from perceiver_core.models import HierarchicalPerceiver, Perceiver, PerceiverAR, PerceiverIO, Resampler, generate
 from perceiver_core.reads import KeysValues
 from perceiver_core.registry import register

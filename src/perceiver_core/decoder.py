@@ -11,10 +11,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from perceiver_core import checks, init, masks
+from perceiver_core import checks, masks
 from perceiver_core.blocks import CrossAttend
 from perceiver_core.blocks.factory import build
 from perceiver_core.kernels.attention_weights import unwrapped
+from perceiver_core.layers import init
 from perceiver_core.reads import AttentionCapture
 from perceiver_core.registry import register
 

@@ -8,10 +8,11 @@ from typing import TypeAlias
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from perceiver_core import checks, init, sharing
+from perceiver_core import checks, sharing
 from perceiver_core.blocks import CrossAttend, LatentTransformer
 from perceiver_core.blocks.attention_residual import Aggregate, aggregate_states
 from perceiver_core.blocks.factory import build
+from perceiver_core.layers import init
 from perceiver_core.masks import Mask
 from perceiver_core.reads import AttentionCapture, Memory, SharedMemory
 from perceiver_core.reads.strategy import QueryIndices

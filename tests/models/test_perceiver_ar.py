@@ -14,8 +14,8 @@ from torch import nn
 import perceiver_core as pc
 from perceiver_core import masks
 from perceiver_core.kernels import reference
+from perceiver_core.layers.random_draws import RepeatableDraws
 from perceiver_core.models.perceiver_ar import kept_prefix
-from perceiver_core.random_draws import RepeatableDraws
 from tests.models.perceiver_ar_cases import (
     DIM,
     EXACT,

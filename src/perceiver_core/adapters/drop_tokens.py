@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_core import checks
-from perceiver_core.random_draws import RepeatableDraws
+from perceiver_core.layers.random_draws import RepeatableDraws
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 

@@ -7,8 +7,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perceiver_core import checks, init
+from perceiver_core import checks
 from perceiver_core.adapters.grid import check_axes, grid_tokens, token_dim
+from perceiver_core.layers import init
 from perceiver_core.positions import Positions
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens

@@ -9,8 +9,9 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from perceiver_core import checks, init, modalities
-from perceiver_core.random_draws import RepeatableDraws
+from perceiver_core import checks, modalities
+from perceiver_core.layers import init
+from perceiver_core.layers.random_draws import RepeatableDraws
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 

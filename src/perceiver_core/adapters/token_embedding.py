@@ -7,7 +7,8 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perceiver_core import checks, init
+from perceiver_core import checks
+from perceiver_core.layers import init
 from perceiver_core.positions import Gaussian, LearnedGrid, Projected
 from perceiver_core.positions.fourier import SeparableFeatures
 from perceiver_core.registry import register

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from perceiver_core import checks, init
+from perceiver_core import checks
+from perceiver_core.layers import init
 from perceiver_core.registry import register
 
 Aggregate: TypeAlias = Callable[[int], nn.Module]

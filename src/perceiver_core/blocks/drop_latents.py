@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from perceiver_core import checks
-from perceiver_core.random_draws import RepeatableDraws
+from perceiver_core.layers.random_draws import RepeatableDraws
 from perceiver_core.registry import register
 
 

@@ -12,12 +12,13 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perceiver_core import checks, init
+from perceiver_core import checks
 from perceiver_core.blocks.cross_attend import CrossAttend
 from perceiver_core.blocks.factory import build
 from perceiver_core.blocks.latent_transformer import LatentTransformer
 from perceiver_core.blocks.mlp import MLP
 from perceiver_core.blocks.self_attend import SelfAttend
+from perceiver_core.layers import init
 from perceiver_core.registry import register
 
 LATENT_TRANSFORMER = partial(LatentTransformer, block=partial(SelfAttend, mlp=partial(MLP, widening_factor=4)))

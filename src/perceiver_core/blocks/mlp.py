@@ -6,7 +6,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perceiver_core import checks, init
+from perceiver_core import checks
+from perceiver_core.layers import init
 from perceiver_core.registry import register
 
 

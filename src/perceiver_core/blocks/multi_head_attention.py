@@ -7,9 +7,10 @@ from collections.abc import Callable
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from perceiver_core import checks, init, masks
+from perceiver_core import checks, masks
 from perceiver_core.blocks.factory import build, takes_argument
 from perceiver_core.kernels import fastest
+from perceiver_core.layers import init
 from perceiver_core.masks import Mask
 from perceiver_core.reads.dense import project, rotate, split_heads
 from perceiver_core.reads.source import AttentionCapture, Cache

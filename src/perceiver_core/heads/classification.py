@@ -7,8 +7,9 @@ from collections.abc import Callable
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from perceiver_core import checks, init
+from perceiver_core import checks
 from perceiver_core.blocks.factory import build
+from perceiver_core.layers import init
 from perceiver_core.registry import register
 
 

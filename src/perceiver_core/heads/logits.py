@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perceiver_core import init
+from perceiver_core.layers import init
 from perceiver_core.registry import register
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from perceiver_core import checks, init
+from perceiver_core import checks
 from perceiver_core.adapters.patchify import unpatchify
+from perceiver_core.layers import init
 from perceiver_core.registry import register
 
 

@@ -17,10 +17,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perceiver_core import checks, init
+from perceiver_core import checks
 from perceiver_core.blocks import CrossAttend, GroupedRead, Level
 from perceiver_core.blocks.factory import build
 from perceiver_core.blocks.grouped_read import LATENT_TRANSFORMER, grouped
+from perceiver_core.layers import init
 from perceiver_core.positions import Positions
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens

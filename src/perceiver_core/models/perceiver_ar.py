@@ -16,9 +16,9 @@ from perceiver_core.adapters import TokenEmbedding
 from perceiver_core.blocks import CrossAttend, LatentTransformer, MultiHeadAttention, SelfAttend
 from perceiver_core.blocks.factory import build
 from perceiver_core.heads import TiedLogits
+from perceiver_core.layers.random_draws import RepeatableDraws
 from perceiver_core.masks import Mask
 from perceiver_core.positions import Rotary
-from perceiver_core.random_draws import RepeatableDraws
 from perceiver_core.reads import KeysValuesCache
 from perceiver_core.registry import register
 

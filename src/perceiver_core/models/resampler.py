@@ -13,9 +13,10 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from perceiver_core import checks, init
+from perceiver_core import checks
 from perceiver_core.blocks import MLP, JointAttend, MultiHeadAttention, SquaredReLU
 from perceiver_core.blocks.factory import build
+from perceiver_core.layers import init
 from perceiver_core.positions import Positions
 from perceiver_core.reads import AttentionCapture
 from perceiver_core.reads.strategy import QueryIndices

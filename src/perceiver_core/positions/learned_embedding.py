@@ -9,7 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perceiver_core import checks, init
+from perceiver_core import checks
+from perceiver_core.layers import init
 from perceiver_core.positions.grid import check_axes
 from perceiver_core.registry import register
 

@@ -7,7 +7,8 @@ from functools import partial
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from perceiver_core import checks, init
+from perceiver_core import checks
+from perceiver_core.layers import init
 from perceiver_core.queries.selection import select
 from perceiver_core.registry import register
 

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from perceiver_core import checks, init, modalities
+from perceiver_core import checks, modalities
+from perceiver_core.layers import init
 from perceiver_core.queries.from_inputs import FromInputs
 from perceiver_core.queries.grid import Grid
 from perceiver_core.registry import register

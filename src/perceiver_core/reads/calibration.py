@@ -13,7 +13,7 @@ from torch import Tensor
 
 from perceiver_core.kernels import fastest
 from perceiver_core.kernels.grid import missing_kernel, read_grid
-from perceiver_core.linear import Linear
+from perceiver_core.layers.linear import Linear
 from perceiver_core.reads import structured
 from perceiver_core.reads.factored_keys_values import Norm, factor
 from perceiver_core.reads.machine import DEFAULTS, SHORT_ROW, Machine

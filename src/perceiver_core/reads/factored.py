@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from perceiver_core import checks, masks
 from perceiver_core.kernels import PartialAttention, fastest, partial_attention
 from perceiver_core.kernels.fastest import uses_chunks
-from perceiver_core.linear import Linear
+from perceiver_core.layers.linear import Linear
 from perceiver_core.reads import slabs
 from perceiver_core.reads.dense import KeysValues, rotate
 from perceiver_core.reads.factored_keys_values import AttendSlab, FactoredKeysValues, Norm, factor

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import perceiver_core as pc
-from perceiver_core import visualize
+from perceiver_core.inspection import visualize
 
 GRID = (13, 7)
 

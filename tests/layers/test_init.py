@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from perceiver_core import init
+from perceiver_core.layers import init
 
 
 def largest_gap(sample: Tensor, std: float) -> float:

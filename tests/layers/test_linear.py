@@ -11,8 +11,8 @@ from torch.func import functional_call, jvp, vmap
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from perceiver_core import init, linear
-from perceiver_core.linear import Linear
+from perceiver_core.layers import init, linear
+from perceiver_core.layers.linear import Linear
 
 there = pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")), reason="no oneDNN"

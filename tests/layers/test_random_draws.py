@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import perceiver_core as pc
-from perceiver_core import random_draws
-from perceiver_core.random_draws import RepeatableDraws
+from perceiver_core.layers import random_draws
+from perceiver_core.layers.random_draws import RepeatableDraws
 
 EXACT = {"rtol": 0, "atol": 0}
 

@@ -17,7 +17,7 @@ import perceiver_core as pc
 from perceiver_core import Tokens, reads
 from perceiver_core.reads import KeysValues, SharedMemory
 from perceiver_core.registry import names
-from tests.whole_models import MODELS, make
+from tests.integration.whole_models import MODELS, make
 
 EXACT = {"rtol": 0, "atol": 0}
 STRATEGIES = {"dense": reads.Dense(), "factored": reads.Factored(), "structured": reads.Structured()}

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from perceiver_core.linear import Linear
+from perceiver_core.layers.linear import Linear
 
 # Standard deviation of a standard normal truncated to [-2, 2]; weights are divided by it to restore their scale.
 TRUNCATED_STD = 0.87962566103423978
@@ -24,7 +24,7 @@ def linear(in_features: int, out_features: int, *, bias: bool = True) -> nn.Line
 
     Example:
         >>> import torch
-        >>> from perceiver_core import init
+        >>> from perceiver_core.layers import init
         >>> _ = torch.manual_seed(0)
         >>> layer = init.linear(400, 300)
         >>> round(layer.weight.std().item() * 400 ** 0.5, 1), layer.bias.abs().max().item()
@@ -47,7 +47,7 @@ def embedding(*shape: int, std: float = 0.02) -> nn.Parameter:
     """Return a learned array (latents, positions): normal, truncated at two standard deviations.
 
     Example:
-        >>> from perceiver_core import init
+        >>> from perceiver_core.layers import init
         >>> array = init.embedding(512, 64)
         >>> array.shape, bool(array.abs().max() <= 0.04)
         (torch.Size([512, 64]), True)

@@ -1,0 +1,1 @@
+"""Views of a model: the decisions of its reads, its attention maps and its architecture."""
