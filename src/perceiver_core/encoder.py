@@ -86,6 +86,8 @@ class Encoder(nn.Module):
         widths = _read_widths(input_dim, self.sharing)
         self.latents = init.embedding(num_latents, dim)
         self.latent_dropout = nn.Identity() if latent_dropout is None else latent_dropout
+        if not isinstance(self.latent_dropout, nn.Module):
+            raise TypeError(f"latent_dropout must be a module such as DropLatents(0.1); got {latent_dropout!r}")
         self.reads = nn.ModuleList(build(cross_attention, dim, width) for width in widths)
         num_transformers = len(set(self.sharing.transformers))
         self.transformers = nn.ModuleList(

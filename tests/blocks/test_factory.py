@@ -280,3 +280,15 @@ def test_the_factory_is_unchanged(width: int) -> None:
     for make, block in product([pc.SelfAttend], range(2)):
         make(DIM, num_heads=2, **given)
         assert {part: [id(module) for module in inside(given, part)] for part in PARTS} == before, block
+
+
+@pytest.mark.refusal
+def test_a_built_module_is_no_factory() -> None:
+    with pytest.raises(TypeError, match=r"a factory must be a class.*got a built CrossAttend"):
+        pc.Encoder(10, num_latents=3, dim=8, num_heads=2, cross_attention=pc.CrossAttend(8, 10))
+
+
+@pytest.mark.refusal
+def test_latent_dropout_is_a_module() -> None:
+    with pytest.raises(TypeError, match=r"latent_dropout must be a module such as DropLatents\(0\.1\); got 0\.1"):
+        pc.Encoder(10, num_latents=3, dim=8, num_heads=2, latent_dropout=0.1)

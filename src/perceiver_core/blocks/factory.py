@@ -34,6 +34,11 @@ def build(factory: Callable[..., T], *args: object, **kwargs: object) -> T:
         >>> build(attention, 16).rotary is build(attention, 16).rotary is rotary
         True
     """
+    if isinstance(factory, nn.Module) or not callable(factory):
+        raise TypeError(
+            "a factory must be a class, a function or a functools.partial, such as partial(CrossAttend, num_heads=1); "
+            f"got a built {type(factory).__name__}"
+        )
     if not isinstance(factory, partial):
         return factory(*args, **kwargs)
     renewed: partial[T] = _renewed(factory, unwrap=True)

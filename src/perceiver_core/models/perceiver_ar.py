@@ -67,7 +67,8 @@ class PerceiverAR(nn.Module):
         depth: Number of self-attention blocks after the read.
         num_heads: Number of attention heads of these blocks; the read has its own.
         cross_attention: Factory `(dim, dim) -> module` of the read. It has 1 head by default; for eight heads write
-            `cross_attention=partial(perceiver_ar.CROSS_ATTENTION, num_heads=8)`.
+            `cross_attention=partial(perceiver_ar.CROSS_ATTENTION, num_heads=8)`. A plain `CrossAttend` has no rotary
+            positions, so it needs an `embedding` with positions.
         latent_transformer: Factory `(dim, depth=depth, num_heads=num_heads) -> module`.
         norm: Factory `dim -> module` of the norm before the head.
         head: Factory `embedding -> module` of the logits, such as `heads.TiedLogits` or `heads.Logits`.
