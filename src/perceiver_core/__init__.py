@@ -1,12 +1,12 @@
-"""Perceivers for PyTorch: parts that compose.
+"""Perceiver models for PyTorch, built from composable parts.
 
-    adapter: raw input -> tokens      encoder: tokens -> latents      head: latents -> answer
+    adapter: raw input -> tokens      encoder: tokens -> latents      head: latents -> output
 
 Example:
     >>> import torch
     >>> import perceiver_core as pc
-    >>> where = pc.positions.Fourier(num_axes=1, num_bands=8, max_resolution=64)
-    >>> audio = pc.adapters.Audio(patch_size=16, positions=where)
+    >>> fourier = pc.positions.Fourier(num_axes=1, num_bands=8, max_resolution=64)
+    >>> audio = pc.adapters.Audio(patch_size=16, positions=fourier)
     >>> encoder = pc.Encoder(audio.dim, num_latents=8, dim=32, depth=2, num_heads=4)
     >>> model = pc.Perceiver(audio, encoder, pc.heads.Regression(encoder.dim, num_outputs=1))
     >>> model(torch.randn(3, 999)).shape

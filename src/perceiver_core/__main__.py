@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def _costs(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Print measured costs beside those in use, and the call that makes a model use them."""
+    """Print measured and current cost constants, and the call that sets them for a model."""
     device = options.device.split(":")[0]
     if device not in DEFAULTS or (device == "cuda" and not torch.cuda.is_available()):
         parser.error(f"--device must be cpu, or cuda where PyTorch finds a GPU; got {options.device}")
@@ -52,10 +52,10 @@ def _add_convert(command: argparse.ArgumentParser) -> None:
     command.add_argument("--numerics", choices=NUMERICS, help="numerics of the model (default: those of its source)")
     command.add_argument(
         "--arguments", type=_arguments, default={}, metavar="JSON",
-        help="values that the source does not tell, as JSON or the path of a JSON file: of perceiver-pytorch's "
+        help="values that the source does not contain, as JSON or the path of a JSON file: of perceiver-pytorch's "
         "constructor, or of transformers' configuration",
     )  # fmt: skip
-    command.add_argument("--check", action="store_true", help="run the original beside ours; write if they agree")
+    command.add_argument("--check", action="store_true", help="run both models; write only if the outputs agree")
     command.set_defaults(run=_convert)
 
 

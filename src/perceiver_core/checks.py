@@ -199,7 +199,7 @@ def _is_integer(size: object) -> bool:
 
 
 def part_of(n: int, share: float) -> int:
-    """Return the integer part of a share of n, robust to rounding errors just below an integer.
+    """Return `n * share` rounded down; products just below an integer, by rounding errors, count as that integer.
 
     Example:
         >>> from perceiver_core import checks

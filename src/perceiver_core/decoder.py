@@ -94,9 +94,9 @@ class Decoder(nn.Module):
             capture: Receives the attention weights, of all queries at once.
 
         Raises:
-            TypeError: Queries that are not floating point, or not of the latents' dtype; a mask that is no dictionary
-                where the queries are one.
-            ValueError: Queries of another width, batch size or device; a mask of another shape.
+            TypeError: Queries are not floating point or not of the latents' dtype, or queries are a dictionary and
+                the mask is not.
+            ValueError: The width, batch size or device of the queries, or the shape of the mask, does not fit.
         """
         checks.is_floating("latents", latents)
         checks.has_shape("latents", latents, "b m d", last=self.dim)

@@ -1,4 +1,4 @@
-"""Encoder: a learned latent array reads the input several times, each time followed by a latent transformer."""
+"""Encoder: a learned latent array cross-attends to the input several times, each followed by a latent transformer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ReadKey: TypeAlias = tuple[int, int]
 
 @register
 class Encoder(nn.Module):
-    """Latents read the input, attend to each other, read again, ...
+    """Latent array that alternately cross-attends to the input and passes through a latent transformer.
 
         for each step:  latents = cross_attention(latents, input);  latents = latent_transformer(latents)
 
@@ -108,7 +108,7 @@ class Encoder(nn.Module):
 
         Args:
             inputs: Tokens or a tensor `b n c` for all reads, or a sequence of one per read.
-            mask: Attention mask besides the tokens' own; see `masks`.
+            mask: Attention mask in addition to the tokens' own; see `masks`.
             capture: Receives the attention weights of one read, after which the latents are returned.
 
         Raises:
@@ -189,7 +189,7 @@ class Encoder(nn.Module):
         return given
 
     def _read_keys(self, given: list[Input]) -> list[ReadKey]:
-        """Return the weights and the input of each step; an input that occurs twice has its first index."""
+        """Return (weight index, input index) of each step; inputs that are the same object share an index."""
         first = [min(i for i, other in enumerate(given) if other is x) for x in given]
         return [(number, first[step % len(given)]) for step, number in enumerate(self.sharing.reads)]
 
@@ -204,7 +204,7 @@ class _SharedMemories:
     def arguments(
         self, step: int, read: nn.Module, tokens: Input, mask: Mask | None, num_latents: int
     ) -> tuple[Input | Memory, dict[str, object]]:
-        """Return the input of a read and its keyword arguments: a memory, or the tokens and a cache for later reads."""
+        """Return the input and keyword arguments of a read: a shared memory, or the tokens and a cache."""
         key = self.keys[step]
         memory = self.caches[key].memory if key in self.caches else None
         if memory is not None:
@@ -216,7 +216,7 @@ class _SharedMemories:
         return tokens, options
 
     def release(self, step: int) -> None:
-        """Drop the memory of a read if no later one needs it, or if a reentrant checkpoint made it without a graph."""
+        """Drop the memory of a read if no later read needs it, or if a reentrant checkpoint left it without a graph."""
         cache = self.caches.get(self.keys[step])
         if cache is not None and (self.keys[step] not in self.keys[step + 1 :] or not cache.has_graph()):
             del self.caches[self.keys[step]]

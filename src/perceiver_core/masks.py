@@ -126,7 +126,7 @@ class Or:
 
 
 def and_(*masks: Mask | None) -> Mask | None:
-    """Return the intersection of masks. None allows everything; without other masks the result is None.
+    """Return the intersection of masks. None is a mask without restrictions; the result is None if all masks are.
 
     Example:
         >>> from perceiver_core import masks
@@ -228,10 +228,10 @@ def split(mask: Mask | None) -> tuple[tuple[Rule, ...], tuple[Tensor, ...]]:
 
 
 def from_token_mask(mask: Mask | None) -> Mask | None:
-    """Return the mask that a module was given, with a tensor `b n` of valid tokens as `Padding`.
+    """Wrap a mask of valid tokens `b n` in `Padding`; return attention masks and None unchanged.
 
     Raises:
-        ValueError: A tensor of other than two or four axes, which would be ambiguous.
+        ValueError: A tensor has neither two nor four axes, so its meaning is ambiguous.
     """
     if not isinstance(mask, Tensor) or mask.ndim == 4:
         return mask

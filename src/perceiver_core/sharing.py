@@ -22,10 +22,10 @@ from perceiver_core.registry import register
 class Sharing:
     """Weight indices of the read and of the latent transformer of each step.
 
-    Indices start at 0 and a new one is the next: (0, 1, 1, 2), not (0, 2, 2, 1).
+    Weights are numbered from 0 in the order of their first use: (0, 1, 1, 2), not (0, 2, 2, 1).
 
     Raises:
-        ValueError: Two lengths, or indices out of order.
+        ValueError: The lengths differ, or indices are not in the order of first use.
 
     Example:
         >>> from perceiver_core.sharing import Sharing
@@ -53,7 +53,7 @@ class Sharing:
 @register
 @dataclass(frozen=True)
 class Shared:
-    """A module inside a `functools.partial` that all blocks made from it share; without it each block has a copy.
+    """Module inside a `functools.partial` that all blocks share; without this marker, each block gets a copy.
 
     Args:
         module: The shared module.

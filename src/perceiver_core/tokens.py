@@ -1,7 +1,7 @@
 """Tokens: output of an adapter and input of a read.
 
-Positions are not concatenated to the content. They stay a few small tables, whose sum over the grid gives the position
-features of every token: a 224 x 224 image has two tables of 224 rows instead of 50,176 feature vectors per sample.
+Position features are stored separately from the content, as a few small tables that broadcast over the grid and add up
+to the features of every token: a 224 x 224 image has two tables of 224 rows, not 50,176 feature vectors per sample.
 """
 
 from __future__ import annotations

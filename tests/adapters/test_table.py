@@ -74,7 +74,7 @@ def test_it_is_saved_and_loaded(tmp_path):
         ({"numbers": torch.zeros(1, 2)}, ValueError, "numbers must have 3 features"),
         ({"numbers": torch.zeros(1, 3).long()}, TypeError, "numbers must be floating point"),
         ({"numbers": torch.tensor([[0.0, torch.inf, NAN]] * 2)}, ValueError, "numbers holds NaN or infinite"),
-        ({"numbers": torch.zeros(1, 3)}, ValueError, r"rows must have as many numbers as categories; got \[1, 2\]"),
+        ({"numbers": torch.zeros(1, 3)}, ValueError, r"numbers and categories must have one batch size; got \[1, 2\]"),
         ({"other": torch.zeros(1, 3)}, ValueError, r"rows must have \['categories', 'numbers'\]; got"),
     ],
 )

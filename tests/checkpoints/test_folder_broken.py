@@ -34,7 +34,7 @@ def assert_refused(path, message, error=ValueError):
 
 def test_a_folder_that_is_not_there(tmp_path):
     assert_refused(
-        tmp_path / "new", "config.json is not there; give load the folder that save wrote", FileNotFoundError
+        tmp_path / "new", "config.json does not exist; give load the folder that save wrote", FileNotFoundError
     )
 
 
@@ -50,7 +50,7 @@ def test_a_file_that_is_not_there(name, instead, broken):
         os.mkfifo(broken / name)
     elif instead == "a device":
         (broken / name).symlink_to("/dev/zero")
-    assert_refused(broken, f"{name} is not there", FileNotFoundError)
+    assert_refused(broken, f"{name} does not exist", FileNotFoundError)
 
 
 def header(content):

@@ -63,8 +63,8 @@ CHANGES = {
         lambda m: setattr(m.adapter.positions, "num_bands", 3),
         r"adapter\.positions is .*bands=3.* not .*bands=2",
     ),
-    "a module more": (lambda m: setattr(m, "extra", nn.Linear(3, 2)), "extra is .*Linear.*, not there"),
-    "a module less": (lambda m: delattr(m.encoder.reads[0], "mlp_norm"), "mlp_norm is not there, not torch.*LayerNorm"),
+    "a module more": (lambda m: setattr(m, "extra", nn.Linear(3, 2)), "extra is .*Linear.*, not missing"),
+    "a module less": (lambda m: delattr(m.encoder.reads[0], "mlp_norm"), "mlp_norm is missing, not torch.*LayerNorm"),
     "a parameter": (lambda m: setattr(m, "extra", nn.Parameter(torch.ones(3))), r"unknown \['extra'\]"),
     "tied": (
         lambda m: setattr(m.encoder.reads[0].mlp.expand, "weight", m.encoder.reads[0].mlp.contract.weight),
@@ -82,7 +82,7 @@ def test_a_model_that_its_constructor_does_not_make_is_refused(change, message, 
     model = small()
     change(model)
     with pytest.raises(
-        ValueError, match=f"(?s)Perceiver is no longer what its constructor made: .*{message}"
+        ValueError, match=f"(?s)Perceiver is no longer as its constructor built it: .*{message}"
     ) as caught:
         pc.save(model, tmp_path / "new")
     assert "Replace whole parts (model.head = ...), or register a part" in str(caught.value)
@@ -130,7 +130,7 @@ def test_a_model_without_values_is_refused(tmp_path):
 
 
 def test_a_model_of_unequal_settings_says_so_before_writing(tmp_path):
-    with pytest.raises(ValueError, match=r"factor is inf, which JSON has no word for"):
+    with pytest.raises(ValueError, match=r"factor is inf, which JSON cannot represent"):
         pc.save(Infinite(math.inf), tmp_path / "new")
     with pytest.raises(ValueError, match=r"the config\.json of Infinite must have at most 1048576 bytes"):
         pc.save(Infinite("x" * 2**20), tmp_path / "new")

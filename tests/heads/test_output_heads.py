@@ -117,7 +117,7 @@ def test_a_patch_equals_a_slice_of_the_image():
 def test_invalid_patches_raise():
     with pytest.raises(ValueError, match="size must have two axes, for images, or three, for videos"):
         Unpatchify(3, grid=None, patch_size=(2,))
-    with pytest.raises(ValueError, match="grid must have as many axes as patch_size, 2"):
+    with pytest.raises(ValueError, match="grid must have the number of axes of patch_size, 2"):
         Unpatchify(3, grid=(2,), patch_size=(2, 2))
     with pytest.raises(ValueError, match=r"pixels must be b c h w of 3 channels and whole patches \(2, 2\)"):
         Unpatchify(3, grid=None, patch_size=(2, 2)).cut(torch.zeros(1, 3, 4, 5))

@@ -199,7 +199,7 @@ def test_perceiver_pytorch_is_run_beside_ours(lucid, tmp_path, monkeypatch, caps
     assert "largest difference" in capsys.readouterr().out
     less = json.dumps({name: value for name, value in LUCID.items() if name != "depth"})
     said = refused(monkeypatch, capsys, lucid, tmp_path / "more", "--check", "--arguments", less)
-    assert "arguments must be all that made their model" in said
+    assert "arguments must be all that their constructor needs" in said
 
 
 def test_perceiver_io_of_perceiver_pytorch_is_run_beside_ours(tmp_path, monkeypatch):
@@ -275,7 +275,7 @@ def test_errors_where_the_original_is_not_installed(library, theirs, lucid, tmp_
 
 REFUSED = {
     "nowhere": (["nowhere.npz", "out"], "must be a folder, or owner/name on the hub"),
-    "a destination that is there": (["theirs", "full"], "destination must be a folder that is not there yet, or empty"),
+    "a destination that is there": (["theirs", "full"], "destination must be a new or an empty folder"),
     "a destination that is a file": (["theirs", "junk.bin"], "destination must be a folder"),
     "junk": (["junk.bin", "out"], "no safetensors file, no .npz and no pickle"),
     "a zip file": (["file.pt", "out"], "read it by torch.load with weights_only=True"),
@@ -294,7 +294,7 @@ REFUSED = {
         ["arrays.npz", "out", "--arguments", '{"num_self_attention_headz": 4}'],
         "has no ['num_self_attention_headz']",
     ),
-    "arguments for transformers": (["theirs", "out", "--arguments", '{"a": 1}'], "config.json tells all"),
+    "arguments for transformers": (["theirs", "out", "--arguments", '{"a": 1}'], "config.json has all values"),
     "ours to ours": (["ours", "out"], "is perceiver-core's already"),
     "ours without a configuration": (["ours", "out", "--to", "transformers"], "arguments must be given"),
     "ours of another kind": (
@@ -326,7 +326,7 @@ def test_a_link_to_where_a_folder_can_be_is_followed(theirs, tmp_path, monkeypat
 PLACES = {
     "loop": "is a link to itself",
     "file/inner": "destination must be in a folder that can be written to",
-    "link_to_full": "is there",
+    "link_to_full": "exists",
 }
 
 

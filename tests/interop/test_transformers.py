@@ -104,7 +104,7 @@ def test_shards(end: str, theirs: Path) -> None:
     refused(theirs, str(theirs / file), f"it also holds ['{LATENTS}']")
     index(theirs, end, places)
     (theirs / file).unlink()
-    with pytest.raises(FileNotFoundError, match=f"names {file}, which is not there"):
+    with pytest.raises(FileNotFoundError, match=f"names {file}, which does not exist"):
         load_transformers(theirs)
 
 

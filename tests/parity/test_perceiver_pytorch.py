@@ -431,7 +431,7 @@ class TestRefusals:
             )
         with pytest.raises(ValueError, match="'epoch' is of type int"):
             load_perceiver_pytorch({"epoch": 3})
-        with pytest.raises(FileNotFoundError, match=r"nowhere\.safetensors is not there"):
+        with pytest.raises(FileNotFoundError, match=r"nowhere\.safetensors does not exist"):
             load_perceiver_pytorch(tmp_path / "nowhere.safetensors")
         (tmp_path / "model.pt").write_bytes(b"PK something")
         with pytest.raises(ValueError, match=r"model.pt is not a whole safetensors file.* weights_only=True"):

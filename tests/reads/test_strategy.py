@@ -299,7 +299,7 @@ def test_what_is_no_strategy_raises(strategy):
 def test_a_module_without_reads_raises():
     with pytest.raises(ValueError, match="must have reads"):
         reads.set_strategy(nn.Linear(2, 3), Dense())
-    with pytest.raises(ValueError, match="must make reads"):
+    with pytest.raises(ValueError, match="must call reads"):
         explain_reads(nn.Linear(2, 3), torch.rand(5, 2))
 
 

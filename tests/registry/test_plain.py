@@ -146,7 +146,7 @@ def test_what_cannot_be_read_or_shown_is_refused_when_it_is_saved():
             raise RuntimeError("not shown")
 
     for value in (Missing(a=3), ConfigList([3, Secret()]), Secret(), ConfigDict(a=nn.Tanh())):
-        with pytest.raises(ValueError, match="JSON has no word for"):
+        with pytest.raises(ValueError, match="JSON cannot represent"):
             to_config(Holds(value))
 
 

@@ -153,14 +153,14 @@ def test_only_saving_refuses_what_cannot_be_described(options, message, tmp_path
 @pytest.mark.parametrize(
     "value, message",
     [
-        (object(), r"^value is <object object .*JSON has no word for"),
-        (torch.zeros(3), r"^value is a Tensor of shape \(3,\), which JSON has no word for"),
-        ([3, {5}], r"^value\.1 is \{5\}, which JSON has no word for"),
-        ({"a": {3: 5}}, r"^value\.a is \{3: 5\}, which JSON has no word for"),
+        (object(), r"^value is <object object .*JSON cannot represent"),
+        (torch.zeros(3), r"^value is a Tensor of shape \(3,\), which JSON cannot represent"),
+        ([3, {5}], r"^value\.1 is \{5\}, which JSON cannot represent"),
+        ({"a": {3: 5}}, r"^value\.a is \{3: 5\}, which JSON cannot represent"),
         (partial(Scale, 3.0), r"^value is a functools\.partial of positional arguments; name them"),
         (partial(Anything, value=nn.Linear(3, 5)), r"^value\.value is torch.*Linear, which is not registered. Put @"),
         (nn.Linear(3, 5), r"^value is torch.*Linear, which is not registered. Put @perceiver_core\.register above"),
-        (float("nan"), r"^value is nan, which JSON has no word for"),
+        (float("nan"), r"^value is nan, which JSON cannot represent"),
     ],
     ids=["object", "tensor", "list", "dict", "positional", "module in a partial", "module", "nan"],
 )
@@ -305,7 +305,7 @@ def test_an_attribute_without_a_module_is_refused():
     for change in (lambda part: setattr(part, "first", None), lambda part: delattr(part, "first")):
         part = Sum(Scale())
         change(part)
-        with pytest.raises(ValueError, match=r"first is a module that was given to Sum, which has none .* 'first' now"):
+        with pytest.raises(ValueError, match=r"first is a module passed to Sum, which has none .* 'first' now"):
             to_config(part)
 
 

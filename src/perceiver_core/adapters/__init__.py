@@ -1,4 +1,4 @@
-"""Adapters: modules from raw inputs to `Tokens`. The attribute `dim` of an adapter is the width of its tokens.
+"""Adapters: modules that convert raw inputs to `Tokens`. The attribute `dim` of an adapter is the width of its tokens.
 
 The argument `mask` of `forward`, if there is one, marks valid tokens (True = attend). Adapters raise TypeError for
 inputs and masks of a wrong dtype, and ValueError for another rank, size or number of channels, empty inputs, NaN and

@@ -1,4 +1,4 @@
-"""Channels-last arrays on a grid, and the last step of all grid adapters."""
+"""Channels-last arrays on a grid, and functions that all grid adapters share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from perceiver_core.tokens import Tokens
 
 @register
 class Grid(nn.Module):
-    """Adapter for arrays `b *grid c` with as many grid axes as the positions have: one token per grid point.
+    """Adapter for channels-last arrays `b *grid c`: one token per grid point.
 
     Args:
         num_channels: Number of channels c.

@@ -20,11 +20,11 @@ ModalityMask: TypeAlias = "Tensor | Mapping[str, object]"
 
 @register
 class Multimodal(nn.Module):
-    """Adapter for a dictionary of inputs: tokens of one width, modality after modality, in the order of the adapters.
+    """Adapter for a dictionary of inputs: concatenates the tokens of all modalities, padded to a common width.
 
-    Tokens of each modality are materialized and padded with a learned vector of their own, which also identifies the
-    modality. They take the dtype of that vector. The tokens of each modality on their own grid are in
-    `Tokens.modalities`, for use by `queries.Multimodal`; there, masked tokens are zeros, and dropped samples masked.
+    Modalities are in the order of the adapters. Tokens of each are materialized and padded with a learned vector, which
+    also identifies the modality, and converted to the dtype of that vector. `Tokens.modalities` has the tokens of each
+    modality on their own grid, for `queries.Multimodal`; there, replaced tokens are zero, and dropped samples masked.
 
     Args:
         adapters: Adapters by modality.
@@ -152,7 +152,7 @@ class Multimodal(nn.Module):
         }
 
     def _join(self, name: str, tokens: Tokens) -> tuple[Tensor, Tokens]:
-        """Return the tokens of one modality as a sequence of the common width, and on their grid, some replaced."""
+        """Return the tokens of one modality, some masked, as a padded sequence `b n dim` and on their own grid."""
         x = tokens.materialize()
         x = torch.cat([x, self.padding[name].expand(*x.shape[:-1], -1)], dim=-1)
         rate = self.token_mask_rate.get(name)
@@ -170,12 +170,12 @@ class Multimodal(nn.Module):
 
 
 def _aligned(samples: Tensor, ndim: int) -> Tensor:
-    """Return one value per sample, with as many axes as a tensor that it is broadcast with."""
+    """Reshape one value per sample, `b`, to `b 1 ... 1` with `ndim` axes, for broadcasting."""
     return samples.reshape(-1, *[1] * (ndim - 1))
 
 
 def _zero_samples(x: object, samples: Tensor, name: str, other_axes: Sequence[int]) -> object:
-    """Return an input with zeros for absent samples; `other_axes` are those of the mask, for the error message."""
+    """Return an input with absent samples set to zero; `name` and `other_axes` are only for the error message."""
     if isinstance(x, Mapping):
         return {key: _zero_samples(value, samples, name, other_axes) for key, value in x.items()}
     if not isinstance(x, Tensor) or not x.ndim:

@@ -1,4 +1,4 @@
-"""Arrays of any number of axes to patches and back.
+"""Conversion of arrays with any number of axes to patches, and back.
 
 The values of a patch are in row-major order, with all channels of a position together.
 """
@@ -24,7 +24,7 @@ def patchify(x: Float[Tensor, "b c *axes"], patch_size: Sequence[int]) -> Float[
 def unpatchify(
     patches: Float[Tensor, "b *grid p"], patch_size: Sequence[int], channel_axis: int = 1
 ) -> Float[Tensor, "b ..."]:
-    """Return the arrays whose patches these are, with channels on an axis: 1 for `b c *axes`, 2 for `b t c h w`."""
+    """Assemble patches to arrays, the inverse of `patchify`; `channel_axis` is 1 for `b c *axes`, 2 for `b t c h w`."""
     batch, *grid, _ = patches.shape
     n = len(grid)
     x = patches.reshape(batch, *grid, *patch_size, -1)

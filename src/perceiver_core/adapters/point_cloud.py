@@ -1,4 +1,4 @@
-"""Point clouds of any size, padded to one with a mask."""
+"""Point clouds of any size, padded to a common size with a mask."""
 
 from __future__ import annotations
 

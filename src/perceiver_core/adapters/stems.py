@@ -1,4 +1,4 @@
-"""Stems of images: layers before pixels become tokens. `Image` builds them from the number of channels.
+"""Image stems: layers that convert pixels to features of tokens. `Image` calls them with the number of channels.
 
 A stem has `dim`, the width of its tokens, and `stride`, the number of pixels per token along each axis.
 """
@@ -119,7 +119,7 @@ class ConvStem(nn.Module):
         self.norm = nn.BatchNorm2d(dim)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d rows columns"]:
-        """Return features of a quarter of the height and width, rounded up twice."""
+        """Return features at a quarter of the height and width; both halvings round up."""
         x = F.relu(self.norm(self.convolution(_pad_same(x, kernel=7, fill=0.0))))
         return F.max_pool2d(_pad_same(x, kernel=3, fill=-torch.inf), kernel_size=3, stride=2)
 
@@ -140,7 +140,7 @@ class SymmetricPadConvStem(ConvStem):
     """
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d rows columns"]:
-        """Return features of one row and one column fewer than those of `ConvStem`."""
+        """Return features with one row and one column fewer than those of `ConvStem`."""
         x = F.relu(self.norm(self.convolution(F.pad(x, (3, 3, 3, 3)))))
         return F.max_pool2d(x, kernel_size=3, stride=2)
 

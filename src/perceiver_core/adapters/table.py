@@ -17,7 +17,7 @@ from perceiver_core.tokens import Tokens
 
 @partial(register, name="adapters.Table")
 class Table(nn.Module):
-    """Adapter for table rows: a column is a token, `number * scale + offset` or the vector of a category, all learned.
+    """Adapter for table rows: each column is a token, `number * scale + offset` or a category embedding, all learned.
 
     Tokens of missing numbers (NaN) and missing categories (-1) are masked.
 
@@ -71,12 +71,12 @@ class Table(nn.Module):
         parts = [embed[name](columns[name]) for name in counts if name in expected]
         sizes = [content.shape[0] for content, _ in parts]
         if sizes[0] != sizes[-1]:
-            raise ValueError(f"rows must have as many numbers as categories; got {sizes}")
+            raise ValueError(f"numbers and categories must have one batch size; got {sizes}")
         content, valid = (torch.cat(x, dim=1) for x in zip(*parts, strict=True))
         return Tokens(content, mask=valid)
 
     def _embed_numbers(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """Return tokens of numbers, and which are valid."""
+        """Return the tokens of the numeric columns, and the mask of valid ones."""
         checks.is_floating("numbers", numbers)
         checks.has_shape("numbers", numbers, "b n", last=self.num_numeric)
         valid = ~numbers.isnan()
@@ -85,7 +85,7 @@ class Table(nn.Module):
         return numbers[..., None] * self.scales + self.offsets, valid
 
     def _embed_categories(self, categories: Tensor) -> tuple[Tensor, Tensor]:
-        """Return tokens of categories, and which are valid."""
+        """Return the tokens of the categorical columns, and the mask of valid ones."""
         if not isinstance(categories, Tensor):
             raise TypeError(
                 f"categories must be a torch.Tensor; got {type(categories).__name__}. Convert it: torch.as_tensor(...)"

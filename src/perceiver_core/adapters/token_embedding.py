@@ -1,4 +1,4 @@
-"""Sequences of a vocabulary: text, bytes, musical notes."""
+"""Sequences of token ids: text, bytes, musical notes."""
 
 from __future__ import annotations
 

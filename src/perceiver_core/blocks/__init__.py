@@ -1,4 +1,4 @@
-"""Modules with weights: attention, MLP, cross-attends, self-attends, latent transformer."""
+"""Building blocks: attention, MLP, cross-attention and self-attention blocks, latent transformer."""
 
 from perceiver_core.blocks.attention_residual import AttentionResidual
 from perceiver_core.blocks.cross_attend import CrossAttend

@@ -1,4 +1,4 @@
-"""Attention residuals: a block starts from a weighted mean of all previous outputs instead of the last one."""
+"""Attention residuals: the input of a block is a weighted mean of all previous outputs instead of the last one."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ class CrossAttend(nn.Module):
         Args:
             x: Queries; a batch of 1 serves all samples.
             tokens: Tokens, a tensor, or the memory that an earlier call stored in a cache.
-            mask: Attention mask besides the tokens' own: valid tokens `b n`, a tensor `b h q k`, or a rule of `masks`.
+            mask: Mask in addition to the tokens' own: valid tokens `b n`, a tensor `b h q k`, or a rule of `masks`.
             positions: Positions of the queries for rotary embeddings; consecutive by default, the last one being 0.
             token_positions: Positions of the tokens for rotary embeddings, likewise.
             cache: Cache that stores the memory for later calls; see `reads.SharedMemory` and `reads.KeysValuesCache`.

@@ -42,7 +42,7 @@ class DropLatents(nn.Module):
         self._draws = RepeatableDraws()
 
     def forward(self, latents: Float[Tensor, "b m d"]) -> Float[Tensor, "b kept d"]:
-        """Return some of the latents in training, all of them otherwise."""
+        """Return a random subset of the latents in training, and all latents in evaluation."""
         if not self.training or not self.rate:
             return latents
         m, generator = latents.shape[1], self._draws.generator(self.generator)

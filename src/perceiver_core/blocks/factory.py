@@ -1,4 +1,4 @@
-"""Calls of factories: arguments that make the parts of a block, such as `attention=` or `norm=`."""
+"""Calls of factories: arguments from which a block builds its parts, such as `attention=` or `norm=`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def build(factory: Callable[..., T], *args: object, **kwargs: object) -> T:
-    """Call a factory so that it makes new parts: modules inside a `functools.partial` are copied for each call.
+    """Call a factory. Modules inside a `functools.partial` are copied, so that each call builds independent parts.
 
     A module in `sharing.Shared` is not copied: all blocks have the same.
 
@@ -46,10 +46,10 @@ def build(factory: Callable[..., T], *args: object, **kwargs: object) -> T:
 
 
 def _renewed(value: Any, *, unwrap: bool) -> Any:
-    """Return a value with every module in it copied; a partial without modules is returned itself.
+    """Return a value with every module in it copied; a partial without modules is returned unchanged.
 
-    `Shared` modules are unwrapped where they reach the factory that is called now, and stay wrapped in the factories
-    that it is given.
+    `Shared` modules are unwrapped in the arguments of the factory that is called now, and stay wrapped inside factories
+    that are arguments themselves.
     """
     if isinstance(value, nn.Module):
         return copy.deepcopy(value)
@@ -74,6 +74,6 @@ def _renewed_item(value: Any, *, unwrap: bool) -> Any:
 
 
 def takes_argument(function: Callable[..., object], name: str) -> bool:
-    """Tell whether a function takes a keyword argument of this name."""
+    """Return whether a function accepts a keyword argument of this name."""
     parameters = inspect.signature(function).parameters.values()
     return any(parameter.name == name or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)

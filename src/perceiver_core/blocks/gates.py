@@ -1,4 +1,4 @@
-"""Gates: learned replacements of the residual sum of a block."""
+"""Gates: learned combinations of the input and output of a branch, instead of their sum."""
 
 from __future__ import annotations
 

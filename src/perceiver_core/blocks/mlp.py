@@ -76,15 +76,15 @@ class MLP(nn.Module):
     """Linear layer, activation, linear layer.
 
     Args:
-        dim: the width in.
-        out_dim: the width out; `dim` unless given.
-        hidden_dim: the width between the layers; `dim * widening_factor` unless given.
-        widening_factor: hidden width / dim. 1 in DeepMind's published encoders, 4 in perceiver-pytorch.
-        activation: any module. `nn.GELU("tanh")` is what DeepMind's code computes, and the default;
-            `nn.GELU()` (erf) is what Hugging Face and perceiver-pytorch compute. One that takes several
-            channels for each it gives (`GEGLU`) says so in `inputs_per_output`.
-        bias: whether the linear layers have biases.
-        dropout: the rate at which the output is dropped in training.
+        dim: Input width.
+        out_dim: Output width; `dim` by default.
+        hidden_dim: Width between the layers; `dim * widening_factor` by default.
+        widening_factor: Ratio of the hidden width to `dim`: 1 in DeepMind's published encoders, 4 in perceiver-pytorch.
+        activation: Activation module. The default is that of DeepMind's code, `nn.GELU("tanh")`; transformers and
+            perceiver-pytorch use `nn.GELU()`. An activation that reduces the number of channels, such as `GEGLU`, has
+            the factor in its attribute `inputs_per_output`.
+        bias: Whether the linear layers have biases.
+        dropout: Rate of dropout of the output.
 
     Example:
         >>> import torch

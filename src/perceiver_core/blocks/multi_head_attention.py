@@ -119,7 +119,7 @@ class MultiHeadAttention(nn.Module):
             inputs: Input of the keys and values; a `reads.Source` or a memory (`reads.KeysValues`) in place of a
                 tensor; `x` by default (self-attention).
             mask: Attention mask: valid tokens `b n`, a tensor `b h q k`, or a rule of `masks`.
-            positions: Positions of `x` for rotary embeddings; consecutive by default, the last one being 0.
+            positions: Positions of `x` for rotary embeddings; 1 - m ... 0 by default.
             cache: Cache to which the keys and values are added.
             capture: Receives the attention weights.
         """

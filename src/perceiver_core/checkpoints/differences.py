@@ -9,11 +9,11 @@ from perceiver_core.checkpoints.state import TensorSpecs, first_names
 
 
 def model_differences(built: nn.Module, model: nn.Module) -> str:
-    """Return the differences of a model from the one that its constructor calls build, in a line; empty if none."""
+    """Describe the differences between a model and the one that its constructor calls build; empty if none."""
     was = {path: registry.settings(module) for path, module in built.named_modules(remove_duplicate=False)}
     is_ = {path: registry.settings(module) for path, module in model.named_modules(remove_duplicate=False)}
     found = [
-        f"{path or 'it'} is {is_.get(path, 'not there')}, not {was.get(path, 'there')}"
+        f"{path or 'it'} is {is_.get(path, 'missing')}, not {was.get(path, 'missing')}"
         for path in [*is_, *(path for path in was if path not in is_)]
         if is_.get(path) != was.get(path)
     ]
@@ -29,7 +29,7 @@ def model_differences(built: nn.Module, model: nn.Module) -> str:
 
 
 def spec_differences(expected: TensorSpecs, actual: TensorSpecs) -> str:
-    """Return the differences of names, shapes and dtypes, in a line; empty if there are none.
+    """Describe the differences of names, shapes and dtypes in one line; empty if there are none.
 
     Floating point dtypes may differ (weights in half precision).
     """

@@ -1,4 +1,4 @@
-"""Folder of a saved model: weights in `model.safetensors`, the constructor calls that made it in `config.json`."""
+"""Folder of a saved model: weights in `model.safetensors`, constructor calls in `config.json`."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _finite(number: str) -> float:
 
 
 def write_atomically(files: dict[Path, Callable[[Path], object]]) -> None:
-    """Write files in full under other names, of which none stays behind, then move each to its place.
+    """Write all files under temporary names, then rename each; temporary files are removed also after an error.
 
     Args:
         files: For each path, a function that writes a file to the path passed to it.

@@ -23,11 +23,11 @@ CARD = "README.md"
 
 
 def save_pretrained(model: nn.Module, folder: str | PathLike[str]) -> Path:
-    """Write a model to a folder as `save` does, and a model card beside it.
+    """Write a model to a folder as `save` does, and add a model card.
 
     Args:
         model: Model of registered parts (all of the library's are).
-        folder: Folder to write, made if it does not exist. An existing README.md is kept.
+        folder: Folder to write, created if it does not exist. An existing README.md is kept.
 
     Returns:
         The folder.
@@ -107,10 +107,10 @@ def push_to_hub(
 
     Args:
         model: Model of registered parts.
-        repo_id: `owner/name`; the repository is made if it does not exist. Its model card, if it has one, is kept.
+        repo_id: `owner/name`; the repository is created if it does not exist. An existing model card is kept.
         message: Message of the commit.
         private: Whether a new repository is private; by default the owner's setting.
-        revision: Branch to commit to, made if it does not exist; `main` by default.
+        revision: Branch to commit to, created if it does not exist; `main` by default.
         create_pr: Whether to open a pull request instead.
         token: Token with write access; by default the one that huggingface_hub has stored.
 
@@ -119,7 +119,7 @@ def push_to_hub(
 
     Raises:
         ImportError: huggingface_hub is not installed.
-        ValueError: The model cannot be saved, see `save`. Nothing is made on the hub then.
+        ValueError: The model cannot be saved, see `save`. Nothing is created on the hub then.
 
     Example:
         >>> import perceiver_core as pc

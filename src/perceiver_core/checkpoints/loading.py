@@ -50,7 +50,7 @@ def load(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") 
     folder, device = Path(folder), torch.device(device)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is not there; give load the folder that save wrote")
+            raise FileNotFoundError(f"{folder / name} does not exist; give load the folder that save wrote")
     config = parse_config(read_at_most(folder / CONFIG), f"{folder / CONFIG}")
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
@@ -67,7 +67,7 @@ def load(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") 
 
 
 def build_without_values(config: registry.Json, tensors: int) -> nn.Module:
-    """Build a model on the meta device, where it takes no memory; the number of its tensors bounds that of its modules.
+    """Build a model on the meta device, without memory; the number of tensors limits the number of modules.
 
     Raises:
         ValueError: A configuration of anything but a module, too many modules, or a tensor outside of the state.

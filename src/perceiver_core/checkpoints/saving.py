@@ -21,9 +21,9 @@ from perceiver_core.checkpoints.state import check_values, state_tensors, tensor
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
-    """Write a model to a folder, which is made if it does not exist.
+    """Write a model to a folder, which is created if it does not exist.
 
-    Both files are written in full beside the old ones before either is replaced, each in one step. A tensor that has
+    Both files are written under temporary names before either is replaced, each in one step. A tensor that has
     several names (tied weights, a part used twice) is written once.
 
     Args:
@@ -59,7 +59,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     different = different or spec_differences(tensor_specs(state_tensors(built)), tensor_specs(tensors))
     if different:
         raise ValueError(
-            f"{type(model).__name__} is no longer what its constructor made: {different}. "
+            f"{type(model).__name__} is no longer as its constructor built it: {different}. "
             "Replace whole parts (model.head = ...), or register a part whose constructor makes this"
         )
     check_values(tensors)
@@ -75,7 +75,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside the wrappers of torch.compile and of data parallelism."""
+    """Return the model without the wrappers of torch.compile and data parallelism."""
     if isinstance(model, DataParallel | DistributedDataParallel):
         return unwrapped(model.module)
     return unwrapped(model._orig_mod) if _is_compiled(model) else model  # type: ignore[arg-type]
@@ -87,7 +87,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _check_not_compiled(model: nn.Module) -> None:
-    """Raise ValueError if a part of a model is wrapped by torch.compile, under other names then."""
+    """Raise ValueError if a submodule is wrapped by torch.compile, which changes the names of its weights."""
     for path, module in model.named_modules():
         if _is_compiled(module):
             raise ValueError(

@@ -22,7 +22,7 @@ def state_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of a model's state, each under its first name.
 
     Raises:
-        ValueError: Something that is no tensor with values of its own: a lazy or sparse one, or one that wraps others.
+        ValueError: An entry is not a tensor with values of its own: it is lazy, sparse, or wraps other tensors.
     """
     state = model.state_dict(keep_vars=True)
     for name, value in state.items():
@@ -47,7 +47,7 @@ def _wraps_others(tensor: Tensor) -> bool:
 
 
 def first_names(model: nn.Module) -> dict[str, str]:
-    """Return, by name in the state, the first name of the same tensor."""
+    """Map each name in the state dict to the first name of the same tensor."""
     first: dict[int, str] = {}
     return {name: first.setdefault(id(tensor), name) for name, tensor in model.state_dict(keep_vars=True).items()}
 
@@ -69,7 +69,7 @@ def assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def check_values(tensors: dict[str, Tensor]) -> None:
-    """Raise ValueError unless tensors have values, and no two of them the same memory."""
+    """Raise ValueError if a tensor has no values, or if two tensors share memory."""
     ends: list[tuple[str, int, int, str]] = []
     for name, tensor in tensors.items():
         if tensor.is_meta:

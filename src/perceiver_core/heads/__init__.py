@@ -1,4 +1,4 @@
-"""Heads: modules from the latents of an encoder, or the outputs of a decoder, to the output of the model."""
+"""Heads: modules that convert the latents of an encoder, or the outputs of a decoder, to the output of the model."""
 
 from perceiver_core.heads.classification import Classification
 from perceiver_core.heads.grid import Grid

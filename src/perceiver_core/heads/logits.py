@@ -13,7 +13,7 @@ from perceiver_core.registry import register
 
 @register
 class Logits(nn.Module):
-    """Logits over a vocabulary for every latent or decoder output, by a linear layer of their own.
+    """Logits over a vocabulary for every latent or decoder output, by a linear layer.
 
     Args:
         embedding: Adapter with the vocabulary (`.dim`, `.vocab_size`); see `adapters.TokenEmbedding`.

@@ -41,5 +41,5 @@ class Regression(nn.Module):
         self.values = init.linear(dim, num_outputs)
 
     def forward(self, latents: Float[Tensor, "b m d"]) -> Float[Tensor, "b values"]:
-        """Return the values, on an unbounded scale."""
+        """Return the values, which are unbounded."""
         return self.values(self.dropout(self.norm(latents.mean(1))))

@@ -53,7 +53,7 @@ class Unpatchify(nn.Module):
                 f"patch_size must have two axes, for images, or three, for videos; got {tuple(patch_size)}"
             )
         if grid is not None and len(grid) != len(patch_size):
-            raise ValueError(f"grid must have as many axes as patch_size, {len(patch_size)}; got {tuple(grid)}")
+            raise ValueError(f"grid must have the number of axes of patch_size, {len(patch_size)}; got {tuple(grid)}")
         self.dim, self.patch_size, self.num_channels = dim, tuple(patch_size), num_channels
         self.patches = Grid(grid, head=Linear(dim, num_channels * prod(patch_size)), channel_axis=-1)
 
@@ -67,7 +67,7 @@ class Unpatchify(nn.Module):
         return unpatchify(patches, self.patch_size, channel_axis=len(self.patch_size) - 1)
 
     def cut(self, pixels: Float[Tensor, "b ..."]) -> Float[Tensor, "b n values"]:
-        """Return the patches of images or videos, one per query, as targets of selected outputs; all must be whole."""
+        """Return the patches of images or videos, one per query, as targets; sizes must be multiples of a patch."""
         axes = "b c h w" if len(self.patch_size) == 2 else "b t c h w"
         checks.has_shape("pixels", pixels, axes)
         pixels = pixels.movedim(-3, 1)

@@ -1,4 +1,4 @@
-"""Report of a model's reads: the strategy that each takes, its predicted cost, and the reasons."""
+"""Report of a model's reads: the strategy of each, its predicted cost, and the reasons for the choice."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class ReadExplanations(tuple[ReadExplanation, ...]):
 
 
 def explain_reads(model: nn.Module, *inputs: object, **options: object) -> ReadExplanations:
-    """Run a model once and report the strategy that each of its reads takes, its predicted cost, and the reasons.
+    """Run a model once and report the strategy of each read, its predicted cost, and the reasons for the choice.
 
     FLOPs, bytes and milliseconds are those of the cost model, for the forward pass on the current number of threads or
     on one GPU. On CUDA the report names PyTorch's kernel for a dense read. `reads.set_strategy` changes the strategy.
@@ -100,14 +100,14 @@ def explain_reads(model: nn.Module, *inputs: object, **options: object) -> ReadE
         model(*inputs, **options)
     if not reads:
         raise ValueError(
-            f"model must make reads (CrossAttend), which have a strategy; {type(model).__name__} made none"
+            f"model must call reads (CrossAttend), which have a strategy; {type(model).__name__} called none"
         )
     return ReadExplanations(reads)
 
 
 @contextmanager
 def _frozen_state(model: nn.Module) -> Iterator[None]:
-    """Keep running statistics of norms and the user's generators as they are while a model in training mode is run."""
+    """Preserve running statistics of norms and the states of generators while a model in training mode is run."""
     moving = [part for part in model.modules() if part.training and hasattr(part, "running_mean")]
     generators = [g for part in model.modules() if isinstance(g := getattr(part, "generator", None), torch.Generator)]
     states = [generator.get_state() for generator in generators]

@@ -1,4 +1,4 @@
-"""Arguments of another library's constructor, compared with the weights of the model that it made."""
+"""Arguments of another library's constructor, checked against the weights of the model."""
 
 from __future__ import annotations
 
@@ -62,15 +62,15 @@ class CheckedArguments:
         return self.agreed(name, self.length(key, axis), key)
 
     def heads(self, prefix: str, key: str, default: int) -> tuple[int, int]:
-        """Return the number of heads and their width together, the number of rows of a weight.
+        """Return the number of heads, and their total width, which is the number of rows of a weight.
 
         Args:
             prefix: Beginning of the arguments `{prefix}_heads` and `{prefix}_dim_head`. A head is 64 wide by default.
             key: Name of the weight.
-            default: Number of heads if neither argument is given.
+            default: Number of heads if neither argument was passed.
 
         Raises:
-            ValueError: Heads of the given number and width do not make up the rows.
+            ValueError: The number of heads times their width is not the number of rows.
         """
         rows, names = self.length(key), (f"{prefix}_heads", f"{prefix}_dim_head")
         given = {name: self.arguments[name] for name in names if name in self.arguments}
@@ -83,15 +83,15 @@ class CheckedArguments:
         if heads * width != rows:
             raise ValueError(
                 f"{names[0]}={heads} times {names[1]}={width} must be {rows}, the rows of {key}; got {heads * width}. "
-                f"Give {names[0]}, which weights do not tell"
+                f"Give {names[0]}, which the weights do not determine"
             )
         return heads, rows
 
     def layers(self, first: int) -> tuple[int, bool]:
-        """Return the number of layers, and whether those from `first` on share weights. Then all but one are dropped.
+        """Return the number of layers, and whether those from `first` on share weights; if so, drop all copies but one.
 
         Raises:
-            ValueError: The depth given is another than that of the weights, or layers given as tied differ.
+            ValueError: `depth` differs from the number of layers in the weights, or tied layers differ.
         """
         stored = len({layer for layer in map(layer_of, self.weights) if layer >= 0})
         same = all(self._same_layers(first, other) for other in range(first + 1, stored))
@@ -117,7 +117,7 @@ class CheckedArguments:
 
 
 def layer_of(name: str) -> int:
-    """Return the number of the layer of a weight, `layers.{number}` or `attn_residuals.{number}`; -1 if it is in none.
+    """Return the index of the layer of a weight, `layers.{index}` or `attn_residuals.{index}`; -1 if it is in none.
 
     Example:
         >>> from perceiver_core.interop.checked_arguments import layer_of

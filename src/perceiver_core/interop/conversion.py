@@ -33,7 +33,7 @@ NUMERICS = {"transformers": TRANSFORMERS_NUMERICS, "deepmind": DEEPMIND_NUMERICS
 
 
 class _Plan(NamedTuple):
-    """Arguments of `convert`, with the format and numerics that it finds."""
+    """Arguments of `convert`, with the detected format and numerics."""
 
     path: Path
     source_format: str
@@ -62,9 +62,9 @@ def convert(
             from its content by default.
         target: Format to write: "perceiver-core" or "transformers".
         numerics: "transformers" or "deepmind", see `Numerics`; those of the source by default.
-        arguments: Values that the source does not tell: arguments of perceiver-pytorch's constructor, or entries of
+        arguments: Values that the source does not contain: arguments of perceiver-pytorch's constructor, or entries of
             transformers' configuration.
-        check: Whether to run the original model beside ours, in float64.
+        check: Whether to compare the outputs with those of the original model, in float64.
         tolerance: Largest difference between their outputs, in standard deviations of the original's, up to which the
             model is written.
 
@@ -112,10 +112,10 @@ def convert(
 
 
 def _free_folder(destination: Path) -> Path:
-    """Return the folder that a path leads to.
+    """Resolve a destination to a path at which a folder can be written.
 
     Raises:
-        ValueError: It exists and is not an empty folder, or no folder can be made there.
+        ValueError: It exists and is not an empty folder, or no folder can be created there.
     """
     try:
         place = destination.resolve()
@@ -124,7 +124,7 @@ def _free_folder(destination: Path) -> Path:
     if place.is_symlink():
         raise ValueError(f"destination must lead to a folder; {destination} is a link to itself")
     if place.exists() and not (place.is_dir() and not any(place.iterdir())):
-        raise ValueError(f"destination must be a folder that is not there yet, or empty; {destination} is there")
+        raise ValueError(f"destination must be a new or an empty folder; {destination} exists")
     above = next(folder for folder in place.parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise ValueError(f"destination must be in a folder that can be written to; {above} is none")
@@ -133,7 +133,7 @@ def _free_folder(destination: Path) -> Path:
 
 @contextmanager
 def _as_value_error(message: str) -> Iterator[None]:
-    """Turn whatever a file of another format makes a reader raise into a ValueError."""
+    """Convert unexpected exceptions, raised by reading a file of another format, to a ValueError."""
     try:
         yield
     except (ImportError, OSError, ValueError):
@@ -156,7 +156,7 @@ def _check_plan(plan: _Plan, *, numerics_given: bool) -> None:
     if plan.source_format == "perceiver-pytorch" and (plan.target == "transformers" or numerics_given):
         raise ValueError("a model of perceiver-pytorch has no counterpart in transformers, and no choice of numerics")
     if plan.source_format == "transformers" and plan.arguments:
-        raise ValueError(f"arguments must not be given for a model of transformers: its {CONFIG} tells all")
+        raise ValueError(f"arguments must not be given for a model of transformers: its {CONFIG} has all values")
     if plan.source_format == "perceiver-core" and not plan.arguments:
         raise ValueError(
             "arguments must be given to write a model for transformers: the configuration that it gets, "
@@ -165,7 +165,7 @@ def _check_plan(plan: _Plan, *, numerics_given: bool) -> None:
 
 
 def _check_can_run(plan: _Plan) -> None:
-    """Raise unless the original model can be run beside ours."""
+    """Raise unless the original model can be run for comparison."""
     if plan.target == "perceiver-core" and plan.source_format == "haiku":
         raise ValueError("--check cannot run DeepMind's code; it checks what is written --to transformers")
     if plan.target == "perceiver-core" and plan.source_format == "transformers" and plan.numerics != "transformers":
@@ -174,7 +174,7 @@ def _check_can_run(plan: _Plan) -> None:
 
 
 def _read(plan: _Plan) -> tuple[nn.Module, Config]:
-    """Return the model of the source, and the configuration that transformers would have for it."""
+    """Read the source model; return it with the configuration that transformers would have for it."""
     numerics = NUMERICS[plan.numerics]
     if plan.source_format == "transformers":
         return load_transformers(plan.path, numerics=numerics), read_config(plan.path)
@@ -187,7 +187,7 @@ def _read(plan: _Plan) -> tuple[nn.Module, Config]:
 
 
 def _write(model: nn.Module, config: Config, plan: _Plan, folder: Path, name: str) -> nn.Module:
-    """Write a model to a folder, and return the model that the folder gives."""
+    """Write a model to a folder, and return the model as read back from the folder."""
     if plan.target == "transformers":
         numerics = NUMERICS[plan.numerics]
         return load_transformers(save_transformers(model, folder, config=config, numerics=numerics), numerics=numerics)
@@ -206,7 +206,7 @@ def _difference(plan: _Plan, folder: Path, model: nn.Module, written: nn.Module)
 
 @contextmanager
 def _all_or_nothing(destination: Path) -> Iterator[Path]:
-    """Yield a folder that takes the place of the destination at the end, unless there is an error or it was deleted."""
+    """Yield a temporary folder that is moved to the destination at the end, unless an error occurs or it is deleted."""
     destination.parent.mkdir(parents=True, exist_ok=True)
     folder = destination.with_name(f"{destination.name}.{secrets.token_hex(8)}.partial")
     folder.mkdir()

@@ -1,7 +1,7 @@
-"""Parameters of DeepMind's Perceiver IO code, as Haiku writes them, in our models.
+"""Loading of DeepMind's Perceiver IO parameters, as Haiku writes them.
 
-Shapes tell most of the configuration; what they do not tell is as published unless given. Headers of all arrays are
-compared with the model before any array is read.
+Most of the configuration is inferred from shapes; other values are the published ones unless the caller passes them.
+Headers of all arrays are compared with the model before any array is read.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MARKS = {  # parameters that a single architecture has
     "image_preprocessor/patches_linear/w": FLOW,
     "multimodal_preprocessor/label_mask_token/pos_embs": MULTIMODAL,
 }
-# Published values that shapes do not tell: heads of self-attends and of the encoder's read, repeats of the blocks.
+# Published values that shapes do not determine: heads of self-attends and of the encoder's read, repeats of blocks.
 HEADS = {TEXT: (8, 8, 1), FLOW: (16, 1, 1), MULTIMODAL: (8, 1, 1)}
 IMAGE_HEADS = (8, 1, 8)
 CONTENT_CHANNELS = {PIXELS: 3, CONVOLUTIONAL: 64}  # of a token, without Fourier features
@@ -56,7 +56,7 @@ def load_haiku(path: str | PathLike[str], *, numerics: Numerics = DEEPMIND_NUMER
         path: File of Haiku's parameters: an `.npz` of arrays named `scope/parameter`, or the published pickle, of
             which nothing but dictionaries and arrays is read. Its name does not matter.
         numerics: Numerics of the model; see `interop.Numerics`.
-        config: Values that shapes do not tell, by transformers' names, if they are not as published: numbers of
+        config: Values that shapes do not determine, by transformers' names, if not as published: numbers of
             heads, `num_blocks`, sizes of images. For image classifiers with Fourier features also `max_resolution`,
             the height and width that the features resolve ([224, 224], or [56, 56] after a convolution, as published);
             their number of bands, `num_bands`, is read from the shapes.
@@ -97,7 +97,7 @@ def load_with_config(path: Path, numerics: Numerics, given: Config) -> tuple[Per
 
 
 def _inferred_config(checked: CheckedArguments) -> dict[str, Json]:
-    """Return the configuration that shapes and the published values tell."""
+    """Return the configuration, inferred from shapes and completed with published values."""
     names, length = checked.weights, checked.length
     architecture = next((architecture for mark, architecture in MARKS.items() if mark in names), PIXELS)
     heads, cross_heads, blocks = HEADS.get(architecture, IMAGE_HEADS)
@@ -123,7 +123,7 @@ def _inferred_config(checked: CheckedArguments) -> dict[str, Json]:
 
 
 def _inferred_ends(architecture: str, checked: CheckedArguments, attention: str, input_norm: str) -> dict[str, Json]:
-    """Return the entries of inputs and outputs."""
+    """Return the entries of the configuration that describe inputs and outputs."""
     length, fourier = checked.length, sorted(checked.arguments.keys() & FOURIER.keys())
     if fourier and architecture not in CONTENT_CHANNELS:
         raise ValueError(f"{fourier} must be left out: the file holds a {architecture}, for which they are fixed")
@@ -148,10 +148,10 @@ def _inferred_ends(architecture: str, checked: CheckedArguments, attention: str,
 
 
 def _num_bands(checked: CheckedArguments, architecture: str, key: str) -> int:
-    """Return the number of bands of Fourier features, which the width of tokens tells.
+    """Return the number of Fourier bands, inferred from the width of a token.
 
     Raises:
-        ValueError: No number of bands makes this width.
+        ValueError: No number of bands results in this width.
     """
     width, content = checked.length(key), CONTENT_CHANNELS[architecture]
     bands, rest = divmod(width - content - 2, 4)  # a coordinate, sines and cosines along each of two axes

@@ -1,6 +1,6 @@
-"""Models of perceiver-pytorch (lucidrains) as ours, from their weights and the arguments that made them.
+"""Conversion of perceiver-pytorch (lucidrains) models from their weights and constructor arguments.
 
-Weights tell most of the arguments. They do not tell the highest frequency, the number of heads in a width, and dropout.
+Most arguments are inferred from the weights. The highest frequency, the numbers of heads and dropout are not.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from perceiver_core.registry import Json
 
 
 class Layout(NamedTuple):
-    """Names of the modules in a version of a model; {0} is the number of the layer, {1} that of the self-attend."""
+    """Module names of one version of a model; {0} is the index of the layer, {1} that of the self-attend."""
 
     model: str
     read: str
@@ -82,7 +82,7 @@ def load_perceiver_pytorch(
 ) -> Perceiver | PerceiverIO:
     """Return perceiver-pytorch's `Perceiver` or `PerceiverIO` as ours: equal outputs in evaluation mode.
 
-    The names in the state dict tell which of the two it is. The model takes the inputs that theirs takes: images are
+    The names in the state dict determine which of the two it is. The model accepts the same inputs: images are
     `b h w c`. Their `queries` are our `query_inputs`: `model(data, mask=mask, query_inputs=queries)`.
 
     Args:
@@ -94,7 +94,7 @@ def load_perceiver_pytorch(
 
     Raises:
         FileNotFoundError: There is no such file.
-        TypeError: A model was given rather than its state dict, or an argument that their constructor does not have.
+        TypeError: `state_dict` is a model rather than its state dict, or their constructor has no such argument.
         ValueError: Arguments do not agree with the weights; weights are missing, unexpected or of another shape;
             `inverted_cross_attn` is not the same for all layers.
 
@@ -135,7 +135,7 @@ def load_perceiver_pytorch(
 
 
 def layout_of(names: Container[str]) -> Layout | None:
-    """Return the layout that a state dict's names are of, or None if it is another model's."""
+    """Return the layout that the names of a state dict match; None if they match none."""
     return next((layout for layout in LAYOUTS if f"{layout.read.format(0)}.norm_context.weight" in names), None)
 
 
@@ -169,7 +169,7 @@ def _parts(checked: CheckedArguments, layout: Layout, mlp: partial[MLP]) -> _Par
 
 
 def _is_inverted(checked: CheckedArguments) -> bool:
-    """Return whether latents compete for tokens, which has to be the same in all layers."""
+    """Return whether the softmax is over latents instead of tokens; raise ValueError unless all layers agree."""
     given = checked.get("inverted_cross_attn", False)
     values = {*given} if isinstance(given, (tuple, list)) else {given}
     if values not in ({True}, {False}):
@@ -178,7 +178,7 @@ def _is_inverted(checked: CheckedArguments) -> bool:
 
 
 def _attention_residual(checked: CheckedArguments) -> partial[AttentionResidual] | None:
-    """Return the factory of their attention residuals, if they have some."""
+    """Return the factory of their attention residuals; None if they have none."""
     key = "attn_residuals.0.to_attn_logits.1.weight"
     if not checked.agreed("attn_residual", key in checked.weights, key):
         return None
@@ -272,7 +272,7 @@ def _grid(checked: CheckedArguments, key: str) -> Grid:
     highest = checked.get("max_freq", None)
     checks.positive(input_axis=axes, input_channels=channels)
     if isinstance(highest, bool) or not isinstance(highest, (int, float)) or not 0 < highest < math.inf:
-        raise ValueError(f"max_freq must be given, a positive number, since weights do not tell it; got {highest!r}")
+        raise ValueError(f"max_freq must be given, a positive number, as the weights lack it; got {highest!r}")
     bands = checked.get("num_freq_bands", max(1, (width - channels - axes) // (2 * axes)))
     checks.positive(num_freq_bands=bands)
     if (expected := channels + axes * (2 * bands + 1)) != width:

@@ -1,6 +1,6 @@
-"""The seven published Perceiver IO models, built from the configuration that transformers keeps beside their weights.
+"""The seven published Perceiver IO models, built from the configurations that transformers stores with their weights.
 
-transformers and the JAX code that the weights were trained with differ in four places. `Numerics` chooses between them.
+transformers differs from the JAX code that trained the weights in four details. `Numerics` chooses between them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from perceiver_core.models import PerceiverIO
 
 
 class Numerics(NamedTuple):
-    """Choices where transformers differs from the code that the published weights were trained with.
+    """Details in which transformers differs from the code that the published weights were trained with.
 
     `interop.TRANSFORMERS_NUMERICS` computes what transformers computes, `interop.DEEPMIND_NUMERICS` what the weights
     were trained for.
@@ -75,7 +75,7 @@ def build(config: Config, numerics: Numerics = TRANSFORMERS_NUMERICS) -> Perceiv
 
 
 def masked_lm(c: Config, n: Numerics) -> PerceiverIO:
-    """Masked language model of bytes: ids to a logit for every byte at every position."""
+    """Masked language model on bytes: logits over the vocabulary at every position."""
     text = _text(c)
     encoder = _encoder(text.dim, c, n)
     queried = queries.Learned(c["max_position_embeddings"], text.dim)
@@ -84,7 +84,7 @@ def masked_lm(c: Config, n: Numerics) -> PerceiverIO:
 
 
 def sequence_classification(c: Config, n: Numerics) -> PerceiverIO:
-    """Text classifier: ids of bytes to a logit for each class."""
+    """Text classifier on bytes: one logit per class."""
     return _classifier(_text(c), c, n)
 
 
@@ -106,7 +106,7 @@ def image_classification_convolutional(c: Config, n: Numerics) -> PerceiverIO:
 
 
 def optical_flow(c: Config, n: Numerics) -> PerceiverIO:
-    """Two frames to the flow from the first to the second, `b 2 h w`: across and down, in pixels over 20."""
+    """Optical flow from the first to the second of two frames, `b 2 h w`: x and y displacement, in pixels / 20."""
     size = tuple(c["train_size"])
     pair = adapters.FramePair(positions=positions.Fourier(2, 64, max_resolution=size))
     encoder = _encoder(pair.dim, c, n)

@@ -25,7 +25,7 @@ LEARNED, CONVOLUTIONAL, PIXELS = (
 
 
 class Part(NamedTuple):
-    """Tensor of a module: ends of its names, and the transforms that load it. None: the format does not have it."""
+    """Tensor of a module: suffix of its name in each format (None if the format lacks it), and its transforms."""
 
     ours: str
     transformers: str
@@ -77,10 +77,10 @@ CLASSIFIER = "classification_decoder/~/basic_decoder"
 
 
 def from_transformers(config: Config, *, transposed_stem: bool) -> WeightMapping:
-    """Return the mapping between transformers' weights of a configuration and ours.
+    """Return the mapping from transformers' weight names to ours, for the architecture that `config` describes.
 
     Args:
-        config: The configuration.
+        config: Configuration of transformers.
         transposed_stem: Whether rows and columns of the convolutional stem's kernel are swapped in the file.
     """
     stem = TRANSPOSED if transposed_stem else UNCHANGED
@@ -92,11 +92,11 @@ def from_transformers(config: Config, *, transposed_stem: bool) -> WeightMapping
 
 
 def from_haiku(config: Config, names: Collection[str]) -> WeightMapping:
-    """Return the mapping between Haiku's parameters of a configuration and our weights.
+    """Return the mapping from Haiku's parameter names to ours, for the architecture that `config` describes.
 
     Args:
         config: The configuration that transformers has for the model.
-        names: Names in the file, which tell the scope of the encoder.
+        names: Names in the file, from which the scope of the encoder is inferred.
     """
     return WeightMapping(
         Entry(ours + part.ours, () if part.haiku is None else haiku + part.haiku, part.from_haiku)

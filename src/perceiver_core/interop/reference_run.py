@@ -1,4 +1,4 @@
-"""Runs of original models beside ours on random inputs, if their library is installed.
+"""Comparison of our outputs with those of the original models on random inputs, if their library is installed.
 
 Both run in float64, so that rounding does not count, and differences are in standard deviations of the original's
 output: flow is a hundredth of the decoder's output, logits are not.
@@ -86,7 +86,7 @@ def perceiver_pytorch(path: Path, arguments: Config, ours: nn.Module) -> float:
         theirs = (module.PerceiverIO if has_queries else module.Perceiver)(**arguments)
         theirs.load_state_dict(weights)
     except (TypeError, RuntimeError) as error:
-        raise ValueError(f"arguments must be all that made their model, which --check makes again: {error}") from error
+        raise ValueError(f"arguments must be all that their constructor needs, for --check: {error}") from error
     theirs, ours = theirs.double().eval(), ours.double()
     with _in_float64():
         if has_queries:
@@ -98,7 +98,7 @@ def perceiver_pytorch(path: Path, arguments: Config, ours: nn.Module) -> float:
 
 
 def largest_difference(expected: Outputs, actual: Outputs) -> float:
-    """Return the largest difference between tensors or dictionaries of them, in standard deviations; NaN if one is."""
+    """Return the largest difference of tensors or dictionaries of them, in standard deviations; NaN if any is NaN."""
     if isinstance(expected, Mapping) and isinstance(actual, Mapping):
         return float(torch.tensor([largest_difference(expected[name], actual[name]) for name in expected]).max())
     if not isinstance(expected, Tensor) or not isinstance(actual, Tensor) or expected.shape != actual.shape:
@@ -113,7 +113,7 @@ def _layout(outputs: Outputs) -> object:
 
 @contextmanager
 def _in_float64(modeling: ModuleType | None = None) -> Iterator[None]:
-    """Make new tensors float64, and transformers' positions, which are float32 whatever its model is."""
+    """Make float64 the default dtype, also of transformers' positions, which are otherwise always float32."""
     default, positions = torch.get_default_dtype(), getattr(modeling, "build_linear_positions", None)
     torch.set_default_dtype(torch.float64)
     try:
@@ -136,7 +136,7 @@ def _linear_positions(
 
 
 def _inputs(architecture: str, config: Config) -> tuple[Inputs, Inputs]:
-    """Return a batch as transformers takes it, and as our model does."""
+    """Return a random batch in the input format of transformers and in ours."""
     if architecture in ("PerceiverForMaskedLM", "PerceiverForSequenceClassification"):
         length = config["max_position_embeddings"]
         ids = torch.randint(config["vocab_size"], (3, length), generator=torch.Generator().manual_seed(0))

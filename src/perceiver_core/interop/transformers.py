@@ -1,4 +1,4 @@
-"""Perceivers of transformers: their folders as our models, and back."""
+"""Loading and saving of models in the format of transformers."""
 
 from __future__ import annotations
 
@@ -80,11 +80,11 @@ def save_transformers(
     config: object,
     numerics: Numerics = TRANSFORMERS_NUMERICS,
 ) -> Path:
-    """Write a model so that transformers loads it and computes the same.
+    """Write a model to a folder that transformers can load, with the same outputs.
 
     Args:
         model: Model that `load_transformers` returned; it may have been trained since.
-        folder: Folder to write to, made if it does not exist. Files in it are replaced as `save` replaces them.
+        folder: Folder to write to, created if it does not exist. Files in it are replaced as `save` replaces them.
         config: Content of the original's `config.json`: a dictionary, a configuration of transformers, or the path of
             that file or its folder. The activation and the dtype are written as the model has them.
         numerics: Numerics that the model was loaded with.
@@ -148,8 +148,8 @@ def _check_described(model: nn.Module, config: Config, numerics: Numerics) -> No
     )
     if different:
         raise ValueError(
-            f"model must be the {architecture_of(config)} that config and numerics make: {different}. Give what it was "
-            "made with"
+            f"model must be the {architecture_of(config)} that config and numerics describe: {different}. Give those "
+            "that it was loaded with"
         )
     different = _difference(registry.to_config(theirs), actual)
     if not different and numerics.transposed_stem and architecture_of(config) == CONVOLUTIONAL:
@@ -162,7 +162,7 @@ def _check_described(model: nn.Module, config: Config, numerics: Numerics) -> No
 
 
 def _expressed(config: Config, numerics: Numerics) -> dict[str, registry.Json]:
-    """Return the configuration by which transformers comes closest to a choice of numerics."""
+    """Return the configuration with which transformers comes closest to the chosen numerics."""
     written = {"model_type": "perceiver", **transformers_entries(config)}
     written.pop("torch_dtype", None)  # an old name of dtype
     if complete(config)["hidden_act"] == "gelu":

@@ -88,7 +88,7 @@ def complete(config: Config) -> dict[str, Json]:
 
 
 def architecture_of(config: Config) -> str:
-    """Return the name of the class of transformers that a configuration is of.
+    """Return the name of the transformers class that a configuration describes.
 
     Raises:
         ValueError: It names none of `ARCHITECTURES`, or several.

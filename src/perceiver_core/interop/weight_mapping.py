@@ -34,14 +34,14 @@ NUM_SHOWN = 5  # names of each sort in an error
 
 
 class Transform(NamedTuple):
-    """Two functions of the tensors of an entry, each the inverse of the other; they take meta tensors too.
+    """Conversion of the tensors of an entry, and its inverse; both also accept meta tensors.
 
     A single name stands for a tensor, a tuple of names for a sequence of tensors. A tensor may be returned where a
     sequence is expected: it is split along its first axis.
 
     Args:
-        load: Returns our tensors, made of theirs.
-        save: Returns their tensors, made of ours.
+        load: Converts their tensors to ours.
+        save: Converts our tensors to theirs.
     """
 
     load: Callable[[Tensors], Tensors]
@@ -76,7 +76,7 @@ def rearranged(pattern: str, **sizes: int) -> Transform:
 
 
 def fused(parts: int, *, num_heads: int = 1) -> Transform:
-    """Return the transform of a matrix of theirs that holds several of ours, one below the other.
+    """Return the transform for one matrix of theirs that is several of ours, concatenated along the rows.
 
     Args:
         parts: Number of ours, which have equally many rows: 3 for query, key and value.
@@ -101,7 +101,7 @@ STACKED = rearranged("parts ... -> parts ...")  # one tensor of theirs holds a g
 
 
 class Entry(NamedTuple):
-    """Line of a mapping: name of a tensor of ours or a tuple of names, the same of theirs, and the transform."""
+    """One entry of a mapping: name or names of our tensors, name or names of theirs, and the transform."""
 
     ours: Names
     theirs: Names
@@ -119,13 +119,13 @@ def renamed(names: Mapping[str, str], *, parts: Sequence[str] = ("weight", "bias
 
 
 class WeightMapping:
-    """Table that translates state dicts of theirs to ours, and back. Iterating over it gives its entries.
+    """Table that converts state dicts of another project to ours, and back. Iterating over it yields its entries.
 
     Args:
         entries: The lines of the table.
 
     Raises:
-        ValueError: A name stands in two entries.
+        ValueError: A name occurs in two entries.
     """
 
     def __init__(self, entries: Iterable[Entry]) -> None:
@@ -144,7 +144,7 @@ class WeightMapping:
         return WeightMapping(Entry(_prefixed(ours, e.ours), _prefixed(theirs, e.theirs), e.transform) for e in self)
 
     def load(self, theirs: State, like: State | None = None) -> dict[str, Tensor]:
-        """Return our state dict, made of theirs. Tensors are views of theirs if the transform allows it.
+        """Convert their state dict to ours. Tensors are views of theirs if the transform allows it.
 
         Args:
             theirs: Their state dict.
@@ -157,7 +157,7 @@ class WeightMapping:
         return _translated(((entry.theirs, entry.transform.load, entry.ours) for entry in self), theirs)
 
     def save(self, ours: State) -> dict[str, Tensor]:
-        """Return their state dict, made of ours.
+        """Convert our state dict to theirs.
 
         Args:
             ours: State dict of our model, with one name for each tensor.
@@ -193,7 +193,7 @@ def _one(tensors: Tensors) -> Tensor:
 
 
 def _translated(steps: Iterable[tuple[Names, Callable[[Tensors], Tensors], Names]], state: State) -> dict[str, Tensor]:
-    """Return the results of (names of the arguments, function, names of the results)."""
+    """Apply steps `(argument names, function, result names)` to the tensors of a state dict; return the results."""
     translated: dict[str, Tensor] = {}
     for sources, function, targets in steps:
         tensors = state[sources] if isinstance(sources, str) else [state[name] for name in sources]

@@ -1,4 +1,4 @@
-"""Attention weights of any kernel, obtained by passing one-hot values."""
+"""Attention weights of any kernel, computed by calling it with one-hot values."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def kernel_attention_map(
     queries: QueryIndices = None,
     block: int = 256,
 ) -> Float[Tensor, "b h chosen k"]:
-    """Return the weights that a kernel gives the values, for selected queries.
+    """Return the attention weights of a kernel, for selected queries.
 
-    `attention_map` computes those of the library's softmax kernels. Any other kernel is called with one-hot values,
-    one block of keys at a time, which is exact for kernels that are linear in the values.
+    The softmax kernels of this package are computed by `attention_map`. Any other kernel is called with one-hot
+    values, one block of keys at a time, which is exact if the kernel is linear in the values.
 
     Args:
         kernel: Attention kernel `(q, k, v, *, mask) -> out`.

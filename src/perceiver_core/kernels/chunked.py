@@ -25,7 +25,7 @@ from perceiver_core.registry import register
 
 
 class PartialAttention(NamedTuple):
-    """Attention output over a part of the keys, and the log-sum-exp of its scores, from which parts merge."""
+    """Attention output over a part of the keys, and the log-sum-exp of its scores, by which `merge` combines parts."""
 
     output: Float[Tensor, "b h q e"]
     lse: Float[Tensor, "b h q"]

@@ -13,12 +13,12 @@ from perceiver_core.masks import Mask
 from perceiver_core.registry import register
 
 CHUNK_SIZE = 1024  # keys; the scores of a chunk should stay in the processor's cache
-MIN_MULTIPLICATIONS = 2**25  # of the scores; below, PyTorch's kernel starts sooner
+MIN_MULTIPLICATIONS = 2**25  # of queries and keys; below, PyTorch's kernel has less overhead
 
 
 @register
 def fastest(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropout: float = 0.0) -> Outputs:
-    """Compute attention by `sdpa`, or in bfloat16 on a processor with units for it by `chunked` in bfloat16.
+    """Compute attention by `sdpa`, or by `chunked` for bfloat16 inputs on a CPU with bfloat16 matrix units.
 
     On such processors PyTorch's fused kernel is no faster in bfloat16 than in float32, and matrix products are several
     times faster. `chunked` then rounds scores to bfloat16, as dense attention in bfloat16 does, which adds about as

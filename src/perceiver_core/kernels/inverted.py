@@ -18,7 +18,7 @@ from perceiver_core.registry import register
 
 @register
 def inverted(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropout: float = 0.0) -> Outputs:
-    """Compute attention whose softmax is over the queries, so that they share out each key.
+    """Compute attention whose softmax is over the queries, so that they compete for each key.
 
     The result of a query depends on all other queries, so queries cannot be processed separately or in chunks. The
     weights take memory q x k; they are normalized as logarithms, so a query that loses every key still gets an average.

@@ -1,11 +1,11 @@
-"""PyTorch's fused attention kernels, with inputs adapted, exactly, so that the fast ones apply.
+"""PyTorch's fused attention kernels; inputs are padded or packed, without changing results, to use the fastest.
 
 `torch.nn.functional.scaled_dot_product_attention` picks flash, cuDNN, memory-efficient or plain matrix products;
 `torch.nn.attention.sdpa_kernel` overrides its choice, and `torch.nn.attention.activate_flash_attention_impl` enables
-FlashAttention-3 or 4 if installed. Flash kernels do not take four kinds of inputs, which are adapted here: values of
-another width than the keys and, on CUDA, widths that are not a multiple of 8 are padded with zero columns, which change
-neither scores nor outputs; padding masks, and causal attention of the last queries to all keys, go to the kernel for
-packed sequences (see `varlen`). `kernel_for` names the kernel that is used.
+FlashAttention-3 or 4 if installed. Flash kernels do not support four cases, which are adapted here. Values whose width
+differs from the keys' and, on CUDA, widths that are not a multiple of 8 are padded with zero columns, which changes
+neither scores nor outputs. Padding masks, and causal attention of the last queries to all keys, use the kernel for
+packed sequences (see `varlen`). `kernel_for` returns the kernel that is used.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def sdpa(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropout: f
 
 
 class Kernel(NamedTuple):
-    """Name of a PyTorch kernel, and the reason why it is not a flash kernel, if it is not."""
+    """Name of a PyTorch kernel, and the reason why it is not a flash kernel; the reason is empty if it is one."""
 
     name: str
     why: str = ""
@@ -70,8 +70,9 @@ def kernel_for(
 ) -> Kernel:
     """Return the PyTorch kernel that `sdpa` uses for heads of these widths, without dropout.
 
-    On CUDA it is "flash or cuDNN", of which PyTorch picks the faster; "flash, packed"; "cuDNN or memory-efficient"; or
-    "memory-efficient". A causal mask is assumed to have fewer queries than keys; equal lengths use `is_causal`.
+    Names on CUDA: "flash or cuDNN" (PyTorch picks the faster), "flash, packed" (see `varlen`), "cuDNN or
+    memory-efficient" and "memory-efficient". For a causal mask, fewer queries than keys are assumed; equal lengths use
+    `is_causal`.
 
     Example:
         >>> import torch

@@ -23,8 +23,8 @@ from perceiver_core import masks
 from perceiver_core.kernels.shapes import Keys, Outputs, Queries, Values
 from perceiver_core.masks import Mask
 
-WIDEST = 256  # the widest head of the flash kernel
-CAPABILITY = (8, 0)  # of the GPU, at least
+WIDEST = 256  # largest head width of the flash kernel
+CAPABILITY = (8, 0)  # minimum compute capability of the GPU
 
 
 class Packed(NamedTuple):
@@ -97,13 +97,13 @@ def _run(q: Queries, packed: Packed, max_keys: int, window: tuple[int, int], sca
 
 
 def _equal_starts(x: Float[Tensor, "b h n d"]) -> Int[Tensor, " samples_and_one"]:
-    """Return the starts of samples that all have n positions."""
+    """Return the cumulative sequence lengths of a batch without padding: 0, n, 2 n, ..., batch x n."""
     batch, _, n, _ = x.shape
     return torch.arange(0, (batch + 1) * n, n, device=x.device, dtype=torch.int32)
 
 
 def pack(k: Float[Tensor, "b h n d"], v: Float[Tensor, "b h n e"], valid: Bool[Tensor, "b n"]) -> Packed:
-    """Pack valid keys and values to the front. Kernels differ on samples without a key, so these get one of zeros.
+    """Move valid keys and values to the front. Samples without any get a zero key, since kernels differ on them.
 
     Example:
         >>> import torch

@@ -27,7 +27,7 @@ def add_zero_attn(
     kernel: Callable[..., Tensor] = fastest,
     **options: object,
 ) -> Outputs:
-    """Compute attention to the keys and to an extra key of zeros, whose value is zero and which is never masked.
+    """Compute attention over the keys and an extra key of zeros, which has a zero value and is never masked.
 
     `functools.partial(add_zero_attn, kernel=...)` is a kernel too.
 
@@ -54,7 +54,7 @@ def add_zero_attn(
 
 
 def _extend(mask: Mask, q: Tensor, k: Tensor) -> Mask:
-    """Return the mask with a first key that all queries may attend to."""
+    """Return the mask with an extra first key that all queries attend to."""
     masks.check_broadcast(mask, q, k)
     if isinstance(mask, masks.Padding):
         return masks.Padding(F.pad(mask.keys, (1, 0), value=True))

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-MIN_PRODUCTS = 2**22  # multiplications below which MKL starts sooner
+MIN_PRODUCTS = 2**22  # multiplications below which MKL has less overhead
 MIN_WIDTH = 16  # columns and terms below which oneDNN cannot fill its vectors
 MAX_DEPTH = 8  # terms of a sum per row or column of the result, above which MKL distributes work better
 
@@ -53,7 +53,7 @@ class Linear(nn.Linear):
 
 
 def uses_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Tell whether `Linear` uses oneDNN: in eager mode, for a large float32 product on a CPU where it is faster.
+    """Return whether `Linear` uses oneDNN: in eager mode, for large float32 products on CPUs where it is faster.
 
     It does not under anything that knows PyTorch's ordinary operators only: torch.compile, torch.export, torch.func,
     tracing, or a mode such as FlopCounterMode.
@@ -72,7 +72,7 @@ def uses_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 
 
 def is_faster() -> bool:
-    """Tell whether oneDNN is known to multiply float32 matrices faster than MKL here: AVX-512, not made by Intel."""
+    """Return whether oneDNN multiplies float32 matrices faster than MKL on this processor: AVX-512, not from Intel."""
     return _is_faster() and bool(torch.backends.mkldnn.enabled)
 
 
@@ -83,7 +83,7 @@ def _is_faster() -> bool:
 
 
 def _vendor() -> str:
-    """Return the maker of the processor; Intel where it is unknown, for which MKL is kept."""
+    """Return the vendor of the processor; Intel if unknown, so that MKL is used."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -124,7 +124,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _are_plain(*tensors: Tensor | None) -> bool:
-    """Tell whether these are plain float32 matrices on a CPU, and nothing intercepts their operators."""
+    """Return whether these are plain float32 matrices on a CPU, and no mode or subclass intercepts their operators."""
     for x in tensors:
         if x is None:
             continue
@@ -140,7 +140,7 @@ def _are_plain(*tensors: Tensor | None) -> bool:
 
 
 def _without_gaps(x: Tensor) -> Tensor:
-    """Return a matrix without gaps, by rows or by columns: others take oneDNN hundreds of times as long."""
+    """Return a matrix that is dense in row- or column-major order: oneDNN is hundreds of times slower on others."""
     return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()
 
 

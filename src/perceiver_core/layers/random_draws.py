@@ -18,9 +18,9 @@ MAX_STATES = 1024  # forward passes that can be repeated where the checkpoint is
 
 
 class RepeatableDraws:
-    """States of a user's generator before the draws of one module, found again when a forward pass is repeated.
+    """Recorded states of a user's generator before the draws of one module, restored if a forward pass is recomputed.
 
-    Non-reentrant checkpoints are told apart by the frame in their hooks. Other passes (reentrant or nested checkpoints,
+    Non-reentrant checkpoints are identified by the frame in their hooks. Other passes (reentrant or nested checkpoints,
     PyTorch 2.6) are identified by the state of the default generator, which checkpointing restores; of several passes
     that start from the same state, the last one is repeated.
     """
@@ -34,9 +34,10 @@ class RepeatableDraws:
         return type(self), ()
 
     def generator(self, generator: torch.Generator | None) -> torch.Generator | None:
-        """Return the generator for the draws of one forward pass; None, the default generator, for None.
+        """Return the generator to use in one forward pass; None stands for PyTorch's default generator.
 
-        It is the user's own, or in a repeated pass a copy with the state that the user's had in the original one.
+        In an original pass it is `generator` itself. In a recomputed pass it is a copy with the state that `generator`
+        had in the original pass.
         """
         if generator is None or torch.compiler.is_compiling():
             return generator

@@ -173,7 +173,7 @@ class _Sequence:
         return valid, last - (self.prompt_length - 1)  # the last token of the prompt has position 0
 
     def attention_mask(self, num_queries: int, num_keys: int) -> masks.Mask | None:
-        """Return the causal mask from the last `num_queries` to the last `num_keys` tokens."""
+        """Return the mask for attention of the last `num_queries` tokens to the last `num_keys` tokens."""
         _, valid = self.last(num_keys)
         if num_queries > 1:
             return causal(valid)
@@ -210,9 +210,9 @@ def _recomputed(sequence: _Sequence) -> Iterator[Float[Tensor, "b v"]]:
 
 
 def _cached(sequence: _Sequence) -> Iterator[Float[Tensor, "b v"]]:
-    """Yield the same logits from caches: keys and values of each token are computed once, latents once per window.
+    """Yield the same logits with caches: keys and values of each token are computed once, latents once per window.
 
-    Once a token is dropped, the caches are not used: cached latents depend on it, and positions change.
+    Once a token has been dropped, the caches are unused: cached latents depend on it, and positions change.
     """
     num_layers = cast(LatentTransformer, sequence.model.latent_transformer).num_layers
     cache, before = KeysValuesCache(), 0

@@ -101,8 +101,8 @@ class HierarchicalPerceiver(nn.Module):
 
         Args:
             inputs: Tokens, or a tensor.
-            mask: Valid tokens, besides the tokens' own mask. The content of other tokens has no effect, NaN included,
-                but they count in the division into groups.
+            mask: Valid tokens, in addition to the tokens' own mask. The content of other tokens has no effect, NaN
+                included, but they count in the division into groups.
 
         Raises:
             TypeError, ValueError: Inputs of another width, rank, dtype or device; an invalid mask.
@@ -192,7 +192,7 @@ def token_positions(positions: Positions, inputs: Tokens | Float[Tensor, "b n c"
 
 
 def _opposites(levels: Sequence[Level], decoder_levels: Sequence[Level]) -> list[Level]:
-    """Return the levels whose outputs the decoder levels get as skips, after checks."""
+    """Return the levels whose outputs are skip connections to the decoder levels, after checks."""
     if not levels:
         raise ValueError("levels must have at least one level; got none")
     opposites = list(levels)[-2::-1]

@@ -62,7 +62,7 @@ class Perceiver(nn.Module):
 
 
 def check_parts(parts: Mapping[str, object], widths: Mapping[str, str]) -> None:
-    """Raise unless all parts are modules, and pairs of widths such as ("adapter.dim", "encoder.input_dim") are equal.
+    """Raise unless all parts are modules whose widths match, by pairs such as ("adapter.dim", "encoder.input_dim").
 
     A width is skipped if a part has no such attribute.
     """

@@ -248,7 +248,7 @@ def next_token_loss(
     *,
     mask: Bool[Tensor, "b n"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Return the mean cross-entropy of the last m tokens, from the logits after the tokens before them.
+    """Return the mean cross-entropy of the last m tokens, each predicted from the tokens before it.
 
     Padding is ignored, and so is the first token of a sample, which has no context.
 

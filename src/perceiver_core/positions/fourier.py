@@ -129,7 +129,7 @@ class FourierPerAxis(SeparableFeatures):
 
 @register
 class NeRF(SeparableFeatures):
-    """Sines and cosines at octaves: sin(2^k pi x), cos(2^k pi x) for k = 0 ... num_bands - 1, axis by axis.
+    """NeRF's positional encoding: sin(2^k pi x), cos(2^k pi x) for k = 0 ... num_bands - 1, axis by axis.
 
     Example:
         >>> import torch
@@ -197,7 +197,7 @@ class Gaussian(nn.Module):
 
 
 def _check_sizes(num_axes: int, **sizes: int) -> None:
-    """Raise beyond bounds far above any use, so that a hostile configuration cannot request huge tables."""
+    """Raise ValueError for sizes far beyond any use, so that a hostile configuration cannot request huge tables."""
     checks.positive(at_most=16, num_axes=num_axes)
     checks.positive(at_most=65_536, **sizes)
 

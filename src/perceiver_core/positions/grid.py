@@ -104,7 +104,7 @@ def small_tables(
     cached = _cache.get(key, ())
     if cached and all(table._version == version and not table.requires_grad for table, version in cached):
         return tuple([table for table, _ in cached])
-    with torch.inference_mode(False):  # a tensor made in inference mode could not be used outside it
+    with torch.inference_mode(False):  # a tensor created in inference mode could not be used outside it
         tables = separable_tables(features, grid, like)
     if sum(table.numel() for table in tables) <= CACHED_NUMBERS:
         if len(_cache) >= CACHED_GRIDS:

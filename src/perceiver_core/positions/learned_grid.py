@@ -47,11 +47,11 @@ class LearnedGrid(nn.Module):
         self.vectors = init.embedding(*grid, dim)
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "*grid p"], ...]:
-        """Return one table: the array at the size of `grid`."""
+        """Return one table: the learned array, resampled to the size of `grid`."""
         return (self(grid, like),)
 
     def forward(self, grid: Sequence[int], like: Tensor) -> Float[Tensor, "*grid p"]:
-        """Return the array at the size of `grid`, in the dtype of `like`."""
+        """Return the learned array, resampled to the size of `grid`, in the dtype of `like`."""
         check_axes(grid, self.num_axes)
         if tuple(grid) == tuple(self.vectors.shape[:-1]):
             return self.vectors.to(like.dtype, copy=True)  # no module returns its own parameter

@@ -1,4 +1,4 @@
-"""Position features of any points, not only those of a grid."""
+"""Position features of arbitrary points."""
 
 from __future__ import annotations
 

@@ -67,8 +67,8 @@ class Rotary(nn.Module):
         >>> from perceiver_core.positions import inclusive_exponents
         >>> rotary = Rotary(dim=32, base=8192, exponents=inclusive_exponents)
 
-    It counts distances from the end upwards, so its rotations are the mirror image of these; with positions from the
-    data, which its cached generation needs, they are the same.
+    That code numbers positions backwards from the end, so its rotations have the opposite sign, except where it takes
+    positions from the data, as in cached generation.
 
     Reference: Su et al. 2021 (RoFormer), section 3.2.2; google-research/perceiver-ar, perceiver_ar_model.py,
     `_apply_rotary_encoding_to_subset`.
@@ -97,7 +97,7 @@ class Rotary(nn.Module):
 
         Args:
             heads: Queries or keys.
-            positions: Position of each token, `n` or `b n`; consecutive by default, the last one being 0.
+            positions: Position of each token, `n` or `b n`; 1 - n ... 0 by default.
         """
         dim = heads.shape[-1] if self.dim is None else self.dim
         if heads.shape[-1] < dim:

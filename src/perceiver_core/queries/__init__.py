@@ -1,9 +1,9 @@
 """Queries of a decoder.
 
 A source of queries is a module `(tokens, query_inputs=None) -> queries`, with `dim`, the width of the queries; `tokens`
-is the output of the adapter. The name of the second argument says what a source takes: `query_indices` selects some of
-the queries that it returns by default, by indices `q` for all samples or `b q` for each; `Coordinates` takes `points`,
-and `External` takes `queries`.
+is the output of the adapter. The second argument depends on the source: `query_indices` selects some of the queries
+that it returns by default, by indices `q` for all samples or `b q` for each; `Coordinates` takes `points`, and
+`External` takes `queries`.
 """
 
 from perceiver_core.queries.coordinates import Coordinates

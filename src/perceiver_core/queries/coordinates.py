@@ -12,7 +12,7 @@ from perceiver_core.registry import register
 
 @register
 class Coordinates(nn.Module):
-    """Queries that are the position features of points, which come with each call.
+    """Queries that are the position features of points, which are passed with each call.
 
     Args:
         positions: Position features of points, such as `positions.Fourier`: a callable from points `*b axes` to

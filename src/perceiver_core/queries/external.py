@@ -1,4 +1,4 @@
-"""Queries that come with each call."""
+"""Queries that are passed with each call."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from perceiver_core.registry import register
 
 @register
 class External(nn.Module):
-    """Queries that come with each call, unchanged.
+    """Queries that are passed with each call and returned unchanged.
 
     Args:
         dim: Width of a query.

@@ -21,7 +21,7 @@ MATERIALIZED_BYTES = 2**30  # a CPU read that would write out more is not dense 
 
 
 class Decision(NamedTuple):
-    """The strategy that `Auto` takes for a read, and what it was chosen from.
+    """The strategy that `Auto` selects for a read, with the sizes and constants that it was selected by.
 
     Args:
         strategy: Strategy taken.
@@ -53,7 +53,7 @@ class Auto:
     """Take the fastest of several strategies on a CPU or CUDA GPU, by predicted cost; on other devices `Dense`.
 
     On a CPU, `Dense` comes last where it would write out more than a gibibyte: the others process a large input in
-    slabs. On a GPU, `Factored` comes last: its slabs are made for CPU caches.
+    slabs. On a GPU, `Factored` comes last: its slabs are sized for CPU caches.
 
     Args:
         strategies: Strategies to choose from; one that is left out is never taken.

@@ -1,4 +1,4 @@
-"""Grid axes as reads see them: one position table per axis; axes that a table spans jointly are merged into one."""
+"""Grid axes of a read, with one position table each; axes that share a table are merged into one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from perceiver_core.tokens import Tokens
 
 
 def merged_axes(tokens: Tokens) -> tuple[int, ...]:
-    """Return the grid with axes that a position table spans jointly merged.
+    """Return the grid after merging axes that share a position table.
 
     Example:
         >>> import torch
@@ -60,6 +60,6 @@ def _spans(tokens: Tokens) -> list[tuple[int, int]]:
 
 
 def _groups(spans: list[tuple[int, int]], num_axes: int) -> list[tuple[int, int]]:
-    """Return the first and last axis of each group of axes that some table spans jointly."""
+    """Return the first and last axis of each group of axes that share a table."""
     starts = [axis for axis in range(num_axes) if all(not first < axis <= last for first, last in spans)]
     return [(start, end - 1) for start, end in zip(starts, [*starts[1:], num_axes], strict=True)]

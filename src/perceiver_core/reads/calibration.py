@@ -26,7 +26,7 @@ _PAIRS = 256 * 128 * 192  # queries x rows x columns
 def calibrate(seconds: float = 2.0, device: str = "cpu") -> Machine:
     """Measure the constants of `Machine` on the machine at hand.
 
-    A CPU is measured on all threads, and the result is given per thread. Constants of structured reads keep their
+    A CPU is measured on all threads, and the result is per thread. Constants of structured reads keep their
     defaults where the compiled loop is unavailable.
 
     Args:

@@ -48,7 +48,7 @@ class KeysValues(NamedTuple):
         Args:
             q: Queries; a batch of 1 serves all samples, and so do keys and values of a batch of 1.
             kernel: Attention kernel.
-            mask: Attention mask besides that of the memory.
+            mask: Attention mask in addition to that of the memory.
             dropout: Rate at which the kernel drops attention weights.
         """
         keys, values = self.keys, self.values
@@ -70,7 +70,7 @@ class KeysValues(NamedTuple):
         return kernel_attention_map(kernel, q, keys, mask=masks.and_(self.mask, mask), queries=queries)
 
     def memory(self, attention: Attention) -> KeysValues:
-        """Return this memory: it is ready to be attended to."""
+        """Return this memory itself."""
         return self
 
     def append(self, later: KeysValues) -> KeysValues:
@@ -100,7 +100,7 @@ def _broadcast(q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor,
 @partial(register, name="reads.Dense")
 @dataclass(frozen=True)
 class Dense:
-    """Write out, normalize and project all tokens to keys and values. Computes every read.
+    """Materialize, normalize and project all tokens to keys and values. Supports every read.
 
     Example:
         >>> import torch
@@ -111,7 +111,7 @@ class Dense:
     """
 
     def why_not(self, context: ReadContext) -> str:
-        """Return an empty string: there is no read that this strategy cannot compute."""
+        """Return an empty string: this strategy supports every read."""
         return ""
 
     def cost(self, sizes: Sizes, machine: Machine) -> Cost:
@@ -142,7 +142,7 @@ def split_heads(x: Float[Tensor, "b n hd"], num_heads: int) -> Float[Tensor, "b 
 
 
 def rotate(rotary: nn.Module, heads: Tensor, positions: Tensor) -> Tensor:
-    """Apply a rotary embedding at given positions to queries or keys `b h n d`; nn.Identity stands for none."""
+    """Apply a rotary embedding to queries or keys `b h n d` at `positions`; nn.Identity means no rotation."""
     if type(rotary) is nn.Identity:
         return heads
     rotated: Tensor = rotary(heads, positions)

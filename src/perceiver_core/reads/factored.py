@@ -81,7 +81,7 @@ def attend_slab(q: Tensor, memory: FactoredKeysValues) -> PartialAttention:
 
 
 def _is_large(memory: FactoredKeysValues) -> bool:
-    """Tell whether there are more tokens than a slab may have."""
+    """Return whether the input has more tokens than fit into one slab."""
     if torch.compiler.is_compiling():  # comparing sizes would specialize the graph to them
         return False
     limit = memory.tokens_per_slab * slabs.factor_for(memory.content.device)
@@ -123,7 +123,7 @@ def why_not_factored(context: ReadContext) -> str:
 
 
 def needs_kernel(context: ReadContext) -> str:
-    """Return the reason why only an attention kernel on formed keys and values computes a read; empty if none does."""
+    """Return the reason why a read needs an attention kernel on formed keys and values; empty if it does not."""
     attention = context.attention
     if attention.kernel is not fastest:
         return f"the kernel {getattr(attention.kernel, '__name__', attention.kernel)} was chosen"
@@ -147,7 +147,7 @@ def _per_query(mask: Tensor) -> bool:
 
 
 def factored(context: ReadContext, attend_slab: AttendSlab, tokens_per_slab: int) -> FactoredKeysValues:
-    """Return the factored keys and values of a read that `why_not_factored` has no objection to."""
+    """Return the factored keys and values of a read for which `why_not_factored` is empty."""
     tokens, attention = context.tokens, context.attention
     assert isinstance(tokens, Tokens)
     key, value = attention.key, attention.value
@@ -163,7 +163,7 @@ def factored(context: ReadContext, attend_slab: AttendSlab, tokens_per_slab: int
 
 
 def token_mask(context: ReadContext, memory: FactoredKeysValues) -> Tensor | None:
-    """Return the tokens' own mask combined with the mask besides it, as one tensor `b *grid`."""
+    """Return the tokens' own mask combined with the mask of the context, as one tensor `b *grid`."""
     valid = memory.mask
     if context.mask is None:
         return valid

@@ -79,7 +79,7 @@ class FactoredKeysValues(NamedTuple):
         return tuple(self.content.shape[1:-1])
 
     def memory(self, attention: Attention) -> FactoredKeysValues:
-        """Return this memory: it is ready to be attended to."""
+        """Return this memory itself."""
         return self
 
     def attend(
@@ -87,14 +87,14 @@ class FactoredKeysValues(NamedTuple):
     ) -> Float[Tensor, "b h q e"]:
         """Return the attention output of every head, computed slab by slab where the input is large.
 
-        With a mask besides its own, or dropout, keys and values are formed and the kernel is used.
+        With an additional mask, or dropout, keys and values are formed and the kernel is used.
         """
         if mask is not None or dropout:
             return self.form(q.dtype).attend(q, kernel, mask=mask, dropout=dropout)
         return self.attend_with_lse(q).output
 
     def attend_with_lse(self, q: Float[Tensor, "#b h q d"]) -> PartialAttention:
-        """Return the attention output and the log-sum-exp of the scores, by which results over parts merge."""
+        """Return the attention output and the log-sum-exp of the scores, with which partial results are merged."""
         memory = self.for_batch(q.shape[0]) if self.content.shape[0] == 1 and q.shape[0] != 1 else self
         attended = slabs.attend(q, memory)
         return PartialAttention(attended.output.to(q.dtype), attended.lse)
@@ -134,7 +134,7 @@ class FactoredKeysValues(NamedTuple):
         return (squares / (channels + width) + self.norm.eps).rsqrt()
 
     def for_batch(self, batch: int) -> FactoredKeysValues:
-        """Return the same with a batch of 1 expanded to `batch` samples."""
+        """Return a copy in which a batch of 1 is expanded to `batch` samples."""
         content, mask = self.content, self.mask
         return self._replace(
             content=content.expand(batch, *content.shape[1:]),
@@ -142,7 +142,7 @@ class FactoredKeysValues(NamedTuple):
         )
 
     def slab(self, slab: Slab) -> FactoredKeysValues:
-        """Return the part of a slab."""
+        """Return the factored keys and values of one slab."""
         axis, start, length = slab
         cut = [table.narrow(0, start, length) if i == axis else table for i, table in enumerate(self.tables)]
         return self._replace(
@@ -152,7 +152,7 @@ class FactoredKeysValues(NamedTuple):
         )
 
     def project_tables(self, part: Projection) -> list[Float[Tensor, "h size d"]]:
-        """Return the tables projected: the terms that keys or values have for each index along each axis."""
+        """Return the projected tables: the term of keys or values for each index along each axis."""
         if not self.tables:
             heads, width, _ = part.content.shape
             return [part.content.new_zeros(heads, size, width) for size in self.grid]

@@ -1,4 +1,4 @@
-"""Throughput of a machine at the operations that reads are made of, from which their costs are predicted.
+"""Throughput of a machine at the operations of a read, from which costs are predicted.
 
 Costs decide which strategy a read takes (`reads.Auto`), so ratios matter more than absolute values. They describe the
 forward pass; the backward pass takes about two to three times as long, with every strategy.

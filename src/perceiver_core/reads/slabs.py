@@ -43,7 +43,7 @@ def attend(q: Float[Tensor, "#b h q d"], memory: FactoredKeysValues) -> PartialA
 
 
 def factor_for(device: torch.device) -> int:
-    """Return the factor by which slabs are larger than on a CPU."""
+    """Return the ratio of the slab size on a device to that on a CPU."""
     return 1 if device.type == "cpu" else GPU_FACTOR
 
 

@@ -1,4 +1,4 @@
-"""Input of a read on its way from a block to its attention; caches and captured weights that may go with it."""
+"""Inputs that blocks pass to their attention modules, with optional caches and captured attention weights."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Source(NamedTuple):
         tokens: Input, `Tokens` or a tensor `b n c`.
         norm: Norm applied to it.
         strategy: Way to form, or not to form, keys and values.
-        mask: Attention mask besides the tokens' own.
-        positions: Positions of the tokens for rotary embeddings; consecutive by default, the last one being 0.
+        mask: Attention mask in addition to the tokens' own.
+        positions: Positions of the tokens for rotary embeddings; 1 - n ... 0 by default.
         num_queries: Total number of queries of all reads that will share the memory.
 
     Example:
@@ -54,13 +54,13 @@ class Source(NamedTuple):
     num_queries: int = 512
 
     def normalized(self) -> Float[Tensor, "b n c"]:
-        """Return all tokens written out and normalized."""
+        """Return all tokens, materialized and normalized."""
         tokens = self.tokens
         normalized: Tensor = self.norm(tokens.materialize() if isinstance(tokens, Tokens) else tokens)
         return normalized
 
     def whole_mask(self) -> Mask | None:
-        """Return the tokens' own mask combined with the mask besides it."""
+        """Return the tokens' own mask combined with `mask`."""
         return combined_mask(self.tokens, self.mask)
 
     def memory(self, attention: Attention) -> Memory:
@@ -75,7 +75,7 @@ class Source(NamedTuple):
 
 @runtime_checkable
 class Cache(Protocol):
-    """Carries a memory from one call of a read to later calls."""
+    """Storage of a memory for later calls of a read."""
 
     appends: ClassVar[bool]
     num_queries: int | None
@@ -88,8 +88,8 @@ class Cache(Protocol):
 class SharedMemory:
     """Cache of a memory that several reads with the same weights share.
 
-    `read(x, tokens, cache=cache)` stores it, and `read(x, cache.memory)` attends to it again. Later reads get it as
-    their input, so that each call does the same when activation checkpointing runs it again.
+    `read(x, tokens, cache=cache)` stores it, and `read(x, cache.memory)` attends to it again. Later reads receive it as
+    an input, so that a recomputation by activation checkpointing does the same as the original call.
 
     Args:
         num_queries: Total number of queries of these reads, from which the strategy is chosen.
@@ -111,17 +111,17 @@ class SharedMemory:
         self._released = self._grad_enabled = False
 
     def update(self, memory: Memory) -> Memory:
-        """Store the first memory, and return the one given."""
+        """Store `memory` unless one is stored or was released, and return it."""
         if self.memory is None and not self._released:
             self.memory, self._grad_enabled = memory, torch.is_grad_enabled()
         return memory
 
     def has_graph(self) -> bool:
-        """Tell whether the memory was made in the present gradient mode; in a reentrant checkpoint it was not."""
+        """Return whether the memory was computed in the current gradient mode; in a reentrant checkpoint it was not."""
         return self.memory is None or self._grad_enabled == torch.is_grad_enabled()
 
     def release(self) -> None:
-        """Drop the memory for good: nothing that keeps the cache, such as a checkpoint, keeps the memory with it."""
+        """Drop the memory and store no other, so that a checkpoint that keeps the cache keeps no memory alive."""
         self.memory, self._released = None, True
 
 
@@ -200,7 +200,7 @@ _listeners: dict[int, ReadListener] = {}  # by thread
 
 @contextmanager
 def listening(listener: ReadListener) -> Iterator[None]:
-    """Call a function for every read that this thread prepares, before it is made."""
+    """Inside the context, call a function before every read of this thread."""
     thread = threading.get_ident()
     before = _listeners.get(thread)
     _listeners[thread] = listener  # a read cannot be passed a listener through modules of other libraries

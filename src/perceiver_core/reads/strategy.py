@@ -24,7 +24,7 @@ QueryIndices: TypeAlias = "int | Sequence[int] | Int[Tensor, ' chosen'] | None"
 
 @runtime_checkable
 class AttentionInput(Protocol):
-    """Input of an attention module: a `Source`, or a `Memory` that an earlier read made."""
+    """Input of an attention module: a `Source`, or the `Memory` of an earlier read."""
 
     def memory(self, attention: Attention) -> Memory:
         """Return the memory for an attention module, which calls this in its own forward."""
@@ -38,7 +38,7 @@ class Memory(AttentionInput, Protocol):
     def attend(
         self, q: Float[Tensor, "#b h q d"], kernel: Kernel, *, mask: Mask | None = None, dropout: float = 0.0
     ) -> Float[Tensor, "b h q e"]:
-        """Return the attention output of every head; `mask` applies besides the mask of the memory."""
+        """Return the attention output of every head; `mask` applies in addition to the mask of the memory."""
         ...
 
     def attention_map(
@@ -70,14 +70,14 @@ class Attention(Protocol):
 
 
 class ReadContext(NamedTuple):
-    """One read to be made.
+    """Input and parameters of one read, before its keys and values are formed.
 
     Args:
         attention: Module whose projections form keys and values.
         norm: Norm applied to the input before these projections.
         tokens: Input of the read, `Tokens` or a tensor `b n c`.
-        mask: Attention mask besides the tokens' own.
-        positions: Positions of the tokens for rotary embeddings; by default consecutive, the last one being 0.
+        mask: Attention mask in addition to the tokens' own.
+        positions: Positions of the tokens for rotary embeddings; 1 - n ... 0 by default.
         num_queries: Total number of queries of all reads that will share the memory.
     """
 
@@ -94,7 +94,7 @@ class ReadContext(NamedTuple):
         return self.tokens.content if isinstance(self.tokens, Tokens) else self.tokens
 
     def whole_mask(self) -> Mask | None:
-        """Return the tokens' own mask combined with the mask besides it."""
+        """Return the tokens' own mask combined with `mask`."""
         return combined_mask(self.tokens, self.mask)
 
 

@@ -38,7 +38,7 @@ class Structured:
     """
 
     def why_not(self, context: ReadContext) -> str:
-        """Return the reason why a structured read does not compute this one."""
+        """Return the reason why this strategy cannot compute a read; empty if it can."""
         return why_not_factored(context) or needs_kernel(context)
 
     def cost(self, sizes: Sizes, machine: Machine) -> Cost:
@@ -56,7 +56,7 @@ class Structured:
         return Cost(products + pairs * (4 * s.num_channels + 2 * len(s.axes) + 16), moved, seconds)
 
     def missing(self, context: ReadContext) -> str:
-        """Return the reason why the compiled loop is unavailable; empty if it is available, compiled now if need be.
+        """Return the reason why the compiled loop is unavailable; empty if it is available. This may compile it.
 
         Without it a structured read runs in plain PyTorch: in little memory, but slowly.
         """

@@ -1,6 +1,6 @@
-"""Registered classes and functions, and configurations that are made of them.
+"""Registered classes and functions, and configurations that refer to them.
 
-A model is saved as the constructor calls that made it (`to_config`) and built again from them (`from_config`).
+A model is saved as its constructor calls (`to_config`) and rebuilt from them (`from_config`).
 Only registered names are ever called; nothing is imported, evaluated or unpickled. A configuration is JSON:
 
     {"part": name, argument: ...}      a part: an instance of the registered class of that name

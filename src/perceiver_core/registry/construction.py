@@ -1,4 +1,4 @@
-"""Values from configurations: parts made by calling registered classes, in limited number."""
+"""Construction of values from configurations, by calls of registered classes, with a limit on their number."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _make(thing: Callable[..., object], arguments: dict[str, object], at: str) -
     _count()
     try:
         return thing(**arguments)
-    except Exception as error:  # of any kind: constructors are given here what no caller would give them
+    except Exception as error:  # of any type: a file may pass arguments to constructors that no caller would pass
         why = str(error) or type(error).__name__
         raise ValueError(
             f"{at or 'the model'}: {_names[thing]} cannot be built from its configuration: {why}"
@@ -92,10 +92,10 @@ def _check_external(thing: Callable[..., object], arguments: dict[str, object], 
 
 @contextmanager
 def at_most(modules: int) -> Iterator[None]:
-    """Bound the number of modules that this thread builds or puts into others, so that a small file makes few.
+    """Limit the number of modules that this thread builds or registers, so that a small file cannot build many.
 
     Raises:
-        ValueError: Inside, at the first module too many.
+        ValueError: The code in the context exceeds the limit.
     """
     _install_counter()
     before, _budget.left = getattr(_budget, "left", None), modules
@@ -115,5 +115,5 @@ def _count(*_: object) -> None:
     left = getattr(_budget, "left", None)
     if left is not None:
         if left <= 0:
-            raise ValueError("the configuration asks for more modules than the file has weights for")
+            raise ValueError("the configuration has more modules than the file has weights for")
         _budget.left = left - 1

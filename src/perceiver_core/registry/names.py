@@ -23,7 +23,7 @@ class Reference:
 
     Args:
         label: Its module and qualified name.
-        name: Its registered name; None if it was not registered when the reference was made.
+        name: Its registered name; None if it was not registered when the reference was created.
         replaced: Number of times that the name had been taken over by then.
     """
 
@@ -47,7 +47,7 @@ def enter(thing: Callable[..., object], name: str) -> None:
 
 
 def refer(thing: Callable[..., object]) -> Reference:
-    """Return a reference to a class, a function or something else that is called."""
+    """Return a reference to a class, a function or another callable."""
     known = (inspect.isclass(thing) or inspect.isroutine(thing)) and thing in _names
     name = _names[thing] if known else None
     return Reference(label(thing), name, 0 if name is None else _replaced.get(name, 0))
@@ -78,7 +78,7 @@ def look_up(name: object, at: str) -> Callable[..., object]:
 
 
 def unregistered(label: str) -> str:
-    """Return the message about a class or function that is not registered, without its path."""
+    """Return the error message for a class or function that is not registered, without the path of the value."""
     return (
         f"is {label}, which is not registered. "
         "Put @perceiver_core.register above its definition and make the model again; a class that is not yours, into a "

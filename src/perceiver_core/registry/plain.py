@@ -1,4 +1,4 @@
-"""Conversion of other libraries' numbers and containers to Python's own."""
+"""Conversion of other libraries' numbers and containers to Python's built-in types."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LONGEST = 2**19  # items; a configuration, of at most 2**20 bytes, cannot hold 
 
 
 def plain(value: object, *, mappings: bool = False) -> object:
-    """Return a value with the numbers of NumPy and the lists of configuration libraries as Python's own.
+    """Convert NumPy numbers and the containers of configuration libraries in a value to Python's built-in types.
 
     Converted are scalars of NumPy, its arrays of at most one axis, and sequences that are neither lists nor tuples if
     all they hold is numbers, strings, None and containers of these (those of OmegaConf, for example). Lists, tuples and

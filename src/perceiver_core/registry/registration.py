@@ -105,7 +105,7 @@ def _record_arguments(part: type, signature: inspect.Signature) -> None:
             construct(self, *args, **kwargs)
             return
         given = _by_name(signature, self, *args, **kwargs)
-        # Before the call, since it, or the caller later, may change lists. Places of modules are known after it.
+        # Copied before the call, which may change lists; the paths of modules are known only after it.
         modules = {name: _copied(value) for name, value in given.items() if _holds_a_module(value)}
         with each_partial_once():
             nodes = {name: None if name in modules else snapshot(value) for name, value in given.items()}
@@ -130,7 +130,7 @@ def _by_name(signature: inspect.Signature, *args: object, **kwargs: object) -> d
 
 
 def _copied(value: object) -> object:
-    """Return lists and dictionaries as they are now."""
+    """Return copies of lists and dictionaries, and other values unchanged."""
     if isinstance(value, dict):
         return {key: _copied(item) for key, item in value.items()}
     return [_copied(item) for item in value] if isinstance(value, (list, tuple)) else value
@@ -145,10 +145,10 @@ def _holds_a_module(value: object) -> bool:
 
 
 def _kept(part: object, name: str, value: object) -> Node:
-    """Return the places in a part of the modules that were passed to it as an argument.
+    """Return the attribute paths at which a part keeps the modules of an argument.
 
-    The attribute of the argument's name comes first, then any place in the part. Modules that the part does not contain
-    (it copies them, or needs them in its constructor only) are described as they are now.
+    The attribute of the argument's name has precedence over other paths. Modules that the part does not contain (it
+    copies them, or uses them in its constructor only) are described as they are now.
     """
     now = attribute(part, name)
     if isinstance(value, nn.Module) and isinstance(now, nn.Module):

@@ -12,7 +12,7 @@ from perceiver_core.registry.snapshot import Node, Part, Partial, Refusal, snaps
 
 
 def to_config(value: object) -> Json:
-    """Return the configuration from which `from_config` makes a value again, as JSON.
+    """Return the configuration, as JSON, from which `from_config` rebuilds a value.
 
     Raises:
         ValueError: A part that is not registered, or a value that JSON cannot express.
@@ -51,7 +51,7 @@ def _written_each(nodes: Mapping[str, Node], at: str, seen: dict[int, str]) -> d
 
 
 def settings(module: nn.Module) -> str:
-    """Return the class and settings of a module in a line, by which later changes of the module are found.
+    """Return the class and settings of a module in one line, so that later changes can be detected.
 
     Settings that the class names in `changes_no_result` are left out, since they do not affect the output.
     """

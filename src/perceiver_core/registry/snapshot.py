@@ -1,7 +1,7 @@
 """Values as data: descriptions of arguments that keep no module, closure or array alive.
 
 A part carries a `Record` of its constructor's arguments. The record is copied and pickled with the part, so that its
-identity tells two uses of one part from two equal parts, also where the part itself is not at hand.
+identity distinguishes two uses of one part from two equal parts, even if the part itself is not available.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ RECORD = "_arguments"  # the attribute of a part that holds its record
 
 @dataclass(eq=False)
 class Record:
-    """Constructor arguments of a part, by name; its identity stands for that of the part."""
+    """Constructor arguments of a part, by name. Two references are to the same part if their records are identical."""
 
     arguments: dict[str, Node]
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """The module that a part has at a path when it is saved.
+    """Reference to the module that a part has in an attribute when it is saved.
 
     Args:
-        path: Path of attributes, "layers.0".
-        several: Whether a ModuleList or ModuleDict stands there, for a list or dictionary of modules.
+        path: Dotted path of the attribute, such as "layers.0".
+        several: Whether it is a ModuleList or ModuleDict of an argument that was a list or dictionary of modules.
     """
 
     path: str
@@ -65,7 +65,7 @@ class Partial:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A value that no configuration can hold, as the text of the error that says so, without its path."""
+    """A value that a configuration cannot contain, with the error message of `to_config`, without the path."""
 
     reason: str
 
@@ -128,7 +128,7 @@ _described = _Described()
 
 @contextmanager
 def each_partial_once() -> Iterator[None]:
-    """Describe a partial that is given to many parts only once inside, so that a deep model is recorded quickly."""
+    """Inside the context, describe a partial that is passed to many parts only once, so that deep models build fast."""
     if _described.partials is not None:
         yield
         return
@@ -153,14 +153,14 @@ def _partial(value: functools.partial[object]) -> Node:
 
 
 def _part(part: object) -> Node:
-    """Describe an instance of a registered class by the arguments that give its current state."""
+    """Describe an instance of a registered class by the constructor arguments that rebuild it in its current state."""
     if type(part) in _external:
         found = {name: getattr(part, name) for name in _external[type(part)]}
         given = {name: value is not None if name == "bias" else value for name, value in found.items()}
         return Part(refer(type(part)), vars(part).setdefault(RECORD, Record({})), _each(given))
     record = vars(part).get(RECORD)
     if record is None:
-        return Refusal(f"was made before {label(type(part))} was registered; make it again")
+        return Refusal(f"was built before {label(type(part))} was registered; build it again")
     return Part(refer(type(part)), record, {name: _current(part, node) for name, node in record.arguments.items()})
 
 
@@ -180,20 +180,20 @@ def _current(part: object, node: Node) -> Node:
     if isinstance(now, nn.Module):
         return snapshot(now)
     return Refusal(
-        f"is a module that was given to {type(part).__name__}, which has none in its attribute {node.path!r} now. "
+        f"is a module passed to {type(part).__name__}, which has none in its attribute {node.path!r} now. "
         "Put a module there, nn.Identity() for none"
     )
 
 
 def attribute(part: object, path: str) -> object:
-    """Return the value of a part at a path of attributes; None if there is none."""
+    """Return the attribute of a part at a dotted path such as "layers.0"; None if it does not exist."""
     for name in path.split("."):
         part = getattr(part, name, None)
     return part
 
 
 def _number(value: object) -> int | float | None:
-    """Return a number of another library as Python's; None for anything else."""
+    """Convert a number of another library to a Python number; return None for anything else."""
     if type(value) is Tensor:
         is_number = value.ndim == 0 and value.device.type == "cpu" and not value.is_complex()
         return value.item() if is_number else None
@@ -205,7 +205,7 @@ def _number(value: object) -> int | float | None:
 
 def _no_word(value: object) -> Refusal:
     return Refusal(
-        f"is {_shown(value)}, which JSON has no word for. Give numbers, strings, None, lists, "
+        f"is {_shown(value)}, which JSON cannot represent. Give numbers, strings, None, lists, "
         "dictionaries with names for keys, or registered parts"
     )
 
@@ -215,5 +215,5 @@ def _shown(value: object) -> str:
         return f"a {type(value).__name__} of shape {tuple(value.shape)}"
     try:
         return short(value)
-    except Exception:  # a model may be made of what cannot be shown, too
+    except Exception:  # repr of a user's object may raise
         return f"a {type(value).__name__}"

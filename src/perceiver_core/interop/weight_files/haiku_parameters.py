@@ -12,7 +12,7 @@ from perceiver_core.interop.weight_files.array_header import LONGEST_NAME, Array
 
 @contextmanager
 def open_parameters(path: Path) -> Iterator[dict[str, ArrayHeader]]:
-    """Yield the headers of a file, whose first bytes tell its format; arrays can be read until the context ends.
+    """Yield the headers of a file, after detecting its format; arrays can be read until the context ends.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -32,7 +32,7 @@ def open_parameters(path: Path) -> Iterator[dict[str, ArrayHeader]]:
 
 
 def _flattened(path: Path, content: object) -> dict[str, ArrayHeader]:
-    """Return the arrays of a pickle: parameters by scope, and maybe running statistics beside them."""
+    """Return the arrays of a pickle by name: parameters by scope, and running statistics if it has them."""
     content = _mapping(path, "it", content)
     flat: dict[str, ArrayHeader] = {}
     for part in ("params", "state") if "params" in content else ("",):

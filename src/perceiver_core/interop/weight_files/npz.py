@@ -92,7 +92,7 @@ def _read_array(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -
 
 @contextmanager
 def _errors_with_path(path: Path) -> Iterator[None]:
-    """Turn the many exceptions that damaged headers raise into a ValueError that names the file."""
+    """Convert the various exceptions that damaged headers raise to a ValueError that names the file."""
     expected = ValueError, TypeError, KeyError, IndexError, SyntaxError, EOFError, OSError, RuntimeError
     try:
         yield

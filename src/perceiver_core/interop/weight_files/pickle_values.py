@@ -42,7 +42,7 @@ class DTypeStandIn:
         self.dtype = number_dtype(code if isinstance(code, str) else type(code).__name__)
 
     def build(self, state: object) -> None:
-        """Take the byte order of a pickled state, and refuse any other content."""
+        """Set the byte order from a pickled state; raise ValueError for any other content."""
         if not isinstance(state, tuple) or len(state) != 8 or state[0] != 3 or state[1] not in ("<", ">", "|", "="):
             raise ValueError("a dtype is not one of plain numbers")
         if state[2:] != (None, None, None, -1, -1, 0):
@@ -59,7 +59,7 @@ class ArrayStandIn:
         self.header: ArrayHeader | None = None
 
     def fill(self, shape: object, dtype: object, data: object, *, fortran: bool) -> ArrayStandIn:
-        """Take shape, dtype and data, which must have the number of bytes of the other two."""
+        """Set shape, dtype and data; raise ValueError unless the number of bytes fits the shape and dtype."""
         if self.header is not None:
             raise ValueError("an array gets its data twice")
         if not isinstance(dtype, DTypeStandIn) or not isinstance(data, (bytes, memoryview)):
@@ -86,7 +86,7 @@ def _numpy_array(data: bytes | memoryview, dtype: DType, shape: tuple[int, ...],
 
 
 class MappingStandIn:
-    """Stand-in for Haiku's mapping that is made empty and filled later."""
+    """Stand-in for Haiku's mapping, which is created empty and filled later."""
 
     __slots__ = ("content",)
 
@@ -103,7 +103,7 @@ class MappingStandIn:
 
 
 def mapping(budget: Budget, *args: object) -> object:
-    """Return the given dictionary itself, since copies of copies would grow without end; a new one without any."""
+    """Return the argument itself, or a new dictionary; not a copy, since nested copies could grow endlessly."""
     if len(args) > 1 or not all(isinstance(given, (dict, MappingStandIn)) for given in args):
         raise ValueError("a mapping is made of something else than a dictionary")
     return args[0] if args else {}

@@ -1,9 +1,9 @@
 """Reader of pickled arrays that executes nothing: dictionaries, lists, numbers, text and NumPy's arrays.
 
 A pickle is a program. This reader follows the instructions that data need, on values that can do nothing: a name in
-the file stands for an entry of a table (`pickle_values`) and is never looked up, only functions of that table are
-called, and NumPy receives nothing but a dtype of numbers, a shape and exactly the bytes that these two take. Reading
-ends at the first unknown instruction or name. Python's `pickletools` decodes the instructions; it only parses.
+the file refers to an entry of a table (`pickle_values`) and is never imported, only functions of that table are
+called, and NumPy receives nothing but a numeric dtype, a shape and exactly the number of bytes that these two imply.
+Reading ends at the first unknown instruction or name. Python's `pickletools` decodes the instructions; it only parses.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from perceiver_core.interop.weight_files.pickle_values import (
 )
 
 LARGEST_STEPS = 100_000  # instructions, and values, of a file; the published ones take about 20 000
-LARGEST_DEPTH = 16  # of nested dictionaries and lists
+LARGEST_DEPTH = 16  # levels of nested dictionaries and lists
 
 
 class _Reader:
-    """Stack machine that follows the instructions of a pickle.
+    """Stack machine that executes the instructions of a pickle that data need.
 
     Args:
         data: The file.
@@ -58,7 +58,7 @@ class _Reader:
         return self.without_stand_ins(self.stack.pop())
 
     def without_stand_ins(self, value: object, depth: int = 0) -> object:
-        """Return a value with its stand-ins replaced. A value that stands in several places counts as often."""
+        """Return a value with its stand-ins replaced. A value that occurs several times is counted each time."""
         self.num_values += 1
         if depth > LARGEST_DEPTH or self.num_values > LARGEST_STEPS:
             raise ValueError(f"it holds more than {LARGEST_STEPS} values, or more than {LARGEST_DEPTH} in one another")
@@ -73,7 +73,7 @@ class _Reader:
                 raise ValueError("an array has no data")
             self.num_bytes += header.num_bytes
             if self.num_bytes > self.size:
-                raise ValueError("its arrays take more than the file: one stands in several places")
+                raise ValueError("its arrays take more than the file: one occurs several times")
             return header
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
@@ -85,7 +85,7 @@ class _Reader:
         self.stack.append(value)
 
     def push_bytes(self, data: bytes) -> None:
-        """Push the place of bytes in the file, so that the copy of them can be dropped."""
+        """Push a view of the bytes in the file, so that no copy of them is kept."""
         end = self.data.tell()
         self.stack.append(self.view[end - len(data) : end])
 
@@ -111,7 +111,7 @@ class _Reader:
             raise ValueError("a name is no text")
         if (module, name) not in KNOWN:
             raise ValueError(
-                f"the file asks for {module[:99]}.{name[:99]}, which may run code; only dictionaries and NumPy arrays "
+                f"the file refers to {module[:99]}.{name[:99]}, which may run code; only dictionaries and NumPy arrays "
                 "are read. Open it where you trust it, and write its arrays with numpy.savez"
             )
         self.push(Global((module, name)))

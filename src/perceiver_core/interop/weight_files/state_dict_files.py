@@ -1,4 +1,4 @@
-"""Files of PyTorch state dicts: safetensors and `.bin`, in one file or in several with an index; and JSON beside them.
+"""Files of PyTorch state dicts: safetensors and `.bin`, single or sharded with an index; and their JSON files.
 
 Nothing in them is executed, and nothing takes more memory than the files are large.
 """
@@ -118,7 +118,7 @@ def read_state_dict(source: Mapping[str, Tensor] | str | PathLike[str]) -> dict[
     """
     if isinstance(source, (str, PathLike)):
         if not (path := Path(source)).is_file():
-            raise FileNotFoundError(f"{path} is not there; give the path of a safetensors file, or a state dict")
+            raise FileNotFoundError(f"{path} does not exist; give the path of a safetensors file, or a state dict")
         try:
             return open_safetensors(path).read()
         except ValueError as error:
@@ -139,10 +139,10 @@ def _open_binary(path: Path) -> StateDictFile:
     try:
         _check_archive(path, size)
         content = torch.load(path, map_location="cpu", weights_only=True)  # tensors, and nothing that executes
-    except Exception as error:  # many kinds, pickle's own among them; PyTorch's advise to execute the file
+    except Exception as error:  # of many types, also pickle's; messages of PyTorch suggest to execute the file
         raise ValueError(
             f"{path} is not a whole file of tensors alone ({type(error).__name__}), so it was not read. Copy it again, "
-            f"or have whoever wrote it write {WEIGHTS}"
+            f"or get a copy saved as {WEIGHTS}"
         ) from None
     if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
         raise ValueError(f"{path} must hold a dictionary of tensors by name; got {type(content).__name__}")
@@ -167,7 +167,7 @@ def _check_archive(path: Path, size: int) -> None:
 
 
 def _problem(value: object, size: int) -> str:
-    """Return the reason why a value is no tensor that a file of this size holds completely; empty if it is one."""
+    """Return the reason why a value is not a plain tensor that fits into a file of this size; empty if it is."""
     if type(value) not in (Tensor, nn.Parameter) or not isinstance(value, Tensor):
         return f"is a {type(value).__name__}"
     if value.layout is not torch.strided or value.is_quantized:
@@ -181,7 +181,7 @@ def _problem(value: object, size: int) -> str:
 
 
 def _open_shards(index: Path, end: str, opener: Callable[[Path], StateDictFile]) -> StateDictFile:
-    """Open weights in several files, of which an index names the content."""
+    """Open weights that are sharded over several files, as listed in an index."""
     weight_map = read_json(index, LARGEST_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise ValueError(f"{index} must hold a weight_map from each tensor's name to its file's")
@@ -190,7 +190,7 @@ def _open_shards(index: Path, end: str, opener: Callable[[Path], StateDictFile])
         if not file.endswith(f".{end}") or file.startswith(".") or any(mark in file for mark in "/\\:\0"):
             raise ValueError(f"{index} must name files beside it that end in .{end}; got {file!r:.80}")
         if not (index.parent / file).is_file():
-            raise FileNotFoundError(f"{index} names {file}, which is not there; copy all files of the folder")
+            raise FileNotFoundError(f"{index} names {file}, which does not exist; copy all files of the folder")
     shards = {file: opener(index.parent / file) for file in files}
     for file, shard in shards.items():
         expected = {name for name, place in weight_map.items() if place == file}
@@ -217,7 +217,7 @@ def check_floats(tensors: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def errors_with_path(path: Path) -> Iterator[None]:
-    """Name a file in the errors about it."""
+    """Add the path of a file to ValueErrors about it."""
     try:
         yield
     except ValueError as error:

@@ -11,13 +11,13 @@ from perceiver_core.kernels.grid import cpp_library
 from perceiver_core.kernels.grid.interface import GridGradients, GridInputs, GridOutputs, Saved, Upstream
 
 BLOCK = 16  # queries of a task of the forward pass, as in `cpp/grid.h`
-MIN_TASKS = 32  # the grid is split until there are as many; independent of the threads, so that results repeat
-MIN_TOKENS = 4  # of a split, per number that it returns for a query; with fewer, the setup costs more than the work
+MIN_TASKS = 32  # the grid is split to get this many; independent of the number of threads, for reproducible results
+MIN_TOKENS = 4  # tokens of a split per output number of a query; with fewer, setup dominates
 MAX_SPLIT_BYTES = 2**26  # memory of the results of all splits
 
 
 def forward(inputs: GridInputs) -> GridOutputs:
-    """Compute the read, in splits of the grid that are merged where the queries alone make few tasks."""
+    """Compute the read; with few queries the grid is split into parts, so that there are enough parallel tasks."""
     content_queries, axis_queries, content, _, _ = inputs
     batch, grid = content.shape[0], content.shape[2:]
     _, heads, queries, channels = content_queries.shape
@@ -45,7 +45,7 @@ def forward(inputs: GridInputs) -> GridOutputs:
 
 
 def backward(inputs: GridInputs, saved: Saved, upstream: Upstream, needs_token_gradients: bool) -> GridGradients:
-    """Compute the gradients, in splits of the grid that are summed up."""
+    """Compute the gradients as sums over splits of the grid."""
     content_queries, axis_queries, content, scale, _ = inputs
     batch, grid = content.shape[0], content.shape[2:]
     single_axis = len(grid) == 1  # splits then have separate positions, and write to one gradient of the axis queries

@@ -81,9 +81,9 @@ def _load() -> ctypes.CDLL:
 
 
 def _compile(compiler: str, path: Path | None) -> ctypes.CDLL:
-    """Compile and loads the library, and moves it to `path` at once, so that processes may compile concurrently.
+    """Compile and load the library, and move it to `path` atomically, so that processes may compile concurrently.
 
-    Without a path, which means that no folder belongs to the user alone, every process compiles its own.
+    Without a path (no folder is private to the user), every process compiles its own.
     """
     for flags in VARIANTS:
         with tempfile.TemporaryDirectory(prefix="tmp-", dir=None if path is None else path.parent) as scratch:

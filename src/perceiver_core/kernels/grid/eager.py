@@ -93,7 +93,7 @@ def _slabs(num_queries: int, grid: torch.Size) -> list[slice]:
 
 
 def _over_grid(x: Tensor, grid: torch.Size) -> Tensor:
-    """Appends one axis of size 1 per axis of the grid."""
+    """Append one axis of size 1 per grid axis."""
     return x.reshape(*x.shape, *(1 for _ in grid))
 
 
@@ -110,7 +110,7 @@ def _products(content_queries: Tensor, axis_queries: Tensor, content: Tensor, gr
 
 
 def _add_axis_sums(totals: Tensor, x: Tensor, grid: torch.Size, slab: slice) -> None:
-    """Add to `totals`, `b h q axis_positions`, the sums of a slab's `x` over all axes of the grid but one each."""
+    """Add the marginal sums of a slab's `x` along each grid axis to `totals`, `b h q axis_positions`."""
     start = 0
     for axis, size in enumerate(grid):
         others = [3 + other for other in range(len(grid)) if other != axis]

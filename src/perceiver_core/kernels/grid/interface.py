@@ -1,4 +1,4 @@
-"""Interface of the backends of `read_grid`: what they take, what they return, and how they warn.
+"""Interface of the backends of `read_grid`: inputs, outputs and the warning of a slower fallback.
 
 A backend is a module with the functions of `Backend`: `cpp` on the CPU, `triton` on CUDA, and `eager`, the reference in
 plain PyTorch. `operator` validates the tensors and makes them contiguous before a backend sees them.
@@ -77,7 +77,7 @@ class Backend(Protocol):
     def backward(
         self, inputs: GridInputs, saved: Saved, upstream: Upstream, needs_token_gradients: bool
     ) -> GridGradients:
-        """Recompute the softmax weights and returns the gradients of the inputs."""
+        """Recompute the softmax weights and return the gradients of the inputs."""
         ...
 
 

@@ -31,7 +31,7 @@ LN2 = math.log(2)
 
 
 class GridRead(NamedTuple):
-    """Sums that queries read from a grid; small matrices turn them into an attention output."""
+    """Result of a grid read per query: weighted sums of content and positions, and the log-sum-exp."""
 
     content: Float[Tensor, "b h q c"]
     marginals: Float[Tensor, "b h q axis_positions"]
@@ -45,7 +45,7 @@ def read_grid(
     scale: Float[Tensor, " b *grid"],
     mask: Bool[Tensor, " b *grid"] | None = None,
 ) -> GridRead:
-    """Compute the read of the module's formula, in float32 or float64.
+    """Compute the formula in the docstring of this module, in float32 or float64.
 
     Args:
         content_queries: Coefficients of each query for the content, with the softmax scale included. A batch of one
@@ -82,7 +82,7 @@ def read_grid(
 
 
 def missing_kernel(device: torch.device, channels: int) -> str:
-    """Return why no compiled kernel is available for a device; empty if one is, which on a CPU may be compiled now."""
+    """Return the reason why a device has no compiled kernel; empty if it has one. On a CPU this may compile it."""
     if device.type != "cpu":
         return triton.why_unavailable(device, channels)
     return "" if cpp_library.available() else "it would need a C++ compiler"
@@ -156,7 +156,7 @@ _read_grid.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _ReadGrid(torch.autograd.Function):
-    """Operator as a Function for torch.func, which custom operators do not serve; forward mode raises an error."""
+    """Operator as a Function, since torch.func does not support custom operators; forward mode raises an error."""
 
     generate_vmap_rule = True
 
@@ -209,7 +209,7 @@ def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[tupl
 
 
 def _batch_size(x: Tensor, in_dim: int | None) -> int:
-    """Return the size of the batch axis, which is the first but for the mapped one."""
+    """Return the size of the batch axis, the first axis other than the one that vmap maps over."""
     return x.shape[0] if in_dim is None else x.movedim(in_dim, 0).shape[1]
 
 
@@ -237,7 +237,7 @@ def _backend(inputs: GridInputs) -> Backend:
 def _validated(
     content_queries: Tensor, axis_queries: Tensor, content: Tensor, scale: Tensor, mask: Tensor | None
 ) -> GridInputs:
-    """Return contiguous inputs whose shapes fit: the compiled loop looks at memory and not at shapes."""
+    """Return contiguous inputs, after a check of their shapes: the compiled loop cannot check them."""
     if content.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"content must be float32 or float64; got {content.dtype}. Convert it: content.float()")
     if content.ndim < 3 or 0 in content.shape[1:]:

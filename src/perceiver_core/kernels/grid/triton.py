@@ -1,8 +1,8 @@
-"""Backend of `read_grid` on CUDA: tensors for the Triton kernels, and the merging of the parts they return.
+"""Backend of `read_grid` on CUDA: prepares tensors for the Triton kernels and merges the partial results.
 
-The kernels read parts of the grid (see `triton_plan`), each relative to the largest score in it. Rows of the kernels
-are all axes of the grid but the last: their axis queries are added up before, and their sums are taken apart after.
-Queries are the last axis of the kernels' tensors.
+Each program computes a part of the grid (see `triton_plan`), relative to the largest score of this part. The kernels
+see a grid of two axes: all axes but the last are flattened to rows. Axis queries of these axes are therefore added up
+before a launch, and sums per row are reduced to sums per axis after it. Queries are the last axis of all tensors.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from perceiver_core.kernels.grid.triton_plan import WARP, Plan
 
 LOG2E = 1 / math.log(2)
 MAX_CHANNELS = 64  # more do not fit on chip
-MIN_CAPABILITY = (8, 0)  # of the GPU, for Triton
+MIN_CAPABILITY = (8, 0)  # compute capability that Triton needs
 
 _failures: dict[torch.device, str] = {}  # why kernels could not be built, by device
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # no GPU appears while a graph is traced
 def why_unavailable(device: torch.device, channels: int) -> str:
-    """Return why the kernels cannot run on a device; empty if they can."""
+    """Return the reason why the kernels cannot run on a device; empty if they can."""
     if device.type != "cuda":
         return f"there is no compiled loop for {device.type}"
     if not _has_triton():
@@ -93,18 +93,18 @@ def backward(inputs: GridInputs, saved: Saved, upstream: Upstream, needs_token_g
 
 
 def _axis_to_swap(grid: torch.Size) -> int | None:
-    """Return the longest axis if the last is shorter than a stretch, which would make the rows too many."""
+    """Return the axis to swap with the last: the longest, if the last is much shorter; otherwise None."""
     longest = max(range(len(grid)), key=lambda axis: grid[axis])
     return longest if grid[-1] < WARP // 2 < grid[longest] else None
 
 
 def _swap(x: Tensor, axis: int, grid: torch.Size) -> Tensor:
-    """Swaps an axis of the grid with the last."""
+    """Swap an axis of the grid with the last."""
     return x.transpose(x.ndim - len(grid) + axis, -1).contiguous()
 
 
 def _swap_tables(tables: Tensor, axis: int, grid: torch.Size) -> Tensor:
-    """Swaps the parts of an axis and of the last, in a tensor `.. axis_positions`."""
+    """Swap the entries of an axis with those of the last axis, in a tensor `.. axis_positions`."""
     parts = list(torch.split(tables, list(grid), dim=-1))
     parts[axis], parts[-1] = parts[-1], parts[axis]
     return torch.cat(parts, dim=-1)
@@ -123,7 +123,7 @@ def _swap_inputs(inputs: GridInputs, axis: int) -> GridInputs:
 
 
 def _warn_of_fallback(device: torch.device, error: NoKernelError) -> None:
-    """Warns, and makes later reads on this device use plain PyTorch from the start."""
+    """Warn, and make later reads on this device use plain PyTorch directly."""
     reason = f"no kernel could be built: {error}"
     warnings.warn(
         f"structured reads on {device} use plain PyTorch, slowly: {reason}", GridFallbackWarning, stacklevel=3
@@ -229,17 +229,17 @@ def _pad(x: Tensor, size: int, value: float = 0.0) -> Tensor:
 
 
 def _split_heads(plan: Plan, x: Tensor, queries: int) -> Tensor:
-    """Split samples and heads into two axes, and removes the padding of the queries."""
+    """Split samples and heads into two axes, and remove the padding of the queries."""
     return x.reshape(plan.samples, plan.heads, *x.shape[1:])[..., :queries]
 
 
 def _transpose(x: Tensor) -> Tensor:
-    """Swaps the last two axes, in memory as well."""
+    """Swap the last two axes, in memory as well."""
     return x.mT.contiguous()
 
 
 def _row_axis_sums(rows: Tensor, row_axes: tuple[int, ...]) -> list[Tensor]:
-    """Return the sums along each axis but the last, `batch_heads size q`, of sums over rows, `batch_heads rows q`."""
+    """Reduce sums per row, `batch_heads rows q`, to sums per index of each row axis, `batch_heads size q`."""
     rows = rows.reshape(len(rows), *row_axes, rows.shape[-1]) if row_axes else rows
     axes = range(1, len(row_axes) + 1)
     return [rows.sum([axis for axis in axes if axis != kept]) if len(row_axes) > 1 else rows for kept in axes]

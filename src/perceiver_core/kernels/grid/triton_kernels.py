@@ -1,9 +1,9 @@
 """Triton kernels of a structured read. `triton` prepares their tensors; `operator` states the formula.
 
-A thread holds one query and walks with it down the rows of the grid, over a stretch of columns: the query's column
-coefficients and the sums per column stay in its registers, so that threads exchange nothing. For each row it writes
-one number. Softmax is online. No score is ever written to memory. The kernel of the gradients of tokens swaps the
-roles: a thread holds one token and walks over all queries.
+A thread holds one query and loops over the rows of the grid, for one stretch of columns. The query's column
+coefficients and the sums per column stay in its registers, so threads exchange no data. For each row it writes one
+number. The softmax is online, and no score is written to memory. The kernel of the token gradients swaps the roles:
+a thread holds one token and loops over all queries.
 
 Triton distributes tensors over threads along their last axis. Queries are therefore the last axis of all tensors of
 queries, and their number is not specialized: if a number is known to be a multiple of 16, Triton gives each thread
@@ -46,7 +46,7 @@ def _add_products(
     sums, coefficients, queries, query, content, tokens, token,
     CHANNELS: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds the sums over channels of content times coefficients: columns x queries."""
+    """Add the products of content and coefficients, summed over channels, to `sums`: columns x queries."""
     if PADDED < 16:
         for k in tl.static_range(CHANNELS):
             coefficient = tl.load(coefficients + k * queries + query)
@@ -67,7 +67,7 @@ def _add_products(
 def _weighted_sums(
     weights, vectors, stride, index, CHANNELS: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Returns sums of vectors (of tokens or of queries) times weights: channels x the last axis of the weights."""
+    """Return weighted sums of vectors (of tokens or queries): channels x the last axis of the weights."""
     channel = tl.arange(0, PADDED)
     if PADDED < 16:
         sums = tl.zeros([PADDED, weights.shape[1]], weights.dtype)
@@ -89,7 +89,7 @@ def forward(
     CHANNELS: tl.constexpr, PADDED: tl.constexpr, SHARED: tl.constexpr, MASKED: tl.constexpr,
     BLOCK: tl.constexpr, STRETCH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Computes the read per split and group, each relative to its own base."""
+    """Compute the read per split and group, each relative to its own base."""
     query, group, split, batch_head = _program_part(blocks, splits, groups, BLOCK)
     sample, query_row = batch_head // heads, batch_head % heads if SHARED else batch_head
     tokens = (batch_head * 0 + height) * padded_width  # in 64 bits, as `batch_head` is
@@ -159,7 +159,7 @@ def backward_queries(
     CHANNELS: tl.constexpr, PADDED: tl.constexpr, SHARED: tl.constexpr, MASKED: tl.constexpr,
     BLOCK: tl.constexpr, STRETCH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Computes gradients of the tensors of queries per split and group, with the tiling of the forward kernel."""
+    """Compute gradients of the query tensors per split and group, with the tiling of the forward kernel."""
     query, group, split, batch_head = _program_part(blocks, splits, groups, BLOCK)
     sample, query_row = batch_head // heads, batch_head % heads if SHARED else batch_head
     tokens = (batch_head * 0 + height) * padded_width
@@ -217,7 +217,7 @@ def _add_products_transposed(
     sums, coefficients, queries, query, content, tokens, token, valid_token,
     CHANNELS: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds the same sums as `_add_products`: queries x columns."""
+    """Add the same sums as `_add_products`, transposed: queries x columns."""
     if PADDED < 16:
         for k in tl.static_range(CHANNELS):
             coefficient = tl.load(coefficients + k * queries + query)
@@ -244,7 +244,7 @@ def backward_tokens(
     CHANNELS: tl.constexpr, PADDED: tl.constexpr, SHARED: tl.constexpr, MASKED: tl.constexpr,
     BLOCK: tl.constexpr, STRETCH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Computes gradients of content and scale: each thread walks with a token of a row over all queries of all heads.
+    """Compute gradients of content and scale: each thread holds one token and loops over the queries of all heads.
 
     Here `column_queries` and `d_columns` have the columns last.
     """

@@ -1,7 +1,7 @@
-"""Launches of the Triton kernels, with options tuned at the first read of a kind.
+"""Launches of the Triton kernels, with options tuned at the first read of each problem size.
 
-Results repeat to the bit: the options (queries or columns per program, warps, registers) do not change the order of
-any sum. Tuning waits for the GPU; no other read does.
+Results are bitwise reproducible: the options (queries or columns per program, warps, registers) do not change the
+order of any sum. Tuning synchronizes with the GPU; other reads do not.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from perceiver_core.kernels.grid.triton_plan import Options, Plan
 
-# Options tried at the first read of a kind; the first is the default where none can be tried.
+# Options tried at the first read of each problem size; the first is the default if tuning is impossible.
 QUERY_OPTIONS_REGISTERS: list[Options] = [
     {"BLOCK": 128, "num_warps": 4},
     {"BLOCK": 128, "num_warps": 4, "maxnreg": 168},
@@ -35,11 +35,11 @@ TOOL_ERRORS = (AssertionError, ImportError, OSError, subprocess.SubprocessError)
 
 
 class NoKernelError(RuntimeError):
-    """Error that no option of a kernel compiles and fits on this GPU."""
+    """Raised if no configuration of a kernel compiles and fits on this GPU."""
 
 
 def launch_over_queries(plan: Plan, kernel: str, *tensors: Tensor) -> None:
-    """Launch a kernel whose programs hold a block of queries each and walk over a part of the grid."""
+    """Launch a kernel whose programs each hold a block of queries and loop over a part of the grid."""
     options = QUERY_OPTIONS_MATRIX if plan.uses_matrix_units else QUERY_OPTIONS_REGISTERS
 
     def launch(option: Options) -> None:
@@ -54,7 +54,7 @@ def launch_over_queries(plan: Plan, kernel: str, *tensors: Tensor) -> None:
 
 
 def launch_over_tokens(plan: Plan, kernel: str, *tensors: Tensor) -> None:
-    """Launch a kernel whose programs hold columns of one row each and walk over all queries."""
+    """Launch a kernel whose programs each hold columns of one row and loop over all queries."""
     padded_channels = plan.constants["PADDED"]
     block = 16 if padded_channels <= 4 or plan.uses_matrix_units else 8  # more queries at a time exceed the registers
 
@@ -75,7 +75,7 @@ def run_kernel(kernel: str, num_programs: int, arguments: tuple[Any, ...], optio
     getattr(triton_kernels, kernel)[(num_programs,)](*arguments, **options)
 
 
-_tuned: dict[tuple[Any, ...], Options] = {}  # the fastest option, by all that it depends on
+_tuned: dict[tuple[Any, ...], Options] = {}  # the fastest option, by kernel, device and sizes
 
 
 def _launch_tuned(
@@ -91,7 +91,7 @@ def _launch_tuned(
 
 
 def fastest(launch: Callable[[Options], None], options: Sequence[Options]) -> Options:
-    """Return the option with which a kernel takes the least time, among those that compile and fit on the GPU.
+    """Return the fastest option of a kernel, among those that compile and fit on the GPU.
 
     Raises:
         NoKernelError: No option compiles and fits.
@@ -105,7 +105,7 @@ def fastest(launch: Callable[[Options], None], options: Sequence[Options]) -> Op
 
 
 def _milliseconds(launch: Callable[[Options], None], option: Options) -> float | Exception:
-    """Return the least of three times, or the error with which the kernel does not compile or fit."""
+    """Return the minimum of three timings, or the error if the kernel does not compile or fit."""
     try:
         launch(option)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Tiling of a structured read on a GPU: how many parts of the grid are read separately.
+"""Tiling of a structured read on a GPU: the number of parts of the grid that are computed separately.
 
 The kernels know grids of two axes: columns are the last axis, and rows are all other axes as one. Columns are cut into
 stretches of a fixed width. Programs read parts of the grid, some rows of a group of stretches, so that a few queries
