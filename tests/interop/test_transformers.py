@@ -365,7 +365,7 @@ def test_a_path_changes_no_result(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [CONV, LEARNED, FOURIER])
 def test_numerics_that_were_not_said(kind: str, tmp_path: Path) -> None:
-    not_written("that config and numerics make", made(kind, DEEP), configured(kind), tmp_path)
+    not_written("that config and numerics describe", made(kind, DEEP), configured(kind), tmp_path)
 
 
 @pytest.mark.parametrize("kind", [CONV, LEARNED])

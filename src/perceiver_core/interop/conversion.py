@@ -124,7 +124,8 @@ def _free_folder(destination: Path) -> Path:
     if place.is_symlink():
         raise ValueError(f"destination must lead to a folder; {destination} is a link to itself")
     if place.exists() and not (place.is_dir() and not any(place.iterdir())):
-        raise ValueError(f"destination must be a new or an empty folder; {destination} exists")
+        found = "is not empty" if place.is_dir() else "is a file"
+        raise ValueError(f"destination must be a new or an empty folder; {destination} {found}")
     above = next(folder for folder in place.parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise ValueError(f"destination must be in a folder that can be written to; {above} is none")
