@@ -276,7 +276,10 @@ def test_errors_where_the_original_is_not_installed(library, theirs, lucid, tmp_
 REFUSED = {
     "nowhere": (["nowhere.npz", "out"], "must be a folder, or owner/name on the hub"),
     "a destination that is there": (["theirs", "full"], "destination must be a new or an empty folder"),
-    "a destination that is a file": (["theirs", "junk.bin"], "destination must be a new or an empty folder; junk.bin is a file"),
+    "a destination that is a file": (
+        ["theirs", "junk.bin"],
+        "destination must be a new or an empty folder; junk.bin is a file",
+    ),
     "junk": (["junk.bin", "out"], "no safetensors file, no .npz and no pickle"),
     "a zip file": (["file.pt", "out"], "read it by torch.load with weights_only=True"),
     "other weights": (["other.safetensors", "out"], "holds weights of no known model"),
