@@ -7,13 +7,14 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from perceiver_core.allocator import return_freed_memory
 from perceiver_core.blocks import CrossAttend, JointAttend, SelfAttend
 
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
 
 
 def checkpoint_activations(model: M, blocks: tuple[type[nn.Module], ...] = (CrossAttend, SelfAttend, JointAttend)) -> M:
@@ -48,7 +49,7 @@ def checkpoint_activations(model: M, blocks: tuple[type[nn.Module], ...] = (Cros
     return model
 
 
-def _checkpointed(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+def _checkpointed(forward: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     if torch.compiler.is_compiling() and kwargs.get("cache") is not None:
         return forward(*args, **kwargs)  # a graph cannot store a memory from inside a checkpoint
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)

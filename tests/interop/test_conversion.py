@@ -329,7 +329,7 @@ def test_a_link_to_where_a_folder_can_be_is_followed(theirs, tmp_path, monkeypat
 PLACES = {
     "loop": "is a link to itself",
     "file/inner": "destination must be in a folder that can be written to",
-    "link_to_full": "exists",
+    "link_to_full": "is not empty",
 }
 
 

@@ -339,6 +339,7 @@ def test_a_model_of_another_configuration(case: str, tmp_path: Path) -> None:
     not_written(message, made(FOURIER), configured(FOURIER) | changes, tmp_path)
 
 
+@pytest.mark.refusal
 def test_a_model_that_was_changed(tmp_path: Path) -> None:
     model = made(TEXT)
     model.head.vectors = nn.Parameter(model.head.vectors.detach().clone())

@@ -154,6 +154,7 @@ def test_outputs_and_gradients_of_perceiver_io(changes, batched, masked):
     agree(our, their, config, outs, [data, asked])
 
 
+@pytest.mark.refusal
 def test_flat_masks_must_be_reshaped():
     """Theirs takes them too; ours asks for the shape of the grid."""
     their = made("Perceiver", PERCEIVER)
@@ -324,6 +325,7 @@ def before(model, name):
     return name
 
 
+@pytest.mark.refusal
 class TestRefusals:
     @pytest.mark.parametrize(
         "changes, message",

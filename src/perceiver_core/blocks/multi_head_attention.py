@@ -105,7 +105,7 @@ class MultiHeadAttention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "#b m d"],
-        inputs: Float[Tensor, "b n c"] | AttentionInput | None = None,
+        inputs: Float[Tensor, "#b n c"] | AttentionInput | None = None,
         *,
         mask: Mask | None = None,
         positions: Shaped[Tensor, "*#b m"] | None = None,

@@ -6,7 +6,7 @@ output: flow is a hundredth of the decoder's output, logits are not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -127,7 +127,7 @@ def _in_float64(modeling: ModuleType | None = None) -> Iterator[None]:
 
 
 def _linear_positions(
-    index_dims: list[int], output_range: tuple[float, float] = (-1.0, 1.0), device: torch.device | None = None
+    index_dims: Sequence[int], output_range: tuple[float, float] = (-1.0, 1.0), device: torch.device | None = None
 ) -> Tensor:
     """Return the points of a grid, as transformers' function of this name does."""
     first, last = output_range

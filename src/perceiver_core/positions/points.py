@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeGuard
+from typing import Protocol, TypeGuard, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -11,6 +11,7 @@ from perceiver_core.positions.learned_grid import LearnedGrid
 from perceiver_core.positions.projected import Projected
 
 
+@runtime_checkable
 class PointFeatures(Protocol):
     """Position features that are called with points `*b axes` and return features `*b dim`, such as `Fourier`."""
 

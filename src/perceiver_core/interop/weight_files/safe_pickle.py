@@ -84,7 +84,7 @@ class _Reader:
             raise ValueError("a whole number has more than 8 bytes")
         self.stack.append(value)
 
-    def push_bytes(self, data: bytes) -> None:
+    def push_bytes(self, data: bytes | bytearray) -> None:
         """Push a view of the bytes in the file, so that no copy of them is kept."""
         end = self.data.tell()
         self.stack.append(self.view[end - len(data) : end])
