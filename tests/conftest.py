@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -32,3 +33,11 @@ def is_marked_interpreted(item: pytest.Item) -> bool:
         if all(item.callspec.params[name] in values for name, values in marker.kwargs.items()):  # type: ignore[attr-defined]
             return True
     return False
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """Starts and ends with empty caches of compilation."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -86,14 +86,6 @@ def outputs_and_gradients(model, call, args, options):
 SIZED = ["pixels", "audio", "points"]
 
 
-@pytest.fixture
-def fresh():
-    """Compilation starts and ends with empty caches."""
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.compile
 @pytest.mark.usefixtures("fresh")
 class TestCompile:

@@ -321,13 +321,12 @@ class TestIntegration:
         )
 
     @pytest.mark.compile
+    @pytest.mark.usefixtures("fresh")
     def test_it_compiles_without_graph_breaks(self):
-        torch._dynamo.reset()
         model = self.small()
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         for n, mask in ((35, None), (31, some(31))):
             torch.testing.assert_close(compiled(array(n), mask=mask), model(array(n), mask=mask), rtol=1e-9, atol=1e-10)
-        torch._dynamo.reset()
 
     @pytest.mark.compile
     @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])

@@ -252,13 +252,6 @@ class TestParts:
         assert loss < 0.5  # 0.02 to 0.1; 1.9 without learning
 
 
-@pytest.fixture
-def fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.compile
 @pytest.mark.usefixtures("fresh")
 class TestCompilation:

@@ -266,16 +266,15 @@ class TestIntegration:
         torch.testing.assert_close(half.float(), model(x, mask=valid()), rtol=0.1, atol=0.1)
 
     @pytest.mark.compile
+    @pytest.mark.usefixtures("fresh")
     @each_variant
     def test_it_compiles_for_any_number_of_features(self, options):
-        torch._dynamo.reset()
         model = resampler(**options).double()
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
         for n in (17, 23, 7):
             for mask in (None, valid(BATCH, n)):
                 x = features(BATCH, n)
                 torch.testing.assert_close(compiled(x, mask=mask), model(x, mask=mask), rtol=1e-9, atol=1e-10)
-        torch._dynamo.reset()
 
     @pytest.mark.compile
     @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])

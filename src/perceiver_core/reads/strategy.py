@@ -175,8 +175,7 @@ class Sizes(NamedTuple):
         Under torch.compile the batch, the grid and the number of queries are replaced by typical sizes: a decision that
         depended on the real ones would specialize the graph to them.
         """
-        tokens, attention = context.tokens, context.attention
-        content = tokens.content if isinstance(tokens, Tokens) else tokens
+        tokens, content, attention = context.tokens, context.content, context.attention
         axes = merged_axes(tokens) if isinstance(tokens, Tokens) else tuple(content.shape[1:-1])
         tables = tokens.position_tables if isinstance(tokens, Tokens) else ()
         batch, device, element_size = content.shape[0], content.device.type, checks.product_dtype(content).itemsize

@@ -17,7 +17,6 @@ from perceiver_core.reads.factored_keys_values import FactoredKeysValues
 from perceiver_core.reads.machine import SHORT_ROW, Machine
 from perceiver_core.reads.strategy import Cost, ReadContext, Sizes, check_able
 from perceiver_core.registry import register
-from perceiver_core.tokens import Tokens
 
 
 @partial(register, name="reads.Structured")
@@ -60,7 +59,7 @@ class Structured:
 
         Without it a structured read runs in plain PyTorch: in little memory, but slowly.
         """
-        content = context.tokens.content if isinstance(context.tokens, Tokens) else context.tokens
+        content = context.content
         return missing_kernel(content.device, content.shape[-1])
 
     def prepare(self, context: ReadContext) -> FactoredKeysValues:
