@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     """Train both models, print the table of accuracies and save the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--toy", action="store_true", help="train for one epoch, to check that it runs")
+    parser.add_argument("--toy", action="store_true", help="train for two epochs, to check that it runs")
     parser.add_argument("--out", type=Path, default=Path("runs/digits"), help="folder of the figure")
     options = parser.parse_args(arguments)
 
@@ -171,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     accuracies = baselines(train_set, test_set)
     for name, order in {"Perceiver, pixels in order": in_order, "Perceiver, pixels shuffled": shuffled}.items():
         start = time.perf_counter()
-        model = train(train_set, order, epochs=1 if options.toy else EPOCHS, seed=options.seed)
+        model = train(train_set, order, epochs=2 if options.toy else EPOCHS, seed=options.seed)
         accuracies[name] = accuracy(model, test_set, order)
         print(f"{name}: trained in {time.perf_counter() - start:.0f} s")
     print(table(accuracies))

@@ -166,6 +166,21 @@ def test_passes_from_one_state_of_the_default_generator(make, inputs, order) -> 
 
 
 @each_model
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)], ids=str)
+def test_checkpoints_with_other_hooks_inside(make, inputs, order) -> None:
+    def offloaded(model: nn.Module, x: Any) -> Tensor:
+        with torch.autograd.graph.save_on_cpu():
+            return model(x)
+
+    results = []
+    for call in (lambda model, x: model(x), lambda model, x: checkpoint(offloaded, model, x, use_reentrant=False)):
+        model = make(seeded()).double().train()
+        torch.manual_seed(7)
+        results.append(passes(model, inputs, call, order))
+    torch.testing.assert_close(*results, **EXACT)
+
+
+@each_model
 def test_the_default_generator_is_not_used(make, inputs) -> None:
     model = make(seeded()).double().train()
     state = torch.get_rng_state()

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from weakref import WeakKeyDictionary, ref
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 MAX_STATES = 1024  # forward passes that can be repeated where the checkpoint is not known
@@ -20,8 +21,8 @@ MAX_STATES = 1024  # forward passes that can be repeated where the checkpoint is
 class RepeatableDraws:
     """Recorded states of a user's generator before the draws of one module, restored if a forward pass is recomputed.
 
-    Non-reentrant checkpoints are identified by the frame in their hooks. Other passes (reentrant or nested checkpoints,
-    PyTorch 2.6) are identified by the state of the default generator, which checkpointing restores; of several passes
+    Non-reentrant checkpoints are identified by the frame that their hooks and functions hold. Other passes (reentrant
+    checkpoints) are identified by the state of the default generator, which checkpointing restores; of several passes
     that start from the same state, the last one is repeated.
     """
 
@@ -75,8 +76,25 @@ _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", Non
 
 def _checkpoint_frame() -> object | None:
     """Return the frame of the innermost non-reentrant checkpoint, in an original pass and in a repeated one."""
-    hooks = None if _top_hooks is None else _top_hooks(True)
-    return None if hooks is None else _frame_in(inspect.unwrap(hooks[0]))
+    hooks = _top_hooks(True) if _top_hooks else ()
+    if hooks is None:
+        return None
+    return (_frame_in(inspect.unwrap(hooks[0])) if hooks else None) or _frame_on_the_stack()
+
+
+def _frame_on_the_stack() -> object | None:
+    """Return the checkpoint's frame that its running functions hold, where other hooks cover its own."""
+    call = inspect.currentframe()
+    while call is not None:
+        if call.f_code.co_filename == torch.utils.checkpoint.__file__:
+            local = call.f_locals
+            if "frame" in local:  # repeats the pass: `unpack_hook`
+                return local["frame"]
+            if inspect.isgenerator(local.get("gen")):  # original pass: `checkpoint`, with its suspended generator
+                suspended = local["gen"].gi_frame
+                return suspended and suspended.f_locals.get("new_frame")
+        call = call.f_back
+    return None
 
 
 def _frame_in(hook: object) -> object | None:

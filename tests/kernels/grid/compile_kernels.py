@@ -15,6 +15,11 @@ os.environ.pop("TRITON_INTERPRET", None)
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
+try:
+    from triton.backends.compiler import AttrsDescriptor  # Triton 3.2, which comes with PyTorch 2.6
+except ImportError:
+    AttrsDescriptor = None
+
 from perceiver_core.kernels.grid import triton_kernels
 from perceiver_core.kernels.grid.triton_launch import (
     QUERY_OPTIONS_MATRIX,
@@ -39,12 +44,13 @@ def compile_kernel(name: str, capability: int, channels: int, *, masked: bool, d
     }
     signature = dict.fromkeys(kernel.arg_names, f"*{dtype}") | dict.fromkeys(SIZES & {*kernel.arg_names}, "i32")
     known = [i for i, p in enumerate(kernel.params) if p.name not in constants and not p.do_not_specialize]
-    source = ASTSource(
-        kernel,
-        signature | dict.fromkeys(constants, "constexpr"),
-        constants,
-        {(i,): [["tt.divisibility", 16]] for i in known if kernel.arg_names[i] not in ("heads", "splits", "groups")},
-    )
+    multiples = [i for i in known if kernel.arg_names[i] not in ("heads", "splits", "groups")]
+    if AttrsDescriptor is None:
+        signature |= dict.fromkeys(constants, "constexpr")
+        source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in multiples})
+    else:
+        signature = {key: value for key, value in signature.items() if key not in constants}
+        source = ASTSource(kernel, signature, constants, AttrsDescriptor.from_hints(dict.fromkeys(multiples, 16)))
     options = {key: value for key, value in option.items() if key.islower()}
     return compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 

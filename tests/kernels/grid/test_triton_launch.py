@@ -94,11 +94,13 @@ def test_an_error_of_the_running_kernel_is_raised(monkeypatch: pytest.MonkeyPatc
 def test_errors_of_the_installed_triton_are_known() -> None:
     errors = pytest.importorskip("triton.runtime.errors")
     compiler_errors = pytest.importorskip("triton.compiler.errors")
-    for error in (
+    known = [
         errors.OutOfResources(200_000, 99 * 1024, "shared memory"),
-        errors.PTXASError("ptxas fatal"),
         compiler_errors.CompilationError(None, None, "invalid operand"),
-    ):
+    ]
+    if hasattr(errors, "PTXASError"):  # not in Triton 3.2, which raises a RuntimeError
+        known.append(errors.PTXASError("ptxas fatal"))
+    for error in known:
         assert triton_launch._is_unsupported(error)
 
 
