@@ -6,6 +6,8 @@ RUN    := $(VENV)/bin/python
 AKOA   ?=
 TESTS  ?=
 BENCH  ?=
+# CONSTRAINTS=/dev/null installs the newest release of everything, PyTorch included.
+CONSTRAINTS ?= constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -69,6 +71,6 @@ $(RUN):
 	  echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed-%: pyproject.toml constraints.txt | $(RUN)
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
+$(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS) | $(RUN)
+	$(RUN) -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[$*]"
 	@touch $@
