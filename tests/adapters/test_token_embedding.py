@@ -1,11 +1,14 @@
-"""Embedding of token ids: supported positions, and the position of each token under a mask."""
+"""Embedding of token ids: supported positions, the position of each token under a mask, and bytes."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
+import perceiver_core as pc
 from perceiver_core import positions
 from perceiver_core.adapters import Bytes, TokenEmbedding
 
@@ -49,3 +52,91 @@ def test_masked_tokens_are_counted_on_request(name):
     assert places(TokenEmbedding(7, 6, positions=where), MASKS[name]) == [0, 1, 2]
     assert places(TokenEmbedding(7, 6, positions=where, positions_include_padding=True), MASKS[name]) == all_places
     assert places(Bytes(6, positions=where, positions_include_padding=True), MASKS[name]) == all_places
+
+
+TEXTS = ["A cat.", "Où est-ce ?", "\0\x7f\n", "東京 🐈", "x" * 40]
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("ends", [False, True])
+def test_ids_are_those_of_transformers(ends, left):
+    tokenizer = pytest.importorskip("transformers").PerceiverTokenizer(padding_side="left" if left else "right")
+    theirs = tokenizer(TEXTS, add_special_tokens=ends, padding=True, return_tensors="pt")
+    ids, mask = Bytes.encode(TEXTS, ends=ends, left=left)
+    assert torch.equal(ids, theirs["input_ids"])
+    assert torch.equal(mask, theirs["attention_mask"].bool())
+    specials = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.mask_token_id)
+    assert specials == (Bytes.PAD, Bytes.BOS, Bytes.EOS, Bytes.MASK)
+    assert (tokenizer.cls_token_id, tokenizer.sep_token_id) == (Bytes.CLS, Bytes.SEP)
+    assert tokenizer.vocab_size + 6 == len(tokenizer) == Bytes(8).vocab_size
+
+
+@given(st.lists(st.text(), min_size=1, max_size=5), st.booleans())
+def test_decoding_restores_texts(texts, left):
+    ids, mask = Bytes.encode(texts, ends=True, left=left)
+    assert Bytes.decode(ids) == texts
+    assert mask.sum(1).tolist() == [2 + len(text.encode()) for text in texts]
+    assert pc.checks.padded_on_the_left("mask", mask) is None if left else mask[:, 0].all()
+
+
+def test_special_tokens_are_not_decoded():
+    ids = torch.tensor([Bytes.BOS, 6 + ord("a"), Bytes.MASK, 6 + ord("b"), 6 + 0xFF, Bytes.EOS])
+    assert Bytes.decode(ids) == ["ab\ufffd"]
+
+
+@pytest.mark.parametrize(
+    ("most", "ends", "expected"), [(3, False, "abc"), (4, True, "ab"), (2, True, ""), (9, True, "abcde")]
+)
+def test_long_texts_are_truncated(most, ends, expected):
+    ids, mask = Bytes.encode("abcde", ends=ends, most=most)
+    assert ids.shape == (1, min(most, 5 + 2 * ends)) and mask.all()
+    assert Bytes.decode(ids) == [expected]
+    if ends:
+        assert (ids[0, 0], ids[0, -1]) == (Bytes.CLS, Bytes.SEP)
+
+
+def test_padding_has_no_effect(tmp_path):
+    torch.manual_seed(0)
+    text = Bytes(dim=12, positions=pc.positions.LearnedEmbedding(50, 12))
+    model = pc.Perceiver(
+        text, pc.Encoder(12, num_latents=5, dim=14, depth=1, num_heads=2), pc.heads.Classification(14, 3)
+    ).double()
+    model.eval()
+    ids, mask = text.encode(["short", "a longer one"])
+    alone = model(text.encode("short")[0])
+    torch.testing.assert_close(model(ids, mask=mask)[:1], alone, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(pc.load(pc.save(model, tmp_path))(ids, mask=mask), model(ids, mask=mask))
+
+
+def test_a_missing_text_is_masked():
+    ids, mask = Bytes.encode(["a cat", ""])
+    assert mask.tolist() == [[True] * 5, [False] * 5]
+    with pytest.raises(ValueError, match=r"mask leaves no token to attend to in samples \[1\]"):
+        Bytes(8)(ids, mask=mask)
+    both = pc.adapters.Multimodal({"text": Bytes(8), "label": pc.adapters.OneHotLabel(3)})
+    assert both({"text": ids, "label": torch.tensor([0, 2])}, mask={"text": mask}).mask[1].tolist() == [False] * 5 + [
+        True
+    ]
+
+
+@pytest.mark.refusal
+@pytest.mark.parametrize(
+    ("texts", "options", "kind", "message"),
+    [
+        ([b"bytes"], {}, TypeError, "texts must be strings; got bytes"),
+        ([""], {}, ValueError, "texts must have a character at least, or ends=True"),
+        ([], {"ends": True}, ValueError, "texts must have a character at least"),
+        (["a"], {"most": 0}, ValueError, "most must be a whole number of at least 1"),
+    ],
+)
+def test_invalid_texts_raise(texts, options, kind, message):
+    with pytest.raises(kind, match=message):
+        Bytes.encode(texts, **options)
+
+
+@pytest.mark.refusal
+def test_invalid_ids_raise():
+    with pytest.raises(ValueError, match="262"):
+        Bytes.decode(torch.tensor([262]))
+    with pytest.raises(TypeError, match="ids must be whole numbers"):
+        Bytes.decode(torch.zeros(3))

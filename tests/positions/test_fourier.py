@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from perceiver_core.positions import Fourier, FourierPerAxis, Gaussian, NeRF, grid_points
-from perceiver_core.positions.fourier import linear_bands, per_axis
+from perceiver_core.positions.fourier import linear_bands
 
 LIKE = torch.zeros((), dtype=torch.float64)
 GRIDS = [((13,), (11.0,)), ((5, 7), (5.0, 7.0)), ((7, 3), (224.0, 112.0)), ((2, 3, 5), (16.0, 56.0, 40.0))]
@@ -111,9 +111,9 @@ def test_invalid_resolutions_raise(value: float | tuple[float, ...]) -> None:
         Fourier(2, 3, max_resolution=value)
 
 
-def test_per_axis_gives_one_value_per_axis() -> None:
-    assert per_axis("x", 3, 2) == (3, 3)
-    assert per_axis("x", [3.0, 5.0], 2) == (3.0, 5.0)
+def test_max_resolution_is_one_value_per_axis() -> None:
+    assert Fourier(2, max_resolution=3).max_resolution == (3, 3)
+    assert Fourier(2, max_resolution=[3.0, 5.0]).max_resolution == (3.0, 5.0)
 
 
 @pytest.mark.refusal

@@ -39,7 +39,7 @@ REFUSED = {
     "off the grid": (Grid((5, 7), fourier(2)), torch.tensor([35]), ValueError, r"0 \.\.\. 34; got 35"),
     "left of the grid": (Grid((5, 7), fourier(2), endpoint=False), torch.tensor([35]), ValueError, r"0 \.\.\. 34"),
     "no grid": (Grid(None, fourier(2)), AT, ValueError, "tokens must be Tokens, whose grid is used"),
-    "no points": (Coordinates(fourier(2)), None, ValueError, "points must be points in"),
+    "no points": (Coordinates(fourier(2)), None, ValueError, "points must be q 2 or b q 2; got None"),
     "points of three": (Coordinates(fourier(2)), torch.zeros(5, 3), ValueError, "points must be q 2 or b q 2"),
     "whole points": (Coordinates(fourier(2)), torch.zeros(5, 2).long(), TypeError, "points must be floating point"),
     "no dictionary": (Multimodal({"a": queries.Learned(3, 2)}), AT, TypeError, r"by modality, of \['a'\]; got Tensor"),

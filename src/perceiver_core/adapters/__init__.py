@@ -6,9 +6,7 @@ infinite values of valid tokens, and masks of another shape.
 """
 
 from perceiver_core.adapters.audio import Audio, Spectrogram
-from perceiver_core.adapters.bytes import Bytes
 from perceiver_core.adapters.drop_tokens import DropTokens
-from perceiver_core.adapters.frame_pair import FramePair
 from perceiver_core.adapters.grid import Grid
 from perceiver_core.adapters.image import Image
 from perceiver_core.adapters.multimodal import Multimodal
@@ -17,8 +15,8 @@ from perceiver_core.adapters.per_read import PerRead
 from perceiver_core.adapters.point_cloud import PointCloud, pad_point_clouds
 from perceiver_core.adapters.stems import ConvStem, Patches, Pixels, Project, SymmetricPadConvStem
 from perceiver_core.adapters.table import Table
-from perceiver_core.adapters.token_embedding import TokenEmbedding
-from perceiver_core.adapters.video import Video
+from perceiver_core.adapters.token_embedding import Bytes, TokenEmbedding
+from perceiver_core.adapters.video import FramePair, Video
 
 __all__ = [
     "Audio",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from perceiver_core import checks
-from perceiver_core.adapters.grid import check_axes, grid_tokens, token_dim
+from perceiver_core.adapters.grid import GridAdapter
 from perceiver_core.adapters.patchify import patchify
 from perceiver_core.positions import Positions
 from perceiver_core.registry import register
@@ -14,7 +14,7 @@ from perceiver_core.tokens import Tokens
 
 
 @register
-class Audio(nn.Module):
+class Audio(GridAdapter):
     """Adapter for waveforms `b c s`, or mono `b s`: every `patch_size` samples are a token.
 
     An incomplete last patch is padded with zeros. Samples of a token are in order, all channels of a sample together.
@@ -36,11 +36,9 @@ class Audio(nn.Module):
     """
 
     def __init__(self, patch_size: int = 16, *, positions: Positions | None, num_channels: int = 1) -> None:
-        super().__init__()
         checks.positive(patch_size=patch_size, num_channels=num_channels)
-        check_axes("Audio", positions, 1)
-        self.patch_size, self.num_channels, self.positions = patch_size, num_channels, positions
-        self.dim = token_dim(patch_size * num_channels, positions)
+        super().__init__(patch_size * num_channels, positions, num_axes=1)
+        self.patch_size, self.num_channels = patch_size, num_channels
 
     def forward(self, waveform: Float[Tensor, "b *c s"], *, mask: Bool[Tensor, "b patches"] | None = None) -> Tokens:
         """Return the tokens of waveforms of any length.
@@ -55,15 +53,12 @@ class Audio(nn.Module):
             checks.has_shape("waveform", waveform, "b s")
             waveform = waveform.unsqueeze(1)
         checks.channels_first("waveform", waveform, "b c s", self.num_channels)
-        return grid_tokens("waveform", patchify(waveform, (self.patch_size,)), self.positions, mask)
+        return self._tokens("waveform", patchify(waveform, (self.patch_size,)), mask)
 
 
 @register
-class Spectrogram(nn.Module):
-    """Adapter for (log-mel) spectrograms `b bins frames`: every value is a token.
-
-    Args:
-        positions: Position features over two axes, bins and frames; None for none.
+class Spectrogram(GridAdapter):
+    """Adapter for (log-mel) spectrograms `b bins frames`: every value is a token. Positions are over both axes.
 
     Example:
         >>> import torch
@@ -74,9 +69,7 @@ class Spectrogram(nn.Module):
     """
 
     def __init__(self, *, positions: Positions | None) -> None:
-        super().__init__()
-        check_axes("Spectrogram", positions, 2)
-        self.positions, self.dim = positions, token_dim(1, positions)
+        super().__init__(1, positions, num_axes=2)
 
     def forward(
         self, spectrogram: Float[Tensor, "b bins frames"], *, mask: Bool[Tensor, "b bins frames"] | None = None
@@ -84,4 +77,4 @@ class Spectrogram(nn.Module):
         """Return the tokens of spectrograms with any number of bins and frames."""
         checks.is_floating("spectrogram", spectrogram)
         checks.has_shape("spectrogram", spectrogram, "b bins frames")
-        return grid_tokens("spectrogram", spectrogram.unsqueeze(-1), self.positions, mask)
+        return self._tokens("spectrogram", spectrogram.unsqueeze(-1), mask)

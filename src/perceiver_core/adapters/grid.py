@@ -1,4 +1,4 @@
-"""Channels-last arrays on a grid, and functions that all grid adapters share."""
+"""Channels-last arrays on a grid, and the base of all grid adapters."""
 
 from __future__ import annotations
 
@@ -11,8 +11,35 @@ from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
 
+class GridAdapter(nn.Module):
+    """Base of adapters with a token per grid point: its channels, and position features over `num_axes` axes or any."""
+
+    def __init__(self, num_channels: int, positions: Positions | None, *, num_axes: int | None = None) -> None:
+        super().__init__()
+        if positions is not None:
+            if isinstance(positions, type) or not isinstance(positions, Positions):
+                raise TypeError(
+                    f"positions of {type(self).__name__} must have dim, num_axes and tables, as "
+                    f"positions.Fourier(num_axes={num_axes or 2}) has; got {positions!r}"
+                )
+            if num_axes not in (None, positions.num_axes):
+                raise ValueError(
+                    f"positions of {type(self).__name__} must have {num_axes} axes; got {positions.num_axes}"
+                )
+        self.positions = positions
+        self.dim = num_channels + (0 if positions is None else positions.dim)
+
+    def _tokens(self, name: str, content: Tensor, mask: Tensor | None) -> Tokens:
+        """Return tokens of channels-last content, after a check of its values and mask."""
+        if mask is not None:
+            checks.is_mask("mask", mask, content.shape[:-1])
+        checks.values(name, content, mask)
+        tables = () if self.positions is None else self.positions.tables(tuple(content.shape[1:-1]), like=content)
+        return Tokens(content, tables, mask)
+
+
 @register
-class Grid(nn.Module):
+class Grid(GridAdapter):
     """Adapter for channels-last arrays `b *grid c`: one token per grid point.
 
     Args:
@@ -30,10 +57,9 @@ class Grid(nn.Module):
     """
 
     def __init__(self, num_channels: int, *, positions: Positions | None) -> None:
-        super().__init__()
         checks.positive(num_channels=num_channels)
-        self.num_channels, self.positions = num_channels, positions
-        self.dim = token_dim(num_channels, positions)
+        super().__init__(num_channels, positions)
+        self.num_channels = num_channels
 
     def forward(self, x: Float[Tensor, "b *grid c"], *, mask: Bool[Tensor, " b *grid"] | None = None) -> Tokens:
         """Return the tokens of arrays."""
@@ -43,36 +69,4 @@ class Grid(nn.Module):
             raise ValueError(f"array must be b *grid c with {axes} grid axes; got shape {tuple(x.shape)}")
         checks.not_empty("array", x)
         checks.has_channels("array", x, x.ndim - 1, self.num_channels)
-        return grid_tokens("array", x, self.positions, mask)
-
-
-def token_dim(num_channels: int, positions: Positions | None) -> int:
-    """Return the width of tokens with `num_channels` of content and these positions."""
-    return num_channels + (0 if positions is None else positions.dim)
-
-
-def grid_tokens(name: str, content: Tensor, positions: Positions | None, mask: Tensor | None) -> Tokens:
-    """Return tokens of channels-last content, after a check of its values and mask."""
-    if mask is not None:
-        checks.is_mask("mask", mask, content.shape[:-1])
-    checks.values(name, content, mask)
-    tables = () if positions is None else positions.tables(tuple(content.shape[1:-1]), like=content)
-    return Tokens(content, tables, mask)
-
-
-def check_axes(adapter: str, positions: Positions | None, num_axes: int) -> None:
-    """Raise unless positions are None, or an object with tables over `num_axes` axes.
-
-    Raises:
-        TypeError: Something else, a class for example.
-        ValueError: Another number of axes.
-    """
-    if positions is None:
-        return
-    if isinstance(positions, type) or not isinstance(positions, Positions):
-        raise TypeError(
-            f"positions of {adapter} must have dim, num_axes and tables, as positions.Fourier(num_axes={num_axes}) "
-            f"has; got {positions!r}"
-        )
-    if positions.num_axes != num_axes:
-        raise ValueError(f"positions of {adapter} must have {num_axes} axes; got {positions.num_axes}")
+        return self._tokens("array", x, mask)

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from perceiver_core import checks
-from perceiver_core.adapters.grid import check_axes, grid_tokens, token_dim
+from perceiver_core.adapters.grid import GridAdapter
 from perceiver_core.adapters.stems import Pixels
 from perceiver_core.blocks.factory import build
 from perceiver_core.positions import Positions
@@ -18,7 +18,7 @@ from perceiver_core.tokens import Tokens
 
 
 @register
-class Image(nn.Module):
+class Image(GridAdapter):
     """Adapter for images `b c h w`: a stem, then one token per point of its output.
 
     Args:
@@ -41,12 +41,10 @@ class Image(nn.Module):
     def __init__(
         self, num_channels: int = 3, *, positions: Positions | None, stem: Callable[[int], nn.Module] = Pixels
     ) -> None:
-        super().__init__()
         checks.positive(num_channels=num_channels)
-        check_axes("Image", positions, 2)
-        self.num_channels, self.positions = num_channels, positions
-        self.stem = build(stem, num_channels)
-        self.dim = token_dim(cast(Any, self.stem).dim, positions)
+        layers = build(stem, num_channels)
+        super().__init__(cast(Any, layers).dim, positions, num_axes=2)
+        self.num_channels, self.stem = num_channels, layers
 
     def forward(
         self, images: Float[Tensor, "b c h w"], *, mask: Bool[Tensor, "b rows columns"] | None = None
@@ -66,7 +64,7 @@ class Image(nn.Module):
             images = images.masked_fill(~pixel_mask.unsqueeze(1), 0.0)
         if type(self.stem) is not Pixels:  # whose output is the image, checked below
             checks.values("images", images.movedim(1, -1), pixel_mask)  # before a batch norm updates its statistics
-        return grid_tokens("images", self.stem(images).movedim(1, -1), self.positions, mask)
+        return self._tokens("images", self.stem(images).movedim(1, -1), mask)
 
     def _pixel_mask(self, mask: Tensor, images: Tensor) -> Tensor | None:
         """Return the mask of tokens as a mask of pixels, if the stem has a `stride`, the pixels per token."""

@@ -16,13 +16,10 @@ from perceiver_core.tokens import Tokens
 
 @register
 class OneHotLabel(nn.Module):
-    """Adapter for class indices `b`, as one-hot vectors, or class probabilities `b classes`: one token per sample.
+    """Adapter for class indices `b`, as one-hot vectors, or class probabilities `b num_classes`: a token per sample.
 
     One-hot vectors have the dtype that the adapter was last converted to, with `.double()` for example. It has no
     weights that would have that dtype, so it is not saved. Probabilities keep their dtype.
-
-    Args:
-        num_classes: Number of classes; the width of the token.
 
     Example:
         >>> import torch

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from perceiver_core import checks
-from perceiver_core.positions.points import PointFeatures, takes_points
+from perceiver_core.positions.grid import PointFeatures, check_takes_points
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
@@ -38,21 +38,12 @@ class PointCloud(nn.Module):
         super().__init__()
         if num_features < 0:
             raise ValueError(f"num_features must be at least 0; got {num_features}")
-        if not isinstance(positions, nn.Module) or not takes_points(positions):
-            raise TypeError(
-                "positions of PointCloud must give features of any point, as positions.Fourier(num_axes=3) does; "
-                f"got {positions!r}"
-            )
+        check_takes_points(positions)
         self.num_features, self.positions = num_features, positions
         self.dim = num_features + positions.dim
 
     def forward(self, points: Float[Tensor, "b n f"], *, mask: Bool[Tensor, "b n"] | None = None) -> Tokens:
-        """Return the tokens of clouds of any size.
-
-        Args:
-            points: Coordinates in [-1, 1], then features.
-            mask: Valid points, True = attend; see `pad_point_clouds`.
-        """
+        """Return the tokens of clouds of any size; `mask` has valid points, see `pad_point_clouds`."""
         axes = self.positions.num_axes
         checks.is_floating("points", points)
         checks.has_shape("points", points, "b n f", last=axes + self.num_features)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -60,15 +60,17 @@ class Table(nn.Module):
         Raises:
             ValueError: Missing columns, infinite numbers, categories out of range, different numbers of rows.
         """
-        counts = {"numbers": self.num_numeric, "categories": len(self.category_sizes)}
-        expected = {name for name, count in counts.items() if count}
+        embed: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {}
+        if self.num_numeric:
+            embed["numbers"] = self._embed_numbers
+        if self.category_sizes:
+            embed["categories"] = self._embed_categories
         if not isinstance(rows, (Tensor, Mapping)):
-            raise TypeError(f"rows must be a dictionary with {sorted(expected)}; got {type(rows).__name__}")
+            raise TypeError(f"rows must be a dictionary with {sorted(embed)}; got {type(rows).__name__}")
         columns = {"numbers": rows} if isinstance(rows, Tensor) else dict(rows)
-        if columns.keys() != expected:
-            raise ValueError(f"rows must have {sorted(expected)}; got {sorted(columns)}")
-        embed = {"numbers": self._embed_numbers, "categories": self._embed_categories}
-        parts = [embed[name](columns[name]) for name in counts if name in expected]
+        if columns.keys() != embed.keys():
+            raise ValueError(f"rows must have {sorted(embed)}; got {sorted(columns)}")
+        parts = [function(columns[name]) for name, function in embed.items()]
         sizes = [content.shape[0] for content, _ in parts]
         if sizes[0] != sizes[-1]:
             raise ValueError(f"numbers and categories must have one batch size; got {sizes}")

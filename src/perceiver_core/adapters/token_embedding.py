@@ -1,16 +1,18 @@
-"""Sequences of token ids: text, bytes, musical notes."""
+"""Sequences of token ids: text, musical notes, and bytes with the special tokens of the published language model."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from perceiver_core import checks
 from perceiver_core.layers import init
-from perceiver_core.positions import Gaussian, LearnedGrid, Projected
-from perceiver_core.positions.fourier import SeparableFeatures
+from perceiver_core.positions.grid import is_called_with
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
@@ -42,7 +44,7 @@ class TokenEmbedding(nn.Module):
     ) -> None:
         super().__init__()
         checks.positive(vocab_size=vocab_size, dim=dim)
-        if positions is not None and not _takes_indices(positions):
+        if positions is not None and not (isinstance(positions, nn.Module) and is_called_with("indices", positions)):
             raise TypeError(
                 f"positions must be a module from indices to vectors, as positions.LearnedEmbedding; got {positions!r}"
             )
@@ -79,21 +81,86 @@ class TokenEmbedding(nn.Module):
             checks.is_mask("mask", mask, ids.shape)
             checks.leaves_a_token(mask)
         content = F.embedding(ids.long(), self.vectors)
-        if self.positions is not None:
-            content = content + self.positions(self._default_positions(ids, mask) if positions is None else positions)
-        return Tokens(content, mask=mask)
+        if self.positions is None:
+            return Tokens(content, mask=mask)
+        if positions is None:
+            if self.length is not None and ids.shape[1] > self.length:
+                raise ValueError(
+                    f"ids must be at most {self.length} long, the number of positions; got {ids.shape[1]}. Pass the "
+                    "last ones only, or build more positions"
+                )
+            if mask is None or self.positions_include_padding:
+                positions = torch.arange(ids.shape[1], device=ids.device)
+            else:
+                positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+        return Tokens(content + self.positions(positions), mask=mask)
 
-    def _default_positions(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        if self.length is not None and ids.shape[1] > self.length:
-            raise ValueError(
-                f"ids must be at most {self.length} long, the number of positions; got {ids.shape[1]}. Pass the last "
-                "ones only, or build more positions"
-            )
-        if mask is None or self.positions_include_padding:
-            return torch.arange(ids.shape[1], device=ids.device)
-        return (mask.long().cumsum(1) - 1).clamp(min=0)
 
+@register
+class Bytes(TokenEmbedding):
+    """Adapter for ids of 256 bytes and six special tokens: no unknown tokens, and no tokenizer to save with a model.
 
-def _takes_indices(positions: object) -> bool:
-    takes_others = isinstance(positions, (SeparableFeatures, Gaussian, LearnedGrid, Projected))  # points or grids
-    return isinstance(positions, nn.Module) and type(positions).forward is not nn.Module.forward and not takes_others
+    `Bytes.PAD`, `BOS`, `EOS`, `MASK`, `CLS` and `SEP` are 0 to 5; byte k is 6 + k. Arguments are those of
+    `TokenEmbedding`.
+
+    Example:
+        >>> import torch
+        >>> import perceiver_core as pc
+        >>> text = pc.adapters.Bytes(dim=32, positions=pc.positions.LearnedEmbedding(2048, dim=32))
+        >>> ids, mask = text.encode(["A cat.", "Où ?"])
+        >>> ids[0].tolist(), mask[1].tolist()
+        ([71, 38, 105, 103, 122, 52], [True, True, True, True, True, False])
+        >>> text.decode(ids), text(ids, mask=mask).dim
+        (['A cat.', 'Où ?'], 32)
+
+    Reference: Jaegle et al. 2022 (Perceiver IO), section 4.1 (bytes); transformers, `PerceiverTokenizer`.
+    """
+
+    PAD, BOS, EOS, MASK, CLS, SEP = range(6)
+    SPECIAL = 6
+
+    def __init__(
+        self, dim: int, *, positions: nn.Module | None = None, positions_include_padding: bool = False
+    ) -> None:
+        super().__init__(
+            self.SPECIAL + 256, dim, positions=positions, positions_include_padding=positions_include_padding
+        )
+
+    @classmethod
+    def encode(
+        cls, texts: str | Sequence[str], *, ends: bool = False, left: bool = False, most: int | None = None
+    ) -> tuple[Int[Tensor, "b n"], Bool[Tensor, "b n"]]:
+        """Return the ids of texts, padded to the longest, and the mask of valid ids.
+
+        Args:
+            texts: One or several texts.
+            ends: Whether CLS precedes and SEP follows each text, as the published language model requires.
+            left: Whether padding is on the left, as `generate` requires, instead of the right.
+            most: Maximum number of ids of a text, ends included, to which longer texts are truncated; no limit by
+                default.
+
+        Raises:
+            TypeError: Texts that are not strings.
+            ValueError: No text that has a token. Among others, an empty text is fully masked.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if wrong := [type(text).__name__ for text in texts if not isinstance(text, str)]:
+            raise TypeError(f"texts must be strings; got {wrong[0]}")
+        if most is not None:
+            checks.positive(most=most)
+        room = None if most is None else max(0, most - 2 * ends)
+        rows = [[cls.SPECIAL + byte for byte in text.encode()[:room]] for text in texts]
+        rows = [[cls.CLS, *row, cls.SEP] if ends else row for row in rows]
+        if not any(rows):
+            raise ValueError(f"texts must have a character at least, or ends=True; got {texts!r:.80}")
+        tensors, side = [torch.tensor(row, dtype=torch.long) for row in rows], "left" if left else "right"
+        ids = pad_sequence(tensors, batch_first=True, padding_value=cls.PAD, padding_side=side)
+        return ids, ids != cls.PAD
+
+    @classmethod
+    def decode(cls, ids: Int[Tensor, "b n"] | Int[Tensor, " n"]) -> list[str]:
+        """Return the texts of ids, without special tokens; invalid UTF-8 becomes the replacement character."""
+        ids = ids[None] if isinstance(ids, Tensor) and ids.ndim == 1 else ids
+        checks.ids("ids", ids, cls.SPECIAL + 256)
+        rows = ([i - cls.SPECIAL for i in row if i >= cls.SPECIAL] for row in ids.tolist())
+        return [bytes(row).decode(errors="replace") for row in rows]

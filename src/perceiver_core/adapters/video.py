@@ -1,23 +1,26 @@
-"""Videos in blocks of frames, rows and columns."""
+"""Videos in blocks of frames, rows and columns, and pairs of frames for optical flow."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
 
+from einops import rearrange
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
 
 from perceiver_core import checks
-from perceiver_core.adapters.grid import check_axes, grid_tokens, token_dim
+from perceiver_core.adapters.grid import GridAdapter
 from perceiver_core.adapters.patchify import patchify
+from perceiver_core.layers import init
 from perceiver_core.positions import Positions
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
 
 @register
-class Video(nn.Module):
+class Video(GridAdapter):
     """Adapter for videos `b t c h w`: every block of frames, rows and columns is a token.
 
     A token holds its pixels frame by frame, row by row, all channels of a pixel together. Incomplete blocks at the end
@@ -42,22 +45,63 @@ class Video(nn.Module):
     def __init__(
         self, num_channels: int = 3, *, positions: Positions | None, patch_size: Sequence[int] = (1, 4, 4)
     ) -> None:
-        super().__init__()
         if len(patch_size) != 3:
             raise ValueError(f"patch_size must be (frames, rows, columns); got {patch_size!r}")
         checks.positive(num_channels=num_channels, frames=patch_size[0], rows=patch_size[1], columns=patch_size[2])
-        check_axes("Video", positions, 3)
-        self.num_channels, self.positions, self.patch_size = num_channels, positions, tuple(patch_size)
-        self.dim = token_dim(num_channels * prod(patch_size), positions)
+        super().__init__(num_channels * prod(patch_size), positions, num_axes=3)
+        self.num_channels, self.patch_size = num_channels, tuple(patch_size)
 
     def forward(
         self, video: Float[Tensor, "b t c h w"], *, mask: Bool[Tensor, "b times rows columns"] | None = None
     ) -> Tokens:
-        """Return the tokens of videos of any length and size.
-
-        Args:
-            video: Values as in training, mostly around [-1, 1].
-            mask: Valid blocks, True = attend.
-        """
+        """Return the tokens of videos of any length and size, with values mostly in [-1, 1]; `mask` marks blocks."""
         checks.channels_first("video", video, "b t c h w", self.num_channels, channel_axis=2)
-        return grid_tokens("video", patchify(video.transpose(1, 2), self.patch_size), self.positions, mask)
+        return self._tokens("video", patchify(video.transpose(1, 2), self.patch_size), mask)
+
+
+@register
+class FramePair(GridAdapter):
+    """Adapter for two frames `b 2 c h w`: a token per pixel, projected from the patches around it in both frames.
+
+    Patches are padded with zeros at the border. The patch of the first frame comes first; its pixels are in row-major
+    order, all channels of a pixel together.
+
+    Args:
+        positions: Position features over two axes; None for none.
+        num_channels: Number of channels of a pixel: 3 for color.
+        patch_size: Side of a patch in pixels; odd.
+        dim: Width of the projected patches, without positions.
+
+    Example:
+        >>> import torch
+        >>> import perceiver_core as pc
+        >>> positions = pc.positions.Fourier(num_axes=2, num_bands=64, max_resolution=(368, 496))
+        >>> pair = pc.adapters.FramePair(positions=positions)
+        >>> pair.dim, pair(torch.rand(1, 2, 3, 13, 17)).grid
+        (322, (13, 17))
+
+    Reference: Jaegle et al. 2022 (Perceiver IO), section 4.2 and appendix H.
+    """
+
+    def __init__(
+        self, *, positions: Positions | None, num_channels: int = 3, patch_size: int = 3, dim: int = 64
+    ) -> None:
+        checks.positive(num_channels=num_channels, patch_size=patch_size, dim=dim)
+        if patch_size % 2 == 0:
+            raise ValueError(f"patch_size must be odd, to have a pixel in its middle; got {patch_size}")
+        super().__init__(dim, positions, num_axes=2)
+        self.num_channels, self.patch_size = num_channels, patch_size
+        self.project = init.linear(2 * num_channels * patch_size * patch_size, dim)
+
+    def forward(self, frames: Float[Tensor, "b 2 c h w"], *, mask: Bool[Tensor, "b h w"] | None = None) -> Tokens:
+        """Return the tokens of two frames of any size, the earlier first, with values mostly in [-1, 1]."""
+        checks.channels_first("frames", frames, "b t c h w", self.num_channels, channel_axis=2)
+        if frames.shape[1] != 2:
+            raise ValueError(f"frames must be two, b 2 c h w; got shape {tuple(frames.shape)}")
+        return self._tokens("frames", self.project(self.patches(frames)), mask)
+
+    def patches(self, frames: Float[Tensor, "b 2 c h w"]) -> Float[Tensor, "b h w patches"]:
+        """Return the patches around every pixel, those of both frames concatenated."""
+        height, width = frames.shape[-2:]
+        columns = F.unfold(frames.flatten(0, 1), self.patch_size, padding=self.patch_size // 2)
+        return rearrange(columns, "(b t) (c k) (h w) -> b h w (t k c)", t=2, c=self.num_channels, h=height, w=width)

@@ -1,15 +1,12 @@
 """Heads: modules that convert the latents of an encoder, or the outputs of a decoder, to the output of the model."""
 
-from perceiver_core.heads.classification import Classification
+from perceiver_core.heads.classification import Classification, Regression
 from perceiver_core.heads.grid import Grid
 from perceiver_core.heads.identity import Identity
-from perceiver_core.heads.linear import Linear
-from perceiver_core.heads.logits import Logits, TiedLogits
+from perceiver_core.heads.linear import Linear, Logits, TiedLogits
 from perceiver_core.heads.multimodal import Multimodal
-from perceiver_core.heads.regression import Regression
 from perceiver_core.heads.single_query import SingleQuery
-from perceiver_core.heads.unpatchify import Unpatchify
-from perceiver_core.heads.waveform import Waveform
+from perceiver_core.heads.unpatchify import Unpatchify, Waveform
 
 __all__ = [
     "Classification",

@@ -1,4 +1,4 @@
-"""Classification: logits from the mean of the latents."""
+"""Classification and regression from the mean of the latents."""
 
 from __future__ import annotations
 
@@ -13,8 +13,19 @@ from perceiver_core.layers import init
 from perceiver_core.registry import register
 
 
+class LatentMean(nn.Module):
+    """Base of heads of the mean of the latents: mean, norm, dropout, then the linear layer of a subclass."""
+
+    def __init__(self, dim: int, norm: Callable[[int], nn.Module], dropout: float) -> None:
+        super().__init__()
+        checks.positive(dim=dim)
+        checks.probability(dropout=dropout)
+        self.dim = dim
+        self.norm, self.dropout = build(norm, dim), nn.Dropout(dropout)
+
+
 @register
-class Classification(nn.Module):
+class Classification(LatentMean):
     """Logits from the mean of the latents: mean, norm, dropout, linear layer.
 
     Args:
@@ -35,13 +46,33 @@ class Classification(nn.Module):
     def __init__(
         self, dim: int, num_classes: int, *, norm: Callable[[int], nn.Module] = nn.LayerNorm, dropout: float = 0.0
     ) -> None:
-        super().__init__()
-        checks.positive(dim=dim, num_classes=num_classes)
-        checks.probability(dropout=dropout)
-        self.dim = dim
-        self.norm, self.dropout = build(norm, dim), nn.Dropout(dropout)
+        super().__init__(dim, norm, dropout)
+        checks.positive(num_classes=num_classes)
         self.logits = init.linear(dim, num_classes)
 
     def forward(self, latents: Float[Tensor, "b m d"]) -> Float[Tensor, "b classes"]:
         """Return one logit per class."""
         return self.logits(self.dropout(self.norm(latents.mean(1))))
+
+
+@register
+class Regression(LatentMean):
+    """`num_outputs` real values from the mean of the latents; other arguments are those of `Classification`.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core.heads import Regression
+        >>> Regression(32, num_outputs=3)(torch.randn(2, 7, 32)).shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(
+        self, dim: int, num_outputs: int = 1, *, norm: Callable[[int], nn.Module] = nn.LayerNorm, dropout: float = 0.0
+    ) -> None:
+        super().__init__(dim, norm, dropout)
+        checks.positive(num_outputs=num_outputs)
+        self.values = init.linear(dim, num_outputs)
+
+    def forward(self, latents: Float[Tensor, "b m d"]) -> Float[Tensor, "b values"]:
+        """Return the values, which are unbounded."""
+        return self.values(self.dropout(self.norm(latents.mean(1))))

@@ -1,4 +1,4 @@
-"""Arrays: one decoder output per point of a grid."""
+"""Decoder outputs as an array, one per grid point."""
 
 from __future__ import annotations
 
@@ -48,8 +48,7 @@ class Grid(nn.Module):
             _check_channel_axis(channel_axis, len(grid))
         self.grid, self.scale, self.channel_axis = None if grid is None else tuple(grid), scale, channel_axis
         self.head = nn.Identity() if head is None else head
-        if hasattr(self.head, "dim"):
-            self.dim = self.head.dim
+        self.dim = getattr(head, "dim", None)
 
     def forward(
         self, outputs: Float[Tensor, "b q d"], *, query_inputs: object = None, grid: Sequence[int] | None = None
@@ -67,28 +66,21 @@ class Grid(nn.Module):
         values = self.head(outputs) * self.scale
         if query_inputs is not None:
             return values
-        size = self._size(grid)
+        size = self.grid if grid is None else tuple(grid)
+        if size is None:
+            raise ValueError("grid must be passed to Grid or with the outputs, since the queries have none")
+        if self.grid not in (None, size):
+            raise ValueError(
+                f"outputs are on a grid {size}, and this head makes {self.grid}. Build it with grid=None for any grid, "
+                "or take queries on its grid: queries.Grid(grid, positions)"
+            )
+        _check_channel_axis(self.channel_axis, len(size))
         if values.ndim != 3 or values.shape[1] != prod(size):
             raise ValueError(
                 f"outputs must be b {prod(size)} c, one for each point of {size}, unless `query_inputs` selects "
                 f"points; got shape {tuple(outputs.shape)}"
             )
         return values.reshape(values.shape[0], *size, values.shape[-1]).movedim(-1, self.channel_axis)
-
-    def _size(self, query_grid: Sequence[int] | None) -> tuple[int, ...]:
-        """Return the size of the array."""
-        if query_grid is None:
-            if self.grid is None:
-                raise ValueError("grid must be passed to Grid or with the outputs, since the queries have none")
-            return self.grid
-        size = tuple(query_grid)
-        if self.grid is not None and size != self.grid:
-            raise ValueError(
-                f"outputs are on a grid {size}, and this head makes {self.grid}. Build it with grid=None for any grid, "
-                "or take queries on its grid: queries.Grid(grid, positions)"
-            )
-        _check_channel_axis(self.channel_axis, len(size))
-        return size
 
 
 def _check_channel_axis(channel_axis: int, num_axes: int) -> None:

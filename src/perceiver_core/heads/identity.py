@@ -1,6 +1,4 @@
-"""Identity: the latents themselves are the output."""
-
-from __future__ import annotations
+"""Head that returns the latents themselves, for features without a task."""
 
 from functools import partial
 

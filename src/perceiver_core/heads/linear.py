@@ -1,11 +1,13 @@
-"""Linear projection of every decoder output."""
+"""Linear projection of every latent or decoder output, for example to logits over a vocabulary."""
 
 from __future__ import annotations
 
 from functools import partial
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from perceiver_core import checks
 from perceiver_core.layers import init
@@ -14,11 +16,7 @@ from perceiver_core.registry import register
 
 @partial(register, name="heads.Linear")
 class Linear(nn.Module):
-    """A linear layer, for example to the channels of a pixel or the logits of a token.
-
-    Args:
-        dim: Width of a decoder output.
-        out_dim: Width after the projection.
+    """A linear layer from width `dim` to `out_dim`, for example to the channels of a pixel or the logits of a token.
 
     Example:
         >>> import torch
@@ -36,3 +34,70 @@ class Linear(nn.Module):
     def forward(self, outputs: Float[Tensor, "b q d"]) -> Float[Tensor, "b q values"]:
         """Return the projected outputs."""
         return self.values(outputs)
+
+
+@register
+class Logits(nn.Module):
+    """Logits over the vocabulary of an adapter, for every latent or decoder output, by a linear layer.
+
+    Args:
+        embedding: Adapter with `.dim` and `.vocab_size`, such as `adapters.TokenEmbedding`.
+
+    Example:
+        >>> import torch
+        >>> import perceiver_core as pc
+        >>> pc.heads.Logits(pc.adapters.TokenEmbedding(vocab_size=11, dim=32))(torch.randn(2, 7, 32)).shape
+        torch.Size([2, 7, 11])
+
+    Reference: google-research/perceiver-ar, perceiver_ar_model.py, `final_layer`.
+    """
+
+    def __init__(self, embedding: nn.Module) -> None:
+        super().__init__()
+        self.dim, vocab_size = _sizes(embedding)
+        self.logits = init.linear(self.dim, vocab_size)
+
+    def forward(self, latents: Float[Tensor, "b m d"]) -> Float[Tensor, "b m vocabulary"]:
+        """Return one logit per id."""
+        return self.logits(latents)
+
+
+@register
+class TiedLogits(nn.Module):
+    """Logits as in `Logits`, by products with the vectors of the adapter (`.vectors`), which are shared, plus a bias.
+
+    Example:
+        >>> import torch
+        >>> import perceiver_core as pc
+        >>> text = pc.adapters.TokenEmbedding(vocab_size=11, dim=32)
+        >>> head = pc.heads.TiedLogits(text)
+        >>> head(torch.randn(2, 7, 32)).shape, head.vectors is text.vectors
+        (torch.Size([2, 7, 11]), True)
+
+    Reference: Press and Wolf 2017; krasserm/perceiver-io ties the logits of Perceiver AR in this way.
+    """
+
+    def __init__(self, embedding: nn.Module) -> None:
+        super().__init__()
+        self.dim, vocab_size = _sizes(embedding)
+        vectors = getattr(embedding, "vectors", None)
+        if not isinstance(vectors, nn.Parameter):
+            raise TypeError(
+                f"embedding must have vectors to tie to; {type(embedding).__name__} has none. Use heads.Logits"
+            )
+        self.vectors, self.bias = vectors, nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(self, latents: Float[Tensor, "b m d"]) -> Float[Tensor, "b m vocabulary"]:
+        """Return one logit per id."""
+        return F.linear(latents, self.vectors, self.bias)
+
+
+def _sizes(embedding: nn.Module) -> tuple[int, int]:
+    """Return the width and the size of a vocabulary."""
+    dim, vocab_size = getattr(embedding, "dim", None), getattr(embedding, "vocab_size", None)
+    if not isinstance(dim, int) or not isinstance(vocab_size, int):
+        raise TypeError(
+            "embedding must have a dim and a vocab_size, as adapters.TokenEmbedding has; "
+            f"got {type(embedding).__name__}"
+        )
+    return dim, vocab_size

@@ -1,4 +1,4 @@
-"""Output of a single query, without the query axis."""
+"""Output of a decoder with one query."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from perceiver_core.registry import register
 
 @register
 class SingleQuery(nn.Module):
-    """Output of the only query, without the query axis; for example, the logits of an image.
-
-    Args:
-        head: Head that is applied first; none by default.
+    """Output of the only query, without the query axis, such as the logits of an image; `head` is applied first.
 
     Example:
         >>> import torch
@@ -27,7 +24,7 @@ class SingleQuery(nn.Module):
     def __init__(self, head: nn.Module | None = None) -> None:
         super().__init__()
         self.head = nn.Identity() if head is None else head
-        self.dim: int | None = getattr(head, "dim", None)
+        self.dim = getattr(head, "dim", None)
 
     def forward(self, outputs: Float[Tensor, "b 1 d"]) -> Float[Tensor, "b values"]:
         """Return the output of the only query; raise ValueError if there are more."""

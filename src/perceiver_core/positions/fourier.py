@@ -12,32 +12,77 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from perceiver_core import checks
-from perceiver_core.positions.grid import check_axes, computing_dtype, grid_points, separable_features, small_tables
+from perceiver_core.positions.grid import check_axes, computing_dtype, coordinates, grid_points
 from perceiver_core.registry import register
 
 
 class SeparableFeatures(nn.Module):
     """Base of position features that are computed one axis at a time."""
 
-    num_axes: int
     dim: int
-    _hyperparameters: tuple[str, ...]  # names of the attributes that determine the features
+    _called_with = "points"
+    _hyperparameters: tuple[str, ...] = ()  # names of further attributes that determine the features
+
+    def __init__(self, num_axes: int, num_bands: int) -> None:
+        super().__init__()
+        _check_sizes(num_axes, num_bands=num_bands)
+        self.num_axes, self.num_bands = num_axes, num_bands
 
     def forward(self, points: Float[Tensor, "*b axes"]) -> Float[Tensor, "*b dim"]:
-        """Return the features of points with coordinates in [-1, 1]."""
-        return separable_features(self._features, widened(points, self.num_axes)).to(points.dtype)
+        """Return the features of points with coordinates in [-1, 1], ordered by group, then by axis."""
+        axes = [self._features(x, axis) for axis, x in enumerate(_widened(points, self.num_axes).unbind(-1))]
+        return torch.cat([part for group in zip(*axes, strict=True) for part in group], dim=-1).to(points.dtype)
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "... p"], ...]:
-        """Return one table per grid axis; their sum is `forward` at the grid points."""
+        """Return one table per grid axis; their sum is `forward` at the grid points.
+
+        Tables of small grids are cached, since they would dominate the time of a small model.
+        """
         check_axes(grid, self.num_axes)
-        settings = (type(self), *[getattr(self, name) for name in self._hyperparameters])
-        return small_tables(self._features, settings, grid, like)
+        if (
+            type(like) is not Tensor
+            or torch.compiler.is_compiling()
+            or _get_current_dispatch_mode() is not None
+            or sum(grid) > CACHED_ROWS
+            or torch._C._functorch.peek_interpreter_stack() is not None
+            or (like.device.type == "cuda" and torch.cuda.is_current_stream_capturing())  # computed when it is replayed
+        ):
+            return self._compute_tables(grid, like)
+        settings = [getattr(self, name) for name in self._hyperparameters]
+        key = (type(self), self.num_bands, *settings, tuple(grid), like.dtype, like.device)
+        cached = _cache.get(key, ())
+        if cached and all(table._version == version and not table.requires_grad for table, version in cached):
+            return tuple([table for table, _ in cached])
+        with torch.inference_mode(False):  # a tensor created in inference mode could not be used outside it
+            tables = self._compute_tables(grid, like)
+        if sum(table.numel() for table in tables) <= CACHED_NUMBERS:
+            if len(_cache) >= CACHED_GRIDS:
+                _cache.clear()
+            _cache[key] = tuple([(table, table._version) for table in tables])
+        return tables
+
+    def _compute_tables(self, grid: Sequence[int], like: Tensor) -> tuple[Tensor, ...]:
+        """Return one table `1 .. size .. 1 p` per axis, zero in the columns of other axes."""
+        tables = []
+        for axis, size in enumerate(grid):
+            groups = self._features(coordinates(size, like.device, computing_dtype(like)), axis)
+            others = self.num_axes - 1 - axis
+            own = torch.cat([F.pad(g, (axis * g.shape[-1], others * g.shape[-1])) for g in groups], dim=-1)
+            tables.append(own.to(like.dtype).reshape(*[1] * axis, size, *[1] * others, own.shape[-1]))
+        return tuple(tables)
 
     def _features(self, x: Tensor, axis: int) -> list[Tensor]:
-        """Return groups of features of coordinates along an axis; see `grid.Features`."""
+        """Return groups of features `*b f` of coordinates `*b` along an axis, as wide for every axis."""
         raise NotImplementedError
+
+
+CACHED_GRIDS, CACHED_ROWS, CACHED_NUMBERS = 64, 512, 2**16  # at most 16 MB in float32
+_cache: dict[tuple[object, ...], tuple[tuple[Tensor, int], ...]] = {}
+"""Tables with their versions, by which edits in place are seen."""
 
 
 @register
@@ -68,7 +113,7 @@ class Fourier(SeparableFeatures):
     `generate_fourier_features`.
     """
 
-    _hyperparameters = ("num_axes", "num_bands", "max_resolution", "concat_positions", "sine_only")
+    _hyperparameters = ("max_resolution", "concat_positions", "sine_only")
 
     def __init__(
         self,
@@ -79,11 +124,13 @@ class Fourier(SeparableFeatures):
         concat_positions: bool = True,
         sine_only: bool = False,
     ) -> None:
-        super().__init__()
-        _check_sizes(num_axes, num_bands=num_bands)
-        self.num_axes, self.num_bands = num_axes, num_bands
-        self.max_resolution = per_axis("max_resolution", max_resolution, num_axes)
-        self.concat_positions, self.sine_only = concat_positions, sine_only
+        super().__init__(num_axes, num_bands)
+        values = tuple(max_resolution) if isinstance(max_resolution, Sequence) else (max_resolution,) * num_axes
+        if len(values) != num_axes or any(value <= 0 for value in values):
+            raise ValueError(
+                f"max_resolution must be positive, one number or one for each of {num_axes} axes; got {max_resolution}"
+            )
+        self.max_resolution, self.concat_positions, self.sine_only = values, concat_positions, sine_only
         self.dim = num_axes * (concat_positions + num_bands * (1 if sine_only else 2))
 
     def _features(self, x: Tensor, axis: int) -> list[Tensor]:
@@ -114,12 +161,11 @@ class FourierPerAxis(SeparableFeatures):
     Reference: lucidrains/perceiver-pytorch, `fourier_encode`.
     """
 
-    _hyperparameters = ("num_axes", "num_bands", "max_frequency")
+    _hyperparameters = ("max_frequency",)
 
     def __init__(self, num_axes: int, num_bands: int = 6, *, max_frequency: float = 10.0) -> None:
-        super().__init__()
-        _check_sizes(num_axes, num_bands=num_bands)
-        self.num_axes, self.num_bands, self.max_frequency = num_axes, num_bands, max_frequency
+        super().__init__(num_axes, num_bands)
+        self.max_frequency = max_frequency
         self.dim = num_axes * (2 * num_bands + 1)
 
     def _features(self, x: Tensor, axis: int) -> list[Tensor]:
@@ -140,12 +186,8 @@ class NeRF(SeparableFeatures):
     Reference: Mildenhall et al. 2020 (NeRF), equation 4.
     """
 
-    _hyperparameters = ("num_axes", "num_bands")
-
     def __init__(self, num_axes: int, num_bands: int = 10) -> None:
-        super().__init__()
-        _check_sizes(num_axes, num_bands=num_bands)
-        self.num_axes, self.num_bands = num_axes, num_bands
+        super().__init__(num_axes, num_bands)
         self.dim = num_axes * 2 * num_bands
 
     def _features(self, x: Tensor, axis: int) -> list[Tensor]:
@@ -175,6 +217,7 @@ class Gaussian(nn.Module):
     Reference: Tancik et al. 2020 (Fourier features), section 5.
     """
 
+    _called_with = "points"
     frequencies: Tensor
 
     def __init__(self, num_axes: int, num_features: int = 64, *, scale: float = 10.0) -> None:
@@ -185,7 +228,7 @@ class Gaussian(nn.Module):
 
     def forward(self, points: Float[Tensor, "*b axes"]) -> Float[Tensor, "*b dim"]:
         """Return the features of points with coordinates in [-1, 1]."""
-        wide = widened(points, self.num_axes)
+        wide = _widened(points, self.num_axes)
         # Not a matrix product, which autocast would compute in half precision.
         angles = 2 * math.pi * (wide[..., None] * self.frequencies.to(wide)).sum(-2)
         return torch.cat([angles.cos(), angles.sin()], dim=-1).to(points.dtype)
@@ -207,15 +250,7 @@ def linear_bands(highest: float, num_bands: int, like: Tensor) -> Float[Tensor, 
     return torch.linspace(1.0, highest, num_bands, device=like.device, dtype=computing_dtype(like))
 
 
-def per_axis(name: str, value: float | Sequence[float], num_axes: int) -> tuple[float, ...]:
-    """Return one value per axis, from a number or a sequence; raise ValueError unless all are positive."""
-    values = tuple(value) if isinstance(value, Sequence) else (value,) * num_axes
-    if len(values) != num_axes or any(v <= 0 for v in values):
-        raise ValueError(f"{name} must be positive, one number or one for each of {num_axes} axes; got {value}")
-    return values
-
-
-def widened(points: Tensor, num_axes: int) -> Tensor:
+def _widened(points: Tensor, num_axes: int) -> Tensor:
     """Return points in the dtype that features are computed in; raise unless they have `num_axes` coordinates."""
     checks.is_floating("points", points)
     if points.ndim < 1 or points.shape[-1] != num_axes:

@@ -1,15 +1,13 @@
-"""Coordinates of the points of a grid, and tables of position features over it."""
+"""Protocols of position features, coordinates of the points of a grid, and checks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol, TypeAlias, runtime_checkable
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
-from torch.nn import functional as F
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch import Tensor, nn
 
 
 @runtime_checkable
@@ -32,6 +30,16 @@ class Positions(Protocol):
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Tensor, ...]:
         """Return tables whose sum is the features of every token of `grid`, in the dtype and device of `like`."""
+
+
+class PointFeatures(Protocol):
+    """Position features that are called with points `*b axes` and return features `*b dim`, such as `Fourier`."""
+
+    dim: int
+    num_axes: int
+
+    def __call__(self, points: Tensor, /) -> Tensor:
+        """Return the features."""
 
 
 def coordinates(size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Float[Tensor, " n"]:
@@ -60,64 +68,6 @@ def grid_points(grid: Sequence[int], like: Tensor) -> Float[Tensor, "*grid axes"
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
 
 
-Features: TypeAlias = Callable[[Tensor, int], list[Tensor]]
-"""Function `(x: *b, axis) -> [*b f, ...]` from coordinates along an axis to groups of features, whose widths are the
-same for all axes."""
-
-
-def separable_features(features: Features, points: Tensor) -> Float[Tensor, "*b p"]:
-    """Return the features of points `*b axes`, ordered by group, then by axis."""
-    axes = [features(x, axis) for axis, x in enumerate(points.unbind(-1))]
-    return torch.cat([part for group in zip(*axes, strict=True) for part in group], dim=-1)
-
-
-def separable_tables(features: Features, grid: Sequence[int], like: Tensor) -> tuple[Tensor, ...]:
-    """Return one table `1 .. size .. 1 p` per axis, zero in the columns of other axes; their sum is the features."""
-    tables = []
-    num_axes, dtype = len(grid), computing_dtype(like)
-    for axis, size in enumerate(grid):
-        groups = features(coordinates(size, like.device, dtype), axis)
-        others = num_axes - 1 - axis
-        own = torch.cat([F.pad(g, (axis * g.shape[-1], others * g.shape[-1])) for g in groups], dim=-1)
-        shape = [1] * num_axes
-        shape[axis] = size
-        tables.append(own.to(like.dtype).reshape(*shape, own.shape[-1]))
-    return tuple(tables)
-
-
-def small_tables(
-    features: Features, settings: tuple[object, ...], grid: Sequence[int], like: Tensor
-) -> tuple[Tensor, ...]:
-    """Return `separable_tables`; those of small grids are cached, since they would dominate the time of a small model.
-
-    The class and hyperparameters that determine the features are `settings`, a part of the cache's key.
-    """
-    plain = type(like) is Tensor and not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None
-    if (
-        not plain
-        or sum(grid) > CACHED_ROWS
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or (like.device.type == "cuda" and torch.cuda.is_current_stream_capturing())  # computed when it is replayed
-    ):
-        return separable_tables(features, grid, like)
-    key = (settings, tuple(grid), like.dtype, like.device)
-    cached = _cache.get(key, ())
-    if cached and all(table._version == version and not table.requires_grad for table, version in cached):
-        return tuple([table for table, _ in cached])
-    with torch.inference_mode(False):  # a tensor created in inference mode could not be used outside it
-        tables = separable_tables(features, grid, like)
-    if sum(table.numel() for table in tables) <= CACHED_NUMBERS:
-        if len(_cache) >= CACHED_GRIDS:
-            _cache.clear()
-        _cache[key] = tuple([(table, table._version) for table in tables])
-    return tables
-
-
-CACHED_GRIDS, CACHED_ROWS, CACHED_NUMBERS = 64, 512, 2**16  # at most 16 MB in float32
-_cache: dict[tuple[object, ...], tuple[tuple[Tensor, int], ...]] = {}
-"""Tables with their versions, by which edits in place are seen."""
-
-
 def check_axes(grid: Sequence[int], num_axes: int) -> None:
     """Raise ValueError unless `grid` has `num_axes` axes, none empty."""
     if len(grid) != num_axes or any(size < 1 for size in grid):
@@ -127,3 +77,19 @@ def check_axes(grid: Sequence[int], num_axes: int) -> None:
 def computing_dtype(like: Tensor) -> torch.dtype:
     """Return float32 or wider: high frequencies have no meaning in half precision."""
     return torch.promote_types(like.dtype, torch.float32)
+
+
+def is_called_with(argument: str, positions: object) -> bool:
+    """Return whether positions are called with "points", "indices" or a "grid"; those of users may be with any."""
+    if not callable(positions) or getattr(type(positions), "forward", None) is nn.Module.forward:
+        return False
+    return getattr(positions, "_called_with", argument) == argument
+
+
+def check_takes_points(positions: object) -> None:
+    """Raise TypeError unless positions are `PointFeatures`."""
+    has_sizes = hasattr(positions, "dim") and hasattr(positions, "num_axes")
+    if not has_sizes or not is_called_with("points", positions):
+        raise TypeError(
+            f"positions must have dim and num_axes and take points, as positions.Fourier; got {positions!r}"
+        )

@@ -6,8 +6,7 @@ that it returns by default, by indices `q` for all samples or `b q` for each; `C
 `External` takes `queries`.
 """
 
-from perceiver_core.queries.coordinates import Coordinates
-from perceiver_core.queries.external import External
+from perceiver_core.queries.external import Coordinates, External
 from perceiver_core.queries.from_inputs import FromInputs
 from perceiver_core.queries.grid import Grid
 from perceiver_core.queries.learned import Learned

@@ -1,4 +1,4 @@
-"""Queries that are passed with each call."""
+"""Queries that are passed with each call: vectors, or points whose position features are the queries."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from perceiver_core import checks
+from perceiver_core.positions.grid import PointFeatures, check_takes_points
 from perceiver_core.registry import register
 
 
 @register
 class External(nn.Module):
-    """Queries that are passed with each call and returned unchanged.
-
-    Args:
-        dim: Width of a query.
+    """Queries of width `dim` that are passed with each call and returned unchanged.
 
     Example:
         >>> import torch
@@ -31,9 +29,41 @@ class External(nn.Module):
 
     def forward(self, tokens: object = None, queries: Float[Tensor, "*b q e"] | None = None) -> Float[Tensor, "#b q e"]:
         """Return the queries, `q e` for all samples or `b q e`; `tokens` are not used."""
-        if queries is None:
-            raise ValueError(f"queries must be q {self.dim} or b q {self.dim}; got None. Pass them with each call")
-        checks.is_floating("queries", queries)
-        if queries.ndim not in (2, 3) or queries.shape[-1] != self.dim:
-            raise ValueError(f"queries must be q {self.dim} or b q {self.dim}; got shape {tuple(queries.shape)}")
-        return queries[None] if queries.ndim == 2 else queries
+        return _batched("queries", queries, self.dim)
+
+
+@register
+class Coordinates(nn.Module):
+    """Queries that are the position features of points, which are passed with each call.
+
+    `positions` are any callable from points `*b axes` to features with `num_axes` and `dim`, such as
+    `positions.Fourier`.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core import positions, queries
+        >>> source = queries.Coordinates(positions.Fourier(num_axes=2, num_bands=8))
+        >>> source(points=torch.rand(3, 100, 2) * 2 - 1).shape
+        torch.Size([3, 100, 34])
+    """
+
+    def __init__(self, positions: PointFeatures) -> None:
+        super().__init__()
+        check_takes_points(positions)
+        self.positions, self.dim = positions, int(positions.dim)
+
+    def forward(
+        self, tokens: object = None, points: Float[Tensor, "*b q axes"] | None = None
+    ) -> Float[Tensor, "#b q e"]:
+        """Return the features of points in [-1, 1], `q axes` for all samples or `b q axes`; `tokens` are not used."""
+        return self.positions(_batched("points", points, self.positions.num_axes))
+
+
+def _batched(name: str, x: Tensor | None, width: int) -> Float[Tensor, "#b q e"]:
+    """Return vectors with an axis of samples; raise unless they are `q e` or `b q e` of this width."""
+    if x is None:
+        raise ValueError(f"{name} must be q {width} or b q {width}; got None. Pass them with each call")
+    checks.is_floating(name, x)
+    if x.ndim not in (2, 3) or x.shape[-1] != width:
+        raise ValueError(f"{name} must be q {width} or b q {width}; got shape {tuple(x.shape)}")
+    return x[None] if x.ndim == 2 else x

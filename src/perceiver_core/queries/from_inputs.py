@@ -1,4 +1,4 @@
-"""Queries that are the tokens of the input: one output per token."""
+"""Queries that are the tokens of the input."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ from perceiver_core.tokens import Tokens
 
 @register
 class FromInputs(nn.Module):
-    """Queries that are the materialized tokens, content and positions.
-
-    Args:
-        dim: Width of a token, the adapter's `dim`.
+    """Queries that are the materialized tokens of the input, content and positions, of the adapter's width `dim`.
 
     Example:
         >>> import torch

@@ -11,8 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from perceiver_core.positions import Positions
-from perceiver_core.positions.grid import check_axes, computing_dtype
-from perceiver_core.positions.points import PointFeatures, check_takes_points
+from perceiver_core.positions.grid import PointFeatures, check_axes, check_takes_points, computing_dtype
 from perceiver_core.queries.selection import check_indices
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
@@ -58,9 +57,7 @@ class Grid(nn.Module):
     ) -> Float[Tensor, "#b q e"]:
         """Return the features of all grid points, or of those at `query_indices` into the flattened grid.
 
-        Args:
-            tokens: Tokens of the input, for their grid, dtype and device.
-            query_indices: Selected points; see `queries`.
+        Dtype and device are those of `tokens`, and so is the grid, if the queries have none of their own.
         """
         grid = self.grid_of(tokens)
         if grid is None:

@@ -1,4 +1,4 @@
-"""Learned queries: one vector per output."""
+"""Learned queries."""
 
 from __future__ import annotations
 
@@ -15,11 +15,7 @@ from perceiver_core.registry import register
 
 @partial(register, name="queries.Learned")
 class Learned(nn.Module):
-    """Queries that are learned vectors, the same for all inputs.
-
-    Args:
-        num_queries: Number of queries.
-        dim: Width of a query.
+    """Queries that are `num_queries` learned vectors of width `dim`, the same for all inputs.
 
     Example:
         >>> import torch

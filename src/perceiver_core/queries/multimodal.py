@@ -74,46 +74,40 @@ class Multimodal(nn.Module):
             raise ValueError(f"query_indices names {sorted(unknown)}; the sources are {sorted(self.sources)}")
         queries = {}
         for name, source in self.sources.items():
-            if not _is_empty(selected.get(name)):
-                x = modalities.call("queries", name, source, self._tokens_of(name, tokens), selected.get(name))
-                vector = self.padding[name].to(x.dtype)
-                queries[name] = torch.cat([x, vector.expand(*x.shape[:-1], -1)], dim=-1)
+            if _is_empty(selected.get(name)):
+                continue
+            own = _tokens_of(name, tokens)
+            if own is None and tokens is not None:
+                if isinstance(source, (FromInputs, Grid)) and source.grid_of(None) is None:
+                    raise ValueError(
+                        f"queries[{name!r}] need the tokens of an absent input. Select no queries of it, "
+                        f"query_inputs={{{name!r}: []}}, or pass the input"
+                    )
+                own = tokens
+            x = modalities.call("queries", name, source, own, selected.get(name))
+            vector = self.padding[name].to(x.dtype)
+            queries[name] = torch.cat([x, vector.expand(*x.shape[:-1], -1)], dim=-1)
         if not queries:
             raise ValueError(f"query_indices must leave some queries; it is empty for all of {list(self.sources)}")
         batches = {name: x.shape[0] for name, x in queries.items()}
-        own = [batch for batch in batches.values() if batch != 1]
-        if any(batch != own[0] for batch in own):
+        sizes = [batch for batch in batches.values() if batch != 1]
+        if any(size != sizes[0] for size in sizes):
             raise ValueError(f"queries must have one batch size, or a batch of 1; got {batches}")
         return queries
 
     def grid_of(self, tokens: object = None) -> dict[str, tuple[int, ...] | None]:
         """Return the grid of the queries of each source, for sources whose queries lie on one."""
         return {
-            name: source.grid_of(self._tokens_of(name, tokens))
+            name: source.grid_of(_tokens_of(name, tokens))
             for name, source in self.sources.items()
-            if isinstance(source, (FromInputs, Grid)) and not self._lacks_tokens(name, tokens)
+            if isinstance(source, (FromInputs, Grid))
         }
 
-    def _tokens_of(self, name: str, tokens: object) -> object:
-        """Return the tokens of the modality of a source, or all tokens if there is no such modality."""
-        if self._lacks_tokens(name, tokens):
-            raise ValueError(
-                f"queries[{name!r}] need the tokens of an absent input. Select no queries of it, "
-                f"query_inputs={{{name!r}: []}}, or pass the input"
-            )
-        return _modalities(tokens).get(name) or tokens
 
-    def _lacks_tokens(self, name: str, tokens: object) -> bool:
-        """Return whether a source needs the tokens of an absent modality."""
-        present = _modalities(tokens)
-        if name not in present or present[name] is not None:
-            return False
-        source = self.sources[name]
-        return isinstance(source, FromInputs) or (isinstance(source, Grid) and source.grid is None)
-
-
-def _modalities(tokens: object) -> Mapping[str, Tokens | None]:
-    return (tokens.modalities or {}) if isinstance(tokens, Tokens) else {}
+def _tokens_of(name: str, tokens: object) -> object:
+    """Return the tokens of a modality: all tokens if the input has no such modality, None if it is absent."""
+    present = (tokens.modalities or {}) if isinstance(tokens, Tokens) else {}
+    return present.get(name, tokens)
 
 
 def _is_empty(indices: object) -> bool:

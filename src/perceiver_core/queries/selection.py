@@ -10,12 +10,7 @@ from perceiver_core import checks
 
 
 def check_indices(query_indices: Tensor, num_queries: int) -> None:
-    """Raise unless `query_indices` are indices `q` or `b q` below `num_queries`, which is checked on the CPU only.
-
-    Raises:
-        TypeError: Something other than an integer tensor.
-        ValueError: Another rank, no indices, or indices out of range.
-    """
+    """Raise unless `query_indices` are integers `q` or `b q` below `num_queries`, which is checked on the CPU only."""
     if not isinstance(query_indices, Tensor) or query_indices.is_floating_point() or query_indices.dtype == torch.bool:
         got = getattr(query_indices, "dtype", type(query_indices).__name__)
         raise TypeError(f"query_indices must be indices, an integer tensor; got {got}")

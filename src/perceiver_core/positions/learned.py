@@ -1,0 +1,137 @@
+"""Learned positions: vectors by index, arrays that are resampled, and projections of other positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from perceiver_core import checks
+from perceiver_core.layers import init
+from perceiver_core.positions.grid import Positions, check_axes
+from perceiver_core.registry import register
+
+
+@register
+class LearnedEmbedding(nn.Module):
+    """`length` learned vectors of width `dim`, one for every index; token i has vector i, whatever the input's length.
+
+    It suits sequences that grow by one token at a time, and frames of a video. `LearnedGrid` instead resamples its
+    array for inputs of other sizes, which suits images.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core.positions import LearnedEmbedding
+        >>> positions = LearnedEmbedding(100, dim=32)
+        >>> positions(torch.tensor([2, 0, 5])).shape, positions.tables((7,), like=torch.zeros(()))[0].shape
+        (torch.Size([3, 32]), torch.Size([7, 32]))
+
+    Reference: google-research/perceiver-ar, perceiver_ar_model.py, `position_embeddings` of the style "random";
+    open_flamingo and flamingo-pytorch, `PerceiverResampler`.
+    """
+
+    _called_with = "indices"
+
+    def __init__(self, length: int, dim: int) -> None:
+        super().__init__()
+        checks.positive(length=length, dim=dim)
+        self.num_axes, self.length, self.dim = 1, length, dim
+        self.vectors = init.embedding(length, dim)
+
+    def forward(self, positions: Int[Tensor, "*b n"]) -> Float[Tensor, "*b n d"]:
+        """Return the vectors at these indices, which are checked to be in range on a CPU, in eager mode."""
+        checks.below("positions", positions, self.length)
+        return F.embedding(positions, self.vectors)
+
+    def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "n p"], ...]:
+        """Return one table, the vectors of the first indices; raise ValueError if there are too few."""
+        check_axes(grid, self.num_axes)
+        if grid[0] > self.length:
+            raise ValueError(
+                f"grid must have at most length={self.length} tokens; got {grid[0]}. Build LearnedEmbedding with a "
+                "larger length, or use LearnedGrid, which resamples"
+            )
+        return (self(torch.arange(grid[0], device=like.device)).to(like.dtype),)
+
+
+@register
+class LearnedGrid(nn.Module):
+    """A learned vector of width `dim` for every point of `grid`, one to three axes, usually its size in training.
+
+    For inputs of another size the array is resampled (linear, bicubic or trilinear, by the number of axes), with
+    grid ends aligned as coordinates are.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core.positions import LearnedGrid
+        >>> LearnedGrid((14, 14), dim=32).tables((11, 17), like=torch.zeros(()))[0].shape
+        torch.Size([11, 17, 32])
+
+    Reference: deepmind-research/perceiver/position_encoding.py, `TrainablePositionEncoding`.
+    """
+
+    _called_with = "grid"
+
+    def __init__(self, grid: Sequence[int], dim: int) -> None:
+        super().__init__()
+        if not 1 <= len(grid) <= 3:
+            raise ValueError(f"grid must have one to three axes; got {tuple(grid)}")
+        check_axes(grid, len(grid))
+        checks.positive(dim=dim)
+        self.num_axes, self.dim = len(grid), dim
+        self.vectors = init.embedding(*grid, dim)
+
+    def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "*grid p"], ...]:
+        """Return one table: the learned array, resampled to the size of `grid`."""
+        return (self(grid, like),)
+
+    def forward(self, grid: Sequence[int], like: Tensor) -> Float[Tensor, "*grid p"]:
+        """Return the learned array, resampled to the size of `grid`, in the dtype of `like`."""
+        check_axes(grid, self.num_axes)
+        if tuple(grid) == tuple(self.vectors.shape[:-1]):
+            return self.vectors.to(like.dtype, copy=True)  # no module returns its own parameter
+        mode = ("linear", "bicubic", "trilinear")[self.num_axes - 1]
+        channels_first = torch.movedim(self.vectors, -1, 0)[None]
+        resampled = F.interpolate(channels_first, size=tuple(grid), mode=mode, align_corners=True)
+        return torch.movedim(resampled[0], 0, -1).to(like.dtype)
+
+
+@register
+class Projected(nn.Module):
+    """A linear layer from position features to width `dim`, applied to their tables instead of every token.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_core.positions import LearnedGrid, Projected
+        >>> positions = Projected(LearnedGrid((14, 14), dim=32), dim=256)
+        >>> positions.tables((14, 14), like=torch.zeros(()))[0].shape
+        torch.Size([14, 14, 256])
+
+    Reference: deepmind-research/perceiver, `project_pos_dim`; Perceiver IO's ImageNet model with learned positions.
+    """
+
+    _called_with = "grid"
+
+    def __init__(self, positions: Positions, dim: int) -> None:
+        super().__init__()
+        if not isinstance(positions, Positions):
+            raise TypeError(f"positions must have dim, num_axes and tables, as Fourier has; got {positions!r}")
+        checks.positive(dim=dim)
+        self.positions, self.dim, self.num_axes = positions, dim, positions.num_axes
+        self.project = init.linear(positions.dim, dim)
+
+    def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "... p"], ...]:
+        """Return the projected tables; the bias is part of the first."""
+        return self(grid, like)  # hooks and FSDP attach to the call of a module
+
+    def forward(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "... p"], ...]:
+        """Return the projected tables; the bias is part of the first."""
+        first, *others = (table.to(self.project.weight.dtype) for table in self.positions.tables(grid, like))
+        projected = [self.project(first)]
+        if others:
+            bias = self.project(torch.zeros_like(first).flatten(0, -2)[:1])
+            projected += [self.project(table) - bias for table in others]
+        return tuple(table.to(like.dtype) for table in projected)
