@@ -56,7 +56,7 @@ def padded_on_the_left(name: str, mask: Tensor) -> None:
     if bad:
         raise ValueError(
             f"{name} must be False for padding on the left, then True to the end, with at least one token; "
-            f"it is not in samples {bad[:10]}. Move padding to the front, as Bytes.encode(..., left=True) does"
+            f'it is not in samples {bad[:10]}. Move padding to the front, as Bytes.encode(..., padding_side="left") does'
         )
 
 

@@ -57,12 +57,14 @@ def test_masked_tokens_are_counted_on_request(name):
 TEXTS = ["A cat.", "Où est-ce ?", "\0\x7f\n", "東京 🐈", "x" * 40]
 
 
-@pytest.mark.parametrize("left", [False, True])
-@pytest.mark.parametrize("ends", [False, True])
-def test_ids_are_those_of_transformers(ends, left):
-    tokenizer = pytest.importorskip("transformers").PerceiverTokenizer(padding_side="left" if left else "right")
-    theirs = tokenizer(TEXTS, add_special_tokens=ends, padding=True, return_tensors="pt")
-    ids, mask = Bytes.encode(TEXTS, ends=ends, left=left)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("length", [None, 9])
+def test_ids_are_those_of_transformers(special, side, length):
+    tokenizer = pytest.importorskip("transformers").PerceiverTokenizer(padding_side=side)
+    options = {"add_special_tokens": special, "max_length": length}
+    theirs = tokenizer(TEXTS, **options, padding=True, truncation=length is not None, return_tensors="pt")
+    ids, mask = Bytes.encode(TEXTS, **options, padding_side=side)
     assert torch.equal(ids, theirs["input_ids"])
     assert torch.equal(mask, theirs["attention_mask"].bool())
     specials = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.mask_token_id)
@@ -71,12 +73,12 @@ def test_ids_are_those_of_transformers(ends, left):
     assert tokenizer.vocab_size + 6 == len(tokenizer) == Bytes(8).vocab_size
 
 
-@given(st.lists(st.text(), min_size=1, max_size=5), st.booleans())
-def test_decoding_restores_texts(texts, left):
-    ids, mask = Bytes.encode(texts, ends=True, left=left)
+@given(st.lists(st.text(), min_size=1, max_size=5), st.sampled_from(["left", "right"]))
+def test_decoding_restores_texts(texts, side):
+    ids, mask = Bytes.encode(texts, add_special_tokens=True, padding_side=side)
     assert Bytes.decode(ids) == texts
     assert mask.sum(1).tolist() == [2 + len(text.encode()) for text in texts]
-    assert pc.checks.padded_on_the_left("mask", mask) is None if left else mask[:, 0].all()
+    assert pc.checks.padded_on_the_left("mask", mask) is None if side == "left" else mask[:, 0].all()
 
 
 def test_special_tokens_are_not_decoded():
@@ -85,13 +87,13 @@ def test_special_tokens_are_not_decoded():
 
 
 @pytest.mark.parametrize(
-    ("most", "ends", "expected"), [(3, False, "abc"), (4, True, "ab"), (2, True, ""), (9, True, "abcde")]
+    ("length", "special", "expected"), [(3, False, "abc"), (4, True, "ab"), (2, True, ""), (9, True, "abcde")]
 )
-def test_long_texts_are_truncated(most, ends, expected):
-    ids, mask = Bytes.encode("abcde", ends=ends, most=most)
-    assert ids.shape == (1, min(most, 5 + 2 * ends)) and mask.all()
+def test_long_texts_are_truncated(length, special, expected):
+    ids, mask = Bytes.encode("abcde", add_special_tokens=special, max_length=length)
+    assert ids.shape == (1, min(length, 5 + 2 * special)) and mask.all()
     assert Bytes.decode(ids) == [expected]
-    if ends:
+    if special:
         assert (ids[0, 0], ids[0, -1]) == (Bytes.CLS, Bytes.SEP)
 
 
@@ -124,9 +126,10 @@ def test_a_missing_text_is_masked():
     ("texts", "options", "kind", "message"),
     [
         ([b"bytes"], {}, TypeError, "texts must be strings; got bytes"),
-        ([""], {}, ValueError, "texts must have a character at least, or ends=True"),
-        ([], {"ends": True}, ValueError, "texts must have a character at least"),
-        (["a"], {"most": 0}, ValueError, "most must be a whole number of at least 1"),
+        ([""], {}, ValueError, "texts must have a character at least, or add_special_tokens=True"),
+        ([], {"add_special_tokens": True}, ValueError, "texts must have a character at least"),
+        (["a"], {"max_length": 0}, ValueError, "max_length must be a whole number of at least 1"),
+        (["a"], {"padding_side": "top"}, ValueError, 'padding_side must be "left" or "right"; got'),
     ],
 )
 def test_invalid_texts_raise(texts, options, kind, message):

@@ -128,33 +128,40 @@ class Bytes(TokenEmbedding):
 
     @classmethod
     def encode(
-        cls, texts: str | Sequence[str], *, ends: bool = False, left: bool = False, most: int | None = None
+        cls,
+        texts: str | Sequence[str],
+        *,
+        add_special_tokens: bool = False,
+        padding_side: str = "right",
+        max_length: int | None = None,
     ) -> tuple[Int[Tensor, "b n"], Bool[Tensor, "b n"]]:
         """Return the ids of texts, padded to the longest, and the mask of valid ids.
 
         Args:
             texts: One or several texts.
-            ends: Whether CLS precedes and SEP follows each text, as the published language model requires.
-            left: Whether padding is on the left, as `generate` requires, instead of the right.
-            most: Maximum number of ids of a text, ends included, to which longer texts are truncated; no limit by
+            add_special_tokens: Whether to put CLS before and SEP after each text; the published language model needs them.
+            padding_side: "right", or "left", as `generate` requires.
+            max_length: Number of ids, special tokens included, to which longer texts are truncated; no limit by
                 default.
 
         Raises:
             TypeError: Texts that are not strings.
-            ValueError: No text that has a token. Among others, an empty text is fully masked.
+            ValueError: No text that has a token (among others, an empty text is fully masked); or another side.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         if wrong := [type(text).__name__ for text in texts if not isinstance(text, str)]:
             raise TypeError(f"texts must be strings; got {wrong[0]}")
-        if most is not None:
-            checks.positive(most=most)
-        room = None if most is None else max(0, most - 2 * ends)
+        if max_length is not None:
+            checks.positive(max_length=max_length)
+        if padding_side not in ("left", "right"):
+            raise ValueError(f'padding_side must be "left" or "right"; got {padding_side!r}')
+        room = None if max_length is None else max(0, max_length - 2 * add_special_tokens)
         rows = [[cls.SPECIAL + byte for byte in text.encode()[:room]] for text in texts]
-        rows = [[cls.CLS, *row, cls.SEP] if ends else row for row in rows]
+        rows = [[cls.CLS, *row, cls.SEP] if add_special_tokens else row for row in rows]
         if not any(rows):
-            raise ValueError(f"texts must have a character at least, or ends=True; got {texts!r:.80}")
-        tensors, side = [torch.tensor(row, dtype=torch.long) for row in rows], "left" if left else "right"
-        ids = pad_sequence(tensors, batch_first=True, padding_value=cls.PAD, padding_side=side)
+            raise ValueError(f"texts must have a character at least, or add_special_tokens=True; got {texts!r:.80}")
+        tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+        ids = pad_sequence(tensors, batch_first=True, padding_value=cls.PAD, padding_side=padding_side)
         return ids, ids != cls.PAD
 
     @classmethod
