@@ -55,8 +55,8 @@ def padded_on_the_left(name: str, mask: Tensor) -> None:
     bad = _inspect(mask, lambda: torch.where(~mask[:, -1] | (mask[:, :-1] & ~mask[:, 1:]).any(1))[0].tolist())
     if bad:
         raise ValueError(
-            f"{name} must be False for padding on the left, then True to the end, with at least one token; "
-            f'it is not in samples {bad[:10]}. Move padding to the front, as Bytes.encode(..., padding_side="left") does'
+            f"{name} must be False for padding on the left, then True to the end, with at least one token; it "
+            f'is not in samples {bad[:10]}. Move padding to the front, as Bytes.encode(..., padding_side="left") does'
         )
 
 

@@ -139,7 +139,7 @@ class Bytes(TokenEmbedding):
 
         Args:
             texts: One or several texts.
-            add_special_tokens: Whether to put CLS before and SEP after each text; the published language model needs them.
+            add_special_tokens: Whether to put CLS before and SEP after each text, as the published model needs.
             padding_side: "right", or "left", as `generate` requires.
             max_length: Number of ids, special tokens included, to which longer texts are truncated; no limit by
                 default.
