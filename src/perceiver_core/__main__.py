@@ -10,8 +10,7 @@ from pathlib import Path
 
 import torch
 
-from perceiver_core.interop.conversion import NUMERICS, TARGETS, TOLERANCE, convert
-from perceiver_core.interop.format_detection import FORMATS
+from perceiver_core.interop.conversion import FORMATS, NUMERICS, TARGETS, TOLERANCE, convert
 from perceiver_core.reads.calibration import calibrate
 from perceiver_core.reads.machine import DEFAULTS
 from perceiver_core.registry import Json

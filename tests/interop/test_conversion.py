@@ -16,7 +16,7 @@ from torch import Tensor
 import perceiver_core as pc
 from perceiver_core.__main__ import main
 from perceiver_core.interop import DEEPMIND_NUMERICS, convert, load_transformers, reference_run, save_transformers
-from perceiver_core.interop.format_detection import detect_format
+from perceiver_core.interop.conversion import detect_format
 from perceiver_core.interop.published_models import build
 from tests.interop.haiku_writer import KINDS, SMALL, Haiku, original
 

@@ -407,14 +407,14 @@ class TestRefusals:
     def test_refused_weights_are_named_five_at_most(self):
         weights = state(made("Perceiver", PERCEIVER))
         more = {f"more.{number}": torch.zeros(2) for number in range(7)}
-        with pytest.raises(ValueError, match=r"unexpected \['more.0', 'more.1', 'more.2', 'more.3', 'more.4'\]$"):
+        with pytest.raises(ValueError, match=r"unknown \['more.0', 'more.1', 'more.2', 'more.3', 'more.4'\]$"):
             load_perceiver_pytorch(weights | more, **PERCEIVER)
 
     def test_refused_shapes(self):
         weights = state(made("Perceiver", PERCEIVER))
         weights["layers.1.cross_attn.fn.to_kv.weight"] = torch.zeros(20, 17)
         with pytest.raises(
-            ValueError, match=r"layers.1.cross_attn.fn.to_kv.weight has shape \(20, 17\), expected \(22, 17\)"
+            ValueError, match=r"layers.1.cross_attn.fn.to_kv.weight has shape \(20, 17\) .*, not \(22, 17\)"
         ):
             load_perceiver_pytorch(weights, **PERCEIVER)
         with pytest.raises(ValueError, match=r"latents must have 2 axes at least .* its shape is \(5,\)"):

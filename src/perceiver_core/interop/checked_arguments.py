@@ -15,12 +15,7 @@ T = TypeVar("T")
 
 
 class CheckedArguments:
-    """Arguments of a model's constructor, and the weights of the model.
-
-    Args:
-        weights: State dict of the model, or headers of one on the meta device.
-        arguments: Arguments that the caller gives, by name.
-    """
+    """Arguments of a constructor by name, and the model's state dict, or headers of one on the meta device."""
 
     def __init__(self, weights: Mapping[str, Tensor], arguments: Mapping[str, Json]) -> None:
         self.weights, self.arguments = dict(weights), arguments
@@ -30,26 +25,13 @@ class CheckedArguments:
         return self.arguments.get(name, default)
 
     def agreed(self, name: str, actual: T, key: str) -> T:
-        """Return an argument that weights determine.
-
-        Args:
-            name: Name of the argument.
-            actual: Value in the weights.
-            key: Name of the weight that determines it.
-
-        Raises:
-            ValueError: The caller gives another value.
-        """
+        """Return the value of an argument that weight `key` determines; raise ValueError if the caller's differs."""
         if (given := self.get(name, actual)) != actual:
             raise ValueError(f"{name} must be {actual}, which the weights have ({key}); got {given!r}")
         return actual
 
     def length(self, key: str, axis: int = 0) -> int:
-        """Return the length of an axis of a weight.
-
-        Raises:
-            ValueError: The weight is missing, or has no such axis.
-        """
+        """Return the length of an axis of a weight; raise ValueError if the weight is missing or has no such axis."""
         if key not in self.weights:
             raise ValueError(f"weights must hold {key}; it is missing. The first are {list(self.weights)[:5]}")
         shape = tuple(self.weights[key].shape)
@@ -62,12 +44,10 @@ class CheckedArguments:
         return self.agreed(name, self.length(key, axis), key)
 
     def heads(self, prefix: str, key: str, default: int) -> tuple[int, int]:
-        """Return the number of heads, and their total width, which is the number of rows of a weight.
+        """Return the number of heads, and their total width, which is the number of rows of weight `key`.
 
-        Args:
-            prefix: Beginning of the arguments `{prefix}_heads` and `{prefix}_dim_head`. A head is 64 wide by default.
-            key: Name of the weight.
-            default: Number of heads if neither argument was passed.
+        The arguments are `{prefix}_heads`, by default `default`, and `{prefix}_dim_head`, by default 64; one may follow
+        from the other.
 
         Raises:
             ValueError: The number of heads times their width is not the number of rows.
@@ -75,11 +55,8 @@ class CheckedArguments:
         rows, names = self.length(key), (f"{prefix}_heads", f"{prefix}_dim_head")
         given = {name: self.arguments[name] for name in names if name in self.arguments}
         checks.positive(**given)
-        heads, width = (given.get(name) for name in names)
-        if heads is None:
-            heads = default if width is None else rows // width
-        if width is None:
-            width = rows // heads if names[0] in given else 64
+        heads = given.get(names[0]) or (rows // given[names[1]] if names[1] in given else default)
+        width = given.get(names[1]) or (rows // heads if names[0] in given else 64)
         if heads * width != rows:
             raise ValueError(
                 f"{names[0]}={heads} times {names[1]}={width} must be {rows}, the rows of {key}; got {heads * width}. "
@@ -117,12 +94,6 @@ class CheckedArguments:
 
 
 def layer_of(name: str) -> int:
-    """Return the index of the layer of a weight, `layers.{index}` or `attn_residuals.{index}`; -1 if it is in none.
-
-    Example:
-        >>> from perceiver_core.interop.checked_arguments import layer_of
-        >>> layer_of("layers.3.norm.weight"), layer_of("latents")
-        (3, -1)
-    """
+    """Return the index of the layer of a weight, `layers.{index}` or `attn_residuals.{index}`; -1 if it is in none."""
     parts = name.split(".")
     return int(parts[1]) if parts[0] in ("layers", "attn_residuals") and len(parts) > 2 and parts[1].isdecimal() else -1

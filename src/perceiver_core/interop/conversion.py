@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from perceiver_core.checkpoints import hub
@@ -19,14 +21,14 @@ from perceiver_core.checkpoints.folder import CONFIG
 from perceiver_core.checkpoints.loading import load
 from perceiver_core.checkpoints.saving import save
 from perceiver_core.interop import reference_run
-from perceiver_core.interop.format_detection import FORMATS, detect_format
 from perceiver_core.interop.haiku import load_with_config
-from perceiver_core.interop.perceiver_pytorch import load_perceiver_pytorch
+from perceiver_core.interop.perceiver_pytorch import layout_of, load_perceiver_pytorch
 from perceiver_core.interop.published_models import DEEPMIND_NUMERICS, TRANSFORMERS_NUMERICS
 from perceiver_core.interop.transformers import load_transformers, save_transformers
 from perceiver_core.interop.transformers_config import Config, read_config
 from perceiver_core.interop.weight_files.state_dict_files import fetch
 
+FORMATS = ("perceiver-core", "transformers", "haiku", "perceiver-pytorch")
 TARGETS = ("perceiver-core", "transformers")
 TOLERANCE = 1e-6  # standard deviations
 NUMERICS = {"transformers": TRANSFORMERS_NUMERICS, "deepmind": DEEPMIND_NUMERICS}
@@ -40,6 +42,7 @@ class _Plan(NamedTuple):
     target: str
     numerics: str
     arguments: Config
+    check: bool
 
 
 def convert(
@@ -95,10 +98,8 @@ def convert(
         path = Path(source) if Path(source).exists() else fetch(source)
         source_format = source_format or detect_format(path)
         chosen = numerics or ("deepmind" if source_format == "haiku" else "transformers")
-        plan = _Plan(path, source_format, target, chosen, arguments or {})
+        plan = _Plan(path, source_format, target, chosen, arguments or {}, check)
         _check_plan(plan, numerics_given=bool(numerics))
-        if check:
-            _check_can_run(plan)
         model, config = _read(plan)
     with _all_or_nothing(place) as folder:
         written = _write(model, config, plan, folder, name)
@@ -111,17 +112,53 @@ def convert(
     return difference
 
 
-def _free_folder(destination: Path) -> Path:
-    """Resolve a destination to a path at which a folder can be written.
+def detect_format(path: Path) -> str:
+    """Return the one of `FORMATS` that a file or folder has; raise ValueError for any other. Nothing is unpickled."""
+    if path.is_dir():
+        config = read_config(path)
+        if config.get("library") == "perceiver_core":
+            return "perceiver-core"
+        if config.get("model_type") == "perceiver" or config.get("architectures"):
+            return "transformers"
+        raise ValueError(f"{path / CONFIG} was written neither by perceiver-core nor by transformers")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file or folder {path}")
+    with path.open("rb") as file:
+        start = file.read(1)
+    if start == b"\x80" or path.suffix in (".pystate", ".pkl", ".pickle"):
+        return "haiku"  # pickles of old protocols do not start with a mark
+    if not zipfile.is_zipfile(path):
+        return _safetensors_format(path)
+    with zipfile.ZipFile(path) as archive:
+        if all(name.endswith(".npy") for name in archive.namelist()):
+            return "haiku"
+    raise ValueError(
+        f"{path} is a zip file, but not one of NumPy's arrays. If PyTorch wrote it, read it by torch.load with "
+        "weights_only=True, and write its state dict by safetensors.torch.save_file"
+    )
 
-    Raises:
-        ValueError: It exists and is not an empty folder, or no folder can be created there.
-    """
+
+def _safetensors_format(path: Path) -> str:
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file, no .npz and no pickle: {error}") from error
+    if layout_of(names) is not None:
+        return "perceiver-pytorch"
+    if "perceiver.embeddings.latents" in names:
+        raise ValueError(f"{path} holds weights of transformers; give their folder, which has {CONFIG} too")
+    raise ValueError(f"{path} holds weights of no known model; its first names are {sorted(names)[:5]}")
+
+
+def _free_folder(destination: Path) -> Path:
+    """Return the path, without links, at which a folder can be written; raise ValueError if there is none."""
     try:
         place = destination.resolve()
-    except RuntimeError as error:  # before Python 3.13
-        raise ValueError(f"destination must lead to a folder; {destination} is a link to itself") from error
-    if place.is_symlink():
+        is_loop = place.is_symlink()
+    except RuntimeError:  # before Python 3.13
+        is_loop = True
+    if is_loop:
         raise ValueError(f"destination must lead to a folder; {destination} is a link to itself")
     if place.exists() and not (place.is_dir() and not any(place.iterdir())):
         found = "is not empty" if place.is_dir() else "is a file"
@@ -144,7 +181,7 @@ def _as_value_error(message: str) -> Iterator[None]:
 
 
 def _check_plan(plan: _Plan, *, numerics_given: bool) -> None:
-    """Raise ValueError if one argument excludes another."""
+    """Raise ValueError if one argument excludes another, ImportError if the original cannot be run for a check."""
     for name, value, known in (
         ("source_format", plan.source_format, FORMATS),
         ("target", plan.target, TARGETS),
@@ -163,15 +200,14 @@ def _check_plan(plan: _Plan, *, numerics_given: bool) -> None:
             "arguments must be given to write a model for transformers: the configuration that it gets, "
             f"--arguments original/{CONFIG}"
         )
-
-
-def _check_can_run(plan: _Plan) -> None:
-    """Raise unless the original model can be run for comparison."""
-    if plan.target == "perceiver-core" and plan.source_format == "haiku":
+    if not plan.check:
+        return
+    original = "transformers" if plan.target == "transformers" else plan.source_format
+    if original == "haiku":
         raise ValueError("--check cannot run DeepMind's code; it checks what is written --to transformers")
-    if plan.target == "perceiver-core" and plan.source_format == "transformers" and plan.numerics != "transformers":
+    if plan.target == "perceiver-core" and original == "transformers" and plan.numerics != "transformers":
         raise ValueError("--check runs transformers, which differs by its numerics: give --numerics transformers")
-    reference_run.library("perceiver-pytorch" if plan.source_format == "perceiver-pytorch" else "transformers")
+    reference_run.library(original)
 
 
 def _read(plan: _Plan) -> tuple[nn.Module, Config]:
@@ -180,8 +216,7 @@ def _read(plan: _Plan) -> tuple[nn.Module, Config]:
     if plan.source_format == "transformers":
         return load_transformers(plan.path, numerics=numerics), read_config(plan.path)
     if plan.source_format == "haiku":
-        model, config = load_with_config(plan.path, numerics, plan.arguments)
-        return model, {"model_type": "perceiver", **config}
+        return load_with_config(plan.path, numerics, plan.arguments)
     if plan.source_format == "perceiver-pytorch":
         return load_perceiver_pytorch(plan.path, **plan.arguments), {}
     return load(plan.path), plan.arguments

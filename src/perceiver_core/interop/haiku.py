@@ -7,42 +7,37 @@ Headers of all arrays are compared with the model before any array is read.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
 import torch
 
-from perceiver_core.checkpoints.state import assign, state_tensors
+from perceiver_core.interop import transformers_config as configs
 from perceiver_core.interop.checked_arguments import CheckedArguments
 from perceiver_core.interop.published_models import DEEPMIND_NUMERICS, Numerics, build
-from perceiver_core.interop.published_weights import (
-    CONVOLUTIONAL,
-    FLOW,
-    LEARNED,
-    MULTIMODAL,
-    PIXELS,
-    TEXT,
-    from_haiku,
-    haiku_decoder,
-    haiku_encoder,
-)
-from perceiver_core.interop.transformers_config import DEFAULTS, FOURIER, Config
-from perceiver_core.interop.weight_files.haiku_parameters import open_parameters
-from perceiver_core.interop.weight_files.state_dict_files import check_floats, errors_with_path
+from perceiver_core.interop.published_weights import HAIKU_DECODERS, POSITIONS, from_haiku, haiku_encoder, load_weights
+from perceiver_core.interop.transformers_config import Config
+from perceiver_core.interop.weight_files import safe_pickle
+from perceiver_core.interop.weight_files.array_header import ArrayHeader
+from perceiver_core.interop.weight_files.npz import open_npz
+from perceiver_core.interop.weight_files.state_dict_files import errors_with_path
 from perceiver_core.models import PerceiverIO
 from perceiver_core.registry import Json
 
+LARGEST_FILE = 8 * 2**30  # bytes; the largest published one, that of the language model, has 0.8e9
 MARKS = {  # parameters that a single architecture has
-    "embed/embeddings": TEXT,
-    "image_preprocessor/~/conv2_d/w": LEARNED,
-    "image_preprocessor/~/conv2_d_downsample/~/conv/w": CONVOLUTIONAL,
-    "image_preprocessor/patches_linear/w": FLOW,
-    "multimodal_preprocessor/label_mask_token/pos_embs": MULTIMODAL,
+    "embed/embeddings": configs.TEXT,
+    "image_preprocessor/~/conv2_d/w": configs.LEARNED,
+    "image_preprocessor/~/conv2_d_downsample/~/conv/w": configs.CONVOLUTIONAL,
+    "image_preprocessor/patches_linear/w": configs.FLOW,
+    "multimodal_preprocessor/label_mask_token/pos_embs": configs.MULTIMODAL,
 }
 # Published values that shapes do not determine: heads of self-attends and of the encoder's read, repeats of blocks.
-HEADS = {TEXT: (8, 8, 1), FLOW: (16, 1, 1), MULTIMODAL: (8, 1, 1)}
+HEADS = {configs.TEXT: (8, 8, 1), configs.FLOW: (16, 1, 1), configs.MULTIMODAL: (8, 1, 1)}
 IMAGE_HEADS = (8, 1, 8)
-CONTENT_CHANNELS = {PIXELS: 3, CONVOLUTIONAL: 64}  # of a token, without Fourier features
+CONTENT_CHANNELS = {configs.PIXELS: 3, configs.CONVOLUTIONAL: 64}  # of a token, without Fourier features
 # Entries of transformers' configuration that do not describe the model.
 DESCRIPTIVE = {"architectures", "model_type", "id2label", "label2id", "layer_norm_eps", "initializer_range"}
 DESCRIPTIVE |= {"transformers_version", "torch_dtype", "dtype", "_name_or_path"}
@@ -79,30 +74,48 @@ def load_haiku(path: str | PathLike[str], *, numerics: Numerics = DEEPMIND_NUMER
 
 def load_with_config(path: Path, numerics: Numerics, given: Config) -> tuple[PerceiverIO, dict[str, Json]]:
     """Load a model, and return it with the configuration that transformers would have for it; see `load_haiku`."""
-    if unknown := sorted(given.keys() - DEFAULTS.keys() - FOURIER.keys() - DESCRIPTIVE):
-        raise TypeError(f"a configuration of Perceiver IO has no {unknown}; it has {sorted(DEFAULTS | FOURIER)}")
-    with open_parameters(path) as parameters, errors_with_path(path):
+    if unknown := sorted(given.keys() - configs.DEFAULTS.keys() - configs.FOURIER.keys() - DESCRIPTIVE):
+        raise TypeError(
+            f"a configuration of Perceiver IO has no {unknown}; it has {sorted(configs.DEFAULTS | configs.FOURIER)}"
+        )
+    with _open_parameters(path) as parameters, errors_with_path(path):
         arrays = {name: array for name, array in parameters.items() if not TRAINING_STATE.search(name)}
         headers = {name: array.as_tensor() for name, array in arrays.items()}
-        check_floats(headers)
         config = _inferred_config(CheckedArguments(headers, given)) | dict(given)
-        mapping = from_haiku(config, headers)
-        mapping.check(headers)
         with torch.device("meta"):
             model = build(config, numerics)
-        mapping.check(headers, like=state_tensors(model))
-        tensors = mapping.load({name: torch.from_numpy(array.read()) for name, array in arrays.items()})
-        assign(model, {name: tensor.contiguous() for name, tensor in tensors.items()})
-    return model.eval(), config
+        mapping = from_haiku(config, headers)
+        load_weights(
+            model, mapping, headers, lambda: {name: torch.from_numpy(array.read()) for name, array in arrays.items()}
+        )
+    return model, config
+
+
+@contextmanager
+def _open_parameters(path: Path) -> Iterator[dict[str, ArrayHeader]]:
+    """Yield the headers of a file by `scope/parameter`; arrays can be read until the context ends."""
+    if not path.is_file():
+        raise FileNotFoundError(f"path must be a file of Haiku's parameters; there is none at {path}")
+    if not 0 < (size := path.stat().st_size) <= LARGEST_FILE:
+        raise ValueError(f"{path} must hold a published Perceiver IO, at most {LARGEST_FILE} bytes; it has {size}")
+    with path.open("rb") as file:
+        start = file.read(6)
+    if start == b"\x93NUMPY":
+        raise ValueError(f"{path} holds a single array; give an .npz of all, named scope/parameter")
+    if start[:2] == b"PK":  # no pickle that is read begins like a zip file
+        with open_npz(path) as arrays:
+            yield arrays
+    else:
+        yield safe_pickle.read(path)
 
 
 def _inferred_config(checked: CheckedArguments) -> dict[str, Json]:
     """Return the configuration, inferred from shapes and completed with published values."""
     names, length = checked.weights, checked.length
-    architecture = next((architecture for mark, architecture in MARKS.items() if mark in names), PIXELS)
+    architecture = next((architecture for mark, architecture in MARKS.items() if mark in names), configs.PIXELS)
     heads, cross_heads, blocks = HEADS.get(architecture, IMAGE_HEADS)
     encoder = haiku_encoder(names)
-    latents, read = f"{encoder}/trainable_position_encoding/pos_embs", f"{encoder}/cross_attention"
+    latents, read = f"{encoder}/{POSITIONS}", f"{encoder}/cross_attention"
     if latents not in names:
         raise ValueError(f"it must hold a published Perceiver IO; it lacks {latents}, and has {sorted(names)[:5]}")
     dim = length(latents, 1)
@@ -124,23 +137,23 @@ def _inferred_config(checked: CheckedArguments) -> dict[str, Json]:
 
 def _inferred_ends(architecture: str, checked: CheckedArguments, attention: str, input_norm: str) -> dict[str, Json]:
     """Return the entries of the configuration that describe inputs and outputs."""
-    length, fourier = checked.length, sorted(checked.arguments.keys() & FOURIER.keys())
+    length, fourier = checked.length, sorted(checked.arguments.keys() & configs.FOURIER.keys())
     if fourier and architecture not in CONTENT_CHANNELS:
         raise ValueError(f"{fourier} must be left out: the file holds a {architecture}, for which they are fixed")
-    if architecture == TEXT:
+    if architecture == configs.TEXT:
         return {
             "vocab_size": length("embed/embeddings"),
             "d_model": length("embed/embeddings", 1),
-            "max_position_embeddings": length("trainable_position_encoding/pos_embs"),
+            "max_position_embeddings": length(POSITIONS),
             "qk_channels": length(f"{attention}/linear/w", 1),
             "v_channels": length(f"{attention}/linear_2/w", 1),
         }
-    outputs = length(f"{haiku_decoder(architecture)}/output/w", 1)
-    if architecture == MULTIMODAL:
+    outputs = length(f"{HAIKU_DECODERS[architecture]}/output/w", 1)
+    if architecture == configs.MULTIMODAL:
         labels, patch = (length(f"{name}_postprocessor/linear/w", 1) for name in ("classification", "audio"))
         return {"num_labels": labels, "samples_per_patch": patch, "output_num_channels": outputs}
-    if architecture == LEARNED:
-        points = length("image_preprocessor/~_build_network_inputs/trainable_position_encoding/pos_embs")
+    if architecture == configs.LEARNED:
+        points = length(f"image_preprocessor/~_build_network_inputs/{POSITIONS}")
         return {"num_labels": outputs, "image_size": round(points**0.5)}
     if architecture in CONTENT_CHANNELS:
         return {"num_labels": outputs, "num_bands": _num_bands(checked, architecture, f"{input_norm}/scale")}
@@ -148,11 +161,7 @@ def _inferred_ends(architecture: str, checked: CheckedArguments, attention: str,
 
 
 def _num_bands(checked: CheckedArguments, architecture: str, key: str) -> int:
-    """Return the number of Fourier bands, inferred from the width of a token.
-
-    Raises:
-        ValueError: No number of bands results in this width.
-    """
+    """Return the number of Fourier bands, inferred from the width of a token."""
     width, content = checked.length(key), CONTENT_CHANNELS[architecture]
     bands, rest = divmod(width - content - 2, 4)  # a coordinate, sines and cosines along each of two axes
     if rest or bands < 1:

@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Container, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from perceiver_core.decoder import Decoder
 from perceiver_core.encoder import Encoder
 from perceiver_core.interop.checked_arguments import CheckedArguments
 from perceiver_core.interop.weight_files.state_dict_files import read_state_dict
-from perceiver_core.interop.weight_mapping import Entry, WeightMapping, fused, renamed
+from perceiver_core.interop.weight_mapping import Entry, WeightMapping, rearranged, renamed
 from perceiver_core.kernels import inverted
 from perceiver_core.models import Perceiver, PerceiverIO
 from perceiver_core.positions import FourierPerAxis
@@ -66,7 +66,11 @@ ARGUMENTS = {
 }  # fmt: skip
 ATTENTION = [
     Entry("attention.query.weight", "fn.to_q.weight"),
-    Entry(("attention.key.weight", "attention.value.weight"), "fn.to_kv.weight", fused(2)),
+    Entry(
+        ("attention.key.weight", "attention.value.weight"),
+        "fn.to_kv.weight",
+        rearranged("(parts rows) dim -> parts rows dim", parts=2),
+    ),
     *renamed({"attention.output": "fn.to_out"}),
 ]
 CROSS_ATTENTION = WeightMapping([*renamed({"query_norm": "norm", "input_norm": "norm_context"}), *ATTENTION])
@@ -139,33 +143,86 @@ def layout_of(names: Container[str]) -> Layout | None:
     return next((layout for layout in LAYOUTS if f"{layout.read.format(0)}.norm_context.weight" in names), None)
 
 
-class _Parts(NamedTuple):
-    """Factories of the layers of both models, and their numbers of heads."""
-
-    cross_heads: int
-    latent_heads: int
-    read: partial[CrossAttend]
-    decoder_read: partial[CrossAttend]  # never inverted
-    self_attend: partial[SelfAttend]
-    residual: partial[AttentionResidual] | None
-
-
-def _parts(checked: CheckedArguments, layout: Layout, mlp: partial[MLP]) -> _Parts:
-    cross_heads, cross_dim = checked.heads("cross", f"{layout.read.format(0)}.fn.to_q.weight", 1)
-    latent_query = f"{layout.self_attend.format(0, 0)}.0.fn.to_q.weight"
-    latent_heads, latent_dim = checked.heads("latent", latent_query, 8) if latent_query in checked.weights else (1, 1)
-    # Their heads have a width of their own; queries, keys and values have no bias.
-    attention = partial(MultiHeadAttention, bias=False, dropout=checked.get("attn_dropout", 0.0))
-    cross_attention = partial(attention, qk_dim=cross_dim)
-    read_attention = partial(cross_attention, kernel=inverted) if _is_inverted(checked) else cross_attention
-    return _Parts(
-        cross_heads,
-        latent_heads,
-        partial(CrossAttend, attention=read_attention, mlp=mlp),
-        partial(CrossAttend, attention=cross_attention, mlp=mlp, residual=False),
-        partial(SelfAttend, attention=partial(attention, qk_dim=latent_dim), mlp=mlp),
-        _attention_residual(checked),
+def _perceiver(checked: CheckedArguments, layout: Layout) -> tuple[Perceiver, WeightMapping]:
+    """Return their Perceiver without weights, and the mapping of its weights."""
+    adapter = _grid(checked, f"{layout.read.format(0)}.norm_context.weight")
+    depth, tied = checked.layers(first=1)
+    self_attends = 0
+    while f"{layout.self_attend.format(0, self_attends)}.0.norm.weight" in checked.weights:
+        self_attends += 1
+    residual = _attention_residual(checked)
+    encoder = _encoder(
+        checked,
+        layout,
+        partial(LatentTransformer),
+        input_dim=adapter.dim,
+        num_reads=depth,
+        depth=checked.agreed("self_per_cross_attn", self_attends, layout.self_attend.format(0, "*")),
+        share=sharing.all_but_first if tied else sharing.none,
+        aggregate=residual,
     )
+    entries = [Entry("encoder.latents", "latents")]
+    for i in set(encoder.sharing.reads):  # also the number of the first layer with these weights
+        entries += _read_entries(f"encoder.reads.{i}.", layout, i)
+        for j in range(self_attends):
+            entries += _self_attend_entries(f"encoder.transformers.{i}.blocks.{j}.", layout.self_attend.format(i, j))
+        entries += RESIDUAL.within(f"encoder.aggregates.{i}.", f"attn_residuals.{i}.") if residual else []
+    if not checked.agreed("final_classifier_head", "to_logits.2.weight" in checked.weights, "to_logits"):
+        return Perceiver(adapter, encoder, heads_.Identity()), WeightMapping(entries)
+    head = heads_.Classification(encoder.dim, checked.size("num_classes", "to_logits.2.weight"))
+    entries += renamed({"head.norm": "to_logits.1", "head.logits": "to_logits.2"})
+    return Perceiver(adapter, encoder, head), WeightMapping(entries)
+
+
+def _perceiver_io(checked: CheckedArguments, layout: Layout) -> tuple[PerceiverIO, WeightMapping]:
+    """Return their PerceiverIO without weights, and the mapping of its weights."""
+    depth, tied = checked.layers(first=0)
+    grid = Grid(checked.size("dim", f"{layout.read}.norm_context.weight"), positions=None)
+    rate, blocks, residual = checked.get("seq_dropout_prob", 0.0), 1 if tied else depth, _attention_residual(checked)
+    transformer = partial(LatentTransformer, num_repeats=depth if tied else 1, aggregate=residual)
+    encoder = _encoder(checked, layout, transformer, input_dim=grid.dim, depth=blocks)
+    entries = [Entry("encoder.latents", "latents"), *_read_entries("encoder.reads.0.", layout, 0)]
+    for i in range(blocks):
+        entries += _self_attend_entries(f"encoder.transformers.0.blocks.{i}.", layout.self_attend.format(i, 0))
+        place = f"encoder.transformers.0.aggregates.{i}."
+        entries += RESIDUAL.within(place, f"attn_residuals.{i}.") if residual else []
+    decoder, decoder_entries = _decoder(checked, layout, encoder.dim)
+    adapter = DropTokens(grid, rate=rate) if rate else grid
+    model = PerceiverIO(adapter, encoder, queries.External(decoder.query_dim), decoder)
+    return model, WeightMapping([*entries, *decoder_entries])
+
+
+def _encoder(
+    checked: CheckedArguments, layout: Layout, transformer: partial[LatentTransformer], **arguments: Any
+) -> Encoder:
+    """Return their encoder without weights; `arguments` are those in which the two models differ."""
+    kernel = {"kernel": inverted} if _is_inverted(checked) else {}
+    cross_heads, cross_dim = checked.heads("cross", f"{layout.read.format(0)}.fn.to_q.weight", 1)
+    key = f"{layout.self_attend.format(0, 0)}.0.fn.to_q.weight"
+    heads, dim = checked.heads("latent", key, 8) if key in checked.weights else (1, 1)
+    return Encoder(
+        num_latents=checked.size("num_latents", "latents"),
+        dim=checked.size("latent_dim", "latents", 1),
+        num_heads=heads,
+        cross_attention=partial(_cross_attend(checked, cross_dim, **kernel), num_heads=cross_heads),
+        latent_transformer=partial(
+            transformer, block=partial(SelfAttend, attention=_attention(checked, dim), mlp=_mlp(checked))
+        ),
+        **arguments,
+    )
+
+
+def _cross_attend(checked: CheckedArguments, qk_dim: int, **kernel: Any) -> partial[CrossAttend]:
+    return partial(CrossAttend, attention=_attention(checked, qk_dim, **kernel), mlp=_mlp(checked))
+
+
+def _attention(checked: CheckedArguments, qk_dim: int, **kernel: Any) -> partial[MultiHeadAttention]:
+    """Return the factory of their attention: heads have a width of their own; queries, keys and values no bias."""
+    return partial(MultiHeadAttention, bias=False, qk_dim=qk_dim, dropout=checked.get("attn_dropout", 0.0), **kernel)
+
+
+def _mlp(checked: CheckedArguments) -> partial[MLP]:
+    return partial(MLP, widening_factor=4, activation=GEGLU(), dropout=checked.get("ff_dropout", 0.0))
 
 
 def _is_inverted(checked: CheckedArguments) -> bool:
@@ -185,78 +242,17 @@ def _attention_residual(checked: CheckedArguments) -> partial[AttentionResidual]
     return partial(AttentionResidual, rank=checked.size("attn_residual_rank", key))
 
 
-def _perceiver(checked: CheckedArguments, layout: Layout) -> tuple[Perceiver, WeightMapping]:
-    """Return their Perceiver without weights, and the mapping of its weights."""
-    parts = _parts(
-        checked, layout, partial(MLP, widening_factor=4, activation=GEGLU(), dropout=checked.get("ff_dropout", 0.0))
-    )
-    adapter = _grid(checked, f"{layout.read.format(0)}.norm_context.weight")
-    depth, tied = checked.layers(first=1)
-    self_attends = _num_self_attends(checked, layout)
-    encoder = Encoder(
-        adapter.dim,
-        num_latents=checked.size("num_latents", "latents"),
-        dim=checked.size("latent_dim", "latents", 1),
-        num_reads=depth,
-        depth=checked.agreed("self_per_cross_attn", self_attends, layout.self_attend.format(0, "*")),
-        num_heads=parts.latent_heads,
-        share=sharing.all_but_first if tied else sharing.none,
-        cross_attention=partial(parts.read, num_heads=parts.cross_heads),
-        latent_transformer=partial(LatentTransformer, block=parts.self_attend),
-        aggregate=parts.residual,
-    )
-    entries = [Entry("encoder.latents", "latents")]
-    for i in set(encoder.sharing.reads):  # also the number of the first layer with these weights
-        entries += _read_entries(f"encoder.reads.{i}.", layout, i)
-        for j in range(self_attends):
-            entries += _self_attend_entries(f"encoder.transformers.{i}.blocks.{j}.", layout.self_attend.format(i, j))
-        entries += RESIDUAL.within(f"encoder.aggregates.{i}.", f"attn_residuals.{i}.") if parts.residual else []
-    if not checked.agreed("final_classifier_head", "to_logits.2.weight" in checked.weights, "to_logits"):
-        return Perceiver(adapter, encoder, heads_.Identity()), WeightMapping(entries)
-    head = heads_.Classification(encoder.dim, checked.size("num_classes", "to_logits.2.weight"))
-    entries += renamed({"head.norm": "to_logits.1", "head.logits": "to_logits.2"})
-    return Perceiver(adapter, encoder, head), WeightMapping(entries)
-
-
-def _perceiver_io(checked: CheckedArguments, layout: Layout) -> tuple[PerceiverIO, WeightMapping]:
-    """Return their PerceiverIO without weights, and the mapping of its weights."""
-    parts = _parts(checked, layout, partial(MLP, widening_factor=4, activation=GEGLU()))
-    depth, tied = checked.layers(first=0)
-    grid = Grid(checked.size("dim", f"{layout.read}.norm_context.weight"), positions=None)
-    rate, blocks = checked.get("seq_dropout_prob", 0.0), 1 if tied else depth
-    transformer = partial(
-        LatentTransformer, num_repeats=depth if tied else 1, block=parts.self_attend, aggregate=parts.residual
-    )
-    encoder = Encoder(
-        grid.dim,
-        num_latents=checked.size("num_latents", "latents"),
-        dim=checked.size("latent_dim", "latents", 1),
-        depth=blocks,
-        num_heads=parts.latent_heads,
-        cross_attention=partial(parts.read, num_heads=parts.cross_heads),
-        latent_transformer=transformer,
-    )
-    entries = [Entry("encoder.latents", "latents"), *_read_entries("encoder.reads.0.", layout, 0)]
-    for i in range(blocks):
-        entries += _self_attend_entries(f"encoder.transformers.0.blocks.{i}.", layout.self_attend.format(i, 0))
-        residual = RESIDUAL.within(f"encoder.transformers.0.aggregates.{i}.", f"attn_residuals.{i}.")
-        entries += residual if parts.residual else []
-    decoder, decoder_entries = _decoder(checked, encoder.dim, parts)
-    adapter = DropTokens(grid, rate=rate) if rate else grid
-    model = PerceiverIO(adapter, encoder, queries.External(decoder.query_dim), decoder)
-    return model, WeightMapping([*entries, *decoder_entries])
-
-
-def _decoder(checked: CheckedArguments, dim: int, parts: _Parts) -> tuple[Decoder, list[Entry]]:
+def _decoder(checked: CheckedArguments, layout: Layout, dim: int) -> tuple[Decoder, list[Entry]]:
+    cross_heads, cross_dim = checked.heads("cross", f"{layout.read.format(0)}.fn.to_q.weight", 1)
     has_mlp = checked.agreed("decoder_ff", "decoder_ff.norm.weight" in checked.weights, "decoder_ff")
     has_logits = "to_logits.weight" in checked.weights
-    out = checked.length("to_logits.weight") if has_logits else None
+    read = partial(_cross_attend(checked, cross_dim), residual=False)  # never inverted
     decoder = Decoder(
         dim,
         query_dim=checked.size("queries_dim", "decoder_cross_attn.norm.weight"),
-        out_dim=checked.agreed("logits_dim", out, "to_logits"),
-        num_heads=parts.cross_heads,
-        cross_attention=parts.decoder_read if has_mlp else partial(parts.decoder_read, mlp=None),
+        out_dim=checked.agreed("logits_dim", checked.length("to_logits.weight") if has_logits else None, "to_logits"),
+        num_heads=cross_heads,
+        cross_attention=read if has_mlp else partial(read, mlp=None),
     )
     entries = [*CROSS_ATTENTION.within("decoder.cross_attention.", "decoder_cross_attn.")]
     entries += FEED_FORWARD.within("decoder.cross_attention.", "decoder_ff.") if has_mlp else []
@@ -281,14 +277,6 @@ def _grid(checked: CheckedArguments, key: str) -> Grid:
             f"the width of a token ({key}); got {expected}"
         )
     return Grid(channels, positions=FourierPerAxis(axes, bands, max_frequency=float(highest)))
-
-
-def _num_self_attends(checked: CheckedArguments, layout: Layout) -> int:
-    """Return the number of self-attends after a read."""
-    number = 0
-    while f"{layout.self_attend.format(0, number)}.0.norm.weight" in checked.weights:
-        number += 1
-    return number
 
 
 def _read_entries(ours: str, layout: Layout, layer: int) -> list[Entry]:

@@ -15,7 +15,8 @@ from perceiver_core import adapters, heads, positions, queries
 from perceiver_core.blocks import MLP, CrossAttend, LatentTransformer, MultiHeadAttention, SelfAttend
 from perceiver_core.decoder import Decoder
 from perceiver_core.encoder import Encoder
-from perceiver_core.interop.transformers_config import Config, architecture_of, complete
+from perceiver_core.interop import transformers_config as configs
+from perceiver_core.interop.transformers_config import Config
 from perceiver_core.models import PerceiverIO
 
 
@@ -51,23 +52,10 @@ class Numerics(NamedTuple):
 TRANSFORMERS_NUMERICS = Numerics(nn.GELU(), adapters.SymmetricPadConvStem, query_residual=True, transposed_stem=False)
 DEEPMIND_NUMERICS = Numerics(nn.GELU("tanh"), adapters.ConvStem, query_residual=False, transposed_stem=True)
 
-# Activations by their names in a configuration; "gelu" is a choice of `Numerics`.
-ACTIVATIONS = {
-    "gelu_pytorch_tanh": nn.GELU("tanh"),
-    "gelu_new": nn.GELU("tanh"),
-    "relu": nn.ReLU(),
-    "silu": nn.SiLU(),
-    "swish": nn.SiLU(),
-}
-
 
 def build(config: Config, numerics: Numerics = TRANSFORMERS_NUMERICS) -> PerceiverIO:
-    """Return the model of a configuration, with new weights.
-
-    Raises:
-        ValueError: The configuration describes no model.
-    """
-    architecture, completed = architecture_of(config), complete(config)
+    """Return the model of a configuration, with new weights; raise ValueError if it describes no model."""
+    architecture, completed = configs.architecture_of(config), configs.complete(config)
     try:
         return MODELS[architecture](completed, numerics)
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
@@ -147,14 +135,14 @@ def multimodal_autoencoding(c: Config, n: Numerics) -> PerceiverIO:
     return PerceiverIO(inputs, encoder, queried, decoder, heads.Multimodal(outputs))
 
 
-MODELS: dict[str, Callable[[Config, Numerics], PerceiverIO]] = {
-    "PerceiverForMaskedLM": masked_lm,
-    "PerceiverForSequenceClassification": sequence_classification,
-    "PerceiverForImageClassificationLearned": image_classification_learned,
-    "PerceiverForImageClassificationFourier": image_classification_fourier,
-    "PerceiverForImageClassificationConvProcessing": image_classification_convolutional,
-    "PerceiverForOpticalFlow": optical_flow,
-    "PerceiverForMultimodalAutoencoding": multimodal_autoencoding,
+MODELS = {
+    configs.TEXT: masked_lm,
+    configs.SEQUENCE: sequence_classification,
+    configs.LEARNED: image_classification_learned,
+    configs.PIXELS: image_classification_fourier,
+    configs.CONVOLUTIONAL: image_classification_convolutional,
+    configs.FLOW: optical_flow,
+    configs.MULTIMODAL: multimodal_autoencoding,
 }
 
 
@@ -224,4 +212,4 @@ def _decoder(
 
 
 def _activation(c: Config, n: Numerics) -> nn.Module:
-    return n.activation if c["hidden_act"] == "gelu" else ACTIVATIONS[c["hidden_act"]]
+    return n.activation if c["hidden_act"] == "gelu" else configs.ACTIVATIONS[c["hidden_act"]]

@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
+from torch import Tensor, nn
 
-from perceiver_core.interop.transformers_config import Config, architecture_of, complete
+from perceiver_core.checkpoints.state import assign, state_tensors
+from perceiver_core.interop import transformers_config as configs
+from perceiver_core.interop.transformers_config import Config
+from perceiver_core.interop.weight_files.state_dict_files import check_floats
 from perceiver_core.interop.weight_mapping import (
     TRANSPOSED,
     UNCHANGED,
     Entry,
     Transform,
     WeightMapping,
-    constant,
     rearranged,
-)
-
-TEXT, FLOW, MULTIMODAL = "PerceiverForMaskedLM", "PerceiverForOpticalFlow", "PerceiverForMultimodalAutoencoding"
-LEARNED, CONVOLUTIONAL, PIXELS = (
-    f"PerceiverForImageClassification{inputs}" for inputs in ("Learned", "ConvProcessing", "Fourier")
 )
 
 
 class Part(NamedTuple):
-    """Tensor of a module: suffix of its name in each format (None if the format lacks it), and its transforms."""
+    """Tensor of a module: suffix of its name, here and in Haiku (None if it lacks the tensor), and its transforms."""
 
-    ours: str
-    transformers: str
+    suffix: str
     haiku: str | None
-    from_transformers: Transform = UNCHANGED
     from_haiku: Transform = UNCHANGED
+    from_transformers: Transform = UNCHANGED
 
 
 # Module or tensor: our name, that of transformers, that of Haiku, and its parts.
@@ -39,17 +36,16 @@ Row: TypeAlias = tuple[str, str, str, Sequence[Part]]
 
 KERNEL = rearranged("height width input output -> output input height width")
 FIRST_AXIS, CHANNELS = rearranged("1 dim -> dim"), rearranged("1 1 1 dim -> dim")
-TENSOR = [Part("", "", "")]
-VECTOR = [Part("", "", "", FIRST_AXIS, FIRST_AXIS)]
-LINEAR = [Part(".weight", ".weight", "/w", from_haiku=TRANSPOSED), Part(".bias", ".bias", "/b")]
-CONVOLUTION = [Part(".weight", ".weight", "/w", from_haiku=KERNEL), Part(".bias", ".bias", "/b")]
-NORM = [Part(".weight", ".weight", "/scale"), Part(".bias", ".bias", "/offset")]
+TENSOR, VECTOR = [Part("", "")], [Part("", "", FIRST_AXIS, FIRST_AXIS)]
+LINEAR = [Part(".weight", "/w", TRANSPOSED), Part(".bias", "/b")]
+CONVOLUTION = [Part(".weight", "/w", KERNEL), Part(".bias", "/b")]
+NORM = [Part(".weight", "/scale"), Part(".bias", "/offset")]
 BATCH_NORM = [
-    Part(".weight", ".weight", "/scale", from_haiku=CHANNELS),
-    Part(".bias", ".bias", "/offset", from_haiku=CHANNELS),
-    Part(".running_mean", ".running_mean", "/~/mean_ema/average", from_haiku=CHANNELS),
-    Part(".running_var", ".running_var", "/~/var_ema/average", from_haiku=CHANNELS),
-    Part(".num_batches_tracked", ".num_batches_tracked", None, from_haiku=constant(torch.tensor(0))),
+    Part(".weight", "/scale", CHANNELS),
+    Part(".bias", "/offset", CHANNELS),
+    Part(".running_mean", "/~/mean_ema/average", CHANNELS),
+    Part(".running_var", "/~/var_ema/average", CHANNELS),
+    Part(".num_batches_tracked", None, Transform(lambda _: torch.tensor(0), lambda _: ())),
 ]
 ATTENTION: list[Row] = [
     ("attention.query", "attention.self.query", "attention/linear", LINEAR),
@@ -70,39 +66,42 @@ CROSS_ATTEND: list[Row] = [
     ("mlp_norm", "layernorm", "layer_norm_2", NORM),
     *ATTENTION,
 ]
-HAIKU_DECODERS = {TEXT: "basic_decoder", FLOW: "flow_decoder/~/basic_decoder"}
-HAIKU_DECODERS |= {MULTIMODAL: "multimodal_decoder/~/basic_decoder"}
-QUERY, POSITIONS = "output_position_encodings.position_embeddings", "trainable_position_encoding/pos_embs"
 CLASSIFIER = "classification_decoder/~/basic_decoder"
+HAIKU_DECODERS = dict.fromkeys(configs.ARCHITECTURES, CLASSIFIER) | {
+    configs.TEXT: "basic_decoder",
+    configs.FLOW: "flow_decoder/~/basic_decoder",
+    configs.MULTIMODAL: "multimodal_decoder/~/basic_decoder",
+}
+QUERY, POSITIONS = "output_position_encodings.position_embeddings", "trainable_position_encoding/pos_embs"
 
 
 def from_transformers(config: Config, *, transposed_stem: bool) -> WeightMapping:
-    """Return the mapping from transformers' weight names to ours, for the architecture that `config` describes.
-
-    Args:
-        config: Configuration of transformers.
-        transposed_stem: Whether rows and columns of the convolutional stem's kernel are swapped in the file.
-    """
+    """Return the mapping from transformers' weights to ours; for `transposed_stem` see `Numerics`."""
     stem = TRANSPOSED if transposed_stem else UNCHANGED
     return WeightMapping(
-        Entry(ours + part.ours, transformers + part.transformers, part.from_transformers)
+        Entry(ours + part.suffix, transformers + part.suffix, part.from_transformers)
         for ours, transformers, _, parts in _rows(config, stem=stem)
         for part in parts
     )
 
 
 def from_haiku(config: Config, names: Collection[str]) -> WeightMapping:
-    """Return the mapping from Haiku's parameter names to ours, for the architecture that `config` describes.
-
-    Args:
-        config: The configuration that transformers has for the model.
-        names: Names in the file, from which the scope of the encoder is inferred.
-    """
+    """Return the mapping from Haiku's parameters to ours; `names` in the file determine the scope of the encoder."""
     return WeightMapping(
-        Entry(ours + part.ours, () if part.haiku is None else haiku + part.haiku, part.from_haiku)
+        Entry(ours + part.suffix, () if part.haiku is None else haiku + part.haiku, part.from_haiku)
         for ours, _, haiku, parts in _rows(config, haiku_encoder=haiku_encoder(names))
         for part in parts
     )
+
+
+def load_weights(
+    model: nn.Module, mapping: WeightMapping, headers: Mapping[str, Tensor], read: Callable[[], Mapping[str, Tensor]]
+) -> None:
+    """Check the headers of weights against a model on the meta device, read the weights and assign them."""
+    check_floats({name: header for name, header in headers.items() if not name.endswith("_tracked")})
+    mapping.check(headers, like=state_tensors(model))
+    assign(model, {name: tensor.contiguous() for name, tensor in mapping.load(read()).items()})
+    model.eval()
 
 
 def haiku_encoder(names: Collection[str]) -> str:
@@ -111,15 +110,10 @@ def haiku_encoder(names: Collection[str]) -> str:
     return next((scope for scope in scopes if any(name.startswith(f"{scope}/") for name in names)), scopes[0])
 
 
-def haiku_decoder(architecture: str) -> str:
-    """Return the scope of the decoder among Haiku's names."""
-    return HAIKU_DECODERS.get(architecture, CLASSIFIER)
-
-
 def _rows(config: Config, *, haiku_encoder: str = "", stem: Transform = UNCHANGED) -> list[Row]:
     """Return the table of a model."""
-    architecture, completed = architecture_of(config), complete(config)
-    decoder, scope = "perceiver.decoder" + ".decoder" * (architecture != TEXT), haiku_decoder(architecture)
+    architecture, completed = configs.architecture_of(config), configs.complete(config)
+    decoder, scope = "perceiver.decoder" + ".decoder" * (architecture != configs.TEXT), HAIKU_DECODERS[architecture]
     reads = f"{haiku_encoder}/cross_attention", f"{scope}/cross_attention"
     rows: list[Row] = [
         ("encoder.latents", "perceiver.embeddings.latents", f"{haiku_encoder}/{POSITIONS}", TENSOR),
@@ -129,9 +123,9 @@ def _rows(config: Config, *, haiku_encoder: str = "", stem: Transform = UNCHANGE
     for i in range(completed["num_self_attends_per_block"]):
         layer = f"{haiku_encoder}/self_attention{f'_{i}' if i else ''}"  # Haiku does not number the first
         rows += _within(f"encoder.transformers.0.blocks.{i}", f"perceiver.encoder.self_attends.{i}", layer, SELF_ATTEND)
-    if architecture != TEXT:
+    if architecture != configs.TEXT:
         rows.append(("decoder.output", f"{decoder}.final_layer", f"{scope}/output", LINEAR))
-    if architecture not in (FLOW, MULTIMODAL):
+    if architecture not in (configs.FLOW, configs.MULTIMODAL):
         rows.append(("queries.vectors", f"{decoder}.{QUERY}", f"{scope}/~/{POSITIONS}", TENSOR))
     return rows + _outer_rows(architecture, completed["image_size"], stem)
 
@@ -145,26 +139,28 @@ def _outer_rows(architecture: str, image_size: int, stem: Transform) -> list[Row
     inputs, network = "perceiver.input_preprocessor", "image_preprocessor/~_build_network_inputs"
     learned, downsample = f"{inputs}.position_embeddings", "image_preprocessor/~/conv2_d_downsample/~"
     reshaped = rearranged("(height width) dim -> height width dim", height=image_size)
-    grid, kernel = [Part("", "", "", reshaped, reshaped)], [Part("", "", "", stem, KERNEL)]
+    grid, kernel = [Part("", "", reshaped, reshaped)], [Part("", "", KERNEL, stem)]
     projector = f"{network}/position_encoding_projector/linear"
     text: list[Row] = [
         ("adapter.vectors", f"{inputs}.embeddings.weight", "embed/embeddings", TENSOR),
         ("adapter.positions.vectors", f"{learned}.weight", POSITIONS, TENSOR),
     ]
     tables: dict[str, list[Row]] = {
-        TEXT: [*text, ("head.bias", "embedding_decoder.bias", "embedding_decoder/bias", TENSOR)],
-        "PerceiverForSequenceClassification": text,
-        LEARNED: [
+        configs.TEXT: [*text, ("head.bias", "embedding_decoder.bias", "embedding_decoder/bias", TENSOR)],
+        configs.SEQUENCE: text,
+        configs.LEARNED: [
             ("adapter.stem.convolution", f"{inputs}.convnet_1x1", "image_preprocessor/~/conv2_d", CONVOLUTION),
             ("adapter.positions.project", f"{inputs}.positions_projection", projector, LINEAR),
             ("adapter.positions.positions.vectors", f"{learned}.position_embeddings", f"{network}/{POSITIONS}", grid),
         ],
-        CONVOLUTIONAL: [
+        configs.CONVOLUTIONAL: [
             ("adapter.stem.convolution.weight", f"{inputs}.convnet.conv.weight", f"{downsample}/conv/w", kernel),
             ("adapter.stem.norm", f"{inputs}.convnet.batchnorm", f"{downsample}/batchnorm", BATCH_NORM),
         ],
-        FLOW: [("adapter.project", f"{inputs}.conv_after_patches", "image_preprocessor/patches_linear", LINEAR)],
-        MULTIMODAL: _multimodal_rows(inputs, "perceiver.output_postprocessor.modalities"),
+        configs.FLOW: [
+            ("adapter.project", f"{inputs}.conv_after_patches", "image_preprocessor/patches_linear", LINEAR)
+        ],
+        configs.MULTIMODAL: _multimodal_rows(inputs, "perceiver.output_postprocessor.modalities"),
     }
     return tables.get(architecture, [])
 

@@ -17,7 +17,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from perceiver_core.adapters import FramePair
-from perceiver_core.interop.transformers_config import Config, complete, read_config
+from perceiver_core.interop import transformers_config as configs
+from perceiver_core.interop.transformers_config import Config
 from perceiver_core.interop.weight_files.state_dict_files import read_state_dict
 from perceiver_core.registry import Json
 
@@ -39,26 +40,18 @@ def library(name: str) -> ModuleType:
 
 @torch.no_grad()
 def transformers(folder: Path, ours: nn.Module) -> float:
-    """Return the largest difference between the outputs of transformers and of our model.
+    """Return the largest difference between the outputs of a folder of transformers and of our model.
 
-    Args:
-        folder: Folder of transformers, with `config.json` and weights.
-        ours: Our model, in evaluation mode; it is converted to float64.
-
-    Returns:
-        The difference in standard deviations of the output of transformers.
-
-    Raises:
-        ImportError: transformers is not installed.
+    `ours` is in evaluation mode, and is converted to float64.
     """
     modeling = library("transformers")
-    config = complete(read_config(folder))
+    config = configs.complete(configs.read_config(folder))
     (architecture,) = config["architectures"]
     with _in_float64(modeling):
         theirs = getattr(modeling, architecture).from_pretrained(folder).double().eval()
         their_inputs, inputs = _inputs(architecture, config)
         expected = theirs(**their_inputs).logits
-        if architecture == "PerceiverForOpticalFlow":
+        if architecture == configs.FLOW:
             expected = expected.movedim(-1, 1)
         del theirs  # for flow, each model needs gigabytes
         return largest_difference(expected, ours.double()(**inputs))
@@ -68,17 +61,8 @@ def transformers(folder: Path, ours: nn.Module) -> float:
 def perceiver_pytorch(path: Path, arguments: Config, ours: nn.Module) -> float:
     """Return the largest difference between the outputs of a model of perceiver-pytorch and of ours.
 
-    Args:
-        path: Safetensors file of its weights.
-        arguments: All arguments of its constructor.
-        ours: Our model, in evaluation mode; it is converted to float64.
-
-    Returns:
-        The difference in standard deviations of the output of theirs.
-
-    Raises:
-        ImportError: perceiver-pytorch is not installed.
-        ValueError: The arguments make no model, or one that the weights are not of.
+    The model has its weights in a safetensors file at `path`, and `arguments` are all of its constructor. `ours` is in
+    evaluation mode, and is converted to float64.
     """
     module, weights = library("perceiver-pytorch"), read_state_dict(path)
     has_queries = any(name.startswith("decoder_cross_attn.") for name in weights)
@@ -137,20 +121,20 @@ def _linear_positions(
 
 def _inputs(architecture: str, config: Config) -> tuple[Inputs, Inputs]:
     """Return a random batch in the input format of transformers and in ours."""
-    if architecture in ("PerceiverForMaskedLM", "PerceiverForSequenceClassification"):
+    if architecture in (configs.TEXT, configs.SEQUENCE):
         length = config["max_position_embeddings"]
         ids = torch.randint(config["vocab_size"], (3, length), generator=torch.Generator().manual_seed(0))
         index, quarter = torch.arange(length), -(-length // 4)
         padding = [index >= length - quarter, index < quarter, (index >= quarter) & (index < 2 * quarter)]
         mask = ~torch.stack(padding)  # padding on the right, on the left, a gap
         return {"inputs": ids, "attention_mask": mask.long()}, {"inputs": ids, "mask": mask}
-    if architecture == "PerceiverForOpticalFlow":
+    if architecture == configs.FLOW:
         frames = _drawn(1, 2, 3, *config["train_size"])
         patches = FramePair(positions=None).patches(frames)
         return {"inputs": rearrange(patches, "b h w (t p) -> b t p h w", t=2)}, {"inputs": frames}
-    if architecture == "PerceiverForMultimodalAutoencoding":
+    if architecture == configs.MULTIMODAL:
         return _multimodal_inputs(config)
-    side = config["image_size"] if architecture.endswith("Learned") else 224
+    side = config["image_size"] if architecture == configs.LEARNED else 224
     image = {"inputs": _drawn(1, 3, side, side)}
     return image, image
 

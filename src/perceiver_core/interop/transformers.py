@@ -13,19 +13,13 @@ from torch import nn
 from perceiver_core import registry
 from perceiver_core.checkpoints.differences import model_differences, spec_differences
 from perceiver_core.checkpoints.folder import CONFIG, WEIGHTS, write_atomically
-from perceiver_core.checkpoints.state import assign, check_values, state_tensors, tensor_specs
-from perceiver_core.interop.published_models import ACTIVATIONS, TRANSFORMERS_NUMERICS, Numerics, build
-from perceiver_core.interop.published_weights import CONVOLUTIONAL, from_transformers
-from perceiver_core.interop.transformers_config import (
-    Config,
-    architecture_of,
-    as_dictionary,
-    complete,
-    read_config,
-    transformers_entries,
-)
+from perceiver_core.checkpoints.state import check_values, state_tensors, tensor_specs
+from perceiver_core.interop import transformers_config as configs
+from perceiver_core.interop.published_models import TRANSFORMERS_NUMERICS, Numerics, build
+from perceiver_core.interop.published_weights import from_transformers, load_weights
+from perceiver_core.interop.transformers_config import Config
 from perceiver_core.interop.weight_files import state_dict_files as files
-from perceiver_core.interop.weight_files.state_dict_files import FLOATS, check_floats, errors_with_path
+from perceiver_core.interop.weight_files.state_dict_files import FLOATS, errors_with_path
 from perceiver_core.models import PerceiverIO
 
 
@@ -56,7 +50,7 @@ def load_transformers(
     """
     folder = files.fetch(name_or_folder)
     with errors_with_path(folder / CONFIG):
-        config = complete(transformers_entries(read_config(folder)))
+        config = configs.complete(configs.transformers_entries(configs.read_config(folder)))
     weights = files.open_folder(folder)
     with errors_with_path(weights.path):
         depth, number = config["num_self_attends_per_block"], len(weights.headers)
@@ -67,10 +61,8 @@ def load_transformers(
     with errors_with_path(folder / CONFIG), torch.device("meta"):
         model = build(config, numerics)
     with errors_with_path(weights.path):
-        mapping.check(weights.headers, like=state_tensors(model))
-        check_floats({name: header for name, header in weights.headers.items() if not name.endswith("_tracked")})
-        assign(model, {name: tensor.contiguous() for name, tensor in mapping.load(weights.read()).items()})
-    return model.eval()
+        load_weights(model, mapping, weights.headers, weights.read)
+    return model
 
 
 def save_transformers(
@@ -110,7 +102,7 @@ def save_transformers(
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-    folder, entries = Path(folder), as_dictionary(config)
+    folder, entries = Path(folder), configs.as_dictionary(config)
     _check_described(model, entries, numerics)
     state = state_tensors(model)
     check_values(state)
@@ -148,11 +140,11 @@ def _check_described(model: nn.Module, config: Config, numerics: Numerics) -> No
     )
     if different:
         raise ValueError(
-            f"model must be the {architecture_of(config)} that config and numerics describe: {different}. Give those "
-            "that it was loaded with"
+            f"model must be the {configs.architecture_of(config)} that config and numerics describe: {different}. Give "
+            "those that it was loaded with"
         )
     different = _difference(registry.to_config(theirs), actual)
-    if not different and numerics.transposed_stem and architecture_of(config) == CONVOLUTIONAL:
+    if not different and numerics.transposed_stem and configs.architecture_of(config) == configs.CONVOLUTIONAL:
         different = "the kernel of its stem is transposed"
     if different:
         raise ValueError(
@@ -163,11 +155,11 @@ def _check_described(model: nn.Module, config: Config, numerics: Numerics) -> No
 
 def _expressed(config: Config, numerics: Numerics) -> dict[str, registry.Json]:
     """Return the configuration with which transformers comes closest to the chosen numerics."""
-    written = {"model_type": "perceiver", **transformers_entries(config)}
+    written = {"model_type": "perceiver", **configs.transformers_entries(config)}
     written.pop("torch_dtype", None)  # an old name of dtype
-    if complete(config)["hidden_act"] == "gelu":
+    if configs.complete(config)["hidden_act"] == "gelu":
         chosen = registry.to_config(numerics.activation)
-        known = {"gelu": TRANSFORMERS_NUMERICS.activation, **ACTIVATIONS}
+        known = {"gelu": TRANSFORMERS_NUMERICS.activation, **configs.ACTIVATIONS}
         names = [name for name, activation in known.items() if registry.to_config(activation) == chosen]
         written["hidden_act"] = (names or ["gelu"])[0]
     return written

@@ -7,13 +7,15 @@ from os import PathLike
 from pathlib import Path
 from typing import TypeAlias
 
+from torch import nn
+
 from perceiver_core.checkpoints.folder import CONFIG
 from perceiver_core.interop.weight_files.state_dict_files import read_json
 from perceiver_core.registry import Json
 
 Config: TypeAlias = Mapping[str, Json]
 
-ARCHITECTURES = (
+ARCHITECTURES = TEXT, SEQUENCE, LEARNED, PIXELS, CONVOLUTIONAL, FLOW, MULTIMODAL = (
     "PerceiverForMaskedLM",
     "PerceiverForSequenceClassification",
     "PerceiverForImageClassificationLearned",
@@ -53,9 +55,17 @@ DEFAULTS: dict[str, Json] = {
 # Sizes of the image classifiers' Fourier features, which transformers fixes: entries of ours, not of its configuration.
 # The resolution is None for the published one, or a pair of sizes.
 FOURIER: dict[str, Json] = {"num_bands": 64, "max_resolution": None}
+# Activations by name; "gelu" is a choice of `Numerics`.
+ACTIVATIONS = {
+    "gelu_pytorch_tanh": nn.GELU("tanh"),
+    "gelu_new": nn.GELU("tanh"),
+    "relu": nn.ReLU(),
+    "silu": nn.SiLU(),
+    "swish": nn.SiLU(),
+}
 LENGTHS = {"train_size": 2, "output_shape": 4, "max_resolution": 2}
 CHOICES: dict[str, tuple[Json, ...]] = {
-    "hidden_act": ("gelu", "gelu_pytorch_tanh", "gelu_new", "relu", "silu", "swish"),
+    "hidden_act": ("gelu", *ACTIVATIONS),
     "cross_attention_shape_for_attention": ("kv", "q"),
     "use_query_residual": (True, False),
 }
@@ -64,17 +74,7 @@ SMALLEST = {"num_self_attends_per_block": 0}  # 1 for all others
 
 
 def complete(config: Config) -> dict[str, Json]:
-    """Return `config` with missing entries set to transformers' defaults.
-
-    Raises:
-        ValueError: The architecture is unknown, or a value has another type or is not one of the choices.
-
-    Example:
-        >>> from perceiver_core.interop.transformers_config import complete
-        >>> labels = {"0": "cat", "1": "dog", "2": "owl"}
-        >>> complete({"architectures": ["PerceiverForMaskedLM"], "id2label": labels})["num_labels"]
-        3
-    """
+    """Return `config` with missing entries set to transformers' defaults; raise ValueError if a value is not valid."""
     architecture_of(config)
     completed = {**DEFAULTS, **FOURIER, **config}
     if (labels := config.get("id2label")) is not None:
@@ -88,11 +88,7 @@ def complete(config: Config) -> dict[str, Json]:
 
 
 def architecture_of(config: Config) -> str:
-    """Return the name of the transformers class that a configuration describes.
-
-    Raises:
-        ValueError: It names none of `ARCHITECTURES`, or several.
-    """
+    """Return the one of `ARCHITECTURES` that a configuration names; raise ValueError if there is not exactly one."""
     names = config.get("architectures")
     if not isinstance(names, (list, tuple)) or len(names) != 1 or names[0] not in ARCHITECTURES:
         own = config.get("library") == "perceiver_core"
@@ -104,12 +100,7 @@ def architecture_of(config: Config) -> str:
 
 
 def read_config(folder: str | PathLike[str]) -> dict[str, Json]:
-    """Return the content of `config.json` in a folder.
-
-    Raises:
-        FileNotFoundError: There is none.
-        ValueError: It is not a dictionary.
-    """
+    """Return the content of `config.json` in a folder."""
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"name_or_folder must hold {CONFIG}; there is none in {folder}")
@@ -120,7 +111,7 @@ def as_dictionary(config: object) -> dict[str, Json]:
     """Return the entries of a configuration: a dictionary, an object of transformers, or a path."""
     if isinstance(config, (str, PathLike)):
         path = Path(config)
-        return read_config(path) if path.is_dir() or not path.exists() else read_json(path)
+        return read_json(path) if path.is_file() else read_config(path)
     if callable(to_dict := getattr(config, "to_dict", None)):
         config = to_dict()
     if not isinstance(config, Mapping):

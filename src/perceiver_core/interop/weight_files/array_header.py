@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -16,22 +16,15 @@ from torch import Tensor
 Array: TypeAlias = NDArray[np.generic]
 DType: TypeAlias = np.dtype[np.generic]
 
-LARGEST = 8 * 2**30  # bytes of a file; the largest published one, that of the language model, has 0.8e9
 LONGEST_NAME = 1000  # characters
 NUMBERS = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|c8|c16)")
 
 
 class ArrayHeader(NamedTuple):
-    """Header of an array in a file.
-
-    Args:
-        shape: Shape of the array.
-        dtype: Dtype of the array, in the byte order of the file.
-        read: Reads the array and returns it in the byte order of the machine.
-    """
+    """Shape and dtype of an array in a file, and a function that reads it in the byte order of the machine."""
 
     shape: tuple[int, ...]
-    dtype: DType
+    dtype: DType  # in the byte order of the file
     read: Callable[[], Array]
 
     @property
@@ -58,9 +51,10 @@ def checked_shape(shape: object) -> tuple[int, ...]:
     return shape
 
 
-def check_file_size(path: Path) -> int:
-    """Return the size of a file in bytes; raise ValueError if it is empty, or too large for weights of a Perceiver."""
-    size = path.stat().st_size
-    if not 0 < size <= LARGEST:
-        raise ValueError(f"{path} must hold a published Perceiver IO, at most {LARGEST} bytes; it has {size}")
-    return size
+@contextmanager
+def errors_of(subject: str) -> Iterator[None]:
+    """Convert the various exceptions that damaged files raise to ValueErrors that begin with `subject`."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{subject}: {error}") from error

@@ -4,24 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
 from perceiver_core.interop.weight_files.array_header import Array, ArrayHeader, DType, checked_shape, number_dtype
 
-Name: TypeAlias = tuple[str, str]  # of a module and of a thing in it
-NDARRAY: Name = ("numpy", "ndarray")
-CORES = ("core", "_core")  # before and after NumPy 2
-RECONSTRUCT: set[Name] = {(f"numpy.{core}.multiarray", "_reconstruct") for core in CORES}
-
-
-@runtime_checkable
-class Budget(Protocol):
-    """Size of a file, and the number of bytes that its text has been encoded to so far."""
-
-    size: int
-    encoded: int
+NDARRAY, RECONSTRUCT = "numpy.ndarray", "numpy.core.multiarray._reconstruct"
 
 
 class Global:
@@ -29,7 +17,7 @@ class Global:
 
     __slots__ = ("name",)
 
-    def __init__(self, name: Name) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
 
 
@@ -59,10 +47,10 @@ class ArrayStandIn:
         self.header: ArrayHeader | None = None
 
     def fill(self, shape: object, dtype: object, data: object, *, fortran: bool) -> ArrayStandIn:
-        """Set shape, dtype and data; raise ValueError unless the number of bytes fits the shape and dtype."""
+        """Set shape, dtype and data: bytes in the file, or text of one byte per character."""
         if self.header is not None:
             raise ValueError("an array gets its data twice")
-        if not isinstance(dtype, DTypeStandIn) or not isinstance(data, (bytes, memoryview)):
+        if not isinstance(dtype, DTypeStandIn) or not isinstance(data, (str, memoryview)):
             raise ValueError("an array is not one of plain numbers")
         sizes, numbers = checked_shape(shape), dtype.dtype
         header = ArrayHeader(sizes, numbers, partial(_numpy_array, data, numbers, sizes, fortran))
@@ -80,8 +68,9 @@ class ArrayStandIn:
         self.fill(state[1], state[2], state[4], fortran=bool(state[3]))
 
 
-def _numpy_array(data: bytes | memoryview, dtype: DType, shape: tuple[int, ...], fortran: bool) -> Array:
-    flat = np.frombuffer(data, dtype).astype(dtype.newbyteorder("="), copy=True)
+def _numpy_array(data: str | memoryview, dtype: DType, shape: tuple[int, ...], fortran: bool) -> Array:
+    encoded = data.encode("latin1") if isinstance(data, str) else data
+    flat = np.frombuffer(encoded, dtype).astype(dtype.newbyteorder("="), copy=True)
     return flat.reshape(shape, order="F" if fortran else "C")
 
 
@@ -102,58 +91,51 @@ class MappingStandIn:
         self.content = content
 
 
-def mapping(budget: Budget, *args: object) -> object:
+def mapping(*args: object) -> object:
     """Return the argument itself, or a new dictionary; not a copy, since nested copies could grow endlessly."""
     if len(args) > 1 or not all(isinstance(given, (dict, MappingStandIn)) for given in args):
         raise ValueError("a mapping is made of something else than a dictionary")
     return args[0] if args else {}
 
 
-def _encode(budget: Budget, text: object, encoding: object) -> bytes:
-    """Return the bytes that pickles of old protocols write as text."""
+def _encode(text: object, encoding: object) -> str:
+    """Return the text as which pickles of old protocols write bytes; it is encoded when an array is read."""
     if not isinstance(text, str) or encoding != "latin1":
         raise ValueError("something is encoded that is no text")
-    budget.encoded += len(text)
-    if budget.encoded > budget.size:
-        raise ValueError("the same text is encoded again and again")
-    return text.encode("latin1")
+    return text
 
 
-def _reconstruct(budget: Budget, array_class: object, shape: object, code: object) -> ArrayStandIn:
+def _reconstruct(array_class: object, shape: object, code: object) -> ArrayStandIn:
     if not isinstance(array_class, Global) or array_class.name != NDARRAY:
         raise ValueError("an array is of another class than NumPy's")
     return ArrayStandIn()
 
 
-def _from_buffer(budget: Budget, data: object, dtype: object, shape: object, order: object) -> ArrayStandIn:
+def _from_buffer(data: object, dtype: object, shape: object, order: object) -> ArrayStandIn:
     return ArrayStandIn().fill(shape, dtype, data, fortran=order == "F")
 
 
-def _jax_array(budget: Budget, function: object, args: object, state: object, aval: object) -> ArrayStandIn:
-    if not isinstance(function, Global) or function.name not in RECONSTRUCT or not isinstance(args, tuple):
+def _jax_array(function: object, args: object, state: object, aval: object) -> ArrayStandIn:
+    if not isinstance(function, Global) or function.name != RECONSTRUCT or not isinstance(args, tuple):
         raise ValueError("an array is not as JAX pickles one")
-    array = _reconstruct(budget, *args)
+    array = _reconstruct(*args)
     array.build(state)
     return array
 
 
 # Names that a file may use, with the function that is called for each. None: passed as an argument, never called.
-KNOWN: dict[Name, Callable[..., object] | None] = {
-    ("collections", "OrderedDict"): mapping,
-    ("haiku._src.data_structures", "FlatMapping"): mapping,
-    ("haiku._src.data_structures", "frozendict"): mapping,
-    ("_codecs", "encode"): _encode,
-    **{(module, "bytes"): lambda _: b"" for module in ("builtins", "__builtin__")},
+KNOWN: dict[str, Callable[..., object] | None] = {
+    "collections.OrderedDict": mapping,
+    "haiku._src.data_structures.FlatMapping": mapping,
+    "haiku._src.data_structures.frozendict": mapping,
+    "_codecs.encode": _encode,
+    "builtins.bytes": lambda: "",
+    "__builtin__.bytes": lambda: "",
     NDARRAY: None,
-    ("numpy", "dtype"): lambda _, code, align, copy: DTypeStandIn(code),
-    **dict.fromkeys(RECONSTRUCT, _reconstruct),
-    **{(f"numpy.{core}.numeric", "_frombuffer"): _from_buffer for core in CORES},
-    **{
-        (f"numpy.{core}.multiarray", "scalar"): lambda _, dtype, data: ArrayStandIn().fill(
-            (), dtype, data, fortran=False
-        )
-        for core in CORES
-    },
-    ("jax._src.array", "_reconstruct_array"): _jax_array,
-    ("jax._src.device_array", "reconstruct_device_array"): _jax_array,
+    "numpy.dtype": lambda code, align, copy: DTypeStandIn(code),
+    RECONSTRUCT: _reconstruct,
+    "numpy.core.numeric._frombuffer": _from_buffer,
+    "numpy.core.multiarray.scalar": lambda dtype, data: _from_buffer(data, dtype, (), "C"),
+    "jax._src.array._reconstruct_array": _jax_array,
+    "jax._src.device_array.reconstruct_device_array": _jax_array,
 }

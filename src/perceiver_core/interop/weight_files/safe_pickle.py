@@ -1,4 +1,4 @@
-"""Reader of pickled arrays that executes nothing: dictionaries, lists, numbers, text and NumPy's arrays.
+"""Reader of pickled parameters that executes nothing: arrays of NumPy or JAX in dictionaries by scope.
 
 A pickle is a program. This reader follows the instructions that data need, on values that can do nothing: a name in
 the file refers to an entry of a table (`pickle_values`) and is never imported, only functions of that table are
@@ -11,11 +11,10 @@ from __future__ import annotations
 import mmap
 import pickletools
 from collections.abc import Callable
-from itertools import count
 from pathlib import Path
 from typing import IO, TypeAlias, cast
 
-from perceiver_core.interop.weight_files.array_header import LONGEST_NAME, check_file_size
+from perceiver_core.interop.weight_files.array_header import LONGEST_NAME, ArrayHeader, errors_of
 from perceiver_core.interop.weight_files.pickle_values import (
     KNOWN,
     ArrayStandIn,
@@ -25,27 +24,21 @@ from perceiver_core.interop.weight_files.pickle_values import (
     mapping,
 )
 
-LARGEST_STEPS = 100_000  # instructions, and values, of a file; the published ones take about 20 000
-LARGEST_DEPTH = 16  # levels of nested dictionaries and lists
+LARGEST_STEPS = 100_000  # instructions, and arrays, of a file; the published ones take about 20 000
 
 
 class _Reader:
-    """Stack machine that executes the instructions of a pickle that data need.
-
-    Args:
-        data: The file.
-    """
+    """Stack machine that executes the instructions of a pickle that data need."""
 
     def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.view, self.size = data, memoryview(data), len(data)
+        self.data, self.view = data, memoryview(data)
         self.stack: list[object] = []
         self.outer_stacks: list[list[object]] = []  # below the marks
         self.memo: dict[int, object] = {}
-        self.encoded = self.num_values = self.num_bytes = 0
 
     def load(self) -> object:
-        """Return the pickled value, with an `ArrayHeader` in place of each array."""
-        for step, (code, argument, _) in zip(count(), pickletools.genops(cast(IO[bytes], self.data))):
+        """Return the pickled value, with stand-ins of `pickle_values` in it."""
+        for step, (code, argument, _) in enumerate(pickletools.genops(cast(IO[bytes], self.data))):
             if step >= LARGEST_STEPS:
                 raise ValueError(f"it has more than {LARGEST_STEPS} instructions")
             if code.name == "STOP":
@@ -55,29 +48,7 @@ class _Reader:
                 hint = "; the file refers to things outside itself, which are not read" * external
                 raise ValueError(f"instruction {code.name} is none that data need{hint}")
             INSTRUCTIONS[code.name](self, argument)
-        return self.without_stand_ins(self.stack.pop())
-
-    def without_stand_ins(self, value: object, depth: int = 0) -> object:
-        """Return a value with its stand-ins replaced. A value that occurs several times is counted each time."""
-        self.num_values += 1
-        if depth > LARGEST_DEPTH or self.num_values > LARGEST_STEPS:
-            raise ValueError(f"it holds more than {LARGEST_STEPS} values, or more than {LARGEST_DEPTH} in one another")
-        if isinstance(value, MappingStandIn):
-            value = value.content
-        if isinstance(value, dict):
-            return {key: self.without_stand_ins(item, depth + 1) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)([self.without_stand_ins(item, depth + 1) for item in value])
-        if isinstance(value, ArrayStandIn):
-            if (header := value.header) is None:
-                raise ValueError("an array has no data")
-            self.num_bytes += header.num_bytes
-            if self.num_bytes > self.size:
-                raise ValueError("its arrays take more than the file: one occurs several times")
-            return header
-        if value is None or isinstance(value, (bool, int, float, str)):
-            return value
-        raise ValueError("it holds something else than dictionaries, lists, numbers, text and arrays")
+        return self.stack.pop()
 
     def push(self, value: object) -> None:
         if isinstance(value, int) and value.bit_length() > 64:
@@ -109,18 +80,19 @@ class _Reader:
     def push_global(self, module: object, name: object) -> None:
         if not isinstance(name, str) or not isinstance(module, str):
             raise ValueError("a name is no text")
-        if (module, name) not in KNOWN:
+        known = f"{module}.{name}".replace("numpy._core.", "numpy.core.")  # renamed in NumPy 2
+        if known not in KNOWN:
             raise ValueError(
                 f"the file refers to {module[:99]}.{name[:99]}, which may run code; only dictionaries and NumPy arrays "
                 "are read. Open it where you trust it, and write its arrays with numpy.savez"
             )
-        self.push(Global((module, name)))
+        self.push(Global(known))
 
     def call(self, function: object, args: object) -> None:
         make = KNOWN[function.name] if isinstance(function, Global) else None
         if make is None or not isinstance(args, tuple):
             raise ValueError("it calls what is no function")
-        self.push(make(self, *args))
+        self.push(make(*args))
 
     def new_mapping(self, function: object, args: object) -> None:
         if args != () or not isinstance(function, Global) or KNOWN[function.name] is not mapping:
@@ -200,16 +172,42 @@ INSTRUCTIONS: dict[str, Instruction] = {
 }
 
 
-def read(path: Path) -> object:
-    """Return the content of a pickle: dictionaries, lists, tuples, numbers and text, and `ArrayHeader` for each array.
-
-    Raises:
-        ValueError: The pickle holds anything else, or more than a file of its size can; or the file is no pickle.
-    """
-    check_file_size(path)
+def read(path: Path) -> dict[str, ArrayHeader]:
+    """Return the headers of a file by `scope/parameter`: of parameters, and of running statistics if it has them."""
     with path.open("rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    try:
-        return _Reader(data).load()
-    except (ValueError, TypeError, IndexError) as error:
-        raise ValueError(f"{path} is not a pickle of dictionaries and arrays: {error}") from error
+    with errors_of(f"{path} is not a pickle of dictionaries and arrays"):
+        content = _Reader(data).load()
+    with errors_of(f"{path} must hold a dictionary of parameters by scope"):
+        content = _entries("it", content)
+        parts = [(part, content.get(part, {})) for part in ("params", "state")]
+        return _flattened(parts if "params" in content else [("it", content)], len(data))
+
+
+def _flattened(parts: list[tuple[str, object]], size: int) -> dict[str, ArrayHeader]:
+    """Return the arrays of a file of `size` bytes. One that occurs several times is counted each time."""
+    flat: dict[str, ArrayHeader] = {}
+    num_bytes = 0
+    for part, scopes in parts:
+        for scope, parameters in _entries(part, scopes).items():
+            for parameter, array in _entries(scope, parameters).items():
+                name = f"{scope}/{parameter}"
+                if not isinstance(array, ArrayStandIn) or array.header is None:
+                    raise ValueError(f"{name} is not an array with data but of type {type(array).__name__}")
+                if name in flat or len(name) > LONGEST_NAME or len(flat) > LARGEST_STEPS:
+                    raise ValueError(
+                        f"it must hold {name[:LONGEST_NAME]} once, under a name of {LONGEST_NAME} letters at most, and "
+                        f"{LARGEST_STEPS} arrays at most"
+                    )
+                flat[name] = array.header
+                num_bytes += array.header.num_bytes
+                if num_bytes > size:
+                    raise ValueError("its arrays take more than the file: one occurs several times")
+    return flat
+
+
+def _entries(name: str, value: object) -> dict[str, object]:
+    content = value.content if isinstance(value, MappingStandIn) else value
+    if not isinstance(content, dict):
+        raise ValueError(f"{name} is of type {type(content).__name__}")
+    return content

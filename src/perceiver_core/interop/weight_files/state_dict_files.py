@@ -27,16 +27,10 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class StateDictFile(NamedTuple):
-    """State dict in a file, not read yet.
+    """State dict in a file, not read yet."""
 
-    Args:
-        path: The file, or the index that names the files.
-        headers: Tensors of the same shapes and dtypes on the meta device, by name.
-        read: Reads all tensors.
-    """
-
-    path: Path
-    headers: dict[str, Tensor]
+    path: Path  # of the file, or of the index that names the files
+    headers: dict[str, Tensor]  # tensors of the same shapes and dtypes on the meta device
     read: Callable[[], dict[str, Tensor]]
 
 
@@ -56,11 +50,7 @@ def _patterns(name: str) -> tuple[str, ...]:
 
 
 def read_json(path: Path, largest: int = LARGEST_CONFIG) -> dict[str, Json]:
-    """Return the dictionary in a JSON file.
-
-    Raises:
-        ValueError: The file holds something else, or more than `largest` bytes.
-    """
+    """Return the dictionary in a JSON file; raise ValueError if it holds another value, or over `largest` bytes."""
     content = parse_json(read_at_most(path, largest), str(path), largest=largest)
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a dictionary; got {type(content).__name__}")
@@ -68,12 +58,7 @@ def read_json(path: Path, largest: int = LARGEST_CONFIG) -> dict[str, Json]:
 
 
 def open_folder(folder: Path) -> StateDictFile:
-    """Open the weights in a folder that transformers wrote, safetensors if there are any.
-
-    Raises:
-        FileNotFoundError: There are none, or a file that an index names is missing.
-        ValueError: A file is not whole or holds anything but tensors, or an index does not fit its files.
-    """
+    """Open the weights in a folder that transformers wrote, safetensors if there are any."""
     for name, opener in ((WEIGHTS, open_safetensors), (BINARY, _open_binary)):
         if (folder / name).is_file():
             return opener(folder / name)
@@ -85,11 +70,7 @@ def open_folder(folder: Path) -> StateDictFile:
 
 
 def open_safetensors(path: Path) -> StateDictFile:
-    """Open a safetensors file.
-
-    Raises:
-        ValueError: The file is not whole, or of another format.
-    """
+    """Open a safetensors file; raise ValueError if it is not whole, or of another format."""
     try:
         with safe_open(path, framework="pt") as file:
             specs = specs_in(file)
@@ -109,13 +90,7 @@ def open_safetensors(path: Path) -> StateDictFile:
 
 
 def read_state_dict(source: Mapping[str, Tensor] | str | PathLike[str]) -> dict[str, Tensor]:
-    """Return the tensors of a state dict, or of a safetensors file.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        TypeError: `source` is neither.
-        ValueError: The file is of another format, or the state dict holds anything but tensors.
-    """
+    """Return the tensors of a state dict, or of a safetensors file; raise an error for anything else."""
     if isinstance(source, (str, PathLike)):
         if not (path := Path(source)).is_file():
             raise FileNotFoundError(f"{path} does not exist; give the path of a safetensors file, or a state dict")
