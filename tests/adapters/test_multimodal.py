@@ -204,7 +204,7 @@ class TestModalities:
         chance = torch.Generator().manual_seed(0)
         both = self.both(token_mask_rate={"picture": 0.5}, modality_dropout={"text": 0.5}, generator=chance).train()
         tokens, given = both(self.given()), self.given()
-        hidden = (tokens.content[:, :35] == both.hidden["picture"]).all(-1).view(2, 5, 7)
+        hidden = (tokens.content[:, :35] == both.mask_tokens["picture"]).all(-1).view(2, 5, 7)
         assert hidden.any() and not hidden.all()
         content = given["picture"].movedim(1, -1).masked_fill(hidden[..., None], 0)
         torch.testing.assert_close(tokens.modalities["picture"].content, content, **EXACT)
@@ -220,14 +220,14 @@ class TestTokenMasking:
         both, given = made(token_mask_rate={"label": 1.0}), inputs()
         for mode in (True, False):
             tokens = both.train(mode)(given)
-            torch.testing.assert_close(tokens.content[:, -1], both.hidden["label"].expand(BATCH, -1), **EXACT)
+            torch.testing.assert_close(tokens.content[:, -1], both.mask_tokens["label"].expand(BATCH, -1), **EXACT)
             torch.testing.assert_close(tokens.content[:, :-1], made()(given).content[:, :-1], **EXACT)
 
     def test_tokens_are_masked_in_training_only(self):
         both, given = made(token_mask_rate={"set": 0.3}, generator=torch.Generator().manual_seed(7)), inputs()
         assert torch.equal(both.eval()(given).content, made()(given).content)
         given = {"set": drawn(200, 53, 5)}
-        hidden = (both.train()(given).content == both.hidden["set"]).all(-1)
+        hidden = (both.train()(given).content == both.mask_tokens["set"]).all(-1)
         assert abs(hidden.double().mean() - 0.3) < 0.02 and hidden.any(0).all()
 
     def test_gradients_reach_the_mask_vector(self):
@@ -235,7 +235,7 @@ class TestTokenMasking:
         x = drawn(3, 11, 5).requires_grad_()
         both({"set": x}).content.sum().backward()
         seen = (x.grad != 0).any(-1)
-        torch.testing.assert_close(both.hidden["set"].grad, (~seen).sum().double().expand(both.dim), **EXACT)
+        torch.testing.assert_close(both.mask_tokens["set"].grad, (~seen).sum().double().expand(both.dim), **EXACT)
 
 
 class TestModalityDropout:

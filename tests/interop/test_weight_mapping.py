@@ -16,12 +16,12 @@ from perceiver_core.interop.weight_mapping import (
     Entry,
     Transform,
     WeightMapping,
+    fused,
     rearranged,
     renamed,
+    split,
 )
 
-FUSED = "(parts rows) ... -> parts rows ..."
-INTERLEAVED = "(heads parts rows) ... -> parts (heads rows) ..."
 STACKED = rearranged("parts ... -> parts ...")
 Loaded = Callable[[list[Tensor]], list[Tensor]]
 HEADS, ROWS = 5, 2  # of each head
@@ -34,12 +34,13 @@ CASES: dict[str, tuple[Transform, list[tuple[int, ...]], int | None, Loaded]] = 
     "permuted": (rearranged("h w i o -> o i h w"), [(2, 3, 5, 7)], None, lambda x: [x[0].permute(3, 2, 0, 1)]),
     "reshaped": (rearranged("(h w) d -> h w d", h=5), [(15, 7)], None, lambda x: [x[0].view(5, 3, 7)]),
     "axes of one": (rearranged("1 1 d -> d"), [(1, 1, 7)], None, lambda x: [x[0][0, 0]]),
-    "fused": (rearranged(FUSED, parts=3), [(21, 5)], 3, lambda x: list(x[0].chunk(3))),
-    "fused biases": (rearranged(FUSED, parts=2), [(14,)], 2, lambda x: list(x[0].chunk(2))),
+    "fused": (fused(3), [(21, 5)], 3, lambda x: list(x[0].chunk(3))),
+    "fused biases": (fused(2), [(14,)], 2, lambda x: list(x[0].chunk(2))),
     "fused and transposed": (rearranged("i (p o) -> p o i", p=3), [(5, 21)], 3, lambda x: list(x[0].T.chunk(3))),
     "split": (rearranged("p o ... -> (p o) ...", p=2), [(7, 5), (7, 5)], None, lambda x: [torch.cat(x)]),
+    "of different lengths": (split(8, 2, 3), [(13, 5)], 3, lambda x: list(x[0].split([8, 2, 3]))),
     "interleaved by head": (
-        rearranged(INTERLEAVED, parts=3, heads=HEADS),
+        fused(3, num_heads=HEADS),
         [(HEADS * 3 * ROWS, 7)],
         3,
         lambda x: [torch.cat([x[0][(3 * h + part) * ROWS :][:ROWS] for h in range(HEADS)]) for part in range(3)],
@@ -79,14 +80,14 @@ def test_transforms_go_both_ways_exactly(case: str) -> None:
 @pytest.mark.parametrize("parts", [2, 3])
 def test_fused_parts_are_views(parts: int) -> None:
     theirs = torch.randn(parts * 7, 5)
-    for part in rearranged(FUSED, parts=parts).load(theirs):
+    for part in fused(parts).load(theirs):
         assert part.untyped_storage().data_ptr() == theirs.untyped_storage().data_ptr()
 
 
 def test_attention_of_fused_interleaved_heads() -> None:
     """The definition of the layout: head h of part p is what a view by head gives."""
     theirs = torch.randn(HEADS * 3 * ROWS, 7)
-    query, key, value = rearranged(INTERLEAVED, parts=3, heads=HEADS).load(theirs)
+    query, key, value = fused(3, num_heads=HEADS).load(theirs)
     by_head = theirs.view(HEADS, 3, ROWS, 7)
     for part, tensor in enumerate((query, key, value)):
         torch.testing.assert_close(tensor.view(HEADS, ROWS, 7), by_head[:, part], rtol=0, atol=0)
@@ -104,7 +105,7 @@ def test_constants_are_ours_alone() -> None:
 def table() -> WeightMapping:
     entries = [
         *renamed({"norm": "ln"}),
-        Entry(("key", "value"), "kv", rearranged(FUSED, parts=2)),
+        Entry(("key", "value"), "kv", fused(2)),
         Entry("out", "proj", TRANSPOSED),
     ]
     return WeightMapping([*WeightMapping(entries).within("layers.0.", "h/0/"), Entry("latents", "wte")])
@@ -179,12 +180,10 @@ def test_a_name_stands_in_one_entry() -> None:
 @pytest.mark.parametrize(
     "entry, shape, message",
     [
-        (
-            Entry(("a", "b"), "x", rearranged(FUSED, parts=3)),
-            (21, 5),
-            r"\('a', 'b'\) cannot be made of x with shapes \[\(21, 5\)\]",
-        ),
-        (Entry(("a", "b"), "x", rearranged(FUSED, parts=2)), (7, 5), r"\('a', 'b'\) cannot be made of x"),
+        (Entry(("a", "b"), "x", fused(3)), (21, 5), r"\('a', 'b'\) cannot be made of x with shapes \[\(21, 5\)\]"),
+        (Entry(("a", "b"), "x", fused(2)), (7, 5), r"\('a', 'b'\) cannot be made of x"),
+        (Entry("a", "x", split(1, 2)), (3, 5), "a cannot be made of x"),
+        (Entry(("a", "b"), "x", split(1, 3)), (3, 5), "cannot be made of x"),
         (Entry("a", "x", TRANSPOSED), (3,), "a cannot be made of x"),
     ],
 )

@@ -74,7 +74,7 @@ class Multimodal(nn.Module):
         widths = {name: part.dim for name, part in cast(Mapping[str, Any], adapters).items()}
         self.dim = max(widths.values()) + min_modality_channels
         self.padding = nn.ParameterDict({name: init.embedding(self.dim - width) for name, width in widths.items()})
-        self.hidden = nn.ParameterDict({name: init.embedding(self.dim) for name in self.token_mask_rate})
+        self.mask_tokens = nn.ParameterDict({name: init.embedding(self.dim) for name in self.token_mask_rate})
 
     def forward(self, inputs: Mapping[str, object], *, mask: Mapping[str, ModalityMask] | None = None) -> Tokens:
         """Return the tokens of all modalities in `inputs`.
@@ -158,9 +158,9 @@ class Multimodal(nn.Module):
         rate = self.token_mask_rate.get(name)
         if rate is None or not (self.training or rate == 1):
             return x, tokens
-        hidden = self._uniform(x.shape[:2], x) < rate
-        x = torch.where(hidden[..., None], self.hidden[name].to(x.dtype), x)
-        content = tokens.content.masked_fill(hidden.reshape(tokens.content.shape[:-1]).unsqueeze(-1), 0.0)
+        masked = self._uniform(x.shape[:2], x) < rate
+        x = torch.where(masked[..., None], self.mask_tokens[name].to(x.dtype), x)
+        content = tokens.content.masked_fill(masked.reshape(tokens.content.shape[:-1]).unsqueeze(-1), 0.0)
         return x, Tokens(content, tokens.position_tables, tokens.mask)
 
     def _uniform(self, shape: Sequence[int], like: Tensor) -> Tensor:

@@ -177,7 +177,7 @@ def _multimodal_rows(inputs: str, outputs: str) -> list[Row]:
         query = f"multimodal_decoder/~decoder_query/{of}_padding/pos_embs"
         rows += [
             (f"adapter.padding.{of}", f"{inputs}.padding.{of}", f"{preprocessor}/{of}_padding/pos_embs", VECTOR),
-            (f"adapter.hidden.{of}", f"{inputs}.mask.{of}", f"{preprocessor}/{of}_mask_token/pos_embs", VECTOR),
+            (f"adapter.mask_tokens.{of}", f"{inputs}.mask.{of}", f"{preprocessor}/{of}_mask_token/pos_embs", VECTOR),
             (f"queries.padding.{of}", f"perceiver.decoder.padding.{of}", query, VECTOR),
         ]
     return rows

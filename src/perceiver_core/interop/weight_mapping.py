@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, cast
 
 import torch
 from einops import rearrange
@@ -48,6 +48,19 @@ def rearranged(pattern: str, **sizes: int) -> Transform:
         return rearrange(tensors if isinstance(tensors, Tensor) else list(tensors), pattern, **sizes)
 
     return Transform(partial(apply, pattern), partial(apply, f"{ours} -> {theirs}"))
+
+
+def fused(parts: int, *, num_heads: int = 1) -> Transform:
+    """Return the transform of one matrix of theirs that holds `parts` of ours, with equally many rows each.
+
+    With `num_heads`, the parts are interleaved by head: the rows of the first head of each part come first.
+    """
+    return rearranged("(heads parts rows) ... -> parts (heads rows) ...", parts=parts, heads=num_heads)
+
+
+def split(*sizes: int) -> Transform:
+    """Return the transform of one tensor of theirs that holds several of ours, of these sizes along the first axis."""
+    return Transform(lambda theirs: torch.split(cast(Tensor, theirs), list(sizes)), lambda ours: torch.cat(list(ours)))
 
 
 UNCHANGED = Transform(lambda theirs: theirs, lambda ours: ours)
@@ -134,8 +147,10 @@ def _translated(steps: Iterable[tuple[Names, Callable[[Tensors], Tensors], Names
     for sources, function, targets in steps:
         tensors = state[sources] if isinstance(sources, str) else [state[name] for name in sources]
         try:
-            results: Any = function(tensors)
-            translated |= zip(_as_tuple(targets), [results] if isinstance(targets, str) else results, strict=True)
+            results = function(tensors)
+            if isinstance(targets, str):
+                results = [results] if isinstance(results, Tensor) else results
+            translated |= zip(_as_tuple(targets), results, strict=True)
         except (RuntimeError, ValueError) as error:  # EinopsError is a RuntimeError
             shapes = [tuple(state[name].shape) for name in _as_tuple(sources)]
             raise ValueError(f"{targets} cannot be made of {sources} with shapes {shapes}: {error}") from error
