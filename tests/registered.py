@@ -11,7 +11,7 @@ from perceiver_core import registry
 @contextmanager
 def restored() -> Iterator[None]:
     """Restores the tables of registered names at its end."""
-    tables = (registry._named, registry._names, registry._external)
+    tables = (registry.names._named, registry.names._names, registry.names._external)
     before = [table.copy() for table in tables]
     try:
         yield

@@ -124,11 +124,11 @@ def test_each_modality_has_its_mask(chunk):
     answers = made(latents, queried, mask={"flow": there})
     for name, mask in (("flow", there), ("label", None)):
         torch.testing.assert_close(answers[name], made(latents, queried[name], mask=mask), **EXACT)
-    with pytest.raises(ValueError, match=r"mask names \['film'\]; the queries are \['flow', 'label'\]"):
+    with pytest.raises(ValueError, match=r"mask names \['film'\]; the modalities are \['flow', 'label'\]"):
         made(latents, queried, mask={"film": there})
     with pytest.raises(ValueError, match=r"mask\['flow'\] must have shape \(2, 5\)"):
         made(latents, queried, mask={"flow": there[:, :4]})
-    with pytest.raises(TypeError, match="mask must be a dictionary with the names of the queries"):
+    with pytest.raises(TypeError, match="mask must be a dictionary by modality, of"):
         made(latents, queried, mask=there)
 
 
@@ -185,7 +185,7 @@ def test_attention_maps_of_a_dictionary_of_queries(chunk):
 def test_invalid_maps_raise():
     with pytest.raises(ValueError, match="11 features"):
         decoder().attention_map(drawn(2, 7, 13), {"a": drawn(5, 12)})
-    with pytest.raises(TypeError, match="mask must be a dictionary with the names of the queries"):
+    with pytest.raises(TypeError, match="mask must be a dictionary by modality, of"):
         decoder().attention_map(drawn(2, 7, 13), {"a": drawn(5, 11)}, mask=torch.ones(2, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match="11 features"):
         decoder().attention_map(drawn(2, 7, 13), drawn(5, 12))

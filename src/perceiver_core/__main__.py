@@ -23,7 +23,21 @@ def main() -> None:
     costs = commands.add_parser("costs", help="measure the cost model of reads on this machine, in a minute")
     costs.add_argument("--device", default="cpu", help="cpu or a CUDA GPU (default: %(default)s)")
     costs.set_defaults(run=_costs)
-    _add_convert(commands.add_parser("convert", help="write a model of another library as one of this, or the reverse"))
+    converts = commands.add_parser("convert", help="write a model of another library as one of this, or the reverse")
+    converts.add_argument("source", help="a file, a folder, or owner/name on the Hugging Face hub")
+    converts.add_argument("destination", type=Path, help="a folder that does not exist yet, or is empty")
+    converts.add_argument(
+        "--from", dest="source_format", choices=FORMATS, help="format of the source (default: detected)"
+    )
+    converts.add_argument("--to", dest="target", choices=TARGETS, default="perceiver-core", help="default: %(default)s")
+    converts.add_argument("--numerics", choices=NUMERICS, help="numerics of the model (default: those of its source)")
+    converts.add_argument(
+        "--arguments", type=_arguments, default={}, metavar="JSON",
+        help="values that the source does not contain, as JSON or the path of a JSON file: of perceiver-pytorch's "
+        "constructor, or of transformers' configuration",
+    )  # fmt: skip
+    converts.add_argument("--check", action="store_true", help="run both models; write only if the outputs agree")
+    converts.set_defaults(run=_convert)
     options = parser.parse_args()
     options.run(parser, options)
 
@@ -39,23 +53,6 @@ def _costs(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         print(f"{name:16} {value:10.3g} {getattr(DEFAULTS[device], name):10.3g}")  # noqa: T201
     numbers = ", ".join(f"{name}={value:.3g}" for name, value in asdict(found).items())
     print(f"\nreads.set_strategy(model, reads.Auto(machine=reads.Machine({numbers})))")  # noqa: T201
-
-
-def _add_convert(command: argparse.ArgumentParser) -> None:
-    command.add_argument("source", help="a file, a folder, or owner/name on the Hugging Face hub")
-    command.add_argument("destination", type=Path, help="a folder that does not exist yet, or is empty")
-    command.add_argument(
-        "--from", dest="source_format", choices=FORMATS, help="format of the source (default: detected)"
-    )
-    command.add_argument("--to", dest="target", choices=TARGETS, default="perceiver-core", help="default: %(default)s")
-    command.add_argument("--numerics", choices=NUMERICS, help="numerics of the model (default: those of its source)")
-    command.add_argument(
-        "--arguments", type=_arguments, default={}, metavar="JSON",
-        help="values that the source does not contain, as JSON or the path of a JSON file: of perceiver-pytorch's "
-        "constructor, or of transformers' configuration",
-    )  # fmt: skip
-    command.add_argument("--check", action="store_true", help="run both models; write only if the outputs agree")
-    command.set_defaults(run=_convert)
 
 
 def _arguments(text: str) -> dict[str, Json]:

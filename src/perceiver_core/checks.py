@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import SupportsIndex, TypeVar
+from typing import Any, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -145,10 +145,8 @@ def matches_weight(name: str, x: Tensor, layer: object) -> None:
 
     A missing weight, or one that is not a plain tensor on a real device (quantized, sharded, offloaded), passes.
     """
-    weight = getattr(layer, "weight", layer)
-    if not isinstance(weight, Tensor) or type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:
-        return
-    if not weight.is_floating_point():
+    weight: Any = getattr(layer, "weight", layer)
+    if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta or not weight.is_floating_point():
         return
     if x.device != weight.device:
         raise ValueError(
@@ -199,14 +197,8 @@ def _is_integer(size: object) -> bool:
 
 
 def part_of(n: int, share: float) -> int:
-    """Return `n * share` rounded down; products just below an integer, by rounding errors, count as that integer.
-
-    Example:
-        >>> from perceiver_core import checks
-        >>> int(10 * (1 - 0.8)), checks.part_of(10, 1 - 0.8)
-        (1, 2)
-    """
-    return int(n * share + 1e-9)
+    """Return `n * share` rounded down; products just below an integer, by rounding errors, count as that integer."""
+    return int(n * share + 1e-9)  # 10 * (1 - 0.8) is 1.9999999999999996
 
 
 def probability(**rates: float) -> None:

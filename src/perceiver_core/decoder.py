@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from perceiver_core import checks, masks
+from perceiver_core import checks, masks, modalities
 from perceiver_core.blocks import CrossAttend
 from perceiver_core.blocks.factory import build
 from perceiver_core.kernels.attention_weights import unwrapped
@@ -203,10 +203,8 @@ def _join_masks(
     mask: Tensor | Mapping[str, Tensor], queries: Mapping[str, Tensor], latents: Tensor, sizes: list[int]
 ) -> Tensor:
     """Return the masks of all queries, one after the other."""
-    if not isinstance(mask, Mapping):
-        raise TypeError(f"mask must be a dictionary with the names of the queries, {list(queries)}; got {mask!r:.80}")
-    if unknown := mask.keys() - queries.keys():
-        raise ValueError(f"mask names {sorted(unknown)}; the queries are {list(queries)}")
+    modalities.check_names("mask", mask, queries)
+    assert isinstance(mask, Mapping)
     parts = []
     for name, size in zip(queries, sizes, strict=True):
         shape = (latents.shape[0], size)

@@ -7,8 +7,10 @@ the end of the sequence (the last is -1), so the last queries of a long input (P
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from typing import TypeAlias
 
 import torch
@@ -105,10 +107,7 @@ class And:
 
     def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, " ..."]:
         """Return the block of the mask for these positions."""
-        allowed = block(self.masks[0], queries, keys)
-        for mask in self.masks[1:]:
-            allowed = allowed & block(mask, queries, keys)
-        return allowed
+        return reduce(operator.and_, [block(mask, queries, keys) for mask in self.masks])
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,10 +118,7 @@ class Or:
 
     def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, " ..."]:
         """Return the block of the mask for these positions."""
-        allowed = block(self.masks[0], queries, keys)
-        for mask in self.masks[1:]:
-            allowed = allowed | block(mask, queries, keys)
-        return allowed
+        return reduce(operator.or_, [block(mask, queries, keys) for mask in self.masks])
 
 
 def and_(*masks: Mask | None) -> Mask | None:
@@ -193,16 +189,21 @@ def check_broadcast(mask: Mask, q: Tensor, k: Tensor) -> None:
         TypeError: A tensor that is not boolean.
         ValueError: A tensor that does not broadcast to `b h q k`, or is on another device.
     """
-    wanted = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    for tensor, shape in _shaped_tensors(mask, wanted):
-        checks.is_mask("mask", tensor)
-        if tensor.device != q.device:
-            raise ValueError(f"mask is on {tensor.device}, the queries on {q.device}; move one: .to({str(q.device)!r})")
-        ends = shape[len(shape) - tensor.ndim :]  # the axes that it has
-        if tensor.ndim > len(shape) or not all(
-            size in (1, full) for size, full in zip(tensor.shape, ends, strict=True)
-        ):
-            raise ValueError(f"mask must broadcast to {shape}; got shape {tuple(tensor.shape)}")
+    shape: tuple[int, ...] = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    for part in mask.masks if isinstance(mask, (And, Or)) else ():
+        check_broadcast(part, q, k)
+    if isinstance(mask, Padding):
+        mask, shape = mask.keys, (q.shape[0], k.shape[2])
+    elif isinstance(mask, Queries):
+        mask, shape = mask.queries, (q.shape[0], q.shape[2])
+    if not isinstance(mask, Tensor):
+        return
+    checks.is_mask("mask", mask)
+    if mask.device != q.device:
+        raise ValueError(f"mask is on {mask.device}, the queries on {q.device}; move one: .to({str(q.device)!r})")
+    ends = shape[len(shape) - mask.ndim :]  # the axes that it has
+    if mask.ndim > len(shape) or any(size not in (1, full) for size, full in zip(mask.shape, ends, strict=True)):
+        raise ValueError(f"mask must broadcast to {shape}; got shape {tuple(mask.shape)}")
 
 
 def _check_axes(name: str, mask: Tensor) -> None:
@@ -238,16 +239,3 @@ def from_token_mask(mask: Mask | None) -> Mask | None:
     if mask.ndim != 2:
         raise ValueError(f"mask must be b n (valid tokens) or b h q k; got shape {tuple(mask.shape)}")
     return Padding(mask)
-
-
-def _shaped_tensors(mask: Mask, shape: tuple[int, int, int, int]) -> list[tuple[Tensor, tuple[int, ...]]]:
-    batch, _, queries, keys = shape
-    if isinstance(mask, Tensor):
-        return [(mask, shape)]
-    if isinstance(mask, Padding):
-        return [(mask.keys, (batch, keys))]
-    if isinstance(mask, Queries):
-        return [(mask.queries, (batch, queries))]
-    if isinstance(mask, (And, Or)):
-        return [pair for part in mask.masks for pair in _shaped_tensors(part, shape)]
-    return []

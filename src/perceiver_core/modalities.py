@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -32,6 +32,15 @@ def check(argument: str, parts: Mapping[str, nn.Module], part_name: str) -> None
             )
         if not isinstance(part, nn.Module):
             raise TypeError(f"{argument}[{name!r}] must be a module; got {type(part).__name__}. Build it first")
+
+
+def check_names(argument: str, values: object, known: Iterable[str]) -> None:
+    """Raise unless `values` is a dictionary whose keys are among the `known` modalities."""
+    known = list(known)
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{argument} must be a dictionary by modality, of {known}; got {type(values).__name__}")
+    if unknown := [name for name in values if name not in known]:
+        raise ValueError(f"{argument} names {unknown}; the modalities are {known}")
 
 
 def call(argument: str, modality: str, part: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:

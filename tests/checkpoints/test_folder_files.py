@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import perceiver_core as pc
 from perceiver_core import adapters
-from perceiver_core.checkpoints import saving
+from perceiver_core.checkpoints import save_load
 from tests.checkpoints.folders import CONFIG_OF_SMALL, contents, perceiver, small, trained
 
 pytestmark = pytest.mark.no_shape_checks
@@ -79,10 +79,10 @@ def test_a_crash_leaves_the_old_files_and_no_others(where, tmp_path, monkeypatch
     before = contents(tmp_path)
     if where == "after save_file":
         monkeypatch.setattr(
-            saving, "save_file", lambda values, path, metadata: Path(path).write_bytes(b"half") and crash()
+            save_load, "save_file", lambda values, path, metadata: Path(path).write_bytes(b"half") and crash()
         )
     else:
-        monkeypatch.setattr(saving, where, crash) if "." not in where else monkeypatch.setattr(where, crash)
+        monkeypatch.setattr(save_load, where, crash) if "." not in where else monkeypatch.setattr(where, crash)
     with pytest.raises(CrashError):
         pc.save(perceiver(adapters.Audio(5, positions=None)), tmp_path)
     assert contents(tmp_path) == before

@@ -38,7 +38,7 @@ RICH = perceiver(
 )  # fmt: skip
 CONFIG_OF_RICH = json.loads(json.dumps(registry.to_config(RICH)))
 PATHS = list(leaves(CONFIG_OF_RICH))
-WORDS = st.sampled_from(sorted(registry._named))
+WORDS = st.sampled_from(sorted(registry.names._named))
 SCALARS = st.none() | st.booleans() | st.integers(-5, 10**5) | st.floats(allow_nan=False, allow_infinity=False)
 KINDS = st.sampled_from(["part", "partial", "name", "same", "dict"])
 NAMES = st.sampled_from(["dim", "num_heads", "depth", "norm", "mlp", "num_axes", "grid", "patch_size"])

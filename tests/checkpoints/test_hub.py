@@ -131,15 +131,15 @@ def test_the_card_names_what_registers_parts_that_are_not_ours() -> None:
     class Own(nn.Module):
         pass
 
-    taken = pc.registry._named.copy(), pc.registry._names.copy()
+    taken = pc.registry.names._named.copy(), pc.registry.names._names.copy()
     pc.register(Own, name="Own")
     try:
         assert f"first: {__name__}." in card(Own(), "own")
     finally:
-        pc.registry._named.clear()
-        pc.registry._names.clear()
-        pc.registry._named.update(taken[0])
-        pc.registry._names.update(taken[1])
+        pc.registry.names._named.clear()
+        pc.registry.names._names.clear()
+        pc.registry.names._named.update(taken[0])
+        pc.registry.names._names.update(taken[1])
 
 
 def test_calls_are_those_that_make_a_description() -> None:

@@ -179,7 +179,7 @@ def test_heads_are_saved_and_loaded(head, tmp_path):
 def test_invalid_outputs_and_sizes_raise():
     with pytest.raises(ValueError, match=r"outputs must be one per sample, b 1 d; got shape \(2, 3, 13\)"):
         SingleQuery()(answers(3))
-    with pytest.raises(ValueError, match=r"outputs name \['smell'\]; there are heads for \['label'\]"):
+    with pytest.raises(ValueError, match=r"outputs names \['smell'\]; the modalities are \['label'\]"):
         Multimodal({"label": SingleQuery()})({"smell": answers(1)})
     with pytest.raises(ValueError, match=r"outputs\['label'\]: outputs must be one per sample"):
         Multimodal({"label": SingleQuery()})({"label": answers(3)})

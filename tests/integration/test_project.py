@@ -75,9 +75,9 @@ def one_thread():
 def test_the_python_of_a_page_runs_in_order(page, one_thread):
     names: dict[str, object] = {"__name__": "__page__"}
     with restored():  # pages register parts of their own, maybe under names that tests have registered too
-        for name, thing in list(pc.registry._named.items()):
+        for name, thing in list(pc.registry.names._named.items()):
             if thing.__module__.startswith("tests."):
-                del pc.registry._named[name], pc.registry._names[thing]
+                del pc.registry.names._named[name], pc.registry.names._names[thing]
         for code in blocks(page):
             exec(compile(code, name_of(page), "exec"), names)
 

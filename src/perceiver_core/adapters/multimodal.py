@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -67,7 +66,7 @@ class Multimodal(nn.Module):
         self.token_mask_rate, self.modality_dropout = dict(token_mask_rate or {}), dict(modality_dropout or {})
         self.generator, self._draws = generator, RepeatableDraws()
         for name, rates in (("token_mask_rate", self.token_mask_rate), ("modality_dropout", self.modality_dropout)):
-            self._check_names(name, rates)
+            modalities.check_names(name, rates, adapters)
             for modality, rate in rates.items():
                 if not 0.0 <= rate <= 1.0:
                     raise ValueError(f"{name}[{modality!r}] must lie in [0, 1]; got {rate!r}")
@@ -89,8 +88,8 @@ class Multimodal(nn.Module):
             TypeError, ValueError: Errors of an adapter, preceded by its modality.
         """
         masks = {} if mask is None else mask
-        self._check_names("inputs", inputs)
-        self._check_names("mask", masks)
+        modalities.check_names("inputs", inputs, self.adapters.keys())
+        modalities.check_names("mask", masks, self.adapters.keys())
         if not inputs:
             raise ValueError(f"inputs must hold a modality at least, of {list(self.adapters)}; got none")
         each = {name: self._adapt(name, inputs[name], masks.get(name)) for name in self.adapters if name in inputs}
@@ -111,14 +110,6 @@ class Multimodal(nn.Module):
         checks.leaves_a_token(valid)
         return Tokens(content, mask=valid, modalities=on_grids)
 
-    def _check_names(self, argument: str, values: object) -> None:
-        if not isinstance(values, Mapping):
-            raise TypeError(
-                f"{argument} must be a dictionary by modality, of {list(self.adapters)}; got {type(values).__name__}"
-            )
-        if unknown := values.keys() - self.adapters.keys():
-            raise ValueError(f"{argument} names {sorted(unknown)}; the modalities are {list(self.adapters)}")
-
     def _adapt(self, name: str, x: object, mask: ModalityMask | None) -> Tokens:
         """Return the tokens of one modality, on their own grid."""
         samples = None
@@ -130,7 +121,8 @@ class Multimodal(nn.Module):
             # Adapters require a valid token in each sample; those of absent samples are masked again below.
             options = {"mask": mask | ~_aligned(samples, mask.ndim)} if mask.ndim > 1 else {}
         tokens: Tokens = modalities.call("inputs", name, self.adapters[name], x, **options)
-        tokens = replace(tokens, content=tokens.content.to(self.padding[name].dtype))
+        content = tokens.content.to(self.padding[name].dtype)
+        tokens = Tokens(content, tokens.position_tables, tokens.mask, tokens.modalities)
         if samples is None:
             return tokens
         checks.is_mask(f"mask[{name!r}]", samples, tokens.content.shape[:1])
@@ -195,4 +187,5 @@ def _valid(tokens: Tokens) -> Tensor:
 def _mask_samples(tokens: Tokens, samples: Tensor) -> Tokens:
     """Return tokens that are masked except in these samples."""
     valid = _aligned(samples, tokens.content.ndim - 1).expand(tokens.content.shape[:-1])
-    return replace(tokens, mask=valid if tokens.mask is None else tokens.mask & valid)
+    mask = valid if tokens.mask is None else tokens.mask & valid
+    return Tokens(tokens.content, tokens.position_tables, mask, tokens.modalities)

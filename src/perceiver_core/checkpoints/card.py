@@ -7,7 +7,7 @@ import json
 from torch import nn
 
 from perceiver_core import registry
-from perceiver_core.checkpoints.saving import unwrapped
+from perceiver_core.checkpoints.save_load import unwrapped
 
 _WIDTH = 100
 
@@ -18,20 +18,12 @@ def card(model: nn.Module, name: str) -> str:
     Args:
         model: Model of registered parts.
         name: Folder, or name on the hub, to load it from.
-
-    Raises:
-        ValueError: A part that is not registered.
-
-    Example:
-        >>> from torch import nn
-        >>> from perceiver_core.checkpoints.card import card
-        >>> print(card(nn.LayerNorm(8), "somebody/norm").splitlines()[6])
-        # norm
     """
     model = unwrapped(model)
     calls = as_calls(registry.to_config(model))
     weights = sum(parameter.numel() for parameter in model.parameters())
-    own = sorted({label for label in map(_home, model.modules()) if label not in ("perceiver_core", "torch")})
+    homes = {type(module).__module__ for module in model.modules()}
+    own = sorted(home for home in homes if home.partition(".")[0] not in ("perceiver_core", "torch"))
     first = f"Import what registers parts that are not the library's first: {', '.join(own)}.\n\n" if own else ""
     return (
         "---\nlibrary_name: perceiver-core\ntags:\n- perceiver\n---\n\n"
@@ -47,18 +39,8 @@ def card(model: nn.Module, name: str) -> str:
 def as_calls(config: registry.Json, indent: int = 0) -> str:
     """Return the constructor calls of a configuration of `registry.to_config`, as Python.
 
-    A part that occurs twice is written out once; the second occurrence is its path.
-
-    Args:
-        config: Configuration of a model.
-        indent: Number of columns that the first line is indented by.
-
-    Example:
-        >>> from functools import partial
-        >>> import perceiver_core as pc
-        >>> from perceiver_core.checkpoints.card import as_calls
-        >>> as_calls(pc.registry.to_config(partial(pc.MLP, widening_factor=4, activation=pc.GEGLU())))
-        'partial(MLP, widening_factor=4, activation=GEGLU())'
+    A part that occurs twice is written out once; the second occurrence is its path. The first line is indented by
+    `indent` columns already.
     """
     if isinstance(config, list):
         return _wrapped("[", [as_calls(item, indent + 4) for item in config], "]", indent)
@@ -87,12 +69,4 @@ def _wrapped(start: str, items: list[str], end: str, indent: int) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Return a string literal with double quotes, as formatters of Python write it."""
     return json.dumps(text, ensure_ascii=False)
-
-
-def _home(module: nn.Module) -> str:
-    """Return "perceiver_core" or "torch" for modules of these libraries, and the module's name for others."""
-    home = type(module).__module__
-    top = home.partition(".")[0]
-    return top if top in ("perceiver_core", "torch") else home

@@ -10,8 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from perceiver_core import registry
 
 # Raised when an old file would mean something else, as it does when a default of a constructor changes.
@@ -20,21 +18,11 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 LARGEST_CONFIG = 2**20  # bytes
 
 
-def config_text(model: nn.Module) -> str:
-    """Return the text of a model's `config.json`."""
-    config = {"library": "perceiver_core", "format": FORMAT, "model": registry.to_config(model)}
-    return json.dumps(config, indent=2, allow_nan=False) + "\n"
-
-
 def parse_config(text: str | bytes, source: str) -> registry.Json:
-    """Return the configuration of the model in the text of a `config.json`.
-
-    Args:
-        text: Text, or its bytes in UTF-8.
-        source: Name of the file in messages.
+    """Return the configuration of the model in the text of a `config.json`, which messages name `source`.
 
     Raises:
-        ValueError: Text that is too long, no JSON, not written by `save`, or of another format.
+        ValueError: Text that is too long, no JSON in UTF-8, not written by `save`, or of another format.
     """
     config = parse_json(text, source, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
     if not isinstance(config, dict) or config.get("library") != "perceiver_core" or "model" not in config:
@@ -88,8 +76,7 @@ def _finite(number: str) -> float:
 def write_atomically(files: dict[Path, Callable[[Path], object]]) -> None:
     """Write all files under temporary names, then rename each; temporary files are removed also after an error.
 
-    Args:
-        files: For each path, a function that writes a file to the path passed to it.
+    `files` has, for each path, a function that writes a file to the path passed to it.
     """
     written = {path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial"): path for path in files}
     try:

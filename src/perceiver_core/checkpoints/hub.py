@@ -16,8 +16,7 @@ from torch import nn
 
 from perceiver_core.checkpoints.card import card
 from perceiver_core.checkpoints.folder import CONFIG, WEIGHTS
-from perceiver_core.checkpoints.loading import load
-from perceiver_core.checkpoints.saving import save
+from perceiver_core.checkpoints.save_load import load, save
 
 CARD = "README.md"
 
@@ -147,12 +146,7 @@ def push_to_hub(
 
 
 def fetched(name_or_folder: str | PathLike[str], files: Sequence[str], **options: Any) -> Path:
-    """Return a folder as it is, or fetch one from the hub.
-
-    Args:
-        name_or_folder: Folder, or `owner/name` on the hub.
-        files: Names of files to fetch, or patterns.
-        options: Options of `huggingface_hub.snapshot_download`.
+    """Return a folder as it is, or fetch files from the hub, with the options of `huggingface_hub.snapshot_download`.
 
     Raises:
         FileNotFoundError: There is no such folder and no such name on the hub, or no huggingface_hub.

@@ -1,4 +1,4 @@
-"""Tensors of a model's state: their names, shapes, dtypes and memory."""
+"""Tensors of a model's state: their names, shapes, dtypes and memory; differences between two models."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from perceiver_core import registry
 
 TensorSpecs = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of each tensor
 _TORCH_NAMES = {
@@ -55,9 +57,7 @@ def first_names(model: nn.Module) -> dict[str, str]:
 def assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Replace the tensors of a model, which may be on the meta device, without a copy; tied tensors stay tied.
 
-    Args:
-        model: The model.
-        state: New tensors by name; the first name of a tied tensor suffices.
+    The first name of a tied tensor suffices in `state`.
     """
     new: dict[int, Tensor] = {}
     targets = model.state_dict(keep_vars=True)
@@ -70,16 +70,15 @@ def assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def check_values(tensors: dict[str, Tensor]) -> None:
     """Raise ValueError if a tensor has no values, or if two tensors share memory."""
-    ends: list[tuple[str, int, int, str]] = []
+    spans: list[tuple[str, int, int, str]] = []
     for name, tensor in tensors.items():
         if tensor.is_meta:
             raise ValueError(f"{name} is on the meta device, where it has no values to save")
         if tensor.numel():
             reach = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
             start = tensor.data_ptr()
-            ends.append((str(tensor.device), start, start + reach * tensor.element_size(), name))
-    ends.sort()
-    for (device, _, end, name), (other_device, start, _, other) in pairwise(ends):
+            spans.append((str(tensor.device), start, start + reach * tensor.element_size(), name))
+    for (device, _, end, name), (other_device, start, _, other) in pairwise(sorted(spans)):
         if device == other_device and start < end:
             raise ValueError(
                 f"{name} and {other} share memory but are two tensors, so their tie would be lost. "
@@ -94,13 +93,49 @@ def tensor_specs(tensors: dict[str, Tensor]) -> TensorSpecs:
 
 def specs_in(file: Any) -> TensorSpecs:
     """Return the shape and dtype of each tensor in an open safetensors file, without reading values."""
-    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    return {name: (tuple(s.get_shape()), _dtype(s.get_dtype())) for name, s in slices.items()}
+    specs: TensorSpecs = {}
+    for name in file.keys():  # noqa: SIM118 (not a dict)
+        entry = file.get_slice(name)
+        if entry.get_dtype() not in _TORCH_NAMES:
+            raise ValueError(f"model.safetensors holds values of type {entry.get_dtype()}, which no part has")
+        specs[name] = tuple(entry.get_shape()), getattr(torch, _TORCH_NAMES[entry.get_dtype()])
+    return specs
 
 
-def _dtype(name: str) -> torch.dtype:
-    """Return the dtype of a name of safetensors, or raise ValueError."""
-    if name not in _TORCH_NAMES:
-        raise ValueError(f"model.safetensors holds values of type {name}, which no part has")
-    dtype: torch.dtype = getattr(torch, _TORCH_NAMES[name])
-    return dtype
+def model_differences(built: nn.Module, model: nn.Module) -> str:
+    """Describe the differences between a model and the one that its constructor calls build; empty if none."""
+    was, is_ = (
+        {path: registry.settings(module) for path, module in either.named_modules(remove_duplicate=False)}
+        for either in (built, model)
+    )
+    found = [
+        f"{path or 'it'} is {is_.get(path, 'missing')}, not {was.get(path, 'missing')}"
+        for path in is_ | was
+        if is_.get(path) != was.get(path)
+    ]
+    if not found:
+        was, is_ = first_names(built), first_names(model)
+        found = [
+            f"{name} and {was[name]} are two tensors, not one"
+            if first == name
+            else f"{name} and {first} are one tensor, not two"
+            for name, first in is_.items()
+            if first != was.get(name, first)
+        ]
+    return "; ".join(found[:5])
+
+
+def spec_differences(expected: TensorSpecs, actual: TensorSpecs) -> str:
+    """Describe the differences of names, shapes and dtypes in one line; empty if there are none.
+
+    Floating point dtypes may differ (weights in half precision).
+    """
+    missing, unknown = sorted(expected.keys() - actual.keys()), sorted(actual.keys() - expected.keys())
+    others = []
+    for name in sorted(expected.keys() & actual.keys()):
+        (shape, dtype), (expected_shape, expected_dtype) = actual[name], expected[name]
+        both_floating = dtype.is_floating_point and expected_dtype.is_floating_point
+        if shape != expected_shape or (dtype != expected_dtype and not both_floating):
+            others.append(f"{name} has shape {shape} {dtype}, not {expected_shape} {expected_dtype}")
+    parts = [f"missing {missing[:5]}"] * bool(missing) + [f"unknown {unknown[:5]}"] * bool(unknown) + others[:5]
+    return "; ".join(parts)

@@ -55,8 +55,7 @@ class Multimodal(nn.Module):
             query_inputs: Selected queries by modality, for heads that use them, such as `Grid`.
             grid: Grid of the queries by modality, if available.
         """
-        if unknown := outputs.keys() - self.heads.keys():
-            raise ValueError(f"outputs name {sorted(unknown)}; there are heads for {list(self.heads)}")
+        modalities.check_names("outputs", outputs, self.heads.keys())
         query_inputs, grid = query_inputs or {}, grid or {}
         results = {}
         for name, x in outputs.items():

@@ -18,8 +18,7 @@ from torch import nn
 from perceiver_core.checkpoints import hub
 from perceiver_core.checkpoints.card import card
 from perceiver_core.checkpoints.folder import CONFIG
-from perceiver_core.checkpoints.loading import load
-from perceiver_core.checkpoints.saving import save
+from perceiver_core.checkpoints.save_load import load, save
 from perceiver_core.interop import reference_run
 from perceiver_core.interop.haiku import load_with_config
 from perceiver_core.interop.perceiver_pytorch import layout_of, load_perceiver_pytorch

@@ -11,9 +11,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from perceiver_core import registry
-from perceiver_core.checkpoints.differences import model_differences, spec_differences
 from perceiver_core.checkpoints.folder import CONFIG, WEIGHTS, write_atomically
-from perceiver_core.checkpoints.state import check_values, state_tensors, tensor_specs
+from perceiver_core.checkpoints.state import (
+    check_values,
+    model_differences,
+    spec_differences,
+    state_tensors,
+    tensor_specs,
+)
 from perceiver_core.interop import transformers_config as configs
 from perceiver_core.interop.published_models import TRANSFORMERS_NUMERICS, Numerics, build
 from perceiver_core.interop.published_weights import from_transformers, load_weights

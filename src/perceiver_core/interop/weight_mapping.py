@@ -15,8 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from perceiver_core.checkpoints.differences import spec_differences
-from perceiver_core.checkpoints.state import tensor_specs
+from perceiver_core.checkpoints.state import spec_differences, tensor_specs
 
 Names: TypeAlias = str | tuple[str, ...]  # of one tensor, or of a group
 Tensors: TypeAlias = Tensor | Sequence[Tensor]

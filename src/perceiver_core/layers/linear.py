@@ -117,7 +117,7 @@ class _Product(torch.autograd.Function):
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """Return `a @ b.T` by the faster library, or by PyTorch's ordinary operator where `uses_onednn` is false."""
-    if not _are_plain(a, b) or not _is_large(a.shape[0], *b.shape):
+    if not uses_onednn(a, b):
         return a @ b.t()
     out: Tensor = _Product.apply(a, b, None)  # type: ignore[no-untyped-call]
     return out
@@ -142,8 +142,3 @@ def _are_plain(*tensors: Tensor | None) -> bool:
 def _without_gaps(x: Tensor) -> Tensor:
     """Return a matrix that is dense in row- or column-major order: oneDNN is hundreds of times slower on others."""
     return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()
-
-
-def _is_large(rows: int, columns: int, terms: int) -> bool:
-    wide = min(columns, terms) >= MIN_WIDTH and terms <= MAX_DEPTH * max(rows, columns)
-    return wide and rows * columns * terms >= MIN_PRODUCTS

@@ -65,13 +65,7 @@ class Multimodal(nn.Module):
             TypeError, ValueError: Errors of a source, preceded by its modality.
         """
         selected = {} if query_indices is None else query_indices
-        if not isinstance(selected, Mapping):
-            raise TypeError(
-                f"query_indices must be a dictionary by modality, of {list(self.sources)}; "
-                f"got {type(selected).__name__}"
-            )
-        if unknown := selected.keys() - self.sources.keys():
-            raise ValueError(f"query_indices names {sorted(unknown)}; the sources are {sorted(self.sources)}")
+        modalities.check_names("query_indices", selected, self.sources.keys())
         queries = {}
         for name, source in self.sources.items():
             if _is_empty(selected.get(name)):

@@ -12,14 +12,10 @@ Only registered names are ever called; nothing is imported, evaluated or unpickl
 A torch.Generator, which draws random numbers in training, is written as null: it is no part of a model.
 """
 
-from perceiver_core.registry.construction import at_most as at_most
-from perceiver_core.registry.construction import from_config
+from perceiver_core.registry.configuration import at_most as at_most
+from perceiver_core.registry.configuration import from_config, to_config
+from perceiver_core.registry.configuration import settings as settings
 from perceiver_core.registry.names import Json as Json
-from perceiver_core.registry.names import _external as _external  # the tables are for tests, which restore them
-from perceiver_core.registry.names import _named as _named
-from perceiver_core.registry.names import _names as _names
 from perceiver_core.registry.registration import register, register_external
-from perceiver_core.registry.serialization import settings as settings
-from perceiver_core.registry.serialization import to_config
 
 __all__ = ["from_config", "register", "register_external", "to_config"]

@@ -9,9 +9,8 @@ from typing import TypeVar, cast
 
 from torch import nn
 
-from perceiver_core.registry.names import TAGS, _external, _named, _names, enter, label
-from perceiver_core.registry.plain import plain
-from perceiver_core.registry.snapshot import RECORD, Attribute, Node, Record, attribute, each_partial_once, snapshot
+from perceiver_core.registry.names import TAGS, _external, _named, _names, _replaced, label
+from perceiver_core.registry.snapshot import RECORD, Attribute, Node, Record, each_partial_once, leaves, plain, snapshot
 
 T = TypeVar("T", bound=Callable[..., object])
 
@@ -53,10 +52,19 @@ def register(thing: T, *, name: str | None = None) -> T:
     name = name or thing.__qualname__
     if "<lambda>" in name:
         raise ValueError(f"{label(thing)} has no name of its own; write a function, or register(..., name='...')")
-    signature = _signature(thing) if inspect.isclass(thing) and thing not in _names else None
-    enter(thing, name)
-    if signature is not None:
-        _record_arguments(cast(type, thing), signature)
+    names = _argument_names(thing) if inspect.isclass(thing) and thing not in _names else None
+    taken = _named.get(name)
+    if taken is not None and label(taken) != label(thing):
+        raise ValueError(
+            f"name {name!r} is taken by {label(taken)}; register {label(thing)} with another: register(..., name='...')"
+        )
+    if taken is not None and taken is not thing and "<locals>" in taken.__qualname__:
+        # The same text with other variables around it is not the same thing.
+        _names.pop(taken, None)
+        _replaced[name] = _replaced.get(name, 0) + 1
+    _named[name], _names[thing] = thing, name
+    if names is not None:
+        _record_arguments(cast(type, thing), names)
     return thing
 
 
@@ -78,23 +86,21 @@ def register_external(thing: type, *arguments: str) -> None:
     _named[thing.__name__], _names[thing], _external[thing] = thing, thing.__name__, arguments
 
 
-def _signature(part: type) -> inspect.Signature:
-    """Return the signature of a constructor, if all arguments can be written by name."""
+def _argument_names(part: type) -> list[str]:
+    """Return the names of a constructor's arguments, if all can be written by name."""
     construct = part.__init__  # type: ignore[misc]
-    signature = inspect.signature(construct)
-    if construct in (nn.Module.__init__, object.__init__):  # those take *args and refuse them
-        return signature
-    for parameter in list(signature.parameters.values())[1:]:
+    parameters = list(inspect.signature(construct).parameters.values())[1:]
+    for parameter in parameters if construct not in (nn.Module.__init__, object.__init__) else ():
         if parameter.name in TAGS:
             raise ValueError(
                 f"{part.__qualname__} has an argument named {parameter.name!r}, which is reserved; rename it"
             )
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
             raise ValueError(f"{part.__qualname__} takes {parameter} without a name; take a list, or a named argument")
-    return signature
+    return [parameter.name for parameter in parameters]
 
 
-def _record_arguments(part: type, signature: inspect.Signature) -> None:
+def _record_arguments(part: type, names: list[str]) -> None:
     construct = cast(Callable[..., None], part.__init__)  # type: ignore[misc]
 
     @functools.wraps(construct)
@@ -104,53 +110,32 @@ def _record_arguments(part: type, signature: inspect.Signature) -> None:
         if type(self) is not part:  # a subclass calls its parent's constructor
             construct(self, *args, **kwargs)
             return
-        given = _by_name(signature, self, *args, **kwargs)
+        given = dict(zip(names, args, strict=False)) | kwargs  # too many or unknown ones are refused by the call
         # Copied before the call, which may change lists; the paths of modules are known only after it.
-        modules = {name: _copied(value) for name, value in given.items() if _holds_a_module(value)}
+        copies = {name: _copied(given[name]) for name in dict.fromkeys([*names, *given]) if name in given}
         with each_partial_once():
-            nodes = {name: None if name in modules else snapshot(value) for name, value in given.items()}
             construct(self, *args, **kwargs)
-            nodes.update((name, _kept(self, name, value)) for name, value in modules.items())
-        self.__dict__[RECORD] = Record(nodes)
+            self.__dict__[RECORD] = Record({name: _recorded(self, name, value) for name, value in copies.items()})
 
     part.__init__ = recording  # type: ignore[misc]
 
 
-def _by_name(signature: inspect.Signature, *args: object, **kwargs: object) -> dict[str, object]:
-    """Return the arguments of a call, those of `**kwargs` among them, without `self`."""
-    given: dict[str, object] = {}
-    try:
-        bound = signature.bind(*args, **kwargs)
-    except TypeError as error:
-        raise TypeError(f"{type(args[0]).__name__}: {error}") from None
-    for name, value in list(bound.arguments.items())[1:]:
-        flat = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
-        given.update(value if flat else {name: value})
-    return given
-
-
 def _copied(value: object) -> object:
-    """Return copies of lists and dictionaries, and other values unchanged."""
+    value = plain(value, mappings=True)
     if isinstance(value, dict):
         return {key: _copied(item) for key, item in value.items()}
     return [_copied(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _holds_a_module(value: object) -> bool:
-    if isinstance(value, (list, tuple)):
-        return any(map(_holds_a_module, value))
-    if isinstance(value, dict):
-        return any(map(_holds_a_module, value.values()))
-    return isinstance(value, nn.Module)
-
-
-def _kept(part: object, name: str, value: object) -> Node:
-    """Return the attribute paths at which a part keeps the modules of an argument.
+def _recorded(part: object, name: str, value: object) -> Node:
+    """Describe an argument; a module in it by the path of the attribute at which the part keeps it.
 
     The attribute of the argument's name has precedence over other paths. Modules that the part does not contain (it
     copies them, or uses them in its constructor only) are described as they are now.
     """
-    now = attribute(part, name)
+    if not any(isinstance(leaf, nn.Module) for leaf in leaves(value)):
+        return snapshot(value)
+    now = getattr(part, name, None)
     if isinstance(value, nn.Module) and isinstance(now, nn.Module):
         if now is value or not isinstance(now, (nn.ModuleList, nn.ModuleDict)):
             return Attribute(name)
@@ -160,15 +145,7 @@ def _kept(part: object, name: str, value: object) -> Node:
     elif isinstance(value, dict) and isinstance(now, nn.ModuleDict) and list(value) == list(now):
         return Attribute(name, several=True)
     inside = part.named_modules() if isinstance(part, nn.Module) else ()
-    return _found(value, {id(module): path for path, module in inside})
-
-
-def _found(value: object, paths: dict[int, str]) -> Node:
-    if isinstance(value, list):
-        return [_found(item, paths) for item in value]
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: _found(item, paths) for key, item in value.items()}
-    return Attribute(paths[id(value)]) if id(value) in paths else snapshot(value)
+    return snapshot(value, {id(module): path for path, module in inside})
 
 
 for _plain in (nn.Identity, nn.Tanh, nn.Sigmoid):

@@ -1,0 +1,174 @@
+"""Saving of models to folders, and loading.
+
+Loading builds registered parts only, on the meta device, and compares their shapes with the file before any memory is
+allocated, so that a small hostile file cannot request much. Saving builds the model in the same way from its
+configuration and compares it with the original before it writes, so that every saved folder can be loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from perceiver_core import registry
+from perceiver_core.checkpoints.folder import CONFIG, FORMAT, WEIGHTS, parse_config, read_at_most, write_atomically
+from perceiver_core.checkpoints.state import (
+    assign,
+    check_values,
+    model_differences,
+    spec_differences,
+    specs_in,
+    state_tensors,
+    tensor_specs,
+)
+
+
+def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
+    """Write a model to a folder, which is created if it does not exist.
+
+    Both files are written under temporary names before either is replaced, each in one step. A tensor that has
+    several names (tied weights, a part used twice) is written once.
+
+    Args:
+        model: Model of registered parts (all of the library's are). Parts that were passed to a constructor may have
+            been replaced since (`model.head = ...`); settings and inner layers may not. Of a model wrapped by
+            `torch.compile`, `DataParallel` or `DistributedDataParallel`, the model inside is saved.
+        folder: Folder to write.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: A part that is not registered, a model changed so that its constructor calls no longer describe it,
+            or tensors without values. Nothing is written then.
+
+    Example:
+        >>> import tempfile, torch
+        >>> import perceiver_core as pc
+        >>> encoder = pc.Encoder(10, num_latents=7, dim=32, depth=1, num_heads=4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     again = pc.load(pc.save(encoder, folder))
+        >>> torch.equal(again.latents, encoder.latents)
+        True
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    model, folder = unwrapped(model), Path(folder)
+    for path, module in model.named_modules():
+        if _is_compiled(module):
+            raise ValueError(
+                f"{path} is wrapped by torch.compile, which changes the names of its weights. Compile it in place with "
+                "its method compile(), or put the module inside, its attribute _orig_mod, back in its place"
+            )
+    tensors = state_tensors(model)  # first: what wraps tensors may change classes too (fully_shard)
+    config = {"library": "perceiver_core", "format": FORMAT, "model": registry.to_config(model)}
+    text = json.dumps(config, indent=2, allow_nan=False) + "\n"
+    built = _build_without_values(parse_config(text, f"the {CONFIG} of {type(model).__name__}"), len(tensors))
+    different = model_differences(built, model)
+    different = different or spec_differences(tensor_specs(state_tensors(built)), tensor_specs(tensors))
+    if different:
+        raise ValueError(
+            f"{type(model).__name__} is no longer as its constructor built it: {different}. "
+            "Replace whole parts (model.head = ...), or register a part whose constructor makes this"
+        )
+    check_values(tensors)
+    values = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    files: dict[Path, Callable[[Path], object]] = {
+        folder / WEIGHTS: lambda path: save_file(values, path, metadata={"format": "pt"})
+    }
+    if not (folder / CONFIG).is_file() or (folder / CONFIG).read_bytes() != text.encode():
+        files[folder / CONFIG] = lambda path: path.write_bytes(text.encode())
+    write_atomically(files)
+    return folder
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model without the wrappers of torch.compile and data parallelism."""
+    if isinstance(model, DataParallel | DistributedDataParallel):
+        return unwrapped(model.module)
+    return unwrapped(model._orig_mod) if _is_compiled(model) else model  # type: ignore[arg-type]
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    # By its name: importing the class would load the compiler.
+    return type(module).__name__ == "OptimizedModule" and isinstance(getattr(module, "_orig_mod", None), nn.Module)
+
+
+def load(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> nn.Module:
+    """Load a model from a folder that `save` wrote, in evaluation mode.
+
+    Nothing in the files is executed: only registered parts are built, see `register`. Weights keep the dtype that they
+    were saved in.
+
+    Args:
+        folder: Folder to read.
+        device: Device of the weights.
+
+    Returns:
+        The model, an instance of the class that was saved.
+
+    Raises:
+        FileNotFoundError: No such folder, or a file missing in it.
+        ValueError: Files that are truncated, of another or newer format, name parts that are not
+            registered, or do not fit each other.
+
+    Example:
+        >>> import tempfile, torch
+        >>> import perceiver_core as pc
+        >>> audio = pc.adapters.Audio(patch_size=4, positions=None)
+        >>> model = pc.Perceiver(audio, pc.Encoder(audio.dim, num_latents=3, dim=8), pc.heads.Identity())
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     again = pc.load(pc.save(model, folder))
+        >>> again(torch.zeros(2, 99)).shape
+        torch.Size([2, 3, 8])
+    """
+    folder, device = Path(folder), torch.device(device)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} does not exist; give load the folder that save wrote")
+    config = parse_config(read_at_most(folder / CONFIG), f"{folder / CONFIG}")
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            specs = specs_in(file)
+            model = _build_without_values(config, len(specs))
+            different = spec_differences(tensor_specs(state_tensors(model)), specs)
+            if different:
+                raise ValueError(f"{folder / WEIGHTS} does not fit {CONFIG}: {different}. Copy both from one save")
+            # Copies: tensors are views of the file, which may be overwritten.
+            assign(model, {name: file.get_tensor(name).to(device, copy=True) for name in specs})
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is not a whole safetensors file: {error}. Copy it again") from error
+    return model.eval()
+
+
+def _build_without_values(config: registry.Json, tensors: int) -> nn.Module:
+    """Build a model on the meta device, without memory; the number of tensors limits the number of modules.
+
+    Raises:
+        ValueError: A configuration of anything but a module, too many modules, or a tensor outside of the state.
+    """
+    # A block has fewer modules than tensors; adapters, activations and dropout have no tensors, but are few.
+    with torch.device("meta"), registry.at_most(8 * tensors + 1024):
+        model = registry.from_config(config)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{CONFIG} describes a {type(model).__name__}, not a module; give save a model")
+    saved = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+    for path, module in model.named_modules():
+        own = {**dict(module.named_buffers(recurse=False)), **dict(module.named_parameters(recurse=False))}
+        lost = [name for name, tensor in own.items() if id(tensor) not in saved]
+        lost += [name for name, value in vars(module).items() if isinstance(value, Tensor) and value.is_meta]
+        if lost:
+            raise ValueError(
+                f"{path or 'the model'} ({type(module).__name__}) has a tensor {lost[0]!r} that is in no file. Keep it "
+                f"in a buffer that is saved, self.register_buffer({lost[0]!r}, ...), or compute it in forward"
+            )
+    return model
