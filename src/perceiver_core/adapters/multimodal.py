@@ -99,7 +99,7 @@ class Multimodal(nn.Module):
             raise ValueError(f"inputs must have one batch size; got {batches}")
         if self.training and any(self.modality_dropout.get(name) for name in each):
             each = self._drop_modalities(each)
-        parts, on_grids = [], dict.fromkeys(self.adapters)
+        parts, on_grids = [], dict.fromkeys(list(self.adapters.keys()))
         for name, tokens in each.items():
             content, on_grids[name] = self._join(name, tokens)
             parts.append(content)

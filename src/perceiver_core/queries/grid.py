@@ -81,7 +81,7 @@ class Grid(nn.Module):
 
 def _rows(table: Tensor, indices: list[Tensor]) -> Tensor:
     """Return the rows of a table that broadcasts over the grid, at an index along each axis."""
-    return table[tuple([index * (size > 1) for index, size in zip(indices, table.shape, strict=False)])]
+    return table[tuple([index * (size > 1) for index, size in zip(indices, table.shape[:-1], strict=True)])]
 
 
 def _unravel(flat: Tensor, grid: Sequence[int]) -> list[Tensor]:
