@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TypeVar
 
@@ -103,11 +103,11 @@ class Decoder(nn.Module):
         if isinstance(queries, dict):
             joined, sizes = _join(latents, queries)
             joined_mask = None if mask is None else _join_masks(mask, queries, latents, sizes)
-            outputs = self._decode(latents, self._checked(latents, joined, joined_mask), joined_mask, capture)
+            outputs = self._decode(latents, joined, joined_mask, capture)
             return dict(zip(queries, torch.split(outputs, sizes, dim=1), strict=True))
         if mask is not None and not isinstance(mask, Tensor):
             raise TypeError(f"mask must be a boolean tensor b q, as the queries are a tensor; got {mask!r:.80}")
-        return self._decode(latents, self._checked(latents, queries, mask), mask, capture)
+        return self._decode(latents, queries, mask, capture)
 
     def attention_map(
         self,
@@ -140,8 +140,10 @@ class Decoder(nn.Module):
         sizes = [x.shape[1] for x in outputs.values()]
         return dict(zip(queries, torch.split(capture.result(), sizes, dim=2), strict=True))
 
-    def _checked(self, latents: Tensor, queries: Tensor, mask: Tensor | None) -> Tensor:
-        """Return the queries with a batch axis, after checks."""
+    def _decode(
+        self, latents: Tensor, queries: Tensor, mask: Tensor | None, capture: AttentionCapture | None
+    ) -> Tensor:
+        """Check the queries, and decode them at once or in chunks."""
         checks.is_floating("queries", queries)
         queries = _batched(queries)
         checks.has_shape("queries", queries, "b q e", last=self.query_dim)
@@ -153,20 +155,14 @@ class Decoder(nn.Module):
             )
         if mask is not None:
             checks.is_mask("mask", mask, (len(latents), queries.shape[1]))
-        return queries
-
-    def _decode(
-        self, latents: Tensor, queries: Tensor, mask: Tensor | None, capture: AttentionCapture | None
-    ) -> Tensor:
         if self.chunk_size is None or queries.shape[1] <= self.chunk_size or capture is not None:
             return self._decode_chunk(latents, queries, mask, capture)
-        outputs = []
-        for chunk, chunk_mask in _chunks(queries, mask, self.chunk_size):
-            if torch.is_grad_enabled():
-                outputs.append(checkpoint(self._decode_chunk, latents, chunk, chunk_mask, use_reentrant=False))
-            else:
-                outputs.append(self._decode_chunk(latents, chunk, chunk_mask))
-        return torch.cat(outputs, dim=1)
+        chunks = torch.split(queries, self.chunk_size, dim=1)
+        chunk_masks = [None] * len(chunks) if mask is None else torch.split(mask, self.chunk_size, dim=1)
+        decode: Callable[..., Tensor] = self._decode_chunk
+        if torch.is_grad_enabled():
+            decode = partial(checkpoint, self._decode_chunk, use_reentrant=False)
+        return torch.cat([decode(latents, *chunk) for chunk in zip(chunks, chunk_masks, strict=True)], dim=1)
 
     def _decode_chunk(
         self, latents: Tensor, queries: Tensor, mask: Tensor | None, capture: AttentionCapture | None = None
@@ -216,9 +212,3 @@ def _join_masks(
 
 def _batched(queries: Tensor) -> Tensor:
     return queries[None] if queries.ndim == 2 else queries
-
-
-def _chunks(queries: Tensor, mask: Tensor | None, chunk_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    for start in range(0, queries.shape[1], chunk_size):
-        chunk = slice(start, start + chunk_size)
-        yield queries[:, chunk], None if mask is None else mask[:, chunk]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from perceiver_core import checks, sharing
 from perceiver_core.blocks import CrossAttend, LatentTransformer
-from perceiver_core.blocks.attention_residual import Aggregate, aggregate_states
+from perceiver_core.blocks.attention_residual import Aggregate
 from perceiver_core.blocks.factory import build
 from perceiver_core.layers import init
 from perceiver_core.masks import Mask
@@ -20,8 +20,6 @@ from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
 Input: TypeAlias = Tokens | Tensor
-ReadKey: TypeAlias = tuple[int, int]
-"""Index of the weights of a read, and index of its input."""
 
 
 @register
@@ -93,9 +91,9 @@ class Encoder(nn.Module):
         self.transformers = nn.ModuleList(
             build(latent_transformer, dim, depth=depth, num_heads=num_heads) for _ in range(num_transformers)
         )
-        self.aggregates = (
-            None if aggregate is None else nn.ModuleList(build(aggregate, dim) for _ in range(num_transformers))
-        )
+        self.aggregates = None
+        if aggregate is not None:
+            self.aggregates = nn.ModuleList(build(aggregate, dim) for _ in range(num_transformers))
 
     def forward(
         self,
@@ -115,30 +113,43 @@ class Encoder(nn.Module):
             TypeError, ValueError: Inputs of another width, dtype, device or number.
         """
         given = self._inputs(inputs)
-        keys = self._read_keys(given)
+        # (weight index, input index) of each step; inputs that are the same object share an index
+        first = [min(i for i, other in enumerate(given) if other is x) for x in given]
+        keys = [(number, first[step % len(given)]) for step, number in enumerate(self.sharing.reads)]
         captured = -1 if capture is None else _index(capture.read, len(keys))
-        shared = _SharedMemories(keys)
+        caches: dict[tuple[int, int], SharedMemory] = {}  # of memories that several reads share
         x: Tensor = self.latent_dropout(self.latents.unsqueeze(0))  # a batch of 1 until the first read
         states = [x]
         try:
-            for step, (read, source) in enumerate(keys):
-                tokens, options = shared.arguments(step, self.reads[read], given[source], mask, x.shape[1])
+            for step, key in enumerate(keys):
+                read, later = self.reads[key[0]], keys[step + 1 :]
+                tokens: Input | Memory = given[key[1]]
+                options: dict[str, object] = {}
                 if capture is not None and step == captured:
-                    options["capture"] = capture
-                    capture.grid = given[source].grid if isinstance(given[source], Tokens) else None  # type: ignore[union-attr]
-                x = self.reads[read](x, tokens, **options)
+                    options["capture"], capture.grid = capture, getattr(tokens, "grid", None)
+                shared = caches.get(key)
+                if shared is not None and shared.memory is not None:
+                    tokens = shared.memory
+                else:
+                    options["mask"] = mask
+                    # Inputs used once are not cached, so that a read may compute their keys and values again.
+                    if key in later and getattr(read, "accepts_cache", False):
+                        caches[key] = options["cache"] = SharedMemory(num_queries=x.shape[1] * keys.count(key))
+                x = read(x, tokens, **options)
                 del tokens, options  # a memory that no later read needs is freed before the latent transformer
-                if shared.caches:
-                    shared.release(step)
+                # A reentrant checkpoint leaves a memory without a graph, which later reads cannot use.
+                if key in caches and (key not in later or not caches[key].has_graph()):
+                    caches.pop(key).release()
                 if step == captured:
                     return x
                 number = self.sharing.transformers[step]
                 x = self.transformers[number](x)
                 if self.aggregates is not None:
-                    x = aggregate_states(self.aggregates[number], states, x)
-        finally:
-            if shared.caches:
-                shared.release_all()
+                    states.append(x)
+                    x = self.aggregates[number](states)
+        finally:  # also after an error: a checkpoint keeps its arguments, and with them the caches
+            for cache in caches.values():
+                cache.release()
         return x
 
     def attention_map(
@@ -187,45 +198,6 @@ class Encoder(nn.Module):
             if any(batch != batches[0] for batch in batches[1:]):
                 raise ValueError(f"inputs of all reads must have one batch size; got {batches}")
         return given
-
-    def _read_keys(self, given: list[Input]) -> list[ReadKey]:
-        """Return (weight index, input index) of each step; inputs that are the same object share an index."""
-        first = [min(i for i, other in enumerate(given) if other is x) for x in given]
-        return [(number, first[step % len(given)]) for step, number in enumerate(self.sharing.reads)]
-
-
-class _SharedMemories:
-    """Memories that the reads of one forward pass share, by their weights and input."""
-
-    def __init__(self, keys: list[ReadKey]) -> None:
-        self.keys = keys
-        self.caches: dict[ReadKey, SharedMemory] = {}
-
-    def arguments(
-        self, step: int, read: nn.Module, tokens: Input, mask: Mask | None, num_latents: int
-    ) -> tuple[Input | Memory, dict[str, object]]:
-        """Return the input and keyword arguments of a read: a shared memory, or the tokens and a cache."""
-        key = self.keys[step]
-        memory = self.caches[key].memory if key in self.caches else None
-        if memory is not None:
-            return memory, {}
-        options: dict[str, object] = {"mask": mask}
-        # Inputs used once are not cached, so that a read may compute their keys and values again.
-        if key in self.keys[step + 1 :] and getattr(read, "accepts_cache", False):
-            self.caches[key] = options["cache"] = SharedMemory(num_queries=num_latents * self.keys.count(key))
-        return tokens, options
-
-    def release(self, step: int) -> None:
-        """Drop the memory of a read if no later read needs it, or if a reentrant checkpoint left it without a graph."""
-        cache = self.caches.get(self.keys[step])
-        if cache is not None and (self.keys[step] not in self.keys[step + 1 :] or not cache.has_graph()):
-            del self.caches[self.keys[step]]
-            cache.release()
-
-    def release_all(self) -> None:
-        """Drop all memories, also after an error: a checkpoint keeps its arguments, and with them the caches."""
-        for cache in self.caches.values():
-            cache.release()
 
 
 def _index(read: int, num_reads: int) -> int:

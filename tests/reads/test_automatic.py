@@ -135,7 +135,9 @@ def test_a_user_defined_attention_needs_no_strategy(strategy):
 @pytest.mark.refusal
 def test_a_read_that_no_strategy_can_compute_raises():
     read = read_of(tokens_of((5, 13)), strategy=Auto(strategies=[Structured()]))
-    with pytest.raises(ValueError, match=r"can compute this read: the input is a tensor.*Add reads\.Dense"):
+    with pytest.raises(
+        ValueError, match=r"cannot compute this read: the input is a tensor.*such as reads\.Auto\(\) or reads\.Dense"
+    ):
         read(queries(), torch.randn(2, 65, read.input_dim, dtype=torch.float64))
 
 

@@ -14,8 +14,8 @@ from tests.reads.cases import images, model_of
 
 
 def test_the_command_prints_constants_that_can_be_used(monkeypatch, capsys):
-    """Measures as briefly as possible; a model then chooses by the result."""
-    monkeypatch.setattr(commands, "calibrate", partial(calibration.calibrate, seconds=0.0))
+    """Measures briefly; a model then chooses by the result."""
+    monkeypatch.setattr(commands, "calibrate", partial(calibration.calibrate, seconds=0.1))
     monkeypatch.setattr("sys.argv", ["perceiver_core", "costs"])
     commands.main()
     *table, _, call = capsys.readouterr().out.splitlines()
@@ -31,7 +31,7 @@ def test_the_command_prints_constants_that_can_be_used(monkeypatch, capsys):
 
 
 def test_constants_of_the_grid_loop_keep_their_defaults_without_it(monkeypatch):
-    monkeypatch.setattr(calibration, "_median", lambda work, seconds, device: 1.0)
+    monkeypatch.setattr(calibration, "_median", lambda work, seconds: 1.0)
     monkeypatch.setattr(calibration, "missing_kernel", lambda device, channels: "no compiler")
     machine = calibration.calibrate(seconds=0.0)
     assert (machine.pair, machine.channel, machine.blocks) == (
@@ -41,7 +41,7 @@ def test_constants_of_the_grid_loop_keep_their_defaults_without_it(monkeypatch):
     )
 
 
-def test_the_median_of_at_least_three_calls():
+def test_a_call_is_measured_after_a_warm_up():
     calls = []
-    assert calibration._median(lambda: calls.append(1), 0.0, "cpu") >= 0
-    assert len(calls) == 4  # one for warm-up
+    assert 0 < calibration._median(lambda: calls.append(1), 0.0) < 1
+    assert len(calls) > 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from perceiver_core import MultiHeadAttention, masks
+from perceiver_core import masks
 from perceiver_core.kernels import reference
 from perceiver_core.positions import Rotary
 from perceiver_core.reads import Dense, KeysValues, Machine, Sizes
@@ -118,10 +118,6 @@ class TestKeysValues:
         assert torch.equal(both.keys, torch.cat([first.keys, later.keys], 2))
         assert torch.equal(both.values, torch.cat([first.values, later.values], 2))
         assert both.mask is None
-
-    def test_it_is_its_own_memory(self):
-        memory = KeysValues(draw(B, 3, 4, 4), draw(B, 3, 4, 5))
-        assert memory.memory(MultiHeadAttention(4, num_heads=1)) is memory
 
 
 def test_grouped_queries_save_projections_and_not_the_kernel():

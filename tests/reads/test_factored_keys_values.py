@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from perceiver_core import MultiHeadAttention, masks
+from perceiver_core import masks
 from perceiver_core.kernels import reference
 from perceiver_core.reads.factored_keys_values import AttendSlab
 from tests.reads.factored_cases import (
@@ -117,11 +117,6 @@ def test_a_mask_besides_its_own_and_dropout_use_the_kernel(masked: bool, attend_
     out = memory.attend(case.q, kernel, mask=causal)
     torch.testing.assert_close(out, formed.attend(case.q, reference, mask=causal), rtol=0.0, atol=1e-10)
     assert calls == [0.25, 0.0]
-
-
-def test_it_is_its_own_memory() -> None:
-    memory = factored_memory(make(), "layer norm")
-    assert memory.memory(MultiHeadAttention(4, num_heads=1)) is memory
 
 
 @each_form

@@ -17,15 +17,15 @@ import perceiver_core as pc
 from perceiver_core import explain_reads, masks, reads
 from perceiver_core.positions import Rotary
 from perceiver_core.reads import Auto, Dense, Factored, KeysValuesCache, ReadContext, SharedMemory, Source, Structured
-from perceiver_core.reads.source import listening
+from perceiver_core.reads.strategy import listening
 from tests.reads.cases import EXACT, images, memory_of, model_of, outcome, queries, read_of, tokens_of
 
 
 @contextmanager
 def recorded_reads():
-    """The reads of this thread, with their strategies."""
+    """The reads of this thread."""
     contexts = []
-    with listening(lambda context, strategy: contexts.append((context, strategy))):
+    with listening(contexts.append):
         yield contexts
 
 
@@ -59,8 +59,8 @@ class TestSource:
         read = read_of(tokens, rotary=Rotary(2))
         source = Source(tokens, read.input_norm, Recorded(), masks.Causal(), places, 17)
         memory = source.memory(read.attention)
-        expected = ReadContext(read.attention, read.input_norm, tokens, masks.Causal(), places, 17)
-        assert len(seen) == 1 and all(a is e or a == e for a, e in zip(seen[0], expected, strict=True))
+        expected = ReadContext(read.attention, source)
+        assert seen == [expected] and seen[0].attention is read.attention and seen[0].source is source
         torch.testing.assert_close(memory.keys, Dense().prepare(expected).keys, **EXACT)
 
 
@@ -79,7 +79,7 @@ class TestSharedMemory:
         for count, expected in ((None, 2), (512, 512)):
             with recorded_reads() as contexts:
                 memory_of(read, x, tokens, num_queries=count)
-            assert [context.num_queries for context, _ in contexts] == [expected]
+            assert [context.source.num_queries for context in contexts] == [expected]
 
     @each_strategy
     @pytest.mark.parametrize("masked", [False, True])
@@ -162,7 +162,7 @@ class TestRecord:
             assert done.wait(60)
             ours(x, tokens)
         thread.join()
-        assert [(context.attention, strategy) for context, strategy in contexts] == [(ours.attention, Dense())]
+        assert [(context.attention, context.source.strategy) for context in contexts] == [(ours.attention, Dense())]
         torch.testing.assert_close(results[0], theirs(x, tokens), **EXACT)
 
     def test_a_report_has_the_reads_of_its_thread(self):
@@ -204,4 +204,4 @@ class TestRecord:
         del model
         gc.collect()
         assert alive() is None and len(report) == 2
-        assert reads.source._listeners == {}
+        assert not any(vars(reads.strategy._thread).values())

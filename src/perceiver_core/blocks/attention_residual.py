@@ -55,9 +55,3 @@ class AttentionResidual(nn.Module):
         stacked = torch.stack([x.expand_as(arrays[-1]) for x in arrays], dim=-2)
         weights = self.expand(self.project(self.norm(stacked))).softmax(-2)
         return (weights * stacked).sum(-2)
-
-
-def aggregate_states(aggregate: nn.Module, states: list[Tensor], x: Float[Tensor, "b m d"]) -> Float[Tensor, "b m d"]:
-    """Append a block's output to the previous ones, and return the result of `aggregate` for all."""
-    states.append(x)
-    return aggregate(states)

@@ -8,7 +8,7 @@ from typing import cast
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from perceiver_core import checks, masks
+from perceiver_core import checks
 from perceiver_core.blocks import gates
 from perceiver_core.blocks.factory import build, takes_argument
 from perceiver_core.blocks.gates import Residual
@@ -16,7 +16,7 @@ from perceiver_core.blocks.mlp import MLP
 from perceiver_core.blocks.multi_head_attention import MultiHeadAttention
 from perceiver_core.masks import Mask
 from perceiver_core.reads import Auto, Memory, ReadContext, Source, Strategy, check_strategy
-from perceiver_core.reads.source import AttentionCapture, Cache
+from perceiver_core.reads.caches import AttentionCapture, Cache
 from perceiver_core.reads.strategy import Attention
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
@@ -122,19 +122,19 @@ class CrossAttend(nn.Module):
             self._check(tokens)
             grows = cache is not None and cache.appends  # then the mask covers the cached keys too
             num_queries = x.shape[1] if cache is None or cache.num_queries is None else cache.num_queries
-            token_mask, mask = (None if grows else mask), (mask if grows else None)
+            token_mask, mask = (None, mask) if grows else (mask, None)
             source = Source(tokens, self.input_norm, self.strategy, token_mask, token_positions, num_queries)
             if getattr(self.attention, "accepts_source", False):
                 inputs = source
                 if cache is not None and getattr(self.attention, "accepts_cache", False):
                     options["cache"] = cache
             else:
-                inputs, mask = source.normalized(), masks.and_(source.whole_mask(), masks.from_token_mask(mask))
+                inputs, mask = source.normalized(), source.whole_mask()
             if grows and "cache" not in options:
                 raise TypeError(
                     f"cache of keys and values needs MultiHeadAttention; got {type(self.attention).__name__}"
                 )
-        elif not hasattr(tokens, "memory"):
+        elif not hasattr(tokens, "attend"):
             raise TypeError(f"tokens must be Tokens, a tensor b n c or a memory; got {type(tokens).__name__}")
         attended = self.dropout(self.attention(self.query_norm(x), inputs, mask=mask, **options))
         x = x + attended if self.residual is True else gates.combine(self.residual, x, attended)
@@ -155,7 +155,7 @@ class CrossAttend(nn.Module):
         """
         self._check(tokens)
         attention = cast(Attention, self.attention)
-        return ReadContext(attention, self.input_norm, tokens, mask, num_queries=num_queries)
+        return ReadContext(attention, Source(tokens, self.input_norm, self.strategy, mask, num_queries=num_queries))
 
     def _check(self, tokens: Tokens | Tensor) -> None:
         """Raise unless the tokens can be normalized and projected."""

@@ -13,7 +13,7 @@ from perceiver_core import checks, masks
 from perceiver_core.blocks.factory import build
 from perceiver_core.blocks.mlp import MLP
 from perceiver_core.blocks.multi_head_attention import MultiHeadAttention
-from perceiver_core.reads.source import AttentionCapture
+from perceiver_core.reads.caches import AttentionCapture
 from perceiver_core.registry import register
 
 

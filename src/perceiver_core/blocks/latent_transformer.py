@@ -8,11 +8,11 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from perceiver_core import checks
-from perceiver_core.blocks.attention_residual import Aggregate, aggregate_states
+from perceiver_core.blocks.attention_residual import Aggregate
 from perceiver_core.blocks.factory import build
 from perceiver_core.blocks.self_attend import SelfAttend
 from perceiver_core.masks import Mask
-from perceiver_core.reads.source import Cache
+from perceiver_core.reads.caches import Cache
 from perceiver_core.registry import register
 
 
@@ -98,5 +98,6 @@ class LatentTransformer(nn.Module):
                 options["cache"] = caches[layer]
             x = self.blocks[number](x, mask=mask, **options)
             if self.aggregates is not None:
-                x = aggregate_states(self.aggregates[number], states, x)
+                states.append(x)
+                x = self.aggregates[number](states)
         return x

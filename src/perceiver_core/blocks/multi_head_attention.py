@@ -12,9 +12,9 @@ from perceiver_core.blocks.factory import build, takes_argument
 from perceiver_core.kernels import fastest
 from perceiver_core.layers import init
 from perceiver_core.masks import Mask
+from perceiver_core.reads.caches import AttentionCapture, Cache
 from perceiver_core.reads.dense import project, rotate, split_heads
-from perceiver_core.reads.source import AttentionCapture, Cache
-from perceiver_core.reads.strategy import AttentionInput, Memory
+from perceiver_core.reads.strategy import Memory, Source
 from perceiver_core.registry import register
 
 
@@ -105,7 +105,7 @@ class MultiHeadAttention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "#b m d"],
-        inputs: Float[Tensor, "#b n c"] | AttentionInput | None = None,
+        inputs: Float[Tensor, "#b n c"] | Source | Memory | None = None,
         *,
         mask: Mask | None = None,
         positions: Shaped[Tensor, "*#b m"] | None = None,
@@ -126,8 +126,10 @@ class MultiHeadAttention(nn.Module):
         memory: Memory
         if inputs is None:
             memory = project(self, x, positions)
+        elif isinstance(inputs, Tensor):
+            memory = project(self, inputs)
         else:
-            memory = project(self, inputs) if isinstance(inputs, Tensor) else inputs.memory(self)
+            memory = inputs.memory(self) if isinstance(inputs, Source) else inputs
         if cache is not None:
             memory = cache.update(memory)
         q = self.query_norm(split_heads(self.query(x), self.num_heads))

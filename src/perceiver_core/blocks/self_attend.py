@@ -14,7 +14,7 @@ from perceiver_core.blocks.gates import Residual
 from perceiver_core.blocks.mlp import MLP
 from perceiver_core.blocks.multi_head_attention import MultiHeadAttention
 from perceiver_core.masks import Mask
-from perceiver_core.reads.source import Cache
+from perceiver_core.reads.caches import Cache
 from perceiver_core.registry import register
 
 

@@ -11,9 +11,9 @@ from torch import nn
 
 from perceiver_core import checks
 from perceiver_core.kernels import fastest, sdpa
-from perceiver_core.kernels.sdpa import Kernel, kernel_for
-from perceiver_core.reads import Auto, Cost, Dense, Factored, Machine, ReadContext, Sizes, Strategy, Structured
-from perceiver_core.reads.source import listening
+from perceiver_core.kernels.sdpa import kernel_for
+from perceiver_core.reads import Auto, Cost, Decision, Dense, Factored, ReadContext, Sizes, Strategy, Structured
+from perceiver_core.reads.strategy import listening
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ def explain_reads(model: nn.Module, *inputs: object, **options: object) -> ReadE
     names = {id(part): name.rpartition(".")[0] for name, part in model.named_modules()}
     reads: list[ReadExplanation] = []
 
-    def explain(context: ReadContext, strategy: Strategy) -> None:
-        reads.append(_explanation(names.get(id(context.attention), ""), strategy, context))
+    def explain(context: ReadContext) -> None:
+        reads.append(_explanation(names.get(id(context.attention), ""), context))
 
     with listening(explain), _frozen_state(model), torch.random.fork_rng(devices=[]), torch.no_grad():
         model(*inputs, **options)
@@ -122,46 +122,36 @@ def _frozen_state(model: nn.Module) -> Iterator[None]:
             generator.set_state(state)
 
 
-def _explanation(name: str, strategy: Strategy, context: ReadContext) -> ReadExplanation:
+def _explanation(name: str, context: ReadContext) -> ReadExplanation:
+    strategy = context.source.strategy
     choice = strategy if isinstance(strategy, Auto) else Auto(strategies=[strategy])
     decision = choice.choose(context)
-    others = [other for other in (Structured(), Factored(), Dense()) if other != decision.strategy]
-    forced = [] if choice is strategy else ["forced"]
-    reasons = [
-        _reason(other, context, decision.sizes, decision.machine, allowed=other in choice.strategies)
-        for other in others
-    ]
-    why = "; ".join([*forced, *_kernel_note(decision.strategy, context), *reasons])
-    return ReadExplanation(name, decision.sizes, decision.strategy, decision.cost, why)
+    reasons = [] if choice is strategy else ["forced"]
+    reasons += _kernel_note(decision.strategy, context)
+    for other in (Structured(), Factored(), Dense()):
+        if other != decision.strategy:
+            reasons.append(_reason(other, context, decision, allowed=other in choice.strategies))
+    return ReadExplanation(name, decision.sizes, decision.strategy, decision.cost, "; ".join(reasons))
 
 
-def _reason(strategy: Strategy, context: ReadContext, sizes: Sizes, machine: Machine, *, allowed: bool) -> str:
+def _reason(strategy: Strategy, context: ReadContext, decision: Decision, *, allowed: bool) -> str:
     if reason := strategy.why_not(context):
         return f"{_name(strategy)} cannot: {reason}"
     if isinstance(strategy, Structured) and (missing := strategy.missing(context)):
         return f"{_name(strategy)} is slow here: {missing}"
-    return f"{_name(strategy)} {_milliseconds(strategy.cost(sizes, machine), sizes)} ms" + (
-        "" if allowed else " (not allowed)"
-    )
+    cost = strategy.cost(decision.sizes, decision.machine)
+    return f"{_name(strategy)} {_milliseconds(cost, decision.sizes)} ms" + ("" if allowed else " (not allowed)")
 
 
 def _kernel_note(strategy: Strategy, context: ReadContext) -> list[str]:
-    """Return the kernel of a read on CUDA, where it depends on the inputs."""
-    if context.content.device.type != "cuda" or isinstance(strategy, Structured):
+    """Return the name of PyTorch's kernel for a read on CUDA, where it depends on the inputs."""
+    attention, source = context
+    device = source.content.device
+    if device.type != "cuda" or isinstance(strategy, Structured) or attention.kernel not in (fastest, sdpa):
         return []
-    kernel = sdpa_kernel_of(context)
-    return [] if kernel is None else [f"by the {kernel.name} kernel" + (f" ({kernel.why})" if kernel.why else "")]
-
-
-def sdpa_kernel_of(context: ReadContext) -> Kernel | None:
-    """Return PyTorch's kernel for the keys and values of a read; None for other attention kernels."""
-    attention = context.attention
-    if attention.kernel not in (fastest, sdpa):
-        return None
-    key, value = attention.key, attention.value
-    key_dim, value_dim = (layer.weight.shape[0] // attention.num_kv_heads for layer in (key, value))
-    content = context.content
-    return kernel_for(key_dim, value_dim, checks.product_dtype(content), content.device, context.whole_mask())
+    key_dim, value_dim = (part.weight.shape[0] // attention.num_kv_heads for part in (attention.key, attention.value))
+    kernel = kernel_for(key_dim, value_dim, checks.product_dtype(source.content), device, source.whole_mask())
+    return [f"by the {kernel.name} kernel" + (f" ({kernel.why})" if kernel.why else "")]
 
 
 def _row(read: ReadExplanation) -> tuple[str, ...]:

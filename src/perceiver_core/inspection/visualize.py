@@ -7,6 +7,7 @@ without a window: `figure.savefig("map.png")`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 # A colorblind-safe cycle (Okabe and Ito): one color for each set of weights.
 _COLORS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#0072B2", "#D55E00")
-_NO_MATPLOTLIB = 'figures need matplotlib: pip install "perceiver-core[plots]"'
 
 
 @torch.no_grad()
@@ -101,7 +101,7 @@ def overlay(
         raise ValueError(f"strength must lie in [0, 1]; got {strength}")
     checks.has_shape("weights", weights, "rows columns")
     resized = F.interpolate(weights.detach().float().cpu()[None, None], image.shape[1:], mode="bilinear")[0, 0]
-    heat = _colored(_stretched(resized).numpy(), "inferno")
+    heat = _matplotlib().colormaps["inferno"](_stretched(resized).numpy())[..., :3]
     base = _stretched(image.detach().float().cpu()).expand(3, -1, -1).permute(1, 2, 0).numpy()
     return (((1 - strength) * base + strength * heat) * 255).round().astype(np.uint8)
 
@@ -199,19 +199,18 @@ def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> 
 
 
 def _figure(width: float, height: float) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(_NO_MATPLOTLIB) from error
+    _matplotlib()
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _colored(values: Float[np.ndarray, "h w"], colormap: str) -> Float[np.ndarray, "h w 3"]:
+def _matplotlib() -> ModuleType:
     try:
-        from matplotlib import colormaps
+        import matplotlib
     except ImportError as error:
-        raise ImportError(_NO_MATPLOTLIB) from error
-    return np.asarray(colormaps[colormap](values))[..., :3]
+        raise ImportError('figures need matplotlib: pip install "perceiver-core[plots]"') from error
+    return matplotlib
 
 
 def _stretched(x: Tensor) -> Tensor:

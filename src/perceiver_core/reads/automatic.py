@@ -12,7 +12,7 @@ import torch
 from perceiver_core.reads.dense import Dense
 from perceiver_core.reads.factored import Factored
 from perceiver_core.reads.machine import DEFAULTS, MEASURED_CPU, Machine
-from perceiver_core.reads.strategy import Cost, Memory, ReadContext, Sizes, Strategy, check_strategy
+from perceiver_core.reads.strategy import Cost, Memory, ReadContext, Sizes, Strategy, check_strategy, unable
 from perceiver_core.reads.structured import Structured
 from perceiver_core.registry import register
 
@@ -81,6 +81,8 @@ class Auto:
 
     def why_not(self, context: ReadContext) -> str:
         """Return why none of the strategies can compute a read; empty if one can."""
+        if not self.strategies[-1].why_not(context):  # usually Dense, which computes every read
+            return ""
         reasons = [strategy.why_not(context) for strategy in self.strategies]
         return "" if "" in reasons else "; ".join(reasons)
 
@@ -113,10 +115,7 @@ class Auto:
                 return Decision(strategy, sizes, machine)
             slow = slow or strategy
         if slow is None:
-            raise ValueError(
-                f"no strategy of {list(self.strategies)} can compute this read: {self.why_not(context)}. "
-                "Add reads.Dense()"
-            )
+            raise unable(self, self.why_not(context))
         return Decision(slow, sizes, machine)
 
     def prepare(self, context: ReadContext) -> Memory:

@@ -23,7 +23,7 @@ def merged_axes(tokens: Tokens) -> tuple[int, ...]:
         (5, 21)
     """
     grid = tokens.content.shape[1:-1]
-    return tuple([prod(grid[first : last + 1]) for first, last in _groups(_spans(tokens), len(grid))])
+    return tuple([prod(grid[start:end]) for start, end in _groups(_spans(tokens), len(grid))])
 
 
 def axis_tables(tokens: Tokens, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[Float[Tensor, "size p"], ...]]:
@@ -33,21 +33,21 @@ def axis_tables(tokens: Tokens, dtype: torch.dtype) -> tuple[tuple[int, ...], tu
     """
     grid, spans = tokens.content.shape[1:-1], _spans(tokens)
     groups = _groups(spans, len(grid))
-    axes = tuple([prod(grid[first : last + 1]) for first, last in groups])
+    axes = tuple([prod(grid[start:end]) for start, end in groups])
     if not spans:
         return axes, ()
     width = tokens.position_tables[0].shape[-1]
-    sums: list[Tensor | None] = [None] * len(groups)
-    for table, span in zip(tokens.position_tables, spans, strict=True):
-        number = next(i for i, (first, last) in enumerate(groups) if first <= span[0] <= last)
-        first, last = groups[number]
-        shape = [size if first <= axis <= last else 1 for axis, size in enumerate(grid)]
-        # A single table of an axis is not copied: along a line it is as large as the input.
-        own = table.to(dtype).expand(*shape, width).reshape(-1, width)
-        earlier = sums[number]
-        sums[number] = own if earlier is None else earlier + own
     zeros = tokens.content.new_zeros(1, width, dtype=dtype)
-    return axes, tuple([zeros.expand(size, width) if x is None else x for size, x in zip(axes, sums, strict=True)])
+    sums = []
+    for (start, end), size in zip(groups, axes, strict=True):
+        shape = [length if start <= axis < end else 1 for axis, length in enumerate(grid)]
+        tables = [
+            table for table, (first, _) in zip(tokens.position_tables, spans, strict=True) if start <= first < end
+        ]
+        # A single table of an axis is not copied: along a line it is as large as the input.
+        own = [table.to(dtype).expand(*shape, width).reshape(-1, width) for table in tables]
+        sums.append(sum(own[1:], own[0]) if own else zeros.expand(size, width))
+    return axes, tuple(sums)
 
 
 def _spans(tokens: Tokens) -> list[tuple[int, int]]:
@@ -60,6 +60,6 @@ def _spans(tokens: Tokens) -> list[tuple[int, int]]:
 
 
 def _groups(spans: list[tuple[int, int]], num_axes: int) -> list[tuple[int, int]]:
-    """Return the first and last axis of each group of axes that share a table."""
+    """Return start and end of each group of axes that share a table."""
     starts = [axis for axis in range(num_axes) if all(not first < axis <= last for first, last in spans)]
-    return [(start, end - 1) for start, end in zip(starts, [*starts[1:], num_axes], strict=True)]
+    return list(zip(starts, [*starts[1:], num_axes], strict=True))

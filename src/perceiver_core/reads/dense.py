@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from perceiver_core import masks
 from perceiver_core.kernels import kernel_attention_map
+from perceiver_core.kernels.varlen import WIDEST
 from perceiver_core.masks import Mask
 from perceiver_core.reads.machine import Machine
-from perceiver_core.reads.strategy import Attention, Cost, Kernel, QueryIndices, ReadContext, Sizes, kernel_cost
+from perceiver_core.reads.strategy import Attention, Cost, Kernel, QueryIndices, ReadContext, Sizes
 from perceiver_core.registry import register
-from perceiver_core.tokens import Tokens
 
 
 class KeysValues(NamedTuple):
@@ -43,14 +43,7 @@ class KeysValues(NamedTuple):
     def attend(
         self, q: Float[Tensor, "#b h q d"], kernel: Kernel, *, mask: Mask | None = None, dropout: float = 0.0
     ) -> Float[Tensor, "b h q e"]:
-        """Return the attention output of every head.
-
-        Args:
-            q: Queries; a batch of 1 serves all samples, and so do keys and values of a batch of 1.
-            kernel: Attention kernel.
-            mask: Attention mask in addition to that of the memory.
-            dropout: Rate at which the kernel drops attention weights.
-        """
+        """Return the attention output of every head; see `Memory`."""
         keys, values = self.keys, self.values
         if q.shape[:2] != keys.shape[:2]:
             q, keys, values = _broadcast(q, keys, values)
@@ -58,20 +51,11 @@ class KeysValues(NamedTuple):
         return kernel(q, keys, values, mask=mask, dropout=dropout) if dropout else kernel(q, keys, values, mask=mask)
 
     def attention_map(
-        self,
-        q: Float[Tensor, "#b h q d"],
-        kernel: Kernel,
-        *,
-        mask: Mask | None = None,
-        queries: QueryIndices = None,
+        self, q: Float[Tensor, "#b h q d"], kernel: Kernel, *, mask: Mask | None = None, queries: QueryIndices = None
     ) -> Float[Tensor, "b h chosen n"]:
-        """Return the weights that the kernel gives selected queries; see `kernels.kernel_attention_map`."""
+        """Return the attention weights of selected queries."""
         q, keys, _ = _broadcast(q, self.keys, self.values)
         return kernel_attention_map(kernel, q, keys, mask=masks.and_(self.mask, mask), queries=queries)
-
-    def memory(self, attention: Attention) -> KeysValues:
-        """Return this memory itself."""
-        return self
 
     def append(self, later: KeysValues) -> KeysValues:
         """Return these keys and values followed by later ones.
@@ -95,6 +79,19 @@ def _broadcast(q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor,
     if keys.shape[0] == 1:
         return q, keys.expand(q.shape[0], -1, -1, -1), values.expand(q.shape[0], -1, -1, -1)
     return q, keys, values
+
+
+def kernel_cost(sizes: Sizes, machine: Machine, matmul: float, *, flops: float, moved: float) -> Cost:
+    """Return the cost of an attention kernel, and of forming its keys and values by `flops` at `matmul` GFLOP/s."""
+    kv_width, half = sizes.kv_dim * sizes.group_size, sizes.half  # width over all query heads
+    kernel = 2.0 * sizes.batch * sizes.num_queries * sizes.num_tokens * kv_width
+    attention = machine.attention_half if half else machine.attention
+    if half and kv_width > 2 * WIDEST * sizes.num_heads:
+        blocks = sizes.batch * sizes.num_heads * -(-sizes.num_queries // 32)
+        attention = machine.attention_wide * min(1.0, blocks / machine.blocks)
+    seconds = 1e-9 * (flops / matmul + moved / machine.copy + kernel / attention + sizes.pairs * machine.softmax)
+    written = sizes.batch * sizes.num_tokens * sizes.kv_dim * sizes.element_size
+    return Cost(flops + kernel, moved + written, seconds)
 
 
 @partial(register, name="reads.Dense")
@@ -123,9 +120,9 @@ class Dense:
 
     def prepare(self, context: ReadContext) -> KeysValues:
         """Return the keys and values of all tokens."""
-        tokens = context.tokens
-        inputs = context.norm(tokens.materialize() if isinstance(tokens, Tokens) else tokens)
-        return project(context.attention, inputs, context.positions)._replace(mask=context.whole_mask())
+        attention, source = context
+        mask = source.whole_mask()
+        return project(attention, source.normalized(), source.positions)._replace(mask=mask)
 
 
 def project(attention: Attention, inputs: Tensor, positions: Tensor | None = None) -> KeysValues:

@@ -14,11 +14,12 @@ from perceiver_core import checks, masks
 from perceiver_core.kernels import PartialAttention, fastest, partial_attention
 from perceiver_core.kernels.fastest import uses_chunks
 from perceiver_core.layers.linear import Linear
+from perceiver_core.masks import Mask
 from perceiver_core.reads import slabs
-from perceiver_core.reads.dense import KeysValues, rotate
+from perceiver_core.reads.dense import KeysValues, kernel_cost, rotate
 from perceiver_core.reads.factored_keys_values import AttendSlab, FactoredKeysValues, Norm, factor
 from perceiver_core.reads.machine import Machine
-from perceiver_core.reads.strategy import Cost, ReadContext, Sizes, check_able, kernel_cost
+from perceiver_core.reads.strategy import Cost, ReadContext, Sizes
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
@@ -27,6 +28,8 @@ from perceiver_core.tokens import Tokens
 RMS_NORM_USES_HALF_EPS = bool(
     nn.functional.rms_norm(torch.full((1,), 2.0**-10, dtype=torch.bfloat16, device="cpu"), (1,)) < 0.5
 )
+
+PLAIN = (nn.Parameter, Tensor, FakeTensor)  # types of weights that any operator takes; the last while export traces
 
 
 @partial(register, name="reads.Factored")
@@ -60,16 +63,15 @@ class Factored:
 
     def prepare(self, context: ReadContext) -> KeysValues | FactoredKeysValues:
         """Return the keys and values of all tokens; of a large input, in slabs if the kernel allows."""
-        check_able(self, why_not_factored(context))
-        attention = context.attention
+        attention, source = context
         limit = max(1, min(slabs.TOKENS, slabs.FORMED_NUMBERS // attention.kv_dim))
         memory = factored(context, attend_slab, limit)
         if _is_large(memory) and not needs_kernel(context):
-            return memory._replace(mask=token_mask(context, memory))
+            return memory if source.mask is None else masked(memory, source.mask)
         formed = memory.form(checks.product_dtype(memory.content))
-        keys, positions = attention.key_norm(formed.keys), context.positions
+        keys, positions = attention.key_norm(formed.keys), source.positions
         keys = attention.rotary(keys) if positions is None else rotate(attention.rotary, keys, positions)
-        return KeysValues(keys, formed.values, context.whole_mask())
+        return KeysValues(keys, formed.values, source.whole_mask())
 
 
 def attend_slab(q: Tensor, memory: FactoredKeysValues) -> PartialAttention:
@@ -88,18 +90,12 @@ def _is_large(memory: FactoredKeysValues) -> bool:
     return memory.content.shape[0] * prod(memory.grid) > limit
 
 
-PLAIN = (
-    nn.Parameter,
-    Tensor,
-    FakeTensor,
-)  # types of weights that any operator takes; the last while torch.export traces
-
-
 def why_not_factored(context: ReadContext) -> str:
     """Return the reason why norm and projections of the input cannot be factored; empty if they can."""
-    if not isinstance(context.tokens, Tokens):
+    attention, source = context
+    if not isinstance(source.tokens, Tokens):
         return "the input is a tensor, whose positions are mixed with its content; give Tokens"
-    norm, key, value = context.norm, context.attention.key, context.attention.value
+    norm, key, value = source.norm, attention.key, attention.value
     if type(norm) not in (nn.LayerNorm, nn.RMSNorm, nn.Identity):
         return f"the norm is a {type(norm).__name__}, not a LayerNorm, RMSNorm or Identity"
     if type(key) not in (nn.Linear, Linear) or type(value) not in (nn.Linear, Linear):
@@ -124,7 +120,7 @@ def why_not_factored(context: ReadContext) -> str:
 
 def needs_kernel(context: ReadContext) -> str:
     """Return the reason why a read needs an attention kernel on formed keys and values; empty if it does not."""
-    attention = context.attention
+    attention, source = context
     if attention.kernel is not fastest:
         return f"the kernel {getattr(attention.kernel, '__name__', attention.kernel)} was chosen"
     if type(attention.rotary) is not nn.Identity:
@@ -135,25 +131,21 @@ def needs_kernel(context: ReadContext) -> str:
         return "several heads share their keys and values"
     if attention.training and attention.dropout:
         return "attention weights are dropped in training"
-    if context.mask is not None:
-        rules, tensors = masks.split(masks.from_token_mask(context.mask))
-        if rules or any(_per_query(mask) for mask in tensors):
+    if source.mask is not None:
+        rules, tensors = masks.split(masks.from_token_mask(source.mask))
+        if rules or any(size != 1 for mask in tensors for size in mask.shape[-3:-1]):
             return "the mask differs between queries"
     return ""
 
 
-def _per_query(mask: Tensor) -> bool:
-    return mask.ndim < 2 or mask.shape[-2] != 1 or (mask.ndim > 2 and mask.shape[-3] != 1)
-
-
 def factored(context: ReadContext, attend_slab: AttendSlab, tokens_per_slab: int) -> FactoredKeysValues:
     """Return the factored keys and values of a read for which `why_not_factored` is empty."""
-    tokens, attention = context.tokens, context.attention
+    tokens, norm, attention = context.source.tokens, context.source.norm, context.attention
     assert isinstance(tokens, Tokens)
     key, value = attention.key, attention.value
     return factor(
         tokens,
-        _norm_constants(context.norm, tokens.content.dtype),
+        _norm_constants(norm, tokens.content.dtype),
         (key.weight, key.bias),
         (value.weight, value.bias),
         num_heads=attention.num_kv_heads,
@@ -162,19 +154,17 @@ def factored(context: ReadContext, attend_slab: AttendSlab, tokens_per_slab: int
     )
 
 
-def token_mask(context: ReadContext, memory: FactoredKeysValues) -> Tensor | None:
-    """Return the tokens' own mask combined with the mask of the context, as one tensor `b *grid`."""
-    valid = memory.mask
-    if context.mask is None:
-        return valid
-    _, tensors = masks.split(masks.from_token_mask(context.mask))
+def masked(memory: FactoredKeysValues, mask: Mask) -> FactoredKeysValues:
+    """Return a memory with its own mask combined with another one, which is the same for all queries and heads."""
+    _, tensors = masks.split(masks.from_token_mask(mask))
     batch, num_tokens = memory.content.shape[0], prod(memory.grid)
     like = memory.content.new_empty(()).expand(batch, 1, num_tokens, 1)
-    for mask in tensors:
-        masks.check_broadcast(mask, like, like)
-        more = mask.expand(batch, 1, 1, num_tokens).reshape(batch, *memory.grid)
+    valid = memory.mask
+    for part in tensors:
+        masks.check_broadcast(part, like, like)
+        more = part.expand(batch, 1, 1, num_tokens).reshape(batch, *memory.grid)
         valid = more if valid is None else valid & more
-    return valid
+    return memory._replace(mask=valid)
 
 
 def _norm_constants(norm: nn.Module, dtype: torch.dtype) -> Norm | None:

@@ -28,7 +28,7 @@ from perceiver_core.reads import slabs
 from perceiver_core.reads.axes import axis_tables
 from perceiver_core.reads.dense import KeysValues
 from perceiver_core.reads.slabs import Slab
-from perceiver_core.reads.strategy import Attention, Kernel, QueryIndices
+from perceiver_core.reads.strategy import Kernel, QueryIndices
 from perceiver_core.tokens import Tokens
 
 
@@ -78,10 +78,6 @@ class FactoredKeysValues(NamedTuple):
         """Size of each axis."""
         return tuple(self.content.shape[1:-1])
 
-    def memory(self, attention: Attention) -> FactoredKeysValues:
-        """Return this memory itself."""
-        return self
-
     def attend(
         self, q: Float[Tensor, "#b h q d"], kernel: Kernel, *, mask: Mask | None = None, dropout: float = 0.0
     ) -> Float[Tensor, "b h q e"]:
@@ -95,17 +91,16 @@ class FactoredKeysValues(NamedTuple):
 
     def attend_with_lse(self, q: Float[Tensor, "#b h q d"]) -> PartialAttention:
         """Return the attention output and the log-sum-exp of the scores, with which partial results are merged."""
-        memory = self.for_batch(q.shape[0]) if self.content.shape[0] == 1 and q.shape[0] != 1 else self
+        memory, batch = self, q.shape[0]
+        if self.content.shape[0] == 1 != batch:
+            content = self.content.expand(batch, *self.content.shape[1:])
+            mask = None if self.mask is None else self.mask.expand(batch, *self.mask.shape[1:])
+            memory = self._replace(content=content, mask=mask)
         attended = slabs.attend(q, memory)
         return PartialAttention(attended.output.to(q.dtype), attended.lse)
 
     def attention_map(
-        self,
-        q: Float[Tensor, "#b h q d"],
-        kernel: Kernel,
-        *,
-        mask: Mask | None = None,
-        queries: QueryIndices = None,
+        self, q: Float[Tensor, "#b h q d"], kernel: Kernel, *, mask: Mask | None = None, queries: QueryIndices = None
     ) -> Float[Tensor, "b h chosen n"]:
         """Return the attention weights of selected queries, from formed keys."""
         return self.form(q.dtype).attention_map(q, kernel, mask=mask, queries=queries)
@@ -133,23 +128,13 @@ class FactoredKeysValues(NamedTuple):
                 squares = squares + (channels * width / (channels + width)) * between
         return (squares / (channels + width) + self.norm.eps).rsqrt()
 
-    def for_batch(self, batch: int) -> FactoredKeysValues:
-        """Return a copy in which a batch of 1 is expanded to `batch` samples."""
-        content, mask = self.content, self.mask
-        return self._replace(
-            content=content.expand(batch, *content.shape[1:]),
-            mask=None if mask is None else mask.expand(batch, *mask.shape[1:]),
-        )
-
     def slab(self, slab: Slab) -> FactoredKeysValues:
         """Return the factored keys and values of one slab."""
         axis, start, length = slab
-        cut = [table.narrow(0, start, length) if i == axis else table for i, table in enumerate(self.tables)]
-        return self._replace(
-            content=self.content.narrow(axis + 1, start, length),
-            tables=tuple(cut),
-            mask=None if self.mask is None else self.mask.narrow(axis + 1, start, length),
-        )
+        content = self.content.narrow(axis + 1, start, length)
+        tables = tuple([x.narrow(0, start, length) if i == axis else x for i, x in enumerate(self.tables)])
+        mask = None if self.mask is None else self.mask.narrow(axis + 1, start, length)
+        return self._replace(content=content, tables=tables, mask=mask)
 
     def project_tables(self, part: Projection) -> list[Float[Tensor, "h size d"]]:
         """Return the projected tables: the term of keys or values for each index along each axis."""
@@ -160,21 +145,20 @@ class FactoredKeysValues(NamedTuple):
 
     def form(self, dtype: torch.dtype) -> KeysValues:
         """Return the keys and values of all tokens, with their mask."""
-        heads = self.keys.content.shape[0]
         with checks.full_precision(self.content.device):
             planes = self.planes()
             scale, content = self.scale(planes).flatten(1).unsqueeze(-1), planes.flatten(2).mT
             keys, values = (self._form(part, content, scale).to(dtype) for part in (self.keys, self.values))
-        keys, values = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (keys, values))
         return KeysValues(keys, values, None if self.mask is None else masks.Padding(self.mask.flatten(1)))
 
-    def _form(self, part: Projection, content: Tensor, scale: Tensor) -> Float[Tensor, "b n hd"]:
+    def _form(self, part: Projection, content: Tensor, scale: Tensor) -> Float[Tensor, "b h n d"]:
         tables = [rearrange(table, "h size d -> size (h d)") for table in self.project_tables(part)]
         terms = [_broadcastable(table, [axis], len(tables)) for axis, table in enumerate(tables)]
         positions = sum(terms[1:], start=terms[0]).expand(*self.grid, -1).flatten(0, -2)  # shared by the batch
         weight, batch = part.content.flatten(0, 1).mT, content.shape[0]
         sums = torch.baddbmm(positions.expand(batch, -1, -1), content, weight.expand(batch, -1, -1))
-        return torch.addcmul(part.constant.flatten(), sums, scale)
+        formed = torch.addcmul(part.constant.flatten(), sums, scale)
+        return rearrange(formed, "b n (h d) -> b h n d", h=part.content.shape[0])
 
 
 AttendSlab: TypeAlias = Callable[[Tensor, FactoredKeysValues], PartialAttention]

@@ -5,6 +5,7 @@ Partial results merge exactly (`kernels.merge`). The backward pass computes each
 
 from __future__ import annotations
 
+from functools import reduce
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from perceiver_core.kernels import PartialAttention, merge
 
 if TYPE_CHECKING:
-    from perceiver_core.reads.factored_keys_values import AttendSlab, FactoredKeysValues
+    from perceiver_core.reads.factored_keys_values import FactoredKeysValues
 
 TOKENS = 2**20  # tokens of a slab, over the batch
 FORMED_NUMBERS = 2**25  # numbers in the keys and values of a slab
@@ -39,7 +40,7 @@ def attend(q: Float[Tensor, "#b h q d"], memory: FactoredKeysValues) -> PartialA
     if len(slabs) == 1:
         return memory.attend_slab(q, memory)
     leaves, spec = tree_flatten((q, memory))
-    return PartialAttention(*_InSlabs.apply(memory.attend_slab, slabs, spec, *leaves))  # type: ignore[no-untyped-call]
+    return PartialAttention(*_InSlabs.apply(slabs, spec, *leaves))  # type: ignore[no-untyped-call]
 
 
 def factor_for(device: torch.device) -> int:
@@ -64,14 +65,10 @@ class _InSlabs(torch.autograd.Function):
     """Attention slab by slab; each slab is computed again in the backward pass."""
 
     @staticmethod
-    def forward(
-        ctx: Any, attend_slab: AttendSlab, slabs: list[Slab], spec: TreeSpec, *leaves: Any
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, slabs: list[Slab], spec: TreeSpec, *leaves: Any) -> tuple[Tensor, Tensor]:
         q, memory = tree_unflatten(leaves, spec)
-        merged = attend_slab(q, memory.slab(slabs[0]))
-        for slab in slabs[1:]:
-            merged = merge(merged, attend_slab(q, memory.slab(slab)))
-        ctx.attend_slab, ctx.slabs, ctx.spec = attend_slab, slabs, spec
+        merged = reduce(merge, (memory.attend_slab(q, memory.slab(slab)) for slab in slabs))
+        ctx.slabs, ctx.spec = slabs, spec
         ctx.others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         ctx.save_for_backward(*merged, *(leaf if isinstance(leaf, Tensor) else None for leaf in leaves))
         return merged.output, merged.lse
@@ -81,7 +78,7 @@ class _InSlabs(torch.autograd.Function):
     def backward(ctx: Any, d_output: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
         output, lse, *tensors = ctx.saved_tensors
         leaves = [other if tensor is None else tensor for tensor, other in zip(tensors, ctx.others, strict=True)]
-        needed = [i for i, needs_gradient in enumerate(ctx.needs_input_grad[3:]) if needs_gradient]
+        needed = [i for i, needs_gradient in enumerate(ctx.needs_input_grad[2:]) if needs_gradient]
         totals = {i: torch.zeros_like(leaves[i]) for i in needed}
         q, memory = tree_unflatten(leaves, ctx.spec)
         for slab in ctx.slabs:
@@ -89,7 +86,7 @@ class _InSlabs(torch.autograd.Function):
             for i in needed:
                 inputs[i] = inputs[i].detach().requires_grad_()
             with torch.enable_grad():
-                part = ctx.attend_slab(*tree_unflatten(inputs, spec))
+                part = memory.attend_slab(*tree_unflatten(inputs, spec))
             share = (part.lse.detach() - lse).exp().masked_fill(lse == -torch.inf, 0.0)
             d_part = share.unsqueeze(-1) * d_output
             d_part_lse = share * (d_output * (part.output.detach() - output)).sum(-1) + share * d_lse
@@ -97,12 +94,11 @@ class _InSlabs(torch.autograd.Function):
                 tuple(part),
                 [inputs[i] for i in needed],
                 (d_part.to(part.output.dtype), d_part_lse),
-                allow_unused=True,
+                materialize_grads=True,
             )
             for i, gradient in zip(needed, gradients, strict=True):
-                if gradient is not None:
-                    _accumulate(totals[i], gradient, slab)
-        return (None, None, None, *(totals.get(i) for i in range(len(leaves))))
+                _accumulate(totals[i], gradient, slab)
+        return (None, None, *(totals.get(i) for i in range(len(leaves))))
 
 
 def _accumulate(total: Tensor, gradient: Tensor, slab: Slab) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
@@ -11,7 +13,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from perceiver_core import checks, masks
-from perceiver_core.kernels.varlen import WIDEST
 from perceiver_core.masks import Mask
 from perceiver_core.reads.axes import merged_axes
 from perceiver_core.reads.machine import Machine
@@ -23,33 +24,26 @@ QueryIndices: TypeAlias = "int | Sequence[int] | Int[Tensor, ' chosen'] | None"
 
 
 @runtime_checkable
-class AttentionInput(Protocol):
-    """Input of an attention module: a `Source`, or the `Memory` of an earlier read."""
-
-    def memory(self, attention: Attention) -> Memory:
-        """Return the memory for an attention module, which calls this in its own forward."""
-        ...
-
-
-@runtime_checkable
-class Memory(AttentionInput, Protocol):
+class Memory(Protocol):
     """Keys and values of an input, formed or factored, that queries can attend to."""
 
     def attend(
         self, q: Float[Tensor, "#b h q d"], kernel: Kernel, *, mask: Mask | None = None, dropout: float = 0.0
     ) -> Float[Tensor, "b h q e"]:
-        """Return the attention output of every head; `mask` applies in addition to the mask of the memory."""
+        """Return the attention output of every head.
+
+        Args:
+            q: Queries; a batch of 1 serves all samples, and so does a memory of a batch of 1.
+            kernel: Attention kernel.
+            mask: Attention mask in addition to that of the memory.
+            dropout: Rate at which the kernel drops attention weights.
+        """
         ...
 
     def attention_map(
-        self,
-        q: Float[Tensor, "#b h q d"],
-        kernel: Kernel,
-        *,
-        mask: Mask | None = None,
-        queries: QueryIndices = None,
+        self, q: Float[Tensor, "#b h q d"], kernel: Kernel, *, mask: Mask | None = None, queries: QueryIndices = None
     ) -> Float[Tensor, "b h chosen n"]:
-        """Return the attention weights of selected queries."""
+        """Return the weights that the kernel gives selected queries; see `kernels.kernel_attention_map`."""
         ...
 
 
@@ -69,21 +63,30 @@ class Attention(Protocol):
     rotary: nn.Module
 
 
-class ReadContext(NamedTuple):
-    """Input and parameters of one read, before its keys and values are formed.
+class Source(NamedTuple):
+    """Input of an attention module whose keys and values are not formed yet.
+
+    The attention module calls `memory` inside its own forward, so its weights are used nowhere else.
 
     Args:
-        attention: Module whose projections form keys and values.
-        norm: Norm applied to the input before these projections.
-        tokens: Input of the read, `Tokens` or a tensor `b n c`.
+        tokens: Input, `Tokens` or a tensor `b n c`.
+        norm: Norm applied to it.
+        strategy: Way to form, or not to form, keys and values.
         mask: Attention mask in addition to the tokens' own.
         positions: Positions of the tokens for rotary embeddings; 1 - n ... 0 by default.
         num_queries: Total number of queries of all reads that will share the memory.
+
+    Example:
+        >>> import torch
+        >>> import perceiver_core as pc
+        >>> source = pc.reads.Source(torch.randn(2, 50, 10), torch.nn.LayerNorm(10), pc.reads.Dense())
+        >>> pc.MultiHeadAttention(32, 10, num_heads=2)(torch.randn(2, 5, 32), source).shape
+        torch.Size([2, 5, 32])
     """
 
-    attention: Attention
-    norm: nn.Module
     tokens: Tokens | Float[Tensor, "b n c"]
+    norm: nn.Module
+    strategy: Strategy
     mask: Mask | None = None
     positions: Tensor | None = None
     num_queries: int = 512
@@ -93,19 +96,62 @@ class ReadContext(NamedTuple):
         """The tokens' content, or the input tensor itself."""
         return self.tokens.content if isinstance(self.tokens, Tokens) else self.tokens
 
+    def normalized(self) -> Float[Tensor, "b n c"]:
+        """Return all tokens, materialized and normalized."""
+        tokens = self.tokens
+        normalized: Tensor = self.norm(tokens.materialize() if isinstance(tokens, Tokens) else tokens)
+        return normalized
+
     def whole_mask(self) -> Mask | None:
         """Return the tokens' own mask combined with `mask`."""
-        return combined_mask(self.tokens, self.mask)
+        mask = None if self.mask is None else masks.from_token_mask(self.mask)
+        if not isinstance(self.tokens, Tokens) or self.tokens.mask is None:
+            return mask
+        own = masks.Padding(self.tokens.mask.flatten(1))
+        return own if mask is None else masks.and_(own, mask)
+
+    def memory(self, attention: Attention) -> Memory:
+        """Return the memory that the strategy makes for `attention`.
+
+        Raises:
+            ValueError: The strategy cannot compute the read.
+        """
+        context = ReadContext(attention, self)
+        if reason := self.strategy.why_not(context):
+            raise unable(self.strategy, reason)
+        if not torch.compiler.is_compiling() and _thread.listener is not None:
+            _thread.listener(context)
+        return self.strategy.prepare(context)
 
 
-def combined_mask(tokens: Tokens | Tensor, mask: Mask | None) -> Mask | None:
-    """Return the mask of `tokens`, if they have one, combined with another mask."""
-    if mask is not None:
-        mask = masks.from_token_mask(mask)
-    if not isinstance(tokens, Tokens) or tokens.mask is None:
-        return mask
-    own = masks.Padding(tokens.mask.flatten(1))
-    return own if mask is None else masks.and_(own, mask)
+class ReadContext(NamedTuple):
+    """A read before its keys and values are formed.
+
+    Args:
+        attention: Module whose projections form them.
+        source: Input of the read.
+    """
+
+    attention: Attention
+    source: Source
+
+
+class _Thread(threading.local):
+    listener: Callable[[ReadContext], None] | None = None
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def listening(listener: Callable[[ReadContext], None]) -> Iterator[None]:
+    """Inside the context, call a function before every read of this thread."""
+    # A read cannot be passed a listener through modules of other libraries.
+    before, _thread.listener = _thread.listener, listener
+    try:
+        yield
+    finally:
+        _thread.listener = before
 
 
 class Cost(NamedTuple):
@@ -136,7 +182,6 @@ class Sizes(NamedTuple):
         num_queries: Number of queries of all reads that share the memory.
         element_size: Bytes per element.
         device: Device type.
-        half: Whether the read computes in a dtype of 16 bits.
         group_size: Number of query heads that share a key-value head.
     """
 
@@ -150,8 +195,12 @@ class Sizes(NamedTuple):
     num_queries: int
     element_size: int
     device: str
-    half: bool = False
     group_size: int = 1
+
+    @property
+    def half(self) -> bool:
+        """Whether the read computes in a dtype of 16 bits."""
+        return self.element_size == 2
 
     @property
     def num_threads(self) -> int:
@@ -175,11 +224,12 @@ class Sizes(NamedTuple):
         Under torch.compile the batch, the grid and the number of queries are replaced by typical sizes: a decision that
         depended on the real ones would specialize the graph to them.
         """
-        tokens, content, attention = context.tokens, context.content, context.attention
+        attention, source = context
+        tokens, content = source.tokens, source.content
         axes = merged_axes(tokens) if isinstance(tokens, Tokens) else tuple(content.shape[1:-1])
         tables = tokens.position_tables if isinstance(tokens, Tokens) else ()
         batch, device, element_size = content.shape[0], content.device.type, checks.product_dtype(content).itemsize
-        num_queries = context.num_queries
+        num_queries = source.num_queries
         if torch.compiler.is_compiling():
             batch, num_queries = 1 if device == "cpu" else 16, 512
             axes = (65_536,) if len(axes) == 1 else (256,) * len(axes)
@@ -194,7 +244,6 @@ class Sizes(NamedTuple):
             num_queries=num_queries,
             element_size=element_size,
             device=device,
-            half=element_size == 2,
             group_size=attention.num_heads // attention.num_kv_heads,
         )
 
@@ -212,7 +261,7 @@ class Strategy(Protocol):
         ...
 
     def prepare(self, context: ReadContext) -> Memory:
-        """Return the memory that the queries attend to."""
+        """Return the memory that the queries attend to, of a read for which `why_not` is empty."""
         ...
 
 
@@ -231,30 +280,8 @@ def check_strategy(strategy: Strategy) -> None:
         raise TypeError(f"strategy must be an object such as reads.Dense() or reads.Auto(); got {shown}")
 
 
-def check_able(strategy: Strategy, reason: str) -> None:
-    """Raise ValueError if there is a reason why a strategy cannot compute a read."""
-    if reason:
-        raise ValueError(
-            f"{strategy} cannot compute this read: {reason}. Choose another strategy, such as reads.Auto()"
-        )
-
-
-def kernel_cost(sizes: Sizes, machine: Machine, matmul: float, *, flops: float, moved: float) -> Cost:
-    """Return the cost of forming keys and values, and of an attention kernel over them.
-
-    Args:
-        sizes: Sizes of the read.
-        machine: Machine constants.
-        matmul: Throughput at which keys and values are formed, in GFLOP/s.
-        flops: Operations that form them.
-        moved: Bytes moved while forming them.
-    """
-    kv_width, half = sizes.kv_dim * sizes.group_size, sizes.half  # width over all query heads
-    kernel = 2.0 * sizes.batch * sizes.num_queries * sizes.num_tokens * kv_width
-    attention = machine.attention_half if half else machine.attention
-    if half and kv_width > 2 * WIDEST * sizes.num_heads:
-        blocks = sizes.batch * sizes.num_heads * -(-sizes.num_queries // 32)
-        attention = machine.attention_wide * min(1.0, blocks / machine.blocks)
-    seconds = 1e-9 * (flops / matmul + moved / machine.copy + kernel / attention + sizes.pairs * machine.softmax)
-    written = sizes.batch * sizes.num_tokens * sizes.kv_dim * sizes.element_size
-    return Cost(flops + kernel, moved + written, seconds)
+def unable(strategy: Strategy, reason: str) -> ValueError:
+    """Return the error for a strategy that cannot compute a read."""
+    return ValueError(
+        f"{strategy} cannot compute this read: {reason}. Choose another strategy, such as reads.Auto() or reads.Dense()"
+    )

@@ -12,10 +12,10 @@ from perceiver_core import checks
 from perceiver_core.kernels import PartialAttention
 from perceiver_core.kernels.grid import missing_kernel, read_grid
 from perceiver_core.reads import slabs
-from perceiver_core.reads.factored import factored, needs_kernel, token_mask, why_not_factored
+from perceiver_core.reads.factored import factored, masked, needs_kernel, why_not_factored
 from perceiver_core.reads.factored_keys_values import FactoredKeysValues
 from perceiver_core.reads.machine import SHORT_ROW, Machine
-from perceiver_core.reads.strategy import Cost, ReadContext, Sizes, check_able
+from perceiver_core.reads.strategy import Cost, ReadContext, Sizes
 from perceiver_core.registry import register
 
 
@@ -59,14 +59,13 @@ class Structured:
 
         Without it a structured read runs in plain PyTorch: in little memory, but slowly.
         """
-        content = context.content
+        content = context.source.content
         return missing_kernel(content.device, content.shape[-1])
 
     def prepare(self, context: ReadContext) -> FactoredKeysValues:
         """Return the keys and values in factored form."""
-        check_able(self, self.why_not(context))
         memory = factored(context, attend_slab, slabs.TOKENS)
-        return memory if context.mask is None else memory._replace(mask=token_mask(context, memory))
+        return memory if context.source.mask is None else masked(memory, context.source.mask)
 
 
 def attend_slab(q: Tensor, memory: FactoredKeysValues) -> PartialAttention:

@@ -1,76 +1,16 @@
-"""Inputs that blocks pass to their attention modules, with optional caches and captured attention weights."""
+"""Caches that a read stores its memory in, and captured attention weights."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from perceiver_core.masks import Mask
 from perceiver_core.reads.dense import KeysValues
-from perceiver_core.reads.strategy import (
-    Attention,
-    Memory,
-    QueryIndices,
-    ReadContext,
-    Strategy,
-    combined_mask,
-)
-from perceiver_core.tokens import Tokens
-
-
-class Source(NamedTuple):
-    """Input of an attention module whose keys and values are not formed yet.
-
-    The attention module calls `memory` inside its own forward, so its weights are used nowhere else.
-
-    Args:
-        tokens: Input, `Tokens` or a tensor `b n c`.
-        norm: Norm applied to it.
-        strategy: Way to form, or not to form, keys and values.
-        mask: Attention mask in addition to the tokens' own.
-        positions: Positions of the tokens for rotary embeddings; 1 - n ... 0 by default.
-        num_queries: Total number of queries of all reads that will share the memory.
-
-    Example:
-        >>> import torch
-        >>> import perceiver_core as pc
-        >>> source = pc.reads.Source(torch.randn(2, 50, 10), torch.nn.LayerNorm(10), pc.reads.Dense())
-        >>> pc.MultiHeadAttention(32, 10, num_heads=2)(torch.randn(2, 5, 32), source).shape
-        torch.Size([2, 5, 32])
-    """
-
-    tokens: Tokens | Float[Tensor, "b n c"]
-    norm: nn.Module
-    strategy: Strategy
-    mask: Mask | None = None
-    positions: Tensor | None = None
-    num_queries: int = 512
-
-    def normalized(self) -> Float[Tensor, "b n c"]:
-        """Return all tokens, materialized and normalized."""
-        tokens = self.tokens
-        normalized: Tensor = self.norm(tokens.materialize() if isinstance(tokens, Tokens) else tokens)
-        return normalized
-
-    def whole_mask(self) -> Mask | None:
-        """Return the tokens' own mask combined with `mask`."""
-        return combined_mask(self.tokens, self.mask)
-
-    def memory(self, attention: Attention) -> Memory:
-        """Return the memory that the strategy makes for `attention`."""
-        context = ReadContext(attention, self.norm, self.tokens, self.mask, self.positions, self.num_queries)
-        if _listeners and not torch.compiler.is_compiling():
-            listener = _listeners.get(threading.get_ident())
-            if listener is not None:
-                listener(context, self.strategy)
-        return self.strategy.prepare(context)
+from perceiver_core.reads.strategy import Memory, QueryIndices
 
 
 @runtime_checkable
@@ -192,22 +132,3 @@ class AttentionCapture:
         if self.weights is None:
             raise RuntimeError("no attention weights were captured: the model did not pass `capture` to the read")
         return self.weights
-
-
-ReadListener: TypeAlias = Callable[[ReadContext, Strategy], None]
-_listeners: dict[int, ReadListener] = {}  # by thread
-
-
-@contextmanager
-def listening(listener: ReadListener) -> Iterator[None]:
-    """Inside the context, call a function before every read of this thread."""
-    thread = threading.get_ident()
-    before = _listeners.get(thread)
-    _listeners[thread] = listener  # a read cannot be passed a listener through modules of other libraries
-    try:
-        yield
-    finally:
-        if before is None:
-            del _listeners[thread]
-        else:
-            _listeners[thread] = before
