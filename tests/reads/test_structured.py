@@ -55,9 +55,9 @@ def test_its_memory_is_attended_to_by_structure():
 def test_what_is_missing_for_the_compiled_loop(monkeypatch):
     tokens = tokens_of((5, 13))
     context = read_of(tokens).read_context(tokens)
-    monkeypatch.setattr(cpp_library, "available", lambda: True)
+    monkeypatch.setattr(cpp_library, "functions", lambda: {"forward": None})
     assert Structured().missing(context) == ""
-    monkeypatch.setattr(cpp_library, "available", lambda: False)
+    monkeypatch.setattr(cpp_library, "functions", dict)
     assert Structured().missing(context) == "it would need a C++ compiler"
 
 

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from perceiver_core.kernels.chunked import chunked
 from perceiver_core.kernels.fastest import fastest
-from perceiver_core.kernels.reference import attention_map, reference
+from perceiver_core.kernels.reference import Keys, Queries, QueryIndices, attention_map, reference
 from perceiver_core.kernels.sdpa import sdpa
-from perceiver_core.kernels.shapes import Keys, Queries, QueryIndices
 from perceiver_core.masks import Mask
 
 SOFTMAX = (fastest, sdpa, chunked, reference)

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from perceiver_core import checks, masks
-from perceiver_core.kernels.shapes import Keys, Outputs, Queries, Values
+from perceiver_core.kernels.reference import Keys, Outputs, Queries, Values
 from perceiver_core.masks import Mask, Rule
 from perceiver_core.registry import register
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from perceiver_core import checks
 from perceiver_core.kernels.chunked import chunked
+from perceiver_core.kernels.reference import Keys, Outputs, Queries, Values
 from perceiver_core.kernels.sdpa import sdpa
-from perceiver_core.kernels.shapes import Keys, Outputs, Queries, Values
 from perceiver_core.masks import Mask
 from perceiver_core.registry import register
 

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from perceiver_core import masks
-from perceiver_core.kernels.shapes import Keys, Outputs, Queries, Values
+from perceiver_core.kernels.reference import Keys, Outputs, Queries, Values
 from perceiver_core.masks import Mask
 from perceiver_core.registry import register
 

@@ -2,20 +2,29 @@
 
     A = softmax(q k^T / sqrt(d))        out = A v
 
-The output of a query that may attend to no key is zero.
+The output of a query that may attend to no key is zero. Shapes: b samples, h heads, q queries and k keys of width d,
+values of width e.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeAlias
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from perceiver_core import masks
-from perceiver_core.kernels.shapes import Keys, Outputs, Queries, QueryIndices, Values
 from perceiver_core.masks import Mask
 from perceiver_core.registry import register
+
+Queries: TypeAlias = Float[Tensor, "b h q d"]
+Keys: TypeAlias = Float[Tensor, "b h k d"]
+Values: TypeAlias = Float[Tensor, "b h k e"]
+Outputs: TypeAlias = Float[Tensor, "b h q e"]
+QueryIndices: TypeAlias = int | Sequence[int] | Int[Tensor, " chosen"] | None
 
 
 @register

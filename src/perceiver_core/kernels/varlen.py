@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perceiver_core import masks
-from perceiver_core.kernels.shapes import Keys, Outputs, Queries, Values
+from perceiver_core.kernels.reference import Keys, Outputs, Queries, Values
 from perceiver_core.masks import Mask
 
 WIDEST = 256  # largest head width of the flash kernel

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from perceiver_core import masks
 from perceiver_core.kernels.fastest import fastest
-from perceiver_core.kernels.shapes import Keys, Outputs, Queries, Values
+from perceiver_core.kernels.reference import Keys, Outputs, Queries, Values
 from perceiver_core.masks import Mask
 from perceiver_core.registry import register
 
@@ -49,14 +49,8 @@ def add_zero_attn(
     Reference: Miller 2023, "Attention Is Off By One"; torch.nn.MultiheadAttention, `add_zero_attn`.
     """
     # The extra key is the first one: positions count from the end, so those of the other keys do not change.
-    extended = None if mask is None else _extend(mask, q, k)
-    return kernel(q, F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0)), mask=extended, **options)
-
-
-def _extend(mask: Mask, q: Tensor, k: Tensor) -> Mask:
-    """Return the mask with an extra first key that all queries attend to."""
-    masks.check_broadcast(mask, q, k)
-    if isinstance(mask, masks.Padding):
-        return masks.Padding(F.pad(mask.keys, (1, 0), value=True))
-    allowed = masks.materialize(mask, queries=q.shape[-2], keys=k.shape[-2], device=q.device)
-    return F.pad(allowed.expand(*allowed.shape[:-1], k.shape[-2]), (1, 0), value=True)
+    if mask is not None:
+        masks.check_broadcast(mask, q, k)
+        allowed = masks.materialize(mask, queries=q.shape[-2], keys=k.shape[-2], device=q.device)
+        mask = F.pad(allowed.expand(*allowed.shape[:-1], k.shape[-2]), (1, 0), value=True)
+    return kernel(q, F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0)), mask=mask, **options)

@@ -122,7 +122,17 @@ def stream(  # noqa: PLR0913 (as above)
         checks.padded_on_the_left("mask", mask)
     checks.positive(max_new_tokens=max_new_tokens)
     checks.positive(at_most=model.num_latents, num_initial_latents=initial)
-    sequence = _Sequence(model, prompt.long(), mask, initial, _checked_context_length(model, context_length))
+    longest: int | None = getattr(model.embedding, "length", None)  # None if the number of positions is unlimited
+    if context_length is None:
+        context_length = longest
+    else:
+        checks.positive(context_length=context_length)
+        if longest is not None and context_length > longest:
+            raise ValueError(
+                f"context_length must be at most {longest}, the number of positions of the embedding; "
+                f"got {context_length}"
+            )
+    sequence = _Sequence(model, prompt.long(), mask, initial, context_length)
     logits = _cached(sequence) if use_cache else _recomputed(sequence)
     return _sampled(logits, sequence, max_new_tokens, sampler, generator, stops)
 
@@ -194,7 +204,13 @@ def _sampled(
     finished, stops = torch.zeros_like(ids, dtype=torch.bool), ids.new_tensor(stop_ids)
     for number, next_logits in enumerate(logits, 1):
         sampled = sampler(next_logits, generator)
-        _check_sampled(sampled, next_logits)
+        if not isinstance(sampled, Tensor):
+            raise TypeError(f"sampler must return a torch.Tensor of ids; got {_name(sampled)}")
+        if sampled.is_floating_point() or sampled.is_complex() or sampled.dtype == torch.bool:
+            raise TypeError(f"sampler must return integer ids; got {sampled.dtype}")
+        if sampled.shape != ids.shape:
+            raise ValueError(f"sampler must return one id per sample, shape ({len(ids)},); got {tuple(sampled.shape)}")
+        checks.below("ids from the sampler", sampled, next_logits.shape[1])
         ids = torch.where(finished, ids, sampled)
         yield ids
         finished = finished | torch.isin(ids, stops)
@@ -228,14 +244,13 @@ def _cached(sequence: _Sequence) -> Iterator[Float[Tensor, "b v"]]:
         num_queries, before = num_latents if window_starts else 1, planned
         ids, mask = sequence.last(count := max(num_queries, num_new))
         indices, positions = sequence.indices(count)
+        read, process = sequence.attention_mask(num_queries, n), sequence.attention_mask(num_queries, num_latents)
+        queries, tokens = positions[-num_queries:], positions[-num_new:]
         step = DecodingStep(
-            indices=indices,
-            positions=positions,
-            num_new=num_new,
-            mask=sequence.attention_mask(num_queries, n),
-            latent_mask=sequence.attention_mask(num_queries, num_latents),
-            cache=cache,
-            latent_caches=latent_caches,
+            indices,
+            num_new,
+            cross_attention={"mask": read, "positions": queries, "token_positions": tokens, "cache": cache},
+            latent_transformer={"mask": process, "positions": queries, "caches": latent_caches},
         )
         yield sequence.model(ids, mask=mask, num_latents=num_queries, step=step)[:, 0]
 
@@ -268,30 +283,6 @@ def _checked_stop_ids(stop_ids: int | Collection[int], vocab_size: int) -> tuple
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < vocab_size:
             raise ValueError(f"stop_ids must be ids of the vocabulary, 0 ... {vocab_size - 1}; got {number!r}")
     return ids
-
-
-def _checked_context_length(model: PerceiverAR, context_length: int | None) -> int | None:
-    """Return the context length, by default the number of positions of the model's embedding; None for unlimited."""
-    longest: int | None = getattr(model.embedding, "length", None)
-    if context_length is None:
-        return longest
-    checks.positive(context_length=context_length)
-    if longest is not None and context_length > longest:
-        raise ValueError(
-            f"context_length must be at most {longest}, the number of positions of the embedding; got {context_length}"
-        )
-    return context_length
-
-
-def _check_sampled(ids: Tensor, logits: Float[Tensor, "b v"]) -> None:
-    """Raise unless a sampler returned one id of the vocabulary per sample."""
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"sampler must return a torch.Tensor of ids; got {_name(ids)}")
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise TypeError(f"sampler must return integer ids; got {ids.dtype}")
-    if ids.shape != logits.shape[:1]:
-        raise ValueError(f"sampler must return one id per sample, shape ({len(logits)},); got {tuple(ids.shape)}")
-    checks.below("ids from the sampler", ids, logits.shape[1])
 
 
 def _name(x: object) -> str:

@@ -107,17 +107,6 @@ class HierarchicalPerceiver(nn.Module):
         Raises:
             TypeError, ValueError: Inputs of another width, rank, dtype or device; an invalid mask.
         """
-        x, mask = self._embedded(inputs, mask)
-        outputs = []
-        for level in self.encoding:
-            x, mask = level(x, mask=mask), None
-            outputs.append(x)
-        for level, skip in zip(self.decoding, outputs[-2::-1], strict=False):
-            x = level(x, skip=skip)
-        return x
-
-    def _embedded(self, inputs: Tokens | Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the embedded tokens with their positions added, and their mask."""
         x = inputs.materialize() if isinstance(inputs, Tokens) else inputs
         checks.is_floating("inputs", x)
         checks.has_shape("inputs", x, "b n c", last=self.input_dim)
@@ -128,7 +117,14 @@ class HierarchicalPerceiver(nn.Module):
             mask = inputs.flat_mask() if mask is None else mask & inputs.mask.flatten(1)
         if mask is not None:
             x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
-        return self.embedding(x) + token_positions(self.positions, inputs), mask
+        x = self.embedding(x) + token_positions(self.positions, inputs)
+        outputs = []
+        for level in self.encoding:
+            x, mask = level(x, mask=mask), None
+            outputs.append(x)
+        for level, skip in zip(self.decoding, outputs[-2::-1], strict=False):
+            x = level(x, skip=skip)
+        return x
 
 
 @register

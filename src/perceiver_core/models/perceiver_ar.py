@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -19,7 +19,6 @@ from perceiver_core.heads import TiedLogits
 from perceiver_core.layers.random_draws import RepeatableDraws
 from perceiver_core.masks import Mask
 from perceiver_core.positions import Rotary
-from perceiver_core.reads import KeysValuesCache
 from perceiver_core.registry import register
 
 ROTARY_ATTENTION = partial(MultiHeadAttention, rotary=Rotary())
@@ -32,21 +31,15 @@ class DecodingStep(NamedTuple):
 
     Args:
         indices: Indices of the tokens of this pass in the sequence, for position embeddings.
-        positions: Positions of these tokens for rotary embeddings.
         num_new: Number of last tokens whose keys and values are not cached yet.
-        mask: Attention mask from the latents of this pass to all tokens so far.
-        latent_mask: Attention mask from these latents to all latents so far.
-        cache: Keys and values of the tokens in the cross-attention.
-        latent_caches: Keys and values of the latents in each layer of the latent transformer.
+        cross_attention: Options of the cross-attention: its mask, rotary positions, and cached keys and values.
+        latent_transformer: Options of the latent transformer, likewise.
     """
 
     indices: Int[Tensor, "*#b n"]
-    positions: Int[Tensor, " n"]
     num_new: int
-    mask: Mask | None
-    latent_mask: Mask | None
-    cache: KeysValuesCache
-    latent_caches: Sequence[KeysValuesCache]
+    cross_attention: dict[str, Any]
+    latent_transformer: dict[str, Any]
 
 
 @register
@@ -67,8 +60,7 @@ class PerceiverAR(nn.Module):
         depth: Number of self-attention blocks after the read.
         num_heads: Number of attention heads of these blocks; the read has its own.
         cross_attention: Factory `(dim, dim) -> module` of the read. It has 1 head by default; for eight heads write
-            `cross_attention=partial(perceiver_ar.CROSS_ATTENTION, num_heads=8)`. A plain `CrossAttend` has no rotary
-            positions, so it needs an `embedding` with positions.
+            `cross_attention=partial(perceiver_ar.CROSS_ATTENTION, num_heads=8)`.
         latent_transformer: Factory `(dim, depth=depth, num_heads=num_heads) -> module`.
         norm: Factory `dim -> module` of the norm before the head.
         head: Factory `embedding -> module` of the logits, such as `heads.TiedLogits` or `heads.Logits`.
@@ -76,7 +68,7 @@ class PerceiverAR(nn.Module):
             training, drawn anew for each sample and forward pass.
 
     The default `cross_attention` and `latent_transformer` rotate all channels of queries and keys by their positions
-    (`positions.Rotary`). Others need an `embedding` that adds positions.
+    (`positions.Rotary`). Others, such as a plain `CrossAttend`, need an `embedding` that adds positions.
 
     Raises:
         TypeError, ValueError: An embedding that the head cannot use; sizes below 1; a rate outside [0, 1).
@@ -147,7 +139,9 @@ class PerceiverAR(nn.Module):
         options = {} if step is None else {"positions": step.indices}
         x = self.embedding(ids, mask=mask, **options).materialize()  # padding is zero
         if step is not None:
-            return self._continue(x, m, step)
+            latents = self.cross_attention(x[:, -m:], x[:, -step.num_new :], **step.cross_attention)
+            latents = self.latent_transformer(latents, **step.latent_transformer)
+            return self.head(self.norm(latents[:, -1:]))
         if mask is not None:
             checks.padded_on_the_left("mask", mask)
         tokens, valid, positions = self._drop_prefix(x, mask, m, generator)
@@ -185,22 +179,6 @@ class PerceiverAR(nn.Module):
             # The only token of a sample is a target, which leaves no input: padding is read, and the loss ignored.
             input_mask = torch.cat([mask[:, :-2], torch.ones_like(mask[:, :1])], 1)
         return next_token_loss(self(ids[:, :-1], mask=input_mask, generator=generator), ids, mask=mask)
-
-    def _continue(self, x: Tensor, num_latents: int, step: DecodingStep) -> Tensor:
-        """Return the logits after the last token, from cached keys and values of the earlier tokens."""
-        positions = step.positions[-num_latents:]
-        latents = self.cross_attention(
-            x[:, -num_latents:],
-            x[:, -step.num_new :],
-            mask=step.mask,
-            positions=positions,
-            token_positions=step.positions[-step.num_new :],
-            cache=step.cache,
-        )
-        latents = self.latent_transformer(
-            latents, mask=step.latent_mask, positions=positions, caches=step.latent_caches
-        )
-        return self.head(self.norm(latents[:, -1:]))
 
     def _drop_prefix(
         self, x: Tensor, mask: Tensor | None, num_latents: int, generator: torch.Generator | None

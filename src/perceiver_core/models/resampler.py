@@ -106,7 +106,17 @@ class Resampler(nn.Module):
         Raises:
             TypeError, ValueError: Features of another width, rank, dtype or device; an invalid mask.
         """
-        features, mask = self._projected(features, mask)
+        if isinstance(features, Tokens):
+            if mask is not None:
+                raise ValueError("mask must be None if features are Tokens, which have their own; build them with it")
+            mask, features = features.flat_mask(), features.materialize()
+        checks.is_floating("features", features)
+        checks.has_shape("features", features, "b n c", last=self.input_dim)
+        checks.matches_weight("features", features, self.projection)
+        if mask is not None:
+            checks.is_mask("mask", mask, features.shape[:-1])
+            features = features.masked_fill(~mask.unsqueeze(-1), 0.0)
+        features = self.projection(features)
         x = self.latents.unsqueeze(0)  # a batch of 1 until the first layer
         captured = None if capture is None else range(len(self.layers))[capture.read]
         for number, layer in enumerate(self.layers):
@@ -139,20 +149,6 @@ class Resampler(nn.Module):
         capture = AttentionCapture(layer, queries)
         self(features, mask=mask, capture=capture)
         return capture.result()
-
-    def _projected(self, features: Tokens | Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return features of the latents' width, and their mask."""
-        if isinstance(features, Tokens):
-            if mask is not None:
-                raise ValueError("mask must be None if features are Tokens, which have their own; build them with it")
-            mask, features = features.flat_mask(), features.materialize()
-        checks.is_floating("features", features)
-        checks.has_shape("features", features, "b n c", last=self.input_dim)
-        checks.matches_weight("features", features, self.projection)
-        if mask is not None:
-            checks.is_mask("mask", mask, features.shape[:-1])
-            features = features.masked_fill(~mask.unsqueeze(-1), 0.0)
-        return self.projection(features), mask
 
 
 class _Frames(nn.Module):

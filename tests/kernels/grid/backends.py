@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from perceiver_core.kernels.grid import eager, operator, triton
-from perceiver_core.kernels.grid.interface import GridGradients, GridInputs, GridOutputs, Saved, Upstream
+from perceiver_core.kernels.grid.interface import GridGradients, GridInputs, GridOutputs, Upstream
 
 all_backends = pytest.mark.usefixtures("backend")  # see conftest.py
 
@@ -25,8 +25,8 @@ class TritonOnCPUTensors:
         return tree_map(to_cpu, triton_or_eager(inputs).forward(tree_map(to_gpu, inputs)))
 
     @staticmethod
-    def backward(inputs: GridInputs, saved: Saved, upstream: Upstream, needs_token_gradients: bool) -> GridGradients:
-        arguments = tree_map(to_gpu, (inputs, saved, upstream))
+    def backward(inputs: GridInputs, upstream: Upstream, needs_token_gradients: bool) -> GridGradients:
+        arguments = tree_map(to_gpu, (inputs, upstream))
         return tree_map(to_cpu, triton_or_eager(inputs).backward(*arguments, needs_token_gradients))
 
 

@@ -22,8 +22,8 @@ def test_nothing_of_queries_times_tokens_is_made(query_batch: int, monkeypatch: 
     monkeypatch.setattr(eager, "MAX_SCORES", 53 * 11)
     with Largest() as largest:
         outputs = eager.forward(inputs)
-        upstream = Upstream(outputs.content, outputs.marginals, outputs.saved.total)
-        eager.backward(inputs, outputs.saved, upstream, True)
+        upstream = Upstream(outputs.base, outputs.total, outputs.content, outputs.marginals, outputs.total)
+        eager.backward(inputs, upstream, True)
     assert largest.size <= max(marginals, gradient) < weights / 9
     with Largest() as largest:
         formula(*inputs)

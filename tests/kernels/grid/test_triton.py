@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from perceiver_core.kernels.grid import GridFallbackWarning, eager, triton, triton_launch
+from perceiver_core.kernels.grid import GridFallbackWarning, eager, missing_kernel, triton, triton_launch
 from perceiver_core.kernels.grid.interface import GridInputs, Upstream
 from perceiver_core.kernels.grid.triton_launch import NoKernelError
 
@@ -46,15 +46,15 @@ def make_inputs(device: str, *grid: int, masked: bool = True) -> GridInputs:
 
 
 def test_the_reason_why_kernels_are_unavailable(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert triton.why_unavailable(CUDA, 3) == "" == triton.why_unavailable(CUDA, triton.MAX_CHANNELS)
-    assert "no compiled loop for mps" in triton.why_unavailable(torch.device("mps"), 3)
-    assert f"{triton.MAX_CHANNELS} do" in triton.why_unavailable(CUDA, triton.MAX_CHANNELS + 1)
+    assert missing_kernel(CUDA, 3) == "" == missing_kernel(CUDA, triton.MAX_CHANNELS)
+    assert "no compiled loop for mps" in missing_kernel(torch.device("mps"), 3)
+    assert f"{triton.MAX_CHANNELS} do" in missing_kernel(CUDA, triton.MAX_CHANNELS + 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    assert "8.0" in triton.why_unavailable(CUDA, 3)
+    assert "8.0" in missing_kernel(CUDA, 3)
     monkeypatch.setattr(torch.version, "cuda", None)  # AMD's
-    assert "NVIDIA" in triton.why_unavailable(CUDA, 3)
+    assert "NVIDIA" in missing_kernel(CUDA, 3)
     monkeypatch.setattr(triton, "_has_triton", lambda: False)
-    assert triton.why_unavailable(CUDA, 3) == "Triton is not installed"
+    assert missing_kernel(CUDA, 3) == "Triton is not installed"
 
 
 def test_without_kernels_reads_use_plain_pytorch_with_a_warning(hopper: None, no_kernels: None) -> None:
@@ -64,14 +64,14 @@ def test_without_kernels_reads_use_plain_pytorch_with_a_warning(hopper: None, no
     ):
         outputs = triton.forward(inputs)
     expected = eager.forward(inputs)
-    torch.testing.assert_close((*outputs[:2], *outputs.saved), (*expected[:2], *expected.saved), rtol=0.0, atol=0.0)
-    upstream = Upstream(outputs.content, outputs.marginals, outputs.saved.total)
+    torch.testing.assert_close(tuple(outputs), tuple(expected), rtol=0.0, atol=0.0)
+    upstream = Upstream(outputs.base, outputs.total, outputs.content, outputs.marginals, outputs.total)
     with pytest.warns(GridFallbackWarning, match="out of shared memory"):
-        gradients = triton.backward(inputs, outputs.saved, upstream, True)
-    expected_gradients = eager.backward(inputs, outputs.saved, upstream, True)
+        gradients = triton.backward(inputs, upstream, True)
+    expected_gradients = eager.backward(inputs, upstream, True)
     torch.testing.assert_close(tuple(gradients), tuple(expected_gradients), rtol=0.0, atol=0.0)
     triton._failures[CUDA] = triton._failures.pop(torch.device("cpu"))
-    assert "out of shared memory" in triton.why_unavailable(CUDA, 3)
+    assert "out of shared memory" in missing_kernel(CUDA, 3)
 
 
 @pytest.mark.filterwarnings("error::perceiver_core.kernels.grid.GridFallbackWarning")
@@ -104,8 +104,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 def test_no_value_is_read_on_the_cpu(grid: tuple[int, ...], masked: bool, launches: list[str]) -> None:
     """Tensors without values work, so the CPU never waits for a GPU."""
     inputs = make_inputs("meta", *grid, masked=masked)
-    read, marginals, saved = triton.forward(inputs)
-    assert read.shape == (2, 3, 5, 4) and marginals.shape == (2, 3, 5, sum(grid)) and saved.base.shape == (2, 3, 5)
-    gradients = triton.backward(inputs, saved, Upstream(read, marginals, saved.total), True)
+    read, marginals, base, total = triton.forward(inputs)
+    assert read.shape == (2, 3, 5, 4) and marginals.shape == (2, 3, 5, sum(grid)) and base.shape == (2, 3, 5)
+    gradients = triton.backward(inputs, Upstream(base, total, read, marginals, total), True)
     assert [x.shape for x in gradients] == [x.shape for x in inputs[:4]]
     assert launches == ["forward", "backward_queries", "backward_tokens"]

@@ -8,7 +8,7 @@ from math import prod
 import torch
 
 from perceiver_core.kernels.grid import cpp_library
-from perceiver_core.kernels.grid.interface import GridGradients, GridInputs, GridOutputs, Saved, Upstream
+from perceiver_core.kernels.grid.interface import GridGradients, GridInputs, GridOutputs, Upstream
 
 BLOCK = 16  # queries of a task of the forward pass, as in `cpp/grid.h`
 MIN_TASKS = 32  # the grid is split to get this many; independent of the number of threads, for reproducible results
@@ -29,33 +29,32 @@ def forward(inputs: GridInputs) -> GridOutputs:
     marginals = content.new_empty(batch, splits, heads, queries, axis_positions)
     base = content.new_empty(batch, splits, heads, queries)
     total = torch.empty_like(base)
-    pointers = [None if x is None else x.data_ptr() for x in (*inputs, read, marginals, base, total)]
+    pointers = (None if x is None else x.data_ptr() for x in (*inputs, read, marginals, base, total))
     axes = array("q", grid)  # int64_t; alive during the call
     sizes = batch, *content_queries.shape, len(grid), axes.buffer_info()[0]
     cpp_library.functions()["forward", content.dtype](*sizes, *pointers, splits, torch.get_num_threads())
     if splits == 1:
-        return GridOutputs(read[:, 0], marginals[:, 0], Saved(base[:, 0], total[:, 0]))
+        return GridOutputs(read[:, 0], marginals[:, 0], base[:, 0], total[:, 0])
     base = base.masked_fill(total == 0, -torch.inf)
     highest = base.amax(1).clamp_min(torch.finfo(base.dtype).min)  # finite where all splits are empty
     totals = total * (base - highest[:, None]).exp2()
     total = totals.sum(1)
     share = (totals / total[:, None]).nan_to_num()[..., None]  # 0 where all splits are empty
-    saved = Saved(highest.where(total > 0, 0.0), total)
-    return GridOutputs((read * share).sum(1), (marginals * share).sum(1), saved)
+    return GridOutputs((read * share).sum(1), (marginals * share).sum(1), highest.where(total > 0, 0.0), total)
 
 
-def backward(inputs: GridInputs, saved: Saved, upstream: Upstream, needs_token_gradients: bool) -> GridGradients:
+def backward(inputs: GridInputs, upstream: Upstream, needs_token_gradients: bool) -> GridGradients:
     """Compute the gradients as sums over splits of the grid."""
     content_queries, axis_queries, content, scale, _ = inputs
     batch, grid = content.shape[0], content.shape[2:]
-    single_axis = len(grid) == 1  # splits then have separate positions, and write to one gradient of the axis queries
+    single_axis = len(grid) == 1  # splits then have separate positions, and one gradient of the axis queries
     width = content_queries.shape[-1] + (0 if single_axis else axis_queries.shape[-1])
     splits = _num_splits(batch, inputs, width)
     d_content_queries = content.new_empty(batch, splits, *content_queries.shape[1:])
     d_axis_queries = content.new_empty(batch, 1 if single_axis else splits, *axis_queries.shape[1:])
     d_content, d_scale = (torch.empty_like(x) if needs_token_gradients else x.new_empty(0) for x in (content, scale))
-    gradients = d_content_queries, d_axis_queries, *((d_content, d_scale) if needs_token_gradients else (None, None))
-    pointers = [None if x is None else x.data_ptr() for x in (*inputs, *saved, *upstream, *gradients)]
+    tensors = *inputs, *upstream, d_content_queries, d_axis_queries, d_content, d_scale
+    pointers = (None if x is None else x.data_ptr() for x in tensors)  # null for empty tensors
     axes = array("q", grid)  # int64_t; alive during the call
     sizes = batch, *content_queries.shape, len(grid), axes.buffer_info()[0]
     cpp_library.functions()["backward", content.dtype](*sizes, *pointers, splits, torch.get_num_threads())
@@ -71,10 +70,7 @@ def backward(inputs: GridInputs, saved: Saved, upstream: Upstream, needs_token_g
 def _num_splits(num_tasks: int, inputs: GridInputs, width: int) -> int:
     """Return the number of splits of the grid that keep many threads busy.
 
-    Args:
-        num_tasks: Number of tasks without splits.
-        inputs: Inputs of the read.
-        width: Numbers that a split returns per sample, head and query.
+    `num_tasks` is the number of tasks without splits; a split returns `width` numbers per sample, head and query.
     """
     content = inputs.content
     split_bytes = content.shape[0] * prod(inputs.content_queries.shape[1:3]) * width * content.element_size()

@@ -34,20 +34,14 @@ FLAGS = (
 # ARM), with PyTorch's own threads or, where the compiler has no OpenMP, with others.
 TARGETS = ("-march=native", "-mcpu=native", "")
 VARIANTS = [f"{target} {threads}".split() for threads in ("-fopenmp", "") for target in TARGETS]
-NUM_POINTERS = {"forward": 9, "backward": 14}  # tensors that the functions of `cpp/reads.cpp` take
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # no compiler appears while a graph is traced
-def available() -> bool:
-    """Return whether the functions can be compiled here; the first call compiles them."""
-    return bool(functions())
+NUM_POINTERS = {"forward": 10, "backward": 15}  # arguments of the functions of `cpp/reads.cpp`: grid and tensors
 
 
 @cache
 def functions() -> dict[tuple[str, torch.dtype], Callable[..., None]]:
     """Return the functions of the library by name and dtype; empty, after one warning, without a compiler.
 
-    The library stays loaded for the life of the process.
+    The first call compiles or loads the library, which stays loaded for the life of the process.
     """
     try:
         library = _load()
@@ -64,8 +58,7 @@ def functions() -> dict[tuple[str, torch.dtype], Callable[..., None]]:
     for name, num_pointers in NUM_POINTERS.items():
         for dtype in (torch.float32, torch.float64):
             function = getattr(library, f"{name}_{str(dtype).removeprefix('torch.')}")
-            sizes, tail = [ctypes.c_int64] * 6, [ctypes.c_int64] * 2
-            function.argtypes = [*sizes, ctypes.c_void_p, *[ctypes.c_void_p] * num_pointers, *tail]
+            function.argtypes = [ctypes.c_int64] * 6 + [ctypes.c_void_p] * num_pointers + [ctypes.c_int64] * 2
             function.restype = None
             found[name, dtype] = function
     return found

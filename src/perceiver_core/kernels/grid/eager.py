@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from perceiver_core import checks
-from perceiver_core.kernels.grid.interface import GridGradients, GridInputs, GridOutputs, Saved, Upstream
+from perceiver_core.kernels.grid.interface import GridGradients, GridInputs, GridOutputs, Upstream, over_grid
 
 LN2 = math.log(2)
 MAX_SCORES = 2**22  # scores of a slab, per sample and head
@@ -34,7 +34,7 @@ def forward(inputs: GridInputs) -> GridOutputs:
             new_base = torch.maximum(base, scores.flatten(3).amax(-1))
             finite_base = new_base.masked_fill(new_base == -torch.inf, 0.0)
             decay = (base - finite_base).exp2()
-            weights = (scores - _over_grid(finite_base, grid)).exp2_()
+            weights = (scores - finite_base.reshape(*shape, *(1 for _ in grid))).exp2_()
             total = total * decay + weights.flatten(3).sum(-1)
             weights *= slab_scale
             slab_sums = torch.einsum("bhqn,bcn->bhqc", weights.flatten(3), slab_content.flatten(2))
@@ -43,18 +43,17 @@ def forward(inputs: GridInputs) -> GridOutputs:
             _add_axis_sums(axis_sums, weights, grid, slab)
             base = new_base
     norm = total.where(total > 0, 1.0)[..., None]
-    saved = Saved(base.masked_fill(base == -torch.inf, 0.0), total)
-    return GridOutputs(content_sums / norm, axis_sums / norm, saved)
+    return GridOutputs(content_sums / norm, axis_sums / norm, base.masked_fill(base == -torch.inf, 0.0), total)
 
 
-def backward(inputs: GridInputs, saved: Saved, upstream: Upstream, needs_token_gradients: bool) -> GridGradients:
+def backward(inputs: GridInputs, upstream: Upstream, needs_token_gradients: bool) -> GridGradients:
     """Compute the gradients slab by slab."""
     content_queries, axis_queries, content, scale, mask = inputs
-    d_read, d_marginals, _ = upstream
+    base, total, d_read, d_marginals, offset = upstream
     grid = content.shape[2:]
     content, scale, bias = _apply_mask(content, scale, mask)
-    base, offset = _over_grid(saved.base, grid), _over_grid(upstream.offset, grid)
-    inverse_total = _over_grid(saved.total.where(saved.total > 0, torch.inf).reciprocal(), grid)
+    inverse_total = total.where(total > 0, torch.inf).reciprocal()
+    base, offset, inverse_total = (x.reshape(*x.shape, *(1 for _ in grid)) for x in (base, offset, inverse_total))
     d_content_queries, d_axis_queries = torch.zeros_like(d_read), torch.zeros_like(d_marginals)
     d_content, d_scale = (torch.zeros_like(x) if needs_token_gradients else x.new_empty(0) for x in (content, scale))
     with checks.full_precision(content.device):
@@ -92,21 +91,13 @@ def _slabs(num_queries: int, grid: torch.Size) -> list[slice]:
     return [slice(start, min(start + step, grid[0])) for start in range(0, grid[0], step)]
 
 
-def _over_grid(x: Tensor, grid: torch.Size) -> Tensor:
-    """Append one axis of size 1 per grid axis."""
-    return x.reshape(*x.shape, *(1 for _ in grid))
-
-
 def _products(content_queries: Tensor, axis_queries: Tensor, content: Tensor, grid: torch.Size, slab: slice) -> Tensor:
     """Return the unscaled scores of the tokens of a slab, `b h q *grid`."""
     content_queries = content_queries.expand(content.shape[0], *content_queries.shape[1:])
     products = torch.einsum("bhqc,bcn->bhqn", content_queries, content.flatten(2))
     products = products.reshape(*products.shape[:3], *content.shape[2:])
-    for axis, table in enumerate(torch.split(axis_queries, list(grid), dim=-1)):
-        part = table[..., slab] if axis == 0 else table
-        shape = [part.shape[-1] if other == axis else 1 for other in range(len(grid))]
-        products = products + part.reshape(*table.shape[:-1], *shape)
-    return products
+    first, *others = torch.split(axis_queries, list(grid), dim=-1)
+    return sum(over_grid([first[..., slab], *others]), start=products)
 
 
 def _add_axis_sums(totals: Tensor, x: Tensor, grid: torch.Size, slab: slice) -> None:

@@ -10,6 +10,7 @@ the number of samples, or 1 where all samples share their queries.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float
@@ -26,32 +27,28 @@ class GridInputs(NamedTuple):
     mask: Bool[Tensor, " b *grid"] | None
 
 
-class Saved(NamedTuple):
-    """Softmax statistics that the forward pass saves: the log-sum-exp of the scores is `(base + log2(total)) ln 2`.
+class GridOutputs(NamedTuple):
+    """Results of a forward pass: normalized sums, and softmax statistics that the backward pass needs.
 
     `base` is a number near the largest score of a query, times log2(e), and 0 for queries that attend to nothing;
-    `total` is the sum of 2^(score log2(e) - base).
+    `total` is the sum of 2^(score log2(e) - base). The log-sum-exp of the scores is `(base + log2(total)) ln 2`.
     """
 
+    content: Float[Tensor, "b h q c"]
+    marginals: Float[Tensor, "b h q axis_positions"]
     base: Float[Tensor, "b h q"]
     total: Float[Tensor, "b h q"]
 
 
-class GridOutputs(NamedTuple):
-    """Results of a forward pass; `content` and `marginals` are normalized."""
-
-    content: Float[Tensor, "b h q c"]
-    marginals: Float[Tensor, "b h q axis_positions"]
-    saved: Saved
-
-
 class Upstream(NamedTuple):
-    """Gradients of the loss with respect to the outputs; `d_read` is that of `GridOutputs.content`.
+    """Statistics of the forward pass, and gradients of the loss with respect to its outputs.
 
-    `offset` is the part of the gradient of a score that all tokens of a query share: d_lse - sum(d_read content)
-    - sum(d_marginals marginals).
+    `d_read` is the gradient of `GridOutputs.content`. `offset` is the part of the gradient of a score that all tokens
+    of a query share: d_lse - sum(d_read content) - sum(d_marginals marginals).
     """
 
+    base: Float[Tensor, "b h q"]
+    total: Float[Tensor, "b h q"]
     d_read: Float[Tensor, "b h q c"]
     d_marginals: Float[Tensor, "b h q axis_positions"]
     offset: Float[Tensor, "b h q"]
@@ -74,12 +71,18 @@ class Backend(Protocol):
         """Compute the read of contiguous inputs."""
         ...
 
-    def backward(
-        self, inputs: GridInputs, saved: Saved, upstream: Upstream, needs_token_gradients: bool
-    ) -> GridGradients:
+    def backward(self, inputs: GridInputs, upstream: Upstream, needs_token_gradients: bool) -> GridGradients:
         """Recompute the softmax weights and return the gradients of the inputs."""
         ...
 
 
 class GridFallbackWarning(RuntimeWarning):
     """Warning that grid reads run on a slower backend than the device allows; results are equal."""
+
+
+def over_grid(tables: Sequence[Tensor]) -> list[Tensor]:
+    """Reshape tables `.. size`, one per axis of a grid, so that they broadcast to `.. *grid`."""
+    return [
+        table.reshape(*table.shape[:-1], *(table.shape[-1] if i == axis else 1 for i in range(len(tables))))
+        for axis, table in enumerate(tables)
+    ]

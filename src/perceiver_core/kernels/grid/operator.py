@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from perceiver_core.kernels.grid import cpp, cpp_library, eager, triton
-from perceiver_core.kernels.grid.interface import Backend, GridGradients, GridInputs, Saved, Upstream
+from perceiver_core.kernels.grid.interface import Backend, GridGradients, GridInputs, Upstream
 
 LN2 = math.log(2)
 
@@ -83,9 +83,17 @@ def read_grid(
 
 def missing_kernel(device: torch.device, channels: int) -> str:
     """Return the reason why a device has no compiled kernel; empty if it has one. On a CPU this may compile it."""
-    if device.type != "cpu":
-        return triton.why_unavailable(device, channels)
-    return "" if cpp_library.available() else "it would need a C++ compiler"
+    if device.type == "cuda" and channels > triton.MAX_CHANNELS:
+        return f"content of {channels} channels does not fit on chip; {triton.MAX_CHANNELS} do"
+    return _why_unavailable(device)
+
+
+# Neither a compiler nor a GPU appears while a graph is traced.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _why_unavailable(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "" if cpp_library.functions() else "it would need a C++ compiler"
+    return triton.why_unavailable(device)
 
 
 # The schemas are written out because they cannot be inferred from functions that an import hook has wrapped.
@@ -96,9 +104,9 @@ def missing_kernel(device: torch.device, channels: int) -> str:
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _read_grid(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return read, marginals, log-sum-exp, and the two tensors of `Saved`."""
+    """Return read, marginals and log-sum-exp, and base and total of `GridOutputs`."""
     inputs = _validated(*arguments)
-    read, marginals, (base, total) = _backend(inputs).forward(inputs)
+    read, marginals, base, total = _backend(inputs).forward(inputs)
     return read, marginals, (base + total.log2()) * LN2, base, total
 
 
@@ -118,12 +126,9 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _read_grid_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the tensors of `GridGradients`; see `Saved` and `Upstream` for the arguments."""
-    *tensors, needs_token_gradients = arguments
-    inputs = _validated(*tensors[:5])
-    base, total, d_read, d_marginals, offset = (x.contiguous() for x in tensors[5:])
-    saved, upstream = Saved(base, total), Upstream(d_read, d_marginals, offset)
-    return _backend(inputs).backward(inputs, saved, upstream, needs_token_gradients)
+    """Return the tensors of `GridGradients`; the arguments are those of `Backend.backward`."""
+    inputs, upstream = _validated(*arguments[:5]), Upstream(*(x.contiguous() for x in arguments[5:10]))
+    return _backend(inputs).backward(inputs, upstream, arguments[10])
 
 
 @_read_grid_backward.register_fake
@@ -193,35 +198,28 @@ class _ReadGridBackward(torch.autograd.Function):
 
 @_read_grid.register_vmap
 def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    batch = _batch_size(arguments[2], in_dims[2])
-    outputs = _read_grid(*_fold_into_batch(info.batch_size, batch, in_dims, arguments))
-    return tuple(x.unflatten(0, (info.batch_size, batch)) for x in outputs), (0,) * 5
+    folded, batch, _ = _fold_into_batch(info.batch_size, in_dims, arguments)
+    return tuple(x.unflatten(0, (info.batch_size, batch)) for x in _read_grid(*folded)), (0,) * 5
 
 
 @_read_grid_backward.register_vmap
 def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    batch, shared_queries = _batch_size(arguments[2], in_dims[2]), _batch_size(arguments[0], in_dims[0]) == 1
-    gradients = _read_grid_backward(*_fold_into_batch(info.batch_size, batch, in_dims, arguments))
-    d_content_queries, d_axis_queries, *others = (x.reshape(info.batch_size, -1, *x.shape[1:]) for x in gradients)
-    if shared_queries:
-        d_content_queries, d_axis_queries = (x.sum(1, keepdim=True) for x in (d_content_queries, d_axis_queries))
-    return (d_content_queries, d_axis_queries, *others), (0,) * 4
+    folded, _, query_batch = _fold_into_batch(info.batch_size, in_dims, arguments)
+    gradients = [x.reshape(info.batch_size, -1, *x.shape[1:]) for x in _read_grid_backward(*folded)]
+    if query_batch == 1:
+        gradients[:2] = [x.sum(1, keepdim=True) for x in gradients[:2]]
+    return tuple(gradients), (0,) * 4
 
 
-def _batch_size(x: Tensor, in_dim: int | None) -> int:
-    """Return the size of the batch axis, the first axis other than the one that vmap maps over."""
-    return x.shape[0] if in_dim is None else x.movedim(in_dim, 0).shape[1]
-
-
-def _fold_into_batch(size: int, batch: int, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]) -> list[Any]:
-    """Merge the mapped axis of every tensor with its batch axis."""
-    folded = []
-    for x, in_dim in zip(arguments, in_dims, strict=True):
+def _fold_into_batch(size: int, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]) -> tuple[Any, int, int]:
+    """Merge the mapped axis of every tensor with its batch axis; also return the batch sizes of content and queries."""
+    mapped_first = list(arguments)
+    for i, (x, in_dim) in enumerate(zip(arguments, in_dims, strict=True)):
         if isinstance(x, Tensor):
-            mapped_first = x.expand(size, *x.shape) if in_dim is None else x.movedim(in_dim, 0)
-            x = mapped_first.expand(-1, batch, *mapped_first.shape[2:]).flatten(0, 1)
-        folded.append(x)
-    return folded
+            mapped_first[i] = x.expand(size, *x.shape) if in_dim is None else x.movedim(in_dim, 0)
+    query_batch, batch = mapped_first[0].shape[1], mapped_first[2].shape[1]
+    folded = (x.expand(-1, batch, *x.shape[2:]).flatten(0, 1) if isinstance(x, Tensor) else x for x in mapped_first)
+    return folded, batch, query_batch
 
 
 def _backend(inputs: GridInputs) -> Backend:
@@ -231,7 +229,7 @@ def _backend(inputs: GridInputs) -> Backend:
         return eager
     if content.device.type == "cpu":
         return cpp if cpp_library.functions() else eager
-    return eager if triton.why_unavailable(content.device, content.shape[1]) else triton
+    return eager if missing_kernel(content.device, content.shape[1]) else triton
 
 
 def _validated(
@@ -260,10 +258,5 @@ def _validated(
         dtype = torch.bool if name == "mask" else content.dtype
         if x.dtype != dtype or x.device != content.device:
             raise TypeError(f"{name} must be {dtype} on {content.device}, like content; got {x.dtype} on {x.device}")
-    return GridInputs(
-        content_queries.contiguous(),
-        axis_queries.contiguous(),
-        content.contiguous(),
-        scale.contiguous(),
-        None if mask is None else mask.contiguous(),
-    )
+    tensors = content_queries, axis_queries, content, scale, mask
+    return GridInputs._make(None if x is None else x.contiguous() for x in tensors)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +23,8 @@ from perceiver_core.kernels.grid.interface import (
     GridGradients,
     GridInputs,
     GridOutputs,
-    Saved,
     Upstream,
+    over_grid,
 )
 from perceiver_core.kernels.grid.triton_launch import NoKernelError, launch_over_queries, launch_over_tokens
 from perceiver_core.kernels.grid.triton_plan import WARP, Plan
@@ -34,8 +36,7 @@ MIN_CAPABILITY = (8, 0)  # compute capability that Triton needs
 _failures: dict[torch.device, str] = {}  # why kernels could not be built, by device
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # no GPU appears while a graph is traced
-def why_unavailable(device: torch.device, channels: int) -> str:
+def why_unavailable(device: torch.device) -> str:
     """Return the reason why the kernels cannot run on a device; empty if they can."""
     if device.type != "cuda":
         return f"there is no compiled loop for {device.type}"
@@ -43,8 +44,6 @@ def why_unavailable(device: torch.device, channels: int) -> str:
         return "Triton is not installed"
     if torch.version.cuda is None or torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         return "it would need an NVIDIA GPU of compute capability 8.0 or higher"
-    if channels > MAX_CHANNELS:
-        return f"content of {channels} channels does not fit on chip; {MAX_CHANNELS} do"
     return _failures.get(device, "")
 
 
@@ -57,81 +56,31 @@ def _has_triton() -> bool:
     return True
 
 
+def _or_eager(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """Compute by the eager backend, with a warning and from then on, if no kernel can be built for this GPU."""
+
+    @wraps(compute)
+    def run(inputs: GridInputs, *arguments: Any) -> Any:
+        try:
+            return compute(inputs, *arguments)
+        except NoKernelError as error:
+            device, reason = inputs.content.device, f"no kernel could be built: {error}"
+            message = f"structured reads on {device} use plain PyTorch, slowly: {reason}"
+            warnings.warn(message, GridFallbackWarning, stacklevel=2)
+            _failures[device] = reason  # not before the warning, which raises where warnings are errors
+            return getattr(eager, compute.__name__)(inputs, *arguments)
+
+    return run
+
+
+@_or_eager
 def forward(inputs: GridInputs) -> GridOutputs:
-    """Compute the read by the kernels, or in plain PyTorch if none can be built for this GPU."""
+    """Compute the read by the kernels."""
     axis = _axis_to_swap(inputs.content.shape[2:])
     if axis is not None:
-        inputs = _swap_inputs(inputs, axis)
-    try:
-        outputs = _forward(inputs)
-    except NoKernelError as error:
-        _warn_of_fallback(inputs.content.device, error)
-        outputs = eager.forward(inputs)
-    if axis is not None:
-        outputs = outputs._replace(marginals=_swap_tables(outputs.marginals, axis, inputs.content.shape[2:]))
-    return outputs
-
-
-def backward(inputs: GridInputs, saved: Saved, upstream: Upstream, needs_token_gradients: bool) -> GridGradients:
-    """Compute the gradients by the kernels, or in plain PyTorch if none can be built for this GPU."""
-    grid = inputs.content.shape[2:]
-    axis = _axis_to_swap(grid)
-    if axis is not None:
-        inputs = _swap_inputs(inputs, axis)
-        upstream = upstream._replace(d_marginals=_swap_tables(upstream.d_marginals, axis, grid))
-    try:
-        gradients = _backward(inputs, saved, upstream, needs_token_gradients)
-    except NoKernelError as error:
-        _warn_of_fallback(inputs.content.device, error)
-        gradients = eager.backward(inputs, saved, upstream, needs_token_gradients)
-    if axis is None:
-        return gradients
-    d_content_queries, d_axis_queries, *d_tokens = gradients
-    d_content, d_scale = (_swap(x, axis, grid) if needs_token_gradients else x for x in d_tokens)
-    d_axis_queries = _swap_tables(d_axis_queries, axis, inputs.content.shape[2:])
-    return GridGradients(d_content_queries, d_axis_queries, d_content, d_scale)
-
-
-def _axis_to_swap(grid: torch.Size) -> int | None:
-    """Return the axis to swap with the last: the longest, if the last is much shorter; otherwise None."""
-    longest = max(range(len(grid)), key=lambda axis: grid[axis])
-    return longest if grid[-1] < WARP // 2 < grid[longest] else None
-
-
-def _swap(x: Tensor, axis: int, grid: torch.Size) -> Tensor:
-    """Swap an axis of the grid with the last."""
-    return x.transpose(x.ndim - len(grid) + axis, -1).contiguous()
-
-
-def _swap_tables(tables: Tensor, axis: int, grid: torch.Size) -> Tensor:
-    """Swap the entries of an axis with those of the last axis, in a tensor `.. axis_positions`."""
-    parts = list(torch.split(tables, list(grid), dim=-1))
-    parts[axis], parts[-1] = parts[-1], parts[axis]
-    return torch.cat(parts, dim=-1)
-
-
-def _swap_inputs(inputs: GridInputs, axis: int) -> GridInputs:
-    content_queries, axis_queries, content, scale, mask = inputs
-    grid = content.shape[2:]
-    return GridInputs(
-        content_queries,
-        _swap_tables(axis_queries, axis, grid),
-        _swap(content, axis, grid),
-        _swap(scale, axis, grid),
-        None if mask is None else _swap(mask, axis, grid),
-    )
-
-
-def _warn_of_fallback(device: torch.device, error: NoKernelError) -> None:
-    """Warn, and make later reads on this device use plain PyTorch directly."""
-    reason = f"no kernel could be built: {error}"
-    warnings.warn(
-        f"structured reads on {device} use plain PyTorch, slowly: {reason}", GridFallbackWarning, stacklevel=3
-    )
-    _failures[device] = reason  # not before the warning, which raises where warnings are errors
-
-
-def _forward(inputs: GridInputs) -> GridOutputs:
+        swapped = _swap_inputs(inputs, axis)
+        outputs: GridOutputs = forward(swapped)
+        return outputs._replace(marginals=_swap_tables(outputs.marginals, axis, swapped.content.shape[2:]))
     plan, new = Plan.of(inputs), inputs.content.new_empty
     queries, parts = inputs.content_queries.shape[2], (plan.batch_heads, plan.splits, plan.groups)
     read = new(*parts, inputs.content_queries.shape[-1], plan.queries)
@@ -153,16 +102,30 @@ def _forward(inputs: GridInputs) -> GridOutputs:
     read = (read * factor[:, :, :, None]).sum((1, 2)) / norm
     merged = (read, marginals / norm, base[:, None], total[:, None])
     read, marginals, base, total = (_transpose(_split_heads(plan, x, queries)) for x in merged)
-    return GridOutputs(read, marginals, Saved(base[..., 0], total[..., 0]))
+    return GridOutputs(read, marginals, base[..., 0], total[..., 0])
 
 
-def _backward(inputs: GridInputs, saved: Saved, upstream: Upstream, needs_token_gradients: bool) -> GridGradients:
+@_or_eager
+def backward(inputs: GridInputs, upstream: Upstream, needs_token_gradients: bool) -> GridGradients:
+    """Compute the gradients by the kernels."""
+    grid = inputs.content.shape[2:]
+    axis = _axis_to_swap(grid)
+    if axis is not None:
+        swapped = _swap_inputs(inputs, axis)
+        upstream = upstream._replace(d_marginals=_swap_tables(upstream.d_marginals, axis, grid))
+        gradients: GridGradients = backward(swapped, upstream, needs_token_gradients)
+        d_axis_queries = _swap_tables(gradients.axis_queries, axis, swapped.content.shape[2:])
+        d_content, d_scale = gradients[2:]
+        if needs_token_gradients:
+            d_content, d_scale = (x.transpose(axis, -1).contiguous() for x in (d_content, d_scale))
+        return GridGradients(gradients.content_queries, d_axis_queries, d_content, d_scale)
     plan, (content_queries, axis_queries, content, scale, _) = Plan.of(inputs), inputs
-    inverse_total = saved.total.where(saved.total > 0, torch.inf).reciprocal()
-    d_read, d_marginals = (x * inverse_total[..., None] for x in upstream[:2])
+    base, total, d_read, d_marginals, offset = upstream
+    inverse_total = total.where(total > 0, torch.inf).reciprocal()
+    d_read, d_marginals = (x * inverse_total[..., None] for x in (d_read, d_marginals))
     content_queries, axis_queries = content_queries * LOG2E, axis_queries * LOG2E
     tokens = _token_tensors(plan, inputs)
-    base, offset = (_pad(x, plan.queries) for x in (saved.base, upstream.offset * inverse_total))
+    base, offset = (_pad(x, plan.queries) for x in (base, offset * inverse_total))
     parts = (plan.batch_heads, plan.splits, plan.groups)
     d_content_queries = content.new_empty(*parts, content_queries.shape[-1], plan.queries)
     d_rows = content.new_empty(plan.batch_heads, plan.groups, plan.height, plan.queries)
@@ -189,19 +152,30 @@ def _backward(inputs: GridInputs, saved: Saved, upstream: Upstream, needs_token_
     return GridGradients(d_content_queries, d_axis_queries, d_content, d_scale)
 
 
-def _query_tensors(plan: Plan, content: Tensor, tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the coefficients of the content, of rows and of columns, `b h .. q`, with padded queries.
+def _axis_to_swap(grid: torch.Size) -> int | None:
+    """Return the axis, from -1 down, to swap with the last: the longest, if the last is much shorter; else None."""
+    longest = max(range(len(grid)), key=lambda axis: grid[axis])
+    return longest - len(grid) if grid[-1] < WARP // 2 < grid[longest] else None
 
-    Args:
-        plan: Plan of the read.
-        content: Content queries, or the upstream gradient of the read, `b h q c`.
-        tables: Axis queries, or the upstream gradient of the marginals, `b h q axis_positions`.
-    """
+
+def _swap_tables(tables: Tensor, axis: int, grid: torch.Size) -> Tensor:
+    """Swap the entries of an axis with those of the last axis, in a tensor `.. axis_positions`."""
+    parts = list(torch.split(tables, list(grid), dim=-1))
+    parts[axis], parts[-1] = parts[-1], parts[axis]
+    return torch.cat(parts, dim=-1)
+
+
+def _swap_inputs(inputs: GridInputs, axis: int) -> GridInputs:
+    tables = _swap_tables(inputs.axis_queries, axis, inputs.content.shape[2:])
+    tokens = (None if x is None else x.transpose(axis, -1).contiguous() for x in inputs[2:])
+    return GridInputs._make((inputs.content_queries, tables, *tokens))
+
+
+def _query_tensors(plan: Plan, content: Tensor, tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the coefficients of the content, of rows and of columns, `b h .. q`, with padded queries."""
     *row_tables, columns = torch.split(tables, [*plan.row_axes, plan.width], dim=-1)
     leading = tables.shape[:-1]
-    rows = tables.new_zeros(*leading, *(1 for _ in plan.row_axes))
-    for axis, table in enumerate(row_tables):
-        rows = rows + table.reshape(*leading, *(size if i == axis else 1 for i, size in enumerate(plan.row_axes)))
+    rows = sum(over_grid(row_tables), start=tables.new_zeros(*leading, *(1 for _ in plan.row_axes)))
     padded = [_pad(_transpose(x), plan.queries) for x in (content, rows.reshape(*leading, -1), columns)]
     return padded[0], padded[1], padded[2]
 

@@ -43,23 +43,28 @@ def _program_part(blocks, splits, groups, BLOCK: tl.constexpr):
 
 @triton.jit
 def _add_products(
-    sums, coefficients, queries, query, content, tokens, token,
+    sums, left, left_stride, row, right, right_stride, column, valid,
     CHANNELS: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the products of content and coefficients, summed over channels, to `sums`: columns x queries."""
+    """Add the products of vectors (of tokens or queries), summed over channels, to `sums`: rows x columns.
+
+    Columns that are not valid get any number; None if all are.
+    """
     if PADDED < 16:
         for k in tl.static_range(CHANNELS):
-            coefficient = tl.load(coefficients + k * queries + query)
-            value = tl.load(content + k * tokens + token)
-            sums += value[:, None] * coefficient[None, :]
+            right_value = tl.load(right + k * right_stride + column, mask=valid)
+            left_value = tl.load(left + k * left_stride + row)
+            sums += left_value[:, None] * right_value[None, :]
     else:
         channel = tl.arange(0, PADDED)
-        valid = channel < CHANNELS
-        coefficient = tl.load(
-            coefficients + channel[:, None] * queries + query[None, :], mask=valid[:, None], other=0.0
+        in_right = (channel < CHANNELS)[:, None]
+        if valid is not None:
+            in_right = in_right & valid[None, :]
+        right_vectors = tl.load(right + channel[:, None] * right_stride + column[None, :], mask=in_right, other=0.0)
+        left_vectors = tl.load(
+            left + channel[None, :] * left_stride + row[:, None], mask=(channel < CHANNELS)[None, :], other=0.0
         )
-        value = tl.load(content + channel[None, :] * tokens + token[:, None], mask=valid[None, :], other=0.0)
-        sums += tl.dot(value, coefficient, input_precision=PRECISION, out_dtype=sums.dtype)
+        sums += tl.dot(left_vectors, right_vectors, input_precision=PRECISION, out_dtype=sums.dtype)
     return sums
 
 
@@ -118,7 +123,7 @@ def forward(
             scale = tl.load(scales + start + step)
             row_query = tl.load(row_queries + line + query)
             score = _add_products(
-                columns + row_query[None, :], content_queries, queries, query, content + start, tokens, step,
+                columns + row_query[None, :], content + start, tokens, step, content_queries, queries, query, None,
                 CHANNELS, PADDED, PRECISION,
             )  # fmt: skip
             score *= scale[:, None]
@@ -190,11 +195,11 @@ def backward_queries(
             scale = tl.load(scales + start + step)[:, None]
             row_query, d_row = tl.load(row_queries + line + query), tl.load(d_rows + line + query)
             score = _add_products(
-                columns + row_query[None, :], content_queries, queries, query, content + start, tokens, step,
+                columns + row_query[None, :], content + start, tokens, step, content_queries, queries, query, None,
                 CHANNELS, PADDED, PRECISION,
             )  # fmt: skip
             d_weight = _add_products(
-                d_column + d_row[None, :], d_read, queries, query, content + start, tokens, step,
+                d_column + d_row[None, :], content + start, tokens, step, d_read, queries, query, None,
                 CHANNELS, PADDED, PRECISION,
             )  # fmt: skip
             score *= scale
@@ -210,30 +215,6 @@ def backward_queries(
     channel = tl.arange(0, PADDED)[:, None]
     part = ((batch_head * splits + split) * groups + group) * CHANNELS + channel
     tl.store(d_content_queries + part * queries + query[None, :], content_sums, mask=channel < CHANNELS)
-
-
-@triton.jit
-def _add_products_transposed(
-    sums, coefficients, queries, query, content, tokens, token, valid_token,
-    CHANNELS: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Add the same sums as `_add_products`, transposed: queries x columns."""
-    if PADDED < 16:
-        for k in tl.static_range(CHANNELS):
-            coefficient = tl.load(coefficients + k * queries + query)
-            value = tl.load(content + k * tokens + token, mask=valid_token, other=0.0)
-            sums += coefficient[:, None] * value[None, :]
-    else:
-        channel = tl.arange(0, PADDED)
-        valid = channel < CHANNELS
-        coefficient = tl.load(
-            coefficients + channel[None, :] * queries + query[:, None], mask=valid[None, :], other=0.0
-        )
-        value = tl.load(
-            content + channel[:, None] * tokens + token[None, :], mask=valid[:, None] & valid_token[None, :], other=0.0
-        )
-        sums += tl.dot(coefficient, value, input_precision=PRECISION, out_dtype=sums.dtype)
-    return sums
 
 
 @triton.jit(do_not_specialize=["width", "padded_width"])
@@ -278,10 +259,10 @@ def backward_tokens(
             d_coefficients = d_read + batch_head * CHANNELS * queries
             base = tl.load(bases + batch_head * queries + query)[:, None]
             offset = tl.load(offsets + batch_head * queries + query)[:, None]
-            product = _add_products_transposed(
+            product = _add_products(
                 product, coefficients, queries, query, content, tokens, token, valid, CHANNELS, PADDED, PRECISION
             )
-            d_weight = _add_products_transposed(
+            d_weight = _add_products(
                 d_weight, d_coefficients, queries, query, content, tokens, token, valid, CHANNELS, PADDED, PRECISION
             )
             score = product * scale[None, :]

@@ -46,8 +46,7 @@ def launch_over_queries(plan: Plan, kernel: str, *tensors: Tensor) -> None:
         blocks = plan.queries // option["BLOCK"]
         num_programs = plan.batch_heads * plan.splits * plan.groups * blocks
         parts = plan.stretches, blocks, plan.splits, plan.groups
-        constants = {"STRETCH": plan.stretch, **plan.constants, **option}
-        run_kernel(kernel, num_programs, (*tensors, *plan.kernel_sizes, *parts), constants)
+        run_kernel(kernel, num_programs, plan, tensors, parts, {"STRETCH": plan.stretch, **option})
 
     fitting = [option for option in options if plan.queries % option["BLOCK"] == 0]
     _launch_tuned(plan, kernel, launch, fitting, tensors[0].device)
@@ -55,24 +54,24 @@ def launch_over_queries(plan: Plan, kernel: str, *tensors: Tensor) -> None:
 
 def launch_over_tokens(plan: Plan, kernel: str, *tensors: Tensor) -> None:
     """Launch a kernel whose programs each hold columns of one row and loop over all queries."""
-    padded_channels = plan.constants["PADDED"]
-    block = 16 if padded_channels <= 4 or plan.uses_matrix_units else 8  # more queries at a time exceed the registers
+    block = 16 if plan.constants["PADDED"] <= 4 or plan.uses_matrix_units else 8  # more would exceed the registers
 
     def launch(option: Options) -> None:
         pieces = -(-plan.width // option["STRETCH"])
-        num_programs = plan.samples * plan.height * pieces
-        constants = {"BLOCK": block, **plan.constants, **option}
-        run_kernel(kernel, num_programs, (*tensors, *plan.kernel_sizes, pieces), constants)
+        run_kernel(kernel, plan.samples * plan.height * pieces, plan, tensors, (pieces,), {"BLOCK": block, **option})
 
     options = TOKEN_OPTIONS_MATRIX if plan.uses_matrix_units else TOKEN_OPTIONS_REGISTERS
     _launch_tuned(plan, kernel, launch, options, tensors[0].device)
 
 
-def run_kernel(kernel: str, num_programs: int, arguments: tuple[Any, ...], options: Options) -> None:
+def run_kernel(
+    kernel: str, num_programs: int, plan: Plan, tensors: Sequence[Tensor], parts: Sequence[int], options: Options
+) -> None:
     """Run one kernel of `triton_kernels`."""
     from perceiver_core.kernels.grid import triton_kernels  # needs Triton, which is optional
 
-    getattr(triton_kernels, kernel)[(num_programs,)](*arguments, **options)
+    sizes = plan.heads, plan.queries, plan.height, plan.width, plan.padded_width
+    getattr(triton_kernels, kernel)[(num_programs,)](*tensors, *sizes, *parts, **plan.constants, **options)
 
 
 _tuned: dict[tuple[Any, ...], Options] = {}  # the fastest option, by kernel, device and sizes
@@ -119,8 +118,7 @@ def _is_unsupported(error: Exception) -> bool:
     """Return whether an error of a launch means that the kernel does not compile or does not fit on the GPU.
 
     Triton has its own classes for most such errors; its driver and its compiler passes raise plain RuntimeErrors.
-    PyTorch's errors of a device (`torch.AcceleratorError`, `torch.OutOfMemoryError`) are subclasses of RuntimeError.
-    Errors of the running kernel are not seen here, because the launch does not wait for it.
+    PyTorch's errors of a device are subclasses of RuntimeError. The launch does not wait for errors of the kernel.
     """
     from_triton = any(cls.__module__.partition(".")[0] == "triton" for cls in type(error).__mro__)
     return from_triton or type(error) is RuntimeError or isinstance(error, TOOL_ERRORS)

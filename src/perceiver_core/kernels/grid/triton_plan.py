@@ -20,9 +20,7 @@ Options: TypeAlias = dict[str, Any]
 WARP = 32  # queries are padded to a multiple of a warp's threads
 WARPS_PER_PROCESSOR = 24  # of work, at least, where the grid can be split that far
 MAX_INT32 = 2**31 - 1  # the kernels multiply sizes in 32 bits
-MIN_MATRIX_CHANNELS = (
-    16  # padded channels from which on products run on matrix units, and below which they stay in registers
-)
+MIN_MATRIX_CHANNELS = 16  # padded channels from which on products run on matrix units; fewer stay in registers
 
 
 class Plan(NamedTuple):
@@ -30,13 +28,17 @@ class Plan(NamedTuple):
 
     samples: int
     heads: int
+    batch_heads: int  # samples times heads
     queries: int  # padded to whole warps
     row_axes: tuple[int, ...]  # sizes of the axes but the last
+    height: int  # number of rows, the product of `row_axes`
     width: int
-    stretches: int  # of the columns, padded to whole stretches
+    padded_width: int  # columns, padded to whole stretches
+    stretches: int
     stretch: int  # columns of a stretch
     splits: int  # of the rows
     groups: int  # of the stretches
+    uses_matrix_units: bool
     constants: Options  # compile-time constants of all kernels
 
     @classmethod
@@ -45,45 +47,34 @@ class Plan(NamedTuple):
         samples, channels, *row_axes, width = inputs.content.shape
         heads, queries = inputs.content_queries.shape[1], -(-inputs.content_queries.shape[2] // WARP) * WARP
         padded_channels = 1 << (channels - 1).bit_length()
-        stretch = 16 if padded_channels < MIN_MATRIX_CHANNELS else 32
+        uses_matrix_units = padded_channels >= MIN_MATRIX_CHANNELS
+        stretch = 32 if uses_matrix_units else 16
         stretches, height = -(-width // stretch), prod(row_axes)
         work = WARPS_PER_PROCESSOR * num_processors(inputs.content.device) * WARP
         parts = -(-work // (samples * heads * queries))
         groups = min(stretches, -(-parts // min(height, math.isqrt(parts - 1) + 1)), MAX_INT32 // stretches)
-        splits = min(height, -(-parts // groups), MAX_INT32 // height)
-        constants = {
-            "CHANNELS": channels,
-            "PADDED": padded_channels,
-            "SHARED": inputs.content_queries.shape[0] == 1,
-            "MASKED": inputs.mask is not None,
-            "PRECISION": "ieee" if inputs.content.dtype == torch.float64 else "tf32x3",
-        }
-        return cls(samples, heads, queries, tuple(row_axes), width, stretches, stretch, splits, groups, constants)
-
-    @property
-    def batch_heads(self) -> int:
-        """Product of the numbers of samples and heads."""
-        return self.samples * self.heads
-
-    @property
-    def height(self) -> int:
-        """Number of rows: product of all grid axes but the last."""
-        return prod(self.row_axes)
-
-    @property
-    def padded_width(self) -> int:
-        """Number of columns, padded to a multiple of `stretch`."""
-        return self.stretches * self.stretch
-
-    @property
-    def uses_matrix_units(self) -> bool:
-        """True if products over channels run on matrix units."""
-        return bool(self.constants["PADDED"] >= MIN_MATRIX_CHANNELS)
-
-    @property
-    def kernel_sizes(self) -> tuple[int, ...]:
-        """Arguments that all kernels take."""
-        return self.heads, self.queries, self.height, self.width, self.padded_width
+        return cls(
+            samples=samples,
+            heads=heads,
+            batch_heads=samples * heads,
+            queries=queries,
+            row_axes=tuple(row_axes),
+            height=height,
+            width=width,
+            padded_width=stretches * stretch,
+            stretches=stretches,
+            stretch=stretch,
+            splits=min(height, -(-parts // groups), MAX_INT32 // height),
+            groups=groups,
+            uses_matrix_units=uses_matrix_units,
+            constants={
+                "CHANNELS": channels,
+                "PADDED": padded_channels,
+                "SHARED": inputs.content_queries.shape[0] == 1,
+                "MASKED": inputs.mask is not None,
+                "PRECISION": "ieee" if inputs.content.dtype == torch.float64 else "tf32x3",
+            },
+        )
 
 
 def num_processors(device: torch.device) -> int:
