@@ -134,7 +134,9 @@ class Encoder(nn.Module):
                     options["mask"] = mask
                     # Inputs used once are not cached, so that a read may compute their keys and values again.
                     if key in later and getattr(read, "accepts_cache", False):
-                        caches[key] = options["cache"] = SharedMemory(num_queries=x.shape[1] * keys.count(key))
+                        caches[key] = options["cache"] = SharedMemory(
+                            num_queries=x.shape[1] * (1 + len([other for other in later if other == key]))
+                        )
                 x = read(x, tokens, **options)
                 del tokens, options  # a memory that no later read needs is freed before the latent transformer
                 # A reentrant checkpoint leaves a memory without a graph, which later reads cannot use.

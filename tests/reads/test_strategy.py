@@ -327,8 +327,8 @@ class TestSizes:
             device="cpu",
             group_size=3,
         )
-        assert sizes.pairs == 2 * 6 * 7 * 65
-        assert sizes.materialized_bytes == 2 * 65 * (2 * tokens.dim + 10) * 8
+        assert sizes.pairs() == 2 * 6 * 7 * 65
+        assert sizes.materialized_bytes() == 2 * 65 * (2 * tokens.dim + 10) * 8
         tensor = Sizes.of(read.read_context(tokens.materialize(), num_queries=7))
         assert tensor == sizes._replace(num_channels=tokens.dim, axes=(65,))
 
@@ -339,4 +339,4 @@ class TestSizes:
         single = Tokens(tokens.content.float(), tokens.position_tables)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
             sizes = Sizes.of(read.read_context(single))
-        assert (sizes.half, sizes.element_size) == ((True, 2) if half else (False, 4))
+        assert (sizes.half(), sizes.element_size) == ((True, 2) if half else (False, 4))

@@ -146,11 +146,11 @@ def _reason(strategy: Strategy, context: ReadContext, decision: Decision, *, all
 def _kernel_note(strategy: Strategy, context: ReadContext) -> list[str]:
     """Return the name of PyTorch's kernel for a read on CUDA, where it depends on the inputs."""
     attention, source = context
-    device = source.content.device
+    device = source.content().device
     if device.type != "cuda" or isinstance(strategy, Structured) or attention.kernel not in (fastest, sdpa):
         return []
     key_dim, value_dim = (part.weight.shape[0] // attention.num_kv_heads for part in (attention.key, attention.value))
-    kernel = kernel_for(key_dim, value_dim, checks.product_dtype(source.content), device, source.whole_mask())
+    kernel = kernel_for(key_dim, value_dim, checks.product_dtype(source.content()), device, source.whole_mask())
     return [f"by the {kernel.name} kernel" + (f" ({kernel.why})" if kernel.why else "")]
 
 
@@ -166,4 +166,4 @@ def _name(strategy: Strategy) -> str:
 
 
 def _milliseconds(cost: Cost, sizes: Sizes) -> str:
-    return f"{1000 * cost.seconds / sizes.num_threads:.3g}"
+    return f"{1000 * cost.seconds / sizes.num_threads():.3g}"

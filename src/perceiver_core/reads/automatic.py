@@ -132,7 +132,7 @@ def _ranked(strategies: tuple[Strategy, ...], sizes: Sizes, machine: Machine) ->
             return not isinstance(strategy, Dense)  # PyTorch's own kernels come first
         if sizes.device == "cuda":
             return not isinstance(strategy, (Structured, Dense))
-        return isinstance(strategy, Dense) and sizes.materialized_bytes > MATERIALIZED_BYTES
+        return isinstance(strategy, Dense) and sizes.materialized_bytes() > MATERIALIZED_BYTES
 
     remaining, ranked = list(strategies), []
     seconds = [strategy.cost(sizes, machine).seconds + LAST * is_last(strategy) for strategy in strategies]

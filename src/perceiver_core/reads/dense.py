@@ -81,15 +81,21 @@ def _broadcast(q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor,
     return q, keys, values
 
 
-def kernel_cost(sizes: Sizes, machine: Machine, matmul: float, *, flops: float, moved: float) -> Cost:
-    """Return the cost of an attention kernel, and of forming its keys and values by `flops` at `matmul` GFLOP/s."""
-    kv_width, half = sizes.kv_dim * sizes.group_size, sizes.half  # width over all query heads
+def kernel_cost(
+    sizes: Sizes, machine: Machine, matmul: float, *, flops: float, moved: float, overhead: float = 0.0
+) -> Cost:
+    """Return the cost of an attention kernel, and of forming its keys and values by `flops` at `matmul` GFLOP/s.
+
+    `overhead` is in microseconds.
+    """
+    kv_width, half = sizes.kv_dim * sizes.group_size, sizes.half()  # width over all query heads
     kernel = 2.0 * sizes.batch * sizes.num_queries * sizes.num_tokens * kv_width
     attention = machine.attention_half if half else machine.attention
     if half and kv_width > 2 * WIDEST * sizes.num_heads:
         blocks = sizes.batch * sizes.num_heads * -(-sizes.num_queries // 32)
         attention = machine.attention_wide * min(1.0, blocks / machine.blocks)
-    seconds = 1e-9 * (flops / matmul + moved / machine.copy + kernel / attention + sizes.pairs * machine.softmax)
+    seconds = 1e-9 * (flops / matmul + moved / machine.copy + kernel / attention + sizes.pairs() * machine.softmax)
+    seconds += 1e-6 * overhead
     written = sizes.batch * sizes.num_tokens * sizes.kv_dim * sizes.element_size
     return Cost(flops + kernel, moved + written, seconds)
 
@@ -115,22 +121,23 @@ class Dense:
         """Return the cost of concatenating, normalizing and projecting tokens, and of the kernel."""
         per_token = sizes.batch * sizes.num_tokens
         moved = per_token * (6 * sizes.token_dim + sizes.kv_dim) * sizes.element_size
-        matmul = machine.matmul_half if sizes.half else machine.linear
+        matmul = machine.matmul_half if sizes.half() else machine.linear
         return kernel_cost(sizes, machine, matmul, flops=2 * per_token * sizes.token_dim * sizes.kv_dim, moved=moved)
 
     def prepare(self, context: ReadContext) -> KeysValues:
         """Return the keys and values of all tokens."""
         attention, source = context
-        mask = source.whole_mask()
-        return project(attention, source.normalized(), source.positions)._replace(mask=mask)
+        return project(attention, source.normalized(), source.positions, source.whole_mask())
 
 
-def project(attention: Attention, inputs: Tensor, positions: Tensor | None = None) -> KeysValues:
+def project(
+    attention: Attention, inputs: Tensor, positions: Tensor | None = None, mask: Mask | None = None
+) -> KeysValues:
     """Return the keys and values of an input `b n c`: linear projections, key norm, rotary embedding."""
     keys, values = attention.key(inputs), attention.value(inputs)
     keys = attention.key_norm(split_heads(keys, attention.num_kv_heads))
     keys = attention.rotary(keys) if positions is None else rotate(attention.rotary, keys, positions)
-    return KeysValues(keys, split_heads(values, attention.num_kv_heads))
+    return KeysValues(keys, split_heads(values, attention.num_kv_heads), mask)
 
 
 def split_heads(x: Float[Tensor, "b n hd"], num_heads: int) -> Float[Tensor, "b h n d"]:

@@ -58,8 +58,7 @@ class Factored:
         table_products = sum(sizes.axes) * (sizes.token_dim - sizes.num_channels)
         flops = 2 * sizes.kv_dim * (per_token * sizes.num_channels + table_products)
         moved = per_token * (4 * sizes.kv_dim + sizes.num_channels) * 4
-        cost = kernel_cost(sizes, machine, machine.matmul, flops=flops, moved=moved)
-        return cost._replace(seconds=cost.seconds + machine.start * 1e-6)
+        return kernel_cost(sizes, machine, machine.matmul, flops=flops, moved=moved, overhead=machine.start)
 
     def prepare(self, context: ReadContext) -> KeysValues | FactoredKeysValues:
         """Return the keys and values of all tokens; of a large input, in slabs if the kernel allows."""
@@ -87,7 +86,7 @@ def _is_large(memory: FactoredKeysValues) -> bool:
     if torch.compiler.is_compiling():  # comparing sizes would specialize the graph to them
         return False
     limit = memory.tokens_per_slab * slabs.factor_for(memory.content.device)
-    return memory.content.shape[0] * prod(memory.grid) > limit
+    return memory.content.shape[0] * prod(memory.grid()) > limit
 
 
 def why_not_factored(context: ReadContext) -> str:
@@ -157,12 +156,12 @@ def factored(context: ReadContext, attend_slab: AttendSlab, tokens_per_slab: int
 def masked(memory: FactoredKeysValues, mask: Mask) -> FactoredKeysValues:
     """Return a memory with its own mask combined with another one, which is the same for all queries and heads."""
     _, tensors = masks.split(masks.from_token_mask(mask))
-    batch, num_tokens = memory.content.shape[0], prod(memory.grid)
+    batch, num_tokens = memory.content.shape[0], prod(memory.grid())
     like = memory.content.new_empty(()).expand(batch, 1, num_tokens, 1)
     valid = memory.mask
     for part in tensors:
         masks.check_broadcast(part, like, like)
-        more = part.expand(batch, 1, 1, num_tokens).reshape(batch, *memory.grid)
+        more = part.expand(batch, 1, 1, num_tokens).reshape(batch, *memory.grid())
         valid = more if valid is None else valid & more
     return memory._replace(mask=valid)
 

@@ -73,9 +73,8 @@ class FactoredKeysValues(NamedTuple):
     attend_slab: AttendSlab
     tokens_per_slab: int
 
-    @property
     def grid(self) -> tuple[int, ...]:
-        """Size of each axis."""
+        """Return the size of each axis."""
         return tuple(self.content.shape[1:-1])
 
     def attend(
@@ -140,7 +139,7 @@ class FactoredKeysValues(NamedTuple):
         """Return the projected tables: the term of keys or values for each index along each axis."""
         if not self.tables:
             heads, width, _ = part.content.shape
-            return [part.content.new_zeros(heads, size, width) for size in self.grid]
+            return [part.content.new_zeros(heads, size, width) for size in self.grid()]
         return [table @ part.positions.mT for table in self.tables]
 
     def form(self, dtype: torch.dtype) -> KeysValues:
@@ -154,7 +153,7 @@ class FactoredKeysValues(NamedTuple):
     def _form(self, part: Projection, content: Tensor, scale: Tensor) -> Float[Tensor, "b h n d"]:
         tables = [rearrange(table, "h size d -> size (h d)") for table in self.project_tables(part)]
         terms = [_broadcastable(table, [axis], len(tables)) for axis, table in enumerate(tables)]
-        positions = sum(terms[1:], start=terms[0]).expand(*self.grid, -1).flatten(0, -2)  # shared by the batch
+        positions = sum(terms[1:], start=terms[0]).expand(*self.grid(), -1).flatten(0, -2)  # shared by the batch
         weight, batch = part.content.flatten(0, 1).mT, content.shape[0]
         sums = torch.baddbmm(positions.expand(batch, -1, -1), content, weight.expand(batch, -1, -1))
         formed = torch.addcmul(part.constant.flatten(), sums, scale)

@@ -50,7 +50,7 @@ def factor_for(device: torch.device) -> int:
 
 def _slabs(q: Tensor, memory: FactoredKeysValues) -> list[Slab]:
     """Return one slab, or several along the longest axis where the input is large."""
-    grid = memory.grid
+    grid = memory.grid()
     if torch.compiler.is_compiling():  # comparing sizes would specialize the graph to them
         return [Slab(0, 0, grid[0])]
     axis = max(range(len(grid)), key=grid.__getitem__)

@@ -91,9 +91,8 @@ class Source(NamedTuple):
     positions: Tensor | None = None
     num_queries: int = 512
 
-    @property
     def content(self) -> Tensor:
-        """The tokens' content, or the input tensor itself."""
+        """Return the tokens' content, or the input tensor itself."""
         return self.tokens.content if isinstance(self.tokens, Tokens) else self.tokens
 
     def normalized(self) -> Float[Tensor, "b n c"]:
@@ -197,24 +196,20 @@ class Sizes(NamedTuple):
     device: str
     group_size: int = 1
 
-    @property
     def half(self) -> bool:
-        """Whether the read computes in a dtype of 16 bits."""
+        """Return whether the read computes in a dtype of 16 bits."""
         return self.element_size == 2
 
-    @property
     def num_threads(self) -> int:
-        """Number of units that share the work: CPU threads, or one GPU."""
+        """Return the number of units that share the work: CPU threads, or one GPU."""
         return torch.get_num_threads() if self.device == "cpu" else 1
 
-    @property
     def pairs(self) -> int:
-        """Number of attention scores: queries times tokens, over heads and samples."""
+        """Return the number of attention scores: queries times tokens, over heads and samples."""
         return self.batch * self.num_heads * self.num_queries * self.num_tokens
 
-    @property
     def materialized_bytes(self) -> int:
-        """Bytes of all tokens, of the normalized tokens, and of their keys and values."""
+        """Return the bytes of all tokens, of the normalized tokens, and of their keys and values."""
         return self.batch * self.num_tokens * (2 * self.token_dim + self.kv_dim) * self.element_size
 
     @classmethod
@@ -225,7 +220,7 @@ class Sizes(NamedTuple):
         depended on the real ones would specialize the graph to them.
         """
         attention, source = context
-        tokens, content = source.tokens, source.content
+        tokens, content = source.tokens, source.content()
         axes = merged_axes(tokens) if isinstance(tokens, Tokens) else tuple(content.shape[1:-1])
         tables = tokens.position_tables if isinstance(tokens, Tokens) else ()
         batch, device, element_size = content.shape[0], content.device.type, checks.product_dtype(content).itemsize

@@ -42,7 +42,7 @@ class Structured:
 
     def cost(self, sizes: Sizes, machine: Machine) -> Cost:
         """Return the cost with the compiled loop: products with queries and tables, and work per query and token."""
-        s, indices, pairs = sizes, sum(sizes.axes), sizes.pairs
+        s, indices, pairs = sizes, sum(sizes.axes), sizes.pairs()
         table_products = indices * (s.token_dim - s.num_channels)
         products = 2 * s.kv_dim * (s.batch * s.num_queries * (s.num_channels + indices) + table_products)
         # Score terms and sums for each index along each axis, each copied once; content and scale.
@@ -59,7 +59,7 @@ class Structured:
 
         Without it a structured read runs in plain PyTorch: in little memory, but slowly.
         """
-        content = context.source.content
+        content = context.source.content()
         return missing_kernel(content.device, content.shape[-1])
 
     def prepare(self, context: ReadContext) -> FactoredKeysValues:
