@@ -132,7 +132,8 @@ def library(strategy: reads.Strategy, block: pc.CrossAttend, x: Tensor, tokens: 
 @cache
 def _graph(method: Method) -> Callable[..., Tensor]:
     # For torch.compile all methods are one function. Without `fullgraph` it would run eagerly after too many of them.
-    torch._dynamo.config.recompile_limit = 64
+    name = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"  # PyTorch 2.6
+    setattr(torch._dynamo.config, name, 64)
     return torch.compile(lambda *arguments: method(*arguments), fullgraph=True, dynamic=False)
 
 

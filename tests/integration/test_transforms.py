@@ -137,7 +137,16 @@ class TestCompile:
 
     @pytest.mark.slow
     def test_inductor(self):
+        if torch.__version__.startswith("2.6."):
+            pytest.skip("the inductor of PyTorch 2.6 gives the attention kernel float32 log-sum-exps for float64")
         self.agrees(model_of(reads=2), [batch_of(masked=True)], backend="inductor")
+
+    @pytest.mark.slow
+    def test_inductor_in_single_precision(self):
+        model, (args, options) = model_of(reads=2, strategy=reads.Dense()), batch_of(masked=True)
+        compiled = torch.compile(model, fullgraph=True)
+        actual = outputs_and_gradients(model, compiled, args, options)
+        torch.testing.assert_close(actual, outputs_and_gradients(model, model, args, options), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.compile
