@@ -34,8 +34,6 @@ def checkpoint_activations(model: M, blocks: tuple[type[nn.Module], ...] = (Cros
         The model.
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> encoder = pc.checkpoint_activations(pc.Encoder(10, num_latents=7, dim=32, depth=2, num_heads=4))
         >>> encoder(torch.randn(2, 50, 10)).sum().backward()
 

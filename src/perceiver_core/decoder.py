@@ -45,9 +45,7 @@ class Decoder(nn.Module):
         ValueError: Sizes below 1; a chunk size where queries compete, as with the kernel `kernels.inverted`.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core import Decoder
-        >>> decoder = Decoder(32, query_dim=20, out_dim=2)
+        >>> decoder = pc.Decoder(32, query_dim=20, out_dim=2)
         >>> decoder(torch.randn(3, 7, 32), torch.randn(3, 100, 20)).shape
         torch.Size([3, 100, 2])
 
@@ -127,9 +125,7 @@ class Decoder(nn.Module):
             TypeError, ValueError: As in `forward`.
 
         Example:
-            >>> import torch
-            >>> from perceiver_core import Decoder
-            >>> decoder = Decoder(32, query_dim=20, num_heads=4)
+            >>> decoder = pc.Decoder(32, query_dim=20, num_heads=4)
             >>> decoder.attention_map(torch.randn(3, 7, 32), torch.randn(5, 20)).shape
             torch.Size([3, 4, 5, 7])
         """

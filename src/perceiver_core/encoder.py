@@ -49,11 +49,9 @@ class Encoder(nn.Module):
         ValueError: Sizes below 1, or reads that share weights but not the width of their input.
 
     Example:
-        >>> import torch
         >>> from functools import partial
-        >>> from perceiver_core import CrossAttend, Encoder
-        >>> read = partial(CrossAttend, num_heads=2)
-        >>> encoder = Encoder(10, num_latents=7, dim=32, num_reads=3, depth=2, num_heads=4, cross_attention=read)
+        >>> read = partial(pc.CrossAttend, num_heads=2)
+        >>> encoder = pc.Encoder(10, num_latents=7, dim=32, num_reads=3, depth=2, num_heads=4, cross_attention=read)
         >>> encoder(torch.randn(2, 50, 10)).shape
         torch.Size([2, 7, 32])
 
@@ -174,9 +172,7 @@ class Encoder(nn.Module):
             ValueError: An index out of range.
 
         Example:
-            >>> import torch
-            >>> from perceiver_core import Encoder
-            >>> encoder = Encoder(10, num_latents=7, dim=32, num_reads=3, depth=1, num_heads=4)
+            >>> encoder = pc.Encoder(10, num_latents=7, dim=32, num_reads=3, depth=1, num_heads=4)
             >>> encoder.attention_map(torch.randn(2, 50, 10), read=0, queries=[0, 6]).shape
             torch.Size([2, 1, 2, 50])
         """

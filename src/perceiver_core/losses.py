@@ -31,9 +31,7 @@ def end_point_error(
         ValueError: Tensors of different shapes, or a mask without a point.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core.losses import end_point_error
-        >>> end_point_error(torch.zeros(1, 2, 3, 5), torch.tensor([3.0, 4.0])[None, :, None, None].expand(1, 2, 3, 5))
+        >>> pc.losses.end_point_error(torch.zeros(1, 2, 1, 1), torch.tensor([3.0, 4.0]).view(1, 2, 1, 1))
         tensor(5.)
 
     Reference: Jaegle et al. 2022 (Perceiver IO), section 4.2 (average end-point error).
@@ -72,10 +70,8 @@ def cross_entropy(
         ValueError: Labels of another shape than the logits without their last axis, or none that counts.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core.losses import cross_entropy
         >>> labels = torch.tensor([[2, -100, 0, -100]])
-        >>> round(cross_entropy(torch.zeros(1, 4, 262), labels).item(), 3)  # log 262
+        >>> round(pc.losses.cross_entropy(torch.zeros(1, 4, 262), labels).item(), 3)  # log 262
         5.568
 
     Reference: Devlin et al. 2019 (BERT), section 3.1; transformers ignores -100 too.
@@ -118,12 +114,11 @@ def weighted(
             shape than their output, which PyTorch would broadcast.
 
     Example:
-        >>> import torch
         >>> from torch.nn import functional as F
-        >>> from perceiver_core.losses import cross_entropy, weighted
         >>> outputs = {"audio": torch.zeros(2, 9), "label": torch.zeros(2, 3)}
         >>> targets = {"audio": torch.ones(2, 9), "label": torch.tensor([0, 2])}
-        >>> total, each = weighted(outputs, targets, {"audio": (F.l1_loss, 1.0), "label": (cross_entropy, 0.5)})
+        >>> losses = {"audio": (F.l1_loss, 1.0), "label": (pc.losses.cross_entropy, 0.5)}
+        >>> total, each = pc.losses.weighted(outputs, targets, losses)
         >>> round(total.item(), 3), sorted(each)
         (1.549, ['audio', 'label'])
 

@@ -31,9 +31,7 @@ class Padding:
         keys: `b n`, True for a valid key, False for padding.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core import masks
-        >>> masks.materialize(masks.Padding(torch.tensor([[True, True, False]])), queries=2, keys=3).shape
+        >>> pc.masks.materialize(pc.masks.Padding(torch.tensor([[True, True, False]])), queries=2, keys=3).shape
         torch.Size([1, 1, 1, 3])
     """
 
@@ -70,8 +68,7 @@ class Causal:
     """Causal mask: attend to no later position. With fewer queries than keys, the last ones align.
 
     Example:
-        >>> from perceiver_core import masks
-        >>> masks.materialize(masks.Causal(), queries=2, keys=3).int().tolist()
+        >>> pc.masks.materialize(pc.masks.Causal(), queries=2, keys=3).int().tolist()
         [[1, 1, 0], [1, 1, 1]]
     """
 
@@ -85,8 +82,7 @@ class Window:
     """Sliding window: attend to positions from `before` earlier to `after` later, inclusive.
 
     Example:
-        >>> from perceiver_core import masks
-        >>> masks.materialize(masks.Window(before=1, after=0), queries=3, keys=3).int().tolist()
+        >>> pc.masks.materialize(pc.masks.Window(before=1, after=0), queries=3, keys=3).int().tolist()
         [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
     """
 
@@ -125,9 +121,8 @@ def and_(*masks: Mask | None) -> Mask | None:
     """Return the intersection of masks. None is a mask without restrictions; the result is None if all masks are.
 
     Example:
-        >>> from perceiver_core import masks
-        >>> band = masks.and_(masks.Causal(), masks.Window(before=1, after=1))
-        >>> masks.materialize(band, queries=3, keys=3).int().tolist()
+        >>> band = pc.masks.and_(pc.masks.Causal(), pc.masks.Window(before=1, after=1))
+        >>> pc.masks.materialize(band, queries=3, keys=3).int().tolist()
         [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
     """
     given = tuple(mask for mask in masks if mask is not None)
@@ -138,9 +133,8 @@ def or_(*masks: Mask) -> Mask:
     """Return the union of masks.
 
     Example:
-        >>> from perceiver_core import masks
-        >>> either = masks.or_(masks.Window(0, 0), masks.Window(-1, 1))
-        >>> masks.materialize(either, queries=3, keys=3).int().tolist()
+        >>> either = pc.masks.or_(pc.masks.Window(0, 0), pc.masks.Window(-1, 1))
+        >>> pc.masks.materialize(either, queries=3, keys=3).int().tolist()
         [[1, 1, 0], [0, 1, 1], [0, 0, 1]]
     """
     if not masks:

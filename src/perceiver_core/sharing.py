@@ -28,8 +28,7 @@ class Sharing:
         ValueError: The lengths differ, or indices are not in the order of first use.
 
     Example:
-        >>> from perceiver_core.sharing import Sharing
-        >>> Sharing(reads=(0, 1, 0, 1), transformers=(0, 0, 1, 1)).steps
+        >>> pc.sharing.Sharing(reads=(0, 1, 0, 1), transformers=(0, 0, 1, 1)).steps
         4
     """
 
@@ -60,7 +59,6 @@ class Shared:
 
     Example:
         >>> from functools import partial
-        >>> import perceiver_core as pc
         >>> attention = partial(pc.MultiHeadAttention, rotary=pc.sharing.Shared(pc.positions.Rotary()))
         >>> block = partial(pc.SelfAttend, attention=attention)
         >>> first, second = pc.LatentTransformer(16, depth=2, num_heads=4, block=block).blocks
@@ -80,8 +78,7 @@ def none(steps: int) -> Sharing:
     """Give every step weights of its own.
 
     Example:
-        >>> from perceiver_core import sharing
-        >>> sharing.none(3)
+        >>> pc.sharing.none(3)
         Sharing(reads=(0, 1, 2), transformers=(0, 1, 2))
     """
     _check(steps=steps)
@@ -93,8 +90,7 @@ def all_(steps: int) -> Sharing:
     """Share all weights among all steps: a recurrent network that reads its input repeatedly.
 
     Example:
-        >>> from perceiver_core import sharing
-        >>> sharing.all_(3)
+        >>> pc.sharing.all_(3)
         Sharing(reads=(0, 0, 0), transformers=(0, 0, 0))
     """
     _check(steps=steps)
@@ -106,8 +102,7 @@ def all_but_first(steps: int) -> Sharing:
     """Share all weights except those of the first step; `weight_tie_layers` of perceiver-pytorch.
 
     Example:
-        >>> from perceiver_core import sharing
-        >>> sharing.all_but_first(3)
+        >>> pc.sharing.all_but_first(3)
         Sharing(reads=(0, 1, 1), transformers=(0, 1, 1))
     """
     _check(steps=steps)
@@ -123,8 +118,7 @@ def paper(steps: int) -> Sharing:
     the paper states.
 
     Example:
-        >>> from perceiver_core import sharing
-        >>> sharing.paper(3)
+        >>> pc.sharing.paper(3)
         Sharing(reads=(0, 1, 1), transformers=(0, 0, 0))
 
     Reference: Jaegle et al. 2021 (Perceiver), section 4.1 and appendix.

@@ -38,10 +38,8 @@ class Tokens:
         ValueError: An empty grid, tables that do not broadcast over it, a mask of another shape.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core import Tokens
         >>> rows, columns = torch.randn(5, 1, 6), torch.randn(1, 7, 6)
-        >>> tokens = Tokens(torch.randn(2, 5, 7, 3), position_tables=(rows, columns))
+        >>> tokens = pc.Tokens(torch.randn(2, 5, 7, 3), position_tables=(rows, columns))
         >>> tokens.grid, tokens.dim, tokens.materialize().shape
         ((5, 7), 9, torch.Size([2, 35, 9]))
     """

@@ -25,8 +25,6 @@ class Audio(GridAdapter):
         num_channels: Number of channels: 1 for mono, 2 for stereo.
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> positions = pc.positions.Fourier(num_axes=1, num_bands=64, max_resolution=480)
         >>> audio = pc.adapters.Audio(patch_size=128, positions=positions)
         >>> audio.dim, audio(torch.randn(2, 61_440)).num_tokens
@@ -61,8 +59,6 @@ class Spectrogram(GridAdapter):
     """Adapter for (log-mel) spectrograms `b bins frames`: every value is a token. Positions are over both axes.
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> positions = pc.positions.Fourier(num_axes=2, num_bands=16, max_resolution=(128, 1024))
         >>> pc.adapters.Spectrogram(positions=positions)(torch.randn(2, 128, 37)).grid
         (128, 37)

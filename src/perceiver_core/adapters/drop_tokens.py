@@ -27,8 +27,6 @@ class DropTokens(nn.Module):
         generator: Generator of the random draws; PyTorch's default generator by default. It is not saved.
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> adapter = pc.adapters.DropTokens(pc.adapters.Grid(num_channels=10, positions=None), rate=0.25)
         >>> x = torch.randn(2, 48, 10)
         >>> adapter.train()(x).num_tokens, adapter.eval()(x).num_tokens

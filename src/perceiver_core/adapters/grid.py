@@ -47,8 +47,6 @@ class Grid(GridAdapter):
         positions: Position features; None for tokens without positions (a set).
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> positions = pc.positions.Fourier(num_axes=3, num_bands=4, max_resolution=16)
         >>> video = pc.adapters.Grid(num_channels=3, positions=positions)
         >>> tokens = video(torch.rand(2, 5, 7, 11, 3))

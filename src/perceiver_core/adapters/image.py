@@ -28,9 +28,7 @@ class Image(GridAdapter):
             any module with `.dim` from `b c h w` to `b dim h' w'`.
 
     Example:
-        >>> import torch
         >>> from functools import partial
-        >>> import perceiver_core as pc
         >>> positions = pc.positions.Fourier(num_axes=2, num_bands=8, max_resolution=64)
         >>> stem = partial(pc.adapters.Patches, patch_size=4)
         >>> image = pc.adapters.Image(num_channels=1, positions=positions, stem=stem)

@@ -37,8 +37,6 @@ class Multimodal(nn.Module):
         generator: Generator of the random draws; PyTorch's default generator by default. It is not saved.
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> positions = pc.positions.Fourier(num_axes=1, num_bands=8, max_resolution=60)
         >>> audio = pc.adapters.Audio(patch_size=16, positions=positions)
         >>> both = pc.adapters.Multimodal({"audio": audio, "label": pc.adapters.OneHotLabel(10)})

@@ -22,8 +22,6 @@ class OneHotLabel(nn.Module):
     weights that would have that dtype, so it is not saved. Probabilities keep their dtype.
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> pc.adapters.OneHotLabel(700)(torch.tensor([3, 699])).content.shape
         torch.Size([2, 1, 700])
 

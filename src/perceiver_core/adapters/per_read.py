@@ -18,8 +18,6 @@ class PerRead(nn.Module):
     The encoder takes its `dim`, the widths, as `input_dim`, and the same number of reads.
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> plane, line = (pc.positions.Fourier(axes, num_bands=4, max_resolution=32) for axes in (2, 1))
         >>> image = pc.adapters.Image(num_channels=3, positions=plane)
         >>> audio = pc.adapters.Audio(patch_size=16, positions=line)

@@ -24,8 +24,6 @@ class PointCloud(nn.Module):
         positions: Position features of the coordinates, which should lie in [-1, 1].
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> positions = pc.positions.Fourier(num_axes=3, num_bands=64, max_resolution=1120)
         >>> cloud = pc.adapters.PointCloud(num_features=3, positions=positions)
         >>> cloud.dim, cloud(torch.rand(2, 450, 6) * 2 - 1).num_tokens
@@ -58,9 +56,7 @@ def pad_point_clouds(clouds: Sequence[Float[Tensor, "_ f"]]) -> tuple[Float[Tens
     """Return clouds of different sizes as one batch, and the mask of valid points.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core.adapters import pad_point_clouds
-        >>> points, mask = pad_point_clouds([torch.rand(450, 3), torch.rand(77, 3)])
+        >>> points, mask = pc.adapters.pad_point_clouds([torch.rand(450, 3), torch.rand(77, 3)])
         >>> points.shape, mask.sum(1).tolist()
         (torch.Size([2, 450, 3]), [450, 77])
     """

@@ -23,9 +23,7 @@ class Pixels(nn.Module):
     """Stem without layers: every pixel is a token.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core.adapters import Pixels
-        >>> Pixels(3)(torch.rand(2, 3, 5, 7)).shape
+        >>> pc.adapters.Pixels(3)(torch.rand(2, 3, 5, 7)).shape
         torch.Size([2, 3, 5, 7])
     """
 
@@ -49,9 +47,7 @@ class Patches(nn.Module):
         patch_size: Size of a patch in pixels: one number, or (height, width).
 
     Example:
-        >>> import torch
-        >>> from perceiver_core.adapters import Patches
-        >>> Patches(3, patch_size=(2, 4))(torch.rand(2, 3, 5, 16)).shape
+        >>> pc.adapters.Patches(3, patch_size=(2, 4))(torch.rand(2, 3, 5, 16)).shape
         torch.Size([2, 24, 3, 4])
 
     Reference: deepmind-research/perceiver/io_processors.py, `space_to_depth`.
@@ -75,9 +71,7 @@ class Project(nn.Module):
     """Stem of a 1 x 1 convolution: every pixel is a token, its channels projected.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core.adapters import Project
-        >>> Project(3, dim=16)(torch.rand(2, 3, 5, 7)).shape
+        >>> pc.adapters.Project(3, dim=16)(torch.rand(2, 3, 5, 7)).shape
         torch.Size([2, 16, 5, 7])
 
     Reference: Jaegle et al. 2022 (Perceiver IO), the learned-position ImageNet model (there with dim=256).
@@ -102,9 +96,7 @@ class ConvStem(nn.Module):
     ceil(size / 2), with more padding at the end than at the start.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core.adapters import ConvStem
-        >>> ConvStem(3, dim=64)(torch.rand(2, 3, 224, 113)).shape
+        >>> pc.adapters.ConvStem(3, dim=64)(torch.rand(2, 3, 224, 113)).shape
         torch.Size([2, 64, 56, 29])
 
     Reference: deepmind-research/perceiver/io_processors.py, `Conv2DDownsample`.
@@ -130,9 +122,7 @@ class SymmetricPadConvStem(ConvStem):
     An image of 224 x 224 pixels becomes 55 x 55 tokens instead of 56 x 56.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core.adapters import SymmetricPadConvStem
-        >>> SymmetricPadConvStem(3, dim=64)(torch.rand(2, 3, 224, 113)).shape
+        >>> pc.adapters.SymmetricPadConvStem(3, dim=64)(torch.rand(2, 3, 224, 113)).shape
         torch.Size([2, 64, 55, 28])
 
     Reference: transformers, modeling_perceiver.py, `Conv2DDownsample`.

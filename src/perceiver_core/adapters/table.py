@@ -27,8 +27,6 @@ class Table(nn.Module):
         dim: Width of a token.
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> table = pc.adapters.Table(num_numeric=2, category_sizes=(3, 7), dim=32)
         >>> rows = {"numbers": torch.tensor([[0.5, torch.nan]]), "categories": torch.tensor([[2, -1]])}
         >>> table(rows).mask.tolist()

@@ -31,8 +31,6 @@ class TokenEmbedding(nn.Module):
             padding (as in Perceiver AR).
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> positions = pc.positions.LearnedEmbedding(100, dim=32)
         >>> text = pc.adapters.TokenEmbedding(vocab_size=256, dim=32, positions=positions)
         >>> text(torch.tensor([list(b"a b c")])).content.shape
@@ -104,8 +102,6 @@ class Bytes(TokenEmbedding):
     `TokenEmbedding`.
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> text = pc.adapters.Bytes(dim=32, positions=pc.positions.LearnedEmbedding(2048, dim=32))
         >>> ids, mask = text.encode(["A cat.", "Où ?"])
         >>> ids[0].tolist(), mask[1].tolist()

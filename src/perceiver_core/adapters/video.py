@@ -32,8 +32,6 @@ class Video(GridAdapter):
         patch_size: Number of frames, rows and columns of a block.
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> positions = pc.positions.Fourier(num_axes=3, num_bands=8, max_resolution=(16, 56, 56))
         >>> video = pc.adapters.Video(positions=positions, patch_size=(1, 4, 4))
         >>> video.dim, video(torch.rand(2, 5, 3, 30, 44)).grid
@@ -73,8 +71,6 @@ class FramePair(GridAdapter):
         dim: Width of the projected patches, without positions.
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> positions = pc.positions.Fourier(num_axes=2, num_bands=64, max_resolution=(368, 496))
         >>> pair = pc.adapters.FramePair(positions=positions)
         >>> pair.dim, pair(torch.rand(1, 2, 3, 13, 17)).grid

@@ -33,9 +33,7 @@ class AttentionResidual(nn.Module):
         ValueError: Sizes below 1.
 
     Example:
-        >>> import torch
         >>> from functools import partial
-        >>> import perceiver_core as pc
         >>> aggregate = partial(pc.AttentionResidual, rank=8)
         >>> pc.LatentTransformer(32, depth=3, num_heads=4, aggregate=aggregate)(torch.randn(2, 5, 32)).shape
         torch.Size([2, 5, 32])

@@ -42,10 +42,8 @@ class CrossAttend(nn.Module):
         strategy: Way to compute the read; see `reads`. All give the same result.
 
     Example:
-        >>> import torch
         >>> from functools import partial
-        >>> from perceiver_core import CrossAttend, MultiHeadAttention
-        >>> read = CrossAttend(32, 10, num_heads=4, attention=partial(MultiHeadAttention, qk_dim=16, v_dim=24))
+        >>> read = pc.CrossAttend(32, 10, num_heads=4, attention=partial(pc.MultiHeadAttention, qk_dim=16, v_dim=24))
         >>> read(torch.randn(2, 5, 32), torch.randn(2, 50, 10)).shape
         torch.Size([2, 5, 32])
 

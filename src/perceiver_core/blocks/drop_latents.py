@@ -25,8 +25,6 @@ class DropLatents(nn.Module):
         ValueError: A rate outside [0, 1).
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> encoder = pc.Encoder(10, num_latents=8, dim=32, depth=1, latent_dropout=pc.DropLatents(rate=0.25))
         >>> x = torch.randn(2, 50, 10)
         >>> encoder.train()(x).shape, encoder.eval()(x).shape

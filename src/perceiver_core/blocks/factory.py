@@ -23,7 +23,6 @@ def build(factory: Callable[..., T], *args: object, **kwargs: object) -> T:
 
     Example:
         >>> from functools import partial
-        >>> import perceiver_core as pc
         >>> from perceiver_core.blocks.factory import build
         >>> attention = partial(pc.MultiHeadAttention, rotary=pc.positions.Rotary())
         >>> first, second = build(attention, 16), build(attention, 16)

@@ -25,8 +25,6 @@ class GRUGate(nn.Module):
         dim: Width of both.
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> read = pc.CrossAttend(32, 10, residual=pc.GRUGate)
         >>> read(torch.randn(2, 5, 32), torch.randn(2, 50, 10)).shape
         torch.Size([2, 5, 32])
@@ -54,8 +52,6 @@ class TanhGate(nn.Module):
         dim: Width of both, unused: the gate is a scalar.
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> x, output = torch.randn(2, 5, 32), torch.randn(2, 5, 32)
         >>> torch.equal(pc.TanhGate(32)(x, output), x)
         True

@@ -41,8 +41,7 @@ class Level:
         ValueError: Sizes below 1.
 
     Example:
-        >>> from perceiver_core import Level
-        >>> levels = Level(16, num_latents=128, dim=128, num_heads=4), Level(1, num_latents=64, dim=1024, depth=18)
+        >>> levels = pc.Level(16, num_latents=128, dim=128), pc.Level(1, num_latents=64, dim=1024, depth=18)
         >>> levels[1].num_groups
         1
     """
@@ -75,9 +74,7 @@ class GroupedRead(nn.Module):
         latent_transformer: Factory `(dim, depth=depth, num_heads=num_heads) -> module`.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core import GroupedRead, Level
-        >>> GroupedRead(10, Level(4, num_latents=7, dim=32, depth=1))(torch.randn(2, 50, 10)).shape
+        >>> pc.GroupedRead(10, pc.Level(4, num_latents=7, dim=32, depth=1))(torch.randn(2, 50, 10)).shape
         torch.Size([2, 28, 32])
 
     Reference: Carreira et al. 2022 (Hierarchical Perceiver), section 3; deepmind/hierarchical_perceiver,
@@ -130,7 +127,6 @@ def grouped(x: Shaped[Tensor, "b n c"], groups: int) -> Shaped[Tensor, "bg size 
     """Divide tokens into contiguous groups of equal size, each a sample of the batch; the end is padded with zeros.
 
     Example:
-        >>> import torch
         >>> from perceiver_core.blocks.grouped_read import grouped
         >>> grouped(torch.ones(1, 5, 1), groups=2)[..., 0].int().tolist()
         [[1, 1, 1], [1, 1, 0]]

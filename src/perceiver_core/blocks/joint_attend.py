@@ -33,9 +33,7 @@ class JointAttend(nn.Module):
         dropout: Rate at which the outputs of attention and MLP are dropped in training.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core import JointAttend
-        >>> JointAttend(32, num_heads=4)(torch.randn(2, 5, 32), torch.randn(2, 50, 32)).shape
+        >>> pc.JointAttend(32, num_heads=4)(torch.randn(2, 5, 32), torch.randn(2, 50, 32)).shape
         torch.Size([2, 5, 32])
 
     Reference: Alayrac et al. 2022 (Flamingo), figure 5 and appendix A.1.1.

@@ -33,11 +33,9 @@ class LatentTransformer(nn.Module):
         ValueError: Sizes out of range.
 
     Example:
-        >>> import torch
         >>> from functools import partial
-        >>> from perceiver_core import GEGLU, LatentTransformer, MLP, SelfAttend
-        >>> block = partial(SelfAttend, mlp=partial(MLP, widening_factor=4, activation=GEGLU()))
-        >>> LatentTransformer(32, depth=3, num_heads=4, block=block)(torch.randn(2, 5, 32)).shape
+        >>> block = partial(pc.SelfAttend, mlp=partial(pc.MLP, widening_factor=4, activation=pc.GEGLU()))
+        >>> pc.LatentTransformer(32, depth=3, num_heads=4, block=block)(torch.randn(2, 5, 32)).shape
         torch.Size([2, 5, 32])
 
     Reference: Jaegle et al. 2021 (Perceiver), section 3.1; repeats: Jaegle et al. 2022 (Perceiver IO), appendix E.
@@ -83,8 +81,6 @@ class LatentTransformer(nn.Module):
             caches: One cache per layer (`num_layers`), as in `SelfAttend`.
 
         Example:
-            >>> import torch
-            >>> import perceiver_core as pc
             >>> transformer, x = pc.LatentTransformer(32, depth=2, num_heads=4), torch.randn(1, 5, 32)
             >>> caches = [pc.reads.KeysValuesCache() for _ in range(transformer.num_layers)]
             >>> first = transformer(x[:, :4], mask=pc.masks.Causal(), caches=caches)

@@ -16,9 +16,7 @@ class GEGLU(nn.Module):
     """Gated GELU, `x * gelu(gate)`: the input is split into x and gate along its channels, so the width is halved.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core import GEGLU
-        >>> GEGLU()(torch.randn(2, 3, 16)).shape
+        >>> pc.GEGLU()(torch.randn(2, 3, 16)).shape
         torch.Size([2, 3, 8])
 
     Reference: Shazeer 2020, equation 6; the order [x, gate] is that of perceiver-pytorch.
@@ -37,9 +35,7 @@ class SwiGLU(nn.Module):
     """Gated SiLU, `x * silu(gate)`, with x and gate in the order of `GEGLU`; the width is halved.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core import SwiGLU
-        >>> SwiGLU()(torch.randn(2, 3, 16)).shape
+        >>> pc.SwiGLU()(torch.randn(2, 3, 16)).shape
         torch.Size([2, 3, 8])
 
     Reference: Shazeer 2020, equation 6.
@@ -58,9 +54,7 @@ class SquaredReLU(nn.Module):
     """Squared ReLU, `relu(x)^2`, the activation of Perceiver AR.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core import SquaredReLU
-        >>> SquaredReLU()(torch.tensor([-1.0, 3.0]))
+        >>> pc.SquaredReLU()(torch.tensor([-1.0, 3.0]))
         tensor([0., 9.])
 
     Reference: So et al. 2021 (Primer), section 4.
@@ -87,9 +81,7 @@ class MLP(nn.Module):
         dropout: Rate of dropout of the output.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core import GEGLU, MLP
-        >>> MLP(32, widening_factor=4, activation=GEGLU())(torch.randn(2, 3, 32)).shape
+        >>> pc.MLP(32, widening_factor=4, activation=pc.GEGLU())(torch.randn(2, 3, 32)).shape
         torch.Size([2, 3, 32])
     """
 

@@ -14,7 +14,7 @@ from perceiver_core.layers import init
 from perceiver_core.masks import Mask
 from perceiver_core.reads.caches import AttentionCapture, Cache
 from perceiver_core.reads.dense import project, rotate, split_heads
-from perceiver_core.reads.strategy import Memory, Source
+from perceiver_core.reads.strategy import AttentionInput, Memory
 from perceiver_core.registry import register
 
 
@@ -43,9 +43,7 @@ class MultiHeadAttention(nn.Module):
             with a kernel that has none.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core import MultiHeadAttention
-        >>> attention = MultiHeadAttention(1024, 261, num_heads=1)
+        >>> attention = pc.MultiHeadAttention(1024, 261, num_heads=1)
         >>> attention(torch.randn(2, 5, 1024), torch.randn(2, 50, 261)).shape
         torch.Size([2, 5, 1024])
 
@@ -105,7 +103,7 @@ class MultiHeadAttention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "#b m d"],
-        inputs: Float[Tensor, "#b n c"] | Source | Memory | None = None,
+        inputs: Float[Tensor, "#b n c"] | AttentionInput | None = None,
         *,
         mask: Mask | None = None,
         positions: Shaped[Tensor, "*#b m"] | None = None,
@@ -129,7 +127,7 @@ class MultiHeadAttention(nn.Module):
         elif isinstance(inputs, Tensor):
             memory = project(self, inputs)
         else:
-            memory = inputs.memory(self) if isinstance(inputs, Source) else inputs
+            memory = inputs.memory(self)
         if cache is not None:
             memory = cache.update(memory)
         q = self.query_norm(split_heads(self.query(x), self.num_heads))

@@ -35,9 +35,7 @@ class SelfAttend(nn.Module):
         dropout: Rate at which the outputs of attention and MLP are dropped in training.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core import SelfAttend
-        >>> SelfAttend(32, num_heads=4)(torch.randn(2, 5, 32)).shape
+        >>> pc.SelfAttend(32, num_heads=4)(torch.randn(2, 5, 32)).shape
         torch.Size([2, 5, 32])
 
     Reference: deepmind-research/perceiver/perceiver.py, `SelfAttention`.

@@ -36,10 +36,9 @@ def save_pretrained(model: nn.Module, folder: str | PathLike[str]) -> Path:
 
     Example:
         >>> import tempfile
-        >>> import perceiver_core as pc
-        >>> from perceiver_core.checkpoints import save_pretrained
+        >>> encoder = pc.Encoder(10, num_latents=7, dim=32, depth=1, num_heads=4)
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     written = save_pretrained(pc.Encoder(10, num_latents=7, dim=32, depth=1, num_heads=4), folder)
+        ...     written = pc.checkpoints.save_pretrained(encoder, folder)
         ...     sorted(path.name for path in written.iterdir())
         ['README.md', 'config.json', 'model.safetensors']
     """
@@ -80,11 +79,10 @@ def from_pretrained(
 
     Example:
         >>> import tempfile
-        >>> import perceiver_core as pc
-        >>> from perceiver_core.checkpoints import from_pretrained
-        >>> model = from_pretrained("somebody/some-perceiver", revision="v1")  # doctest: +SKIP
+        >>> model = pc.checkpoints.from_pretrained("somebody/some-perceiver", revision="v1")  # doctest: +SKIP
+        >>> encoder = pc.Encoder(10, num_latents=7, dim=32, depth=1, num_heads=4)
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     model = from_pretrained(pc.save(pc.Encoder(10, num_latents=7, dim=32, depth=1, num_heads=4), folder))
+        ...     model = pc.checkpoints.from_pretrained(pc.save(encoder, folder))
         >>> model.latents.shape
         torch.Size([7, 32])
     """
@@ -121,7 +119,6 @@ def push_to_hub(
         ValueError: The model cannot be saved, see `save`. Nothing is created on the hub then.
 
     Example:
-        >>> import perceiver_core as pc
         >>> model = pc.Encoder(10, num_latents=7, dim=32, depth=1, num_heads=4)
         >>> pc.checkpoints.push_to_hub(model, "somebody/some-perceiver", private=True)  # doctest: +SKIP
         'https://huggingface.co/somebody/some-perceiver/commit/...'

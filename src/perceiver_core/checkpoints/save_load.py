@@ -52,7 +52,6 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
 
     Example:
         >>> import tempfile, torch
-        >>> import perceiver_core as pc
         >>> encoder = pc.Encoder(10, num_latents=7, dim=32, depth=1, num_heads=4)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     again = pc.load(pc.save(encoder, folder))
@@ -123,7 +122,6 @@ def load(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") 
 
     Example:
         >>> import tempfile, torch
-        >>> import perceiver_core as pc
         >>> audio = pc.adapters.Audio(patch_size=4, positions=None)
         >>> model = pc.Perceiver(audio, pc.Encoder(audio.dim, num_latents=3, dim=8), pc.heads.Identity())
         >>> with tempfile.TemporaryDirectory() as folder:

@@ -35,9 +35,7 @@ class Classification(LatentMean):
         dropout: Rate of dropout before the linear layer.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core.heads import Classification
-        >>> Classification(32, num_classes=5)(torch.randn(2, 7, 32)).shape
+        >>> pc.heads.Classification(32, num_classes=5)(torch.randn(2, 7, 32)).shape
         torch.Size([2, 5])
 
     Reference: Jaegle et al. 2021 (Perceiver), section 3.1 (mean, linear); the norm is perceiver-pytorch's.
@@ -60,9 +58,7 @@ class Regression(LatentMean):
     """`num_outputs` real values from the mean of the latents; other arguments are those of `Classification`.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core.heads import Regression
-        >>> Regression(32, num_outputs=3)(torch.randn(2, 7, 32)).shape
+        >>> pc.heads.Regression(32, num_outputs=3)(torch.randn(2, 7, 32)).shape
         torch.Size([2, 3])
     """
 

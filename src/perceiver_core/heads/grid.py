@@ -25,12 +25,10 @@ class Grid(nn.Module):
             last.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core import heads
-        >>> flow = heads.Grid((5, 7), scale=0.01)
+        >>> flow = pc.heads.Grid((5, 7), scale=0.01)
         >>> flow(torch.randn(2, 35, 2)).shape, flow(torch.randn(2, 11, 2), query_inputs=torch.arange(11)).shape
         (torch.Size([2, 2, 5, 7]), torch.Size([2, 11, 2]))
-        >>> video = heads.Grid((3, 5, 7), head=heads.Linear(32, out_dim=3), channel_axis=2)
+        >>> video = pc.heads.Grid((3, 5, 7), head=pc.heads.Linear(32, out_dim=3), channel_axis=2)
         >>> video(torch.randn(2, 105, 32)).shape
         torch.Size([2, 3, 3, 5, 7])
 

@@ -13,9 +13,7 @@ class Identity(nn.Module):
     """Head that returns the latents unchanged.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core.heads import Identity
-        >>> Identity()(torch.randn(2, 7, 32)).shape
+        >>> pc.heads.Identity()(torch.randn(2, 7, 32)).shape
         torch.Size([2, 7, 32])
     """
 

@@ -19,9 +19,7 @@ class Linear(nn.Module):
     """A linear layer from width `dim` to `out_dim`, for example to the channels of a pixel or the logits of a token.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core import heads
-        >>> heads.Linear(32, out_dim=3)(torch.randn(2, 50, 32)).shape
+        >>> pc.heads.Linear(32, out_dim=3)(torch.randn(2, 50, 32)).shape
         torch.Size([2, 50, 3])
     """
 
@@ -44,8 +42,6 @@ class Logits(nn.Module):
         embedding: Adapter with `.dim` and `.vocab_size`, such as `adapters.TokenEmbedding`.
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> pc.heads.Logits(pc.adapters.TokenEmbedding(vocab_size=11, dim=32))(torch.randn(2, 7, 32)).shape
         torch.Size([2, 7, 11])
 
@@ -67,8 +63,6 @@ class TiedLogits(nn.Module):
     """Logits as in `Logits`, by products with the vectors of the adapter (`.vectors`), which are shared, plus a bias.
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> text = pc.adapters.TokenEmbedding(vocab_size=11, dim=32)
         >>> head = pc.heads.TiedLogits(text)
         >>> head(torch.randn(2, 7, 32)).shape, head.vectors is text.vectors

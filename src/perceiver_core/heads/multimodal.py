@@ -19,10 +19,8 @@ class Multimodal(nn.Module):
         heads: Heads by modality, with the names of the queries; those with a width (`.dim`) must have the same.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core import heads
-        >>> label = heads.SingleQuery(heads.Linear(32, 10))
-        >>> head = heads.Multimodal({"audio": heads.Waveform(32, patch_size=16), "label": label})
+        >>> label = pc.heads.SingleQuery(pc.heads.Linear(32, 10))
+        >>> head = pc.heads.Multimodal({"audio": pc.heads.Waveform(32, patch_size=16), "label": label})
         >>> outputs = {"audio": torch.randn(2, 60, 32), "label": torch.randn(2, 1, 32)}
         >>> {name: tuple(x.shape) for name, x in head(outputs).items()}
         {'audio': (2, 960), 'label': (2, 10)}

@@ -13,9 +13,7 @@ class SingleQuery(nn.Module):
     """Output of the only query, without the query axis, such as the logits of an image; `head` is applied first.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core import heads
-        >>> heads.SingleQuery(heads.Linear(32, out_dim=10))(torch.randn(2, 1, 32)).shape
+        >>> pc.heads.SingleQuery(pc.heads.Linear(32, out_dim=10))(torch.randn(2, 1, 32)).shape
         torch.Size([2, 10])
 
     Reference: deepmind-research/perceiver/perceiver.py, `ClassificationDecoder`.

@@ -27,9 +27,7 @@ class Unpatchify(nn.Module):
         num_channels: Number of channels of a pixel.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core import heads
-        >>> head = heads.Unpatchify(32, grid=(4, 5), patch_size=(2, 3), num_channels=3)
+        >>> head = pc.heads.Unpatchify(32, grid=(4, 5), patch_size=(2, 3), num_channels=3)
         >>> head(torch.randn(2, 20, 32)).shape
         torch.Size([2, 3, 8, 15])
         >>> indices = torch.tensor([0, 19])
@@ -91,11 +89,9 @@ class Waveform(nn.Module):
         num_channels: Number of channels; a waveform of one channel has no channel axis, as in `adapters.Audio`.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core import heads
-        >>> heads.Waveform(32, patch_size=16)(torch.randn(2, 60, 32)).shape
+        >>> pc.heads.Waveform(32, patch_size=16)(torch.randn(2, 60, 32)).shape
         torch.Size([2, 960])
-        >>> heads.Waveform(32, patch_size=16, num_channels=2)(torch.randn(2, 60, 32)).shape
+        >>> pc.heads.Waveform(32, patch_size=16, num_channels=2)(torch.randn(2, 60, 32)).shape
         torch.Size([2, 2, 960])
 
     Reference: deepmind-research/perceiver/io_processors.py, `AudioPostprocessor`.

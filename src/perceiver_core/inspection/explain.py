@@ -39,8 +39,6 @@ class ReadExplanations(tuple[ReadExplanation, ...]):
     """The reads of a model in the order in which they happen; prints as a table.
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> encoder = pc.Encoder(10, num_latents=7, dim=32, num_reads=2, depth=1, num_heads=4, share=False)
         >>> [read.read for read in pc.explain_reads(encoder, torch.randn(2, 50, 10))]
         ['reads.0', 'reads.1']
@@ -78,8 +76,6 @@ def explain_reads(model: nn.Module, *inputs: object, **options: object) -> ReadE
         ValueError: A model that makes no reads.
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> positions = pc.positions.Fourier(num_axes=2, num_bands=64, max_resolution=96)
         >>> image = pc.adapters.Image(3, positions=positions)
         >>> encoder = pc.Encoder(image.dim, num_latents=256, dim=64, depth=1, num_heads=4)

@@ -55,8 +55,6 @@ def attention_map(
         Weights that add to 1 over the grid.
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> where = pc.positions.Fourier(num_axes=2, num_bands=4, max_resolution=16)
         >>> image = pc.adapters.Image(num_channels=3, positions=where)
         >>> encoder = pc.Encoder(image.dim, num_latents=6, dim=16, depth=1, num_heads=2)
@@ -90,8 +88,6 @@ def overlay(
         ValueError: An image that is not grayscale or color, a map that is not 2-D, a strength out of range.
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> pc.visualize.overlay(torch.rand(1, 60, 44), torch.rand(15, 11)).shape
         (60, 44, 3)
     """
@@ -119,7 +115,6 @@ def position_features(positions: Positions, grid: Sequence[int], *, columns: int
         ValueError: A grid of other than one or two axes.
 
     Example:
-        >>> import perceiver_core as pc
         >>> where = pc.positions.Fourier(num_axes=2, num_bands=4, max_resolution=32)
         >>> figure = pc.visualize.position_features(where, (24, 32))
         >>> len(figure.axes)
@@ -150,8 +145,6 @@ def architecture(model: Perceiver) -> Figure:
     """Draw a Perceiver: its reads and latent transformers in order, one color for each set of weights.
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> with torch.device("meta"):
         ...     model = pc.models.presets.modelnet40()
         >>> float(pc.visualize.architecture(model).get_figwidth()) > 5

@@ -82,7 +82,6 @@ def convert(
     Example:
         >>> import tempfile
         >>> from pathlib import Path
-        >>> import perceiver_core as pc
         >>> from perceiver_core.interop.published_models import build
         >>> config = {"architectures": ["PerceiverForOpticalFlow"], "num_latents": 5, "d_latents": 16}
         >>> config |= {"num_self_attends_per_block": 1, "num_cross_attention_heads": 1, "train_size": [6, 8]}

@@ -65,7 +65,6 @@ def load_haiku(path: str | PathLike[str], *, numerics: Numerics = DEEPMIND_NUMER
         ValueError: The file holds anything else, or parameters of another model.
 
     Example:
-        >>> import perceiver_core as pc
         >>> model = pc.interop.load_haiku("imagenet_fourier_position_encoding.pystate")  # doctest: +SKIP
         >>> small = pc.interop.load_haiku("trained_at_96_x_128.npz", max_resolution=[96, 128])  # doctest: +SKIP
     """

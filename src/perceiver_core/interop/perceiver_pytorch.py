@@ -103,8 +103,6 @@ def load_perceiver_pytorch(
             `inverted_cross_attn` is not the same for all layers.
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> # the weights of Perceiver(depth=1, self_per_cross_attn=0, final_classifier_head=False, ...)
         >>> layers = {"attn.norm": (12,), "attn.norm_context": (29,), "attn.fn.to_out": (12, 8), "ff.norm": (12,)}
         >>> layers |= {"ff.fn.net.0": (96, 12), "ff.fn.net.2": (12, 48)}

@@ -36,8 +36,6 @@ class Numerics(NamedTuple):
             published weights after transformers' conversion.
 
     Example:
-        >>> from torch import nn
-        >>> import perceiver_core as pc
         >>> pc.interop.DEEPMIND_NUMERICS.activation
         GELU(approximate='tanh')
         >>> relu = pc.interop.TRANSFORMERS_NUMERICS._replace(activation=nn.ReLU())

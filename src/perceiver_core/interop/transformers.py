@@ -50,7 +50,6 @@ def load_transformers(
         ValueError: The folder holds a model of another architecture, or weights that do not fit its configuration.
 
     Example:
-        >>> import perceiver_core as pc
         >>> model = pc.interop.load_transformers("deepmind/vision-perceiver-fourier")  # doctest: +SKIP
     """
     folder = files.fetch(name_or_folder)
@@ -95,7 +94,6 @@ def save_transformers(
 
     Example:
         >>> import tempfile, torch
-        >>> import perceiver_core as pc
         >>> from perceiver_core.interop.published_models import build
         >>> config = {"architectures": ["PerceiverForOpticalFlow"], "num_latents": 5, "d_latents": 16}
         >>> config |= {"num_self_attends_per_block": 1, "num_cross_attention_heads": 1, "train_size": [6, 8]}

@@ -48,10 +48,9 @@ def kernel_attention_map(
         block: Number of keys per call of the kernel.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core.kernels import inverted, kernel_attention_map
         >>> q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 11, 8), torch.randn(2, 4, 11, 5)
-        >>> torch.testing.assert_close(kernel_attention_map(inverted, q, k) @ v, inverted(q, k, v))
+        >>> weights = pc.kernels.kernel_attention_map(pc.kernels.inverted, q, k)
+        >>> torch.testing.assert_close(weights @ v, pc.kernels.inverted(q, k, v))
     """
     if unwrapped(kernel) in SOFTMAX:
         return attention_map(q, k, mask=mask, queries=queries)

@@ -54,10 +54,8 @@ def chunked(
             The softmax and the sums over chunks are in float32 either way.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core.kernels import chunked, reference
         >>> q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 11, 8), torch.randn(2, 4, 11, 5)
-        >>> torch.testing.assert_close(chunked(q, k, v, chunk_size=3), reference(q, k, v))
+        >>> torch.testing.assert_close(pc.kernels.chunked(q, k, v, chunk_size=3), pc.kernels.reference(q, k, v))
     """
     part = partial_attention(q, k, v, mask=mask, chunk_size=chunk_size, half_precision_matmul=half_precision_matmul)
     return part.output
@@ -82,11 +80,10 @@ def partial_attention(
         that may attend to no key.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core.kernels import merge, partial_attention, reference
         >>> q, k, v = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 10, 8), torch.randn(1, 2, 10, 8)
-        >>> halves = [partial_attention(q, k[:, :, :6], v[:, :, :6]), partial_attention(q, k[:, :, 6:], v[:, :, 6:])]
-        >>> torch.testing.assert_close(merge(*halves).output, reference(q, k, v))
+        >>> chunks = zip(k.split(6, dim=2), v.split(6, dim=2))
+        >>> halves = [pc.kernels.partial_attention(q, keys, values) for keys, values in chunks]
+        >>> torch.testing.assert_close(pc.kernels.merge(*halves).output, pc.kernels.reference(q, k, v))
     """
     checks.positive(chunk_size=chunk_size)
     if mask is not None:

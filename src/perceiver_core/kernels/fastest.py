@@ -27,10 +27,8 @@ def fastest(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropout
     Arguments and result are those of `sdpa`.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core.kernels import fastest, reference
         >>> q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 11, 8), torch.randn(2, 4, 11, 5)
-        >>> torch.testing.assert_close(fastest(q, k, v), reference(q, k, v))
+        >>> torch.testing.assert_close(pc.kernels.fastest(q, k, v), pc.kernels.reference(q, k, v))
     """
     if uses_chunks(q, k.shape[-2], dropout=dropout):
         half = (x.to(torch.bfloat16) for x in (q, k, v))

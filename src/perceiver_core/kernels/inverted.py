@@ -26,10 +26,8 @@ def inverted(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropou
     Arguments are those of `reference`. A query does not compete for keys that it may not attend to.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core.kernels import inverted
         >>> q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 11, 8), torch.randn(2, 4, 11, 5)
-        >>> inverted(q, k, v).shape
+        >>> pc.kernels.inverted(q, k, v).shape
         torch.Size([2, 4, 7, 5])
 
     Reference: Wu et al. 2023, "Inverted-Attention Transformers can Learn Object Representations: Insights from Slot

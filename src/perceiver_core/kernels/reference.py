@@ -39,10 +39,8 @@ def reference(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropo
         dropout: Rate at which attention weights are dropped.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core.kernels import reference
         >>> q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 11, 8), torch.randn(2, 4, 11, 5)
-        >>> reference(q, k, v).shape
+        >>> pc.kernels.reference(q, k, v).shape
         torch.Size([2, 4, 7, 5])
 
     Reference: Vaswani et al. 2017, equation 1.
@@ -66,10 +64,8 @@ def attention_map(
         precision.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core.kernels import attention_map
         >>> q, k = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 11, 8)
-        >>> attention_map(q, k, queries=[0, 6]).shape
+        >>> pc.kernels.attention_map(q, k, queries=[0, 6]).shape
         torch.Size([2, 4, 2, 11])
     """
     if mask is not None:

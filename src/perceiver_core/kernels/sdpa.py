@@ -27,10 +27,8 @@ def sdpa(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropout: f
     """Compute attention by PyTorch's fused kernels. Arguments and result are those of `reference`.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core.kernels import reference, sdpa
         >>> q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 11, 8), torch.randn(2, 4, 11, 5)
-        >>> torch.testing.assert_close(sdpa(q, k, v), reference(q, k, v))
+        >>> torch.testing.assert_close(pc.kernels.sdpa(q, k, v), pc.kernels.reference(q, k, v))
     """
     device_type = q.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
@@ -75,7 +73,6 @@ def kernel_for(
     `is_causal`.
 
     Example:
-        >>> import torch
         >>> from perceiver_core.kernels.sdpa import kernel_for
         >>> kernel_for(64, 64, torch.float32, torch.device("cpu"))
         Kernel(name="PyTorch's for the CPU", why='')

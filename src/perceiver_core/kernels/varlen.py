@@ -39,11 +39,9 @@ def valid_keys(mask: Mask) -> Bool[Tensor, "#b n"] | None:
     """Return the valid keys of a key-padding mask; None for any other mask.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core import masks
         >>> from perceiver_core.kernels.varlen import valid_keys
         >>> valid = torch.tensor([[True, False]])
-        >>> valid_keys(masks.Padding(valid)), valid_keys(masks.Causal())
+        >>> valid_keys(pc.masks.Padding(valid)), valid_keys(pc.masks.Causal())
         (tensor([[ True, False]]), None)
     """
     rules, tensors = masks.split(mask)
@@ -106,7 +104,6 @@ def pack(k: Float[Tensor, "b h n d"], v: Float[Tensor, "b h n e"], valid: Bool[T
     """Move valid keys and values to the front. Samples without any get a zero key, since kernels differ on them.
 
     Example:
-        >>> import torch
         >>> from perceiver_core.kernels.varlen import pack
         >>> k = torch.arange(6.0).reshape(2, 1, 3, 1)
         >>> packed = pack(k, k, torch.tensor([[True, False, True], [False, True, False]]))

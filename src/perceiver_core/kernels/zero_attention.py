@@ -40,10 +40,8 @@ def add_zero_attn(
         options: Other arguments of the kernel, such as `dropout`.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core.kernels import add_zero_attn
         >>> q, k, v = torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 3, 8), torch.ones(1, 1, 3, 1)
-        >>> add_zero_attn(q, k, v).item()  # three of four
+        >>> pc.kernels.add_zero_attn(q, k, v).item()  # three of four
         0.75
 
     Reference: Miller 2023, "Attention Is Off By One"; torch.nn.MultiheadAttention, `add_zero_attn`.

@@ -31,7 +31,6 @@ class Linear(nn.Linear):
     `torch.jit.script` cannot compile it.
 
     Example:
-        >>> import torch
         >>> from perceiver_core.layers.linear import Linear
         >>> layer, x = Linear(512, 256), torch.randn(64, 512)
         >>> torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))

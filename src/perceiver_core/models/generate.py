@@ -62,8 +62,6 @@ def generate(  # noqa: PLR0913 (the prompt, its length and all options of the ge
             with padding elsewhere, numbers out of range; a sampler that does not return one id per sample.
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> embedding = pc.adapters.TokenEmbedding(vocab_size=256, dim=32)
         >>> model = pc.PerceiverAR(embedding, num_latents=8, depth=2, num_heads=4).eval()
         >>> prompt = torch.tensor([list(b"once upon a time")])
@@ -106,8 +104,6 @@ def stream(  # noqa: PLR0913 (as above)
     Arguments and errors are those of `generate`. The call itself raises them, except for errors of the sampler's ids.
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> embedding = pc.adapters.TokenEmbedding(vocab_size=256, dim=32)
         >>> model = pc.PerceiverAR(embedding, num_latents=8, depth=2, num_heads=4).eval()
         >>> for ids in pc.models.stream(model, torch.tensor([[1, 2, 3]]), max_new_tokens=5):

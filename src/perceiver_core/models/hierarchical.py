@@ -53,8 +53,6 @@ class HierarchicalPerceiver(nn.Module):
         TypeError, ValueError: Invalid positions; no levels; decoder levels with other sizes than their opposites.
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> sizes = {16: (4, 32), 4: (8, 48), 1: (8, 64)}
         >>> levels = [pc.Level(groups, num_latents=latents, dim=dim) for groups, (latents, dim) in sizes.items()]
         >>> encoder = pc.HierarchicalPerceiver(3, levels=levels, positions=pc.positions.LearnedGrid((500,), dim=32))
@@ -140,8 +138,6 @@ class HierarchicalAutoencoder(nn.Module):
         cross_attention: Factory `(dim, input_dim, residual=False) -> module`.
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> levels = [pc.Level(16, num_latents=4, dim=32), pc.Level(1, num_latents=8, dim=64)]
         >>> positions = pc.positions.LearnedGrid((500,), dim=32)
         >>> perceiver = pc.HierarchicalPerceiver(3, levels=levels, positions=positions, decoder_levels=levels[:1])

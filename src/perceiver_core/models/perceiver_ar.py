@@ -74,8 +74,6 @@ class PerceiverAR(nn.Module):
         TypeError, ValueError: An embedding that the head cannot use; sizes below 1; a rate outside [0, 1).
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> embedding = pc.adapters.TokenEmbedding(vocab_size=256, dim=32)
         >>> model = pc.PerceiverAR(embedding, num_latents=8, depth=2, num_heads=4)
         >>> ids = torch.tensor([list(b"the last eight bytes are latents")])
@@ -231,7 +229,6 @@ def next_token_loss(
     Padding is ignored, and so is the first token of a sample, which has no context.
 
     Example:
-        >>> import torch
         >>> from perceiver_core.models.perceiver_ar import next_token_loss
         >>> next_token_loss(torch.zeros(2, 3, 11), torch.zeros(2, 7, dtype=torch.long))
         tensor(2.3979)

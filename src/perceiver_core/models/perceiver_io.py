@@ -35,8 +35,6 @@ class PerceiverIO(nn.Module):
         ValueError: Consecutive parts of different widths; a modality of the queries without a head.
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> positions = pc.positions.Fourier(num_axes=2, num_bands=8, max_resolution=32)
         >>> image = pc.adapters.Image(num_channels=3, positions=positions)
         >>> encoder = pc.Encoder(image.dim, num_latents=16, dim=32, depth=2, num_heads=4)

@@ -1,8 +1,7 @@
 """Presets: models with the sizes of published papers and code.
 
 Example:
-    >>> import torch
-    >>> from perceiver_core.models import presets
+    >>> presets = pc.models.presets
     >>> with torch.device("meta"):
     ...     models = [presets.imagenet(), presets.audioset(), presets.modelnet40(), presets.perceiver_ar(256)]
     ...     models += [presets.idefics2_resampler(), presets.hip16()]

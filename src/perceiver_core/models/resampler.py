@@ -55,8 +55,6 @@ class Resampler(nn.Module):
         ValueError: Sizes below 1.
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> resampler = pc.Resampler(48, num_latents=8, dim=32, depth=2, num_heads=4)
         >>> resampler(torch.randn(2, 257, 48)).shape
         torch.Size([2, 8, 32])
@@ -198,8 +196,6 @@ class EachFrame(_Frames):
         TypeError, ValueError: Frame positions that are not positions of one axis and of the features' width.
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> resampler = pc.Resampler(48, num_latents=8, depth=2, num_heads=4)
         >>> frames = pc.models.EachFrame(resampler, frame_positions=pc.positions.LearnedEmbedding(5, dim=48))
         >>> frames(torch.randn(2, 3, 257, 48)).shape
@@ -238,8 +234,6 @@ class AllFrames(_Frames):
         TypeError, ValueError: As in `EachFrame`.
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> resampler = pc.Resampler(48, num_latents=8, depth=2, num_heads=4)
         >>> video = pc.models.AllFrames(resampler, frame_positions=pc.positions.LearnedGrid((8,), dim=48))
         >>> video(torch.randn(2, 30, 17, 48)).shape

@@ -20,9 +20,7 @@ def greedy(logits: Float[Tensor, "b v"], generator: torch.Generator | None = Non
     """Return the most likely id of each sample.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core.models import sampling
-        >>> sampling.greedy(torch.tensor([[0.0, 2.0, 1.0]]))
+        >>> pc.models.sampling.greedy(torch.tensor([[0.0, 2.0, 1.0]]))
         tensor([1])
     """
     return logits.argmax(-1)
@@ -43,9 +41,7 @@ class Sample:
         ValueError: A temperature of 0 or below, a top_k below 1, a top_p outside (0, 1].
 
     Example:
-        >>> import torch
-        >>> from perceiver_core.models import sampling
-        >>> sample = sampling.Sample(temperature=0.8, top_p=0.9)
+        >>> sample = pc.models.sampling.Sample(temperature=0.8, top_p=0.9)
         >>> sample(torch.zeros(2, 11), torch.Generator().manual_seed(0)).shape
         torch.Size([2])
 

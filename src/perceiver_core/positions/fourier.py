@@ -101,9 +101,7 @@ class Fourier(SeparableFeatures):
         sine_only: Whether the cosines are left out.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core.positions import Fourier
-        >>> positions = Fourier(num_axes=2, num_bands=64, max_resolution=224)
+        >>> positions = pc.positions.Fourier(num_axes=2, num_bands=64, max_resolution=224)
         >>> positions.dim, positions(torch.rand(5, 100, 2) * 2 - 1).shape
         (258, torch.Size([5, 100, 258]))
         >>> [tuple(table.shape) for table in positions.tables((224, 112), like=torch.zeros(()))]
@@ -153,9 +151,7 @@ class FourierPerAxis(SeparableFeatures):
         max_frequency: Twice the highest frequency, the same for all axes.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core.positions import FourierPerAxis
-        >>> FourierPerAxis(num_axes=2, num_bands=6, max_frequency=10.0)(torch.rand(7, 2)).shape
+        >>> pc.positions.FourierPerAxis(num_axes=2, num_bands=6, max_frequency=10.0)(torch.rand(7, 2)).shape
         torch.Size([7, 26])
 
     Reference: lucidrains/perceiver-pytorch, `fourier_encode`.
@@ -178,9 +174,7 @@ class NeRF(SeparableFeatures):
     """NeRF's positional encoding: sin(2^k pi x), cos(2^k pi x) for k = 0 ... num_bands - 1, axis by axis.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core.positions import NeRF
-        >>> NeRF(num_axes=3, num_bands=10)(torch.rand(7, 3)).shape
+        >>> pc.positions.NeRF(num_axes=3, num_bands=10)(torch.rand(7, 3)).shape
         torch.Size([7, 60])
 
     Reference: Mildenhall et al. 2020 (NeRF), equation 4.
@@ -208,9 +202,7 @@ class Gaussian(nn.Module):
         scale: Standard deviation of the frequencies; a higher one resolves finer detail.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core.positions import Gaussian
-        >>> positions = Gaussian(num_axes=2, num_features=32, scale=10.0)
+        >>> positions = pc.positions.Gaussian(num_axes=2, num_features=32, scale=10.0)
         >>> positions(torch.rand(7, 2)).shape, positions.tables((3, 5), like=torch.zeros(()))[0].shape
         (torch.Size([7, 64]), torch.Size([3, 5, 64]))
 

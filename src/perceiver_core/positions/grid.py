@@ -15,8 +15,7 @@ class Positions(Protocol):
     """Position features of the tokens of a grid, as tables that broadcast over it.
 
     Example:
-        >>> from perceiver_core import positions
-        >>> isinstance(positions.Fourier(num_axes=2, num_bands=4), positions.Positions)
+        >>> isinstance(pc.positions.Fourier(num_axes=2, num_bands=4), pc.positions.Positions)
         True
     """
 
@@ -46,8 +45,7 @@ def coordinates(size: int, device: torch.device | None = None, dtype: torch.dtyp
     """Return the coordinates of `size` tokens along an axis, evenly spaced from -1 to 1, ends included.
 
     Example:
-        >>> from perceiver_core.positions import coordinates
-        >>> coordinates(5).tolist()
+        >>> pc.positions.coordinates(5).tolist()
         [-1.0, -0.5, 0.0, 0.5, 1.0]
     """
     # Not linspace, which would make a dynamic size of torch.compile a constant.
@@ -59,9 +57,7 @@ def grid_points(grid: Sequence[int], like: Tensor) -> Float[Tensor, "*grid axes"
     """Return the coordinates of every point of a grid, the first axis first.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core.positions import grid_points
-        >>> grid_points((2, 3), like=torch.zeros(()))[1].tolist()
+        >>> pc.positions.grid_points((2, 3), like=torch.zeros(()))[1].tolist()
         [[1.0, -1.0], [1.0, 0.0], [1.0, 1.0]]
     """
     axes = [coordinates(size, like.device, computing_dtype(like)) for size in grid]

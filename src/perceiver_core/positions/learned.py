@@ -23,9 +23,7 @@ class LearnedEmbedding(nn.Module):
     array for inputs of other sizes, which suits images.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core.positions import LearnedEmbedding
-        >>> positions = LearnedEmbedding(100, dim=32)
+        >>> positions = pc.positions.LearnedEmbedding(100, dim=32)
         >>> positions(torch.tensor([2, 0, 5])).shape, positions.tables((7,), like=torch.zeros(()))[0].shape
         (torch.Size([3, 32]), torch.Size([7, 32]))
 
@@ -65,9 +63,7 @@ class LearnedGrid(nn.Module):
     grid ends aligned as coordinates are.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core.positions import LearnedGrid
-        >>> LearnedGrid((14, 14), dim=32).tables((11, 17), like=torch.zeros(()))[0].shape
+        >>> pc.positions.LearnedGrid((14, 14), dim=32).tables((11, 17), like=torch.zeros(()))[0].shape
         torch.Size([11, 17, 32])
 
     Reference: deepmind-research/perceiver/position_encoding.py, `TrainablePositionEncoding`.
@@ -104,9 +100,7 @@ class Projected(nn.Module):
     """A linear layer from position features to width `dim`, applied to their tables instead of every token.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core.positions import LearnedGrid, Projected
-        >>> positions = Projected(LearnedGrid((14, 14), dim=32), dim=256)
+        >>> positions = pc.positions.Projected(pc.positions.LearnedGrid((14, 14), dim=32), dim=256)
         >>> positions.tables((14, 14), like=torch.zeros(()))[0].shape
         torch.Size([14, 14, 256])
 

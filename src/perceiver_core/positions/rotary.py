@@ -18,9 +18,7 @@ def half_open_exponents(pairs: int, like: Tensor) -> Float[Tensor, " pairs"]:
     """Return exponents 0, 1 / pairs, ... below 1, as in RoFormer and most language models.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core import positions
-        >>> positions.half_open_exponents(4, like=torch.zeros(())).tolist()
+        >>> pc.positions.half_open_exponents(4, like=torch.zeros(())).tolist()
         [0.0, 0.25, 0.5, 0.75]
 
     Reference: Su et al. 2021 (RoFormer), section 3.2.2.
@@ -33,9 +31,7 @@ def inclusive_exponents(pairs: int, like: Tensor) -> Float[Tensor, " pairs"]:
     """Return exponents from 0 to 1, ends included, as in Perceiver AR, whose base is the context length.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core import positions
-        >>> positions.inclusive_exponents(5, like=torch.zeros(())).tolist()
+        >>> pc.positions.inclusive_exponents(5, like=torch.zeros(())).tolist()
         [0.0, 0.25, 0.5, 0.75, 1.0]
 
     Reference: google-research/perceiver-ar, perceiver_ar_model.py, `_make_rotation_matrices`.
@@ -57,15 +53,12 @@ class Rotary(nn.Module):
             of each pair: `half_open_exponents`, `inclusive_exponents`, or your own.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core.positions import Rotary
-        >>> Rotary(dim=8)(torch.randn(2, 4, 7, 16)).shape
+        >>> pc.positions.Rotary(dim=8)(torch.randn(2, 4, 7, 16)).shape
         torch.Size([2, 4, 7, 16])
 
     Perceiver AR's published code rotates half of the channels of a head, here 32 of 64, in every layer:
 
-        >>> from perceiver_core.positions import inclusive_exponents
-        >>> rotary = Rotary(dim=32, base=8192, exponents=inclusive_exponents)
+        >>> rotary = Rotary(dim=32, base=8192, exponents=pc.positions.inclusive_exponents)
 
     That code numbers positions backwards from the end, so its rotations have the opposite sign, except where it takes
     positions from the data, as in cached generation.

@@ -15,9 +15,7 @@ class External(nn.Module):
     """Queries of width `dim` that are passed with each call and returned unchanged.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core import queries
-        >>> source = queries.External(32)
+        >>> source = pc.queries.External(32)
         >>> source(queries=torch.randn(100, 32)).shape, source(queries=torch.randn(2, 100, 32)).shape
         (torch.Size([1, 100, 32]), torch.Size([2, 100, 32]))
     """
@@ -40,9 +38,7 @@ class Coordinates(nn.Module):
     `positions.Fourier`.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core import positions, queries
-        >>> source = queries.Coordinates(positions.Fourier(num_axes=2, num_bands=8))
+        >>> source = pc.queries.Coordinates(pc.positions.Fourier(num_axes=2, num_bands=8))
         >>> source(points=torch.rand(3, 100, 2) * 2 - 1).shape
         torch.Size([3, 100, 34])
     """

@@ -16,9 +16,7 @@ class FromInputs(nn.Module):
     """Queries that are the materialized tokens of the input, content and positions, of the adapter's width `dim`.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core import Tokens, queries
-        >>> queries.FromInputs(3)(Tokens(torch.randn(2, 5, 7, 3))).shape
+        >>> pc.queries.FromInputs(3)(pc.Tokens(torch.randn(2, 5, 7, 3))).shape
         torch.Size([2, 35, 3])
 
     Reference: Jaegle et al. 2022 (Perceiver IO), section 4.2 (optical flow).

@@ -30,9 +30,7 @@ class Grid(nn.Module):
             the published multimodal model; this requires positions that take points, such as `positions.Fourier`.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core import positions, queries
-        >>> source = queries.Grid((480, 640), positions.Fourier(num_axes=2, num_bands=16, max_resolution=(480, 640)))
+        >>> source = pc.queries.Grid((480, 640), pc.positions.Fourier(num_axes=2, num_bands=16, max_resolution=480))
         >>> source(query_indices=torch.randint(480 * 640, (1000,))).shape
         torch.Size([1, 1000, 66])
 

@@ -18,9 +18,7 @@ class Learned(nn.Module):
     """Queries that are `num_queries` learned vectors of width `dim`, the same for all inputs.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core import queries
-        >>> source = queries.Learned(2048, dim=768)
+        >>> source = pc.queries.Learned(2048, dim=768)
         >>> source().shape, source(query_indices=torch.tensor([0, 5])).shape
         (torch.Size([1, 2048, 768]), torch.Size([1, 2, 768]))
 

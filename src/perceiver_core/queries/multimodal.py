@@ -31,9 +31,7 @@ class Multimodal(nn.Module):
         min_modality_channels: Number of learned channels of the widest modality.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core import queries
-        >>> source = queries.Multimodal({"label": queries.Learned(1, 30), "audio": queries.Learned(50, 20)})
+        >>> source = pc.queries.Multimodal({"label": pc.queries.Learned(1, 30), "audio": pc.queries.Learned(50, 20)})
         >>> {name: tuple(x.shape) for name, x in source().items()}
         {'label': (1, 1, 32), 'audio': (1, 50, 32)}
 

@@ -58,7 +58,6 @@ def set_strategy(module: nn.Module, strategy: Strategy) -> None:
         ValueError: A module without reads.
 
     Example:
-        >>> import perceiver_core as pc
         >>> encoder = pc.Encoder(10, num_latents=7, dim=32, depth=1, num_heads=4)
         >>> pc.reads.set_strategy(encoder, pc.reads.Dense())
         >>> encoder.reads[0].strategy

@@ -29,8 +29,6 @@ class Decision(NamedTuple):
         machine: Machine constants from which costs were predicted.
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> context = pc.CrossAttend(32, 10).read_context(torch.randn(2, 50, 10), num_queries=7)
         >>> decision = pc.reads.Auto().choose(context)
         >>> decision.strategy, decision.sizes.num_queries, decision.cost.seconds > 0
@@ -64,7 +62,6 @@ class Auto:
         ValueError: No strategies; or (in `choose`) none that can compute a read.
 
     Example:
-        >>> import perceiver_core as pc
         >>> read = pc.CrossAttend(32, 10, strategy=pc.reads.Auto([pc.reads.Factored(), pc.reads.Dense()]))
         >>> read.strategy.strategies
         [Factored(), Dense()]

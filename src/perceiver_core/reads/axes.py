@@ -15,11 +15,9 @@ def merged_axes(tokens: Tokens) -> tuple[int, ...]:
     """Return the grid after merging axes that share a position table.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core import Tokens
         >>> from perceiver_core.reads.axes import merged_axes
         >>> frames, learned = torch.randn(5, 1, 1, 6), torch.randn(1, 7, 3, 6)
-        >>> merged_axes(Tokens(torch.randn(2, 5, 7, 3, 4), (frames, learned)))
+        >>> merged_axes(pc.Tokens(torch.randn(2, 5, 7, 3, 4), (frames, learned)))
         (5, 21)
     """
     grid = tokens.content.shape[1:-1]

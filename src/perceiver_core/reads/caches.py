@@ -35,8 +35,6 @@ class SharedMemory:
         num_queries: Total number of queries of these reads, from which the strategy is chosen.
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> read, cache = pc.CrossAttend(32, 10), pc.reads.SharedMemory(num_queries=10)
         >>> x = read(torch.randn(2, 5, 32), torch.randn(2, 50, 10), cache=cache)
         >>> read(x, cache.memory).shape
@@ -71,8 +69,6 @@ class KeysValuesCache:
     Each call appends the keys and values of its input; its queries attend to all. A mask covers all of them.
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> block, cache, x = pc.SelfAttend(32, num_heads=4), pc.reads.KeysValuesCache(), torch.randn(1, 5, 32)
         >>> first = block(x[:, :4], mask=pc.masks.Causal(), cache=cache)
         >>> last = block(x[:, 4:], cache=cache)
@@ -110,8 +106,6 @@ class AttentionCapture:
         grid: Grid of the tokens, if they have one.
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> capture = pc.reads.AttentionCapture(queries=[0, 3])
         >>> out = pc.CrossAttend(32, 10, num_heads=2)(torch.randn(2, 5, 32), torch.randn(2, 50, 10), capture=capture)
         >>> capture.result().shape

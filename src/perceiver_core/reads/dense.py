@@ -29,8 +29,6 @@ class KeysValues(NamedTuple):
         mask: Attention mask of these keys.
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> memory = pc.reads.KeysValues(torch.randn(3, 2, 50, 8), torch.randn(3, 2, 50, 5))
         >>> memory.attend(torch.randn(3, 2, 7, 8), pc.kernels.sdpa).shape
         torch.Size([3, 2, 7, 5])
@@ -56,6 +54,10 @@ class KeysValues(NamedTuple):
         """Return the attention weights of selected queries."""
         q, keys, _ = _broadcast(q, self.keys, self.values)
         return kernel_attention_map(kernel, q, keys, mask=masks.and_(self.mask, mask), queries=queries)
+
+    def memory(self, attention: Attention) -> KeysValues:
+        """Return this memory itself."""
+        return self
 
     def append(self, later: KeysValues) -> KeysValues:
         """Return these keys and values followed by later ones.
@@ -106,8 +108,6 @@ class Dense:
     """Materialize, normalize and project all tokens to keys and values. Supports every read.
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> read = pc.CrossAttend(32, 10, strategy=pc.reads.Dense())
         >>> read(torch.randn(2, 5, 32), torch.randn(2, 50, 10)).shape
         torch.Size([2, 5, 32])

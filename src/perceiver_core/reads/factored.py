@@ -40,8 +40,6 @@ class Factored:
     Computes reads of `Tokens` through a LayerNorm, an RMSNorm or no norm, and plain linear projections.
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> image = pc.adapters.Image(3, positions=pc.positions.Fourier(num_axes=2, num_bands=4, max_resolution=16))
         >>> read = pc.CrossAttend(32, image.dim, strategy=pc.reads.Factored())
         >>> read(torch.randn(2, 5, 32), image(torch.rand(2, 3, 13, 17))).shape

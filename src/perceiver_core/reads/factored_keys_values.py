@@ -28,7 +28,7 @@ from perceiver_core.reads import slabs
 from perceiver_core.reads.axes import axis_tables
 from perceiver_core.reads.dense import KeysValues
 from perceiver_core.reads.slabs import Slab
-from perceiver_core.reads.strategy import Kernel, QueryIndices
+from perceiver_core.reads.strategy import Attention, Kernel, QueryIndices
 from perceiver_core.tokens import Tokens
 
 
@@ -76,6 +76,10 @@ class FactoredKeysValues(NamedTuple):
     def grid(self) -> tuple[int, ...]:
         """Return the size of each axis."""
         return tuple(self.content.shape[1:-1])
+
+    def memory(self, attention: Attention) -> FactoredKeysValues:
+        """Return this memory itself."""
+        return self
 
     def attend(
         self, q: Float[Tensor, "#b h q d"], kernel: Kernel, *, mask: Mask | None = None, dropout: float = 0.0
@@ -186,13 +190,12 @@ def factor(
         tokens_per_slab: See `FactoredKeysValues`.
 
     Example:
-        >>> import torch
-        >>> from perceiver_core import Tokens
-        >>> from perceiver_core.reads import factor, structured
         >>> from perceiver_core.reads.factored_keys_values import Norm
-        >>> tokens = Tokens(torch.randn(2, 5, 7, 3), (torch.randn(5, 1, 6), torch.randn(1, 7, 6)))
+        >>> tokens = pc.Tokens(torch.randn(2, 5, 7, 3), (torch.randn(5, 1, 6), torch.randn(1, 7, 6)))
         >>> weights = torch.randn(16, 9), torch.randn(16)
-        >>> memory = factor(tokens, Norm(1e-5), weights, weights, num_heads=4, attend_slab=structured.attend_slab)
+        >>> memory = pc.reads.factor(
+        ...     tokens, Norm(1e-5), weights, weights, num_heads=4, attend_slab=pc.reads.structured.attend_slab
+        ... )
         >>> memory.attend_with_lse(torch.randn(2, 4, 11, 4)).output.shape
         torch.Size([2, 4, 11, 4])
     """

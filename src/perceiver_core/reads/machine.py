@@ -37,7 +37,6 @@ class Machine:
             kernel parallelizes over queries alone.
 
     Example:
-        >>> import perceiver_core as pc
         >>> read = pc.CrossAttend(32, 10, strategy=pc.reads.Auto(machine=pc.reads.Machine(linear=400.0)))
     """
 

@@ -24,7 +24,16 @@ QueryIndices: TypeAlias = "int | Sequence[int] | Int[Tensor, ' chosen'] | None"
 
 
 @runtime_checkable
-class Memory(Protocol):
+class AttentionInput(Protocol):
+    """Input of an attention module: a `Source`, or the `Memory` of an earlier read."""
+
+    def memory(self, attention: Attention) -> Memory:
+        """Return the memory for an attention module, which calls this in its own forward."""
+        ...
+
+
+@runtime_checkable
+class Memory(AttentionInput, Protocol):
     """Keys and values of an input, formed or factored, that queries can attend to."""
 
     def attend(
@@ -77,8 +86,6 @@ class Source(NamedTuple):
         num_queries: Total number of queries of all reads that will share the memory.
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> source = pc.reads.Source(torch.randn(2, 50, 10), torch.nn.LayerNorm(10), pc.reads.Dense())
         >>> pc.MultiHeadAttention(32, 10, num_heads=2)(torch.randn(2, 5, 32), source).shape
         torch.Size([2, 5, 32])
@@ -267,7 +274,6 @@ def check_strategy(strategy: Strategy) -> None:
         TypeError: Anything else.
 
     Example:
-        >>> import perceiver_core as pc
         >>> pc.reads.check_strategy(pc.reads.Dense())
     """
     if isinstance(strategy, type) or not isinstance(strategy, Strategy):

@@ -28,8 +28,6 @@ class Structured:
     attention dropout in training, or masks other than key-padding masks.
 
     Example:
-        >>> import torch
-        >>> import perceiver_core as pc
         >>> image = pc.adapters.Image(3, positions=pc.positions.Fourier(num_axes=2, num_bands=4, max_resolution=16))
         >>> read = pc.CrossAttend(32, image.dim, strategy=pc.reads.Structured())
         >>> read(torch.randn(2, 5, 32), image(torch.rand(2, 3, 13, 17))).shape

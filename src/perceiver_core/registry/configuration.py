@@ -26,7 +26,6 @@ def to_config(value: object) -> Json:
 
     Example:
         >>> from functools import partial
-        >>> import perceiver_core as pc
         >>> pc.registry.to_config(partial(pc.CrossAttend, num_heads=2))
         {'partial': 'CrossAttend', 'num_heads': 2}
     """
@@ -94,7 +93,6 @@ def from_config(config: Json) -> Any:
         ValueError: A name that is not registered, arguments that do not fit, or a malformed configuration.
 
     Example:
-        >>> import perceiver_core as pc
         >>> pc.registry.from_config({"part": "MLP", "dim": 32, "activation": {"part": "GEGLU"}}).expand.out_features
         64
     """

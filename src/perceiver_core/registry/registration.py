@@ -37,8 +37,6 @@ def register(thing: T, *, name: str | None = None) -> T:
             name, or with a reserved one.
 
     Example:
-        >>> import perceiver_core as pc
-        >>> from torch import nn
         >>> @pc.register
         ... class Scale(nn.Module):
         ...     def __init__(self, factor: float) -> None:
@@ -77,8 +75,6 @@ def register_external(thing: type, *arguments: str) -> None:
             them as attributes.
 
     Example:
-        >>> from torch import nn
-        >>> import perceiver_core as pc
         >>> pc.registry.register_external(nn.ReLU, "inplace")
         >>> pc.registry.to_config(nn.ReLU())
         {'part': 'ReLU', 'inplace': False}

@@ -65,7 +65,6 @@ def read_grid(
         ValueError: The shape of an input does not fit the content.
 
     Example:
-        >>> import torch
         >>> from perceiver_core.kernels.grid import read_grid
         >>> content_queries, axis_queries = torch.randn(1, 2, 7, 3), torch.randn(1, 2, 7, 5 + 11)
         >>> read = read_grid(content_queries, axis_queries, torch.randn(4, 3, 5, 11), torch.ones(4, 5, 11))

@@ -1,0 +1,15 @@
+"""Names that the examples of all docstrings use without importing them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import perceiver_core as pc
+
+
+@pytest.fixture(autouse=True)
+def names_of_examples(doctest_namespace: dict[str, object]) -> None:
+    """Makes `torch`, `nn` and `pc` known to docstring examples."""
+    doctest_namespace.update(torch=torch, nn=nn, pc=pc)
