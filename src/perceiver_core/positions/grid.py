@@ -31,6 +31,7 @@ class Positions(Protocol):
         """Return tables whose sum is the features of every token of `grid`, in the dtype and device of `like`."""
 
 
+@runtime_checkable
 class PointFeatures(Protocol):
     """Position features that are called with points `*b axes` and return features `*b dim`, such as `Fourier`."""
 
