@@ -37,12 +37,12 @@ TOY = README | {"num_freq_bands": 4, "depth": 3, "num_latents": 8, "latent_dim":
 
 # transformers: the published sizes, with drawn weights.
 FOURIER, LANGUAGE, FLOW = "ImageClassificationFourier", "MaskedLM", "OpticalFlow"
-IMAGE_SIZES = {"num_latents": 512, "d_latents": 1024, "num_blocks": 8, "num_labels": 1000}
+IMAGE_SIZES = {"num_latents": 512, "d_latents": 1024, "num_self_attends_per_block": 6, "num_labels": 1000}
 FLOW_SIZES = {"num_latents": 2048, "d_latents": 512, "num_self_attends_per_block": 24, "num_self_attention_heads": 16}
 ONE_HEAD = {"num_cross_attention_heads": 1}
 TINY = {"num_latents": 5, "d_latents": 16, "num_self_attends_per_block": 2, "num_self_attention_heads": 2} | ONE_HEAD
 PUBLISHED: dict[str, dict[str, Any]] = {
-    FOURIER: IMAGE_SIZES | ONE_HEAD,
+    FOURIER: IMAGE_SIZES | ONE_HEAD | {"num_blocks": 8},
     LANGUAGE: {"qk_channels": 256, "v_channels": 1280, "vocab_size": 262},
     FLOW: FLOW_SIZES | ONE_HEAD | {"train_size": [368, 496]},
 }

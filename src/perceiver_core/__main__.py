@@ -1,4 +1,4 @@
-"""Commands: `python -m perceiver_core costs`, `python -m perceiver_core convert`."""
+"""Command-line interface: `python -m perceiver_core costs` and `python -m perceiver_core convert`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from perceiver_core.registry import Json
 
 
 def main() -> None:
-    """Run the command that the command line names."""
+    """Parse the command line and run the selected command."""
     parser = argparse.ArgumentParser(prog="python -m perceiver_core", description="Commands of perceiver-core.")
     commands = parser.add_subparsers(dest="command", required=True)
     costs = commands.add_parser("costs", help="measure the cost model of reads on this machine, in a minute")
@@ -43,12 +43,12 @@ def main() -> None:
 
 
 def _costs(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Print measured and current cost constants, and the call that sets them for a model."""
+    """Measure machine constants, print them next to the defaults, and print a call that sets them for a model."""
     device = options.device.split(":")[0]
     if device not in DEFAULTS or (device == "cuda" and not torch.cuda.is_available()):
         parser.error(f"--device must be cpu, or cuda where PyTorch finds a GPU; got {options.device}")
     found = calibrate(device=options.device)
-    print(f"{'':16} {'measured':>10} {'in use':>10}")  # noqa: T201 (it is a command)
+    print(f"{'':16} {'measured':>10} {'in use':>10}")  # noqa: T201 (command-line output)
     for name, value in asdict(found).items():
         print(f"{name:16} {value:10.3g} {getattr(DEFAULTS[device], name):10.3g}")  # noqa: T201
     numbers = ", ".join(f"{name}={value:.3g}" for name, value in asdict(found).items())
@@ -56,7 +56,7 @@ def _costs(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
 
 
 def _arguments(text: str) -> dict[str, Json]:
-    """Return the object in a JSON text, or in the file at that path."""
+    """Parse a JSON object. Text that does not start with "{" is the path of a JSON file."""
     try:
         arguments = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
     except (OSError, RecursionError, ValueError) as error:
@@ -67,7 +67,10 @@ def _arguments(text: str) -> dict[str, Json]:
 
 
 def _convert(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Convert a model, and print the difference of outputs; exit with 1 if it is too large, 2 if conversion fails."""
+    """Convert a model and, with `--check`, print how much its outputs differ from the original's.
+
+    The exit status is 1 if they differ too much, and 2 if the conversion fails.
+    """
     names = ("source_format", "target", "numerics", "arguments", "check")
     try:
         difference = convert(options.source, options.destination, **{name: getattr(options, name) for name in names})

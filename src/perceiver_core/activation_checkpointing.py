@@ -1,4 +1,4 @@
-"""Activation checkpointing: keep the input of each block only, and recompute the rest in the backward pass."""
+"""Activation checkpointing: store only the inputs of each block, and recompute the rest in the backward pass."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ T = TypeVar("T")
 
 
 def checkpoint_activations(model: M, blocks: tuple[type[nn.Module], ...] = (CrossAttend, SelfAttend, JointAttend)) -> M:
-    """Make every block of a model recompute its activations in the backward pass, which saves memory.
+    """Make the blocks of a model recompute their activations in the backward pass, to save memory.
 
-    Kept are the inputs of each block: latents, and the tokens of a read. Where reads share their weights, the keys and
-    values that they share are kept too. The model is changed in place; weights, `state_dict` and outputs stay the same.
+    Only the inputs of each block are stored: its latents and, for cross-attention, its tokens. Reads that share weights
+    also store their shared keys and values. The model is modified in-place. Its weights, state dict and outputs do not
+    change.
 
-    On a CPU, the saving shows only if freed memory returns to the system. With glibc this is requested for the whole
-    process; see `allocator.return_freed_memory`.
+    On a CPU, the process shrinks only if freed memory returns to the system. With glibc, this function requests that
+    for the whole process; see `allocator.return_freed_memory`.
 
     Args:
-        model: Any module.
+        model: Model to modify; any module.
         blocks: Types of the modules that recompute their activations.
 
     Returns:
-        The model.
+        The same model.
 
     Example:
         >>> encoder = pc.checkpoint_activations(pc.Encoder(10, num_latents=7, dim=32, depth=2, num_heads=4))
@@ -49,5 +50,5 @@ def checkpoint_activations(model: M, blocks: tuple[type[nn.Module], ...] = (Cros
 
 def _checkpointed(forward: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     if torch.compiler.is_compiling() and kwargs.get("cache") is not None:
-        return forward(*args, **kwargs)  # a graph cannot store a memory from inside a checkpoint
+        return forward(*args, **kwargs)  # a compiled graph cannot fill a cache inside a checkpoint
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)

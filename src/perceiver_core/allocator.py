@@ -10,14 +10,14 @@ M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def return_freed_memory() -> bool:
-    """Make glibc return large blocks to the system as soon as they are freed, in the whole process.
+    """Make glibc return large blocks to the system as soon as they are freed. This affects the whole process.
 
-    By default glibc raises the size above which it does so, up to 32 MB, and keeps smaller blocks in a heap. Before
-    version 2.38 that heap hardly reuses the aligned blocks that PyTorch allocates, so a process grows to several times
-    the memory that it uses. In exchange, the system clears the memory of each large tensor again.
+    By default, glibc raises the size threshold for this to up to 32 MB and keeps smaller blocks in a heap. Before
+    version 2.38, the heap hardly reuses the aligned blocks that PyTorch allocates, so a process grows to several times
+    the memory that it uses. The price of this setting is that the system zeroes the memory of each new large tensor.
 
     Returns:
-        Whether the setting was applied: True on Linux with glibc.
+        True if the setting was applied, as on Linux with glibc, else False.
 
     Example:
         >>> from perceiver_core.allocator import return_freed_memory

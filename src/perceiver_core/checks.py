@@ -1,4 +1,7 @@
-"""Input checks, run before any computation."""
+"""Input checks, run before any computation.
+
+They raise TypeError for a wrong type or dtype, and ValueError otherwise.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ T = TypeVar("T")
 
 
 def is_floating(name: str, x: object) -> None:
-    """Raise TypeError unless `x` is a floating-point tensor."""
+    """Check that `x` is a floating-point tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}. Convert it: torch.as_tensor(...)")
     if not x.is_floating_point():
@@ -26,7 +29,7 @@ def is_floating(name: str, x: object) -> None:
 
 
 def ids(name: str, x: Tensor, vocab_size: int) -> None:
-    """Raise unless `x` is an integer tensor `b n` of ids in 0 ... vocab_size - 1; values are checked as in `values`."""
+    """Check that `x` is an integer tensor `b n` and (in CPU eager mode only) that ids are in 0 ... vocab_size - 1."""
     if not isinstance(x, Tensor):
         raise TypeError(
             f"{name} must be a torch.Tensor; got {type(x).__name__}. Convert it: torch.as_tensor(...) of numbers, "
@@ -39,19 +42,19 @@ def ids(name: str, x: Tensor, vocab_size: int) -> None:
 
 
 def below(name: str, x: Tensor, count: int) -> None:
-    """Raise ValueError unless integers lie in 0 ... count - 1; values are checked as in `values`."""
+    """Check that integers are in 0 ... count - 1 (in CPU eager mode only; see `values`)."""
     bounds = _inspect(x, lambda: torch.stack(x.aminmax()).tolist())
     if bounds and (bounds[0] < 0 or bounds[1] >= count):
         raise ValueError(f"{name} must lie in 0 ... {count - 1}; got {bounds[0] if bounds[0] < 0 else bounds[1]}")
 
 
 def is_true(condition: Callable[[], Tensor], x: Tensor) -> bool:
-    """Return whether a condition on the values of `x` holds; True if they cannot be inspected, see `values`."""
+    """Return whether a condition on the values of `x` holds. Always True outside CPU eager mode; see `values`."""
     return _inspect(x, lambda: bool(condition())) is not False
 
 
 def padded_on_the_left(name: str, mask: Tensor) -> None:
-    """Raise ValueError unless each row of a mask `b n` is False, then True to the end; checked as in `values`."""
+    """Check that each row of a mask `b n` is False for padding, then True to the end (in CPU eager mode only)."""
     bad = _inspect(mask, lambda: torch.where(~mask[:, -1] | (mask[:, :-1] & ~mask[:, 1:]).any(1))[0].tolist())
     if bad:
         raise ValueError(
@@ -61,7 +64,7 @@ def padded_on_the_left(name: str, mask: Tensor) -> None:
 
 
 def has_shape(name: str, x: Tensor, axes: str, *, last: int | None = None) -> None:
-    """Raise ValueError unless `x` has the axes of `axes` ("b c h w"), none empty, and `last` features if set."""
+    """Check that `x` has these non-empty axes (such as "b c h w") and, if set, `last` features in the last axis."""
     expected = axes.split()
     if x.ndim != len(expected):
         hint = f"; add a batch axis: {name}.unsqueeze(0)" if x.ndim == len(expected) - 1 else ""
@@ -72,13 +75,13 @@ def has_shape(name: str, x: Tensor, axes: str, *, last: int | None = None) -> No
 
 
 def not_empty(name: str, x: Tensor) -> None:
-    """Raise ValueError if any axis of `x` has size 0."""
+    """Check that no axis of `x` has size 0."""
     if 0 in x.shape:
         raise ValueError(f"{name} must not be empty; got shape {tuple(x.shape)}")
 
 
 def has_channels(name: str, x: Tensor, axis: int, num_channels: int) -> None:
-    """Raise ValueError unless axis `axis` of `x` has size `num_channels`."""
+    """Check that axis `axis` of `x` has size `num_channels`."""
     if x.shape[axis] != num_channels:
         raise ValueError(
             f"{name} must have {num_channels} channels in axis {axis}; got {x.shape[axis]} (shape {tuple(x.shape)}). "
@@ -87,7 +90,7 @@ def has_channels(name: str, x: Tensor, axis: int, num_channels: int) -> None:
 
 
 def channels_first(name: str, x: Tensor, axes: str, num_channels: int, *, channel_axis: int = 1) -> None:
-    """Raise unless `x` is floating point with the axes of `axes` ("b c h w"), none empty, and its channels fit."""
+    """Check that `x` is floating point and has these non-empty axes ("b c h w") and `num_channels` channels."""
     shape = x.shape if isinstance(x, Tensor) and x.is_floating_point() else ()
     if len(shape) == len(axes.split()) and 0 not in shape and shape[channel_axis] == num_channels:
         return
@@ -97,7 +100,7 @@ def channels_first(name: str, x: Tensor, axes: str, num_channels: int, *, channe
 
 
 def is_mask(name: str, mask: object, shape: Sequence[int] | None = None) -> None:
-    """Raise unless `mask` is a boolean tensor, of exactly this shape if one is passed."""
+    """Check that `mask` is a boolean tensor and, if a shape is passed, has exactly this shape."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"{name} must be a boolean tensor, True = attend; got {got}. Convert it: {name}.bool()")
@@ -106,22 +109,23 @@ def is_mask(name: str, mask: object, shape: Sequence[int] | None = None) -> None
 
 
 def leaves_a_token(mask: Tensor) -> None:
-    """Raise ValueError if a mask `b *grid` masks all tokens of a sample; values are checked as in `values`."""
+    """Check that a mask `b *grid` has at least one valid token in every sample (in CPU eager mode only)."""
     if empty := _inspect(mask, lambda: torch.where(~mask.flatten(1).any(1))[0].tolist()):
         raise ValueError(f"mask leaves no token to attend to in samples {empty[:10]}; drop them or unmask a token")
 
 
 def values(name: str, x: Tensor, mask: Tensor | None = None) -> None:
-    """Raise ValueError if all tokens of a sample are masked, or a valid token is NaN or infinite.
+    """Check that every sample has a valid token, and that no valid token contains NaN or infinity.
 
-    Values are checked on the CPU in eager mode only. Elsewhere a check would force a synchronization or break a graph,
-    and a NaN shows in the output instead. `x` is `b *grid c`, `mask` `b *grid`; masked tokens may hold anything.
+    `x` has shape `b *grid c` and `mask` has shape `b *grid`; masked tokens may contain anything. Values are checked
+    only on a CPU in eager mode. Elsewhere, a check would force a synchronization or a graph break, and a NaN shows in
+    the output instead.
     """
 
     def is_invalid() -> bool:
         if mask is not None:
             leaves_a_token(mask)
-        # A sum is one pass without a temporary; it is finite only if all terms are, barring overflow.
+        # A sum needs one pass and no temporary. If it is finite, all terms are finite.
         if math.isfinite(x.sum(dtype=torch.float64).item()):
             return False
         return not bool((x if mask is None else x[mask]).isfinite().all())
@@ -131,7 +135,7 @@ def values(name: str, x: Tensor, mask: Tensor | None = None) -> None:
 
 
 def _inspect(x: Tensor, function: Callable[[], T]) -> T | None:
-    """Return the result of a function that reads the values of `x`; None if that has side effects, see `values`."""
+    """Return `function()`, which reads the values of `x`, or None outside CPU eager mode; see `values`."""
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return None
     try:
@@ -141,9 +145,9 @@ def _inspect(x: Tensor, function: Callable[[], T]) -> T | None:
 
 
 def matches_weight(name: str, x: Tensor, layer: object) -> None:
-    """Raise unless `x` can be multiplied with the weight of `layer`: same device and, outside autocast, same dtype.
+    """Check that `x` and the weight of `layer` have the same device and, outside autocast, the same dtype.
 
-    A missing weight, or one that is not a plain tensor on a real device (quantized, sharded, offloaded), passes.
+    The check is skipped if the weight is missing, quantized, sharded or offloaded (on the meta device).
     """
     weight: Any = getattr(layer, "weight", layer)
     if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta or not weight.is_floating_point():
@@ -160,25 +164,25 @@ def matches_weight(name: str, x: Tensor, layer: object) -> None:
 
 
 def autocasting(device: torch.device) -> bool:
-    """Return whether torch.autocast is on for a device; the meta device has none."""
+    """Return whether torch.autocast is enabled for a device. Always False for the meta device."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which PyTorch multiplies `x`: its own, or that of autocast."""
+    """Return the dtype of matrix products with `x`: the autocast dtype if autocast applies, else `x.dtype`."""
     converts = autocasting(x.device) and x.dtype != torch.float64
     return torch.get_autocast_dtype(x.device.type) if converts else x.dtype
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context without autocast, for code that chooses its dtypes itself."""
+    """Return a context manager that disables autocast, for code that chooses its own dtypes."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def positive(*, at_most: int | None = None, **sizes: int) -> None:
-    """Raise ValueError unless every named size is an integer of at least 1, and at most `at_most`.
+    """Check that every named size is an integer from 1 to `at_most` (None for no limit), else raise ValueError.
 
-    Integers are those that Python takes as an index, such as NumPy's, but not booleans or tensors.
+    Any object that Python accepts as an index is an integer, such as a NumPy integer, except booleans and tensors.
     """
     for name, size in sizes.items():
         if not _is_integer(size) or size < 1:
@@ -197,12 +201,12 @@ def _is_integer(size: object) -> bool:
 
 
 def part_of(n: int, share: float) -> int:
-    """Return `n * share` rounded down; products just below an integer, by rounding errors, count as that integer."""
+    """Return `n * share` rounded down, with a tolerance for rounding errors just below an integer."""
     return int(n * share + 1e-9)  # 10 * (1 - 0.8) is 1.9999999999999996
 
 
 def probability(**rates: float) -> None:
-    """Raise ValueError unless every named rate lies in [0, 1)."""
+    """Check that every named rate is in [0, 1)."""
     for name, rate in rates.items():
         if not 0.0 <= rate < 1.0:
             raise ValueError(f"{name} must lie in [0, 1); got {rate!r}")

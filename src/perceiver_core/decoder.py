@@ -24,25 +24,26 @@ Queries = TypeVar("Queries", Tensor, dict[str, Tensor])
 
 @register
 class Decoder(nn.Module):
-    """Cross-attention from any number of queries to the latents, and a linear layer.
+    """Perceiver IO decoder: any number of queries cross-attend to the latents, followed by a linear layer.
 
         outputs = output(cross_attention(queries, latents))
 
     Args:
         dim: Width of the latents.
         query_dim: Width of the queries.
-        out_dim: Width of the outputs; None for no linear layer, which leaves them `query_dim` wide.
+        out_dim: Width of the outputs; None to omit the linear layer, so that the outputs have width `query_dim`.
         num_heads: Number of attention heads.
-        cross_attention: Factory `(query_dim, dim, num_heads=num_heads) -> module`; `functools.partial` of
-            `CrossAttend` sets the rest. The default, `residual=False`, does not add the queries to the output of
-            attention, as in all published decoders but those of the Fourier and convolutional image classifiers;
-            `mlp=None` leaves the MLP out.
-        chunk_size: Number of queries decoded at once; all by default. In training each chunk is computed again in the
-            backward pass, so memory does not grow with the number of queries, except for the queries and outputs
-            themselves. (`torch.func` does not differentiate through this recomputation.)
+        cross_attention: Factory `(query_dim, dim, num_heads=num_heads) -> module`, for example
+            `partial(CrossAttend, residual=False, mlp=None)` to omit the MLP. The default is `CrossAttend` with
+            `residual=False`: the queries are not added to the attention output. Published decoders do the same, except
+            those of the image classifiers with Fourier features and with convolutional preprocessing.
+        chunk_size: Number of queries decoded at a time; None for all. If gradients are enabled, chunks are recomputed
+            in the backward pass, so only the queries and outputs themselves take memory that grows with the number of
+            queries. `torch.func` transforms cannot differentiate through this recomputation.
 
     Raises:
-        ValueError: Sizes below 1; a chunk size where queries compete, as with the kernel `kernels.inverted`.
+        ValueError: If a size is below 1, or if `chunk_size` is set and the attention kernel makes queries compete with
+            each other (`kernels.inverted`).
 
     Example:
         >>> decoder = pc.Decoder(32, query_dim=20, out_dim=2)
@@ -59,7 +60,7 @@ class Decoder(nn.Module):
         query_dim: int,
         out_dim: int | None = None,
         num_heads: int = 1,
-        cross_attention: Callable[..., nn.Module] = partial(CrossAttend, residual=False),  # noqa: B008 (a constant)
+        cross_attention: Callable[..., nn.Module] = partial(CrossAttend, residual=False),  # noqa: B008 (constant)
         chunk_size: int | None = None,
     ) -> None:
         super().__init__()
@@ -81,20 +82,20 @@ class Decoder(nn.Module):
         mask: Tensor | Mapping[str, Tensor] | None = None,
         capture: AttentionCapture | None = None,
     ) -> Queries:
-        """Return an output for each query.
+        """Return one output per query, `b q o`, or a dictionary of outputs if the queries are a dictionary.
 
         Args:
-            latents: The latents.
-            queries: `b q e`; `1 q e` or `q e` for the same queries in all samples; or a dictionary of these, for which
-                the outputs are a dictionary.
-            mask: Valid queries `b q`, True = decode; the others attend to nothing. A dictionary of masks for a
-                dictionary of queries, in which a missing entry means that all are valid.
-            capture: Receives the attention weights, of all queries at once.
+            latents: Latents.
+            queries: Queries `b q e`; `1 q e` or `q e` to use the same queries for all samples; or a dictionary from
+                modality names to such tensors.
+            mask: Valid queries `b q`, True = decode. Masked queries attend to no latent. If the queries are a
+                dictionary, a dictionary of masks. Modalities without a mask are fully valid.
+            capture: Receives the attention weights. The queries are then not split into chunks.
 
         Raises:
-            TypeError: Queries are not floating point or not of the latents' dtype, or queries are a dictionary and
-                the mask is not.
-            ValueError: The width, batch size or device of the queries, or the shape of the mask, does not fit.
+            TypeError: If latents or queries are not floating point or do not have the model's dtype, the mask is not
+                boolean, or only one of queries and mask is a dictionary.
+            ValueError: If the width, batch size or device of the queries, or the shape of the mask, is wrong.
         """
         checks.is_floating("latents", latents)
         checks.has_shape("latents", latents, "b m d", last=self.dim)
@@ -114,15 +115,15 @@ class Decoder(nn.Module):
         *,
         mask: Tensor | Mapping[str, Tensor] | None = None,
     ) -> Queries:
-        """Return the attention weights of every query on every latent, `b h q m`; for fewer queries, pass fewer.
+        """Return the attention weights between all queries and latents, `b h q m`.
 
         Args:
-            latents: As in `forward`.
-            queries: As in `forward`; of a dictionary, the weights are a dictionary.
-            mask: As in `forward`; invalid queries have weights of zero.
+            latents: Same as in `forward`.
+            queries: Same as in `forward`. A dictionary of queries gives a dictionary of weights.
+            mask: Same as in `forward`. The weights of masked queries are zero.
 
         Raises:
-            TypeError, ValueError: As in `forward`.
+            TypeError, ValueError: Same as in `forward`.
 
         Example:
             >>> decoder = pc.Decoder(32, query_dim=20, num_heads=4)
@@ -139,7 +140,7 @@ class Decoder(nn.Module):
     def _decode(
         self, latents: Tensor, queries: Tensor, mask: Tensor | None, capture: AttentionCapture | None
     ) -> Tensor:
-        """Check the queries, and decode them at once or in chunks."""
+        """Check the queries and decode them, all at once or in chunks."""
         checks.is_floating("queries", queries)
         queries = _batched(queries)
         checks.has_shape("queries", queries, "b q e", last=self.query_dim)
@@ -175,7 +176,7 @@ def _queries_compete(cross_attention: nn.Module) -> bool:
 
 
 def _join(latents: Tensor, queries: Mapping[str, Tensor]) -> tuple[Tensor, list[int]]:
-    """Return all queries one after the other, and the number of each."""
+    """Concatenate the queries of all modalities. Return them, `#b q e`, and the number of queries per modality."""
     if not queries:
         raise ValueError("queries must name a tensor at least; got an empty dictionary")
     for name, x in queries.items():
@@ -194,7 +195,7 @@ def _join(latents: Tensor, queries: Mapping[str, Tensor]) -> tuple[Tensor, list[
 def _join_masks(
     mask: Tensor | Mapping[str, Tensor], queries: Mapping[str, Tensor], latents: Tensor, sizes: list[int]
 ) -> Tensor:
-    """Return the masks of all queries, one after the other."""
+    """Concatenate the query masks of all modalities, `b q`. A missing mask is True everywhere."""
     modalities.check_names("mask", mask, queries)
     assert isinstance(mask, Mapping)
     parts = []

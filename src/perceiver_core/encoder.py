@@ -1,4 +1,4 @@
-"""Encoder: a learned latent array cross-attends to the input several times, each followed by a latent transformer."""
+"""Perceiver encoder: learned latents alternate between cross-attention to the input and a latent transformer."""
 
 from __future__ import annotations
 
@@ -24,29 +24,32 @@ Input: TypeAlias = Tokens | Tensor
 
 @register
 class Encoder(nn.Module):
-    """Latent array that alternately cross-attends to the input and passes through a latent transformer.
+    """Perceiver encoder: learned latents pass through reads (cross-attention to the input) and latent transformers.
 
         for each step:  latents = cross_attention(latents, input);  latents = latent_transformer(latents)
 
-    Keys and values of the input are computed once for all steps that share the weights of their cross-attention.
+    Steps with the same input and the same cross-attention weights share the keys and values, which are computed once.
 
     Args:
-        input_dim: Width of the input's tokens; one per read where reads have different inputs.
+        input_dim: Width of the input tokens, or a sequence of one width per read if the reads have different inputs.
         num_latents: Number of latent vectors.
         dim: Width of the latents.
-        num_reads: Number of cross-attentions to the input.
-        depth: Number of self-attention blocks after each read.
-        num_heads: Number of attention heads of these blocks.
-        share: Weight sharing between steps: True for the paper's scheme (`sharing.paper`), False for none, or a
-            function such as those of `sharing`.
-        cross_attention: Factory `(dim, input_dim) -> module`; `functools.partial` of `CrossAttend` sets the rest.
+        num_reads: Number of reads (cross-attentions to the input).
+        depth: Number of self-attention blocks in the latent transformer after each read.
+        num_heads: Number of attention heads in these blocks.
+        share: Weight sharing between steps: True for the paper's scheme (`sharing.paper`), False for no sharing, or a
+            function from the number of steps to a `sharing.Sharing`, such as `sharing.all_`.
+        cross_attention: Factory `(dim, input_dim) -> module`. Use `functools.partial(CrossAttend, ...)` to set options.
         latent_transformer: Factory `(dim, depth=depth, num_heads=num_heads) -> module`.
         latent_dropout: Module applied to the latents before the first read, such as `DropLatents`; none by default.
-        aggregate: Factory `dim -> module` that combines the outputs of all steps so far, such as `AttentionResidual`;
-            steps that share a latent transformer share it. By default the last output is used.
+        aggregate: Factory `dim -> module`, such as `AttentionResidual`. After each step, the module combines the
+            initial latents and the outputs of all steps so far, and the result replaces the latents. One module is
+            built per latent transformer. By default only the last output is used.
 
     Raises:
-        ValueError: Sizes below 1, or reads that share weights but not the width of their input.
+        TypeError: If `latent_dropout` is not a module, or `share` is neither a boolean nor a function.
+        ValueError: If a size is out of range, `share` or `input_dim` does not match `num_reads`, or reads that share
+            weights have inputs of different widths.
 
     Example:
         >>> from functools import partial
@@ -58,7 +61,7 @@ class Encoder(nn.Module):
     Reference: Jaegle et al. 2021 (Perceiver), figure 1.
     """
 
-    def __init__(  # noqa: PLR0913 (each is a number or a part of the figure)
+    def __init__(  # noqa: PLR0913 (sizes and components of the architecture)
         self,
         input_dim: int | Sequence[int],
         *,
@@ -103,20 +106,23 @@ class Encoder(nn.Module):
         """Return the latents after all steps.
 
         Args:
-            inputs: Tokens or a tensor `b n c` for all reads, or a sequence of one per read.
-            mask: Attention mask in addition to the tokens' own; see `masks`.
-            capture: Receives the attention weights of one read, after which the latents are returned.
+            inputs: `Tokens` or a tensor `b n c` for all reads, or a sequence with one input per read.
+            mask: Mask for all reads in addition to the tokens' own mask: valid tokens `b n`, an attention mask
+                `b h q k`, or a rule; see `masks`.
+            capture: Receives the attention weights of one read. The forward pass stops after this read and returns the
+                output of the read.
 
         Raises:
-            TypeError, ValueError: Inputs of another width, dtype, device or number.
+            TypeError: If an input is neither `Tokens` nor a tensor, or has the wrong dtype.
+            ValueError: If the number of inputs, or the width, batch size or device of an input, is wrong.
         """
         given = self._inputs(inputs)
-        # (weight index, input index) of each step; inputs that are the same object share an index
+        # One (weight index, input index) per step. Inputs that are the same object have the same index.
         first = [min(i for i, other in enumerate(given) if other is x) for x in given]
         keys = [(number, first[step % len(given)]) for step, number in enumerate(self.sharing.reads)]
         captured = -1 if capture is None else _index(capture.read, len(keys))
-        caches: dict[tuple[int, int], SharedMemory] = {}  # of memories that several reads share
-        x: Tensor = self.latent_dropout(self.latents.unsqueeze(0))  # a batch of 1 until the first read
+        caches: dict[tuple[int, int], SharedMemory] = {}  # memories that several reads share
+        x: Tensor = self.latent_dropout(self.latents.unsqueeze(0))  # batch size 1 until the first read
         states = [x]
         try:
             for step, key in enumerate(keys):
@@ -130,14 +136,14 @@ class Encoder(nn.Module):
                     tokens = shared.memory
                 else:
                     options["mask"] = mask
-                    # Inputs used once are not cached, so that a read may compute their keys and values again.
+                    # Inputs used once are not cached, so a read is free to recompute their keys and values.
                     if key in later and getattr(read, "accepts_cache", False):
                         caches[key] = options["cache"] = SharedMemory(
                             num_queries=x.shape[1] * (1 + len([other for other in later if other == key]))
                         )
                 x = read(x, tokens, **options)
-                del tokens, options  # a memory that no later read needs is freed before the latent transformer
-                # A reentrant checkpoint leaves a memory without a graph, which later reads cannot use.
+                del tokens, options  # frees a memory that no later read needs before the latent transformer runs
+                # A memory computed inside a reentrant checkpoint has no autograd graph, so later reads cannot use it.
                 if key in caches and (key not in later or not caches[key].has_graph()):
                     caches.pop(key).release()
                 if step == captured:
@@ -147,7 +153,7 @@ class Encoder(nn.Module):
                 if self.aggregates is not None:
                     states.append(x)
                     x = self.aggregates[number](states)
-        finally:  # also after an error: a checkpoint keeps its arguments, and with them the caches
+        finally:  # also after an error, because a checkpoint keeps its arguments alive, including the caches
             for cache in caches.values():
                 cache.release()
         return x
@@ -160,16 +166,16 @@ class Encoder(nn.Module):
         queries: QueryIndices = None,
         mask: Mask | None = None,
     ) -> Float[Tensor, "b h chosen n"]:
-        """Return the attention weights of one read; the other reads keep their kernel.
+        """Return the attention weights of one read, `b h chosen n`.
 
         Args:
-            inputs: As in `forward`.
+            inputs: Same as in `forward`.
             read: Index of the read; negative indices count from the last.
-            queries: Indices of the latents whose weights are returned; all of them by default.
-            mask: As in `forward`.
+            queries: Indices of the latents whose attention weights are returned; None for all latents.
+            mask: Same as in `forward`.
 
         Raises:
-            ValueError: An index out of range.
+            ValueError: If `read` is out of range.
 
         Example:
             >>> encoder = pc.Encoder(10, num_latents=7, dim=32, num_reads=3, depth=1, num_heads=4)
@@ -181,7 +187,7 @@ class Encoder(nn.Module):
         return capture.result()
 
     def _inputs(self, inputs: Input | Sequence[Input]) -> list[Input]:
-        """Return the input of all reads, or one per read."""
+        """Check the inputs and return them as a list: one input for all reads, or one per read."""
         if isinstance(inputs, (Tokens, Tensor)):
             given: list[Input] = [inputs]
         elif isinstance(inputs, Sequence):
@@ -215,7 +221,7 @@ def _sharing(share: bool | sharing.Scheme, num_reads: int) -> sharing.Sharing:
 
 
 def _read_widths(input_dim: int | Sequence[int], plan: sharing.Sharing) -> list[int]:
-    """Return the input width of each set of read weights."""
+    """Return the input width of each read module. Steps that share a module must have the same input width."""
     widths = [input_dim] * plan.steps if isinstance(input_dim, int) else list(input_dim)
     if len(widths) != plan.steps:
         raise ValueError(f"input_dim must be one width, or one for each of {plan.steps} reads; got {input_dim}")

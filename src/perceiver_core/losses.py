@@ -1,4 +1,4 @@
-"""Losses for optical flow, for partly ignored labels, and for several output modalities."""
+"""Losses for optical flow, for labels with ignored entries, and for several output modalities."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 def end_point_error(
     flow: Flow, target: Flow, mask: Bool[Tensor, "b h w"] | Bool[Tensor, "b q"] | None = None
 ) -> Float[Tensor, ""]:
-    """Compute the mean length of the difference between a flow and its target, in their units, usually pixels.
+    """Compute the mean Euclidean distance between predicted and true flow vectors, usually in pixels.
 
     Args:
-        flow: Predicted flow, `b 2 h w` or, at selected points, `b q 2`.
-        target: True flow, of the same shape.
-        mask: Points with a known target; all by default. Values at other points have no effect, even NaN.
+        flow: Predicted flow: `b 2 h w`, or `b q 2` at selected points.
+        target: True flow, with the same shape.
+        mask: Mask of the points with a known target; all by default. Values at other points have no effect, even NaN.
 
     Raises:
-        TypeError: A mask that is not boolean.
-        ValueError: Tensors of different shapes, or a mask without a point.
+        TypeError: If the mask is not boolean.
+        ValueError: If the shapes do not match, or the mask is False everywhere.
 
     Example:
         >>> pc.losses.end_point_error(torch.zeros(1, 2, 1, 1), torch.tensor([3.0, 4.0]).view(1, 2, 1, 1))
@@ -48,7 +48,7 @@ def end_point_error(
         if not checks.is_true(mask.any, mask):
             raise ValueError("mask must leave at least one point; got none")
         difference = difference.where(mask.unsqueeze(axis), 0.0)
-    # A length whose gradient at zero is zero, not NaN.
+    # The gradient of a norm at zero would be NaN; here it is zero.
     squares = difference.square().sum(axis)
     errors = torch.where(squares > 0, squares, 1.0).sqrt() * (squares > 0)
     return errors.mean() if mask is None else errors.sum() / mask.sum()
@@ -60,21 +60,22 @@ def cross_entropy(
     """Compute the mean cross-entropy, in nats, of class labels `b` or token labels `b q`.
 
     Args:
-        logits: Logits of each label; the last axis is the vocabulary.
-        labels: Class indices; `ignore_index` for those that do not count, such as the tokens that are not masked in a
-            masked language model.
-        ignore_index: Label that does not count.
+        logits: Logits, with the classes or the vocabulary in the last axis.
+        labels: Class indices. Labels equal to `ignore_index` are ignored, such as the unmasked tokens in masked
+            language modeling.
+        ignore_index: Label to ignore.
 
     Raises:
-        TypeError: Labels that are not integers.
-        ValueError: Labels of another shape than the logits without their last axis, or none that counts.
+        TypeError: If the labels are not integers.
+        ValueError: If the shape of the labels is not the shape of the logits without the last axis, or if all labels
+            are ignored.
 
     Example:
         >>> labels = torch.tensor([[2, -100, 0, -100]])
         >>> round(pc.losses.cross_entropy(torch.zeros(1, 4, 262), labels).item(), 3)  # log 262
         5.568
 
-    Reference: Devlin et al. 2019 (BERT), section 3.1; transformers ignores -100 too.
+    Reference: Devlin et al. 2019 (BERT), section 3.1; transformers also ignores -100.
     """
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise TypeError(f"labels must be whole numbers; got {labels.dtype}")
@@ -102,16 +103,16 @@ def weighted(
         outputs: Outputs by modality.
         targets: Targets by modality; modalities without a target have no loss.
         losses: Loss function `(output, target) -> loss` and its weight, by modality.
-        masks: Samples `b` that have a target, by modality; all by default. Targets of other samples have no effect,
-            and a modality that no sample has adds zero.
+        masks: Masks `b` by modality, True for samples with a target; all by default. Targets of other samples have no
+            effect. A modality for which no sample has a target adds zero.
 
     Returns:
-        The weighted sum, and the unweighted losses by modality.
+        The weighted sum (a scalar), and a dictionary of the unweighted losses by modality.
 
     Raises:
-        TypeError: A mask that is not boolean.
-        ValueError: Targets without an output or without a loss, or none at all; floating-point targets of another
-            shape than their output, which PyTorch would broadcast.
+        TypeError: If a mask is not boolean.
+        ValueError: If `targets` is empty, if a target has no output or no loss, if a mask has no target, or if the
+            shapes of a floating-point target and its output differ (PyTorch would broadcast them).
 
     Example:
         >>> from torch.nn import functional as F
@@ -148,5 +149,5 @@ def _modality_loss(name: str, loss: Loss, output: Tensor, target: Tensor, mask: 
         return loss(output, target)
     checks.is_mask(f"masks[{name!r}]", mask, (target.shape[0],))
     if not mask.any():
-        return 0.0 * output.sum()  # so that all parameters get a gradient, of zero
+        return 0.0 * output.sum()  # zero, but connected to all parameters, so that each gets a gradient
     return loss(output[mask], target[mask])

@@ -1,8 +1,9 @@
-"""Attention masks, True = attend: boolean tensors and rules.
+"""Attention masks (True = attend), as boolean tensors or as rules.
 
-A mask is a boolean tensor that broadcasts to `b h q k`, or a rule: a function of query and key positions. A rule need
-not be materialized whole: `chunked` evaluates it one chunk at a time, the other kernels at once. Positions count from
-the end of the sequence (the last is -1), so the last queries of a long input (Perceiver AR) align with its keys.
+A mask is a boolean tensor that broadcasts to `b h q k`, or a rule: a function that computes such a tensor from query
+and key positions. The kernel `chunked` evaluates a rule one chunk at a time; other kernels materialize the mask.
+Positions count from the end of the sequence (the last one is -1), so queries that are the last tokens of a longer input
+(Perceiver AR) align with its keys.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ Mask: TypeAlias = Tensor | Rule
 
 @dataclass(frozen=True, eq=False)
 class Padding:
-    """Key-padding mask: attend to valid keys only.
+    """Key-padding mask: queries attend to valid keys only.
 
     Args:
-        keys: `b n`, True for a valid key, False for padding.
+        keys: Boolean tensor `b n`, True for valid keys and False for padding.
 
     Example:
         >>> pc.masks.materialize(pc.masks.Padding(torch.tensor([[True, True, False]])), queries=2, keys=3).shape
@@ -41,16 +42,16 @@ class Padding:
         _check_axes("keys", self.keys)
 
     def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, "b 1 1 #k"]:
-        """Return the block of the mask for these positions."""
+        """Return the mask at these query and key positions."""
         return block(self.keys[:, None, None, :], queries, keys)
 
 
 @dataclass(frozen=True, eq=False)
 class Queries:
-    """Query mask: only valid queries attend; the output of the others is zero.
+    """Query mask: only valid queries attend. The attention output of the other queries is zero.
 
     Args:
-        queries: `b q`, True for a valid query.
+        queries: Boolean tensor `b q`, True for valid queries.
     """
 
     queries: Bool[Tensor, "b q"]
@@ -59,13 +60,13 @@ class Queries:
         _check_axes("queries", self.queries)
 
     def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, "b 1 #q 1"]:
-        """Return the block of the mask for these positions."""
+        """Return the mask at these query and key positions."""
         return block(self.queries[:, None, :, None], queries, keys)
 
 
 @dataclass(frozen=True)
 class Causal:
-    """Causal mask: attend to no later position. With fewer queries than keys, the last ones align.
+    """Causal mask: queries do not attend to later positions. Queries are aligned with the last keys.
 
     Example:
         >>> pc.masks.materialize(pc.masks.Causal(), queries=2, keys=3).int().tolist()
@@ -73,13 +74,13 @@ class Causal:
     """
 
     def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, "q k"]:
-        """Return the block of the mask for these positions."""
+        """Return the mask at these query and key positions."""
         return keys[None, :] <= queries[:, None]
 
 
 @dataclass(frozen=True)
 class Window:
-    """Sliding window: attend to positions from `before` earlier to `after` later, inclusive.
+    """Sliding-window mask: queries attend from `before` positions earlier to `after` positions later, inclusive.
 
     Example:
         >>> pc.masks.materialize(pc.masks.Window(before=1, after=0), queries=3, keys=3).int().tolist()
@@ -90,7 +91,7 @@ class Window:
     after: int
 
     def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, "q k"]:
-        """Return the block of the mask for these positions."""
+        """Return the mask at these query and key positions."""
         ahead = keys[None, :] - queries[:, None]
         return (ahead >= -self.before) & (ahead <= self.after)
 
@@ -102,7 +103,7 @@ class And:
     masks: tuple[Mask, ...]
 
     def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, " ..."]:
-        """Return the block of the mask for these positions."""
+        """Return the mask at these query and key positions."""
         return reduce(operator.and_, [block(mask, queries, keys) for mask in self.masks])
 
 
@@ -113,12 +114,12 @@ class Or:
     masks: tuple[Mask, ...]
 
     def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, " ..."]:
-        """Return the block of the mask for these positions."""
+        """Return the mask at these query and key positions."""
         return reduce(operator.or_, [block(mask, queries, keys) for mask in self.masks])
 
 
 def and_(*masks: Mask | None) -> Mask | None:
-    """Return the intersection of masks. None is a mask without restrictions; the result is None if all masks are.
+    """Return the intersection of masks. None stands for no restriction; if all masks are None, the result is None.
 
     Example:
         >>> band = pc.masks.and_(pc.masks.Causal(), pc.masks.Window(before=1, after=1))
@@ -130,7 +131,7 @@ def and_(*masks: Mask | None) -> Mask | None:
 
 
 def or_(*masks: Mask) -> Mask:
-    """Return the union of masks.
+    """Return the union of one or more masks.
 
     Example:
         >>> either = pc.masks.or_(pc.masks.Window(0, 0), pc.masks.Window(-1, 1))
@@ -148,10 +149,10 @@ def positions(size: int, device: torch.device | None = None) -> Int[Tensor, " n"
 
 
 def block(mask: Mask, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, " ..."]:
-    """Return the part of a mask for queries and keys at these positions; it broadcasts to `b h q k`.
+    """Return a mask at these query and key positions (negative, from the end), broadcastable to `b h q k`.
 
     Raises:
-        TypeError: A mask that is not boolean.
+        TypeError: If the mask is not boolean.
     """
     if not isinstance(mask, Tensor):
         allowed = mask(queries, keys)
@@ -168,7 +169,7 @@ def materialize(mask: Mask, *, queries: int, keys: int, device: torch.device | N
     """Return the whole mask as a tensor that broadcasts to `b h q k`.
 
     Raises:
-        TypeError: A mask that is not boolean.
+        TypeError: If the mask is not boolean.
     """
     if not isinstance(mask, Tensor):
         return block(mask, positions(queries, device), positions(keys, device))
@@ -177,11 +178,11 @@ def materialize(mask: Mask, *, queries: int, keys: int, device: torch.device | N
 
 
 def check_broadcast(mask: Mask, q: Tensor, k: Tensor) -> None:
-    """Raise unless a mask broadcasts to the scores of `q` and `k`, on the same device.
+    """Check that the tensors of a mask broadcast to the attention scores of `q` and `k` and are on the same device.
 
     Raises:
-        TypeError: A tensor that is not boolean.
-        ValueError: A tensor that does not broadcast to `b h q k`, or is on another device.
+        TypeError: If a tensor is not boolean.
+        ValueError: If a tensor does not broadcast to `b h q k`, or is on another device.
     """
     shape: tuple[int, ...] = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     for part in mask.masks if isinstance(mask, (And, Or)) else ():
@@ -195,7 +196,7 @@ def check_broadcast(mask: Mask, q: Tensor, k: Tensor) -> None:
     checks.is_mask("mask", mask)
     if mask.device != q.device:
         raise ValueError(f"mask is on {mask.device}, the queries on {q.device}; move one: .to({str(q.device)!r})")
-    ends = shape[len(shape) - mask.ndim :]  # the axes that it has
+    ends = shape[len(shape) - mask.ndim :]  # sizes of the last mask.ndim axes
     if mask.ndim > len(shape) or any(size not in (1, full) for size, full in zip(mask.shape, ends, strict=True)):
         raise ValueError(f"mask must broadcast to {shape}; got shape {tuple(mask.shape)}")
 
@@ -207,7 +208,10 @@ def _check_axes(name: str, mask: Tensor) -> None:
 
 
 def split(mask: Mask | None) -> tuple[tuple[Rule, ...], tuple[Tensor, ...]]:
-    """Split a mask into rules and tensors whose intersection it is; `Padding`, `Queries` and `And` are unpacked."""
+    """Return rules and tensors whose intersection is the mask.
+
+    `Padding` and `Queries` become tensors, and `And` is split recursively.
+    """
     if mask is None:
         return (), ()
     if isinstance(mask, Tensor):
@@ -223,10 +227,10 @@ def split(mask: Mask | None) -> tuple[tuple[Rule, ...], tuple[Tensor, ...]]:
 
 
 def from_token_mask(mask: Mask | None) -> Mask | None:
-    """Wrap a mask of valid tokens `b n` in `Padding`; return attention masks and None unchanged.
+    """Wrap a key-padding mask `b n` in `Padding`; return attention masks, rules and None unchanged.
 
     Raises:
-        ValueError: A tensor has neither two nor four axes, so its meaning is ambiguous.
+        ValueError: If a tensor has neither two nor four axes, so that its meaning is ambiguous.
     """
     if not isinstance(mask, Tensor) or mask.ndim == 4:
         return mask

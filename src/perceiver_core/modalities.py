@@ -1,4 +1,4 @@
-"""Modules by modality (text, image, audio), as in adapters, queries and heads of several modalities."""
+"""Checks and calls for modules by modality (text, image, audio): multimodal adapters, queries and heads."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ R = TypeVar("R")
 
 
 def check(argument: str, parts: Mapping[str, nn.Module], part_name: str) -> None:
-    """Raise unless `parts` are modules by modality, with names that torch.nn.ModuleDict and ParameterDict accept.
+    """Check that `parts` is a non-empty mapping from modality names to modules.
 
-    A name must not be empty, have a dot, or be an attribute of theirs, such as "values" and "type". Messages call
-    `parts` by the name `argument`, and one of them by `part_name`.
+    Names must be valid keys of `nn.ModuleDict` and `nn.ParameterDict`: not empty, without a dot, and not an attribute
+    of either class, such as "values" or "type".
+
+    Args:
+        argument: Name of the mapping in error messages, such as "heads".
+        parts: Modules by modality.
+        part_name: Name of one module in error messages, such as "a head".
     """
     if not isinstance(parts, Mapping):
         raise TypeError(f"{argument} must be a dictionary by modality; got {type(parts).__name__}")
@@ -35,7 +40,7 @@ def check(argument: str, parts: Mapping[str, nn.Module], part_name: str) -> None
 
 
 def check_names(argument: str, values: object, known: Iterable[str]) -> None:
-    """Raise unless `values` is a dictionary whose keys are among the `known` modalities."""
+    """Check that `values` is a mapping whose keys are all in `known`, the names of the modalities."""
     known = list(known)
     if not isinstance(values, Mapping):
         raise TypeError(f"{argument} must be a dictionary by modality, of {known}; got {type(values).__name__}")
@@ -44,12 +49,12 @@ def check_names(argument: str, values: object, known: Iterable[str]) -> None:
 
 
 def call(argument: str, modality: str, part: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Call a part; a TypeError or ValueError from it names the argument and the modality."""
+    """Call `part`, and add the argument and the modality to the message of a TypeError or ValueError."""
     if torch.compiler.is_compiling():
         return part(*args, **kwargs)
     try:
         return part(*args, **kwargs)
     except (TypeError, ValueError) as error:
-        if type(error) not in (TypeError, ValueError):  # the constructor of a subclass may not take a message alone
+        if type(error) not in (TypeError, ValueError):  # a subclass's constructor may take other arguments
             raise
         raise type(error)(f"{argument}[{modality!r}]: {error}") from error

@@ -1,7 +1,7 @@
-"""Weight sharing: the set of weights that each step of an encoder uses.
+"""Weight sharing between the steps of an encoder.
 
-A step is a read (cross-attend) followed by a latent transformer. A scheme is a function from the number of steps to a
-`Sharing`; steps with the same index use the same module, which is registered once.
+A step is a read (a cross-attention block) followed by a latent transformer. A scheme is a function from the number of
+steps to a `Sharing`. Steps with the same index use the same module, which is registered once.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from perceiver_core.registry import register
 
 @dataclass(frozen=True)
 class Sharing:
-    """Weight indices of the read and of the latent transformer of each step.
+    """Plan of weight sharing: the index of the read and of the latent transformer that each step uses.
 
-    Weights are numbered from 0 in the order of their first use: (0, 1, 1, 2), not (0, 2, 2, 1).
+    Modules are numbered from 0 in the order of first use: (0, 1, 1, 2), not (0, 2, 2, 1).
 
     Raises:
-        ValueError: The lengths differ, or indices are not in the order of first use.
+        ValueError: If the lengths differ, or the indices are not in the order of first use.
 
     Example:
         >>> pc.sharing.Sharing(reads=(0, 1, 0, 1), transformers=(0, 0, 1, 1)).steps
@@ -39,20 +39,20 @@ class Sharing:
         if len(self.reads) != len(self.transformers):
             raise ValueError(f"reads and transformers must be of one length; got {self.reads} and {self.transformers}")
         for name, indices in (("reads", self.reads), ("transformers", self.transformers)):
-            largest = accumulate(indices, max, initial=-1)  # before each index
+            largest = accumulate(indices, max, initial=-1)  # largest earlier index, per step
             if any(not 0 <= index <= before + 1 for index, before in zip(indices, largest, strict=False)):
                 raise ValueError(f"{name} must count up from 0 without gaps; got {indices}")
 
     @property
     def steps(self) -> int:
-        """Number of steps."""
+        """Number of encoder steps."""
         return len(self.reads)
 
 
 @register
 @dataclass(frozen=True)
 class Shared:
-    """Module inside a `functools.partial` that all blocks share; without this marker, each block gets a copy.
+    """Wrapper for a module inside a `functools.partial` that all blocks share. Unwrapped modules are copied per block.
 
     Args:
         module: The shared module.
@@ -75,7 +75,7 @@ _check = partial(checks.positive, at_most=10_000)
 
 @register
 def none(steps: int) -> Sharing:
-    """Give every step weights of its own.
+    """Give every step its own weights.
 
     Example:
         >>> pc.sharing.none(3)
@@ -87,7 +87,7 @@ def none(steps: int) -> Sharing:
 
 @register
 def all_(steps: int) -> Sharing:
-    """Share all weights among all steps: a recurrent network that reads its input repeatedly.
+    """Share all weights among all steps, as in a recurrent network that reads its input repeatedly.
 
     Example:
         >>> pc.sharing.all_(3)
@@ -99,7 +99,7 @@ def all_(steps: int) -> Sharing:
 
 @register
 def all_but_first(steps: int) -> Sharing:
-    """Share all weights except those of the first step; `weight_tie_layers` of perceiver-pytorch.
+    """Share all weights except in the first step, like `weight_tie_layers` in perceiver-pytorch.
 
     Example:
         >>> pc.sharing.all_but_first(3)
@@ -112,10 +112,10 @@ def all_but_first(steps: int) -> Sharing:
 
 @register
 def paper(steps: int) -> Sharing:
-    """Share all weights except those of the first read.
+    """Share all weights except in the first read, as in the Perceiver paper.
 
-    The paper shares "all but the initial cross-attend"; the ImageNet model then has the 44.9 million parameters that
-    the paper states.
+    The paper shares "all but the initial cross-attend". With this scheme, the ImageNet model has 44.9 million
+    parameters, the number stated in the paper.
 
     Example:
         >>> pc.sharing.paper(3)

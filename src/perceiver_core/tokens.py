@@ -1,7 +1,7 @@
-"""Tokens: output of an adapter and input of a read.
+"""Tokens: the output of an adapter and the input of cross-attention.
 
-Position features are stored separately from the content, as a few small tables that broadcast over the grid and add up
-to the features of every token: a 224 x 224 image has two tables of 224 rows, not 50,176 feature vectors per sample.
+Position features are stored separately from the content, as a few small tables that broadcast over the grid. Their sum
+gives the features of every token. A 224 x 224 image has two tables of 224 rows, not 50,176 vectors per sample.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from perceiver_core import checks
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """A batch of tokens on a grid: content, position tables, mask.
+    """Batch of tokens on a grid: content, position tables and mask.
 
-    The position features of a token are the *sum* of its entries in `position_tables`, each of which broadcasts over
-    the grid. Tables of separable features (Fourier, one per axis) fill disjoint columns, so their sum is the
-    concatenation of the paper; a learned array is one table over the whole grid. Materialized, a token is the vector
-    `[content, positions]`.
+    The position features of a token are the *sum* of the position tables, which broadcast over the grid. Tables of
+    separable features (Fourier, one per axis) fill disjoint columns, so the sum equals the concatenation in the paper.
+    A learned array is one table over the whole grid. A materialized token is the vector `[content, positions]`.
 
     Args:
-        content: Content features, `b *grid c`.
-        position_tables: Tables `*g p`, where every axis of `g` is that of the grid or 1; all of the same width `p`.
-        mask: Valid tokens, `b *grid`, True = attend. The values of masked tokens have no effect, NaN included.
-        modalities: Tokens of each modality by name, on their own grid, or None for an absent modality, where these
-            tokens join several modalities; see `adapters.Multimodal`. Reads do not use it.
+        content: Content features `b *grid c`.
+        position_tables: Position tables `*g p`. Each axis of `g` has the size of the grid axis or 1, and all tables
+            have the same width `p`.
+        mask: Boolean mask `b *grid`, True = attend. The values of masked tokens have no effect, even NaN.
+        modalities: For tokens that join several modalities: the tokens of each modality on their own grid, by name, or
+            None for an absent modality. See `adapters.Multimodal`. Attention does not use it.
 
     Raises:
-        TypeError: Content that is not floating point, a mask that is not boolean.
-        ValueError: An empty grid, tables that do not broadcast over it, a mask of another shape.
+        TypeError: If the content is not floating point or the mask is not boolean.
+        ValueError: If the content is empty, a table does not broadcast over the grid, or the mask has another shape.
 
     Example:
         >>> rows, columns = torch.randn(5, 1, 6), torch.randn(1, 7, 6)
@@ -89,11 +89,11 @@ class Tokens:
 
     @property
     def dim(self) -> int:
-        """Width of a token: content and positions."""
+        """Width of a materialized token: content and position features."""
         return self.content.shape[-1] + (self.position_tables[0].shape[-1] if self.position_tables else 0)
 
     def positions(self) -> Float[Tensor, "*grid p"] | None:
-        """Return the position features of every token, or None without position tables."""
+        """Return the position features of every token, or None if there are no position tables."""
         if not self.position_tables:
             return None
         total = sum(self.position_tables[1:], start=self.position_tables[0])
@@ -104,7 +104,7 @@ class Tokens:
         return None if self.mask is None else self.mask.flatten(1)
 
     def materialize(self) -> Float[Tensor, "b n dim"]:
-        """Return all tokens written out, with the content of masked tokens set to zero."""
+        """Return the vectors `[content, positions]` of all tokens. The content of masked tokens is set to zero."""
         content = self.content
         if self.mask is not None:
             content = content.masked_fill(~self.mask.unsqueeze(-1), 0.0)

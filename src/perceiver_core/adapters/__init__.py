@@ -1,8 +1,8 @@
-"""Adapters: modules that convert raw inputs to `Tokens`. The attribute `dim` of an adapter is the width of its tokens.
+"""Adapters: modules that convert raw inputs to `Tokens`. The attribute `dim` of an adapter is its token width.
 
-The argument `mask` of `forward`, if there is one, marks valid tokens (True = attend). Adapters raise TypeError for
-inputs and masks of a wrong dtype, and ValueError for another rank, size or number of channels, empty inputs, NaN and
-infinite values of valid tokens, and masks of another shape.
+If `forward` has an argument `mask`, it marks valid tokens (True = attend). Adapters raise TypeError if inputs or masks
+have the wrong dtype, and ValueError if they have the wrong shape or are empty. Most adapters also raise ValueError if a
+valid token holds NaN or infinity, or if a sample has no valid token; they check this on the CPU in eager mode only.
 """
 
 from perceiver_core.adapters.audio import Audio, Spectrogram

@@ -1,4 +1,4 @@
-"""Audio: waveforms in patches of samples, and precomputed spectrograms."""
+"""Adapters for audio: waveforms, and precomputed spectrograms."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from perceiver_core.tokens import Tokens
 
 @register
 class Audio(GridAdapter):
-    """Adapter for waveforms `b c s`, or mono `b s`: every `patch_size` samples are a token.
+    """Adapter for waveforms `b c s`, or mono `b s`: one token per patch of `patch_size` samples.
 
-    An incomplete last patch is padded with zeros. Samples of a token are in order, all channels of a sample together.
+    An incomplete last patch is padded with zeros. A patch is flattened in time order, with all channels of a sample
+    together.
 
     Args:
         patch_size: Number of samples per token.
-        positions: Position features over one axis; None for none.
-        num_channels: Number of channels: 1 for mono, 2 for stereo.
+        positions: Position encoding with one axis; None for no position encoding.
+        num_channels: Number of audio channels: 1 for mono, 2 for stereo.
 
     Example:
         >>> positions = pc.positions.Fourier(num_axes=1, num_bands=64, max_resolution=480)
@@ -39,12 +40,12 @@ class Audio(GridAdapter):
         self.patch_size, self.num_channels = patch_size, num_channels
 
     def forward(self, waveform: Float[Tensor, "b *c s"], *, mask: Bool[Tensor, "b patches"] | None = None) -> Tokens:
-        """Return the tokens of waveforms of any length.
+        """Convert waveforms of any length to tokens.
 
         Args:
             waveform: Samples in [-1, 1].
-            mask: Valid patches, True = attend. Positions span all patches, masked ones too, so they depend on the
-                length that a waveform is padded to.
+            mask: Mask of valid patches, True = attend. Positions span all patches, including masked ones, so they
+                depend on the padded length of the waveform.
         """
         checks.is_floating("waveform", waveform)
         if waveform.ndim != 3 and self.num_channels == 1:
@@ -56,7 +57,9 @@ class Audio(GridAdapter):
 
 @register
 class Spectrogram(GridAdapter):
-    """Adapter for (log-mel) spectrograms `b bins frames`: every value is a token. Positions are over both axes.
+    """Adapter for spectrograms `b bins frames`, such as log-mel spectrograms: one token per value.
+
+    `positions` is a position encoding with two axes (bins, frames), or None.
 
     Example:
         >>> positions = pc.positions.Fourier(num_axes=2, num_bands=16, max_resolution=(128, 1024))
@@ -70,7 +73,7 @@ class Spectrogram(GridAdapter):
     def forward(
         self, spectrogram: Float[Tensor, "b bins frames"], *, mask: Bool[Tensor, "b bins frames"] | None = None
     ) -> Tokens:
-        """Return the tokens of spectrograms with any number of bins and frames."""
+        """Convert spectrograms with any number of bins and frames to tokens."""
         checks.is_floating("spectrogram", spectrogram)
         checks.has_shape("spectrogram", spectrogram, "b bins frames")
         return self._tokens("spectrogram", spectrogram.unsqueeze(-1), mask)

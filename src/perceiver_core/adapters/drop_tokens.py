@@ -1,4 +1,4 @@
-"""Dropout of whole tokens, which saves the time of reading them."""
+"""Token dropout, which makes reading the input faster in training."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from perceiver_core.tokens import Tokens
 
 @register
 class DropTokens(nn.Module):
-    """Adapter that drops tokens of another adapter in training, drawn for each sample.
+    """Adapter that wraps another adapter and, in training, drops random tokens of each sample.
 
-    Of n tokens, (1 - rate) n are kept, rounded down, at least one, in their order; of the valid tokens of a sample the
-    same share, rounded up. `Rotary`, causal masks and `queries.Grid(None, ...)` go by a token's index, so they would
-    see the kept tokens as neighbors: drop only tokens that carry their positions, or need none.
+    Of n tokens, (1 - rate) n are kept, rounded down but at least one, in their original order. With a mask, each sample
+    keeps at most the same fraction of its valid tokens, rounded up.
+
+    `Rotary`, causal masks and `queries.Grid(None, ...)` use token indices, so they would treat the kept tokens as
+    adjacent. Use this adapter only for tokens that contain their positions or need none.
 
     Args:
-        adapter: Adapter that makes the tokens.
-        rate: Share of the tokens that is dropped.
-        generator: Generator of the random draws; PyTorch's default generator by default. It is not saved.
+        adapter: Adapter to wrap.
+        rate: Fraction of tokens to drop, in [0, 1).
+        generator: Random generator; PyTorch's default generator by default. It is not saved with the model.
 
     Example:
         >>> adapter = pc.adapters.DropTokens(pc.adapters.Grid(num_channels=10, positions=None), rate=0.25)
@@ -44,13 +46,13 @@ class DropTokens(nn.Module):
         self._draws = RepeatableDraws()
 
     def forward(self, x: object, *, mask: Tensor | None = None) -> Tokens:
-        """Return the tokens of the adapter; in training the kept ones, without a grid."""
+        """Return the wrapped adapter's tokens. In training, return only the kept tokens, as a flat sequence."""
         tokens: Tokens = self.adapter(x) if mask is None else self.adapter(x, mask=mask)
         if not self.training or not self.rate:
             return tokens
         content, valid = tokens.materialize(), tokens.flat_mask()
         generator = self._draws.generator(self.generator)
-        # Not torch.randn, which with a generator takes no dynamic sizes of torch.compile.
+        # torch.randn with a generator does not support the dynamic shapes of torch.compile.
         order = torch.empty(content.shape[:2], device=content.device).normal_(generator=generator)
         if valid is not None:
             order = order.masked_fill(~valid, -torch.inf)  # valid tokens are kept first

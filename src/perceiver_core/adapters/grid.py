@@ -1,4 +1,4 @@
-"""Channels-last arrays on a grid, and the base of all grid adapters."""
+"""Adapter for channels-last arrays, and the base class of all grid adapters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from perceiver_core.tokens import Tokens
 
 
 class GridAdapter(nn.Module):
-    """Base of adapters with a token per grid point: its channels, and position features over `num_axes` axes or any."""
+    """Base class of adapters with one token per grid point: its channels and its position encoding, if any.
+
+    `num_axes` is the number of axes that `positions` must have; None for any number.
+    """
 
     def __init__(self, num_channels: int, positions: Positions | None, *, num_axes: int | None = None) -> None:
         super().__init__()
@@ -30,7 +33,7 @@ class GridAdapter(nn.Module):
         self.dim = num_channels + (0 if positions is None else positions.dim)
 
     def _tokens(self, name: str, content: Tensor, mask: Tensor | None) -> Tokens:
-        """Return tokens of channels-last content, after a check of its values and mask."""
+        """Check the values and mask of channels-last content, and return it as tokens."""
         if mask is not None:
             checks.is_mask("mask", mask, content.shape[:-1])
         checks.values(name, content, mask)
@@ -44,7 +47,7 @@ class Grid(GridAdapter):
 
     Args:
         num_channels: Number of channels c.
-        positions: Position features; None for tokens without positions (a set).
+        positions: Position encoding; None for no position encoding (the tokens are an unordered set).
 
     Example:
         >>> positions = pc.positions.Fourier(num_axes=3, num_bands=4, max_resolution=16)
@@ -60,7 +63,7 @@ class Grid(GridAdapter):
         self.num_channels = num_channels
 
     def forward(self, x: Float[Tensor, "b *grid c"], *, mask: Bool[Tensor, " b *grid"] | None = None) -> Tokens:
-        """Return the tokens of arrays."""
+        """Convert arrays to tokens."""
         checks.is_floating("array", x)
         axes = 1 if self.positions is None else self.positions.num_axes
         if x.ndim != axes + 2 and (self.positions is not None or x.ndim < 3):

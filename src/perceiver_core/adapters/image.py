@@ -1,4 +1,4 @@
-"""Images of any size, grayscale or color."""
+"""Adapter for images of any size, grayscale or color."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from perceiver_core.tokens import Tokens
 
 @register
 class Image(GridAdapter):
-    """Adapter for images `b c h w`: a stem, then one token per point of its output.
+    """Adapter for images `b c h w`: applies a stem and returns one token per spatial position of its output.
 
     Args:
-        num_channels: Number of channels of a pixel: 1 for grayscale, 3 for color, or any other.
-        positions: Position features over two axes; None for none.
-        stem: Factory `num_channels -> module`: `Pixels`, `functools.partial` of `Patches`, `Project` or `ConvStem`, or
-            any module with `.dim` from `b c h w` to `b dim h' w'`.
+        num_channels: Number of image channels, such as 1 for grayscale or 3 for color.
+        positions: Position encoding with two axes (rows, columns); None for no position encoding.
+        stem: Factory `num_channels -> module`, such as `Pixels` or a `functools.partial` of `Patches`, `Project` or
+            `ConvStem`. The module must have the attribute `dim` and map `b c h w` to `b dim h' w'`.
 
     Example:
         >>> from functools import partial
@@ -47,12 +47,13 @@ class Image(GridAdapter):
     def forward(
         self, images: Float[Tensor, "b c h w"], *, mask: Bool[Tensor, "b rows columns"] | None = None
     ) -> Tokens:
-        """Return the tokens of images of any height and width.
+        """Convert images of any height and width to tokens.
 
         Args:
-            images: Values as in training, mostly around [-1, 1].
-            mask: Valid tokens on their grid (of pixels, or of patches), True = attend. A stem whose tokens overlap sees
-                masked pixels as zeros.
+            images: Pixel values, normalized as in training (mostly to [-1, 1]).
+            mask: Mask of valid tokens in the stem's output (pixels or patches), True = attend. Pixels of masked tokens
+                are set to zero before the stem. `SymmetricPadConvStem` and stems without `stride` receive all pixels
+                unchanged, so masked pixels must be finite.
         """
         checks.channels_first("images", images, "b c h w", self.num_channels)
         if (convolution := getattr(self.stem, "convolution", None)) is not None:
@@ -60,15 +61,16 @@ class Image(GridAdapter):
         pixel_mask = None if mask is None else self._pixel_mask(mask, images)
         if pixel_mask is not None:
             images = images.masked_fill(~pixel_mask.unsqueeze(1), 0.0)
-        if type(self.stem) is not Pixels:  # whose output is the image, checked below
-            checks.values("images", images.movedim(1, -1), pixel_mask)  # before a batch norm updates its statistics
+        if type(self.stem) is not Pixels:  # Pixels returns the images, which _tokens checks
+            checks.values("images", images.movedim(1, -1), pixel_mask)  # before batch norm updates its statistics
         return self._tokens("images", self.stem(images).movedim(1, -1), mask)
 
     def _pixel_mask(self, mask: Tensor, images: Tensor) -> Tensor | None:
-        """Return the mask of tokens as a mask of pixels, if the stem has a `stride`, the pixels per token."""
+        """Expand a token mask to pixels with the stem's `stride`; return None if its shape does not fit."""
         checks.is_mask("mask", mask)
         rows, columns = getattr(self.stem, "stride", (0, 0))
         height, width = images.shape[-2:]
         if not rows or tuple(mask.shape[1:]) != (-(-height // rows), -(-width // columns)):
-            return None  # a stem of the user's, or a mask of a wrong shape, which raises later
+            # The stem has no stride or a smaller output (SymmetricPadConvStem), or the mask raises an error later.
+            return None
         return mask.repeat_interleave(rows, 1).repeat_interleave(columns, 2)[:, :height, :width]

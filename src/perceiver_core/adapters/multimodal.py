@@ -1,4 +1,4 @@
-"""Inputs of several modalities as one sequence of tokens."""
+"""Adapter that joins several modalities into one token sequence."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ ModalityMask: TypeAlias = "Tensor | Mapping[str, object]"
 class Multimodal(nn.Module):
     """Adapter for a dictionary of inputs: concatenates the tokens of all modalities, padded to a common width.
 
-    Modalities are in the order of the adapters. Tokens of each are materialized and padded with a learned vector, which
-    also identifies the modality, and converted to the dtype of that vector. `Tokens.modalities` has the tokens of each
-    modality on their own grid, for `queries.Multimodal`; there, replaced tokens are zero, and dropped samples masked.
+    Modalities are concatenated in the order of `adapters`. The tokens of each modality are padded with a learned
+    vector, which also identifies the modality, and are converted to the dtype of this vector. For `queries.Multimodal`,
+    `Tokens.modalities` holds the tokens of each modality on their own grid. There, the content of replaced tokens is
+    zero, and dropped modalities are masked.
 
     Args:
-        adapters: Adapters by modality.
-        min_modality_channels: Number of learned channels of the widest modality.
-        token_mask_rate: Rate, by modality, at which single tokens are replaced by a learned vector in training. At rate
-            1 they are always replaced, in evaluation too: such a modality is only an output, never an input.
-        modality_dropout: Rate, by modality, at which all its tokens are masked for a sample in training. A sample that
-            would lose all its modalities keeps one, each equally likely, so that of two modalities of rate 0.5 each is
-            dropped at a rate of 0.375. Fully masked modalities (`token_mask_rate` of 1) do not count as remaining,
-            unless a sample has no others.
-        generator: Generator of the random draws; PyTorch's default generator by default. It is not saved.
+        adapters: Mapping from modality names to adapters.
+        min_modality_channels: Number of learned channels of the widest modality; narrower modalities have more.
+        token_mask_rate: Probability, by modality, that a token is replaced by a learned vector in training. With rate
+            1, all tokens are replaced, in evaluation too: such a modality is only an output, never an input.
+        modality_dropout: Probability, by modality, that all tokens of the modality are masked for a sample in training.
+            A sample that would lose all its modalities keeps one, chosen uniformly at random. With two modalities of
+            rate 0.5, each is therefore dropped with probability 0.375. Modalities with a `token_mask_rate` of 1 do not
+            count as kept, unless the sample has no others.
+        generator: Random generator; PyTorch's default generator by default. It is not saved with the model.
 
     Example:
         >>> positions = pc.positions.Fourier(num_axes=1, num_bands=8, max_resolution=60)
@@ -74,16 +75,17 @@ class Multimodal(nn.Module):
         self.mask_tokens = nn.ParameterDict({name: init.embedding(self.dim) for name in self.token_mask_rate})
 
     def forward(self, inputs: Mapping[str, object], *, mask: Mapping[str, ModalityMask] | None = None) -> Tokens:
-        """Return the tokens of all modalities in `inputs`.
+        """Convert all modalities in `inputs` to one token sequence.
 
         Args:
-            inputs: Input of each adapter, by modality; others are absent.
-            mask: Mask of each adapter, by modality, where a sample may have no valid token; or samples that have the
-                modality, `b`. Tensors of a modality have no effect for other samples, NaN included.
+            inputs: Inputs by modality. Modalities may be left out, but not all of them.
+            mask: Masks by modality, True = attend. Each is either the mask of the adapter or a mask `b` of the samples
+                that have the modality. The mask of the adapter may be all False for samples without the modality. Their
+                input is ignored, even if it is NaN.
 
         Raises:
-            ValueError: Unknown names, no modality at all, or modalities of different batch sizes.
-            TypeError, ValueError: Errors of an adapter, preceded by its modality.
+            ValueError: If a name is unknown, `inputs` is empty, batch sizes differ, or a sample has no valid token.
+            TypeError, ValueError: If an adapter raises one. The message then names the modality.
         """
         masks = {} if mask is None else mask
         modalities.check_names("inputs", inputs, self.adapters.keys())
@@ -109,14 +111,14 @@ class Multimodal(nn.Module):
         return Tokens(content, mask=valid, modalities=on_grids)
 
     def _adapt(self, name: str, x: object, mask: ModalityMask | None) -> Tokens:
-        """Return the tokens of one modality, on their own grid."""
+        """Convert the input of one modality to tokens on its own grid."""
         samples = None
         options: dict[str, object] = {} if mask is None else {"mask": mask}
         if mask is not None and not isinstance(mask, Mapping):
             checks.is_mask(f"mask[{name!r}]", mask)
             samples = mask.flatten(1).any(1) if mask.ndim > 1 else mask
             x = _zero_samples(x, samples, f"mask[{name!r}]", mask.shape[1:])
-            # Adapters require a valid token in each sample; those of absent samples are masked again below.
+            # Adapters require a valid token in each sample, so absent samples are unmasked here and masked again below.
             options = {"mask": mask | ~_aligned(samples, mask.ndim)} if mask.ndim > 1 else {}
         tokens: Tokens = modalities.call("inputs", name, self.adapters[name], x, **options)
         content = tokens.content.to(self.padding[name].dtype)
@@ -127,7 +129,7 @@ class Multimodal(nn.Module):
         return _mask_samples(tokens, samples)
 
     def _drop_modalities(self, each: dict[str, Tokens]) -> dict[str, Tokens]:
-        """Return tokens with whole modalities masked, drawn for each sample."""
+        """Mask randomly chosen modalities of each sample."""
         rates = [self.modality_dropout.get(name, 0.0) for name in each]
         present = torch.stack([_valid(tokens).any(1) for tokens in each.values()], dim=1)  # b modalities
         seen = present & torch.tensor([self.token_mask_rate.get(name, 0.0) < 1 for name in each], device=present.device)
@@ -142,7 +144,7 @@ class Multimodal(nn.Module):
         }
 
     def _join(self, name: str, tokens: Tokens) -> tuple[Tensor, Tokens]:
-        """Return the tokens of one modality, some masked, as a padded sequence `b n dim` and on their own grid."""
+        """Replace random tokens of one modality; return a padded sequence `b n dim`, and tokens on their own grid."""
         x = tokens.materialize()
         x = torch.cat([x, self.padding[name].expand(*x.shape[:-1], -1)], dim=-1)
         rate = self.token_mask_rate.get(name)
@@ -155,17 +157,20 @@ class Multimodal(nn.Module):
 
     def _uniform(self, shape: Sequence[int], like: Tensor) -> Tensor:
         generator = self._draws.generator(self.generator)
-        # Not torch.rand, which with a generator takes no dynamic sizes of torch.compile.
+        # torch.rand with a generator does not support the dynamic shapes of torch.compile.
         return torch.empty(tuple(shape), device=like.device).uniform_(generator=generator)
 
 
 def _aligned(samples: Tensor, ndim: int) -> Tensor:
-    """Reshape one value per sample, `b`, to `b 1 ... 1` with `ndim` axes, for broadcasting."""
+    """Reshape a tensor `b` to `b 1 ... 1` with `ndim` axes, for broadcasting."""
     return samples.reshape(-1, *[1] * (ndim - 1))
 
 
 def _zero_samples(x: object, samples: Tensor, name: str, other_axes: Sequence[int]) -> object:
-    """Return an input with absent samples set to zero; `name` and `other_axes` are only for the error message."""
+    """Set the samples of an input to zero where the mask `samples` is False.
+
+    `name` and `other_axes` are used only in the error message.
+    """
     if isinstance(x, Mapping):
         return {key: _zero_samples(value, samples, name, other_axes) for key, value in x.items()}
     if not isinstance(x, Tensor) or not x.ndim:
@@ -177,13 +182,13 @@ def _zero_samples(x: object, samples: Tensor, name: str, other_axes: Sequence[in
 
 
 def _valid(tokens: Tokens) -> Tensor:
-    """Return the flat mask, all True for tokens without one."""
+    """Return the flattened mask, or an all-True mask if the tokens have none."""
     mask = tokens.content.new_ones(tokens.content.shape[:-1], dtype=torch.bool) if tokens.mask is None else tokens.mask
     return mask.flatten(1)
 
 
 def _mask_samples(tokens: Tokens, samples: Tensor) -> Tokens:
-    """Return tokens that are masked except in these samples."""
+    """Mask all tokens of the samples where `samples` is False."""
     valid = _aligned(samples, tokens.content.ndim - 1).expand(tokens.content.shape[:-1])
     mask = valid if tokens.mask is None else tokens.mask & valid
     return Tokens(tokens.content, tokens.position_tables, mask, tokens.modalities)

@@ -1,4 +1,4 @@
-"""Class labels among the inputs: one token per sample."""
+"""Adapter for class labels as model inputs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from perceiver_core.tokens import Tokens
 
 @register
 class OneHotLabel(nn.Module):
-    """Adapter for class indices `b`, as one-hot vectors, or class probabilities `b num_classes`: a token per sample.
+    """Adapter for class labels: one token per sample.
 
-    One-hot vectors have the dtype that the adapter was last converted to, with `.double()` for example. It has no
-    weights that would have that dtype, so it is not saved. Probabilities keep their dtype.
+    Labels are class indices `b` or class probabilities `b num_classes`. Class indices are converted to one-hot vectors
+    of the dtype the adapter was last converted to, for example with `.double()`. The adapter has no weights, so the
+    state dict does not store this dtype. Probabilities keep their dtype, and their values are not checked.
 
     Example:
         >>> pc.adapters.OneHotLabel(700)(torch.tensor([3, 699])).content.shape
@@ -35,14 +36,19 @@ class OneHotLabel(nn.Module):
         self.dtype = torch.get_default_dtype()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OneHotLabel:
-        # `.to()` and `.double()` call this. The dtype is not that of a buffer, which could not be loaded if it were not
-        # saved, and would be one weight more than published models have if it were.
+        # `.to()` and `.double()` call this method. The dtype is not tracked with a buffer: a non-persistent buffer
+        # could not be loaded, and published state dicts have no entry for a persistent one.
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def forward(self, labels: Shaped[Tensor, " b *classes"]) -> Tokens:
-        """Return the tokens; raise ValueError for class indices outside 0 ... num_classes - 1."""
+        """Convert labels to tokens.
+
+        Raises:
+            TypeError: If `labels` is not a tensor.
+            ValueError: If a class index is outside 0 ... num_classes - 1, or the shape is wrong.
+        """
         if not isinstance(labels, Tensor):
             raise TypeError(
                 f"labels must be a torch.Tensor; got {type(labels).__name__}. Convert it: torch.as_tensor(...)"

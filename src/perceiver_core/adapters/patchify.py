@@ -1,6 +1,6 @@
 """Conversion of arrays with any number of axes to patches, and back.
 
-The values of a patch are in row-major order, with all channels of a position together.
+Patches are flattened in row-major order, with the channels last.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 
 def patchify(x: Float[Tensor, "b c *axes"], patch_size: Sequence[int]) -> Float[Tensor, "b *grid p"]:
-    """Return the patches of arrays, padded with zeros at the end of each axis to whole patches."""
+    """Cut arrays into flattened patches, after zero-padding the end of each axis to a multiple of the patch size."""
     pads = [(0, -size % patch) for size, patch in zip(x.shape[2:], patch_size, strict=True)]
     x = F.pad(x, [pad for axis in reversed(pads) for pad in axis])
     split = [part for size, patch in zip(x.shape[2:], patch_size, strict=True) for part in (size // patch, patch)]
@@ -24,7 +24,10 @@ def patchify(x: Float[Tensor, "b c *axes"], patch_size: Sequence[int]) -> Float[
 def unpatchify(
     patches: Float[Tensor, "b *grid p"], patch_size: Sequence[int], channel_axis: int = 1
 ) -> Float[Tensor, "b ..."]:
-    """Assemble patches to arrays, the inverse of `patchify`; `channel_axis` is 1 for `b c *axes`, 2 for `b t c h w`."""
+    """Assemble arrays from flattened patches (inverse of `patchify`).
+
+    `channel_axis` is the channel axis of the result: 1 for `b c *axes`, 2 for `b t c h w`.
+    """
     batch, *grid, _ = patches.shape
     n = len(grid)
     x = patches.reshape(batch, *grid, *patch_size, -1)

@@ -1,4 +1,4 @@
-"""A different input for each read of an encoder."""
+"""Adapter for encoders with a different input for each read."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from perceiver_core.tokens import Tokens
 
 @register
 class PerRead(nn.Module):
-    """Adapter for a sequence of inputs, one per read of the encoder, each with an adapter of its own.
+    """Adapter for a sequence of inputs, one per read of the encoder, each with its own adapter.
 
-    The encoder takes its `dim`, the widths, as `input_dim`, and the same number of reads.
+    Build the encoder with `input_dim` set to `dim`, a tuple of token widths, and with one read per adapter.
 
     Example:
         >>> plane, line = (pc.positions.Fourier(axes, num_bands=4, max_resolution=32) for axes in (2, 1))
@@ -33,7 +33,15 @@ class PerRead(nn.Module):
         self.dim = tuple([int(adapter.dim) for adapter in cast(Any, self.adapters)])
 
     def forward(self, inputs: Sequence[object], *, mask: Sequence[Tensor | None] | None = None) -> list[Tokens]:
-        """Return the tokens of each input; raise ValueError unless there is one input, and one mask, per adapter."""
+        """Convert each input to tokens.
+
+        Args:
+            inputs: Inputs, one per adapter.
+            mask: Masks, one per adapter, each of which may be None.
+
+        Raises:
+            ValueError: If the number of inputs or masks differs from the number of adapters.
+        """
         masks = [None] * len(self.adapters) if mask is None else list(mask)
         for name, values in (("inputs", inputs), ("masks", masks)):
             if isinstance(values, Tensor) or len(values) != len(self.adapters):

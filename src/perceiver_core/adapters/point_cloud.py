@@ -1,4 +1,4 @@
-"""Point clouds of any size, padded to a common size with a mask."""
+"""Adapter for point clouds of any size, and a function that pads point clouds to a batch."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ from perceiver_core.tokens import Tokens
 
 @register
 class PointCloud(nn.Module):
-    """Adapter for points `b n axes+f`: a token holds a point's features and the position features of its coordinates.
+    """Adapter for point clouds `b n axes+f`: one token per point.
+
+    Points hold their coordinates, followed by their features. Tokens hold the features, followed by the position
+    encoding of the coordinates.
 
     Args:
-        num_features: Number of features f of a point besides its coordinates (color, normal, ...).
-        positions: Position features of the coordinates, which should lie in [-1, 1].
+        num_features: Number of features f per point besides the coordinates (color, normal, ...).
+        positions: Position encoding of the coordinates, which should lie in [-1, 1].
 
     Example:
         >>> positions = pc.positions.Fourier(num_axes=3, num_bands=64, max_resolution=1120)
@@ -41,7 +44,7 @@ class PointCloud(nn.Module):
         self.dim = num_features + positions.dim
 
     def forward(self, points: Float[Tensor, "b n f"], *, mask: Bool[Tensor, "b n"] | None = None) -> Tokens:
-        """Return the tokens of clouds of any size; `mask` has valid points, see `pad_point_clouds`."""
+        """Convert point clouds of any size to tokens; `mask` marks valid points, see `pad_point_clouds`."""
         axes = self.positions.num_axes
         checks.is_floating("points", points)
         checks.has_shape("points", points, "b n f", last=axes + self.num_features)
@@ -53,7 +56,7 @@ class PointCloud(nn.Module):
 
 
 def pad_point_clouds(clouds: Sequence[Float[Tensor, "_ f"]]) -> tuple[Float[Tensor, "b n f"], Bool[Tensor, "b n"]]:
-    """Return clouds of different sizes as one batch, and the mask of valid points.
+    """Zero-pad point clouds to the size of the largest; return the batch and the mask of valid points.
 
     Example:
         >>> points, mask = pc.adapters.pad_point_clouds([torch.rand(450, 3), torch.rand(77, 3)])

@@ -1,6 +1,6 @@
-"""Image stems: layers that convert pixels to features of tokens. `Image` calls them with the number of channels.
+"""Image stems: layers that compute token features from pixels. `Image` builds its stem with the number of channels.
 
-A stem has `dim`, the width of its tokens, and `stride`, the number of pixels per token along each axis.
+A stem has the attributes `dim`, its output width, and `stride`, the distance between tokens in pixels along each axis.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from perceiver_core.registry import register
 
 @register
 class Pixels(nn.Module):
-    """Stem without layers: every pixel is a token.
+    """Identity stem: one token per pixel.
 
     Example:
         >>> pc.adapters.Pixels(3)(torch.rand(2, 3, 5, 7)).shape
@@ -38,13 +38,14 @@ class Pixels(nn.Module):
 
 @register
 class Patches(nn.Module):
-    """Stem of patches: a token holds the pixels of a patch in row-major order, all channels of a pixel together.
+    """Stem that flattens patches: one token per patch.
 
-    Incomplete patches at the bottom and on the right are padded with zeros.
+    A patch is flattened in row-major order, with all channels of a pixel together. Incomplete patches at the bottom and
+    on the right are padded with zeros.
 
     Args:
-        num_channels: Number of channels of a pixel.
-        patch_size: Size of a patch in pixels: one number, or (height, width).
+        num_channels: Number of image channels.
+        patch_size: Patch size in pixels: one number, or (height, width).
 
     Example:
         >>> pc.adapters.Patches(3, patch_size=(2, 4))(torch.rand(2, 3, 5, 16)).shape
@@ -62,19 +63,19 @@ class Patches(nn.Module):
         self.dim, self.stride = num_channels * sides[0] * sides[1], (sides[0], sides[1])
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b p rows columns"]:
-        """Return one token per patch."""
+        """Return the flattened patches, with the values of a patch along the channel axis."""
         return patchify(x, self.stride).movedim(-1, 1)
 
 
 @register
 class Project(nn.Module):
-    """Stem of a 1 x 1 convolution: every pixel is a token, its channels projected.
+    """Stem with a 1 x 1 convolution from the image channels to `dim`: one token per pixel.
 
     Example:
         >>> pc.adapters.Project(3, dim=16)(torch.rand(2, 3, 5, 7)).shape
         torch.Size([2, 16, 5, 7])
 
-    Reference: Jaegle et al. 2022 (Perceiver IO), the learned-position ImageNet model (there with dim=256).
+    Reference: Jaegle et al. 2022 (Perceiver IO), the ImageNet model with learned positions, which has dim=256.
     """
 
     def __init__(self, num_channels: int, *, dim: int) -> None:
@@ -90,10 +91,10 @@ class Project(nn.Module):
 
 @register
 class ConvStem(nn.Module):
-    """Stem of a 7 x 7 convolution, batch norm, ReLU and 3 x 3 max pooling: a token per 4 x 4 pixels.
+    """Stem with a 7 x 7 convolution, batch norm, ReLU and 3 x 3 max pooling: one token per 4 x 4 pixels.
 
-    Convolution and pooling have a stride of 2 and TensorFlow's "SAME" padding, as in the paper: outputs have size
-    ceil(size / 2), with more padding at the end than at the start.
+    As in the paper, the convolution and the pooling have stride 2 and TensorFlow's "SAME" padding. Each halves
+    the size, rounding up. If the total padding of an axis is odd, the extra pixel is at the end.
 
     Example:
         >>> pc.adapters.ConvStem(3, dim=64)(torch.rand(2, 3, 224, 113)).shape
@@ -110,16 +111,16 @@ class ConvStem(nn.Module):
         self.norm = nn.BatchNorm2d(dim)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d rows columns"]:
-        """Return features at a quarter of the height and width; both halvings round up."""
+        """Return features with a quarter of the height and width, rounded up."""
         x = F.relu(self.norm(self.convolution(_pad_same(x, kernel=7, fill=0.0))))
         return F.max_pool2d(_pad_same(x, kernel=3, fill=-torch.inf), kernel_size=3, stride=2)
 
 
 @register
 class SymmetricPadConvStem(ConvStem):
-    """`ConvStem` with the padding of transformers: 3 pixels on all sides before the convolution, none before pooling.
+    """Variant of `ConvStem` padded as in transformers: 3 pixels on all sides before convolution, none before pooling.
 
-    An image of 224 x 224 pixels becomes 55 x 55 tokens instead of 56 x 56.
+    A 224 x 224 image has 55 x 55 tokens instead of 56 x 56.
 
     Example:
         >>> pc.adapters.SymmetricPadConvStem(3, dim=64)(torch.rand(2, 3, 224, 113)).shape
@@ -129,7 +130,7 @@ class SymmetricPadConvStem(ConvStem):
     """
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d rows columns"]:
-        """Return features with one row and one column fewer than those of `ConvStem`."""
+        """Return features with one row and one column fewer than `ConvStem` returns."""
         x = F.relu(self.norm(self.convolution(F.pad(x, (3, 3, 3, 3)))))
         return F.max_pool2d(x, kernel_size=3, stride=2)
 
@@ -143,7 +144,7 @@ def _convolution(num_channels: int, dim: int, *, kernel: int, stride: int, bias:
 
 
 def _pad_same(x: Tensor, *, kernel: int, fill: float) -> Tensor:
-    """Return `x` padded so that a stride of 2 gives ceil(size / 2)."""
+    """Apply TensorFlow's "SAME" padding for stride 2, so that the output size is ceil(size / 2)."""
     pads: list[int] = []
     for size in (x.shape[-1], x.shape[-2]):
         total = max(kernel - (1 if size % 2 else 2), 0)

@@ -1,4 +1,4 @@
-"""Rows of a table: one token per column."""
+"""Adapter for tabular data: one token per column."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from perceiver_core.tokens import Tokens
 
 @partial(register, name="adapters.Table")
 class Table(nn.Module):
-    """Adapter for table rows: each column is a token, `number * scale + offset` or a category embedding, all learned.
+    """Adapter for table rows: one token per column.
 
-    Tokens of missing numbers (NaN) and missing categories (-1) are masked.
+    The token of a numeric column is `number * scale + offset`, with a learned scale and offset vector per column. The
+    token of a categorical column is a learned embedding. Missing numbers (NaN) and categories (-1) are masked.
 
     Args:
-        num_numeric: Number of numeric columns; standardize their values.
-        category_sizes: Number of categories of each other column.
-        dim: Width of a token.
+        num_numeric: Number of numeric columns. Their values should be standardized.
+        category_sizes: Number of categories of each categorical column.
+        dim: Token width.
 
     Example:
         >>> table = pc.adapters.Table(num_numeric=2, category_sizes=(3, 7), dim=32)
@@ -49,14 +50,16 @@ class Table(nn.Module):
         self.vectors = init.embedding(sum(self.category_sizes), dim, std=dim**-0.5)
 
     def forward(self, rows: Mapping[str, Tensor] | Float[Tensor, "b numbers"]) -> Tokens:
-        """Return the tokens, numeric columns first.
+        """Convert table rows to tokens, numeric columns first.
 
         Args:
-            rows: Floating point `numbers`, `b n`, and integer `categories`, `b k`; or a tensor of numbers, if there are
-                no categories.
+            rows: Dictionary with floating-point `numbers`, `b n`, and integer `categories`, `b k`. Leave out an entry
+                if the table has no such columns. If all columns are numeric, `rows` may be the tensor `numbers` itself.
 
         Raises:
-            ValueError: Missing columns, infinite numbers, categories out of range, different numbers of rows.
+            TypeError: If `rows` is not a dictionary or tensor, or an entry has the wrong dtype.
+            ValueError: If an entry or column is missing or unexpected, a number is infinite, a category is out of
+                range, or batch sizes differ.
         """
         embed: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {}
         if self.num_numeric:
@@ -76,7 +79,7 @@ class Table(nn.Module):
         return Tokens(content, mask=valid)
 
     def _embed_numbers(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the tokens of the numeric columns, and the mask of valid ones."""
+        """Return the tokens `b n dim` of the numeric columns and the mask `b n` of valid tokens."""
         checks.is_floating("numbers", numbers)
         checks.has_shape("numbers", numbers, "b n", last=self.num_numeric)
         valid = ~numbers.isnan()
@@ -85,7 +88,7 @@ class Table(nn.Module):
         return numbers[..., None] * self.scales + self.offsets, valid
 
     def _embed_categories(self, categories: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the tokens of the categorical columns, and the mask of valid ones."""
+        """Return the tokens `b k dim` of the categorical columns and the mask `b k` of valid tokens."""
         if not isinstance(categories, Tensor):
             raise TypeError(
                 f"categories must be a torch.Tensor; got {type(categories).__name__}. Convert it: torch.as_tensor(...)"

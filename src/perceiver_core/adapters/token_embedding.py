@@ -1,4 +1,4 @@
-"""Sequences of token ids: text, musical notes, and bytes with the special tokens of the published language model."""
+"""Adapters for token ids (text, musical notes) and for UTF-8 bytes, as used by the published language model."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from perceiver_core.tokens import Tokens
 
 @register
 class TokenEmbedding(nn.Module):
-    """Adapter for token ids: a learned vector per id, plus the vector of its position, if there are positions.
+    """Adapter for token ids: a learned embedding, plus an optional position embedding.
 
     Args:
-        vocab_size: Number of ids.
-        dim: Width of a vector.
-        positions: Module from indices `b n` to vectors of width `dim`, such as `positions.LearnedEmbedding`; none by
-            default, for models with rotary positions (`positions.Rotary`).
-        positions_include_padding: Whether positions count masked tokens too, so that a token's position is its index in
-            the array (as in DeepMind's Perceiver IO). By default the first valid token has position 0, after any
-            padding (as in Perceiver AR).
+        vocab_size: Vocabulary size.
+        dim: Embedding width.
+        positions: Module from position indices, `n` or `b n`, to vectors of width `dim`, such as
+            `positions.LearnedEmbedding`; none by default, for models with rotary embeddings (`positions.Rotary`).
+        positions_include_padding: Whether padding counts toward positions. If True, the position of a token is its
+            index in `ids` (as in DeepMind's Perceiver IO). If False, its position is the number of valid tokens before
+            it (as in Perceiver AR).
 
     Example:
         >>> positions = pc.positions.LearnedEmbedding(100, dim=32)
@@ -54,7 +54,7 @@ class TokenEmbedding(nn.Module):
 
     @property
     def length(self) -> int | None:
-        """Maximum length of a sequence; None for no limit."""
+        """Maximum sequence length; None for no limit."""
         return getattr(self.positions, "length", None)
 
     def forward(
@@ -64,15 +64,17 @@ class TokenEmbedding(nn.Module):
         mask: Bool[Tensor, "b n"] | None = None,
         positions: Int[Tensor, "*#b n"] | None = None,
     ) -> Tokens:
-        """Return the tokens.
+        """Convert token ids to tokens.
 
         Args:
-            ids: Ids of any integer dtype.
-            mask: Valid tokens, True = attend. Positions count these, unless `positions_include_padding`.
-            positions: Position of each token in its sequence, `n` or `b n`; counted from the first token by default.
+            ids: Token ids of any integer dtype.
+            mask: Mask of valid tokens, True = attend.
+            positions: Position of each token, `n` or `b n`; by default computed from `mask`, see the argument
+                `positions_include_padding` of the class. Ignored if the adapter has no position embedding.
 
         Raises:
-            ValueError: Ids outside the vocabulary, a sequence longer than the positions, a sample without valid tokens.
+            ValueError: If an id is outside the vocabulary, a sequence is longer than the number of positions, or a
+                sample has no valid token.
         """
         checks.ids("ids", ids, self.vocab_size)
         if mask is not None:
@@ -96,10 +98,10 @@ class TokenEmbedding(nn.Module):
 
 @register
 class Bytes(TokenEmbedding):
-    """Adapter for ids of 256 bytes and six special tokens: no unknown tokens, and no tokenizer to save with a model.
+    """Adapter for UTF-8 text, with an id for each of the 256 bytes and six special tokens.
 
-    `Bytes.PAD`, `BOS`, `EOS`, `MASK`, `CLS` and `SEP` are 0 to 5; byte k is 6 + k. Arguments are those of
-    `TokenEmbedding`.
+    There are no unknown tokens, and no tokenizer to save with the model. The ids `Bytes.PAD`, `BOS`, `EOS`, `MASK`,
+    `CLS` and `SEP` are 0 to 5, and byte k has id 6 + k. See `TokenEmbedding` for the arguments.
 
     Example:
         >>> text = pc.adapters.Bytes(dim=32, positions=pc.positions.LearnedEmbedding(2048, dim=32))
@@ -131,18 +133,21 @@ class Bytes(TokenEmbedding):
         padding_side: str = "right",
         max_length: int | None = None,
     ) -> tuple[Int[Tensor, "b n"], Bool[Tensor, "b n"]]:
-        """Return the ids of texts, padded to the longest, and the mask of valid ids.
+        """Encode strings to ids, padded to the longest; return the ids and the mask of valid ids.
+
+        Without special tokens, an empty text is fully masked.
 
         Args:
-            texts: One or several texts.
-            add_special_tokens: Whether to put CLS before and SEP after each text, as the published model needs.
-            padding_side: "right", or "left", as `generate` requires.
-            max_length: Number of ids, special tokens included, to which longer texts are truncated; no limit by
-                default.
+            texts: A string or a sequence of strings.
+            add_special_tokens: Whether to add CLS before and SEP after each text, as the published model requires.
+            padding_side: Side of the padding: "right", or "left" for `generate`.
+            max_length: Maximum number of ids per text, including CLS and SEP, which are never truncated; no limit by
+                default. Truncation may split a multi-byte character.
 
         Raises:
-            TypeError: Texts that are not strings.
-            ValueError: No text that has a token (among others, an empty text is fully masked); or another side.
+            TypeError: If a text is not a string.
+            ValueError: If all texts are empty and no special tokens are added, or `padding_side` or `max_length` is
+                invalid.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         if wrong := [type(text).__name__ for text in texts if not isinstance(text, str)]:
@@ -162,7 +167,7 @@ class Bytes(TokenEmbedding):
 
     @classmethod
     def decode(cls, ids: Int[Tensor, "b n"] | Int[Tensor, " n"]) -> list[str]:
-        """Return the texts of ids, without special tokens; invalid UTF-8 becomes the replacement character."""
+        """Decode ids to strings, one per row. Special tokens are skipped, and invalid UTF-8 is replaced by U+FFFD."""
         ids = ids[None] if isinstance(ids, Tensor) and ids.ndim == 1 else ids
         checks.ids("ids", ids, cls.SPECIAL + 256)
         rows = ([i - cls.SPECIAL for i in row if i >= cls.SPECIAL] for row in ids.tolist())

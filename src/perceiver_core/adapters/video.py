@@ -1,4 +1,4 @@
-"""Videos in blocks of frames, rows and columns, and pairs of frames for optical flow."""
+"""Adapters for videos, and for pairs of frames (optical flow)."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from perceiver_core.tokens import Tokens
 
 @register
 class Video(GridAdapter):
-    """Adapter for videos `b t c h w`: every block of frames, rows and columns is a token.
+    """Adapter for videos `b t c h w`: one token per three-dimensional patch.
 
-    A token holds its pixels frame by frame, row by row, all channels of a pixel together. Incomplete blocks at the end
-    of an axis are padded with zeros.
+    A patch is flattened frame by frame and row by row, with all channels of a pixel together. Incomplete patches at the
+    end of an axis are padded with zeros.
 
     Args:
-        num_channels: Number of channels of a pixel: 1 for grayscale, 3 for color, or any other.
-        positions: Position features over three axes (time, rows, columns); None for none.
-        patch_size: Number of frames, rows and columns of a block.
+        num_channels: Number of video channels, such as 1 for grayscale or 3 for color.
+        positions: Position encoding with three axes (time, rows, columns); None for no position encoding.
+        patch_size: Patch size (frames, rows, columns).
 
     Example:
         >>> positions = pc.positions.Fourier(num_axes=3, num_bands=8, max_resolution=(16, 56, 56))
@@ -52,23 +52,28 @@ class Video(GridAdapter):
     def forward(
         self, video: Float[Tensor, "b t c h w"], *, mask: Bool[Tensor, "b times rows columns"] | None = None
     ) -> Tokens:
-        """Return the tokens of videos of any length and size, with values mostly in [-1, 1]; `mask` marks blocks."""
+        """Convert videos of any length and size to tokens.
+
+        Args:
+            video: Pixel values, mostly in [-1, 1].
+            mask: Mask of valid patches, True = attend.
+        """
         checks.channels_first("video", video, "b t c h w", self.num_channels, channel_axis=2)
         return self._tokens("video", patchify(video.transpose(1, 2), self.patch_size), mask)
 
 
 @register
 class FramePair(GridAdapter):
-    """Adapter for two frames `b 2 c h w`: a token per pixel, projected from the patches around it in both frames.
+    """Adapter for frame pairs `b 2 c h w`: one token per pixel, projected from the patches around it in both frames.
 
-    Patches are padded with zeros at the border. The patch of the first frame comes first; its pixels are in row-major
-    order, all channels of a pixel together.
+    Frames are padded with zeros at the border. A patch is flattened in row-major order, with all channels of a pixel
+    together. The patch of the first frame comes first.
 
     Args:
-        positions: Position features over two axes; None for none.
-        num_channels: Number of channels of a pixel: 3 for color.
-        patch_size: Side of a patch in pixels; odd.
-        dim: Width of the projected patches, without positions.
+        positions: Position encoding with two axes (rows, columns); None for no position encoding.
+        num_channels: Number of channels per frame, such as 3 for color.
+        patch_size: Height and width of a patch in pixels, an odd number.
+        dim: Width of the projected patches, without the position encoding.
 
     Example:
         >>> positions = pc.positions.Fourier(num_axes=2, num_bands=64, max_resolution=(368, 496))
@@ -90,14 +95,19 @@ class FramePair(GridAdapter):
         self.project = init.linear(2 * num_channels * patch_size * patch_size, dim)
 
     def forward(self, frames: Float[Tensor, "b 2 c h w"], *, mask: Bool[Tensor, "b h w"] | None = None) -> Tokens:
-        """Return the tokens of two frames of any size, the earlier first, with values mostly in [-1, 1]."""
+        """Convert frame pairs of any size to tokens.
+
+        Args:
+            frames: Pixel values, mostly in [-1, 1]. The earlier frame comes first.
+            mask: Mask of valid pixels, True = attend.
+        """
         checks.channels_first("frames", frames, "b t c h w", self.num_channels, channel_axis=2)
         if frames.shape[1] != 2:
             raise ValueError(f"frames must be two, b 2 c h w; got shape {tuple(frames.shape)}")
         return self._tokens("frames", self.project(self.patches(frames)), mask)
 
     def patches(self, frames: Float[Tensor, "b 2 c h w"]) -> Float[Tensor, "b h w patches"]:
-        """Return the patches around every pixel, those of both frames concatenated."""
+        """Return the flattened patches around every pixel, concatenated over both frames."""
         height, width = frames.shape[-2:]
         columns = F.unfold(frames.flatten(0, 1), self.patch_size, padding=self.patch_size // 2)
         return rearrange(columns, "(b t) (c k) (h w) -> b h w (t k c)", t=2, c=self.num_channels, h=height, w=width)

@@ -1,4 +1,4 @@
-"""Attention residuals: the input of a block is a weighted mean of all previous outputs instead of the last one."""
+"""Attention residuals: the input of a block is a weighted mean of all previous outputs, not the last output."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from perceiver_core.layers import init
 from perceiver_core.registry import register
 
 Aggregate: TypeAlias = Callable[[int], nn.Module]
-"""Factory `dim -> module` that combines arrays of one shape: `(arrays) -> array`."""
+"""Factory `dim -> module`. The module combines a list of arrays that broadcast to one shape: `(arrays) -> array`."""
 
 
 @register
 class AttentionResidual(nn.Module):
-    """Weighted mean of several arrays, with weights for each channel of each vector.
+    """Weighted mean of several arrays, with separate weights for each channel of each vector.
 
         logits = expand(project(norm(arrays)))        out = sum of softmax(logits, over the arrays) * arrays
 
-    All previous arrays are kept and weighted again at each block, so time and memory grow quadratically with depth.
+    Each block weights all previous arrays again, so time and memory grow quadratically with depth.
 
     Args:
         dim: Width of the arrays.
-        rank: Width between the two projections that compute the logits.
+        rank: Width between the two linear layers that compute the logits.
 
     Raises:
-        ValueError: Sizes below 1.
+        ValueError: If a size is below 1.
 
     Example:
         >>> from functools import partial
@@ -38,7 +38,7 @@ class AttentionResidual(nn.Module):
         >>> pc.LatentTransformer(32, depth=3, num_heads=4, aggregate=aggregate)(torch.randn(2, 5, 32)).shape
         torch.Size([2, 5, 32])
 
-    Reference: Chen et al. 2026 (Attention Residuals, arXiv:2603.15031); weights per channel as in
+    Reference: Chen et al. 2026 (Attention Residuals, arXiv:2603.15031); per-channel weights as in
     lucidrains/perceiver-pytorch 0.11, `EnformerAttentionResidual`.
     """
 
@@ -49,7 +49,7 @@ class AttentionResidual(nn.Module):
         self.project, self.expand = init.linear(dim, rank, bias=False), init.linear(rank, dim, bias=False)
 
     def forward(self, arrays: Sequence[Float[Tensor, "#b m d"]]) -> Float[Tensor, "b m d"]:
-        """Return the weighted mean of the arrays, each expanded to the shape of the last."""
+        """Return the weighted mean of the arrays, each broadcast to the shape of the last one."""
         stacked = torch.stack([x.expand_as(arrays[-1]) for x in arrays], dim=-2)
         weights = self.expand(self.project(self.norm(stacked))).softmax(-2)
         return (weights * stacked).sum(-2)

@@ -1,4 +1,4 @@
-"""Cross-attend: queries read tokens. A read of the encoder, or of the decoder."""
+"""Cross-attention block: queries attend to tokens. Encoders and decoders read their inputs with it."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from perceiver_core.tokens import Tokens
 
 @register
 class CrossAttend(nn.Module):
-    """Cross-attention and MLP, each after a norm: x + attention(norm(x), norm(tokens)), then x + mlp(norm(x)).
+    """Pre-norm cross-attention block: x + attention(norm(x), norm(tokens)), then x + mlp(norm(x)).
 
     Args:
         dim: Width of the queries.
         input_dim: Width of the tokens.
         num_heads: Number of attention heads; 1 in the paper.
-        attention: Factory `(dim, input_dim, num_heads=num_heads) -> module`; `functools.partial` of
-            `MultiHeadAttention` sets the rest. A module of your own is called with the normalized queries and tokens,
-            `(x, inputs, *, mask)`.
+        attention: Factory `(dim, input_dim, num_heads=num_heads) -> module`. Use `functools.partial` of
+            `MultiHeadAttention` to set other options. A custom module is called as `(x, inputs, *, mask)` with the
+            normalized queries and tokens.
         mlp: Factory `dim -> module`; None for no MLP.
-        norm: Factory `width -> module` of the three norms.
-        residual: Whether the queries are added to the output of attention, which most decoders of Perceiver IO leave
-            out; or a factory `dim -> module` of a gate in place of the sum, such as `GRUGate`.
-        mlp_residual: The same for the MLP.
-        dropout: Rate at which the outputs of attention and MLP are dropped in training.
-        strategy: Way to compute the read; see `reads`. All give the same result.
+        norm: Factory `width -> module` for the three norms: of the queries, of the tokens and before the MLP.
+        residual: True to add the queries to the attention output, False for the attention output alone (as in most
+            Perceiver IO decoders), or a factory `dim -> module` for a gate that replaces the sum, such as `GRUGate`.
+        mlp_residual: The same option for the MLP.
+        dropout: Dropout rate of the attention output and the MLP output.
+        strategy: Strategy to compute the attention; see `reads`. All strategies give the same result.
 
     Example:
         >>> from functools import partial
@@ -57,7 +57,7 @@ class CrossAttend(nn.Module):
         super().__init_subclass__(**kwargs)
         cls.accepts_cache = takes_argument(cls.forward, "cache")
 
-    def __init__(  # noqa: PLR0913 (each is a part or a choice that published models make differently)
+    def __init__(  # noqa: PLR0913 (published models differ in each of them)
         self,
         dim: int,
         input_dim: int,
@@ -95,20 +95,21 @@ class CrossAttend(nn.Module):
         cache: Cache | None = None,
         capture: AttentionCapture | None = None,
     ) -> Float[Tensor, "b m d"]:
-        """Return the queries after reading the tokens.
+        """Return the queries after cross-attention and the MLP.
 
         Args:
-            x: Queries; a batch of 1 serves all samples.
-            tokens: Tokens, a tensor, or the memory that an earlier call stored in a cache.
-            mask: Mask in addition to the tokens' own: valid tokens `b n`, a tensor `b h q k`, or a rule of `masks`.
-            positions: Positions of the queries for rotary embeddings; consecutive by default, the last one being 0.
-            token_positions: Positions of the tokens for rotary embeddings, likewise.
+            x: Queries. A batch size of 1 is broadcast.
+            tokens: `Tokens`, a tensor, or a memory (keys and values) that an earlier call stored in a cache.
+            mask: Mask in addition to the tokens' own: a key-padding mask `b n`, an attention mask `b h q k`, or a rule
+                of `masks`.
+            positions: Query positions for rotary embeddings; by default consecutive, with 0 for the last query.
+            token_positions: Token positions for rotary embeddings; by default consecutive, with 0 for the last token.
             cache: Cache that stores the memory for later calls; see `reads.SharedMemory` and `reads.KeysValuesCache`.
-            capture: Receives the attention weights.
+            capture: Object that stores the attention weights; see `reads.AttentionCapture`.
 
         Raises:
-            TypeError: Tokens that are not floating point, or not of the model's dtype.
-            ValueError: Tokens of another width, rank or device.
+            TypeError: If the tokens are not floating point or have another dtype than the model.
+            ValueError: If the tokens have another width, rank or device than expected.
         """
         options: dict[str, object] = {} if positions is None else {"positions": positions}
         if capture is not None:
@@ -118,7 +119,7 @@ class CrossAttend(nn.Module):
         inputs: object = tokens
         if isinstance(tokens, (Tokens, Tensor)):
             self._check(tokens)
-            grows = cache is not None and cache.appends  # then the mask covers the cached keys too
+            grows = cache is not None and cache.appends  # if True, the mask covers the cached keys too
             num_queries = x.shape[1] if cache is None or cache.num_queries is None else cache.num_queries
             token_mask, mask = (None, mask) if grows else (mask, None)
             source = Source(tokens, self.input_norm, self.strategy, token_mask, token_positions, num_queries)
@@ -144,11 +145,11 @@ class CrossAttend(nn.Module):
     def read_context(
         self, tokens: Tokens | Float[Tensor, "b n c"], *, mask: Mask | None = None, num_queries: int = 512
     ) -> ReadContext:
-        """Return the context from which a strategy is chosen for a read of these tokens.
+        """Return the `ReadContext` of attention to these tokens, from which a strategy is chosen.
 
         Args:
-            tokens: As in `forward`.
-            mask: As in `forward`.
+            tokens: `Tokens` or a tensor, as in `forward`.
+            mask: Mask in addition to the tokens' own, as in `forward`.
             num_queries: Number of queries.
         """
         self._check(tokens)
@@ -156,7 +157,7 @@ class CrossAttend(nn.Module):
         return ReadContext(attention, Source(tokens, self.input_norm, self.strategy, mask, num_queries=num_queries))
 
     def _check(self, tokens: Tokens | Tensor) -> None:
-        """Raise unless the tokens can be normalized and projected."""
+        """Check that the tokens are floating point and have the right shape, dtype and device."""
         content = tokens.content if isinstance(tokens, Tokens) else tokens
         if not isinstance(content, Tensor) or not content.is_floating_point():
             checks.is_floating("tokens", content)

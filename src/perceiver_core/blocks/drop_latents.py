@@ -1,4 +1,4 @@
-"""Dropout of whole latents, which also saves the time of their attention."""
+"""Dropout of whole latents, which also saves the time to process them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from perceiver_core.registry import register
 
 @register
 class DropLatents(nn.Module):
-    """Random subset of the latents in training, drawn anew for each forward pass, the same for all samples.
+    """Dropout of whole latents: in training, each forward pass keeps a random subset, the same for all samples.
 
-    Of m latents, (1 - rate) m are kept, rounded down but at least one, in their order.
+    Of m latents, (1 - rate) m are kept, rounded down but at least one. They keep their order and are not rescaled.
 
     Args:
-        rate: Share of latents that is dropped.
-        generator: Random generator; PyTorch's default one by default. It is not saved.
+        rate: Fraction of the latents to drop, in [0, 1).
+        generator: Random generator; None for PyTorch's default generator. It is not saved with the model.
 
     Raises:
-        ValueError: A rate outside [0, 1).
+        ValueError: If the rate is outside [0, 1).
 
     Example:
         >>> encoder = pc.Encoder(10, num_latents=8, dim=32, depth=1, latent_dropout=pc.DropLatents(rate=0.25))
@@ -30,7 +30,7 @@ class DropLatents(nn.Module):
         >>> encoder.train()(x).shape, encoder.eval()(x).shape
         (torch.Size([2, 6, 32]), torch.Size([2, 8, 32]))
 
-    Reference: Hinton et al. 2012, applied to whole vectors; dropout of latents as in kklemon/FlashPerceiver.
+    Reference: Hinton et al. 2012, applied to whole vectors; latent dropout as in kklemon/FlashPerceiver.
     """
 
     def __init__(self, rate: float, *, generator: torch.Generator | None = None) -> None:
@@ -40,7 +40,7 @@ class DropLatents(nn.Module):
         self._draws = RepeatableDraws()
 
     def forward(self, latents: Float[Tensor, "b m d"]) -> Float[Tensor, "b kept d"]:
-        """Return a random subset of the latents in training, and all latents in evaluation."""
+        """Return a random subset of the latents in training mode and all latents in evaluation mode."""
         if not self.training or not self.rate:
             return latents
         m, generator = latents.shape[1], self._draws.generator(self.generator)

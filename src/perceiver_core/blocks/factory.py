@@ -1,4 +1,4 @@
-"""Calls of factories: arguments from which a block builds its parts, such as `attention=` or `norm=`."""
+"""Calls to factories, the callables (such as `attention=` or `norm=`) with which a block builds its submodules."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ T = TypeVar("T")
 
 
 def build(factory: Callable[..., T], *args: object, **kwargs: object) -> T:
-    """Call a factory. Modules inside a `functools.partial` are copied, so that each call builds independent parts.
+    """Call a factory. Modules inside a `functools.partial` are copied, so that each call builds independent modules.
 
-    A module in `sharing.Shared` is not copied: all blocks have the same.
+    Modules wrapped in `sharing.Shared` are not copied, so that all blocks share them.
 
     Example:
         >>> from functools import partial
@@ -45,10 +45,10 @@ def build(factory: Callable[..., T], *args: object, **kwargs: object) -> T:
 
 
 def _renewed(value: Any, *, unwrap: bool) -> Any:
-    """Return a value with every module in it copied; a partial without modules is returned unchanged.
+    """Return `value` with copies of all modules in it. Partials, lists and tuples without modules are not copied.
 
-    `Shared` modules are unwrapped in the arguments of the factory that is called now, and stay wrapped inside factories
-    that are arguments themselves.
+    With `unwrap`, `Shared` modules among the arguments of `value` are unwrapped. Inside nested factories, which are
+    called later, they stay wrapped.
     """
     if isinstance(value, nn.Module):
         return copy.deepcopy(value)
@@ -73,6 +73,6 @@ def _renewed_item(value: Any, *, unwrap: bool) -> Any:
 
 
 def takes_argument(function: Callable[..., object], name: str) -> bool:
-    """Return whether a function accepts a keyword argument of this name."""
+    """Return whether a function accepts a keyword argument with this name."""
     parameters = inspect.signature(function).parameters.values()
     return any(parameter.name == name or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)

@@ -1,4 +1,4 @@
-"""Gates: learned combinations of the input and output of a branch, instead of their sum."""
+"""Gates: learned combinations of a branch's input and output that replace the residual sum."""
 
 from __future__ import annotations
 
@@ -14,15 +14,20 @@ from perceiver_core.blocks.factory import build
 from perceiver_core.registry import register
 
 Residual: TypeAlias = bool | Callable[[int], nn.Module]
-"""Whether the input of a branch is added to its output; or a factory `dim -> gate`, called as `gate(input, output)`."""
+"""True to add a branch's input to its output, False for the output alone, or a factory `dim -> gate` for a gate.
+
+The gate is a module that is called as `gate(input, output)`.
+"""
 
 
 @register
 class GRUGate(nn.Module):
-    """Gated recurrent unit: its state is the input of a branch (attention or MLP), its input the branch's output.
+    """Gated recurrent unit (GRU) that replaces a residual sum.
+
+    The hidden state is the input of the branch (attention or MLP). The input of the GRU is the output of the branch.
 
     Args:
-        dim: Width of both.
+        dim: Width of the branch's input and output.
 
     Example:
         >>> read = pc.CrossAttend(32, 10, residual=pc.GRUGate)
@@ -38,18 +43,18 @@ class GRUGate(nn.Module):
         self.cell = nn.GRUCell(dim, dim)
 
     def forward(self, x: Float[Tensor, "#b m d"], output: Float[Tensor, "b m d"]) -> Float[Tensor, "b m d"]:
-        """Return the next state of the unit."""
+        """Return the next hidden state of the GRU."""
         return self.cell(output.flatten(0, 1), x.expand_as(output).flatten(0, 1)).view_as(output)
 
 
 @register
 class TanhGate(nn.Module):
-    """Residual sum with a learned scalar gate, `x + tanh(gate) * output`, which is zero at initialization.
+    """Residual sum with a learned scalar gate, `x + tanh(gate) * output`. The gate is initialized to zero.
 
-    A block with this gate as `residual` and as `mlp_residual` starts as the identity.
+    A block with this gate as `residual` and as `mlp_residual` is the identity at initialization.
 
     Args:
-        dim: Width of both, unused: the gate is a scalar.
+        dim: Width of the branch's input and output. Unused, because the gate is a scalar.
 
     Example:
         >>> x, output = torch.randn(2, 5, 32), torch.randn(2, 5, 32)
@@ -70,7 +75,7 @@ class TanhGate(nn.Module):
 
 
 def from_option(residual: Residual, dim: int) -> bool | nn.Module:
-    """Return the gate of a `residual` option, or the option itself if it is True or False."""
+    """Build the gate of a `residual` option, or return the option itself if it is True or False."""
     if isinstance(residual, bool):
         return residual
     if isinstance(residual, nn.Module) or not callable(residual):
@@ -79,7 +84,7 @@ def from_option(residual: Residual, dim: int) -> bool | nn.Module:
 
 
 def combine(residual: bool | nn.Module, x: Float[Tensor, "#b m d"], output: Float[Tensor, "b m d"]) -> Tensor:
-    """Combine the input and the output of a branch: their sum, the output alone, or the result of a gate."""
+    """Return the sum of a branch's input and output, the output alone, or the result of a gate."""
     if isinstance(residual, bool):
         return x + output if residual else output
     return residual(x, output)

@@ -1,4 +1,4 @@
-"""Grouped read: segments of the input are read by latents of their own. It is one level of a Hierarchical Perceiver."""
+"""Grouped read, one level of a Hierarchical Perceiver: each group of tokens is read by its own latents."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from perceiver_core.layers import init
 from perceiver_core.registry import register
 
 LATENT_TRANSFORMER = partial(LatentTransformer, block=partial(SelfAttend, mlp=partial(MLP, widening_factor=4)))
-"""Latent transformer of deepmind/hierarchical_perceiver, whose MLPs have four times the width of the latents."""
+"""Latent transformer as in deepmind/hierarchical_perceiver, with MLPs that are four times as wide as the latents."""
 
 
 @register
@@ -31,14 +31,14 @@ class Level:
     """Sizes of one level of a Hierarchical Perceiver.
 
     Args:
-        num_groups: Number of groups that the level's input is divided into.
+        num_groups: Number of groups into which the input of the level is split.
         num_latents: Number of latents per group.
         dim: Width of the latents.
-        depth: Number of self-attention blocks after the read.
-        num_heads: Number of attention heads of these blocks.
+        depth: Number of self-attention blocks after the cross-attention.
+        num_heads: Number of attention heads in the self-attention blocks.
 
     Raises:
-        ValueError: Sizes below 1.
+        ValueError: If a size other than `depth` is below 1.
 
     Example:
         >>> levels = pc.Level(16, num_latents=128, dim=128), pc.Level(1, num_latents=64, dim=1024, depth=18)
@@ -59,17 +59,18 @@ class Level:
 
 @register
 class GroupedRead(nn.Module):
-    """Read and latent transformer applied to each group of the input, with latents of its own.
+    """Cross-attention and latent transformer, applied to each group of tokens with separate latents per group.
 
         tokens = b (g n) c -> (b g) n c;  latents = transformer(read(latents, tokens));  (b g) z d -> b (g z) d
 
-    All groups share their weights, but not their latents. If the number of tokens is not divisible by that of groups,
-    masked padding is added at the end; latents of a group without tokens are not updated by the read.
+    All groups share their weights, but not their latents. If the number of groups does not divide the number of tokens,
+    masked padding is appended. In a group of padding only, attention returns zeros before its output projection.
 
     Args:
         input_dim: Width of the tokens.
         level: Sizes of the level.
-        skip_dim: Width of a skip input that is added to the latents before the read; None for no skip.
+        skip_dim: Width of a skip input, which is projected to the latent width if the widths differ, and added to the
+            latents before the cross-attention; None for no skip input.
         cross_attention: Factory `(dim, input_dim) -> module`.
         latent_transformer: Factory `(dim, depth=depth, num_heads=num_heads) -> module`.
 
@@ -104,12 +105,12 @@ class GroupedRead(nn.Module):
         mask: Bool[Tensor, "b n"] | None = None,
         skip: Float[Tensor, "b m s"] | None = None,
     ) -> Float[Tensor, "b m d"]:
-        """Return the latents of all groups, group by group.
+        """Return the latents of all groups, ordered by group.
 
         Args:
             tokens: Tokens.
-            mask: Valid tokens.
-            skip: Vectors that are added to the latents before the read, one per latent.
+            mask: Key-padding mask, True for valid tokens.
+            skip: Skip input, one vector per latent.
         """
         groups = self.level.num_groups
         x = repeat(self.latents, "g z d -> (b g) z d", b=tokens.shape[0])
@@ -124,7 +125,7 @@ class GroupedRead(nn.Module):
 
 
 def grouped(x: Shaped[Tensor, "b n c"], groups: int) -> Shaped[Tensor, "bg size c"]:
-    """Divide tokens into contiguous groups of equal size, each a sample of the batch; the end is padded with zeros.
+    """Split tokens into contiguous groups of equal size, padded with zeros at the end. Groups join the batch axis.
 
     Example:
         >>> from perceiver_core.blocks.grouped_read import grouped

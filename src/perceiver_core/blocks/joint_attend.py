@@ -1,4 +1,4 @@
-"""Joint attend: latents attend to tokens and to each other in one softmax. It is the block of a Resampler."""
+"""Joint attention block of a resampler: latents attend to tokens and to each other in one softmax."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from perceiver_core.registry import register
 
 @register
 class JointAttend(nn.Module):
-    """Joint attention and MLP: x + attention(norm(x), [norm(tokens), norm(x)]), then x + mlp(norm(x)).
+    """Pre-norm joint attention block: x + attention(norm(x), [norm(tokens), norm(x)]), then x + mlp(norm(x)).
 
-    Keys and values come from the tokens and, after them, from the latents, by the same projections, so tokens are as
-    wide as the latents. Latents always attend to each other: a sample without valid tokens is well defined.
+    Keys and values are projected from the tokens followed by the latents, so tokens and latents have the same width.
+    Latents always attend to each other, so the output is well defined for a sample without valid tokens.
 
     Args:
-        dim: Width of latents and tokens.
+        dim: Width of the latents and of the tokens.
         num_heads: Number of attention heads.
         attention: Factory `(dim, num_heads=num_heads) -> module`.
         mlp: Factory `dim -> module`.
-        norm: Factory `width -> module` of the three norms: of the latents, of the tokens and before the MLP.
-        dropout: Rate at which the outputs of attention and MLP are dropped in training.
+        norm: Factory `width -> module` for the three norms: of the latents, of the tokens and before the MLP.
+        dropout: Dropout rate of the attention output and the MLP output.
 
     Example:
         >>> pc.JointAttend(32, num_heads=4)(torch.randn(2, 5, 32), torch.randn(2, 50, 32)).shape
@@ -66,13 +66,13 @@ class JointAttend(nn.Module):
         mask: Bool[Tensor, "b n"] | None = None,
         capture: AttentionCapture | None = None,
     ) -> Float[Tensor, "b m d"]:
-        """Return the latents after reading.
+        """Return the latents after joint attention and the MLP.
 
         Args:
-            x: The latents; a batch of 1 serves all samples.
-            tokens: The tokens.
-            mask: Valid tokens.
-            capture: Receives the attention weights `b h m (n m)`, on the tokens and, after these, on the latents.
+            x: Latents. A batch size of 1 is broadcast.
+            tokens: Tokens.
+            mask: Key-padding mask, True for valid tokens.
+            capture: Object that stores the attention weights `b h m n+m`: n tokens, followed by m latents.
         """
         normed = self.norm(x)
         inputs = torch.cat([self.input_norm(tokens), normed.expand(tokens.shape[0], -1, -1)], 1)

@@ -1,4 +1,4 @@
-"""Latent transformer: a sequence of self-attends on the latents."""
+"""Latent transformer: a sequence of self-attention blocks on the latents."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from perceiver_core.registry import register
 
 @register
 class LatentTransformer(nn.Module):
-    """`depth` self-attends, one after the other.
+    """Sequence of `depth` self-attention blocks.
 
     Args:
         dim: Width of the latents.
-        depth: Number of blocks; with 0 the output is the input.
+        depth: Number of blocks; 0 for the identity.
         num_heads: Number of attention heads.
-        block: Factory `(dim, num_heads=num_heads) -> module`; `functools.partial` of `SelfAttend` sets the rest.
+        block: Factory `(dim, num_heads=num_heads) -> module`. Use `functools.partial` of `SelfAttend` to set
+            other options.
         num_repeats: Number of passes through the blocks, with the same weights each time.
-        aggregate: Factory `dim -> module` that combines the outputs of all blocks so far, such as `AttentionResidual`;
-            by default the last output is used.
+        aggregate: Factory `dim -> module`, such as `AttentionResidual`. After each block, the module combines the
+            initial latents and the outputs of all blocks so far. By default only the last output is used.
 
     Raises:
-        ValueError: Sizes out of range.
+        ValueError: If `depth` is outside 0 ... 10,000 or `num_repeats` is outside 1 ... 10,000.
 
     Example:
         >>> from functools import partial
@@ -61,7 +62,7 @@ class LatentTransformer(nn.Module):
 
     @property
     def num_layers(self) -> int:
-        """Number of blocks that the latents pass through, repeats included."""
+        """Number of blocks that the latents pass through, including repeats."""
         return len(self.blocks) * self.num_repeats
 
     def forward(
@@ -72,13 +73,13 @@ class LatentTransformer(nn.Module):
         positions: Shaped[Tensor, "*#b m"] | None = None,
         caches: Sequence[Cache] | None = None,
     ) -> Float[Tensor, "b m d"]:
-        """Return the latents after every block.
+        """Return the latents after all blocks.
 
         Args:
-            x: The latents.
-            mask: As in `SelfAttend`.
-            positions: As in `SelfAttend`.
-            caches: One cache per layer (`num_layers`), as in `SelfAttend`.
+            x: Latents.
+            mask: Attention mask, as in `SelfAttend`.
+            positions: Positions for rotary embeddings, as in `SelfAttend`.
+            caches: Caches as in `SelfAttend`, one per layer (`num_layers` in total).
 
         Example:
             >>> transformer, x = pc.LatentTransformer(32, depth=2, num_heads=4), torch.randn(1, 5, 32)

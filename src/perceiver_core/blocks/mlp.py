@@ -1,4 +1,4 @@
-"""MLP of a block, and activations that `torch.nn` does not have."""
+"""MLP of the attention blocks, and activations that `torch.nn` lacks."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from perceiver_core.registry import register
 
 @register
 class GEGLU(nn.Module):
-    """Gated GELU, `x * gelu(gate)`: the input is split into x and gate along its channels, so the width is halved.
+    """Gated GELU, `x * gelu(gate)`. The channels are split into x and gate, so the output is half as wide.
 
     Example:
         >>> pc.GEGLU()(torch.randn(2, 3, 16)).shape
         torch.Size([2, 3, 8])
 
-    Reference: Shazeer 2020, equation 6; the order [x, gate] is that of perceiver-pytorch.
+    Reference: Shazeer 2020, equation 6; the order [x, gate] is as in perceiver-pytorch.
     """
 
     inputs_per_output = 2
 
     def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b half"]:
-        """Return the gated half of the channels."""
+        """Return the gated channels, half as many as in the input."""
         values, gates = x.chunk(2, dim=-1)
         return values * F.gelu(gates)
 
 
 @register
 class SwiGLU(nn.Module):
-    """Gated SiLU, `x * silu(gate)`, with x and gate in the order of `GEGLU`; the width is halved.
+    """Gated SiLU, `x * silu(gate)`. The channels are split as in `GEGLU`, so the output is half as wide.
 
     Example:
         >>> pc.SwiGLU()(torch.randn(2, 3, 16)).shape
@@ -44,14 +44,14 @@ class SwiGLU(nn.Module):
     inputs_per_output = 2
 
     def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b half"]:
-        """Return the gated half of the channels."""
+        """Return the gated channels, half as many as in the input."""
         values, gates = x.chunk(2, dim=-1)
         return values * F.silu(gates)
 
 
 @register
 class SquaredReLU(nn.Module):
-    """Squared ReLU, `relu(x)^2`, the activation of Perceiver AR.
+    """Squared ReLU, `relu(x)^2`, as used in Perceiver AR.
 
     Example:
         >>> pc.SquaredReLU()(torch.tensor([-1.0, 3.0]))
@@ -61,24 +61,24 @@ class SquaredReLU(nn.Module):
     """
 
     def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b c"]:
-        """Return the squares of positive values, and zero for the others."""
+        """Return the squares of positive values and zero for all others."""
         return F.relu(x).square()
 
 
 @register
 class MLP(nn.Module):
-    """Linear layer, activation, linear layer.
+    """Multilayer perceptron: linear layer, activation, linear layer, dropout.
 
     Args:
         dim: Input width.
         out_dim: Output width; `dim` by default.
-        hidden_dim: Width between the layers; `dim * widening_factor` by default.
+        hidden_dim: Hidden width; `dim * widening_factor` by default.
         widening_factor: Ratio of the hidden width to `dim`: 1 in DeepMind's published encoders, 4 in perceiver-pytorch.
-        activation: Activation module. The default is that of DeepMind's code, `nn.GELU("tanh")`; transformers and
-            perceiver-pytorch use `nn.GELU()`. An activation that reduces the number of channels, such as `GEGLU`, has
-            the factor in its attribute `inputs_per_output`.
-        bias: Whether the linear layers have biases.
-        dropout: Rate of dropout of the output.
+        activation: Activation module; `nn.GELU("tanh")` by default, as in DeepMind's code. transformers and
+            perceiver-pytorch use `nn.GELU()`. An activation that reduces the number of channels, such as `GEGLU`, must
+            have an attribute `inputs_per_output` with the ratio.
+        bias: Whether the linear layers have a bias.
+        dropout: Dropout rate of the output.
 
     Example:
         >>> pc.MLP(32, widening_factor=4, activation=pc.GEGLU())(torch.randn(2, 3, 32)).shape
@@ -108,5 +108,5 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
-        """Return the output for every vector."""
+        """Apply the MLP to every vector."""
         return self.dropout(self.contract(self.activation(self.expand(x))))

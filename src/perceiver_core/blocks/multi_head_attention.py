@@ -1,4 +1,4 @@
-"""Multi-head attention: projections to heads, attention to a memory of keys and values, a projection back."""
+"""Multi-head attention: projections to heads, attention to keys and values, and an output projection."""
 
 from __future__ import annotations
 
@@ -23,42 +23,43 @@ class MultiHeadAttention(nn.Module):
     """Multi-head attention with separate widths for queries and keys, for values and for the output.
 
     Args:
-        dim: Width of the queries' input.
-        input_dim: Width of the keys' and values' input; `dim` by default.
-        num_heads: Number of heads; divides `qk_dim` and `v_dim`.
-        qk_dim: Total width of the queries, and of the keys, of all heads; `input_dim` by default (the paper's choice).
-        v_dim: Total width of the values of all heads; `qk_dim` by default.
-        num_kv_heads: Number of key-value heads; divides `num_heads` and equals it by default. With fewer, neighboring
-            query heads share one (grouped-query attention).
-        out_dim: Width of the output; `dim` by default.
-        bias: Whether the projections to queries, keys and values have biases.
+        dim: Input width of the queries.
+        input_dim: Input width of the keys and values; `dim` by default.
+        num_heads: Number of query heads; must divide `qk_dim` and `v_dim`.
+        qk_dim: Total width of all query heads, `num_heads` times the width of a query or key head; `input_dim` by
+            default, as in the paper.
+        v_dim: `num_heads` times the width of a value head; `qk_dim` by default.
+        num_kv_heads: Number of key-value heads; must divide `num_heads`, which is the default. With fewer key-value
+            heads, adjacent query heads share one (grouped-query attention).
+        out_dim: Output width; `dim` by default.
+        bias: Whether the query, key and value projections have a bias.
         out_bias: Whether the output projection has a bias.
-        dropout: Rate at which attention weights are dropped in training.
-        qk_norm: Factory `head_dim -> module` of the norms of each head's queries and keys.
-        rotary: Rotary embedding of queries and keys; see `positions.Rotary`.
+        dropout: Dropout rate of the attention weights.
+        qk_norm: Factory `head_dim -> module` for the norms of the queries and keys in each head.
+        rotary: Rotary embedding of queries and keys, such as `positions.Rotary`; None for no rotary embedding.
         kernel: Attention kernel `(q, k, v, *, mask) -> out` on `b h n d`; see `kernels`.
 
     Raises:
-        ValueError: `num_heads` that does not divide a width; `num_kv_heads` that does not divide `num_heads`; dropout
-            with a kernel that has none.
+        ValueError: If `num_heads` does not divide `qk_dim` or `v_dim`, `num_kv_heads` does not divide `num_heads`, or
+            `dropout` is above 0 and the kernel does not support dropout.
 
     Example:
         >>> attention = pc.MultiHeadAttention(1024, 261, num_heads=1)
         >>> attention(torch.randn(2, 5, 1024), torch.randn(2, 50, 261)).shape
         torch.Size([2, 5, 1024])
 
-    Reference: Vaswani et al. 2017, section 3.2.2; the widths are those of deepmind-research/perceiver. Grouped queries:
+    Reference: Vaswani et al. 2017, section 3.2.2; widths as in deepmind-research/perceiver. Grouped queries:
     Ainslie et al. 2023, section 2.2. Norms of queries and keys: Dehghani et al. 2023, section 2.2.
     """
 
-    accepts_source = True  # takes a reads.Source, and so forms keys and values in its own forward
+    accepts_source = True  # `inputs` may be a reads.Source, whose keys and values are computed in `forward`
     accepts_cache = True
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         cls.accepts_cache = takes_argument(cls.forward, "cache")
 
-    def __init__(  # noqa: PLR0913 (each is a choice that published models make differently)
+    def __init__(  # noqa: PLR0913 (published models differ in each of them)
         self,
         dim: int,
         input_dim: int | None = None,
@@ -113,13 +114,13 @@ class MultiHeadAttention(nn.Module):
         """Return the output of attention from `x` to `inputs`.
 
         Args:
-            x: Input of the queries; a batch of 1 serves all samples.
-            inputs: Input of the keys and values; a `reads.Source` or a memory (`reads.KeysValues`) in place of a
-                tensor; `x` by default (self-attention).
-            mask: Attention mask: valid tokens `b n`, a tensor `b h q k`, or a rule of `masks`.
+            x: Input of the queries. A batch size of 1 is broadcast.
+            inputs: Input of the keys and values: a tensor, a `reads.Source`, or a memory such as `reads.KeysValues`;
+                `x` by default (self-attention).
+            mask: Key-padding mask `b n`, attention mask `b h q k`, or a rule of `masks`.
             positions: Positions of `x` for rotary embeddings; 1 - m ... 0 by default.
             cache: Cache to which the keys and values are added.
-            capture: Receives the attention weights.
+            capture: Object that stores the attention weights; see `reads.AttentionCapture`.
         """
         memory: Memory
         if inputs is None:

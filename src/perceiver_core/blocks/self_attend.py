@@ -1,4 +1,4 @@
-"""Self-attend: the vectors of an array attend to each other. A block of the latent transformer."""
+"""Self-attention block, the building block of a latent transformer."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from perceiver_core.registry import register
 
 @register
 class SelfAttend(nn.Module):
-    """Self-attention and MLP, each after a norm: x + attention(norm(x)), then x + mlp(norm(x)).
+    """Pre-norm self-attention block: x + attention(norm(x)), then x + mlp(norm(x)).
 
     Args:
-        dim: Width of the array.
+        dim: Width of the vectors.
         num_heads: Number of attention heads.
-        attention: Factory `(dim, num_heads=num_heads) -> module`. A module of your own is called with the normalized
-            array, `(x, *, mask)`.
+        attention: Factory `(dim, num_heads=num_heads) -> module`. A custom module is called as `(x, *, mask)` with the
+            normalized vectors.
         mlp: Factory `dim -> module`.
-        norm: Factory `width -> module`.
-        residual: Whether the array is added to the output of attention; or a factory `dim -> module` of a gate in
-            place of the sum, such as `GRUGate`.
-        mlp_residual: The same for the MLP.
-        dropout: Rate at which the outputs of attention and MLP are dropped in training.
+        norm: Factory `width -> module` for the two norms.
+        residual: True to add the block's input to the attention output, False for the attention output alone, or a
+            factory `dim -> module` for a gate that replaces the sum, such as `GRUGate`.
+        mlp_residual: The same option for the MLP.
+        dropout: Dropout rate of the attention output and the MLP output.
 
     Example:
         >>> pc.SelfAttend(32, num_heads=4)(torch.randn(2, 5, 32)).shape
@@ -69,14 +69,15 @@ class SelfAttend(nn.Module):
         positions: Shaped[Tensor, "*#b m"] | None = None,
         cache: Cache | None = None,
     ) -> Float[Tensor, "b m d"]:
-        """Return the array after its vectors have attended to each other.
+        """Return the vectors after self-attention and the MLP.
 
         Args:
-            x: The array.
-            mask: Attention mask; with a cache, from `x` to all vectors so far.
-            positions: Positions of the vectors for rotary embeddings; consecutive by default, the last one being 0.
-            cache: Keys and values of earlier vectors (`reads.KeysValuesCache`), to which those of `x` are appended.
-                Under a causal mask an array in parts gives the same result as the whole.
+            x: Vectors.
+            mask: Attention mask. With a cache, it covers the cached keys too.
+            positions: Positions for rotary embeddings; by default consecutive, with 0 for the last vector.
+            cache: Cache with the keys and values of earlier vectors (`reads.KeysValuesCache`). The keys and values of
+                `x` are appended. With a causal mask, a sequence passed in parts gives the same result as in one call.
+                Rotary embeddings then need explicit `positions`.
         """
         options: dict[str, object] = {} if positions is None else {"positions": positions}
         if cache is not None:

@@ -1,4 +1,4 @@
-"""Model card of a saved model: its parts, and how to load it."""
+"""Model card with the architecture of a saved model and instructions to load it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _WIDTH = 100
 
 
 def card(model: nn.Module, name: str) -> str:
-    """Return the text of a model card, with the metadata that the hub reads.
+    """Return the text of a model card, including the metadata for the Hugging Face hub.
 
     Args:
-        model: Model of registered parts.
-        name: Folder, or name on the hub, to load it from.
+        model: Model built from registered classes.
+        name: Folder or hub repository (`owner/name`) to load the model from.
     """
     model = unwrapped(model)
     calls = as_calls(registry.to_config(model))
@@ -37,10 +37,10 @@ def card(model: nn.Module, name: str) -> str:
 
 
 def as_calls(config: registry.Json, indent: int = 0) -> str:
-    """Return the constructor calls of a configuration of `registry.to_config`, as Python.
+    """Return a configuration of `registry.to_config` as constructor calls in Python syntax.
 
-    A part that occurs twice is written out once; the second occurrence is its path. The first line is indented by
-    `indent` columns already.
+    A module that occurs several times is written out once. Later occurrences are replaced by its path. `indent` is the
+    number of columns by which the caller has indented the first line.
     """
     if isinstance(config, list):
         return _wrapped("[", [as_calls(item, indent + 4) for item in config], "]", indent)
@@ -60,7 +60,7 @@ def as_calls(config: registry.Json, indent: int = 0) -> str:
 
 
 def _wrapped(start: str, items: list[str], end: str, indent: int) -> str:
-    """Return items on one line if they fit, otherwise each on its own."""
+    """Return all items on one line if they fit, otherwise one item per line."""
     line = f"{start}{', '.join(items)}{end}"
     if "\n" not in line and indent + len(line) <= _WIDTH:
         return line

@@ -1,4 +1,4 @@
-"""Folder of a saved model: weights in `model.safetensors`, constructor calls in `config.json`."""
+"""Folder format of saved models: weights in `model.safetensors`, constructor calls in `config.json`."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from typing import Any
 
 from perceiver_core import registry
 
-# Raised when an old file would mean something else, as it does when a default of a constructor changes.
+# Format version. Incremented when old files would be read differently, such as after a change of a constructor default.
 FORMAT = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 LARGEST_CONFIG = 2**20  # bytes
 
 
 def parse_config(text: str | bytes, source: str) -> registry.Json:
-    """Return the configuration of the model in the text of a `config.json`, which messages name `source`.
+    """Return the model configuration in the text of a `config.json`. `source` names the text in error messages.
 
     Raises:
-        ValueError: Text that is too long, no JSON in UTF-8, not written by `save`, or of another format.
+        ValueError: If the text is too long, is not valid JSON in UTF-8, was not written by `save`, or has another
+            format version.
     """
     config = parse_json(text, source, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
     if not isinstance(config, dict) or config.get("library") != "perceiver_core" or "model" not in config:
@@ -40,10 +41,10 @@ def parse_config(text: str | bytes, source: str) -> registry.Json:
 
 
 def parse_json(text: str | bytes, source: str, *, largest: int = LARGEST_CONFIG, **hooks: Any) -> registry.Json:
-    """Return the value of JSON text; `hooks` are those of `json.loads`.
+    """Parse JSON text. `hooks` are keyword arguments of `json.loads`.
 
     Raises:
-        ValueError: Text of more than `largest` characters or bytes, or that is no JSON in UTF-8.
+        ValueError: If the text has more than `largest` characters or bytes, or is not valid JSON in UTF-8.
     """
     if len(text) > largest:
         raise ValueError(f"{source} must have at most {largest} bytes; it has more. Copy it again")
@@ -54,7 +55,7 @@ def parse_json(text: str | bytes, source: str, *, largest: int = LARGEST_CONFIG,
 
 
 def read_at_most(path: Path, largest: int = LARGEST_CONFIG) -> bytes:
-    """Return the first bytes of a file, one more than `largest` if it is longer."""
+    """Read at most `largest + 1` bytes of a file, so that the caller can detect that it is too large."""
     with path.open("rb") as file:
         return file.read(largest + 1)
 
@@ -74,15 +75,15 @@ def _finite(number: str) -> float:
 
 
 def write_atomically(files: dict[Path, Callable[[Path], object]]) -> None:
-    """Write all files under temporary names, then rename each; temporary files are removed also after an error.
+    """Write all files under temporary names, then rename them. After an error, temporary files are removed as well.
 
-    `files` has, for each path, a function that writes a file to the path passed to it.
+    `files` maps each path to a function that writes the file to the temporary path passed to it.
     """
     written = {path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial"): path for path in files}
     try:
         for temporary, path in written.items():
             temporary.touch()
-            mode = temporary.stat().st_mode  # as the user's umask has it; save_file makes private files
+            mode = temporary.stat().st_mode  # by the user's umask; save_file creates private files
             files[path](temporary)
             temporary.chmod(mode)
             with temporary.open("r+b") as file:

@@ -1,6 +1,7 @@
-"""Models on the Hugging Face hub: the folders that `save` writes, with a model card.
+"""Upload to and download from the Hugging Face hub, as folders written by `save` with a model card.
 
-Functions rather than methods: a folder names the class of its model, which may be any model of registered parts.
+These are functions rather than methods because the folder determines the class of the model, which may be any
+registered class.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ CARD = "README.md"
 
 
 def save_pretrained(model: nn.Module, folder: str | PathLike[str]) -> Path:
-    """Write a model to a folder as `save` does, and add a model card.
+    """Save a model to a folder with `save`, and add a model card.
 
     Args:
-        model: Model of registered parts (all of the library's are).
+        model: Model built from registered classes, such as all models of this library.
         folder: Folder to write, created if it does not exist. An existing README.md is kept.
 
     Returns:
-        The folder.
+        Path of the folder.
 
     Raises:
-        ValueError: The model cannot be saved, see `save`. Nothing is written then.
+        ValueError: If the model cannot be saved, see `save`. Nothing is written in this case.
 
     Example:
         >>> import tempfile
@@ -57,25 +58,25 @@ def from_pretrained(
     local_files_only: bool = False,
     device: str | torch.device = "cpu",
 ) -> nn.Module:
-    """Load a model from a folder that `save` wrote, or from the hub, in evaluation mode.
+    """Load a model from a folder written by `save`, or from the Hugging Face hub, in evaluation mode.
 
-    Files from the hub are loaded by `load`: nothing in them is executed.
+    Files from the hub are read with `load`, which does not execute anything in them.
 
     Args:
-        name_or_folder: Folder, or name on the Hugging Face hub (`owner/name`), for which huggingface_hub has to be
-            installed.
-        revision: Branch, tag or commit of the repository.
-        token: Token for private repositories; by default the one that huggingface_hub has stored.
-        cache_dir: Folder for fetched files.
-        local_files_only: Whether to use only files that were fetched before.
+        name_or_folder: Folder, or repository on the Hugging Face hub (`owner/name`), which requires huggingface_hub.
+        revision: Branch, tag or commit of the repository; None for its default branch.
+        token: Token for private repositories. Defaults to the token that huggingface_hub has stored.
+        cache_dir: Folder for downloaded files. Defaults to the cache folder of huggingface_hub.
+        local_files_only: Whether to use only files that were downloaded before.
         device: Device of the weights.
 
     Returns:
-        The model, an instance of the class that was saved.
+        Model of the class that was saved.
 
     Raises:
-        FileNotFoundError: There is no such folder and no huggingface_hub, or a file is missing.
-        ValueError: Files that `load` refuses; a revision of a folder.
+        FileNotFoundError: If the folder does not exist and the name is not `owner/name`, if huggingface_hub is needed
+            but not installed, or if a file is missing.
+        ValueError: If `load` rejects the files, or a revision is passed with a folder.
 
     Example:
         >>> import tempfile
@@ -100,23 +101,23 @@ def push_to_hub(
     create_pr: bool = False,
     token: str | bool | None = None,
 ) -> str:
-    """Upload a model to the Hugging Face hub, in one commit. Needs huggingface_hub.
+    """Upload a model to the Hugging Face hub in one commit. Requires huggingface_hub.
 
     Args:
-        model: Model of registered parts.
-        repo_id: `owner/name`; the repository is created if it does not exist. An existing model card is kept.
-        message: Message of the commit.
-        private: Whether a new repository is private; by default the owner's setting.
-        revision: Branch to commit to, created if it does not exist; `main` by default.
-        create_pr: Whether to open a pull request instead.
-        token: Token with write access; by default the one that huggingface_hub has stored.
+        model: Model built from registered classes.
+        repo_id: Repository, `owner/name`, created if it does not exist. An existing model card is kept.
+        message: Commit message.
+        private: Whether a new repository is private; None for the owner's default.
+        revision: Branch to commit to, created if it does not exist. Defaults to `main`.
+        create_pr: Whether to open a pull request instead of committing to the branch.
+        token: Token with write access. Defaults to the token that huggingface_hub has stored.
 
     Returns:
-        The address of the commit.
+        URL of the commit.
 
     Raises:
-        ImportError: huggingface_hub is not installed.
-        ValueError: The model cannot be saved, see `save`. Nothing is created on the hub then.
+        ImportError: If huggingface_hub is not installed.
+        ValueError: If the model cannot be saved, see `save`. Nothing is created on the hub in this case.
 
     Example:
         >>> model = pc.Encoder(10, num_latents=7, dim=32, depth=1, num_heads=4)
@@ -143,11 +144,14 @@ def push_to_hub(
 
 
 def fetched(name_or_folder: str | PathLike[str], files: Sequence[str], **options: Any) -> Path:
-    """Return a folder as it is, or fetch files from the hub, with the options of `huggingface_hub.snapshot_download`.
+    """Return the path of a local folder, or download `files` from the hub and return the path of their folder.
+
+    `options` are keyword arguments of `huggingface_hub.snapshot_download`.
 
     Raises:
-        FileNotFoundError: There is no such folder and no such name on the hub, or no huggingface_hub.
-        ValueError: A revision of a folder.
+        FileNotFoundError: If the folder does not exist and the name is not `owner/name`, or if huggingface_hub is
+            needed but not installed.
+        ValueError: If a revision is passed with a local folder.
     """
     folder = Path(name_or_folder)
     if folder.is_dir():

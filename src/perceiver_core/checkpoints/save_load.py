@@ -1,8 +1,9 @@
-"""Saving of models to folders, and loading.
+"""Saving of models to folders, and loading from them.
 
-Loading builds registered parts only, on the meta device, and compares their shapes with the file before any memory is
-allocated, so that a small hostile file cannot request much. Saving builds the model in the same way from its
-configuration and compares it with the original before it writes, so that every saved folder can be loaded.
+`load` builds the model on the meta device, from registered classes only. It compares all shapes with the file before
+memory is allocated, so that a small malicious file cannot request a large amount. `save` rebuilds the model from its
+configuration in the same way and compares it with the original before writing, so that every saved folder can be
+loaded.
 """
 
 from __future__ import annotations
@@ -32,23 +33,23 @@ from perceiver_core.checkpoints.state import (
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
-    """Write a model to a folder, which is created if it does not exist.
+    """Save a model to a folder.
 
-    Both files are written under temporary names before either is replaced, each in one step. A tensor that has
-    several names (tied weights, a part used twice) is written once.
+    Both files are written under temporary names before any existing file is replaced. A tensor with several names (tied
+    weights, or a module used twice) is written once.
 
     Args:
-        model: Model of registered parts (all of the library's are). Parts that were passed to a constructor may have
-            been replaced since (`model.head = ...`); settings and inner layers may not. Of a model wrapped by
-            `torch.compile`, `DataParallel` or `DistributedDataParallel`, the model inside is saved.
-        folder: Folder to write.
+        model: Model built from registered classes, such as all models of this library. Modules that were passed to a
+            constructor may have been replaced (`model.head = ...`), but settings and inner layers may not. For a model
+            wrapped in `torch.compile`, `DataParallel` or `DistributedDataParallel`, the inner model is saved.
+        folder: Folder to write, created if it does not exist.
 
     Returns:
-        The folder.
+        Path of the folder.
 
     Raises:
-        ValueError: A part that is not registered, a model changed so that its constructor calls no longer describe it,
-            or tensors without values. Nothing is written then.
+        ValueError: If a class is not registered, the model was changed so that its constructor calls no longer describe
+            it, a tensor has no values, or two tensors share memory. Nothing is written in this case.
 
     Example:
         >>> import tempfile, torch
@@ -67,7 +68,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
                 f"{path} is wrapped by torch.compile, which changes the names of its weights. Compile it in place with "
                 "its method compile(), or put the module inside, its attribute _orig_mod, back in its place"
             )
-    tensors = state_tensors(model)  # first: what wraps tensors may change classes too (fully_shard)
+    tensors = state_tensors(model)  # checked first: wrappers of tensors, such as fully_shard, may also change classes
     config = {"library": "perceiver_core", "format": FORMAT, "model": registry.to_config(model)}
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
     built = _build_without_values(parse_config(text, f"the {CONFIG} of {type(model).__name__}"), len(tensors))
@@ -91,34 +92,34 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model without the wrappers of torch.compile and data parallelism."""
+    """Return the model inside wrappers of torch.compile and data parallelism."""
     if isinstance(model, DataParallel | DistributedDataParallel):
         return unwrapped(model.module)
     return unwrapped(model._orig_mod) if _is_compiled(model) else model  # type: ignore[arg-type]
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    # By its name: importing the class would load the compiler.
+    # The class is compared by name, because importing it would load the compiler.
     return type(module).__name__ == "OptimizedModule" and isinstance(getattr(module, "_orig_mod", None), nn.Module)
 
 
 def load(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> nn.Module:
-    """Load a model from a folder that `save` wrote, in evaluation mode.
+    """Load a model from a folder written by `save`, in evaluation mode.
 
-    Nothing in the files is executed: only registered parts are built, see `register`. Weights keep the dtype that they
-    were saved in.
+    Nothing in the files is executed, and only registered classes are built (see `register`). Weights keep their saved
+    dtype.
 
     Args:
         folder: Folder to read.
         device: Device of the weights.
 
     Returns:
-        The model, an instance of the class that was saved.
+        Model of the class that was saved.
 
     Raises:
-        FileNotFoundError: No such folder, or a file missing in it.
-        ValueError: Files that are truncated, of another or newer format, name parts that are not
-            registered, or do not fit each other.
+        FileNotFoundError: If the folder or a file in it does not exist.
+        ValueError: If a file is truncated or has another format version, a class is not registered, or the files do not
+            match each other.
 
     Example:
         >>> import tempfile, torch
@@ -141,7 +142,7 @@ def load(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") 
             different = spec_differences(tensor_specs(state_tensors(model)), specs)
             if different:
                 raise ValueError(f"{folder / WEIGHTS} does not fit {CONFIG}: {different}. Copy both from one save")
-            # Copies: tensors are views of the file, which may be overwritten.
+            # Copied, because these tensors are views of the file, which may be overwritten.
             assign(model, {name: file.get_tensor(name).to(device, copy=True) for name in specs})
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is not a whole safetensors file: {error}. Copy it again") from error
@@ -149,12 +150,13 @@ def load(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") 
 
 
 def _build_without_values(config: registry.Json, tensors: int) -> nn.Module:
-    """Build a model on the meta device, without memory; the number of tensors limits the number of modules.
+    """Build a model on the meta device, without memory for values. `tensors` is the number of saved tensors.
 
     Raises:
-        ValueError: A configuration of anything but a module, too many modules, or a tensor outside of the state.
+        ValueError: If the configuration is not of a module, has too many modules for the number of tensors, or if the
+            model has a tensor that is not in its state dict.
     """
-    # A block has fewer modules than tensors; adapters, activations and dropout have no tensors, but are few.
+    # Blocks have fewer modules than tensors. Adapters, activations and dropout have no tensors, but there are few.
     with torch.device("meta"), registry.at_most(8 * tensors + 1024):
         model = registry.from_config(config)
     if not isinstance(model, nn.Module):

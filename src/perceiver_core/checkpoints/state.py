@@ -1,4 +1,4 @@
-"""Tensors of a model's state: their names, shapes, dtypes and memory; differences between two models."""
+"""State dicts of models: tensor names, shapes, dtypes and memory, and differences between two models."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _TORCH_NAMES = {
 
 
 def state_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of a model's state, each under its first name.
+    """Return the tensors of a model's state dict. A tensor with several names is returned under its first name.
 
     Raises:
-        ValueError: An entry is not a tensor with values of its own: it is lazy, sparse, or wraps other tensors.
+        ValueError: If an entry is not a tensor, or is lazy, sparse, or a wrapper of other tensors.
     """
     state = model.state_dict(keep_vars=True)
     for name, value in state.items():
@@ -44,20 +44,20 @@ def _wraps_others(tensor: Tensor) -> bool:
         return False
     try:
         return tensor.untyped_storage().data_ptr() == 0
-    except (NotImplementedError, RuntimeError):  # there is no storage at all
+    except (NotImplementedError, RuntimeError):  # the tensor has no storage at all
         return True
 
 
 def first_names(model: nn.Module) -> dict[str, str]:
-    """Map each name in the state dict to the first name of the same tensor."""
+    """Return a dictionary that maps each name in the state dict to the first name of the same tensor."""
     first: dict[int, str] = {}
     return {name: first.setdefault(id(tensor), name) for name, tensor in model.state_dict(keep_vars=True).items()}
 
 
 def assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Replace the tensors of a model, which may be on the meta device, without a copy; tied tensors stay tied.
+    """Replace the tensors of a model with those in `state`, without copying. Tied tensors stay tied.
 
-    The first name of a tied tensor suffices in `state`.
+    The model may be on the meta device. `state` needs only the first name of each tied tensor.
     """
     new: dict[int, Tensor] = {}
     targets = model.state_dict(keep_vars=True)
@@ -69,7 +69,7 @@ def assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def check_values(tensors: dict[str, Tensor]) -> None:
-    """Raise ValueError if a tensor has no values, or if two tensors share memory."""
+    """Check that every tensor has values and that no two tensors share memory."""
     spans: list[tuple[str, int, int, str]] = []
     for name, tensor in tensors.items():
         if tensor.is_meta:
@@ -92,7 +92,7 @@ def tensor_specs(tensors: dict[str, Tensor]) -> TensorSpecs:
 
 
 def specs_in(file: Any) -> TensorSpecs:
-    """Return the shape and dtype of each tensor in an open safetensors file, without reading values."""
+    """Return the shape and dtype of each tensor in an open safetensors file, without reading the values."""
     specs: TensorSpecs = {}
     for name in file.keys():  # noqa: SIM118 (not a dict)
         entry = file.get_slice(name)
@@ -103,7 +103,7 @@ def specs_in(file: Any) -> TensorSpecs:
 
 
 def model_differences(built: nn.Module, model: nn.Module) -> str:
-    """Describe the differences between a model and the one that its constructor calls build; empty if none."""
+    """Describe how `model` differs from `built`, the model that its constructor calls build; "" if it does not."""
     was, is_ = (
         {path: registry.settings(module) for path, module in either.named_modules(remove_duplicate=False)}
         for either in (built, model)
@@ -126,9 +126,9 @@ def model_differences(built: nn.Module, model: nn.Module) -> str:
 
 
 def spec_differences(expected: TensorSpecs, actual: TensorSpecs) -> str:
-    """Describe the differences of names, shapes and dtypes in one line; empty if there are none.
+    """Describe differences in names, shapes and dtypes as one line; "" if there are none.
 
-    Floating point dtypes may differ (weights in half precision).
+    Different floating-point dtypes are allowed, such as weights in half precision.
     """
     missing, unknown = sorted(expected.keys() - actual.keys()), sorted(actual.keys() - expected.keys())
     others = []

@@ -1,4 +1,4 @@
-"""Heads: modules that convert the latents of an encoder, or the outputs of a decoder, to the output of the model."""
+"""Heads: modules that compute the model output from the latents of an encoder or the outputs of a decoder."""
 
 from perceiver_core.heads.classification import Classification, Regression
 from perceiver_core.heads.grid import Grid

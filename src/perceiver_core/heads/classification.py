@@ -1,4 +1,4 @@
-"""Classification and regression from the mean of the latents."""
+"""Heads for classification and regression on mean-pooled latents."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from perceiver_core.registry import register
 
 
 class LatentMean(nn.Module):
-    """Base of heads of the mean of the latents: mean, norm, dropout, then the linear layer of a subclass."""
+    """Base class of heads on mean-pooled latents.
+
+    It builds the norm and the dropout. Subclasses add the linear layer and `forward`.
+    """
 
     def __init__(self, dim: int, norm: Callable[[int], nn.Module], dropout: float) -> None:
         super().__init__()
@@ -26,19 +29,19 @@ class LatentMean(nn.Module):
 
 @register
 class Classification(LatentMean):
-    """Logits from the mean of the latents: mean, norm, dropout, linear layer.
+    """Classification head on mean-pooled latents: norm, dropout, linear layer.
 
     Args:
         dim: Width of the latents.
         num_classes: Number of classes.
-        norm: Factory `dim -> module`; `nn.Identity` for the paper's head, which has no norm.
-        dropout: Rate of dropout before the linear layer.
+        norm: Factory `dim -> module` of the norm; `nn.Identity` for the paper's head, which has no norm.
+        dropout: Dropout rate before the linear layer.
 
     Example:
         >>> pc.heads.Classification(32, num_classes=5)(torch.randn(2, 7, 32)).shape
         torch.Size([2, 5])
 
-    Reference: Jaegle et al. 2021 (Perceiver), section 3.1 (mean, linear); the norm is perceiver-pytorch's.
+    Reference: Jaegle et al. 2021 (Perceiver), section 3.1 (mean, linear layer); lucidrains/perceiver-pytorch (norm).
     """
 
     def __init__(
@@ -49,13 +52,15 @@ class Classification(LatentMean):
         self.logits = init.linear(dim, num_classes)
 
     def forward(self, latents: Float[Tensor, "b m d"]) -> Float[Tensor, "b classes"]:
-        """Return one logit per class."""
+        """Return the class logits."""
         return self.logits(self.dropout(self.norm(latents.mean(1))))
 
 
 @register
 class Regression(LatentMean):
-    """`num_outputs` real values from the mean of the latents; other arguments are those of `Classification`.
+    """Regression head on mean-pooled latents, with `num_outputs` output values.
+
+    See `Classification` for the other arguments.
 
     Example:
         >>> pc.heads.Regression(32, num_outputs=3)(torch.randn(2, 7, 32)).shape
@@ -70,5 +75,5 @@ class Regression(LatentMean):
         self.values = init.linear(dim, num_outputs)
 
     def forward(self, latents: Float[Tensor, "b m d"]) -> Float[Tensor, "b values"]:
-        """Return the values, which are unbounded."""
+        """Return the output values, which are unbounded."""
         return self.values(self.dropout(self.norm(latents.mean(1))))

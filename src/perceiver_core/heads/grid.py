@@ -1,4 +1,4 @@
-"""Decoder outputs as an array, one per grid point."""
+"""Head that reshapes decoder outputs to an array on a grid."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from perceiver_core.registry import register
 
 @partial(register, name="heads.Grid")
 class Grid(nn.Module):
-    """Array of decoder outputs, one per grid point: optical flow, pixels, depth, frames of a video.
+    """Head that reshapes decoder outputs, one per grid point, to an array such as an optical flow, image or video.
+
+    If `query_inputs` selects points, the outputs stay `b q c`.
 
     Args:
-        grid: Size of the grid; None for the grid of the queries, which `PerceiverIO` passes.
+        grid: Grid size; None to use the grid of the queries, which `PerceiverIO` passes to `forward`.
         head: Head that is applied to each output first, such as `Linear`; none by default.
-        scale: Factor of all values. The flow of Perceiver IO is a hundredth of its decoder's outputs.
-        channel_axis: Axis of the array that holds the channels: 1 for `b c h w`, 2 for videos `b t c h w`, -1 for the
-            last.
+        scale: Factor by which all values are multiplied. Perceiver IO uses 0.01 for optical flow.
+        channel_axis: Channel axis of the array: 1 for images `b c h w`, 2 for videos `b t c h w`, -1 for channels-last.
 
     Example:
         >>> flow = pc.heads.Grid((5, 7), scale=0.01)
@@ -51,15 +52,16 @@ class Grid(nn.Module):
     def forward(
         self, outputs: Float[Tensor, "b q d"], *, query_inputs: object = None, grid: Sequence[int] | None = None
     ) -> Float[Tensor, "b ..."]:
-        """Return the array, or `b q c` for selected points.
+        """Return the array, or `b q c` if `query_inputs` selects points.
 
         Args:
-            outputs: Decoder outputs, one per point.
-            query_inputs: Selected points; all points of the grid by default.
-            grid: Grid of the queries, if available.
+            outputs: Decoder outputs, one per grid point or selected point.
+            query_inputs: Selected points; None if there is an output for every grid point.
+            grid: Grid size of the queries, if available.
 
         Raises:
-            ValueError: Outputs on another grid, or another number of outputs than of grid points.
+            ValueError: If the grid size is unknown, the grid of the queries differs from the grid of this head, or the
+                number of outputs differs from the number of grid points.
         """
         values = self.head(outputs) * self.scale
         if query_inputs is not None:

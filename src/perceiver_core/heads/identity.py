@@ -1,4 +1,4 @@
-"""Head that returns the latents themselves, for features without a task."""
+"""Head for feature extraction, which returns the latents."""
 
 from functools import partial
 

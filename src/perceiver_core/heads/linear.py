@@ -1,4 +1,4 @@
-"""Linear projection of every latent or decoder output, for example to logits over a vocabulary."""
+"""Heads that project every latent or decoder output with a linear layer, for example to vocabulary logits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from perceiver_core.registry import register
 
 @partial(register, name="heads.Linear")
 class Linear(nn.Module):
-    """A linear layer from width `dim` to `out_dim`, for example to the channels of a pixel or the logits of a token.
+    """Head with a linear layer from `dim` to `out_dim`, for example to the channels of a pixel or to logits.
 
     Example:
         >>> pc.heads.Linear(32, out_dim=3)(torch.randn(2, 50, 32)).shape
@@ -36,10 +36,10 @@ class Linear(nn.Module):
 
 @register
 class Logits(nn.Module):
-    """Logits over the vocabulary of an adapter, for every latent or decoder output, by a linear layer.
+    """Head that projects every latent or decoder output to logits over an adapter's vocabulary.
 
     Args:
-        embedding: Adapter with `.dim` and `.vocab_size`, such as `adapters.TokenEmbedding`.
+        embedding: Adapter with the attributes `dim` and `vocab_size`, such as `adapters.TokenEmbedding`.
 
     Example:
         >>> pc.heads.Logits(pc.adapters.TokenEmbedding(vocab_size=11, dim=32))(torch.randn(2, 7, 32)).shape
@@ -54,13 +54,13 @@ class Logits(nn.Module):
         self.logits = init.linear(self.dim, vocab_size)
 
     def forward(self, latents: Float[Tensor, "b m d"]) -> Float[Tensor, "b m vocabulary"]:
-        """Return one logit per id."""
+        """Return one logit per id of the vocabulary."""
         return self.logits(latents)
 
 
 @register
 class TiedLogits(nn.Module):
-    """Logits as in `Logits`, by products with the vectors of the adapter (`.vectors`), which are shared, plus a bias.
+    """Variant of `Logits` that shares its weight with the adapter's embedding (the parameter `vectors`).
 
     Example:
         >>> text = pc.adapters.TokenEmbedding(vocab_size=11, dim=32)
@@ -68,7 +68,7 @@ class TiedLogits(nn.Module):
         >>> head(torch.randn(2, 7, 32)).shape, head.vectors is text.vectors
         (torch.Size([2, 7, 11]), True)
 
-    Reference: Press and Wolf 2017; krasserm/perceiver-io ties the logits of Perceiver AR in this way.
+    Reference: Press and Wolf 2017; krasserm/perceiver-io (Perceiver AR with tied logits).
     """
 
     def __init__(self, embedding: nn.Module) -> None:
@@ -82,12 +82,12 @@ class TiedLogits(nn.Module):
         self.vectors, self.bias = vectors, nn.Parameter(torch.zeros(vocab_size))
 
     def forward(self, latents: Float[Tensor, "b m d"]) -> Float[Tensor, "b m vocabulary"]:
-        """Return one logit per id."""
+        """Return one logit per id of the vocabulary."""
         return F.linear(latents, self.vectors, self.bias)
 
 
 def _sizes(embedding: nn.Module) -> tuple[int, int]:
-    """Return the width and the size of a vocabulary."""
+    """Return `dim` and `vocab_size` of an adapter."""
     dim, vocab_size = getattr(embedding, "dim", None), getattr(embedding, "vocab_size", None)
     if not isinstance(dim, int) or not isinstance(vocab_size, int):
         raise TypeError(

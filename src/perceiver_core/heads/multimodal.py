@@ -1,4 +1,4 @@
-"""One head for each modality of the output."""
+"""Head for outputs of several modalities."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from perceiver_core.registry import register
 
 @partial(register, name="heads.Multimodal")
 class Multimodal(nn.Module):
-    """Dictionary of heads, one for each modality of the output.
+    """Head for a dictionary of decoder outputs, which applies one head per modality.
 
     Args:
-        heads: Heads by modality, with the names of the queries; those with a width (`.dim`) must have the same.
+        heads: Mapping from modality names to heads, with the same names as the queries. Heads with the attribute `dim`
+            (input width) must have the same `dim`.
 
     Example:
         >>> label = pc.heads.SingleQuery(pc.heads.Linear(32, 10))
@@ -46,12 +47,16 @@ class Multimodal(nn.Module):
         query_inputs: Mapping[str, object] | None = None,
         grid: Mapping[str, Sequence[int] | None] | None = None,
     ) -> dict[str, Tensor]:
-        """Return the result of each head; raise ValueError for a modality without one.
+        """Apply the head of each modality and return the results by modality.
 
         Args:
             outputs: Decoder outputs by modality.
             query_inputs: Selected queries by modality, for heads that use them, such as `Grid`.
-            grid: Grid of the queries by modality, if available.
+            grid: Grid size of the queries by modality, if available.
+
+        Raises:
+            ValueError: If a modality has no head.
+            TypeError, ValueError: If a head raises one. The message then names the modality.
         """
         modalities.check_names("outputs", outputs, self.heads.keys())
         query_inputs, grid = query_inputs or {}, grid or {}

@@ -1,4 +1,4 @@
-"""Output of a decoder with one query."""
+"""Head for decoders with a single query."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from perceiver_core.registry import register
 
 @register
 class SingleQuery(nn.Module):
-    """Output of the only query, without the query axis, such as the logits of an image; `head` is applied first.
+    """Head for decoders with a single query: applies `head` (none by default) and removes the query axis.
+
+    It is used for one output per sample, such as the class logits of an image.
 
     Example:
         >>> pc.heads.SingleQuery(pc.heads.Linear(32, out_dim=10))(torch.randn(2, 1, 32)).shape
@@ -25,7 +27,11 @@ class SingleQuery(nn.Module):
         self.dim = getattr(head, "dim", None)
 
     def forward(self, outputs: Float[Tensor, "b 1 d"]) -> Float[Tensor, "b values"]:
-        """Return the output of the only query; raise ValueError if there are more."""
+        """Return the output of the single query.
+
+        Raises:
+            ValueError: If `outputs` is not `b 1 d`.
+        """
         if outputs.ndim != 3 or outputs.shape[1] != 1:
             raise ValueError(f"outputs must be one per sample, b 1 d; got shape {tuple(outputs.shape)}")
         return self.head(outputs)[:, 0]

@@ -1,4 +1,4 @@
-"""Images, videos and waveforms from patches: every decoder output is one patch."""
+"""Heads that assemble images, videos and waveforms from patches, one per decoder output."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from perceiver_core.registry import register
 
 @register
 class Unpatchify(nn.Module):
-    """Images `b c h w` or videos `b t c h w` from decoder outputs, each projected to a patch.
+    """Head that projects decoder outputs to patches and assembles them to images `b c h w` or videos `b t c h w`.
 
     Args:
-        dim: Width of a decoder output.
-        grid: Number of patches along each axis; None for the grid of the queries.
-        patch_size: Number of pixels of a patch along each of the two or three axes.
-        num_channels: Number of channels of a pixel.
+        dim: Width of the decoder outputs.
+        grid: Number of patches along each axis; None to use the grid of the queries.
+        patch_size: Patch size: (height, width) for images, (frames, height, width) for videos.
+        num_channels: Number of image or video channels.
 
     Example:
         >>> head = pc.heads.Unpatchify(32, grid=(4, 5), patch_size=(2, 3), num_channels=3)
@@ -36,7 +36,7 @@ class Unpatchify(nn.Module):
         >>> head.cut(torch.rand(2, 3, 8, 15))[:, indices].shape
         torch.Size([2, 2, 18])
 
-    Reference: Jaegle et al. 2022 (Perceiver IO), section 4.3, reads videos as patches; deepmind-research/perceiver,
+    Reference: Jaegle et al. 2022 (Perceiver IO), section 4.3 (video patches as input); deepmind-research/perceiver,
     io_processors.py, `reverse_space_to_depth`.
     """
 
@@ -59,14 +59,18 @@ class Unpatchify(nn.Module):
     def forward(
         self, outputs: Float[Tensor, "b q d"], *, query_inputs: object = None, grid: Sequence[int] | None = None
     ) -> Float[Tensor, "b ..."]:
-        """Return the images or videos; for selected queries, their patches, in the layout of `cut`."""
+        """Return the images or videos, or the patches `b q values` if `query_inputs` selects patches (see `cut`)."""
         patches = self.patches(outputs, query_inputs=query_inputs, grid=grid)
         if query_inputs is not None:
             return patches
         return unpatchify(patches, self.patch_size, channel_axis=len(self.patch_size) - 1)
 
     def cut(self, pixels: Float[Tensor, "b ..."]) -> Float[Tensor, "b n values"]:
-        """Return the patches of images or videos, one per query, as targets; sizes must be multiples of a patch."""
+        """Cut images or videos into flattened patches, one per query, to use as training targets.
+
+        Raises:
+            ValueError: If the number of channels is wrong, or a size is not a multiple of the patch size.
+        """
         axes = "b c h w" if len(self.patch_size) == 2 else "b t c h w"
         checks.has_shape("pixels", pixels, axes)
         pixels = pixels.movedim(-3, 1)
@@ -81,12 +85,12 @@ class Unpatchify(nn.Module):
 
 @register
 class Waveform(nn.Module):
-    """Waveform from decoder outputs, each projected to a patch of samples.
+    """Head that projects decoder outputs to patches of samples and concatenates them to waveforms.
 
     Args:
-        dim: Width of a decoder output.
+        dim: Width of the decoder outputs.
         patch_size: Number of samples per patch.
-        num_channels: Number of channels; a waveform of one channel has no channel axis, as in `adapters.Audio`.
+        num_channels: Number of audio channels. Waveforms are `b s` for one channel (mono), otherwise `b c s`.
 
     Example:
         >>> pc.heads.Waveform(32, patch_size=16)(torch.randn(2, 60, 32)).shape
@@ -104,7 +108,7 @@ class Waveform(nn.Module):
         self.samples = init.linear(dim, num_channels * patch_size)
 
     def forward(self, outputs: Float[Tensor, "b q d"]) -> Float[Tensor, "b *c s"]:
-        """Return the patches of all outputs, concatenated."""
+        """Return the waveforms, with one patch per output."""
         checks.has_shape("outputs", outputs, "b q d", last=self.dim)
         waveform = unpatchify(self.samples(outputs), (self.patch_size,))
         return waveform[:, 0] if self.num_channels == 1 else waveform

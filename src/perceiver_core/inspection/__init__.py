@@ -1,1 +1,1 @@
-"""Views of a model: the decisions of its reads, its attention maps and its architecture."""
+"""Model inspection: strategies and costs of reads, and plots of attention maps, position features, architectures."""

@@ -1,4 +1,4 @@
-"""Report of a model's reads: the strategy of each, its predicted cost, and the reasons for the choice."""
+"""Report on the reads of a model: the strategy of each read, the predicted cost, and the reasons for the choice."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from perceiver_core.reads.strategy import listening
 
 @dataclass(frozen=True)
 class ReadExplanation:
-    """One read of a model. Reads that share their memory are reported once, for the queries of all of them.
+    """Strategy and predicted cost of one read. Reads that share keys and values count as one read with all queries.
 
     Args:
-        read: Name of the module.
+        read: Qualified name of the read's module; empty if the read is the model itself.
         sizes: Sizes of the read; see `reads.Sizes`.
-        strategy: Strategy taken.
-        cost: Predicted cost of its forward pass, on one thread or the whole GPU.
-        why: Predicted time of each other strategy, or the reason why it cannot compute the read.
+        strategy: Strategy that is used.
+        cost: Predicted cost of the forward pass. `cost.seconds` is the time on one CPU thread or on a whole GPU.
+        why: Reasons for the choice: for each other strategy, its predicted time or why it cannot compute the read.
+            "forced" means that the read is set to a single strategy instead of `reads.Auto`.
     """
 
     read: str
@@ -36,7 +37,7 @@ class ReadExplanation:
 
 
 class ReadExplanations(tuple[ReadExplanation, ...]):
-    """The reads of a model in the order in which they happen; prints as a table.
+    """Tuple of the reads of a model in execution order. It prints as a table.
 
     Example:
         >>> encoder = pc.Encoder(10, num_latents=7, dim=32, num_reads=2, depth=1, num_heads=4, share=False)
@@ -58,22 +59,23 @@ class ReadExplanations(tuple[ReadExplanation, ...]):
 
 
 def explain_reads(model: nn.Module, *inputs: object, **options: object) -> ReadExplanations:
-    """Run a model once and report the strategy of each read, its predicted cost, and the reasons for the choice.
+    """Run a model once and report the strategy of each read, the predicted cost, and the reasons for the choice.
 
-    FLOPs, bytes and milliseconds are those of the cost model, for the forward pass on the current number of threads or
-    on one GPU. On CUDA the report names PyTorch's kernel for a dense read. `reads.set_strategy` changes the strategy.
-    A compiled model is explained as it runs without torch.compile, under which a small input may take another strategy.
+    FLOPs, bytes and milliseconds are predictions of the cost model for the forward pass on one GPU, or on the current
+    number of CPU threads. On CUDA the report also names PyTorch's attention kernel for dense and factored reads. Use
+    `reads.set_strategy` to change the strategy. A compiled model is run without torch.compile. Under torch.compile, a
+    small input may use another strategy, because the choice is then based on typical sizes instead of actual sizes.
 
     Args:
         model: Module with reads: a `Perceiver`, an `Encoder`, a `Decoder`, or your own.
-        inputs: Arguments of the model's forward.
-        options: Keyword arguments of the model's forward.
+        inputs: Positional arguments of the model's `forward`.
+        options: Keyword arguments of the model's `forward`.
 
     Returns:
-        One entry per read; prints as a table.
+        One `ReadExplanation` per read, in a tuple that prints as a table.
 
     Raises:
-        ValueError: A model that makes no reads.
+        ValueError: If the model calls no reads.
 
     Example:
         >>> positions = pc.positions.Fourier(num_axes=2, num_bands=64, max_resolution=96)
@@ -85,7 +87,7 @@ def explain_reads(model: nn.Module, *inputs: object, **options: object) -> ReadE
         >>> read.read, read.strategy, read.sizes.num_queries, read.sizes.axes
         ('encoder.reads.0', Factored(), 256, (96, 64))
     """
-    model = getattr(model, "_orig_mod", model)  # the module inside torch.compile's wrapper
+    model = getattr(model, "_orig_mod", model)  # unwraps a module from torch.compile
     names = {id(part): name.rpartition(".")[0] for name, part in model.named_modules()}
     reads: list[ReadExplanation] = []
 
@@ -103,7 +105,7 @@ def explain_reads(model: nn.Module, *inputs: object, **options: object) -> ReadE
 
 @contextmanager
 def _frozen_state(model: nn.Module) -> Iterator[None]:
-    """Preserve running statistics of norms and the states of generators while a model in training mode is run."""
+    """Context manager that keeps a forward pass from changing running statistics of norms and generator states."""
     moving = [part for part in model.modules() if part.training and hasattr(part, "running_mean")]
     generators = [g for part in model.modules() if isinstance(g := getattr(part, "generator", None), torch.Generator)]
     states = [generator.get_state() for generator in generators]
@@ -140,7 +142,7 @@ def _reason(strategy: Strategy, context: ReadContext, decision: Decision, *, all
 
 
 def _kernel_note(strategy: Strategy, context: ReadContext) -> list[str]:
-    """Return the name of PyTorch's kernel for a read on CUDA, where it depends on the inputs."""
+    """Return a list with one note that names PyTorch's attention kernel for a read on CUDA; empty for other reads."""
     attention, source = context
     device = source.content().device
     if device.type != "cuda" or isinstance(strategy, Structured) or attention.kernel not in (fastest, sdpa):

@@ -1,7 +1,7 @@
-"""Figures of attention maps, position features and model architectures.
+"""Attention maps, and plots of position features and model architectures.
 
-They need matplotlib: `pip install "perceiver-core[plots]"`. Figures are plain `matplotlib.figure.Figure` objects
-without a window: `figure.savefig("map.png")`.
+Plots need matplotlib: `pip install "perceiver-core[plots]"`. They are plain `matplotlib.figure.Figure` objects that are
+not attached to a window; save one with `figure.savefig("map.png")`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# A colorblind-safe cycle (Okabe and Ito): one color for each set of weights.
+# Colorblind-safe color cycle (Okabe and Ito), one color per set of weights.
 _COLORS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#0072B2", "#D55E00")
 
 
@@ -40,19 +40,19 @@ def attention_map(
     queries: int | Sequence[int] | Tensor | None = None,
     mask: object = None,
 ) -> Float[Tensor, "b h chosen *grid"]:
-    """Return the attention weights between selected latents and all tokens, on the grid of the input.
+    """Return the attention weights between selected latents and all tokens, reshaped to the input grid.
 
-    The model runs without dropout; its training mode is restored.
+    The model runs in evaluation mode and without gradients. Its training mode is restored afterwards.
 
     Args:
         model: Perceiver.
-        inputs: Inputs of the model.
-        read: Index of the read of the encoder; the last one by default.
-        queries: Indices of the selected latents; all of them by default.
-        mask: Mask of the model's inputs.
+        inputs: Model inputs.
+        read: Index of the encoder's read; negative indices count from the last.
+        queries: Indices of the selected latents; None for all latents.
+        mask: Mask that is passed to the model with the inputs; None for no mask.
 
     Returns:
-        Weights that add to 1 over the grid.
+        Attention weights `b h chosen *grid`, which sum to 1 over the grid; `b h chosen n` if the tokens have no grid.
 
     Example:
         >>> where = pc.positions.Fourier(num_axes=2, num_bands=4, max_resolution=16)
@@ -77,15 +77,18 @@ def attention_map(
 def overlay(
     image: Float[Tensor, "c h w"], weights: Float[Tensor, "rows columns"], *, strength: float = 0.6
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Blend an attention map into its image: bright where the weights are large.
+    """Overlay an attention map on an image, as a heat map that is bright where the weights are large.
 
     Args:
-        image: Grayscale or color image on any scale; stretched to its own range.
-        weights: Attention map of any size; interpolated to that of the image and stretched to its own range.
-        strength: Opacity of the map, in [0, 1].
+        image: Image with 1 or 3 channels and any range of values, which is rescaled to [0, 1].
+        weights: Attention map of any size. It is interpolated to the image size and rescaled to [0, 1].
+        strength: Opacity of the attention map, in [0, 1].
+
+    Returns:
+        RGB image `h w 3`.
 
     Raises:
-        ValueError: An image that is not grayscale or color, a map that is not 2-D, a strength out of range.
+        ValueError: If the image does not have 1 or 3 channels, the map is not 2-D, or `strength` is out of range.
 
     Example:
         >>> pc.visualize.overlay(torch.rand(1, 60, 44), torch.rand(15, 11)).shape
@@ -103,16 +106,16 @@ def overlay(
 
 
 def position_features(positions: Positions, grid: Sequence[int], *, columns: int = 8, limit: int = 64) -> Figure:
-    """Plot position features over a grid: one image per feature, or one image of all features for a single axis.
+    """Plot position features: one image per feature for a 2-D grid, or a single image of all features for a 1-D grid.
 
     Args:
-        positions: Positions over one or two axes.
-        grid: Size of each axis.
-        columns: Number of images per row.
-        limit: Largest number of features to plot, evenly spaced.
+        positions: Position features over one or two axes.
+        grid: Grid size, one number per axis.
+        columns: Number of images per row of the figure.
+        limit: Maximum number of features to plot. Evenly spaced features are selected if there are more.
 
     Raises:
-        ValueError: A grid of other than one or two axes.
+        ValueError: If the grid does not have one or two axes.
 
     Example:
         >>> where = pc.positions.Fourier(num_axes=2, num_bands=4, max_resolution=32)
@@ -142,7 +145,7 @@ def position_features(positions: Positions, grid: Sequence[int], *, columns: int
 
 
 def architecture(model: Perceiver) -> Figure:
-    """Draw a Perceiver: its reads and latent transformers in order, one color for each set of weights.
+    """Draw a diagram of a Perceiver: its reads and latent transformers in order, with one color per set of weights.
 
     Example:
         >>> with torch.device("meta"):
@@ -207,6 +210,6 @@ def _matplotlib() -> ModuleType:
 
 
 def _stretched(x: Tensor) -> Tensor:
-    """Return `x` scaled to [0, 1] over its own range; a constant becomes 0."""
+    """Rescale `x` so that its minimum becomes 0 and its maximum 1. A constant becomes 0."""
     low, high = x.min(), x.max()
     return (x - low) / (high - low).clamp_min(torch.finfo(x.dtype).tiny)

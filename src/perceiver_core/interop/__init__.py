@@ -1,4 +1,4 @@
-"""Formats of other projects: weights of transformers, of DeepMind's Haiku code and of perceiver-pytorch."""
+"""Loaders and converters for weights of transformers, DeepMind's Haiku code and perceiver-pytorch."""
 
 from perceiver_core.interop.conversion import convert
 from perceiver_core.interop.haiku import load_haiku

@@ -1,4 +1,4 @@
-"""Arguments of another library's constructor, checked against the weights of the model."""
+"""Constructor arguments of another library's model, checked against its weights."""
 
 from __future__ import annotations
 
@@ -15,23 +15,36 @@ T = TypeVar("T")
 
 
 class CheckedArguments:
-    """Arguments of a constructor by name, and the model's state dict, or headers of one on the meta device."""
+    """Constructor arguments from the caller, with the weights to check them against.
+
+    Args:
+        weights: State dict of the model. Tensors on the meta device suffice, except for `layers`.
+        arguments: Arguments that the caller passed, by name.
+    """
 
     def __init__(self, weights: Mapping[str, Tensor], arguments: Mapping[str, Json]) -> None:
         self.weights, self.arguments = dict(weights), arguments
 
     def get(self, name: str, default: Json) -> Json:
-        """Return an argument that weights do not determine."""
+        """Return the caller's value of an argument, or `default` if there is none. It is not checked."""
         return self.arguments.get(name, default)
 
     def agreed(self, name: str, actual: T, key: str) -> T:
-        """Return the value of an argument that weight `key` determines; raise ValueError if the caller's differs."""
+        """Return `actual`, the value of an argument as inferred from weight `key`.
+
+        Raises:
+            ValueError: If the caller passed another value.
+        """
         if (given := self.get(name, actual)) != actual:
             raise ValueError(f"{name} must be {actual}, which the weights have ({key}); got {given!r}")
         return actual
 
     def length(self, key: str, axis: int = 0) -> int:
-        """Return the length of an axis of a weight; raise ValueError if the weight is missing or has no such axis."""
+        """Return the size of an axis of weight `key`.
+
+        Raises:
+            ValueError: If the weight is missing or empty, or does not have the axis.
+        """
         if key not in self.weights:
             raise ValueError(f"weights must hold {key}; it is missing. The first are {list(self.weights)[:5]}")
         shape = tuple(self.weights[key].shape)
@@ -40,17 +53,17 @@ class CheckedArguments:
         return shape[axis]
 
     def size(self, name: str, key: str, axis: int = 0) -> int:
-        """Return an argument that is the length of an axis of a weight."""
+        """Return the size of an axis of weight `key`, after checking it against the caller's argument `name`."""
         return self.agreed(name, self.length(key, axis), key)
 
     def heads(self, prefix: str, key: str, default: int) -> tuple[int, int]:
-        """Return the number of heads, and their total width, which is the number of rows of weight `key`.
+        """Return the number of heads, and the total width of all heads, which is the number of rows of weight `key`.
 
-        The arguments are `{prefix}_heads`, by default `default`, and `{prefix}_dim_head`, by default 64; one may follow
-        from the other.
+        The caller's arguments are `{prefix}_heads` and `{prefix}_dim_head`. If one of them is missing, it is inferred
+        from the number of rows. If both are missing, they are `default` and 64.
 
         Raises:
-            ValueError: The number of heads times their width is not the number of rows.
+            ValueError: If the number of heads times the width of a head is not the number of rows.
         """
         rows, names = self.length(key), (f"{prefix}_heads", f"{prefix}_dim_head")
         given = {name: self.arguments[name] for name in names if name in self.arguments}
@@ -65,10 +78,13 @@ class CheckedArguments:
         return heads, rows
 
     def layers(self, first: int) -> tuple[int, bool]:
-        """Return the number of layers, and whether those from `first` on share weights; if so, drop all copies but one.
+        """Return the depth, and whether all layers from index `first` on share their weights.
+
+        If they do, `self.weights` keeps only one copy of the shared weights, under index `first`.
 
         Raises:
-            ValueError: `depth` differs from the number of layers in the weights, or tied layers differ.
+            ValueError: If `depth` differs from the number of layers in the weights (with tied layers it may be larger),
+                or `weight_tie_layers` is set and the layers differ.
         """
         stored = len({layer for layer in map(layer_of, self.weights) if layer >= 0})
         same = all(self._same_layers(first, other) for other in range(first + 1, stored))
@@ -94,6 +110,6 @@ class CheckedArguments:
 
 
 def layer_of(name: str) -> int:
-    """Return the index of the layer of a weight, `layers.{index}` or `attn_residuals.{index}`; -1 if it is in none."""
+    """Return the layer index in a weight name: `layers.{index}.*` or `attn_residuals.{index}.*`, otherwise -1."""
     parts = name.split(".")
     return int(parts[1]) if parts[0] in ("layers", "attn_residuals") and len(parts) > 2 and parts[1].isdecimal() else -1

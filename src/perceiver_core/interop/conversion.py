@@ -1,4 +1,4 @@
-"""Conversion of models between formats, written completely or not at all: `python -m perceiver_core convert`."""
+"""Conversion of models between formats, also on the command line as `python -m perceiver_core convert`."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from perceiver_core.interop.weight_files.state_dict_files import fetch
 
 FORMATS = ("perceiver-core", "transformers", "haiku", "perceiver-pytorch")
 TARGETS = ("perceiver-core", "transformers")
-TOLERANCE = 1e-6  # standard deviations
+TOLERANCE = 1e-6  # in standard deviations of the output
 NUMERICS = {"transformers": TRANSFORMERS_NUMERICS, "deepmind": DEEPMIND_NUMERICS}
 
 
 class _Plan(NamedTuple):
-    """Arguments of `convert`, with the detected format and numerics."""
+    """Named tuple of the arguments of `convert`, with the source format and numerics filled in."""
 
     path: Path
     source_format: str
@@ -55,29 +55,31 @@ def convert(
     check: bool = False,
     tolerance: float = TOLERANCE,
 ) -> float | None:
-    """Read a model of any format and write it in another.
+    """Read a model in one format and write it in another, completely or not at all.
 
     Args:
-        source: File, folder, or name on the Hugging Face hub.
-        destination: Folder that does not exist, or is empty.
-        source_format: Format of the source: "perceiver-core", "transformers", "haiku" or "perceiver-pytorch"; detected
-            from its content by default.
+        source: File, folder, or model name on the Hugging Face hub.
+        destination: Folder to write. It must be empty or not exist yet.
+        source_format: Format of the source: "perceiver-core", "transformers", "haiku" or "perceiver-pytorch". By
+            default it is detected from the content.
         target: Format to write: "perceiver-core" or "transformers".
-        numerics: "transformers" or "deepmind", see `Numerics`; those of the source by default.
+        numerics: "transformers" or "deepmind", see `Numerics`. By default "deepmind" if the source format is "haiku",
+            else "transformers".
         arguments: Values that the source does not contain: arguments of perceiver-pytorch's constructor, or entries of
             transformers' configuration.
-        check: Whether to compare the outputs with those of the original model, in float64.
-        tolerance: Largest difference between their outputs, in standard deviations of the original's, up to which the
-            model is written.
+        check: Whether to also run the model in the other library (transformers or perceiver-pytorch), in float64, and
+            compare the outputs.
+        tolerance: Largest accepted difference between the outputs, in standard deviations of the other library's
+            output. If the difference is larger, or NaN, nothing is written.
 
     Returns:
-        The largest difference from the original model if `check` is set, in standard deviations of its output. Above
-        the tolerance, or if it is NaN, nothing was written.
+        The largest difference between the outputs, in the unit of `tolerance`; None if `check` is False.
 
     Raises:
-        FileNotFoundError: There is no such source.
-        ImportError: The library of the original, or huggingface_hub, is needed and not installed.
-        ValueError: The source is of no known format or cannot become the target, or the destination is not empty.
+        FileNotFoundError: If the source does not exist, or is a name on the hub and huggingface_hub is not installed.
+        ImportError: If `check` is set and the other library is not installed.
+        ValueError: If the source is of no known format or cannot be converted to the target, or if the destination
+            exists and is not an empty folder.
 
     Example:
         >>> import tempfile
@@ -111,7 +113,12 @@ def convert(
 
 
 def detect_format(path: Path) -> str:
-    """Return the one of `FORMATS` that a file or folder has; raise ValueError for any other. Nothing is unpickled."""
+    """Return the format of a file or folder, one of `FORMATS`. Nothing is unpickled.
+
+    Raises:
+        FileNotFoundError: If the path does not exist, or is a folder without `config.json`.
+        ValueError: If the format is not one of `FORMATS`.
+    """
     if path.is_dir():
         config = read_config(path)
         if config.get("library") == "perceiver_core":
@@ -124,7 +131,7 @@ def detect_format(path: Path) -> str:
     with path.open("rb") as file:
         start = file.read(1)
     if start == b"\x80" or path.suffix in (".pystate", ".pkl", ".pickle"):
-        return "haiku"  # pickles of old protocols do not start with a mark
+        return "haiku"  # pickles of protocol 0 or 1 are known only by the file name
     if not zipfile.is_zipfile(path):
         return _safetensors_format(path)
     with zipfile.ZipFile(path) as archive:
@@ -150,11 +157,11 @@ def _safetensors_format(path: Path) -> str:
 
 
 def _free_folder(destination: Path) -> Path:
-    """Return the path, without links, at which a folder can be written; raise ValueError if there is none."""
+    """Check that a folder can be written at `destination`, and return its path with symbolic links resolved."""
     try:
         place = destination.resolve()
         is_loop = place.is_symlink()
-    except RuntimeError:  # before Python 3.13
+    except RuntimeError:  # resolve raises it for loops before Python 3.13
         is_loop = True
     if is_loop:
         raise ValueError(f"destination must lead to a folder; {destination} is a link to itself")
@@ -169,7 +176,7 @@ def _free_folder(destination: Path) -> Path:
 
 @contextmanager
 def _as_value_error(message: str) -> Iterator[None]:
-    """Convert unexpected exceptions, raised by reading a file of another format, to a ValueError."""
+    """Context manager that converts exceptions other than ImportError, OSError and ValueError to ValueErrors."""
     try:
         yield
     except (ImportError, OSError, ValueError):
@@ -179,7 +186,7 @@ def _as_value_error(message: str) -> Iterator[None]:
 
 
 def _check_plan(plan: _Plan, *, numerics_given: bool) -> None:
-    """Raise ValueError if one argument excludes another, ImportError if the original cannot be run for a check."""
+    """Check that the arguments are valid together and, if `check` is set, that the other library is installed."""
     for name, value, known in (
         ("source_format", plan.source_format, FORMATS),
         ("target", plan.target, TARGETS),
@@ -209,7 +216,7 @@ def _check_plan(plan: _Plan, *, numerics_given: bool) -> None:
 
 
 def _read(plan: _Plan) -> tuple[nn.Module, Config]:
-    """Read the source model; return it with the configuration that transformers would have for it."""
+    """Load the source model, and return it with its transformers configuration (empty for perceiver-pytorch)."""
     numerics = NUMERICS[plan.numerics]
     if plan.source_format == "transformers":
         return load_transformers(plan.path, numerics=numerics), read_config(plan.path)
@@ -221,7 +228,7 @@ def _read(plan: _Plan) -> tuple[nn.Module, Config]:
 
 
 def _write(model: nn.Module, config: Config, plan: _Plan, folder: Path, name: str) -> nn.Module:
-    """Write a model to a folder, and return the model as read back from the folder."""
+    """Write a model to a folder, load it again from there, and return the loaded model."""
     if plan.target == "transformers":
         numerics = NUMERICS[plan.numerics]
         return load_transformers(save_transformers(model, folder, config=config, numerics=numerics), numerics=numerics)
@@ -240,7 +247,10 @@ def _difference(plan: _Plan, folder: Path, model: nn.Module, written: nn.Module)
 
 @contextmanager
 def _all_or_nothing(destination: Path) -> Iterator[Path]:
-    """Yield a temporary folder that is moved to the destination at the end, unless an error occurs or it is deleted."""
+    """Context manager that yields a temporary folder and moves it to `destination` on exit.
+
+    After an error, or if the temporary folder was deleted, nothing is written to `destination`.
+    """
     destination.parent.mkdir(parents=True, exist_ok=True)
     folder = destination.with_name(f"{destination.name}.{secrets.token_hex(8)}.partial")
     folder.mkdir()

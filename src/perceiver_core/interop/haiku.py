@@ -1,7 +1,7 @@
-"""Loading of DeepMind's Perceiver IO parameters, as Haiku writes them.
+"""Loader of parameters that DeepMind's Perceiver IO code saved with Haiku, such as the published ones.
 
-Most of the configuration is inferred from shapes; other values are the published ones unless the caller passes them.
-Headers of all arrays are compared with the model before any array is read.
+Most of the configuration is inferred from the array shapes. Values that shapes do not determine, such as the number of
+heads, default to the published ones. Shapes and dtypes are checked against the model before any array is read.
 """
 
 from __future__ import annotations
@@ -26,43 +26,44 @@ from perceiver_core.interop.weight_files.state_dict_files import errors_with_pat
 from perceiver_core.models import PerceiverIO
 from perceiver_core.registry import Json
 
-LARGEST_FILE = 8 * 2**30  # bytes; the largest published one, that of the language model, has 0.8e9
-MARKS = {  # parameters that a single architecture has
+LARGEST_FILE = 8 * 2**30  # bytes; the largest published file, the language model, has 0.8e9
+MARKS = {  # parameters that identify an architecture; PIXELS has none of them
     "embed/embeddings": configs.TEXT,
     "image_preprocessor/~/conv2_d/w": configs.LEARNED,
     "image_preprocessor/~/conv2_d_downsample/~/conv/w": configs.CONVOLUTIONAL,
     "image_preprocessor/patches_linear/w": configs.FLOW,
     "multimodal_preprocessor/label_mask_token/pos_embs": configs.MULTIMODAL,
 }
-# Published values that shapes do not determine: heads of self-attends and of the encoder's read, repeats of blocks.
+# Published values that shapes do not determine: (self-attention heads, encoder cross-attention heads, num_blocks).
 HEADS = {configs.TEXT: (8, 8, 1), configs.FLOW: (16, 1, 1), configs.MULTIMODAL: (8, 1, 1)}
 IMAGE_HEADS = (8, 1, 8)
-CONTENT_CHANNELS = {configs.PIXELS: 3, configs.CONVOLUTIONAL: 64}  # of a token, without Fourier features
+CONTENT_CHANNELS = {configs.PIXELS: 3, configs.CONVOLUTIONAL: 64}  # of a token without its Fourier features
 # Entries of transformers' configuration that do not describe the model.
 DESCRIPTIVE = {"architectures", "model_type", "id2label", "label2id", "layer_norm_eps", "initializer_range"}
 DESCRIPTIVE |= {"transformers_version", "torch_dtype", "dtype", "_name_or_path"}
-TRAINING_STATE = re.compile(r"/~/(mean|var)_ema/(hidden|counter)$")  # of running statistics
+TRAINING_STATE = re.compile(r"/~/(mean|var)_ema/(hidden|counter)$")  # internals of running statistics
 
 
 def load_haiku(path: str | PathLike[str], *, numerics: Numerics = DEEPMIND_NUMERICS, **config: Json) -> PerceiverIO:
     """Load a model of DeepMind's Perceiver IO code.
 
     Args:
-        path: File of Haiku's parameters: an `.npz` of arrays named `scope/parameter`, or the published pickle, of
-            which nothing but dictionaries and arrays is read. Its name does not matter.
+        path: File with Haiku's parameters: the published pickle, or an `.npz` of arrays named `scope/parameter`. Only
+            dictionaries and arrays in a pickle are read, and no code is executed. The file name does not matter.
         numerics: Numerics of the model; see `interop.Numerics`.
-        config: Values that shapes do not determine, by transformers' names, if not as published: numbers of
-            heads, `num_blocks`, sizes of images. For image classifiers with Fourier features also `max_resolution`,
-            the height and width that the features resolve ([224, 224], or [56, 56] after a convolution, as published);
-            their number of bands, `num_bands`, is read from the shapes.
+        config: Values that shapes do not determine, under their names in transformers' configuration: numbers of
+            heads, `num_blocks`, image sizes. The default is the published value. Image classifiers with Fourier
+            features also accept `max_resolution`, the height and width whose Nyquist frequencies are the highest bands
+            (published: [224, 224], or [56, 56] after a convolution). `num_bands` is inferred from shapes.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        TypeError: A name in `config` is not in transformers' configuration.
-        ValueError: The file holds anything else, or parameters of another model.
+        FileNotFoundError: If the file does not exist.
+        TypeError: If a name in `config` is not in transformers' configuration.
+        ValueError: If the file holds anything but parameters of a published architecture, or they do not match
+            `config`.
 
     Example:
         >>> model = pc.interop.load_haiku("imagenet_fourier_position_encoding.pystate")  # doctest: +SKIP
@@ -72,7 +73,7 @@ def load_haiku(path: str | PathLike[str], *, numerics: Numerics = DEEPMIND_NUMER
 
 
 def load_with_config(path: Path, numerics: Numerics, given: Config) -> tuple[PerceiverIO, dict[str, Json]]:
-    """Load a model, and return it with the configuration that transformers would have for it; see `load_haiku`."""
+    """Load a model as `load_haiku` does, and return it with its transformers configuration."""
     if unknown := sorted(given.keys() - configs.DEFAULTS.keys() - configs.FOURIER.keys() - DESCRIPTIVE):
         raise TypeError(
             f"a configuration of Perceiver IO has no {unknown}; it has {sorted(configs.DEFAULTS | configs.FOURIER)}"
@@ -92,7 +93,7 @@ def load_with_config(path: Path, numerics: Numerics, given: Config) -> tuple[Per
 
 @contextmanager
 def _open_parameters(path: Path) -> Iterator[dict[str, ArrayHeader]]:
-    """Yield the headers of a file by `scope/parameter`; arrays can be read until the context ends."""
+    """Context manager that yields the array headers of a file by `scope/parameter`; arrays can be read inside it."""
     if not path.is_file():
         raise FileNotFoundError(f"path must be a file of Haiku's parameters; there is none at {path}")
     if not 0 < (size := path.stat().st_size) <= LARGEST_FILE:
@@ -101,7 +102,7 @@ def _open_parameters(path: Path) -> Iterator[dict[str, ArrayHeader]]:
         start = file.read(6)
     if start == b"\x93NUMPY":
         raise ValueError(f"{path} holds a single array; give an .npz of all, named scope/parameter")
-    if start[:2] == b"PK":  # no pickle that is read begins like a zip file
+    if start[:2] == b"PK":  # a zip file; in a pickle, a first byte P is an instruction that safe_pickle rejects
         with open_npz(path) as arrays:
             yield arrays
     else:
@@ -109,7 +110,7 @@ def _open_parameters(path: Path) -> Iterator[dict[str, ArrayHeader]]:
 
 
 def _inferred_config(checked: CheckedArguments) -> dict[str, Json]:
-    """Return the configuration, inferred from shapes and completed with published values."""
+    """Infer the configuration from shapes, with published values for the rest."""
     names, length = checked.weights, checked.length
     architecture = next((architecture for mark, architecture in MARKS.items() if mark in names), configs.PIXELS)
     heads, cross_heads, blocks = HEADS.get(architecture, IMAGE_HEADS)
@@ -135,7 +136,7 @@ def _inferred_config(checked: CheckedArguments) -> dict[str, Json]:
 
 
 def _inferred_ends(architecture: str, checked: CheckedArguments, attention: str, input_norm: str) -> dict[str, Json]:
-    """Return the entries of the configuration that describe inputs and outputs."""
+    """Infer the configuration entries that depend on the architecture's inputs and outputs."""
     length, fourier = checked.length, sorted(checked.arguments.keys() & configs.FOURIER.keys())
     if fourier and architecture not in CONTENT_CHANNELS:
         raise ValueError(f"{fourier} must be left out: the file holds a {architecture}, for which they are fixed")
@@ -160,9 +161,9 @@ def _inferred_ends(architecture: str, checked: CheckedArguments, attention: str,
 
 
 def _num_bands(checked: CheckedArguments, architecture: str, key: str) -> int:
-    """Return the number of Fourier bands, inferred from the width of a token."""
+    """Infer the number of Fourier bands from the token width."""
     width, content = checked.length(key), CONTENT_CHANNELS[architecture]
-    bands, rest = divmod(width - content - 2, 4)  # a coordinate, sines and cosines along each of two axes
+    bands, rest = divmod(width - content - 2, 4)  # for each of two axes: the coordinate, num_bands sines and cosines
     if rest or bands < 1:
         raise ValueError(f"{key} must have {content} + 2 x (2 x num_bands + 1) values; got {width}")
     return checked.agreed("num_bands", bands, key)

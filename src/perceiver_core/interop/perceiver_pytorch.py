@@ -1,6 +1,7 @@
 """Conversion of perceiver-pytorch (lucidrains) models from their weights and constructor arguments.
 
-Most arguments are inferred from the weights. The highest frequency, the numbers of heads and dropout are not.
+Most constructor arguments are inferred from the weights; `load_perceiver_pytorch` lists those that the caller passes.
+In the code, `theirs` is perceiver-pytorch and `ours` is this library.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from perceiver_core.registry import Json
 
 
 class Layout(NamedTuple):
-    """Module names of one version of a model; {0} is the index of the layer, {1} that of the self-attend."""
+    """Module names in one version of a perceiver-pytorch model. {0} is the layer index, {1} the self-attend index."""
 
     model: str
     read: str
@@ -50,7 +51,7 @@ class Layout(NamedTuple):
 LAYOUTS = (
     Layout("Perceiver", "layers.{0}.cross_attn", "layers.{0}.cross_ff", "layers.{0}.self_attns.{1}"),
     Layout("PerceiverIO", "cross_attend_block.cross_attn", "cross_attend_block.cross_ff", "layers.{0}.self_attns.{1}"),
-    Layout("Perceiver", "layers.{0}.0", "layers.{0}.1", "layers.{0}.2.{1}"),  # these two from 0.8 to 0.10
+    Layout("Perceiver", "layers.{0}.0", "layers.{0}.1", "layers.{0}.2.{1}"),  # this and the next: versions 0.8 to 0.10
     Layout("PerceiverIO", "cross_attend_blocks.0", "cross_attend_blocks.1", "layers.{0}"),
 )
 COMMON = {
@@ -84,23 +85,27 @@ RESIDUAL = WeightMapping(
 def load_perceiver_pytorch(
     state_dict: Mapping[str, Tensor] | str | os.PathLike[str], **arguments: Json
 ) -> Perceiver | PerceiverIO:
-    """Return perceiver-pytorch's `Perceiver` or `PerceiverIO` as ours: equal outputs in evaluation mode.
+    """Convert perceiver-pytorch's `Perceiver` or `PerceiverIO` to this library's model with the same outputs.
 
-    The names in the state dict determine which of the two it is. The model accepts the same inputs: images are
-    `b h w c`. Their `queries` are our `query_inputs`: `model(data, mask=mask, query_inputs=queries)`.
+    The weight names determine the model class. The model takes the same inputs as the original, so images are
+    `b h w c`. Queries of `PerceiverIO` are passed as `model(data, mask=mask, query_inputs=queries)`.
 
     Args:
-        state_dict: State dict of their model, of version 0.8 or newer; or the path of a safetensors file. Its tensors
-            become the weights, without a copy.
-        arguments: Arguments of their constructor, by name. Give `max_freq`, unless fourier_encode_data=False;
-            `cross_heads`, `latent_heads`, `input_channels`, `input_axis` and `inverted_cross_attn` if they are not
-            their defaults; and rates of dropout to train on. The others are read from the weights and may be left out.
+        state_dict: State dict of the original model (perceiver-pytorch 0.8 or newer), or path of a safetensors file.
+            Its tensors are used as the weights, without a copy.
+        arguments: Constructor arguments of the original, by name. Perceiver requires `max_freq`, unless
+            `fourier_encode_data=False`. Pass `cross_heads`, `latent_heads`, `input_channels`, `input_axis` and
+            `inverted_cross_attn` if they are not perceiver-pytorch's defaults, and dropout rates for further training.
+            All other arguments are inferred from the weights.
+
+    Returns:
+        The model, in evaluation mode.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        TypeError: `state_dict` is a model rather than its state dict, or their constructor has no such argument.
-        ValueError: Arguments do not agree with the weights; weights are missing, unexpected or of another shape;
-            `inverted_cross_attn` is not the same for all layers.
+        FileNotFoundError: If the file does not exist.
+        TypeError: If `state_dict` is neither a state dict nor a path, or if the original has no such argument.
+        ValueError: If an argument is not valid or does not match the weights, weights are missing, unexpected or of
+            a wrong shape, or `inverted_cross_attn` is not the same for all layers.
 
     Example:
         >>> # the weights of Perceiver(depth=1, self_per_cross_attn=0, final_classifier_head=False, ...)
@@ -137,12 +142,12 @@ def load_perceiver_pytorch(
 
 
 def layout_of(names: Container[str]) -> Layout | None:
-    """Return the layout that the names of a state dict match; None if they match none."""
+    """Return the layout that the names in a state dict match, or None if they match none."""
     return next((layout for layout in LAYOUTS if f"{layout.read.format(0)}.norm_context.weight" in names), None)
 
 
 def _perceiver(checked: CheckedArguments, layout: Layout) -> tuple[Perceiver, WeightMapping]:
-    """Return their Perceiver without weights, and the mapping of its weights."""
+    """Build perceiver-pytorch's Perceiver from this library's modules; return it with its weight mapping."""
     adapter = _grid(checked, f"{layout.read.format(0)}.norm_context.weight")
     depth, tied = checked.layers(first=1)
     self_attends = 0
@@ -160,7 +165,7 @@ def _perceiver(checked: CheckedArguments, layout: Layout) -> tuple[Perceiver, We
         aggregate=residual,
     )
     entries = [Entry("encoder.latents", "latents")]
-    for i in set(encoder.sharing.reads):  # also the number of the first layer with these weights
+    for i in set(encoder.sharing.reads):  # also the index of the first layer with these weights
         entries += _read_entries(f"encoder.reads.{i}.", layout, i)
         for j in range(self_attends):
             entries += _self_attend_entries(f"encoder.transformers.{i}.blocks.{j}.", layout.self_attend.format(i, j))
@@ -173,7 +178,7 @@ def _perceiver(checked: CheckedArguments, layout: Layout) -> tuple[Perceiver, We
 
 
 def _perceiver_io(checked: CheckedArguments, layout: Layout) -> tuple[PerceiverIO, WeightMapping]:
-    """Return their PerceiverIO without weights, and the mapping of its weights."""
+    """Build perceiver-pytorch's PerceiverIO from this library's modules; return it with its weight mapping."""
     depth, tied = checked.layers(first=0)
     grid = Grid(checked.size("dim", f"{layout.read}.norm_context.weight"), positions=None)
     rate, blocks, residual = checked.get("seq_dropout_prob", 0.0), 1 if tied else depth, _attention_residual(checked)
@@ -193,7 +198,7 @@ def _perceiver_io(checked: CheckedArguments, layout: Layout) -> tuple[PerceiverI
 def _encoder(
     checked: CheckedArguments, layout: Layout, transformer: partial[LatentTransformer], **arguments: Any
 ) -> Encoder:
-    """Return their encoder without weights; `arguments` are those in which the two models differ."""
+    """Build the encoder. `arguments` are the `Encoder` arguments that differ between Perceiver and PerceiverIO."""
     kernel = {"kernel": inverted} if _is_inverted(checked) else {}
     cross_heads, cross_dim = checked.heads("cross", f"{layout.read.format(0)}.fn.to_q.weight", 1)
     key = f"{layout.self_attend.format(0, 0)}.0.fn.to_q.weight"
@@ -215,7 +220,7 @@ def _cross_attend(checked: CheckedArguments, qk_dim: int, **kernel: Any) -> part
 
 
 def _attention(checked: CheckedArguments, qk_dim: int, **kernel: Any) -> partial[MultiHeadAttention]:
-    """Return the factory of their attention: heads have a width of their own; queries, keys and values no bias."""
+    """Return the attention factory: no bias for queries, keys and values, and a total head width of `qk_dim`."""
     return partial(MultiHeadAttention, bias=False, qk_dim=qk_dim, dropout=checked.get("attn_dropout", 0.0), **kernel)
 
 
@@ -224,7 +229,7 @@ def _mlp(checked: CheckedArguments) -> partial[MLP]:
 
 
 def _is_inverted(checked: CheckedArguments) -> bool:
-    """Return whether the softmax is over latents instead of tokens; raise ValueError unless all layers agree."""
+    """Check that `inverted_cross_attn` is the same for all layers, and return it."""
     given = checked.get("inverted_cross_attn", False)
     values = {*given} if isinstance(given, (tuple, list)) else {given}
     if values not in ({True}, {False}):
@@ -233,7 +238,7 @@ def _is_inverted(checked: CheckedArguments) -> bool:
 
 
 def _attention_residual(checked: CheckedArguments) -> partial[AttentionResidual] | None:
-    """Return the factory of their attention residuals; None if they have none."""
+    """Return the factory of the attention residuals, or None if the model has none."""
     key = "attn_residuals.0.to_attn_logits.1.weight"
     if not checked.agreed("attn_residual", key in checked.weights, key):
         return None
@@ -244,7 +249,7 @@ def _decoder(checked: CheckedArguments, layout: Layout, dim: int) -> tuple[Decod
     cross_heads, cross_dim = checked.heads("cross", f"{layout.read.format(0)}.fn.to_q.weight", 1)
     has_mlp = checked.agreed("decoder_ff", "decoder_ff.norm.weight" in checked.weights, "decoder_ff")
     has_logits = "to_logits.weight" in checked.weights
-    read = partial(_cross_attend(checked, cross_dim), residual=False)  # never inverted
+    read = partial(_cross_attend(checked, cross_dim), residual=False)  # the decoder is never inverted
     decoder = Decoder(
         dim,
         query_dim=checked.size("queries_dim", "decoder_cross_attn.norm.weight"),
@@ -258,7 +263,7 @@ def _decoder(checked: CheckedArguments, layout: Layout, dim: int) -> tuple[Decod
 
 
 def _grid(checked: CheckedArguments, key: str) -> Grid:
-    """Return the adapter of their inputs, with Fourier features unless they have none."""
+    """Build the input adapter, with Fourier features unless `fourier_encode_data` is False."""
     width = checked.length(key)
     if not checked.get("fourier_encode_data", True):
         return Grid(checked.agreed("input_channels", width, key), positions=None)

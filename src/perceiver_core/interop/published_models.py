@@ -1,6 +1,7 @@
-"""The seven published Perceiver IO models, built from the configurations that transformers stores with their weights.
+"""Builders of the seven published Perceiver IO models from their transformers configurations.
 
-transformers differs from the JAX code that trained the weights in four details. `Numerics` chooses between them.
+The transformers models differ in four details from DeepMind's JAX code, which trained the weights. `Numerics` selects
+between the two.
 """
 
 from __future__ import annotations
@@ -21,19 +22,20 @@ from perceiver_core.models import PerceiverIO
 
 
 class Numerics(NamedTuple):
-    """Details in which transformers differs from the code that the published weights were trained with.
+    """Details that differ between transformers and DeepMind's code, which the published weights were trained with.
 
-    `interop.TRANSFORMERS_NUMERICS` computes what transformers computes, `interop.DEEPMIND_NUMERICS` what the weights
-    were trained for.
+    `interop.TRANSFORMERS_NUMERICS` reproduces the outputs of transformers, `interop.DEEPMIND_NUMERICS` the outputs of
+    DeepMind's code.
 
     Args:
-        activation: Activation of all MLPs if the configuration has "gelu". DeepMind's is the approximation by tanh,
-            that of transformers exact.
-        stem: Stem of the convolutional image classifier. DeepMind pads both of its strides, transformers the first.
+        activation: Activation of all MLPs if the configuration has "gelu". DeepMind uses the tanh approximation of
+            GELU, transformers the exact GELU.
+        stem: Factory of the stem in the convolutional image classifier. DeepMind pads before the convolution and before
+            the pooling, transformers only before the convolution.
         query_residual: Whether the decoder of the image classifier with learned positions adds its query to the output
-            of its cross-attention. DeepMind's does not.
-        transposed_stem: Whether rows and columns of that stem's kernel are swapped in the file, as they are in the
-            published weights after transformers' conversion.
+            of its cross-attention. It does in transformers and does not in DeepMind's code.
+        transposed_stem: Whether height and width of that stem's kernel are swapped in the transformers weight file.
+            They are in the published weights, as a result of their conversion to transformers.
 
     Example:
         >>> pc.interop.DEEPMIND_NUMERICS.activation
@@ -52,7 +54,11 @@ DEEPMIND_NUMERICS = Numerics(nn.GELU("tanh"), adapters.ConvStem, query_residual=
 
 
 def build(config: Config, numerics: Numerics = TRANSFORMERS_NUMERICS) -> PerceiverIO:
-    """Return the model of a configuration, with new weights; raise ValueError if it describes no model."""
+    """Build the model that a configuration describes, with newly initialized weights.
+
+    Raises:
+        ValueError: If the configuration is not valid.
+    """
     architecture, completed = configs.architecture_of(config), configs.complete(config)
     try:
         return MODELS[architecture](completed, numerics)
@@ -61,7 +67,7 @@ def build(config: Config, numerics: Numerics = TRANSFORMERS_NUMERICS) -> Perceiv
 
 
 def masked_lm(c: Config, n: Numerics) -> PerceiverIO:
-    """Masked language model on bytes: logits over the vocabulary at every position."""
+    """Build the byte-level masked language model, with logits over the vocabulary at every position."""
     text = _text(c)
     encoder = _encoder(text.dim, c, n)
     queried = queries.Learned(c["max_position_embeddings"], text.dim)
@@ -70,29 +76,29 @@ def masked_lm(c: Config, n: Numerics) -> PerceiverIO:
 
 
 def sequence_classification(c: Config, n: Numerics) -> PerceiverIO:
-    """Text classifier on bytes: one logit per class."""
+    """Build the byte-level text classifier, with one logit per class."""
     return _classifier(_text(c), c, n)
 
 
 def image_classification_learned(c: Config, n: Numerics) -> PerceiverIO:
-    """Image classifier on projected pixels with learned positions."""
+    """Build the image classifier on linearly projected pixels with learned position encodings."""
     learned = positions.Projected(positions.LearnedGrid((c["image_size"],) * 2, 256), 256)
     image = adapters.Image(3, positions=learned, stem=partial(adapters.Project, dim=256))
     return _classifier(image, c, n, residual=n.query_residual)
 
 
 def image_classification_fourier(c: Config, n: Numerics) -> PerceiverIO:
-    """Image classifier on pixels with Fourier features."""
+    """Build the image classifier on pixels with Fourier position encodings."""
     return _classifier(adapters.Image(3, positions=_fourier(c, published=224)), c, n)
 
 
 def image_classification_convolutional(c: Config, n: Numerics) -> PerceiverIO:
-    """Image classifier on a convolution of the image, with Fourier features."""
+    """Build the image classifier with a convolutional stem and Fourier position encodings."""
     return _classifier(adapters.Image(3, positions=_fourier(c, published=56), stem=partial(n.stem, dim=64)), c, n)
 
 
 def optical_flow(c: Config, n: Numerics) -> PerceiverIO:
-    """Optical flow from the first to the second of two frames, `b 2 h w`: x and y displacement, in pixels / 20."""
+    """Build the optical flow model. Outputs `b 2 h w` are (x, y) displacements from frame 1 to 2, in pixels / 20."""
     size = tuple(c["train_size"])
     pair = adapters.FramePair(positions=positions.Fourier(2, 64, max_resolution=size))
     encoder = _encoder(pair.dim, c, n)
@@ -101,7 +107,7 @@ def optical_flow(c: Config, n: Numerics) -> PerceiverIO:
 
 
 def multimodal_autoencoding(c: Config, n: Numerics) -> PerceiverIO:
-    """Autoencoder of video, audio and a label that is always masked."""
+    """Build the autoencoder of video, audio and class label. The label is always masked in the input."""
     patch, frames, side = c["samples_per_patch"], c["num_frames"], c["image_size"]
     samples, dim = frames * c["audio_samples_per_frame"], c["output_num_channels"]
     audio = positions.Fourier(1, 192, max_resolution=samples)
@@ -151,14 +157,14 @@ def _text(c: Config) -> adapters.TokenEmbedding:
 
 def _fourier(c: Config, *, published: int) -> positions.Fourier:
     resolution = c["max_resolution"] or [published] * 2
-    resolution = published if list(resolution) == [published] * 2 else resolution  # described as transformers' is
+    resolution = published if list(resolution) == [published] * 2 else resolution  # for equal model configs
     return positions.Fourier(2, c["num_bands"], max_resolution=resolution)
 
 
 def _classifier(
     adapter: adapters.TokenEmbedding | adapters.Image, c: Config, n: Numerics, *, residual: bool = True
 ) -> PerceiverIO:
-    """Return a classifier with one learned query."""
+    """Build a classifier with one learned output query."""
     encoder = _encoder(adapter.dim, c, n)
     decoder = _decoder(encoder, encoder.dim, c["num_labels"], c, n, residual=residual)
     return PerceiverIO(adapter, encoder, queries.Learned(1, encoder.dim), decoder, heads.SingleQuery())

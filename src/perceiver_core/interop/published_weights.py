@@ -1,4 +1,4 @@
-"""Weights of the published models: one table with our names, those of transformers and those of Haiku."""
+"""Weight names of the published models in this library (`ours`), transformers and Haiku, and the transforms."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from perceiver_core.interop.weight_mapping import (
 
 
 class Part(NamedTuple):
-    """Tensor of a module: suffix of its name, here and in Haiku (None if it lacks the tensor), and its transforms."""
+    """Tensor of a module: suffixes of its names, and the transforms to this library's layout.
+
+    `suffix` is the same in this library and in transformers. `haiku` is None if Haiku does not store the tensor.
+    """
 
     suffix: str
     haiku: str | None
@@ -31,7 +34,7 @@ class Part(NamedTuple):
     from_transformers: Transform = UNCHANGED
 
 
-# Module or tensor: our name, that of transformers, that of Haiku, and its parts.
+# Module or tensor: name in this library, in transformers and in Haiku, and its tensors.
 Row: TypeAlias = tuple[str, str, str, Sequence[Part]]
 
 KERNEL = rearranged("height width input output -> output input height width")
@@ -76,7 +79,7 @@ QUERY, POSITIONS = "output_position_encodings.position_embeddings", "trainable_p
 
 
 def from_transformers(config: Config, *, transposed_stem: bool) -> WeightMapping:
-    """Return the mapping from transformers' weights to ours; for `transposed_stem` see `Numerics`."""
+    """Return the mapping from transformers' weights to this library's. See `Numerics` for `transposed_stem`."""
     stem = TRANSPOSED if transposed_stem else UNCHANGED
     return WeightMapping(
         Entry(ours + part.suffix, transformers + part.suffix, part.from_transformers)
@@ -86,7 +89,7 @@ def from_transformers(config: Config, *, transposed_stem: bool) -> WeightMapping
 
 
 def from_haiku(config: Config, names: Collection[str]) -> WeightMapping:
-    """Return the mapping from Haiku's parameters to ours; `names` in the file determine the scope of the encoder."""
+    """Return the mapping from Haiku's parameters to this library's weights. `names` are Haiku's parameter names."""
     return WeightMapping(
         Entry(ours + part.suffix, () if part.haiku is None else haiku + part.haiku, part.from_haiku)
         for ours, _, haiku, parts in _rows(config, haiku_encoder=haiku_encoder(names))
@@ -97,7 +100,14 @@ def from_haiku(config: Config, names: Collection[str]) -> WeightMapping:
 def load_weights(
     model: nn.Module, mapping: WeightMapping, headers: Mapping[str, Tensor], read: Callable[[], Mapping[str, Tensor]]
 ) -> None:
-    """Check the headers of weights against a model on the meta device, read the weights and assign them."""
+    """Check weight headers against a model on the meta device, then read and assign the weights.
+
+    Args:
+        model: Model on the meta device. It is set to evaluation mode.
+        mapping: Mapping from the source project's weights to the model's.
+        headers: Meta tensors with the shapes and dtypes of the source weights.
+        read: Function that reads the source weights.
+    """
     check_floats({name: header for name, header in headers.items() if not name.endswith("_tracked")})
     mapping.check(headers, like=state_tensors(model))
     assign(model, {name: tensor.contiguous() for name, tensor in mapping.load(read()).items()})
@@ -105,13 +115,13 @@ def load_weights(
 
 
 def haiku_encoder(names: Collection[str]) -> str:
-    """Return the scope of the encoder among Haiku's names."""
+    """Return the encoder scope that occurs in Haiku's parameter names, or "perceiver_encoder/~" if none does."""
     scopes = ("perceiver_encoder/~", "encoder/~")
     return next((scope for scope in scopes if any(name.startswith(f"{scope}/") for name in names)), scopes[0])
 
 
 def _rows(config: Config, *, haiku_encoder: str = "", stem: Transform = UNCHANGED) -> list[Row]:
-    """Return the table of a model."""
+    """Return the table rows for the architecture that `config` describes."""
     architecture, completed = configs.architecture_of(config), configs.complete(config)
     decoder, scope = "perceiver.decoder" + ".decoder" * (architecture != configs.TEXT), HAIKU_DECODERS[architecture]
     reads = f"{haiku_encoder}/cross_attention", f"{scope}/cross_attention"
@@ -121,7 +131,7 @@ def _rows(config: Config, *, haiku_encoder: str = "", stem: Transform = UNCHANGE
         *_within("decoder.cross_attention", f"{decoder}.decoding_cross_attention", reads[1], CROSS_ATTEND),
     ]
     for i in range(completed["num_self_attends_per_block"]):
-        layer = f"{haiku_encoder}/self_attention{f'_{i}' if i else ''}"  # Haiku does not number the first
+        layer = f"{haiku_encoder}/self_attention{f'_{i}' if i else ''}"  # Haiku adds no number to the first
         rows += _within(f"encoder.transformers.0.blocks.{i}", f"perceiver.encoder.self_attends.{i}", layer, SELF_ATTEND)
     if architecture != configs.TEXT:
         rows.append(("decoder.output", f"{decoder}.final_layer", f"{scope}/output", LINEAR))
@@ -135,7 +145,7 @@ def _within(ours: str, transformers: str, haiku: str, rows: Sequence[Row]) -> li
 
 
 def _outer_rows(architecture: str, image_size: int, stem: Transform) -> list[Row]:
-    """Return the table of the adapter, and of queries and heads that only one architecture has."""
+    """Return the table rows for the adapter, and for the queries and heads that are specific to one architecture."""
     inputs, network = "perceiver.input_preprocessor", "image_preprocessor/~_build_network_inputs"
     learned, downsample = f"{inputs}.position_embeddings", "image_preprocessor/~/conv2_d_downsample/~"
     reshaped = rearranged("(height width) dim -> height width dim", height=image_size)

@@ -1,7 +1,8 @@
-"""Comparison of our outputs with those of the original models on random inputs, if their library is installed.
+"""Comparison of this library's outputs with outputs of the original models, run in their own libraries.
 
-Both run in float64, so that rounding does not count, and differences are in standard deviations of the original's
-output: flow is a hundredth of the decoder's output, logits are not.
+In the code, `theirs` is the original model and `ours` is this library's model. Both run on random inputs in float64, to
+make rounding errors negligible. Differences are measured in standard deviations of the original's output, because the
+outputs of the architectures differ in scale: optical flow is multiplied by 0.01, logits are not.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Inputs: TypeAlias = dict[str, Json]
 
 
 def library(name: str) -> ModuleType:
-    """Return the module with the classes of "transformers" or "perceiver-pytorch"; raise ImportError without it."""
+    """Import the module that defines the models of "transformers" or "perceiver-pytorch"."""
     try:
         if name == "transformers":
             from transformers.models.perceiver import modeling_perceiver as module
@@ -40,9 +41,11 @@ def library(name: str) -> ModuleType:
 
 @torch.no_grad()
 def transformers(folder: Path, ours: nn.Module) -> float:
-    """Return the largest difference between the outputs of a folder of transformers and of our model.
+    """Return the largest output difference between a transformers model and this library's model.
 
-    `ours` is in evaluation mode, and is converted to float64.
+    Args:
+        folder: Folder of the transformers model.
+        ours: This library's model, in evaluation mode. It is converted to float64 in-place.
     """
     modeling = library("transformers")
     config = configs.complete(configs.read_config(folder))
@@ -53,16 +56,18 @@ def transformers(folder: Path, ours: nn.Module) -> float:
         expected = theirs(**their_inputs).logits
         if architecture == configs.FLOW:
             expected = expected.movedim(-1, 1)
-        del theirs  # for flow, each model needs gigabytes
+        del theirs  # to save memory: each optical flow model needs gigabytes
         return largest_difference(expected, ours.double()(**inputs))
 
 
 @torch.no_grad()
 def perceiver_pytorch(path: Path, arguments: Config, ours: nn.Module) -> float:
-    """Return the largest difference between the outputs of a model of perceiver-pytorch and of ours.
+    """Return the largest output difference between a perceiver-pytorch model and this library's model.
 
-    The model has its weights in a safetensors file at `path`, and `arguments` are all of its constructor. `ours` is in
-    evaluation mode, and is converted to float64.
+    Args:
+        path: Safetensors file with the weights of the perceiver-pytorch model.
+        arguments: Constructor arguments of the perceiver-pytorch model. Here, none are inferred from the weights.
+        ours: This library's model, in evaluation mode. It is converted to float64 in-place.
     """
     module, weights = library("perceiver-pytorch"), read_state_dict(path)
     has_queries = any(name.startswith("decoder_cross_attn.") for name in weights)
@@ -82,12 +87,12 @@ def perceiver_pytorch(path: Path, arguments: Config, ours: nn.Module) -> float:
 
 
 def largest_difference(expected: Outputs, actual: Outputs) -> float:
-    """Return the largest difference of tensors or dictionaries of them, in standard deviations; NaN if any is NaN."""
+    """Return the largest output difference, in standard deviations of the expected tensors; NaN if any is NaN."""
     if isinstance(expected, Mapping) and isinstance(actual, Mapping):
         return float(torch.tensor([largest_difference(expected[name], actual[name]) for name in expected]).max())
     if not isinstance(expected, Tensor) or not isinstance(actual, Tensor) or expected.shape != actual.shape:
         raise ValueError(f"the original gives {_layout(expected)}, ours {_layout(actual)}")
-    deviation = float(expected.std(correction=0)) or float(expected.abs().max()) or 1.0  # that of a single value is 0
+    deviation = float(expected.std(correction=0)) or float(expected.abs().max()) or 1.0  # a constant output has std 0
     return float((expected - actual).abs().max()) / deviation
 
 
@@ -97,7 +102,7 @@ def _layout(outputs: Outputs) -> object:
 
 @contextmanager
 def _in_float64(modeling: ModuleType | None = None) -> Iterator[None]:
-    """Make float64 the default dtype, also of transformers' positions, which are otherwise always float32."""
+    """Context manager that makes float64 the default dtype, also for transformers' positions (normally float32)."""
     default, positions = torch.get_default_dtype(), getattr(modeling, "build_linear_positions", None)
     torch.set_default_dtype(torch.float64)
     try:
@@ -113,20 +118,20 @@ def _in_float64(modeling: ModuleType | None = None) -> Iterator[None]:
 def _linear_positions(
     index_dims: Sequence[int], output_range: tuple[float, float] = (-1.0, 1.0), device: torch.device | None = None
 ) -> Tensor:
-    """Return the points of a grid, as transformers' function of this name does."""
+    """Return grid points like transformers' `build_linear_positions`, but in the default dtype instead of float32."""
     first, last = output_range
     axes = [torch.linspace(first, last, size, device=device) for size in index_dims]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
 
 
 def _inputs(architecture: str, config: Config) -> tuple[Inputs, Inputs]:
-    """Return a random batch in the input format of transformers and in ours."""
+    """Return one random batch as keyword arguments of the transformers model and of this library's model."""
     if architecture in (configs.TEXT, configs.SEQUENCE):
         length = config["max_position_embeddings"]
         ids = torch.randint(config["vocab_size"], (3, length), generator=torch.Generator().manual_seed(0))
         index, quarter = torch.arange(length), -(-length // 4)
         padding = [index >= length - quarter, index < quarter, (index >= quarter) & (index < 2 * quarter)]
-        mask = ~torch.stack(padding)  # padding on the right, on the left, a gap
+        mask = ~torch.stack(padding)  # one sample each with padding on the right, on the left, and inside
         return {"inputs": ids, "attention_mask": mask.long()}, {"inputs": ids, "mask": mask}
     if architecture == configs.FLOW:
         frames = _drawn(1, 2, 3, *config["train_size"])
@@ -140,7 +145,7 @@ def _inputs(architecture: str, config: Config) -> tuple[Inputs, Inputs]:
 
 
 def _multimodal_inputs(config: Config) -> tuple[Inputs, Inputs]:
-    """Return video and audio, and the indices of some output queries."""
+    """Return random video and audio with a subset of the output queries, for both models as in `_inputs`."""
     frames, *sides = config["output_shape"][1:]
     video = _drawn(1, frames, 3, *sides)
     audio = _drawn(1, config["num_frames"] * config["audio_samples_per_frame"])

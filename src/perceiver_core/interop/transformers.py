@@ -1,4 +1,4 @@
-"""Loading and saving of models in the format of transformers."""
+"""Loading and saving of Perceiver models in the format of transformers."""
 
 from __future__ import annotations
 
@@ -31,23 +31,24 @@ from perceiver_core.models import PerceiverIO
 def load_transformers(
     name_or_folder: str | PathLike[str], *, numerics: Numerics = TRANSFORMERS_NUMERICS
 ) -> PerceiverIO:
-    """Load a model of transformers' Perceiver classes.
+    """Load a Perceiver model that transformers saved.
 
-    The configuration is compared with the shapes of the weights before a model is built or a weight is read.
+    Names and shapes of the weights are checked against the configuration before tensors are read from safetensors.
 
     Args:
-        name_or_folder: Folder that transformers wrote (`config.json`, and `model.safetensors` or `pytorch_model.bin`,
-            either in one file or in several with an index), or a name on the Hugging Face hub, for which
-            huggingface_hub has to be installed.
-        numerics: `interop.TRANSFORMERS_NUMERICS` to compute what transformers computes,
-            `interop.DEEPMIND_NUMERICS` to compute what the weights were trained for; see `interop.Numerics`.
+        name_or_folder: Folder that transformers wrote, with `config.json` and `model.safetensors` or
+            `pytorch_model.bin`, in one file or sharded with an index; or a model name on the Hugging Face hub, which
+            requires huggingface_hub.
+        numerics: `interop.TRANSFORMERS_NUMERICS` to reproduce the outputs of transformers, or
+            `interop.DEEPMIND_NUMERICS` to reproduce the code that trained the weights; see `interop.Numerics`.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-        FileNotFoundError: There is no such folder, or nothing to read in it.
-        ValueError: The folder holds a model of another architecture, or weights that do not fit its configuration.
+        FileNotFoundError: If the folder or one of its files does not exist, or if a name on the hub is passed and
+            huggingface_hub is not installed.
+        ValueError: If the folder holds a model of another architecture, or weights that do not fit its configuration.
 
     Example:
         >>> model = pc.interop.load_transformers("deepmind/vision-perceiver-fourier")  # doctest: +SKIP
@@ -79,18 +80,19 @@ def save_transformers(
     """Write a model to a folder that transformers can load, with the same outputs.
 
     Args:
-        model: Model that `load_transformers` returned; it may have been trained since.
-        folder: Folder to write to, created if it does not exist. Files in it are replaced as `save` replaces them.
+        model: Model that `load_transformers` returned, with or without further training.
+        folder: Folder to write to, created if it does not exist. Existing files are replaced after both new files are
+            complete.
         config: Content of the original's `config.json`: a dictionary, a configuration of transformers, or the path of
-            that file or its folder. The activation and the dtype are written as the model has them.
+            the file or its folder. The entries for activation and dtype are updated to match the model.
         numerics: Numerics that the model was loaded with.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: The model is not of that configuration, or transformers cannot express it, like DeepMind's numerics
-            of two image classifiers. Nothing is written then.
+        ValueError: If `config` and `numerics` do not describe the model, or transformers cannot compute the same
+            outputs (two of the image classifiers with DeepMind's numerics). Nothing is written then.
 
     Example:
         >>> import tempfile, torch
@@ -133,7 +135,7 @@ def save_transformers(
 
 
 def _check_described(model: nn.Module, config: Config, numerics: Numerics) -> None:
-    """Raise ValueError unless a configuration describes this model, here and in transformers."""
+    """Check that `config` and `numerics` describe this model, and that transformers can compute the same outputs."""
     with torch.device("meta"):
         described, theirs = build(config, numerics), build(_expressed(config, numerics))
     expected, actual = registry.to_config(described), registry.to_config(model)
@@ -157,9 +159,9 @@ def _check_described(model: nn.Module, config: Config, numerics: Numerics) -> No
 
 
 def _expressed(config: Config, numerics: Numerics) -> dict[str, registry.Json]:
-    """Return the configuration with which transformers comes closest to the chosen numerics."""
+    """Return the configuration to write, with transformers' name of the activation in `numerics` if it has one."""
     written = {"model_type": "perceiver", **configs.transformers_entries(config)}
-    written.pop("torch_dtype", None)  # an old name of dtype
+    written.pop("torch_dtype", None)  # older name of the dtype entry
     if configs.complete(config)["hidden_act"] == "gelu":
         chosen = registry.to_config(numerics.activation)
         known = {"gelu": TRANSFORMERS_NUMERICS.activation, **configs.ACTIVATIONS}
@@ -169,7 +171,7 @@ def _expressed(config: Config, numerics: Numerics) -> dict[str, registry.Json]:
 
 
 def _difference(expected: registry.Json, actual: registry.Json, path: str = "") -> str:
-    """Return the first difference between two descriptions of models, in words; empty if there is none."""
+    """Describe the first difference between two model configs of the registry; empty string if they are equal."""
     if isinstance(expected, dict) and isinstance(actual, dict) and expected.keys() == actual.keys():
         inside = (_difference(expected[key], actual[key], f"{path}.{key}".lstrip(".")) for key in expected)
         return next(filter(None, inside), "")

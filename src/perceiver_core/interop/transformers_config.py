@@ -1,4 +1,4 @@
-"""Configuration of transformers' Perceiver: its entries, their defaults, and the checks of their values."""
+"""Configuration of the transformers Perceiver models: defaults and validation."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ DEFAULTS: dict[str, Json] = {
     "_label_trainable_num_channels": 1024,
     "num_labels": 2,
 }
-# Sizes of the image classifiers' Fourier features, which transformers fixes: entries of ours, not of its configuration.
-# The resolution is None for the published one, or a pair of sizes.
+# Fourier features of the image classifiers. transformers has fixed values and no such entries; this library adds them.
+# `max_resolution` is None for the published resolution, or a pair of sizes.
 FOURIER: dict[str, Json] = {"num_bands": 64, "max_resolution": None}
-# Activations by name; "gelu" is a choice of `Numerics`.
+# Activations by name. "gelu" is missing, because `Numerics` selects it.
 ACTIVATIONS = {
     "gelu_pytorch_tanh": nn.GELU("tanh"),
     "gelu_new": nn.GELU("tanh"),
@@ -70,11 +70,15 @@ CHOICES: dict[str, tuple[Json, ...]] = {
     "use_query_residual": (True, False),
 }
 LARGEST = 2**31 - 1
-SMALLEST = {"num_self_attends_per_block": 0}  # 1 for all others
+SMALLEST = {"num_self_attends_per_block": 0}  # smallest valid sizes; 1 if not listed
 
 
 def complete(config: Config) -> dict[str, Json]:
-    """Return `config` with missing entries set to transformers' defaults; raise ValueError if a value is not valid."""
+    """Return `config` with missing entries set to their defaults, and `num_labels` set from `id2label` if present.
+
+    Raises:
+        ValueError: If a value is not valid.
+    """
     architecture_of(config)
     completed = {**DEFAULTS, **FOURIER, **config}
     if (labels := config.get("id2label")) is not None:
@@ -88,7 +92,11 @@ def complete(config: Config) -> dict[str, Json]:
 
 
 def architecture_of(config: Config) -> str:
-    """Return the one of `ARCHITECTURES` that a configuration names; raise ValueError if there is not exactly one."""
+    """Return the architecture that a configuration names, one of `ARCHITECTURES`.
+
+    Raises:
+        ValueError: If the configuration does not name exactly one known architecture.
+    """
     names = config.get("architectures")
     if not isinstance(names, (list, tuple)) or len(names) != 1 or names[0] not in ARCHITECTURES:
         own = config.get("library") == "perceiver_core"
@@ -100,7 +108,7 @@ def architecture_of(config: Config) -> str:
 
 
 def read_config(folder: str | PathLike[str]) -> dict[str, Json]:
-    """Return the content of `config.json` in a folder."""
+    """Read `config.json` from a folder."""
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"name_or_folder must hold {CONFIG}; there is none in {folder}")
@@ -108,7 +116,7 @@ def read_config(folder: str | PathLike[str]) -> dict[str, Json]:
 
 
 def as_dictionary(config: object) -> dict[str, Json]:
-    """Return the entries of a configuration: a dictionary, an object of transformers, or a path."""
+    """Return a configuration as a dictionary, from a dictionary, a transformers configuration object, or a path."""
     if isinstance(config, (str, PathLike)):
         path = Path(config)
         return read_json(path) if path.is_file() else read_config(path)
@@ -123,12 +131,12 @@ def as_dictionary(config: object) -> dict[str, Json]:
 
 
 def transformers_entries(config: Config) -> dict[str, Json]:
-    """Return the entries that transformers has."""
+    """Return the configuration without the entries that transformers does not have."""
     return {name: value for name, value in config.items() if name not in FOURIER}
 
 
 def _expected_unless_valid(name: str, value: object, default: object) -> str:
-    """Return a description of valid values; empty if the value is valid."""
+    """Return a description of the valid values, or an empty string if `value` is valid."""
     if value is None and default is None:
         return ""
     if name in CHOICES:

@@ -1,7 +1,8 @@
-"""Weight mappings: tables that translate the state dict of another project to ours, and back.
+"""Tables that convert the state dict of a source project to a state dict of this library, and back.
 
-A mapping is a list of entries. Each entry names one or several of our tensors, one or several of theirs, and the
-transform between them; most only rename. Every tensor of a state dict is used exactly once, in both directions.
+In the code, `theirs` is the source project (transformers, Haiku or perceiver-pytorch) and `ours` is this library.
+A mapping is a list of entries. Each entry names tensors on both sides, usually one on each, and the transform between
+them. Most entries only rename. Each tensor of a state dict is used exactly once, in both directions.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from perceiver_core.checkpoints.state import spec_differences, tensor_specs
 
-Names: TypeAlias = str | tuple[str, ...]  # of one tensor, or of a group
+Names: TypeAlias = str | tuple[str, ...]  # name of one tensor, or names of several
 Tensors: TypeAlias = Tensor | Sequence[Tensor]
 State: TypeAlias = Mapping[str, Tensor]
 
@@ -25,10 +26,11 @@ ABSENT = torch.empty(0)
 
 
 class Transform(NamedTuple):
-    """Functions that convert the tensors of an entry from theirs to ours, and back; both also accept meta tensors.
+    """Pair of functions: `load` converts the source project's tensors to this library's, `save` converts them back.
 
-    A single name stands for a tensor, a tuple of names for a sequence of tensors. A tensor may be returned where a
-    sequence is expected: it is split along its first axis.
+    An entry with a single name passes a tensor, and an entry with a tuple of names passes a list of tensors. If the
+    result has a tuple of names, the function returns a sequence of tensors, or one tensor to be split along its first
+    axis. Both functions also accept meta tensors.
     """
 
     load: Callable[[Tensors], Tensors]
@@ -36,10 +38,13 @@ class Transform(NamedTuple):
 
 
 def rearranged(pattern: str, **sizes: int) -> Transform:
-    """Return a transform by `einops.rearrange`: transposed, reshaped, stacked, fused or interleaved weights.
+    """Return a transform that calls `einops.rearrange`: to transpose, reshape, stack, fuse or interleave weights.
 
-    A group of tensors is stacked along a new first axis before, or split along the first axis afterwards. The pattern
-    is that from their layout to ours, the reverse pattern saves; `sizes` are of axes that shapes do not determine.
+    Several input tensors are stacked along a new first axis. Several outputs are slices along the first axis.
+
+    Args:
+        pattern: Pattern from the source project's layout to this library's. `save` uses the reversed pattern.
+        sizes: Axis sizes that the shapes do not determine.
     """
     theirs, ours = pattern.split(" -> ")
 
@@ -50,15 +55,15 @@ def rearranged(pattern: str, **sizes: int) -> Transform:
 
 
 def fused(parts: int, *, num_heads: int = 1) -> Transform:
-    """Return the transform of one matrix of theirs that holds `parts` of ours, with equally many rows each.
+    """Return the transform that splits a fused source matrix into `parts` matrices with equal numbers of rows.
 
-    With `num_heads`, the parts are interleaved by head: the rows of the first head of each part come first.
+    With `num_heads`, the source rows are ordered by head: the rows of head 0 in all parts, then head 1, and so on.
     """
     return rearranged("(heads parts rows) ... -> parts (heads rows) ...", parts=parts, heads=num_heads)
 
 
 def split(*sizes: int) -> Transform:
-    """Return the transform of one tensor of theirs that holds several of ours, of these sizes along the first axis."""
+    """Return the transform that splits one source tensor along the first axis into tensors of these `sizes`."""
     return Transform(lambda theirs: torch.split(cast(Tensor, theirs), list(sizes)), lambda ours: torch.cat(list(ours)))
 
 
@@ -67,7 +72,7 @@ TRANSPOSED = rearranged("... input output -> ... output input")
 
 
 class Entry(NamedTuple):
-    """One entry of a mapping: name or names of our tensors, name or names of theirs, and the transform."""
+    """Entry of a mapping: tensor name or names in this library, name or names in the source project, and transform."""
 
     ours: Names
     theirs: Names
@@ -75,15 +80,20 @@ class Entry(NamedTuple):
 
 
 def renamed(names: Mapping[str, str], *, parts: Sequence[str] = ("weight", "bias")) -> list[Entry]:
-    """Return entries for modules that are only renamed: `names` maps ours to theirs; `parts` are their tensors."""
+    """Return entries for modules that are only renamed.
+
+    Args:
+        names: Source project's name of each module, by its name in this library.
+        parts: Names of the tensors in each module.
+    """
     return [Entry(f"{ours}.{part}", f"{theirs}.{part}") for ours, theirs in names.items() for part in parts]
 
 
 class WeightMapping:
-    """Table that converts state dicts of another project to ours, and back. Iterating over it yields its entries.
+    """Table that converts the source project's state dicts to this library's, and back. Iterating yields its entries.
 
     Raises:
-        ValueError: A name occurs in two entries.
+        ValueError: If a tensor name occurs twice on the same side.
     """
 
     def __init__(self, entries: Iterable[Entry]) -> None:
@@ -98,26 +108,48 @@ class WeightMapping:
         return iter(self.entries)
 
     def within(self, ours: str, theirs: str) -> WeightMapping:
-        """Return the table for the parts of a larger model, with prefixes that end with the separator."""
+        """Return the mapping with prefixes added to all names, for a submodule of a larger model.
+
+        Args:
+            ours: Prefix in this library, including the separator at its end.
+            theirs: Prefix in the source project, including the separator.
+        """
         return WeightMapping(Entry(_prefixed(ours, e.ours), _prefixed(theirs, e.theirs), e.transform) for e in self)
 
     def load(self, theirs: State, like: State | None = None) -> dict[str, Tensor]:
-        """Convert their state dict to ours. Tensors are views of theirs if the transform allows it.
+        """Convert the source project's state dict to this library's.
+
+        Args:
+            theirs: Source state dict.
+            like: State dict of this library's model, to compare shapes and dtypes with; None to compare names only.
+
+        Returns:
+            The state dict for this library. Its tensors are views of the source tensors where the transform allows it.
 
         Raises:
-            ValueError: Tensors are missing or unexpected, or do not fit our state dict `like`, if it is passed. They
-                are listed by their names in `theirs`.
+            ValueError: If source tensors are missing, unexpected, or of a wrong shape or dtype (any floating-point
+                dtype fits any other). The message lists source names.
         """
         self.check(theirs, like)
         return _translated(((entry.theirs, entry.transform.load, entry.ours) for entry in self), theirs)
 
     def save(self, ours: State) -> dict[str, Tensor]:
-        """Convert our state dict, with one name for each tensor, to theirs; raise ValueError if it has other names."""
+        """Convert this library's state dict to the source project's.
+
+        Args:
+            ours: State dict of this library's model, with tied tensors under one name only.
+
+        Raises:
+            ValueError: If the names in `ours` are not the names in the mapping.
+        """
         _check(ours, {name: ours.get(name, ABSENT) for name in self.ours})
         return _translated(((entry.ours, entry.transform.save, entry.theirs) for entry in self), ours)
 
     def check(self, theirs: State, like: State | None = None) -> None:
-        """Raise the errors of `load` without loading; tensors on the meta device suffice."""
+        """Check the source project's state dict as `load` does, without converting it.
+
+        Tensors on the meta device suffice. Without `like`, only the names are checked.
+        """
         if like is None:
             _check(theirs, {name: theirs.get(name, ABSENT) for name in self.theirs})
         else:
@@ -125,7 +157,7 @@ class WeightMapping:
 
 
 def _check(actual: State, expected: State) -> None:
-    """Raise ValueError unless tensors have the names, shapes and dtypes that are expected."""
+    """Check that tensors have the expected names, shapes and dtypes. Any two floating-point dtypes match."""
     if different := spec_differences(tensor_specs(dict(expected)), tensor_specs(dict(actual))):
         marked = bool(actual) and all(name.startswith("module.") for name in actual)
         hint = ". Take off the module. at the start of all names, which DataParallel puts there" * marked
@@ -141,7 +173,7 @@ def _prefixed(prefix: str, names: Names) -> Names:
 
 
 def _translated(steps: Iterable[tuple[Names, Callable[[Tensors], Tensors], Names]], state: State) -> dict[str, Tensor]:
-    """Apply steps `(argument names, function, result names)` to the tensors of a state dict; return the results."""
+    """Apply steps `(argument names, function, result names)` to the tensors of a state dict and return the results."""
     translated: dict[str, Tensor] = {}
     for sources, function, targets in steps:
         tensors = state[sources] if isinstance(sources, str) else [state[name] for name in sources]

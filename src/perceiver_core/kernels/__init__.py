@@ -1,9 +1,9 @@
-"""Softmax attention as pure functions.
+"""Attention kernels as pure functions.
 
-A kernel is a function `(q, k, v, *, mask) -> out` on tensors `b h n d`; one that also takes `dropout` can drop
-attention weights. `fastest`, the default, chooses between `sdpa`, PyTorch's own kernels, and `chunked`, whose memory
-does not grow with queries times keys; `reference` is the plain formula. Two kernels compute something else:
-in `inverted` queries compete for keys, and `add_zero_attn` lets queries attend to nothing.
+A kernel is a function `(q, k, v, *, mask) -> out` on tensors `b h n d`. A kernel with a `dropout` argument supports
+attention dropout. `fastest`, the default, selects between `sdpa` (PyTorch's own kernels) and `chunked`, which does not
+store all attention weights. `reference` is the plain formula. Two kernels compute variants of softmax attention: in
+`inverted`, queries compete for keys, and `add_zero_attn` lets queries attend to nothing.
 """
 
 from perceiver_core.kernels.attention_weights import kernel_attention_map

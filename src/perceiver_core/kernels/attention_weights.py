@@ -1,4 +1,4 @@
-"""Attention weights of any kernel, computed by calling it with one-hot values."""
+"""Attention weights of an arbitrary kernel, computed by calling the kernel with one-hot values."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ def kernel_attention_map(
     queries: QueryIndices = None,
     block: int = 256,
 ) -> Float[Tensor, "b h chosen k"]:
-    """Return the attention weights of a kernel, for selected queries.
+    """Return the attention weights of a kernel for selected queries, `b h chosen k`.
 
-    The softmax kernels of this package are computed by `attention_map`. Any other kernel is called with one-hot
-    values, one block of keys at a time, which is exact if the kernel is linear in the values.
+    For the softmax kernels of this package, the weights are computed with `attention_map`. Any other kernel is called
+    with one-hot values, one block of keys at a time, which is exact if the kernel is linear in the values.
 
     Args:
         kernel: Attention kernel `(q, k, v, *, mask) -> out`.
         q: Queries.
         k: Keys.
-        mask: Attention mask.
-        queries: Indices of the selected queries; all of them by default.
-        block: Number of keys per call of the kernel.
+        mask: Attention mask; see `masks`.
+        queries: Indices of the selected queries; None for all queries.
+        block: Number of keys per kernel call.
 
     Example:
         >>> q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 11, 8), torch.randn(2, 4, 11, 5)

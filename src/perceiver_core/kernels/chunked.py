@@ -1,7 +1,7 @@
-"""Attention over chunks of the keys: online softmax, and merging of partial results.
+"""Attention over chunks of the keys, with online softmax and merging of partial results.
 
-Scores exist for one chunk at a time, in the forward and in the backward pass, which recomputes the weights of a chunk
-from the log-sum-exp. Partial results merge exactly and in any order, so the input may come from a stream, a
+The forward and the backward pass compute scores for one chunk at a time. The backward pass recomputes the weights from
+the log-sum-exp. Partial results can be merged exactly and in any order, so the input may come from a stream, a
 memory-mapped file or other ranks:
 
     out = sum_i exp(lse_i - lse) out_i        lse = log sum_i exp(lse_i)
@@ -25,7 +25,7 @@ from perceiver_core.registry import register
 
 
 class PartialAttention(NamedTuple):
-    """Attention output over a part of the keys, and the log-sum-exp of its scores, by which `merge` combines parts."""
+    """Named tuple of the attention output over part of the keys and the log-sum-exp of its scores; see `merge`."""
 
     output: Float[Tensor, "b h q e"]
     lse: Float[Tensor, "b h q"]
@@ -41,7 +41,7 @@ def chunked(
     chunk_size: int = 4096,
     half_precision_matmul: bool = False,
 ) -> Outputs:
-    """Compute exact attention in memory q x chunk_size instead of q x k, forward and backward.
+    """Compute exact attention with O(q x chunk_size) instead of O(q x k) memory, in the forward and backward pass.
 
     Args:
         q: Queries.
@@ -49,9 +49,9 @@ def chunked(
         v: Values.
         mask: Attention mask, evaluated one chunk at a time; see `masks`.
         chunk_size: Number of keys per chunk.
-        half_precision_matmul: Whether half-precision inputs are multiplied in half precision, to which scores are then
-            rounded; several times faster on processors with units for it. By default they are multiplied in float32.
-            The softmax and the sums over chunks are in float32 either way.
+        half_precision_matmul: Whether to multiply half-precision inputs in half precision, which rounds the scores but
+            is several times faster on processors with hardware support. By default, they are multiplied in float32. The
+            softmax and the sums over chunks are always computed in float32 or wider.
 
     Example:
         >>> q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 11, 8), torch.randn(2, 4, 11, 5)
@@ -70,14 +70,15 @@ def partial_attention(
     chunk_size: int = 4096,
     half_precision_matmul: bool = False,
 ) -> PartialAttention:
-    """Compute attention over a part of the keys; `merge` joins the results of several parts.
+    """Compute attention over part of the keys; `merge` combines the results of several parts.
 
-    Arguments are those of `chunked`. The mask covers this part only: a rule such as `masks.Causal` counts positions
-    from the end of the keys passed here, so parts of a longer input need their part of the whole mask.
+    The arguments are the same as for `chunked`. The mask covers this part only. Rules such as `masks.Causal` count
+    positions from the end of the keys passed here, so for a part of a longer input, pass the corresponding part of the
+    whole mask.
 
     Returns:
-        The output, in the dtype of `v`, and the log-sum-exp of the scores, in float32 or wider; -inf for a query
-        that may attend to no key.
+        Named tuple of the output `b h q e`, in the dtype of `v`, and the log-sum-exp of the scores `b h q`, in float32
+        or wider. The log-sum-exp is -inf for a query that may not attend to any key.
 
     Example:
         >>> q, k, v = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 10, 8), torch.randn(1, 2, 10, 8)
@@ -95,9 +96,12 @@ def partial_attention(
 
 
 def merge(*parts: PartialAttention) -> PartialAttention:
-    """Merge attention over several parts of the keys into attention over all of them.
+    """Merge attention over several parts of the keys into attention over all keys.
 
-    Differentiable, associative and commutative; see `partial_attention` for an example.
+    The operation is differentiable, associative and commutative. See `partial_attention` for an example.
+
+    Raises:
+        ValueError: If no parts are passed.
     """
     if not parts:
         raise ValueError("merge needs at least one part; got none")
@@ -114,9 +118,9 @@ def merge(*parts: PartialAttention) -> PartialAttention:
 
 
 class _PartialAttention(torch.autograd.Function):
-    """Forward and backward of one part; a Function because autograd would store the weights of every chunk.
+    """Autograd function for one part of the keys. Without it, autograd would store the weights of every chunk.
 
-    Mask tensors are separate arguments, so that `torch.func.vmap` sees them.
+    Mask tensors are separate arguments, so that `torch.func.vmap` can map over them.
     """
 
     generate_vmap_rule = True
@@ -151,7 +155,7 @@ class _PartialAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_output: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
-        # torch.compile cannot trace a Function inside a backward, and takes no second derivative anyway.
+        # torch.compile cannot trace a Function inside a backward pass, and does not support second derivatives.
         compute = _Gradients.forward if torch.compiler.is_compiling() else _Gradients.apply
         saved = ctx.saved_tensors
         gradients = compute(ctx.rules, ctx.settings, d_output, d_lse, *saved)
@@ -159,7 +163,7 @@ class _PartialAttention(torch.autograd.Function):
 
 
 class _Gradients(torch.autograd.Function):
-    """Backward of one part; a separate Function, so that a second derivative raises instead of being wrong."""
+    """Backward pass of `_PartialAttention`. It is a separate Function so that second derivatives raise an error."""
 
     generate_vmap_rule = True
 
@@ -175,7 +179,7 @@ class _Gradients(torch.autograd.Function):
             offset = d_lse - (d_output.to(wide) * output.to(wide)).sum(-1)
             d_out = d_output.to(matmul_dtype)
             base = lse.masked_fill(lse == -torch.inf, 0.0)
-            # Made from `offset`, so that under vmap they have the mapped axis even if an input lacks it.
+            # Created from `offset`, so that under vmap they have the mapped axis even if an input does not.
             d_queries = offset.new_zeros(queries.shape)
             d_k, d_v = offset.new_empty(k.shape, dtype=k.dtype), offset.new_empty(v.shape, dtype=v.dtype)
             for chunk in _chunks(k, chunk_size):
@@ -190,7 +194,7 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: object, inputs: object, output: object) -> None:
-        """Save nothing: there is no second derivative."""
+        """Save nothing, because there is no second derivative."""
 
     @staticmethod
     def backward(ctx: object, *gradients: Tensor) -> None:
@@ -198,13 +202,13 @@ class _Gradients(torch.autograd.Function):
 
 
 def _scaled(q: Tensor, matmul_dtype: torch.dtype) -> tuple[Tensor, torch.dtype]:
-    """Return the scaled queries in the dtype of the matrix products, and the dtype of the sums."""
+    """Return the scaled queries in the dtype of the matrix products, and the dtype for accumulation."""
     wide = torch.promote_types(q.dtype, torch.float32)
     return (q.to(wide) * q.shape[-1] ** -0.5).to(matmul_dtype), wide
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    # If a Function returns a `to` that does nothing, torch.compile of PyTorch 2.11 gives zero gradients.
+    # If a Function returns the result of a no-op `to`, torch.compile in PyTorch 2.11 computes zero gradients.
     return x if x.dtype == dtype else x.to(dtype)
 
 

@@ -1,4 +1,4 @@
-"""The default attention kernel: the fastest of this package for its inputs."""
+"""Default attention kernel, which selects the faster of `sdpa` and `chunked`."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from perceiver_core.kernels.sdpa import sdpa
 from perceiver_core.masks import Mask
 from perceiver_core.registry import register
 
-CHUNK_SIZE = 1024  # keys; the scores of a chunk should stay in the processor's cache
-MIN_MULTIPLICATIONS = 2**25  # of queries and keys; below, PyTorch's kernel has less overhead
+CHUNK_SIZE = 1024  # keys per chunk, whose scores should fit in the CPU cache
+MIN_MULTIPLICATIONS = 2**25  # multiplications in q @ k.mT below which `sdpa` has less overhead
 
 
 @register
 def fastest(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropout: float = 0.0) -> Outputs:
-    """Compute attention by `sdpa`, or by `chunked` for bfloat16 inputs on a CPU with bfloat16 matrix units.
+    """Compute attention with `chunked` for large bfloat16 inputs on a CPU with bfloat16 instructions, else `sdpa`.
 
-    On such processors PyTorch's fused kernel is no faster in bfloat16 than in float32, and matrix products are several
-    times faster. `chunked` then rounds scores to bfloat16, as dense attention in bfloat16 does, which adds about as
-    much error as the rounding of queries and keys; `kernel=sdpa` keeps scores in float32.
+    On such CPUs, matrix products are several times faster in bfloat16 than in float32, but PyTorch's fused kernel is
+    not. `chunked` rounds scores to bfloat16, like unfused attention in bfloat16, which adds about as much error as the
+    rounding of queries and keys. `kernel=sdpa` keeps scores in float32. Under autocast to bfloat16, float32 inputs are
+    converted. `sdpa` is always used with dropout and under torch.compile.
 
-    Arguments and result are those of `sdpa`.
+    The arguments and the result are the same as for `sdpa`.
 
     Example:
         >>> q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 11, 8), torch.randn(2, 4, 11, 5)
@@ -39,7 +40,8 @@ def fastest(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropout
 def uses_chunks(q: Tensor, num_keys: int, *, dropout: float = 0.0) -> bool:
     """Return whether `fastest` uses `chunked` for these queries and this number of keys.
 
-    Never under torch.compile and torch.export: the choice depends on sizes that may vary, and on the machine.
+    Always False under torch.compile and torch.export, because the choice depends on the CPU and on sizes that may be
+    dynamic.
     """
     if q.device.type != "cpu" or dropout or torch.compiler.is_compiling():
         return False
@@ -48,5 +50,5 @@ def uses_chunks(q: Tensor, num_keys: int, *, dropout: float = 0.0) -> bool:
 
 
 def has_bfloat16_units() -> bool:
-    """Return whether this is an x86 processor with units that multiply bfloat16 matrices without emulation."""
+    """Return whether the CPU has x86 instructions for bfloat16 matrix products (AVX-512 BF16 or AMX)."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -1,8 +1,8 @@
-"""Inverted attention: queries compete for the keys, as slots do in slot attention.
+"""Inverted attention: the softmax is over the queries, so that they compete for keys like slots in slot attention.
 
 W = softmax(q k^T / sqrt(d)) over the queries        A = W / sum of W over the keys        out = A v
 
-The output of a query that may attend to no key is zero, as in every kernel.
+The output of a query that may not attend to any key is zero.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from perceiver_core.registry import register
 
 @register
 def inverted(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropout: float = 0.0) -> Outputs:
-    """Compute attention whose softmax is over the queries, so that they compete for each key.
+    """Compute attention with a softmax over the queries, so that queries compete for each key.
 
-    The result of a query depends on all other queries, so queries cannot be processed separately or in chunks. The
-    weights take memory q x k; they are normalized as logarithms, so a query that loses every key still gets an average.
+    The output of a query depends on all other queries, so queries cannot be processed separately or in chunks. The
+    weights take O(q x k) memory. They are normalized over the keys in log space, so that even a query with tiny weights
+    for all keys gets a weighted average of the values.
 
-    Arguments are those of `reference`. A query does not compete for keys that it may not attend to.
+    The arguments are the same as for `reference`. A query does not compete for keys that are masked for it.
 
     Example:
         >>> q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 11, 8), torch.randn(2, 4, 11, 5)
@@ -46,4 +47,4 @@ def inverted(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropou
     return F.dropout(weights, dropout).to(v.dtype) @ v
 
 
-inverted.competes = True  # type: ignore[attr-defined] # the result of a query depends on the other queries
+inverted.competes = True  # type: ignore[attr-defined] # the output of a query depends on the other queries

@@ -1,9 +1,9 @@
-"""Softmax attention by its formula, against which every other kernel is tested.
+"""Plain softmax attention, the reference for testing the other softmax kernels.
 
     A = softmax(q k^T / sqrt(d))        out = A v
 
-The output of a query that may attend to no key is zero. Shapes: b samples, h heads, q queries and k keys of width d,
-values of width e.
+The output of a query that may not attend to any key is zero. In shapes, b is the batch size, h the number of heads, q
+and k the numbers of queries and keys, d the width of queries and keys, and e the width of values.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ QueryIndices: TypeAlias = int | Sequence[int] | Int[Tensor, " chosen"] | None
 
 @register
 def reference(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropout: float = 0.0) -> Outputs:
-    """Compute attention with all weights in memory, q x k: exact and twice differentiable.
+    """Compute exact, twice differentiable attention that stores all q x k weights.
 
     Args:
-        q: Queries.
-        k: Keys, of the queries' width.
-        v: Values, of any width.
-        mask: Attention mask; see `masks`. None attends everywhere.
-        dropout: Rate at which attention weights are dropped.
+        q: Queries, `b h q d`.
+        k: Keys, `b h k d`.
+        v: Values, `b h k e`.
+        mask: Attention mask; see `masks`. None to attend to all keys.
+        dropout: Dropout rate of the attention weights.
 
     Example:
         >>> q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 11, 8), torch.randn(2, 4, 11, 5)
@@ -51,17 +51,17 @@ def reference(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropo
 def attention_map(
     q: Queries, k: Keys, *, mask: Mask | None = None, queries: QueryIndices = None
 ) -> Float[Tensor, "b h chosen k"]:
-    """Return the softmax attention weights of selected queries.
+    """Return the softmax attention weights of selected queries, `b h chosen k`.
 
     Args:
         q: Queries.
         k: Keys.
         mask: Attention mask; see `masks`.
-        queries: Indices of the selected queries; all of them by default.
+        queries: Indices of the selected queries; None for all queries.
 
     Returns:
-        Weights that add to 1 over the keys, or are all 0 for a query that may attend to no key; in float32 for half
-        precision.
+        Weights that sum to 1 over the keys, or are all 0 for a query that may not attend to any key. They are in
+        float32 for half-precision inputs.
 
     Example:
         >>> q, k = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 11, 8)
@@ -75,7 +75,8 @@ def attention_map(
         selected = torch.as_tensor(queries, device=q.device).reshape(-1)
         q, rows = q[..., selected, :], rows[selected]
     wide = torch.promote_types(q.dtype, torch.float32)
-    # Scaled before the product, and in float32, since it may overflow in half precision; autocast narrows it anyway.
+    # Scaled before the product, which may overflow in half precision. Autocast computes the product in half precision
+    # even though both factors are float32.
     scores = ((q.to(wide) * q.shape[-1] ** -0.5) @ k.to(wide).mT).to(wide)
     if mask is None:
         return scores.softmax(-1)

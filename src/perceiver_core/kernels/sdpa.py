@@ -1,11 +1,11 @@
-"""PyTorch's fused attention kernels; inputs are padded or packed, without changing results, to use the fastest.
+"""PyTorch's fused attention kernels, with inputs padded or packed so that flash kernels support more of them.
 
-`torch.nn.functional.scaled_dot_product_attention` picks flash, cuDNN, memory-efficient or plain matrix products;
-`torch.nn.attention.sdpa_kernel` overrides its choice, and `torch.nn.attention.activate_flash_attention_impl` enables
-FlashAttention-3 or 4 if installed. Flash kernels do not support four cases, which are adapted here. Values whose width
-differs from the keys' and, on CUDA, widths that are not a multiple of 8 are padded with zero columns, which changes
-neither scores nor outputs. Padding masks, and causal attention of the last queries to all keys, use the kernel for
-packed sequences (see `varlen`). `kernel_for` returns the kernel that is used.
+`torch.nn.functional.scaled_dot_product_attention` selects a flash, cuDNN, memory-efficient or math kernel.
+`torch.nn.attention.sdpa_kernel` overrides the selection, and `torch.nn.attention.activate_flash_attention_impl` enables
+FlashAttention-3 or 4 if installed. If values and keys differ in width or, on CUDA, a width is not a multiple of 8, they
+are padded with zero columns, which changes neither scores nor outputs. On CUDA in half precision, key-padding masks and
+causal attention with fewer queries than keys use the kernel for packed sequences (see `varlen`). `kernel_for` returns
+the name of the kernel.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from perceiver_core.registry import register
 
 @register
 def sdpa(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropout: float = 0.0) -> Outputs:
-    """Compute attention by PyTorch's fused kernels. Arguments and result are those of `reference`.
+    """Compute attention with PyTorch's fused kernels. The arguments and the result are the same as for `reference`.
 
     Example:
         >>> q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 11, 8), torch.randn(2, 4, 11, 5)
@@ -32,7 +32,7 @@ def sdpa(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropout: f
     """
     device_type = q.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        # Autocast converts inside the kernel, after `varlen.is_supported` looks at the dtype; so convert here.
+        # Autocast would convert inside the kernel, after `varlen.is_supported` checks the dtype.
         dtype = torch.get_autocast_dtype(device_type)
         q, k, v = (x.to(dtype) if x.dtype == torch.float32 else x for x in (q, k, v))
     scale, value_width = q.shape[-1] ** -0.5, v.shape[-1]
@@ -50,14 +50,14 @@ def sdpa(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropout: f
             return varlen.attend(q, k, v, valid, scale=scale)[..., :value_width]
     allowed = masks.materialize(mask, queries=q.shape[-2], keys=k.shape[-2], device=q.device)
     attends = allowed.any(-1, keepdim=True)
-    # The kernels differ on fully masked rows, so they never get one.
+    # Kernels disagree on fully masked rows, so these rows attend to all keys, and their output is set to zero.
     allowed = (allowed | ~attends)[(None,) * (4 - allowed.ndim)]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout, scale=scale)
     return out[..., :value_width].masked_fill(~attends, 0.0)
 
 
 class Kernel(NamedTuple):
-    """Name of a PyTorch kernel, and the reason why it is not a flash kernel; the reason is empty if it is one."""
+    """Named tuple of a PyTorch kernel's name and, on CUDA, the reason why it is not a flash kernel (else empty)."""
 
     name: str
     why: str = ""
@@ -68,9 +68,10 @@ def kernel_for(
 ) -> Kernel:
     """Return the PyTorch kernel that `sdpa` uses for heads of these widths, without dropout.
 
-    Names on CUDA: "flash or cuDNN" (PyTorch picks the faster), "flash, packed" (see `varlen`), "cuDNN or
-    memory-efficient" and "memory-efficient". For a causal mask, fewer queries than keys are assumed; equal lengths use
-    `is_causal`.
+    The names on CUDA are "flash or cuDNN", "flash, packed" (see `varlen`), "cuDNN or memory-efficient", and
+    "memory-efficient". If a name has two kernels, PyTorch selects one in a fixed order that depends on the GPU and the
+    cuDNN version. For float64, the name is "memory-efficient", although PyTorch uses its math kernel. For a causal
+    mask, fewer queries than keys are assumed, because equal lengths use `is_causal` in place of a mask.
 
     Example:
         >>> from perceiver_core.kernels.sdpa import kernel_for
@@ -89,6 +90,6 @@ def kernel_for(
 
 
 def fused_width(key_width: int, value_width: int, device: torch.device) -> int:
-    """Return the head width for the fused kernels: the wider of keys and values, on CUDA padded to a multiple of 8."""
+    """Return the larger of two head widths, on CUDA rounded up to a multiple of 8, to which inputs are padded."""
     width = max(key_width, value_width)
     return -(-width // 8) * 8 if device.type == "cuda" else width

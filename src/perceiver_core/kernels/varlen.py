@@ -1,9 +1,11 @@
-"""PyTorch's flash kernel for packed sequences, used for masks that its other flash kernels do not take.
+"""PyTorch's flash kernel for packed (variable-length) sequences, for masks that its dense flash kernels do not support.
 
-PyTorch's dense flash kernels take no mask, but the packed one takes the number of keys of each sample, and causal
-attention that aligns at the end. So valid keys are packed, one sample after the other. A stable sort brings them to the
-front, so masks of any pattern are supported, sizes stay fixed, and nothing waits for the GPU: masked keys lie behind
-all samples, where no kernel reads.
+The dense flash kernels support no mask tensors and no causal attention with fewer queries than keys. The packed kernel
+supports a different number of keys per sample, and aligns the last query with the last key in causal attention.
+
+For a key-padding mask, a stable sort moves all valid keys to the front, one sample after another. Masked keys end up
+after the last sample, where the kernel does not read. Padding can therefore be anywhere in a sample, tensor sizes are
+static, and the CPU never waits for the GPU.
 """
 
 from __future__ import annotations
@@ -23,12 +25,12 @@ from perceiver_core import masks
 from perceiver_core.kernels.reference import Keys, Outputs, Queries, Values
 from perceiver_core.masks import Mask
 
-WIDEST = 256  # largest head width of the flash kernel
+WIDEST = 256  # maximum head width of the flash kernels
 CAPABILITY = (8, 0)  # minimum compute capability of the GPU
 
 
 class Packed(NamedTuple):
-    """Packed keys and values of a batch, and the start of each sample, followed by the total number of valid keys."""
+    """Named tuple of the packed keys and values of a batch, and the cumulative sequence lengths, starting at 0."""
 
     keys: Float[Tensor, "bn h d"]
     values: Float[Tensor, "bn h e"]
@@ -36,7 +38,7 @@ class Packed(NamedTuple):
 
 
 def valid_keys(mask: Mask) -> Bool[Tensor, "#b n"] | None:
-    """Return the valid keys of a key-padding mask; None for any other mask.
+    """Return the valid keys of a key-padding mask, `b n`, or None for any other mask.
 
     Example:
         >>> from perceiver_core.kernels.varlen import valid_keys
@@ -55,7 +57,7 @@ def valid_keys(mask: Mask) -> Bool[Tensor, "#b n"] | None:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # GPUs do not change during tracing
 def why_not(dtype: torch.dtype, width: int, device: torch.device) -> str:
-    """Return the reason why PyTorch's flash kernels do not take queries like these; empty if they do."""
+    """Return the reason why flash kernels do not support these inputs, or an empty string if they do."""
     if device.type != "cuda":
         return "flash kernels run on CUDA"
     if dtype not in (torch.float16, torch.bfloat16):
@@ -68,21 +70,27 @@ def why_not(dtype: torch.dtype, width: int, device: torch.device) -> str:
 
 
 def is_supported(q: Float[Tensor, "b h q d"]) -> bool:
-    """Return whether PyTorch's flash kernel takes packed keys for these queries."""
-    if torch._C._are_functorch_transforms_active():  # the kernel has no rules for them
+    """Return whether PyTorch's flash kernel for packed sequences supports these queries."""
+    if torch._C._are_functorch_transforms_active():  # the kernel does not support torch.func
         return False
     return not why_not(q.dtype, q.shape[-1], q.device) and has_varlen()
 
 
 def attend(q: Queries, k: Keys, v: Values, valid: Bool[Tensor, "#b k"], *, scale: float) -> Outputs:
-    """Compute attention to the valid keys, for values of the keys' width; zeros for samples without a valid key."""
+    """Compute attention to the valid keys. Keys and values must have the same width.
+
+    The output is zero for samples without a valid key.
+    """
     valid = valid.expand(k.shape[0], k.shape[2])
     out = _run(q, pack(k, v, valid), k.shape[2], (-1, -1), scale)
     return out.masked_fill(~valid.any(1)[:, None, None, None], 0.0)
 
 
 def attend_causal(q: Queries, k: Keys, v: Values, *, scale: float) -> Outputs:
-    """Compute causal attention, in which the last query aligns with the last key, for values of the keys' width."""
+    """Compute causal attention that aligns the last query with the last key.
+
+    Keys and values must have the same width.
+    """
     keys, values = (rearrange(x, "b h n d -> (b n) h d") for x in (k, v))
     return _run(q, Packed(keys, values, _equal_starts(k)), k.shape[2], (-1, 0), scale)
 
@@ -101,7 +109,9 @@ def _equal_starts(x: Float[Tensor, "b h n d"]) -> Int[Tensor, " samples_and_one"
 
 
 def pack(k: Float[Tensor, "b h n d"], v: Float[Tensor, "b h n e"], valid: Bool[Tensor, "b n"]) -> Packed:
-    """Move valid keys and values to the front. Samples without any get a zero key, since kernels differ on them.
+    """Move the valid keys and values of all samples to the front.
+
+    Samples without a valid key get one key of zeros, because kernels disagree on empty sequences.
 
     Example:
         >>> from perceiver_core.kernels.varlen import pack
@@ -118,9 +128,10 @@ def pack(k: Float[Tensor, "b h n d"], v: Float[Tensor, "b h n e"], valid: Bool[T
 
 
 class _Reordered(torch.autograd.Function):
-    """x[order] for a permutation, whose gradient is permuted back without a sum.
+    """Autograd function that reorders `x` by a permutation and sets masked positions to zero.
 
-    Masked positions become zero, and so do their gradients, which kernels leave uninitialized.
+    The backward pass indexes with the inverse permutation. Autograd would use `index_put` with accumulation, which is
+    slower. Gradients at masked positions are set to zero, because the flash kernel leaves them uninitialized.
     """
 
     @staticmethod
@@ -136,7 +147,7 @@ class _Reordered(torch.autograd.Function):
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_varlen() -> bool:
-    """Return whether PyTorch's attention to packed keys takes a scale and a window: from 2.11 on."""
+    """Return whether PyTorch's `varlen_attn` exists and supports a scale and a window, which requires PyTorch 2.11."""
     return {"scale", "window_size"} <= _parameters()
 
 

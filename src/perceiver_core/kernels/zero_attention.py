@@ -1,6 +1,6 @@
-"""Attention with an extra key of zeros, so that a query may attend to nothing.
+"""Attention with an extra key of zeros, so that a query can attend to nothing.
 
-A = exp(s) / (1 + sum of exp(s))        out = A v
+A = exp(s) / (1 + sum of exp(s))        out = A v        with the scores s = q k^T / sqrt(d)
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ def add_zero_attn(
     kernel: Callable[..., Tensor] = fastest,
     **options: object,
 ) -> Outputs:
-    """Compute attention over the keys and an extra key of zeros, which has a zero value and is never masked.
+    """Compute attention over the keys and an extra key and value of zeros, which are never masked.
 
-    `functools.partial(add_zero_attn, kernel=...)` is a kernel too.
+    `functools.partial(add_zero_attn, kernel=...)` is also a kernel, for use in attention modules.
 
     Args:
         q: Queries.
         k: Keys.
         v: Values.
-        mask: Attention mask over the keys, without the extra one.
+        mask: Attention mask over the keys, not including the extra key.
         kernel: Kernel that computes the attention.
-        options: Other arguments of the kernel, such as `dropout`.
+        options: Other keyword arguments of the kernel, such as `dropout`.
 
     Example:
         >>> q, k, v = torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 3, 8), torch.ones(1, 1, 3, 1)
@@ -46,7 +46,7 @@ def add_zero_attn(
 
     Reference: Miller 2023, "Attention Is Off By One"; torch.nn.MultiheadAttention, `add_zero_attn`.
     """
-    # The extra key is the first one: positions count from the end, so those of the other keys do not change.
+    # The extra key comes first. Positions count from the end, so the other keys keep their positions.
     if mask is not None:
         masks.check_broadcast(mask, q, k)
         allowed = masks.materialize(mask, queries=q.shape[-2], keys=k.shape[-2], device=q.device)

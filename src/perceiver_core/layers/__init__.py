@@ -1,1 +1,1 @@
-"""Layers below the blocks: linear layers, their initialization, and random draws for dropout."""
+"""Layers that the blocks use: linear layers, weight initialization, and random draws for dropout."""

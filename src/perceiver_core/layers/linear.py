@@ -1,8 +1,8 @@
-"""Linear layers that use oneDNN in eager mode for large float32 products on a CPU, where it is faster than MKL.
+"""Linear layer that uses oneDNN in eager mode for large float32 products on a CPU, where it is faster than MKL.
 
-PyTorch multiplies float32 matrices on x86 with MKL, which reaches half the AVX-512 throughput of processors other than
-Intel's. oneDNN, which PyTorch uses for convolutions and bfloat16, is twice as fast there; it is called by the operator
-that torch.compile uses. Both accumulate in float32. Elsewhere a layer is `nn.functional.linear`.
+PyTorch multiplies float32 matrices on x86 with MKL, which reaches half the AVX-512 throughput of non-Intel processors.
+oneDNN, which PyTorch uses for convolutions and bfloat16, is twice as fast there. It is called with the operator that
+torch.compile uses. Both libraries accumulate in float32. In all other cases the layer calls `nn.functional.linear`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-MIN_PRODUCTS = 2**22  # multiplications below which MKL has less overhead
-MIN_WIDTH = 16  # columns and terms below which oneDNN cannot fill its vectors
-MAX_DEPTH = 8  # terms of a sum per row or column of the result, above which MKL distributes work better
+MIN_PRODUCTS = 2**22  # scalar multiplications; below, MKL has less overhead
+MIN_WIDTH = 16  # inner dimension and number of columns; below, oneDNN cannot fill its vector registers
+MAX_DEPTH = 8  # ratio of the inner dimension to the larger outer one; above, MKL parallelizes better
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` with the same weights and, up to rounding, the same results; faster where `uses_onednn` is true.
+    """Drop-in replacement for `nn.Linear` that uses oneDNN where it is faster; see `uses_onednn`.
 
-    Its type is not `nn.Linear` itself, which `torch.ao.quantization.quantize_dynamic` looks for, and
-    `torch.jit.script` cannot compile it.
+    The state dict is the same, and the results agree up to rounding. Two PyTorch tools do not support this class:
+    `torch.ao.quantization.quantize_dynamic` replaces the exact type `nn.Linear` only, and `torch.jit.script` cannot
+    compile it.
 
     Example:
         >>> from perceiver_core.layers.linear import Linear
@@ -38,7 +39,7 @@ class Linear(nn.Linear):
 
     def forward(self, input: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
         """Return `input @ weight.T + bias`."""
-        weight, bias = self.weight, self.bias  # once: each may be computed
+        weight, bias = self.weight, self.bias  # read once, because a parametrization computes them at each access
         if (
             type(input) is not Tensor
             or torch.compiler.is_compiling()
@@ -54,8 +55,8 @@ class Linear(nn.Linear):
 def uses_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Return whether `Linear` uses oneDNN: in eager mode, for large float32 products on CPUs where it is faster.
 
-    It does not under anything that knows PyTorch's ordinary operators only: torch.compile, torch.export, torch.func,
-    tracing, or a mode such as FlopCounterMode.
+    Always False under torch.compile, torch.export, torch.func, forward-mode AD, tracing, autocast, and modes such as
+    FlopCounterMode, because these have to see PyTorch's ordinary operators.
     """
     if torch.compiler.is_compiling() or (type(x) is not Tensor and type(x) is not nn.Parameter):
         return False
@@ -71,7 +72,7 @@ def uses_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 
 
 def is_faster() -> bool:
-    """Return whether oneDNN multiplies float32 matrices faster than MKL on this processor: AVX-512, not from Intel."""
+    """Return whether oneDNN is enabled and faster than MKL in float32: on non-Intel processors with AVX-512."""
     return _is_faster() and bool(torch.backends.mkldnn.enabled)
 
 
@@ -82,7 +83,10 @@ def _is_faster() -> bool:
 
 
 def _vendor() -> str:
-    """Return the vendor of the processor; Intel if unknown, so that MKL is used."""
+    """Return the vendor line of /proc/cpuinfo, or "Intel" (which selects MKL) if there is no such line.
+
+    Without /proc/cpuinfo, return `platform.processor()`.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -91,7 +95,7 @@ def _vendor() -> str:
 
 
 class _Product(torch.autograd.Function):
-    """a @ b.T + bias. Its gradients are such products too, so it is twice differentiable."""
+    """Autograd function `a @ b.T + bias` with oneDNN. Gradients use it too, so double backward is supported."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
@@ -115,7 +119,7 @@ class _Product(torch.autograd.Function):
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Return `a @ b.T` by the faster library, or by PyTorch's ordinary operator where `uses_onednn` is false."""
+    """Return `a @ b.T`, computed with oneDNN if `uses_onednn` is true, else with PyTorch's ordinary operator."""
     if not uses_onednn(a, b):
         return a @ b.t()
     out: Tensor = _Product.apply(a, b, None)  # type: ignore[no-untyped-call]
@@ -123,7 +127,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _are_plain(*tensors: Tensor | None) -> bool:
-    """Return whether these are plain float32 matrices on a CPU, and no mode or subclass intercepts their operators."""
+    """Return whether these are plain float32 CPU tensors and no mode, transform or tracer intercepts operators."""
     for x in tensors:
         if x is None:
             continue
@@ -139,5 +143,5 @@ def _are_plain(*tensors: Tensor | None) -> bool:
 
 
 def _without_gaps(x: Tensor) -> Tensor:
-    """Return a matrix that is dense in row- or column-major order: oneDNN is hundreds of times slower on others."""
+    """Make a matrix contiguous in row- or column-major order: oneDNN is hundreds of times slower on others."""
     return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()

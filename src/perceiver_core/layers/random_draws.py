@@ -1,7 +1,7 @@
-"""Random draws from a user's generator that repeat under activation checkpointing.
+"""Random draws from a user-supplied generator that repeat under activation checkpointing.
 
-Activation checkpointing restores the state of PyTorch's default generator before it runs a forward pass again, but not
-the state of other generators: their draws would differ, and gradients would be silently wrong.
+Before recomputing a forward pass, activation checkpointing restores the state of PyTorch's default generator, but not
+of other generators. Their draws would differ in the recomputation, and gradients would be silently wrong.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
-MAX_STATES = 1024  # forward passes that can be repeated where the checkpoint is not known
+MAX_STATES = 1024  # forward passes remembered for checkpoints that cannot be identified
 
 
 class RepeatableDraws:
-    """Recorded states of a user's generator before the draws of one module, restored if a forward pass is recomputed.
+    """Recorder of a generator's states before a module's random draws, to repeat the draws in a recomputed pass.
 
-    Non-reentrant checkpoints are identified by the frame that their hooks and functions hold. Other passes (reentrant
-    checkpoints) are identified by the state of the default generator, which checkpointing restores; of several passes
-    that start from the same state, the last one is repeated.
+    A non-reentrant checkpoint is identified by its `_CheckpointFrame` object. Any other pass, such as a reentrant
+    checkpoint, is identified by the state of the default generator, which checkpointing restores. If several passes
+    start from the same state, the last one is repeated.
     """
 
     def __init__(self) -> None:
@@ -31,18 +31,18 @@ class RepeatableDraws:
         self._states: OrderedDict[bytes, Tensor] = OrderedDict()
 
     def __reduce__(self) -> tuple[type[RepeatableDraws], tuple[()]]:
-        """Copy and pickle without the states: they belong to running forward passes."""
+        """Copy and pickle without the recorded states, which belong to running forward passes."""
         return type(self), ()
 
     def generator(self, generator: torch.Generator | None) -> torch.Generator | None:
         """Return the generator to use in one forward pass; None stands for PyTorch's default generator.
 
-        In an original pass it is `generator` itself. In a recomputed pass it is a copy with the state that `generator`
-        had in the original pass.
+        In an original pass, this is `generator` itself. In a recomputed pass, it is a new generator with the state that
+        `generator` had in the original pass.
         """
         if generator is None or torch.compiler.is_compiling():
             return generator
-        task = torch._C._current_graph_task_id()  # of the backward pass that this call is in, or -1
+        task = torch._C._current_graph_task_id()  # id of the backward pass in progress, or -1
         frame, key = _checkpoint_frame(), _default_state()
         if task == -1:
             state = generator.get_state()
@@ -53,13 +53,13 @@ class RepeatableDraws:
             if frame is not None:
                 self._frames.setdefault(frame, _Frame()).states.append(state)
             return generator
-        known = None if frame is None else self._frames.get(frame)  # not of a checkpoint inside a repeated one
+        known = None if frame is None else self._frames.get(frame)  # None for a checkpoint inside a recomputed one
         repeated = self._states.get(key) if known is None else known.next_state(task)
         return generator if repeated is None else torch.Generator(generator.device).set_state(repeated)
 
 
 class _Frame:
-    """States of the draws in one checkpoint, in order, and the number repeated in each backward pass."""
+    """Generator states recorded in one checkpoint, in order, and the number repeated so far per backward pass."""
 
     def __init__(self) -> None:
         self.states: list[Tensor] = []
@@ -75,7 +75,7 @@ _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", Non
 
 
 def _checkpoint_frame() -> object | None:
-    """Return the frame of the innermost non-reentrant checkpoint, in an original pass and in a repeated one."""
+    """Return the `_CheckpointFrame` of the innermost non-reentrant checkpoint, or None outside such checkpoints."""
     hooks = _top_hooks(True) if _top_hooks else ()
     if hooks is None:
         return None
@@ -83,12 +83,12 @@ def _checkpoint_frame() -> object | None:
 
 
 def _frame_on_the_stack() -> object | None:
-    """Return the checkpoint's frame that its running functions hold, where other hooks cover its own."""
+    """Return the `_CheckpointFrame` from the call stack, in case other saved-tensor hooks hide its own."""
     call = inspect.currentframe()
     while call is not None:
         if call.f_code.co_filename == torch.utils.checkpoint.__file__:
             local = call.f_locals
-            if "frame" in local:  # repeats the pass: `unpack_hook`
+            if "frame" in local:  # recomputed pass: `unpack_hook`
                 return local["frame"]
             if inspect.isgenerator(local.get("gen")):  # original pass: `checkpoint`, with its suspended generator
                 suspended = local["gen"].gi_frame
@@ -98,7 +98,7 @@ def _frame_on_the_stack() -> object | None:
 
 
 def _frame_in(hook: object) -> object | None:
-    """Return the frame that the hook of a checkpoint holds in its closure, weakly in a repeated pass."""
+    """Return the `_CheckpointFrame` in a hook's closure (a weak reference in a recomputed pass), or None."""
     for cell in getattr(hook, "__closure__", None) or ():
         held = cell.cell_contents() if isinstance(cell.cell_contents, ref) else cell.cell_contents
         if type(held).__name__ == "_CheckpointFrame":

@@ -1,10 +1,12 @@
-"""Generation with Perceiver AR, token by token, with cached keys and values.
+"""Token-by-token generation with Perceiver AR, with cached keys and values.
 
-Each new token becomes one more latent, whose keys and values are appended to the caches. After the maximum number of
-latents a new window starts: latents are recomputed for the last `num_initial_latents` tokens only, and their number
-grows again. Cached keys and values of the cross-attention do not depend on latents and are kept. The schedule is the
-same without caches, so both give the same logits. Once the sequence is longer than `context_length`, each new token
-drops the oldest one, on which cached latents depend, so everything is recomputed for each token.
+Each new token becomes a latent, and its keys and values are appended to the caches. After the number of latents has
+reached the model's maximum, a new window starts: only the last `num_initial_latents` tokens become latents, which are
+recomputed, and their number grows again. The cached keys and values of the cross-attention do not depend on latents, so
+they are kept. Generation without caches uses the same schedule and therefore gives the same logits.
+
+Once the sequence is longer than `context_length`, each new token drops the oldest token. Because cached latents depend
+on the dropped token, all keys, values and latents are then recomputed for each new token.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from perceiver_core.models.sampling import Sampler, greedy
 from perceiver_core.reads import KeysValuesCache
 
 
-def generate(  # noqa: PLR0913 (the prompt, its length and all options of the generation)
+def generate(  # noqa: PLR0913 (options of generation)
     model: PerceiverAR,
     prompt: Shaped[Tensor, "b n"],
     *,
@@ -37,29 +39,32 @@ def generate(  # noqa: PLR0913 (the prompt, its length and all options of the ge
     use_cache: bool = True,
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, "b t"]:
-    """Predict the tokens after a prompt, one at a time.
+    """Generate tokens after a prompt, one at a time.
 
     Args:
         model: Model in evaluation mode.
-        prompt: Token ids, at least one per sample. Only the last `context_length` are used.
+        prompt: Token ids, at least one per sample. Only the last `context_length` ids are used.
         max_new_tokens: Maximum number of tokens to generate.
-        mask: Valid tokens of the prompt, True = attend; shorter prompts are padded on the left.
-        sampler: Function `(logits: b v, generator) -> ids: b`, such as `sampling.greedy` or `sampling.Sample()`.
-        stop_ids: Token id, or ids, that end a sample. A finished sample repeats its last id until all are finished.
-        num_initial_latents: Maximum number of latents when a window starts; half of the model's latents by default.
-        context_length: Maximum number of last tokens that are attended to, with positions counted from the first of
-            these. It bounds memory; beyond it, each token costs as much as without caches. By default the number of
-            positions of the model's embedding, or unlimited if these are (`positions.Rotary`).
-        use_cache: Whether keys and values are cached or recomputed for each token, with the same result.
-        generator: Random generator of the sampler.
+        mask: Valid tokens of the prompt, True = attend. Pad shorter prompts on the left.
+        sampler: Callable `(logits: b v, generator) -> ids: b`, such as `sampling.greedy` or `sampling.Sample()`.
+        stop_ids: Token id, or collection of ids, that ends a sample. A finished sample repeats its last id until all
+            samples are finished.
+        num_initial_latents: Number of latents at the start of a window, from 1 to `model.num_latents`, or fewer while
+            the sequence is shorter. Half of `model.num_latents` by default.
+        context_length: Maximum number of most recent tokens to attend to, which bounds memory. Position embeddings are
+            counted from the first of these tokens. Beyond this length, caches no longer save time. By default the
+            number of positions in the model's embedding, or unlimited if the embedding has no positions.
+        use_cache: Whether to cache keys and values, or recompute them for each token. The result is the same.
+        generator: Random generator for the sampler.
 
     Returns:
-        The new ids; fewer than `max_new_tokens` if all samples finish earlier.
+        Generated ids `b t`. `t` is less than `max_new_tokens` if all samples finish earlier.
 
     Raises:
-        TypeError: Arguments of another type; ids from the sampler that are not integers.
-        ValueError: A model in training mode, an empty prompt, ids outside the vocabulary, a mask of another shape or
-            with padding elsewhere, numbers out of range; a sampler that does not return one id per sample.
+        TypeError: If an argument has the wrong type, or the sampler returns ids that are not integers.
+        ValueError: If the model is in training mode, the prompt is empty, an id is not in the vocabulary, the mask has
+            the wrong shape or padding that is not on the left, a number is out of range, or the sampler does not return
+            one id per sample.
 
     Example:
         >>> embedding = pc.adapters.TokenEmbedding(vocab_size=256, dim=32)
@@ -68,8 +73,8 @@ def generate(  # noqa: PLR0913 (the prompt, its length and all options of the ge
         >>> pc.generate(model, prompt, max_new_tokens=20, sampler=pc.models.sampling.Sample(top_p=0.9)).shape
         torch.Size([1, 20])
 
-    Reference: google-research/perceiver-ar, sample_utils.py, `reset_memory`, where latents of a full window are
-    recomputed too, with half their number.
+    Reference: google-research/perceiver-ar, sample_utils.py, `reset_memory`, which also recomputes half of the latents
+    when a window is full.
     """
     tokens = stream(
         model,
@@ -86,7 +91,7 @@ def generate(  # noqa: PLR0913 (the prompt, its length and all options of the ge
     return torch.stack(list(tokens), dim=1)
 
 
-def stream(  # noqa: PLR0913 (as above)
+def stream(  # noqa: PLR0913 (options of generation)
     model: PerceiverAR,
     prompt: Shaped[Tensor, "b n"],
     *,
@@ -99,9 +104,10 @@ def stream(  # noqa: PLR0913 (as above)
     use_cache: bool = True,
     generator: torch.Generator | None = None,
 ) -> Iterator[Int[Tensor, " b"]]:
-    """Predict the tokens after a prompt, and yield each as soon as it is computed.
+    """Generate tokens after a prompt, and yield the ids of each step, `b`, as soon as they are sampled.
 
-    Arguments and errors are those of `generate`. The call itself raises them, except for errors of the sampler's ids.
+    The arguments and errors are those of `generate`. Invalid arguments raise errors in the call itself, and invalid ids
+    from the sampler raise errors during the iteration.
 
     Example:
         >>> embedding = pc.adapters.TokenEmbedding(vocab_size=256, dim=32)
@@ -134,9 +140,9 @@ def stream(  # noqa: PLR0913 (as above)
 
 
 def latent_schedule(num_latents: int, num_initial_latents: int) -> Iterator[int]:
-    """Yield the maximum number of latents for each new token.
+    """Yield the maximum number of latents for each new token, without end.
 
-    The schedule does not depend on the prompt, so each sample of a batch follows it as it would alone.
+    The schedule does not depend on the prompt, so a sample follows the same schedule alone and in a batch.
 
     Example:
         >>> from itertools import islice
@@ -148,7 +154,7 @@ def latent_schedule(num_latents: int, num_initial_latents: int) -> Iterator[int]
 
 
 class _Sequence:
-    """Prompt and generated tokens, limited to the last `context_length`."""
+    """Ids and mask of the prompt and the generated tokens, limited to the last `context_length` tokens."""
 
     def __init__(
         self, model: PerceiverAR, ids: Tensor, mask: Tensor | None, num_initial_latents: int, context_length: int | None
@@ -158,7 +164,7 @@ class _Sequence:
         self.ids, self.mask = ids[:, last], None if mask is None else mask[:, last]
         self.schedule = latent_schedule(model.num_latents, num_initial_latents)
         self.prompt_length = self.ids.shape[1]
-        self.shifted = False  # whether the last `append` dropped a token
+        self.shifted = False  # True if the last `append` dropped a token
 
     def append(self, ids: Int[Tensor, " b"]) -> None:
         self.shifted = self.ids.shape[1] == self.context_length
@@ -168,18 +174,22 @@ class _Sequence:
             self.mask = torch.cat([self.mask[:, kept], self.mask.new_ones(len(ids), 1)], 1)
 
     def last(self, count: int) -> tuple[Tensor, Tensor | None]:
-        """Return the last `count` ids and their mask."""
+        """Return the last `count` ids, `b count`, and their mask."""
         return self.ids[:, -count:], None if self.mask is None else self.mask[:, -count:]
 
     def indices(self, count: int) -> tuple[Tensor, Tensor]:
-        """Return the indices of the last `count` tokens, not counting padding, and their rotary positions."""
+        """Return positions of the last `count` tokens: one tensor for position embeddings, one for rotary embeddings.
+
+        The first, `count` or `b count`, starts at 0 at the first valid token of each sample. The second, `count`, is
+        relative to the end of the prompt.
+        """
         n = self.ids.shape[1]
         last = torch.arange(n - count, n, device=self.ids.device)
         valid = last if self.mask is None else (self.mask.long().cumsum(1) - 1).clamp(min=0)[:, -count:]
-        return valid, last - (self.prompt_length - 1)  # the last token of the prompt has position 0
+        return valid, last - (self.prompt_length - 1)  # 0 at the last token of the prompt until a token is dropped
 
     def attention_mask(self, num_queries: int, num_keys: int) -> masks.Mask | None:
-        """Return the mask for attention of the last `num_queries` tokens to the last `num_keys` tokens."""
+        """Return the mask for attention from the last `num_queries` tokens to the last `num_keys` tokens."""
         _, valid = self.last(num_keys)
         if num_queries > 1:
             return causal(valid)
@@ -195,7 +205,7 @@ def _sampled(
     generator: torch.Generator | None,
     stop_ids: tuple[int, ...],
 ) -> Iterator[Tensor]:
-    """Yield ids sampled from the logits, and append them to the sequence."""
+    """Sample ids from the logits of each step, yield them, and append them to the sequence."""
     ids = sequence.ids[:, -1]
     finished, stops = torch.zeros_like(ids, dtype=torch.bool), ids.new_tensor(stop_ids)
     for number, next_logits in enumerate(logits, 1):
@@ -216,15 +226,16 @@ def _sampled(
 
 
 def _recomputed(sequence: _Sequence) -> Iterator[Float[Tensor, "b v"]]:
-    """Yield the logits of each next token, with everything recomputed."""
+    """Yield the logits of each new token, computed from the whole sequence without caches."""
     for num_latents in sequence.schedule:
         yield sequence.model(sequence.ids, mask=sequence.mask, num_latents=num_latents)[:, -1]
 
 
 def _cached(sequence: _Sequence) -> Iterator[Float[Tensor, "b v"]]:
-    """Yield the same logits with caches: keys and values of each token are computed once, latents once per window.
+    """Yield the same logits as `_recomputed`, with caches.
 
-    Once a token has been dropped, the caches are unused: cached latents depend on it, and positions change.
+    Keys and values of the cross-attention are computed once per token, and latents once per window. After a token is
+    dropped, the next step starts with empty caches, because cached latents depend on this token and positions change.
     """
     num_layers = cast(LatentTransformer, sequence.model.latent_transformer).num_layers
     cache, before = KeysValuesCache(), 0
@@ -252,7 +263,7 @@ def _cached(sequence: _Sequence) -> Iterator[Float[Tensor, "b v"]]:
 
 
 def _check_parts(model: PerceiverAR, sampler: Sampler, generator: torch.Generator | None) -> None:
-    """Raise unless the model is a Perceiver AR in evaluation mode, and sampler and generator have the right types."""
+    """Check that the model is a PerceiverAR in evaluation mode, and that sampler and generator have the right types."""
     required = ("vocab_size", "num_latents", "embedding", "latent_transformer", "training")
     if missing := [name for name in required if not hasattr(model, name)]:
         raise TypeError(
@@ -271,7 +282,7 @@ def _check_parts(model: PerceiverAR, sampler: Sampler, generator: torch.Generato
 
 
 def _checked_stop_ids(stop_ids: int | Collection[int], vocab_size: int) -> tuple[int, ...]:
-    """Return the stop ids as a tuple, after checks."""
+    """Check the stop ids and return them as a tuple."""
     if isinstance(stop_ids, str) or not isinstance(stop_ids, (int, Iterable)):
         raise TypeError(f"stop_ids must be an id or a collection of ids; got {stop_ids!r}")
     ids = (stop_ids,) if isinstance(stop_ids, int) else tuple(stop_ids)

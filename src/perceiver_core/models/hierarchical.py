@@ -1,10 +1,11 @@
-"""Hierarchical Perceiver: groups of the input are read by latents of their own, and merge from level to level.
+"""Hierarchical Perceiver: each group of input tokens is read by its own latents, and groups merge level by level.
 
     tokens --16 groups--> 16 x z latents --4 groups--> 4 x z latents --1 group--> z latents      levels
     latents --4 groups--> 4 x z latents --16 groups--> 16 x z latents                            decoder_levels
 
-Attention stays within a group. A read with g groups therefore costs g times less, so a long input can be read by many
-latents. Groups are contiguous segments of the flattened input: tokens that are related should be close to each other.
+Attention is restricted to a group. With the same total number of latents, a read with g groups is g times cheaper, so
+many latents can read a long input. Groups are contiguous segments of the flattened input, so related tokens should be
+close to each other.
 """
 
 from __future__ import annotations
@@ -29,28 +30,29 @@ from perceiver_core.tokens import Tokens
 
 @register
 class HierarchicalPerceiver(nn.Module):
-    """Levels of grouped reads that merge groups, and optional levels that split them again.
+    """Hierarchical Perceiver: levels of grouped reads that merge groups, then optional levels that split them again.
 
         x = embedding(inputs) + positions
         for each level:          x = grouped_read(x)
         for each decoder level:  x = grouped_read(x, skip=x of the opposite level)
 
-    Used as an encoder, between an adapter and a head. Decoder levels are for outputs as large as the input; see
-    `HierarchicalAutoencoder`.
+    Use it as the encoder of a `Perceiver`, between the adapter and the head. Decoder levels are needed only for outputs
+    as large as the input; see `HierarchicalAutoencoder`.
 
     Args:
-        input_dim: Width of the input's tokens.
+        input_dim: Width of the input tokens.
         levels: Sizes of each level. In the paper the number of groups decreases, for example 16, 4, 1.
-        positions: Position features that are added to the embedded input, which has their width; in the paper learned
-            and low-dimensional: `positions.LearnedGrid((n,), dim=32)`.
-        decoder_levels: Sizes of the levels that follow. The first one is opposite the second-to-last of `levels`, the
-            next one opposite the level before that, and so on, each with the numbers of groups and latents of its
-            opposite.
+        positions: Position features, added to the embedded input. The embedding has the same width. The paper uses
+            learned, low-dimensional positions: `positions.LearnedGrid((n,), dim=32)`.
+        decoder_levels: Sizes of each decoder level. The first decoder level is opposite the second-to-last of `levels`,
+            the second is opposite the level before that, and so on. Opposite levels must have the same number of groups
+            and of latents.
         cross_attention: Factory `(dim, input_dim) -> module` of a level's cross-attention.
         latent_transformer: Factory `(dim, depth=depth, num_heads=num_heads) -> module` of a level's latent transformer.
 
     Raises:
-        TypeError, ValueError: Invalid positions; no levels; decoder levels with other sizes than their opposites.
+        TypeError: If `positions` does not implement `positions.Positions`.
+        ValueError: If `levels` is empty, there are too many decoder levels, or opposite levels have different sizes.
 
     Example:
         >>> sizes = {16: (4, 32), 4: (8, 48), 1: (8, 64)}
@@ -59,7 +61,7 @@ class HierarchicalPerceiver(nn.Module):
         >>> encoder(torch.randn(2, 500, 3)).shape
         torch.Size([2, 8, 64])
 
-    Reference: Carreira et al. 2022 (Hierarchical Perceiver), section 3; skips between levels as in
+    Reference: Carreira et al. 2022 (Hierarchical Perceiver), section 3. Skip connections:
     deepmind/hierarchical_perceiver, `perceiver.py`, `HiP`.
     """
 
@@ -95,15 +97,16 @@ class HierarchicalPerceiver(nn.Module):
     def forward(
         self, inputs: Tokens | Float[Tensor, "b n c"], *, mask: Bool[Tensor, "b n"] | None = None
     ) -> Float[Tensor, "b m d"]:
-        """Return the latents of the last level, group by group.
+        """Return the latents of the last level, concatenated over its groups.
 
         Args:
-            inputs: Tokens, or a tensor.
-            mask: Valid tokens, in addition to the tokens' own mask. The content of other tokens has no effect, NaN
-                included, but they count in the division into groups.
+            inputs: `Tokens`, or a tensor `b n c`.
+            mask: Valid tokens, True = attend, in addition to the tokens' own mask. The content of masked tokens has no
+                effect, even if it is NaN. Masked tokens are still assigned to groups.
 
         Raises:
-            TypeError, ValueError: Inputs of another width, rank, dtype or device; an invalid mask.
+            TypeError: If the inputs have the wrong dtype, or the mask is not boolean.
+            ValueError: If the inputs have the wrong width, rank or device, or the mask has the wrong shape.
         """
         x = inputs.materialize() if isinstance(inputs, Tokens) else inputs
         checks.is_floating("inputs", x)
@@ -127,14 +130,14 @@ class HierarchicalPerceiver(nn.Module):
 
 @register
 class HierarchicalAutoencoder(nn.Module):
-    """Hierarchical Perceiver with an output for every token of the input, valid or not.
+    """Hierarchical Perceiver that reconstructs every input token, including masked tokens.
 
-    The query of a token is its position features; it reads the latents of its group. With a mask this is the paper's
-    pretraining: invalid tokens are predicted from the valid ones.
+    Each token has a query, its position features, which cross-attends to the latents of the token's group. With a mask,
+    this is the masked auto-encoding of the paper: masked tokens are predicted from valid tokens.
 
     Args:
-        perceiver: Hierarchical Perceiver whose last level divides the tokens of the output into groups.
-        output_dim: Width of the output; `perceiver.input_dim` by default.
+        perceiver: Hierarchical Perceiver. Its last level sets the number of groups that output tokens are divided into.
+        output_dim: Width of the outputs; `perceiver.input_dim` by default.
         cross_attention: Factory `(dim, input_dim, residual=False) -> module`.
 
     Example:
@@ -165,13 +168,13 @@ class HierarchicalAutoencoder(nn.Module):
     def forward(
         self, inputs: Tokens | Float[Tensor, "b n c"], *, mask: Bool[Tensor, "b n"] | None = None
     ) -> Float[Tensor, "b n o"]:
-        """Return a vector for every token; arguments as in `HierarchicalPerceiver`."""
+        """Return one vector per input token. The arguments are those of `HierarchicalPerceiver.forward`."""
         groups, latents = self.perceiver.level.num_groups, self.perceiver(inputs, mask=mask)
         positions = token_positions(self.perceiver.positions, inputs)
         queries = repeat(grouped(positions.unsqueeze(0), groups), "g n p -> (b g) n p", b=latents.shape[0])
         outputs = self.cross_attention(queries, rearrange(latents, "b (g z) d -> (b g) z d", g=groups))
         outputs = rearrange(self.output(outputs), "(b g) n o -> b (g n) o", g=groups)
-        # Negative padding cuts off padded tokens, where a slice would specialize a graph to the strides.
+        # Negative padding removes the padding tokens. A slice would specialize a compiled graph to the strides.
         return F.pad(outputs, (0, 0, 0, positions.shape[0] - outputs.shape[1]))
 
 
@@ -184,7 +187,7 @@ def token_positions(positions: Positions, inputs: Tokens | Float[Tensor, "b n c"
 
 
 def _opposites(levels: Sequence[Level], decoder_levels: Sequence[Level]) -> list[Level]:
-    """Return the levels whose outputs are skip connections to the decoder levels, after checks."""
+    """Check the levels, and return the levels whose outputs are the skip connections of the decoder levels."""
     if not levels:
         raise ValueError("levels must have at least one level; got none")
     opposites = list(levels)[-2::-1]

@@ -1,4 +1,4 @@
-"""Perceiver: adapter, encoder, head."""
+"""Perceiver model, composed of an adapter, an encoder and a head."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from perceiver_core.registry import register
 
 @register
 class Perceiver(nn.Module):
-    """Perceiver of any modality: its adapter determines the inputs, its head the outputs.
+    """Perceiver for any modality. The adapter determines the type of input, and the head the type of output.
 
         raw input --adapter--> tokens --encoder--> latents --head--> output
 
     Args:
-        adapter: Module from raw input to tokens; see `adapters`. `nn.Identity()` if the input is already a tensor
-            `b n c`, or `Tokens`, which have their own mask.
-        encoder: Module from tokens to latents; see `Encoder`.
-        head: Module from latents to the output; see `heads`.
+        adapter: Module that maps the raw input to tokens; see `adapters`. Use `nn.Identity()` if the input is already a
+            tensor `b n c`, or `Tokens`, which contain their own mask.
+        encoder: Module that maps tokens to latents; see `Encoder`.
+        head: Module that maps latents to the output; see `heads`.
 
     Raises:
-        TypeError: A part that is not a module.
-        ValueError: Consecutive parts of different widths (`.dim` and `.input_dim`, if they have these attributes).
+        TypeError: If a component is not a module.
+        ValueError: If the widths of consecutive components differ (`.dim` and `.input_dim`, if both are defined).
 
     Example:
         >>> positions = pc.positions.Fourier(num_axes=2, num_bands=8, max_resolution=32)
@@ -50,8 +50,8 @@ class Perceiver(nn.Module):
         """Return the output of the head.
 
         Args:
-            inputs: Input of the adapter: images `b c h w`, audio `b s`, points `b n f`, ...
-            mask: Valid tokens, True = attend, in the shape that the adapter documents.
+            inputs: Input of the adapter, such as images `b c h w`, audio `b s` or points `b n f`.
+            mask: Valid inputs, True = attend, in the shape that the adapter expects.
             capture: Receives the attention weights of one read of the encoder.
         """
         tokens = self.adapter(inputs) if mask is None else self.adapter(inputs, mask=mask)
@@ -60,9 +60,10 @@ class Perceiver(nn.Module):
 
 
 def check_parts(parts: Mapping[str, object], widths: Mapping[str, str]) -> None:
-    """Raise unless all parts are modules whose widths match, by pairs such as ("adapter.dim", "encoder.input_dim").
+    """Check that all parts of a model are modules, and that the widths of connected parts match.
 
-    A width is skipped if a part has no such attribute.
+    `widths` maps each output width, such as "adapter.dim", to the input width that must equal it, "encoder.input_dim".
+    Pairs with a missing attribute are skipped.
     """
     for name, part in parts.items():
         if not isinstance(part, nn.Module):

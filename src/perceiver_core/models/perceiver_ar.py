@@ -1,4 +1,4 @@
-"""Perceiver AR: the last tokens of a long sequence attend causally to all of it, and predict the next token."""
+"""Perceiver AR: autoregressive model whose latents are the last tokens of a long sequence."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ LATENT_TRANSFORMER = partial(LatentTransformer, block=partial(SelfAttend, attent
 
 
 class DecodingStep(NamedTuple):
-    """State of cached generation from which a forward pass continues.
+    """Named tuple of the inputs for one forward pass of cached generation.
 
     Args:
-        indices: Indices of the tokens of this pass in the sequence, for position embeddings.
-        num_new: Number of last tokens whose keys and values are not cached yet.
-        cross_attention: Options of the cross-attention: its mask, rotary positions, and cached keys and values.
-        latent_transformer: Options of the latent transformer, likewise.
+        indices: Index of each token of this pass in the sequence, for position embeddings, `n` or `b n`.
+        num_new: Number of tokens, counted from the end, whose cross-attention keys and values are not cached yet.
+        cross_attention: Keyword arguments of the cross-attention: mask, rotary positions and cache.
+        latent_transformer: Keyword arguments of the latent transformer: mask, rotary positions and caches.
     """
 
     indices: Int[Tensor, "*#b n"]
@@ -44,34 +44,36 @@ class DecodingStep(NamedTuple):
 
 @register
 class PerceiverAR(nn.Module):
-    """Autoregressive model of token ids. Its latents are the last tokens, which attend causally to the whole sequence.
+    """Perceiver AR: autoregressive model in which only the last tokens attend, causally, to the whole sequence.
 
         x       = embedding(ids)                                    b n d
         latents = cross_attention(last m of x, x, causal)           b m d
         latents = latent_transformer(latents, causal)               b m d
         logits  = head(norm(latents))                               b m vocab_size
 
-    Only the cost of the cross-attention grows with the length of the sequence. If it is shorter than `num_latents`,
-    every token is a latent.
+    The last m tokens, at most `num_latents`, are the latents. The tokens before them (the prefix) are processed only by
+    the embedding and the cross-attention, so the cost of the latent transformer does not depend on their number.
 
     Args:
-        embedding: Adapter of token ids, with `dim` and `vocab_size`; see `adapters.TokenEmbedding`.
+        embedding: Adapter for token ids with attributes `dim` and `vocab_size`; see `adapters.TokenEmbedding`.
         num_latents: Maximum number of latents.
-        depth: Number of self-attention blocks after the read.
-        num_heads: Number of attention heads of these blocks; the read has its own.
-        cross_attention: Factory `(dim, dim) -> module` of the read. It has 1 head by default; for eight heads write
-            `cross_attention=partial(perceiver_ar.CROSS_ATTENTION, num_heads=8)`.
+        depth: Number of self-attention blocks in the latent transformer.
+        num_heads: Number of attention heads in these blocks.
+        cross_attention: Factory `(dim, dim) -> module`. The default has one attention head. For eight heads, pass
+            `partial(perceiver_ar.CROSS_ATTENTION, num_heads=8)`.
         latent_transformer: Factory `(dim, depth=depth, num_heads=num_heads) -> module`.
         norm: Factory `dim -> module` of the norm before the head.
-        head: Factory `embedding -> module` of the logits, such as `heads.TiedLogits` or `heads.Logits`.
-        prefix_dropout: Share, rounded down to whole tokens, of the tokens before the latents that is dropped in
-            training, drawn anew for each sample and forward pass.
+        head: Factory `embedding -> module` of the output layer, such as `heads.TiedLogits` or `heads.Logits`.
+        prefix_dropout: Fraction of the prefix tokens that is dropped in training, in [0, 1). The number of dropped
+            tokens is rounded down. They are drawn anew for each sample and forward pass.
 
-    The default `cross_attention` and `latent_transformer` rotate all channels of queries and keys by their positions
-    (`positions.Rotary`). Others, such as a plain `CrossAttend`, need an `embedding` that adds positions.
+    The default `cross_attention` and `latent_transformer` apply rotary embeddings to all channels of queries and keys
+    (`positions.Rotary`). Factories without rotary embeddings, such as `CrossAttend`, need an `embedding` that adds
+    positions.
 
     Raises:
-        TypeError, ValueError: An embedding that the head cannot use; sizes below 1; a rate outside [0, 1).
+        TypeError: If the embedding lacks an attribute that the head needs.
+        ValueError: If a size is below 1, or `prefix_dropout` is outside [0, 1).
 
     Example:
         >>> embedding = pc.adapters.TokenEmbedding(vocab_size=256, dim=32)
@@ -80,11 +82,11 @@ class PerceiverAR(nn.Module):
         >>> model(ids).shape, model.loss(ids).shape
         (torch.Size([1, 8, 256]), torch.Size([]))
 
-    Reference: Hawthorne et al. 2022, "General-purpose, long-context autoregressive modeling with Perceiver AR"; prefix
-    dropout as in krasserm/perceiver-io, perceiver/model/core/modules.py, `PerceiverAR`.
+    Reference: Hawthorne et al. 2022, "General-purpose, long-context autoregressive modeling with Perceiver AR". Prefix
+    dropout: krasserm/perceiver-io, perceiver/model/core/modules.py, `PerceiverAR`.
     """
 
-    def __init__(  # noqa: PLR0913 (each is a number or a part of the figure)
+    def __init__(  # noqa: PLR0913 (sizes and components of the architecture)
         self,
         embedding: nn.Module,
         *,
@@ -117,25 +119,24 @@ class PerceiverAR(nn.Module):
         generator: torch.Generator | None = None,
         step: DecodingStep | None = None,
     ) -> Float[Tensor, "b m vocab_size"]:
-        """Return the logits of the token that follows each of the last m tokens.
+        """Return the next-token logits at each of the last m tokens.
 
         Args:
             ids: Token ids.
-            mask: Valid tokens, True = attend; shorter sequences are padded on the left. Logits at padding have no
-                meaning.
-            num_latents: Maximum number of latents; the constructor's by default.
-            generator: Random generator of prefix dropout.
-            step: State of cached generation. `ids` are then the last tokens only, and the logits those after the last
-                one; see `generate`.
+            mask: Valid tokens, True = attend. Pad shorter sequences on the left, and ignore the logits at padding.
+            num_latents: Maximum number of latents in this pass; None for the model's `num_latents`.
+            generator: Random generator for prefix dropout.
+            step: Inputs of a step of cached generation; see `generate`. If set, `ids` are only the last tokens of the
+                sequence, and only the logits at the last token are returned.
 
         Raises:
-            TypeError, ValueError: Invalid ids or mask; see `adapters.TokenEmbedding`.
+            TypeError, ValueError: If the ids or the mask are invalid; see `adapters.TokenEmbedding`.
         """
         if num_latents is not None:
             checks.positive(num_latents=num_latents)
         m = self.num_latents if num_latents is None else num_latents
         options = {} if step is None else {"positions": step.indices}
-        x = self.embedding(ids, mask=mask, **options).materialize()  # padding is zero
+        x = self.embedding(ids, mask=mask, **options).materialize()  # zero at masked tokens
         if step is not None:
             latents = self.cross_attention(x[:, -m:], x[:, -step.num_new :], **step.cross_attention)
             latents = self.latent_transformer(latents, **step.latent_transformer)
@@ -155,15 +156,18 @@ class PerceiverAR(nn.Module):
         mask: Bool[Tensor, "b n"] | None = None,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, ""]:
-        """Return the mean cross-entropy of the predictions of the last m tokens; see `next_token_loss`.
+        """Return the mean cross-entropy of the next-token predictions for the last m tokens; see `next_token_loss`.
 
         Args:
-            ids: Token ids, at least two per sample; the last one is only predicted, not an input.
-            mask: Valid tokens; shorter sequences are padded on the left. Samples of one valid token are ignored.
-            generator: Random generator of prefix dropout.
+            ids: Token ids, at least two per sample. The last token is only a target, not an input.
+            mask: Valid tokens, True = attend. Pad shorter sequences on the left. Samples with one valid token are
+                ignored.
+            generator: Random generator for prefix dropout.
 
         Raises:
-            ValueError: Sequences of one token; a mask with padding elsewhere, or with one valid token in every sample.
+            TypeError: If the ids are not integers, or the mask is not boolean.
+            ValueError: If there are fewer than two ids per sample, an id is not in the vocabulary, the mask has the
+                wrong shape or padding that is not on the left, or no sample has two valid tokens.
         """
         checks.ids("ids", ids, self.vocab_size)
         if ids.shape[1] < 2:
@@ -174,16 +178,18 @@ class PerceiverAR(nn.Module):
             checks.padded_on_the_left("mask", mask)
             if not checks.is_true(mask[:, -2].any, mask):
                 raise ValueError("mask must leave at least 2 tokens, an input and a target, in a sample; all have 1")
-            # The only token of a sample is a target, which leaves no input: padding is read, and the loss ignored.
+            # A sample with one valid token has a target but no valid input. Its last padding token is unmasked, because
+            # every sample needs a token to attend to, and the loss ignores the prediction.
             input_mask = torch.cat([mask[:, :-2], torch.ones_like(mask[:, :1])], 1)
         return next_token_loss(self(ids[:, :-1], mask=input_mask, generator=generator), ids, mask=mask)
 
     def _drop_prefix(
         self, x: Tensor, mask: Tensor | None, num_latents: int, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the tokens after prefix dropout, their mask, and their positions if tokens were dropped.
+        """Apply prefix dropout. Return the kept tokens, their mask, and their rotary positions.
 
-        Only tokens before the latents are dropped, so causal masks, which are aligned at the end, remain valid.
+        The positions are None if dropout is inactive. Latents are never dropped, so causal masks stay correct, because
+        they align queries and keys at the end of the sequence.
         """
         n = x.shape[1]
         if not self.training or not self.prefix_dropout or n <= num_latents:
@@ -197,7 +203,7 @@ class PerceiverAR(nn.Module):
 
 
 def causal(valid: Bool[Tensor, "b n"] | None) -> Mask:
-    """Return a causal mask that also excludes padding."""
+    """Return a causal mask, combined with a key-padding mask unless `valid` is None."""
     return masks.Causal() if valid is None else masks.And((masks.Causal(), masks.Padding(valid)))
 
 
@@ -209,11 +215,11 @@ def kept_prefix(
     device: torch.device | None = None,
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, "b kept"]:
-    """Draw the indices of the prefix tokens that dropout at `rate` keeps in each sample, in ascending order.
+    """Draw a random subset of `prefix` tokens for each sample, and return the sorted indices of the tokens to keep.
 
-    The number of dropped tokens is rounded down; all subsets of this size are equally likely.
+    The number of dropped tokens is `rate * prefix`, rounded down. All subsets of this size are equally likely.
     """
-    # torch.rand with a generator does not accept the dynamic sizes of torch.compile.
+    # torch.rand with a generator does not support dynamic sizes under torch.compile.
     order = torch.empty(batch, prefix, device=device).uniform_(generator=generator).argsort(1)
     return order[:, checks.part_of(prefix, rate) :].sort(1).values
 
@@ -224,9 +230,9 @@ def next_token_loss(
     *,
     mask: Bool[Tensor, "b n"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Return the mean cross-entropy of the last m tokens, each predicted from the tokens before it.
+    """Return the mean cross-entropy of the last m tokens, each of which is predicted from the tokens before it.
 
-    Padding is ignored, and so is the first token of a sample, which has no context.
+    Masked tokens are ignored. With a mask, the first valid token of each sample is ignored too, as it has no context.
 
     Example:
         >>> from perceiver_core.models.perceiver_ar import next_token_loss

@@ -1,4 +1,4 @@
-"""Perceiver IO: adapter, encoder, queries, decoder, head."""
+"""Perceiver IO model, composed of an adapter, an encoder, queries, a decoder and a head."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from perceiver_core.registry import register
 
 @register
 class PerceiverIO(nn.Module):
-    """Perceiver with a decoder: an output for each query.
+    """Perceiver IO: a Perceiver with a decoder, which computes one output per query.
 
         raw input --adapter--> tokens --encoder--> latents <--decoder-- queries
                                                      outputs --head--> output
 
     Args:
-        adapter: Module from raw input to tokens; see `adapters`.
-        encoder: Module from tokens to latents; see `Encoder`.
+        adapter: Module that maps the raw input to tokens; see `adapters`.
+        encoder: Module that maps tokens to latents; see `Encoder`.
         queries: Module that returns the query vectors; see `queries`.
-        decoder: Module from latents and queries to one vector per query; see `Decoder`.
-        head: Module from these vectors to the output, see `heads`; or a factory `adapter -> module`, such as
-            `heads.TiedLogits`. `nn.Identity()` by default.
+        decoder: Module that maps latents and queries to one vector per query; see `Decoder`.
+        head: Module that maps the decoder's vectors to the output (see `heads`), or a factory `adapter -> module`, such
+            as `heads.TiedLogits`. The default is `nn.Identity()`.
 
     Raises:
-        TypeError: A part that is not a module; a head factory that does not take the adapter.
-        ValueError: Consecutive parts of different widths; a modality of the queries without a head.
+        TypeError: If a component is not a module, or a head factory cannot be called with just the adapter.
+        ValueError: If the widths of consecutive components differ, or a modality of the queries has no head.
 
     Example:
         >>> positions = pc.positions.Fourier(num_axes=2, num_bands=8, max_resolution=32)
@@ -56,7 +56,7 @@ class PerceiverIO(nn.Module):
         head: nn.Module | Callable[[nn.Module], nn.Module] | None = None,
     ) -> None:
         super().__init__()
-        check_parts({"adapter": adapter}, {})  # before the head is built from it
+        check_parts({"adapter": adapter}, {})  # checked before the head is built from the adapter
         head = nn.Identity() if head is None else _built(head, adapter)
         check_parts(
             {"adapter": adapter, "encoder": encoder, "queries": queries, "decoder": decoder, "head": head},
@@ -82,13 +82,13 @@ class PerceiverIO(nn.Module):
         query_mask: object = None,
         capture: AttentionCapture | None = None,
     ) -> object:
-        """Return an output for each query: a tensor, or a dictionary by modality.
+        """Return one output per query: a tensor, or a dictionary of tensors by modality.
 
         Args:
             inputs: Input of the adapter.
-            mask: Valid tokens, True = attend, in the shape that the adapter documents.
-            query_inputs: Input of the query module: indices, points or query vectors; all queries by default. A loss
-                on some of the outputs needs only these.
+            mask: Valid inputs, True = attend, in the shape that the adapter expects.
+            query_inputs: Input of the query module: query indices, points or query vectors, depending on the module.
+                None for all queries. To train on a subset of the outputs, select only those queries.
             query_mask: Valid queries `b q`, True = decode; a dictionary of masks if the queries are a dictionary.
             capture: Receives the attention weights of one read of the encoder.
         """
@@ -103,7 +103,7 @@ class PerceiverIO(nn.Module):
 
 
 def _built(head: nn.Module | Callable[[nn.Module], nn.Module], adapter: nn.Module) -> nn.Module:
-    """Return the head; a factory is called with the adapter."""
+    """Return the head. If it is a factory, build the head from the adapter."""
     if isinstance(head, nn.Module):
         return head
     name = getattr(head, "__name__", repr(head))

@@ -1,4 +1,4 @@
-"""Presets: models with the sizes of published papers and code.
+"""Presets: functions that build models with the sizes from published papers and code.
 
 Example:
     >>> presets = pc.models.presets
@@ -35,9 +35,9 @@ from perceiver_core.models.resampler import Resampler
 
 
 def imagenet(num_classes: int = 1000) -> Perceiver:
-    """Return the ImageNet Perceiver: 224 x 224 pixels, 64 Fourier bands, 512 latents, 8 reads of 6 self-attends.
+    """Return the ImageNet Perceiver: 224 x 224 pixels, 64 Fourier bands, 512 latents, 8 reads.
 
-    The paper states 44.9 million parameters.
+    Each read is followed by 6 self-attention blocks. The paper reports 44.9 million parameters.
 
     Reference: Jaegle et al. 2021 (Perceiver), section 4.1.
     """
@@ -48,7 +48,7 @@ def imagenet(num_classes: int = 1000) -> Perceiver:
 def audioset(num_classes: int = 527) -> Perceiver:
     """Return the AudioSet Perceiver: 1.28 s of raw audio at 48 kHz (61,440 samples in 480 patches), 192 Fourier bands.
 
-    No code was published for this model; sizes that the text does not state are those of `imagenet`.
+    No code was published for this model. Sizes that the paper does not state are taken from `imagenet`.
 
     Reference: Jaegle et al. 2021 (Perceiver), section 4.2.
     """
@@ -68,11 +68,11 @@ def modelnet40(num_classes: int = 40) -> Perceiver:
 def perceiver_ar(
     vocab_size: int, *, context_length: int = 8192, num_latents: int = 1024, depth: int = 12
 ) -> PerceiverAR:
-    """Return Perceiver AR as configured by default in its published code; the arguments depend on the data set.
+    """Return Perceiver AR with the default configuration of its published code. The arguments depend on the dataset.
 
-    1,024 channels; 16 heads of 64 channels in all attention, 32 of these with rotary positions; MLPs of four times the
-    width with squared ReLUs; untied logits. Latents are the embeddings, without the linear layer that precedes them in
-    that code.
+    The model has 1,024 channels, 16 attention heads of 64 channels with rotary embeddings on 32 of them, MLPs with
+    squared ReLU and a widening factor of 4, and an output layer that is not tied to the embedding. Unlike the published
+    code, it does not apply a linear layer to the embeddings that become latents.
 
     Reference: google-research/perceiver-ar, perceiver_ar/experiment.py, `get_config`.
     """
@@ -92,14 +92,14 @@ def perceiver_ar(
 
 
 def idefics2_resampler(input_dim: int = 1152, dim: int = 4096, *, hidden_dim: int = 14_336) -> Resampler:
-    """Return the connector of Idefics2-8b: a gated projection to the width of the text model, 64 latents, 3 layers.
+    """Return the connector of Idefics2-8b: a gated projection to the text model's width, 64 latents, 3 layers.
 
     Args:
-        input_dim: Width of the vision encoder.
+        input_dim: Width of the vision encoder's features.
         dim: Width of the text model.
-        hidden_dim: Hidden width of the projection, which is that of the text model's MLPs.
+        hidden_dim: Hidden width of the gated projection, equal to the hidden width of the text model's MLPs.
 
-    Reference: Laurençon et al. 2024 (Idefics2); the sizes are those of transformers' `Idefics2Config`.
+    Reference: Laurençon et al. 2024 (Idefics2), with the sizes of `Idefics2Config` in transformers.
     """
     norm, gated = partial(nn.RMSNorm, eps=1e-6), partial(MLP, activation=SwiGLU(), bias=False)
     attention = partial(MultiHeadAttention, qk_dim=16 * 96, num_kv_heads=4, bias=False, out_bias=False)
@@ -116,7 +116,13 @@ def idefics2_resampler(input_dim: int = 1152, dim: int = 4096, *, hidden_dim: in
 
 
 def hip16(input_dim: int = 3, num_tokens: int = 224 * 224) -> HierarchicalPerceiver:
-    """Return HiP-16: 16, 4 and 1 groups, 18 self-attends over 256 latents in the middle, and back to 16 groups.
+    """Return HiP-16: levels with 16, 4, 1 and 1 groups, then decoder levels with 1, 4 and 16 groups.
+
+    Most of the depth is in the third level, which has 18 self-attention blocks over 256 latents.
+
+    Args:
+        input_dim: Width of the input tokens.
+        num_tokens: Number of input tokens for which positions are learned.
 
     Reference: Carreira et al. 2022 (Hierarchical Perceiver); deepmind/hierarchical_perceiver, `perceiver.py`,
     `VARIANTS`.

@@ -1,7 +1,7 @@
-"""Perceiver Resampler: any number of features of an image or a video becomes a fixed number of vectors.
+"""Perceiver Resampler: maps any number of image or video features to a fixed number of vectors.
 
-A vision-language model uses it to turn the features of a vision encoder into a few visual tokens. `Resampler` takes one
-array of features per sample; `EachFrame` and `AllFrames` apply it to the frames of a video.
+Vision-language models use it to compress the features of a vision encoder to a few visual tokens. `Resampler` takes one
+array of features per sample. `EachFrame` and `AllFrames` apply a resampler to the frames of a video.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ FLAMINGO = partial(
     attention=partial(MultiHeadAttention, bias=False, out_bias=False),
     mlp=partial(MLP, widening_factor=4, activation=SquaredReLU(), bias=False),
 )
-"""Layer of the paper, without biases as in all published code."""
+"""Resampler layer of the Flamingo paper. Its linear layers have no biases, like those of all published code."""
 
 
 @register
 class Resampler(nn.Module):
-    """Latents that attend, in each layer, to the features and to each other in one softmax.
+    """Perceiver Resampler: in each layer, latents attend to the features and to each other in a single softmax.
 
         features = projection(features)
         for each layer:  latents = layer(latents, features)
@@ -45,14 +45,14 @@ class Resampler(nn.Module):
         dim: Width of the output vectors; `input_dim` by default.
         depth: Number of layers, each with its own weights.
         num_heads: Number of attention heads per layer.
-        projection: Factory `(input_dim, dim) -> module` applied to the features; by default a linear layer, or none if
-            `dim` equals `input_dim`.
-        block: Factory `(dim, num_heads=num_heads) -> module` of a layer; `functools.partial` of `JointAttend` sets the
-            rest.
-        norm: Factory `dim -> module` of the norm of the output.
+        projection: Factory `(input_dim, dim) -> module` of the projection of the features. By default a linear layer,
+            or the identity if `dim` equals `input_dim`.
+        block: Factory `(dim, num_heads=num_heads) -> module` of a layer. Use `functools.partial(JointAttend, ...)` to
+            set options.
+        norm: Factory `dim -> module` of the output norm.
 
     Raises:
-        ValueError: Sizes below 1.
+        ValueError: If a size is below 1.
 
     Example:
         >>> resampler = pc.Resampler(48, num_latents=8, dim=32, depth=2, num_heads=4)
@@ -96,13 +96,15 @@ class Resampler(nn.Module):
         """Return the latents after all layers.
 
         Args:
-            features: Features, for example of a vision encoder; or `Tokens`, with their own mask.
-            mask: Valid features. The content of others has no effect, NaN included. In a sample without valid features
-                the latents attend to each other only.
+            features: Features `b n c`, such as the output of a vision encoder; or `Tokens`, which have their own mask.
+            mask: Valid features, True = attend. The content of masked features has no effect, even if it is NaN. If all
+                features of a sample are masked, its latents attend only to each other.
             capture: Receives the attention weights of one layer.
 
         Raises:
-            TypeError, ValueError: Features of another width, rank, dtype or device; an invalid mask.
+            TypeError: If the features have the wrong dtype, or the mask is not boolean.
+            ValueError: If the features have the wrong width, rank or device, the mask has the wrong shape, or a mask is
+                passed together with `Tokens`.
         """
         if isinstance(features, Tokens):
             if mask is not None:
@@ -115,7 +117,7 @@ class Resampler(nn.Module):
             checks.is_mask("mask", mask, features.shape[:-1])
             features = features.masked_fill(~mask.unsqueeze(-1), 0.0)
         features = self.projection(features)
-        x = self.latents.unsqueeze(0)  # a batch of 1 until the first layer
+        x = self.latents.unsqueeze(0)  # batch size 1 until the first layer
         captured = None if capture is None else range(len(self.layers))[capture.read]
         for number, layer in enumerate(self.layers):
             options = {"capture": capture} if number == captured else {}
@@ -130,16 +132,16 @@ class Resampler(nn.Module):
         layer: int = -1,
         queries: QueryIndices = None,
     ) -> Float[Tensor, "b h chosen n_and_m"]:
-        """Return the attention weights of one layer on each feature and, after these, on each latent.
+        """Return the attention weights of one layer, `b h chosen (n + m)`: first on the features, then on the latents.
 
         Args:
-            features: As in `forward`.
-            mask: As in `forward`.
+            features: Same as in `forward`.
+            mask: Same as in `forward`.
             layer: Index of the layer; negative indices count from the last.
-            queries: Indices of the latents whose weights are returned; all of them by default.
+            queries: Indices of the latents whose attention weights are returned; None for all latents.
 
         Raises:
-            ValueError: An index out of range.
+            ValueError: If `layer` is out of range.
         """
         depth = len(self.layers)
         if not -depth <= layer < depth:
@@ -150,7 +152,7 @@ class Resampler(nn.Module):
 
 
 class _Frames(nn.Module):
-    """Resampler applied to frames to which frame positions are added; subclasses choose how frames are joined."""
+    """Base class that adds frame positions and applies a resampler. Subclasses join frames or keep them separate."""
 
     def __init__(self, resampler: nn.Module, *, frame_positions: Positions | None) -> None:
         super().__init__()
@@ -168,7 +170,7 @@ class _Frames(nn.Module):
         self.input_dim, self.dim = getattr(resampler, "input_dim", None), getattr(resampler, "dim", None)
 
     def _resampled(self, features: Tensor, mask: Tensor | None, axes: str) -> Tensor:
-        """Return the output of the resampler for features and mask rearranged from `b t n` to `axes`."""
+        """Add frame positions, rearrange features and mask from `b t n` to `axes`, and apply the resampler."""
         positions = self.frame_positions
         checks.is_floating("features", features)
         checks.has_shape("features", features, "b t n c", last=None if positions is None else positions.dim)
@@ -183,17 +185,18 @@ class _Frames(nn.Module):
 
 @register
 class EachFrame(_Frames):
-    """Resampler applied to each frame of a video separately.
+    """Module that applies a resampler to each frame of a video separately.
 
         b t n c  --add frame positions-->  (b t) n c  --resampler-->  b t m d
 
     Args:
-        resampler: Module from the features of a frame to its vectors.
-        frame_positions: Positions along one axis that are added to the features of each frame, such as
-            `positions.LearnedEmbedding` or `positions.LearnedGrid`; None for no positions.
+        resampler: Module that maps features `b n c` to vectors `b m d`, called with `mask=`; usually a `Resampler`.
+        frame_positions: Positions along the time axis, such as `positions.LearnedEmbedding` or `positions.LearnedGrid`.
+            All features of a frame get the same position. None to add no positions.
 
     Raises:
-        TypeError, ValueError: Frame positions that are not positions of one axis and of the features' width.
+        TypeError: If `frame_positions` does not implement `positions.Positions`.
+        ValueError: If `frame_positions` does not have one axis and the width of the features.
 
     Example:
         >>> resampler = pc.Resampler(48, num_latents=8, depth=2, num_heads=4)
@@ -210,28 +213,30 @@ class EachFrame(_Frames):
     def forward(
         self, features: Float[Tensor, "b t n c"], *, mask: Bool[Tensor, "b t n"] | None = None
     ) -> Float[Tensor, "b t m d"]:
-        """Return the vectors of every frame.
+        """Return the resampled vectors of each frame.
 
         Args:
-            features: Features of the frames, of which `positions.LearnedEmbedding` limits the number.
-            mask: Valid features; as in `Resampler`, a frame may have none.
+            features: Features of each frame. With `positions.LearnedEmbedding`, the number of frames must not exceed
+                the length of the embedding.
+            mask: Valid features, True = attend. A `Resampler` also accepts frames whose features are all masked.
         """
         return rearrange(self._resampled(features, mask, "(b t) n"), "(b t) m d -> b t m d", b=features.shape[0])
 
 
 @register
 class AllFrames(_Frames):
-    """Resampler applied to all frames of a video together: the number of vectors is that of an image.
+    """Module that applies a resampler to all frames of a video jointly, so a video yields as few vectors as an image.
 
         b t n c  --add frame positions-->  b (t n) c  --resampler-->  b m d
 
     Args:
-        resampler: Module from the features of all frames to the vectors of the video.
-        frame_positions: As in `EachFrame`, but required. In the paper `positions.LearnedGrid((8,), dim)`, which are
-            interpolated to other numbers of frames; in open_flamingo `positions.LearnedEmbedding(max_frames, dim)`.
+        resampler: Module that maps features `b n c` to vectors `b m d`, called with `mask=`; usually a `Resampler`.
+        frame_positions: Same as in `EachFrame`, but without a default value. The paper uses
+            `positions.LearnedGrid((8,), dim)`, which is interpolated to other numbers of frames. The open_flamingo
+            project uses `positions.LearnedEmbedding(max_frames, dim)`.
 
     Raises:
-        TypeError, ValueError: As in `EachFrame`.
+        TypeError, ValueError: Same as in `EachFrame`.
 
     Example:
         >>> resampler = pc.Resampler(48, num_latents=8, depth=2, num_heads=4)
@@ -245,5 +250,5 @@ class AllFrames(_Frames):
     def forward(
         self, features: Float[Tensor, "b t n c"], *, mask: Bool[Tensor, "b t n"] | None = None
     ) -> Float[Tensor, "b m d"]:
-        """Return the vectors of every video; a shorter video has masked frames at its end."""
+        """Return the resampled vectors of each video. Pad shorter videos with masked frames at the end."""
         return self._resampled(features, mask, "b (t n)")

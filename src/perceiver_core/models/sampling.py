@@ -1,4 +1,4 @@
-"""Samplers: functions `(logits: b v, generator) -> ids: b` that choose the next token."""
+"""Samplers: callables `(logits: b v, generator) -> ids: b` that choose the next token of each sample."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Sampler: TypeAlias = Callable[[Tensor, torch.Generator | None], Tensor]
 
 
 def greedy(logits: Float[Tensor, "b v"], generator: torch.Generator | None = None) -> Int[Tensor, " b"]:
-    """Return the most likely id of each sample.
+    """Return the most likely token id of each sample, `b`. The generator is not used.
 
     Example:
         >>> pc.models.sampling.greedy(torch.tensor([[0.0, 2.0, 1.0]]))
@@ -28,17 +28,18 @@ def greedy(logits: Float[Tensor, "b v"], generator: torch.Generator | None = Non
 
 @dataclass(frozen=True)
 class Sample:
-    """Random sampling of ids by their probability, optionally among the most likely ids only.
+    """Sampler that draws token ids from the softmax distribution, optionally restricted to the most likely ids.
 
     Args:
-        temperature: Number that the logits are divided by. As it goes to 0, sampling becomes greedy.
-        top_k: Number of most likely ids to sample from; all by default.
-        top_p: Probability mass to sample from: the smallest set of most likely ids whose probabilities, after `top_k`,
-            sum to at least this.
+        temperature: Positive number that the logits are divided by. Sampling becomes greedy as it approaches 0.
+        top_k: Number of most likely ids to sample from; None for all ids.
+        top_p: Probability mass for nucleus sampling, in (0, 1]: sample from the smallest set of most likely ids whose
+            probabilities sum to at least `top_p`. Applied after `top_k`.
 
     Raises:
-        TypeError: A temperature or top_p that is not a number.
-        ValueError: A temperature of 0 or below, a top_k below 1, a top_p outside (0, 1].
+        TypeError: If `temperature` or `top_p` is not a number.
+        ValueError: If `temperature` is not positive and finite, `top_k` is not a positive integer, or `top_p` is
+            outside (0, 1].
 
     Example:
         >>> sample = pc.models.sampling.Sample(temperature=0.8, top_p=0.9)
@@ -66,14 +67,14 @@ class Sample:
             raise ValueError(f"top_p must lie in (0, 1]; got {self.top_p!r}")
 
     def __call__(self, logits: Float[Tensor, "b v"], generator: torch.Generator | None = None) -> Int[Tensor, " b"]:
-        """Return one random id per sample."""
+        """Draw one token id per sample."""
         return torch.multinomial(self.probabilities(logits), 1, generator=generator).squeeze(-1)
 
     def probabilities(self, logits: Float[Tensor, "b v"]) -> Float[Tensor, "b v"]:
-        """Return the probability of each id to be sampled, in float32 or wider."""
+        """Return the sampling probability of each id, in float32, or in float64 for float64 logits."""
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        # Divided by a tiny temperature, differences to the maximum may overflow to -inf, where logits could to inf. A
-        # temperature below the smallest normal number would become zero in this dtype, so it is replaced by that.
+        # The maximum is subtracted first: with a tiny temperature, the differences can overflow to -inf, which is
+        # harmless, but the logits could overflow to inf. The temperature is clamped so that it does not underflow to 0.
         wide = (wide - wide.amax(-1, keepdim=True)) / max(self.temperature, torch.finfo(wide.dtype).tiny)
         ranked, ids = wide.sort(dim=-1, descending=True, stable=True)
         shares = ranked[..., : self.top_k].softmax(-1)

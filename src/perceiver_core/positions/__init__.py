@@ -1,4 +1,4 @@
-"""Position features of tokens and queries, on coordinates in [-1, 1]."""
+"""Position encodings: Fourier features of coordinates in [-1, 1], learned embeddings and rotary embeddings."""
 
 from perceiver_core.positions.fourier import Fourier, FourierPerAxis, Gaussian, NeRF
 from perceiver_core.positions.grid import Positions, coordinates, grid_points

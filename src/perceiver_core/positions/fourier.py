@@ -1,7 +1,7 @@
-"""Fourier features of positions in [-1, 1]: those of the paper, and other published variants.
+"""Fourier features of positions in [-1, 1]: the Perceiver paper's variant and other published ones.
 
-The separable ones (`Fourier`, `FourierPerAxis`, `NeRF`) give a grid one small table per axis. They differ in
-frequencies and column order, which must match those that loaded weights were trained with.
+`Fourier`, `FourierPerAxis` and `NeRF` are separable: a grid needs only one small table per axis. The variants differ in
+frequencies and column order. For pretrained weights, use the variant that the weights were trained with.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from perceiver_core.registry import register
 
 
 class SeparableFeatures(nn.Module):
-    """Base of position features that are computed one axis at a time."""
+    """Base class of position features that are computed separately for each axis."""
 
     dim: int
     _called_with = "points"
-    _hyperparameters: tuple[str, ...] = ()  # names of further attributes that determine the features
+    _hyperparameters: tuple[str, ...] = ()  # attributes besides num_bands that set the features
 
     def __init__(self, num_axes: int, num_bands: int) -> None:
         super().__init__()
@@ -33,14 +33,14 @@ class SeparableFeatures(nn.Module):
         self.num_axes, self.num_bands = num_axes, num_bands
 
     def forward(self, points: Float[Tensor, "*b axes"]) -> Float[Tensor, "*b dim"]:
-        """Return the features of points with coordinates in [-1, 1], ordered by group, then by axis."""
+        """Return the features of points in [-1, 1]. Columns are ordered by group (such as all sines), then by axis."""
         axes = [self._features(x, axis) for axis, x in enumerate(_widened(points, self.num_axes).unbind(-1))]
         return torch.cat([part for group in zip(*axes, strict=True) for part in group], dim=-1).to(points.dtype)
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "... p"], ...]:
-        """Return one table per grid axis; their sum is `forward` at the grid points.
+        """Return one table per grid axis. The sum of the broadcast tables equals `forward` at the grid points.
 
-        Tables of small grids are cached, since they would dominate the time of a small model.
+        Tables of small grids are cached, because computing them would dominate the runtime of a small model.
         """
         check_axes(grid, self.num_axes)
         if (
@@ -49,7 +49,7 @@ class SeparableFeatures(nn.Module):
             or _get_current_dispatch_mode() is not None
             or sum(grid) > CACHED_ROWS
             or torch._C._functorch.peek_interpreter_stack() is not None
-            or (like.device.type == "cuda" and torch.cuda.is_current_stream_capturing())  # computed when it is replayed
+            or (like.device.type == "cuda" and torch.cuda.is_current_stream_capturing())  # no values until replay
         ):
             return self._compute_tables(grid, like)
         settings = [getattr(self, name) for name in self._hyperparameters]
@@ -57,7 +57,7 @@ class SeparableFeatures(nn.Module):
         cached = _cache.get(key, ())
         if cached and all(table._version == version and not table.requires_grad for table, version in cached):
             return tuple([table for table, _ in cached])
-        with torch.inference_mode(False):  # a tensor created in inference mode could not be used outside it
+        with torch.inference_mode(False):  # autograd could not save an inference tensor
             tables = self._compute_tables(grid, like)
         if sum(table.numel() for table in tables) <= CACHED_NUMBERS:
             if len(_cache) >= CACHED_GRIDS:
@@ -66,7 +66,7 @@ class SeparableFeatures(nn.Module):
         return tables
 
     def _compute_tables(self, grid: Sequence[int], like: Tensor) -> tuple[Tensor, ...]:
-        """Return one table `1 .. size .. 1 p` per axis, zero in the columns of other axes."""
+        """Return one table per axis, of shape `1 .. size .. 1 p`, with zeros in the columns of the other axes."""
         tables = []
         for axis, size in enumerate(grid):
             groups = self._features(coordinates(size, like.device, computing_dtype(like)), axis)
@@ -76,29 +76,30 @@ class SeparableFeatures(nn.Module):
         return tuple(tables)
 
     def _features(self, x: Tensor, axis: int) -> list[Tensor]:
-        """Return groups of features `*b f` of coordinates `*b` along an axis, as wide for every axis."""
+        """Return feature groups `*b f` for coordinates `*b` along an axis. Group widths are the same for all axes."""
         raise NotImplementedError
 
 
-CACHED_GRIDS, CACHED_ROWS, CACHED_NUMBERS = 64, 512, 2**16  # at most 16 MB in float32
+CACHED_GRIDS, CACHED_ROWS, CACHED_NUMBERS = 64, 512, 2**16  # limits of the cache; at most 16 MB in float32
 _cache: dict[tuple[object, ...], tuple[tuple[Tensor, int], ...]] = {}
-"""Tables with their versions, by which edits in place are seen."""
+"""Cached tables with their version counters, which reveal in-place edits."""
 
 
 @register
 class Fourier(SeparableFeatures):
-    """Fourier features of the Perceiver's published code.
+    """Fourier features as in the Perceiver's published code.
 
-    For band k of K along an axis: sin(pi f_k x) and cos(pi f_k x), f_k evenly spaced from 1 to
-    max_resolution / 2, ends included. Columns: [x of every axis, sines axis by axis, cosines axis by axis].
+    Band k of K along an axis has the features sin(pi f_k x) and cos(pi f_k x). The frequencies f_k are evenly spaced
+    from 1 to max_resolution / 2, endpoints included. Columns: [coordinates, sines axis by axis, cosines axis by axis].
 
     Args:
-        num_axes: Number of coordinates of a position.
-        num_bands: Number of frequencies per axis, K.
-        max_resolution: Number of samples along an axis (or along each) whose Nyquist frequency is the highest band.
-            Usually the size in training; it does not depend on the input, so features mean the same at every size.
-        concat_positions: Whether the raw coordinates are included.
-        sine_only: Whether the cosines are left out.
+        num_axes: Number of coordinates per position.
+        num_bands: Number of frequencies K per axis.
+        max_resolution: Number of samples whose Nyquist frequency is the highest band: one number for all axes, or one
+            per axis. Usually the grid size in training. It is independent of the input size, so that features have the
+            same meaning at every size.
+        concat_positions: Whether to include the raw coordinates.
+        sine_only: Whether to leave out the cosines.
 
     Example:
         >>> positions = pc.positions.Fourier(num_axes=2, num_bands=64, max_resolution=224)
@@ -137,18 +138,18 @@ class Fourier(SeparableFeatures):
         return groups + ([angles.sin()] if self.sine_only else [angles.sin(), angles.cos()])
 
     def extra_repr(self) -> str:
-        """Return the settings that `repr` shows."""
+        """Return the settings to show in `repr`."""
         return f"num_axes={self.num_axes}, num_bands={self.num_bands}, max_resolution={self.max_resolution}"
 
 
 @register
 class FourierPerAxis(SeparableFeatures):
-    """Fourier features with the column order and bands of perceiver-pytorch: [sines, cosines, x] of each axis.
+    """Fourier features with the bands and column order of perceiver-pytorch: [sines, cosines, x] for each axis.
 
     Args:
-        num_axes: Number of coordinates of a position.
+        num_axes: Number of coordinates per position.
         num_bands: Number of frequencies per axis, evenly spaced from 1 to max_frequency / 2.
-        max_frequency: Twice the highest frequency, the same for all axes.
+        max_frequency: Twice the highest frequency, for all axes.
 
     Example:
         >>> pc.positions.FourierPerAxis(num_axes=2, num_bands=6, max_frequency=10.0)(torch.rand(7, 2)).shape
@@ -171,7 +172,7 @@ class FourierPerAxis(SeparableFeatures):
 
 @register
 class NeRF(SeparableFeatures):
-    """NeRF's positional encoding: sin(2^k pi x), cos(2^k pi x) for k = 0 ... num_bands - 1, axis by axis.
+    """NeRF's position encoding: for each axis, sin(2^k pi x) and cos(2^k pi x), interleaved, for k < num_bands.
 
     Example:
         >>> pc.positions.NeRF(num_axes=3, num_bands=10)(torch.rand(7, 3)).shape
@@ -192,14 +193,15 @@ class NeRF(SeparableFeatures):
 
 @register
 class Gaussian(nn.Module):
-    """Random Fourier features [cos(2 pi B x), sin(2 pi B x)], with B drawn once from N(0, scale^2) and saved.
+    """Random Fourier features [cos(2 pi B x), sin(2 pi B x)] with a random matrix B.
 
-    They are not separable: each feature mixes all axes, so a grid has one table of its full size.
+    The entries of B are drawn from N(0, scale^2) at construction and stored in a buffer. Each feature mixes all axes,
+    so the features are not separable: a grid needs one table of its full size.
 
     Args:
-        num_axes: Number of coordinates of a position.
-        num_features: Number of frequency vectors; the features are twice as wide.
-        scale: Standard deviation of the frequencies; a higher one resolves finer detail.
+        num_axes: Number of coordinates per position.
+        num_features: Number of frequency vectors. The width of the features is twice this number.
+        scale: Standard deviation of the frequencies. Higher values resolve finer detail.
 
     Example:
         >>> positions = pc.positions.Gaussian(num_axes=2, num_features=32, scale=10.0)
@@ -221,29 +223,29 @@ class Gaussian(nn.Module):
     def forward(self, points: Float[Tensor, "*b axes"]) -> Float[Tensor, "*b dim"]:
         """Return the features of points with coordinates in [-1, 1]."""
         wide = _widened(points, self.num_axes)
-        # Not a matrix product, which autocast would compute in half precision.
+        # A sum of products, because autocast would compute a matrix product in half precision.
         angles = 2 * math.pi * (wide[..., None] * self.frequencies.to(wide)).sum(-2)
         return torch.cat([angles.cos(), angles.sin()], dim=-1).to(points.dtype)
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "*grid p"], ...]:
-        """Return one table over the whole grid."""
+        """Return a tuple with one table: the features of all grid points."""
         check_axes(grid, self.num_axes)
         return (self(grid_points(grid, like)).to(like.dtype),)
 
 
 def _check_sizes(num_axes: int, **sizes: int) -> None:
-    """Raise ValueError for sizes far beyond any use, so that a hostile configuration cannot request huge tables."""
+    """Check that sizes are positive and not too large, so that a malicious config cannot request huge tables."""
     checks.positive(at_most=16, num_axes=num_axes)
     checks.positive(at_most=65_536, **sizes)
 
 
 def linear_bands(highest: float, num_bands: int, like: Tensor) -> Float[Tensor, " bands"]:
-    """Return frequencies evenly spaced from 1 to `highest`, ends included, in float32 at least."""
+    """Return frequencies evenly spaced from 1 to `highest`, endpoints included, in float32 or wider."""
     return torch.linspace(1.0, highest, num_bands, device=like.device, dtype=computing_dtype(like))
 
 
 def _widened(points: Tensor, num_axes: int) -> Tensor:
-    """Return points in the dtype that features are computed in; raise unless they have `num_axes` coordinates."""
+    """Check that points have `num_axes` coordinates, and return the points in float32 or wider."""
     checks.is_floating("points", points)
     if points.ndim < 1 or points.shape[-1] != num_axes:
         raise ValueError(f"points must have {num_axes} coordinates in the last axis; got shape {tuple(points.shape)}")

@@ -1,4 +1,4 @@
-"""Protocols of position features, coordinates of the points of a grid, and checks."""
+"""Protocols of position features, grid coordinates, and checks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 @runtime_checkable
 class Positions(Protocol):
-    """Position features of the tokens of a grid, as tables that broadcast over it.
+    """Protocol of position features for tokens on a grid. The features are the sum of tables that broadcast over it.
 
     Example:
         >>> isinstance(pc.positions.Fourier(num_axes=2, num_bands=4), pc.positions.Positions)
@@ -28,34 +28,34 @@ class Positions(Protocol):
         """Number of grid axes."""
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Tensor, ...]:
-        """Return tables whose sum is the features of every token of `grid`, in the dtype and device of `like`."""
+        """Return tables that add up to the features of every token on `grid`, with the dtype and device of `like`."""
 
 
 @runtime_checkable
 class PointFeatures(Protocol):
-    """Position features that are called with points `*b axes` and return features `*b dim`, such as `Fourier`."""
+    """Protocol of callables that map points `*b axes` to position features `*b dim`, such as `Fourier`."""
 
     dim: int
     num_axes: int
 
     def __call__(self, points: Tensor, /) -> Tensor:
-        """Return the features."""
+        """Return the features of the points."""
 
 
 def coordinates(size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Float[Tensor, " n"]:
-    """Return the coordinates of `size` tokens along an axis, evenly spaced from -1 to 1, ends included.
+    """Return the coordinates of `size` tokens along an axis, evenly spaced from -1 to 1, endpoints included.
 
     Example:
         >>> pc.positions.coordinates(5).tolist()
         [-1.0, -0.5, 0.0, 0.5, 1.0]
     """
-    # Not linspace, which would make a dynamic size of torch.compile a constant.
+    # Not linspace: under torch.compile, it would specialize the graph to one size.
     indices = torch.arange(size, device=device, dtype=dtype or torch.get_default_dtype())
     return indices.mul_(2).div_(max(size - 1, 1)).sub_(1)
 
 
 def grid_points(grid: Sequence[int], like: Tensor) -> Float[Tensor, "*grid axes"]:
-    """Return the coordinates of every point of a grid, the first axis first.
+    """Return the coordinates of every grid point, in the order of the grid axes.
 
     Example:
         >>> pc.positions.grid_points((2, 3), like=torch.zeros(()))[1].tolist()
@@ -66,25 +66,28 @@ def grid_points(grid: Sequence[int], like: Tensor) -> Float[Tensor, "*grid axes"
 
 
 def check_axes(grid: Sequence[int], num_axes: int) -> None:
-    """Raise ValueError unless `grid` has `num_axes` axes, none empty."""
+    """Check that `grid` has `num_axes` axes with at least one token each."""
     if len(grid) != num_axes or any(size < 1 for size in grid):
         raise ValueError(f"grid must have {num_axes} axes of at least one token; got {tuple(grid)}")
 
 
 def computing_dtype(like: Tensor) -> torch.dtype:
-    """Return float32 or wider: high frequencies have no meaning in half precision."""
+    """Return the dtype for computing features: float32 or wider, as high frequencies need more than 16 bits."""
     return torch.promote_types(like.dtype, torch.float32)
 
 
 def is_called_with(argument: str, positions: object) -> bool:
-    """Return whether positions are called with "points", "indices" or a "grid"; those of users may be with any."""
+    """Return whether `positions` is a callable that takes `argument`, one of "points", "indices" and "grid".
+
+    A user-defined callable has no attribute `_called_with` and is assumed to take any of them.
+    """
     if not callable(positions) or getattr(type(positions), "forward", None) is nn.Module.forward:
         return False
     return getattr(positions, "_called_with", argument) == argument
 
 
 def check_takes_points(positions: object) -> None:
-    """Raise TypeError unless positions are `PointFeatures`."""
+    """Check that `positions` implements `PointFeatures`."""
     has_sizes = hasattr(positions, "dim") and hasattr(positions, "num_axes")
     if not has_sizes or not is_called_with("points", positions):
         raise TypeError(

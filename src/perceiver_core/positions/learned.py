@@ -1,4 +1,4 @@
-"""Learned positions: vectors by index, arrays that are resampled, and projections of other positions."""
+"""Learned positions: embeddings by index, embeddings on a resampled grid, and projections of other positions."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from perceiver_core.registry import register
 
 @register
 class LearnedEmbedding(nn.Module):
-    """`length` learned vectors of width `dim`, one for every index; token i has vector i, whatever the input's length.
+    """Learned position embedding of shape (length, dim): token i gets vector i, whatever the input length.
 
-    It suits sequences that grow by one token at a time, and frames of a video. `LearnedGrid` instead resamples its
-    array for inputs of other sizes, which suits images.
+    It suits sequences that grow by one token at a time, and video frames. `LearnedGrid`, which resamples its array for
+    other input sizes, suits images.
 
     Example:
         >>> positions = pc.positions.LearnedEmbedding(100, dim=32)
@@ -40,12 +40,16 @@ class LearnedEmbedding(nn.Module):
         self.vectors = init.embedding(length, dim)
 
     def forward(self, positions: Int[Tensor, "*b n"]) -> Float[Tensor, "*b n d"]:
-        """Return the vectors at these indices, which are checked to be in range on a CPU, in eager mode."""
+        """Return the vectors at these indices. Their range is checked on a CPU in eager mode."""
         checks.below("positions", positions, self.length)
         return F.embedding(positions, self.vectors)
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "n p"], ...]:
-        """Return one table, the vectors of the first indices; raise ValueError if there are too few."""
+        """Return a tuple with one table: the first `grid[0]` vectors.
+
+        Raises:
+            ValueError: If the grid has more than `length` tokens.
+        """
         check_axes(grid, self.num_axes)
         if grid[0] > self.length:
             raise ValueError(
@@ -57,10 +61,10 @@ class LearnedEmbedding(nn.Module):
 
 @register
 class LearnedGrid(nn.Module):
-    """A learned vector of width `dim` for every point of `grid`, one to three axes, usually its size in training.
+    """Learned position embedding of width `dim` for every point of a grid with one, two or three axes.
 
-    For inputs of another size the array is resampled (linear, bicubic or trilinear, by the number of axes), with
-    grid ends aligned as coordinates are.
+    `grid` is usually the grid size in training. For other sizes, the array is resampled with linear, bicubic or
+    trilinear interpolation (one, two or three axes), with aligned corners.
 
     Example:
         >>> pc.positions.LearnedGrid((14, 14), dim=32).tables((11, 17), like=torch.zeros(()))[0].shape
@@ -81,14 +85,14 @@ class LearnedGrid(nn.Module):
         self.vectors = init.embedding(*grid, dim)
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "*grid p"], ...]:
-        """Return one table: the learned array, resampled to the size of `grid`."""
+        """Return a tuple with one table: the learned array, resampled to `grid`."""
         return (self(grid, like),)
 
     def forward(self, grid: Sequence[int], like: Tensor) -> Float[Tensor, "*grid p"]:
-        """Return the learned array, resampled to the size of `grid`, in the dtype of `like`."""
+        """Return the learned array, resampled to `grid`, in the dtype of `like`."""
         check_axes(grid, self.num_axes)
         if tuple(grid) == tuple(self.vectors.shape[:-1]):
-            return self.vectors.to(like.dtype, copy=True)  # no module returns its own parameter
+            return self.vectors.to(like.dtype, copy=True)  # never return the parameter itself
         mode = ("linear", "bicubic", "trilinear")[self.num_axes - 1]
         channels_first = torch.movedim(self.vectors, -1, 0)[None]
         resampled = F.interpolate(channels_first, size=tuple(grid), mode=mode, align_corners=True)
@@ -97,7 +101,7 @@ class LearnedGrid(nn.Module):
 
 @register
 class Projected(nn.Module):
-    """A linear layer from position features to width `dim`, applied to their tables instead of every token.
+    """Linear projection of position features to width `dim`, applied to their tables instead of to every token.
 
     Example:
         >>> positions = pc.positions.Projected(pc.positions.LearnedGrid((14, 14), dim=32), dim=256)
@@ -118,11 +122,11 @@ class Projected(nn.Module):
         self.project = init.linear(positions.dim, dim)
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "... p"], ...]:
-        """Return the projected tables; the bias is part of the first."""
-        return self(grid, like)  # hooks and FSDP attach to the call of a module
+        """Return the projected tables. The bias is added to the first table only."""
+        return self(grid, like)  # call the module, so that hooks and FSDP run
 
     def forward(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "... p"], ...]:
-        """Return the projected tables; the bias is part of the first."""
+        """Return the projected tables. The bias is added to the first table only."""
         first, *others = (table.to(self.project.weight.dtype) for table in self.positions.tables(grid, like))
         projected = [self.project(first)]
         if others:

@@ -1,4 +1,4 @@
-"""Rotary positions: queries and keys are rotated by their position, so that scores depend on distances only."""
+"""Rotary embeddings: queries and keys are rotated by their positions, so that scores depend on distances only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from perceiver_core.registry import register
 
 @partial(register, name="positions.half_open_exponents")
 def half_open_exponents(pairs: int, like: Tensor) -> Float[Tensor, " pairs"]:
-    """Return exponents 0, 1 / pairs, ... below 1, as in RoFormer and most language models.
+    """Return the exponents 0, 1 / pairs, ..., (pairs - 1) / pairs, as in RoFormer and most language models.
 
     Example:
         >>> pc.positions.half_open_exponents(4, like=torch.zeros(())).tolist()
@@ -28,7 +28,9 @@ def half_open_exponents(pairs: int, like: Tensor) -> Float[Tensor, " pairs"]:
 
 @partial(register, name="positions.inclusive_exponents")
 def inclusive_exponents(pairs: int, like: Tensor) -> Float[Tensor, " pairs"]:
-    """Return exponents from 0 to 1, ends included, as in Perceiver AR, whose base is the context length.
+    """Return evenly spaced exponents from 0 to 1, endpoints included, as in Perceiver AR.
+
+    Perceiver AR uses them with the context length as the base.
 
     Example:
         >>> pc.positions.inclusive_exponents(5, like=torch.zeros(())).tolist()
@@ -41,27 +43,27 @@ def inclusive_exponents(pairs: int, like: Tensor) -> Float[Tensor, " pairs"]:
 
 @register
 class Rotary(nn.Module):
-    """Rotation of neighboring pairs of channels by position x base^-exponent, applied to heads `b h n d`.
+    """Rotary embedding of heads `b h n d`: rotates adjacent channel pairs by the angle position * base^-exponent.
 
-    Default positions count from the end of the sequence (the last is 0), so that queries which are the last tokens of
-    a longer input have the right distances to its keys without further arguments.
+    By default, positions count from the end of the sequence (the last one is 0). If the queries are the last tokens of
+    a longer input, their distances to its keys are then right without passing positions.
 
     Args:
-        dim: Number of channels of a head that are rotated, the others pass unchanged; all by default. It must be even.
-        base: Base of the wavelengths, which range from 2 pi tokens to about 2 pi base.
-        exponents: Function from a number of channel pairs, and a tensor whose dtype and device it uses, to the exponent
-            of each pair: `half_open_exponents`, `inclusive_exponents`, or your own.
+        dim: Number of channels to rotate in each head, even; the other channels are unchanged. All by default.
+        base: Base of the wavelengths, which range from 2 pi to about 2 pi base tokens.
+        exponents: Function `(pairs, like) -> exponents` that returns the exponent of each channel pair in the dtype and
+            on the device of `like`: `half_open_exponents`, `inclusive_exponents` or a custom function.
 
     Example:
         >>> pc.positions.Rotary(dim=8)(torch.randn(2, 4, 7, 16)).shape
         torch.Size([2, 4, 7, 16])
 
-    Perceiver AR's published code rotates half of the channels of a head, here 32 of 64, in every layer:
+    Perceiver AR's published code rotates half of each head's channels in every layer, here 32 of 64:
 
         >>> rotary = Rotary(dim=32, base=8192, exponents=pc.positions.inclusive_exponents)
 
-    That code numbers positions backwards from the end, so its rotations have the opposite sign, except where it takes
-    positions from the data, as in cached generation.
+    That code numbers positions backwards from the end, so its rotations have the opposite sign. This does not hold
+    where it takes positions from the data, such as in cached generation.
 
     Reference: Su et al. 2021 (RoFormer), section 3.2.2; google-research/perceiver-ar, perceiver_ar_model.py,
     `_apply_rotary_encoding_to_subset`.
@@ -90,7 +92,7 @@ class Rotary(nn.Module):
 
         Args:
             heads: Queries or keys.
-            positions: Position of each token, `n` or `b n`; 1 - n ... 0 by default.
+            positions: Token positions `n` or `b n`; 1 - n ... 0 by default.
         """
         dim = heads.shape[-1] if self.dim is None else self.dim
         if heads.shape[-1] < dim:

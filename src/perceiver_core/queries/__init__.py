@@ -1,9 +1,9 @@
-"""Queries of a decoder.
+"""Query modules: modules that return the queries of a decoder.
 
-A source of queries is a module `(tokens, query_inputs=None) -> queries`, with `dim`, the width of the queries; `tokens`
-is the output of the adapter. The second argument depends on the source: `query_indices` selects some of the queries
-that it returns by default, by indices `q` for all samples or `b q` for each; `Coordinates` takes `points`, and
-`External` takes `queries`.
+A query module is called as `(tokens, query_inputs=None) -> queries`, where `tokens` is the output of the adapter. Its
+attribute `dim` is the width of the queries. In most query modules, the second argument is `query_indices`: indices of
+the queries to return, `q` for all samples or `b q` for each sample. By default, all queries are returned. `Coordinates`
+takes `points` instead, and `External` takes `queries`.
 """
 
 from perceiver_core.queries.external import Coordinates, External

@@ -1,4 +1,4 @@
-"""Queries that are passed with each call: vectors, or points whose position features are the queries."""
+"""Query modules for queries passed by the caller, as vectors or as points."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from perceiver_core.registry import register
 
 @register
 class External(nn.Module):
-    """Queries of width `dim` that are passed with each call and returned unchanged.
+    """Query module that returns the query vectors passed by the caller, of width `dim`.
 
     Example:
         >>> source = pc.queries.External(32)
@@ -26,16 +26,21 @@ class External(nn.Module):
         self.dim = dim
 
     def forward(self, tokens: object = None, queries: Float[Tensor, "*b q e"] | None = None) -> Float[Tensor, "#b q e"]:
-        """Return the queries, `q e` for all samples or `b q e`; `tokens` are not used."""
+        """Return the queries, with a batch axis.
+
+        Args:
+            tokens: Not used.
+            queries: Query vectors, `b q e`, or `q e` for all samples.
+        """
         return _batched("queries", queries, self.dim)
 
 
 @register
 class Coordinates(nn.Module):
-    """Queries that are the position features of points, which are passed with each call.
+    """Query module that returns the position encoding of points passed by the caller.
 
-    `positions` are any callable from points `*b axes` to features with `num_axes` and `dim`, such as
-    `positions.Fourier`.
+    `positions` is a callable that maps points `*b axes` to features `*b dim`, such as `positions.Fourier`. It must have
+    the attributes `num_axes` and `dim`.
 
     Example:
         >>> source = pc.queries.Coordinates(pc.positions.Fourier(num_axes=2, num_bands=8))
@@ -51,12 +56,17 @@ class Coordinates(nn.Module):
     def forward(
         self, tokens: object = None, points: Float[Tensor, "*b q axes"] | None = None
     ) -> Float[Tensor, "#b q e"]:
-        """Return the features of points in [-1, 1], `q axes` for all samples or `b q axes`; `tokens` are not used."""
+        """Return the position encoding of points.
+
+        Args:
+            tokens: Not used.
+            points: Coordinates in [-1, 1], `b q axes`, or `q axes` for all samples.
+        """
         return self.positions(_batched("points", points, self.positions.num_axes))
 
 
 def _batched(name: str, x: Tensor | None, width: int) -> Float[Tensor, "#b q e"]:
-    """Return vectors with an axis of samples; raise unless they are `q e` or `b q e` of this width."""
+    """Check that `x` is floating point, `q width` or `b q width`, and return it with a batch axis."""
     if x is None:
         raise ValueError(f"{name} must be q {width} or b q {width}; got None. Pass them with each call")
     checks.is_floating(name, x)

@@ -1,4 +1,4 @@
-"""Queries that are the tokens of the input."""
+"""Query module that uses the input tokens as queries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from perceiver_core.tokens import Tokens
 
 @register
 class FromInputs(nn.Module):
-    """Queries that are the materialized tokens of the input, content and positions, of the adapter's width `dim`.
+    """Query module that returns the input tokens, with content and positions, as queries.
+
+    `dim` is the token width of the adapter.
 
     Example:
         >>> pc.queries.FromInputs(3)(pc.Tokens(torch.randn(2, 5, 7, 3))).shape
@@ -28,13 +30,13 @@ class FromInputs(nn.Module):
         self.dim = dim
 
     def grid_of(self, tokens: object) -> tuple[int, ...] | None:
-        """Return the grid of the queries: that of the tokens, None for a plain tensor."""
+        """Return the grid of the tokens, or None for a plain tensor."""
         return tokens.grid if isinstance(tokens, Tokens) else None
 
     def forward(
         self, tokens: Tokens | Float[Tensor, "b n c"], query_indices: Int[Tensor, "*b q"] | None = None
     ) -> Float[Tensor, "b q e"]:
-        """Return one query per token, or those at `query_indices`."""
+        """Return one query per token, or only the queries at `query_indices`."""
         queries = tokens.materialize() if isinstance(tokens, Tokens) else tokens
         checks.has_shape("tokens", queries, "b n c", last=self.dim)
         return queries if query_indices is None else select(queries, query_indices)

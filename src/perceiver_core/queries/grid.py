@@ -1,4 +1,4 @@
-"""Queries that are positions on a grid: one output per grid point."""
+"""Query module for the points of a grid."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ from perceiver_core.tokens import Tokens
 
 @partial(register, name="queries.Grid")
 class Grid(nn.Module):
-    """Queries that are the position features of grid points, the last axis fastest; only selected ones are computed.
+    """Query module that returns the position encoding of grid points, in row-major order.
+
+    If `query_indices` selects points, only their queries are computed.
 
     Args:
-        grid: Size of the grid; None for that of the input. Masks do not shift positions on the grid, as with
+        grid: Grid size; None to use the input's grid. Masked tokens count toward positions, as with
             `adapters.TokenEmbedding(positions_include_padding=True)`.
-        positions: Position features over the same number of axes.
-        endpoint: Whether selected points have their coordinates on the whole grid, -1 + 2 i / (size - 1) along each
-            axis, so that the last one is at 1 (as in `numpy.linspace`). If False they are at -1 + 2 i / size, as in
-            the published multimodal model; this requires positions that take points, such as `positions.Fourier`.
+        positions: Position encoding with the same number of axes.
+        endpoint: Whether the last point along each axis has coordinate 1 (as in `numpy.linspace`), so that point i is
+            at -1 + 2 i / (size - 1). If False, selected points are at -1 + 2 i / size, as in the published multimodal
+            model, and `positions` must take points, as `positions.Fourier` does. False has no effect if all points
+            are queried.
 
     Example:
         >>> source = pc.queries.Grid((480, 640), pc.positions.Fourier(num_axes=2, num_bands=16, max_resolution=480))
@@ -47,15 +50,22 @@ class Grid(nn.Module):
         self.dim = positions.dim
 
     def grid_of(self, tokens: object = None) -> tuple[int, ...] | None:
-        """Return the grid of the queries: its own, or that of the input."""
+        """Return the grid size of the queries: `grid` if it is set, otherwise the grid of `tokens`, if any."""
         return self.grid or (tokens.grid if isinstance(tokens, Tokens) else None)
 
     def forward(
         self, tokens: Tokens | None = None, query_indices: Int[Tensor, "*b q"] | None = None
     ) -> Float[Tensor, "#b q e"]:
-        """Return the features of all grid points, or of those at `query_indices` into the flattened grid.
+        """Return the position encoding of all grid points, or only of selected points.
 
-        Dtype and device are those of `tokens`, and so is the grid, if the queries have none of their own.
+        Args:
+            tokens: Input tokens, which set the dtype, the device and, if `grid` is None, the grid. May be None if
+                `grid` is set.
+            query_indices: Indices of the selected points in the flattened grid, `q` or `b q`; all points by default.
+
+        Raises:
+            TypeError: If `query_indices` is not an integer tensor.
+            ValueError: If there is no grid, or an index is out of range.
         """
         grid = self.grid_of(tokens)
         if grid is None:
@@ -78,12 +88,12 @@ class Grid(nn.Module):
 
 
 def _rows(table: Tensor, indices: list[Tensor]) -> Tensor:
-    """Return the rows of a table that broadcasts over the grid, at an index along each axis."""
+    """Index a broadcastable table with one index tensor per axis, using index 0 along axes of size 1."""
     return table[tuple([index * (size > 1) for index, size in zip(indices, table.shape[:-1], strict=True)])]
 
 
 def _unravel(flat: Tensor, grid: Sequence[int]) -> list[Tensor]:
-    """Return the index along each axis."""
+    """Convert indices into the flattened grid to one index tensor per axis, as `torch.unravel_index` does."""
     indices = []
     for size in reversed(grid):
         indices.append(flat % size)

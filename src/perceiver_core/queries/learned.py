@@ -1,4 +1,4 @@
-"""Learned queries."""
+"""Query module with learned queries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from perceiver_core.registry import register
 
 @partial(register, name="queries.Learned")
 class Learned(nn.Module):
-    """Queries that are `num_queries` learned vectors of width `dim`, the same for all inputs.
+    """Query module with `num_queries` learned query vectors of width `dim`, the same for all inputs.
 
     Example:
         >>> source = pc.queries.Learned(2048, dim=768)
@@ -34,6 +34,6 @@ class Learned(nn.Module):
     def forward(
         self, tokens: object = None, query_indices: Int[Tensor, "*b q"] | None = None
     ) -> Float[Tensor, "#b q e"]:
-        """Return the query vectors, or those at `query_indices`; `tokens` are not used."""
+        """Return all query vectors, or only the vectors at `query_indices`. `tokens` is not used."""
         vectors = self.vectors[None]
         return vectors.clone() if query_indices is None else select(vectors, query_indices)

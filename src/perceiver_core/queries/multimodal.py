@@ -1,4 +1,4 @@
-"""Queries of several modalities, padded to one width by learned vectors."""
+"""Query module for outputs of several modalities."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from perceiver_core.tokens import Tokens
 
 @partial(register, name="queries.Multimodal")
 class Multimodal(nn.Module):
-    """Dictionary of sources of queries, padded to one width.
+    """Query module that combines one query module per output modality and pads their queries to a common width.
 
-    Queries of each modality are padded with a learned vector of their own, which also identifies the modality. A source
-    with the name of a modality of the input (`adapters.Multimodal`) gets the tokens of this modality, on their own
-    grid; others get all tokens.
+    The queries of each modality are padded with a learned vector, which also identifies the modality. A query module
+    with the name of an input modality (see `adapters.Multimodal`) receives the tokens of this modality, on their own
+    grid. If the input has no such modality, the query module receives all tokens.
 
     Args:
-        sources: Sources of queries by modality.
-        min_modality_channels: Number of learned channels of the widest modality.
+        sources: Mapping from modality names to query modules.
+        min_modality_channels: Number of learned channels of the widest modality; narrower modalities have more.
 
     Example:
         >>> source = pc.queries.Multimodal({"label": pc.queries.Learned(1, 30), "audio": pc.queries.Learned(50, 20)})
@@ -50,17 +50,17 @@ class Multimodal(nn.Module):
     def forward(
         self, tokens: object = None, query_indices: Mapping[str, object] | None = None
     ) -> dict[str, Float[Tensor, "#b q e"]]:
-        """Return the queries of each source.
+        """Return the queries by modality.
 
         Args:
-            tokens: Tokens of the input, for sources that use them.
-            query_indices: Second argument of each source, by modality; all queries of a source that is not named. A
-                source with an empty list or tensor is left out of the result.
+            tokens: Input tokens, for query modules that use them.
+            query_indices: Second argument of each query module, by modality. Query modules that are not named return
+                all their queries. Modalities with an empty list or tensor are left out of the result.
 
         Raises:
-            ValueError: An unknown name, no queries at all, queries of different batch sizes, or a source that needs the
-                tokens of an absent modality.
-            TypeError, ValueError: Errors of a source, preceded by its modality.
+            ValueError: If a name is unknown, no queries are left, batch sizes differ, or a query module needs the
+                tokens of a modality that is absent from the input.
+            TypeError, ValueError: If a query module raises one. The message then names the modality.
         """
         selected = {} if query_indices is None else query_indices
         modalities.check_names("query_indices", selected, self.sources.keys())
@@ -88,7 +88,7 @@ class Multimodal(nn.Module):
         return queries
 
     def grid_of(self, tokens: object = None) -> dict[str, tuple[int, ...] | None]:
-        """Return the grid of the queries of each source, for sources whose queries lie on one."""
+        """Return the grid size of the queries by modality, for query modules of type `Grid` and `FromInputs`."""
         return {
             name: source.grid_of(_tokens_of(name, tokens))
             for name, source in self.sources.items()
@@ -97,7 +97,11 @@ class Multimodal(nn.Module):
 
 
 def _tokens_of(name: str, tokens: object) -> object:
-    """Return the tokens of a modality: all tokens if the input has no such modality, None if it is absent."""
+    """Return the tokens for the query module `name`.
+
+    These are the tokens of the input modality `name`, or None if this modality is absent from the input. If the adapter
+    has no modality `name`, they are all tokens.
+    """
     present = (tokens.modalities or {}) if isinstance(tokens, Tokens) else {}
     return present.get(name, tokens)
 

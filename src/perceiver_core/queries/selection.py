@@ -10,7 +10,10 @@ from perceiver_core import checks
 
 
 def check_indices(query_indices: Tensor, num_queries: int) -> None:
-    """Raise unless `query_indices` are integers `q` or `b q` below `num_queries`, which is checked on the CPU only."""
+    """Check that `query_indices` is an integer tensor `q` or `b q` with values in 0 ... num_queries - 1.
+
+    The values are checked on the CPU in eager mode only.
+    """
     if not isinstance(query_indices, Tensor) or query_indices.is_floating_point() or query_indices.dtype == torch.bool:
         got = getattr(query_indices, "dtype", type(query_indices).__name__)
         raise TypeError(f"query_indices must be indices, an integer tensor; got {got}")
@@ -22,7 +25,7 @@ def check_indices(query_indices: Tensor, num_queries: int) -> None:
 
 
 def select(queries: Float[Tensor, "#b n e"], query_indices: Int[Tensor, "*b q"]) -> Float[Tensor, "#b q e"]:
-    """Return the queries at these indices."""
+    """Return the queries at `query_indices`. If `queries` has a batch size of 1, it is broadcast."""
     check_indices(query_indices, queries.shape[1])
     if query_indices.ndim == 1:
         return queries[:, query_indices]

@@ -1,12 +1,15 @@
-"""Reads of an input by queries: strategies that give the same result and differ in time and memory.
+"""Strategies for computing reads. A read is cross-attention from queries, such as latents, to an input.
 
-    Dense        tokens written out, normalized, projected to keys and values; then an attention kernel
-    Factored     keys and values formed from the content and one table per grid axis; then an attention kernel
-    Structured   scores and outputs from content and tables, without keys and values; see `kernels.grid`
+All strategies give the same result, but differ in time and memory:
 
-A strategy turns a `ReadContext` (attention, norm, input) into a `Memory`, and `memory.attend(q, kernel)` gives the
-output. `Auto`, the default, takes the strategy of least predicted cost. Passing another one forces it; leaving one out
-of `Auto(strategies)` forbids it. `explain_reads` reports the decisions of a model.
+    Dense        materializes, normalizes and projects tokens to keys and values, then calls an attention kernel
+    Factored     computes keys and values from the content and one table per grid axis, then calls an attention kernel
+    Structured   computes scores and outputs from content and tables, without keys and values; see `kernels.grid`
+
+A strategy turns a `ReadContext` (attention module, norm, input) into a `Memory`, and `memory.attend(q, kernel)` returns
+the attention output. `Auto`, the default, selects the strategy with the lowest predicted cost. To force a strategy,
+pass it in place of `Auto`. To exclude one, leave it out of `Auto(strategies)`. `explain_reads` reports the strategy of
+every read in a model.
 """
 
 from torch import nn
@@ -47,15 +50,15 @@ __all__ = [
 
 
 def set_strategy(module: nn.Module, strategy: Strategy) -> None:
-    """Make all reads in a module use a strategy. It is not saved with the model, whose result it does not change.
+    """Set the strategy of all reads in a module. A strategy does not change results and is not saved with the model.
 
     Args:
-        module: Module with reads (`CrossAttend`).
-        strategy: Strategy, for example `reads.Dense()`.
+        module: Module that contains reads (`CrossAttend`).
+        strategy: Strategy such as `reads.Dense()`.
 
     Raises:
-        TypeError: A strategy that is none.
-        ValueError: A module without reads.
+        TypeError: If `strategy` is not an instance of a strategy.
+        ValueError: If the module contains no reads.
 
     Example:
         >>> encoder = pc.Encoder(10, num_latents=7, dim=32, depth=1, num_heads=4)

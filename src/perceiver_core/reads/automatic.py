@@ -1,4 +1,4 @@
-"""The default strategy of a read: the fastest that can compute it, by predicted cost."""
+"""Default strategy for reads, which selects another strategy by predicted cost."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from perceiver_core.reads.strategy import Cost, Memory, ReadContext, Sizes, Stra
 from perceiver_core.reads.structured import Structured
 from perceiver_core.registry import register
 
-LAST = 1e6  # seconds added to the cost of a strategy that is taken only where no other can compute a read
-MATERIALIZED_BYTES = 2**30  # a CPU read that would write out more is not dense where another strategy computes it
+LAST = 1e6  # seconds added to the cost of strategies that are used only if no other supports the read
+MATERIALIZED_BYTES = 2**30  # a CPU read that materializes more uses `Dense` only as a last resort
 
 
 class Decision(NamedTuple):
-    """The strategy that `Auto` selects for a read, with the sizes and constants that it was selected by.
+    """Strategy selected by `Auto` for a read, with the sizes and machine constants used for the selection.
 
     Args:
-        strategy: Strategy taken.
-        sizes: Sizes of the read.
-        machine: Machine constants from which costs were predicted.
+        strategy: Selected strategy.
+        sizes: Sizes of the read; under torch.compile, typical sizes (see `Sizes.of`).
+        machine: Machine constants used to predict costs.
 
     Example:
         >>> context = pc.CrossAttend(32, 10).read_context(torch.randn(2, 50, 10), num_queries=7)
@@ -41,25 +41,29 @@ class Decision(NamedTuple):
 
     @property
     def cost(self) -> Cost:
-        """Predicted cost of the strategy taken."""
+        """Predicted cost of the selected strategy."""
         return self.strategy.cost(self.sizes, self.machine)
 
 
 @partial(register, name="reads.Auto")
 @dataclass(frozen=True)
 class Auto:
-    """Take the fastest of several strategies on a CPU or CUDA GPU, by predicted cost; on other devices `Dense`.
+    """Strategy that selects the fastest of several strategies, by predicted cost.
 
-    On a CPU, `Dense` comes last where it would write out more than a gibibyte: the others process a large input in
-    slabs. On a GPU, `Factored` comes last: its slabs are sized for CPU caches.
+    Some strategies are a last resort, used only if no other strategy supports the read:
+
+    - `Structured` without its compiled kernel, because it is slow.
+    - On a CPU: `Dense`, if it would materialize more than 1 GiB. The others can process a large input in slabs.
+    - On a CUDA GPU: all strategies except `Structured` and `Dense`.
+    - On other devices: all strategies except `Dense`.
 
     Args:
-        strategies: Strategies to choose from; one that is left out is never taken.
-        machine: Machine constants; those of `reads.machine` for the device by default.
+        strategies: Candidate strategies. Strategies that are left out are never used.
+        machine: Machine constants; by default, the constants for the device in `reads.machine`.
 
     Raises:
-        TypeError: A strategy that is none.
-        ValueError: No strategies; or (in `choose`) none that can compute a read.
+        TypeError: If an element of `strategies` is not an instance of a strategy.
+        ValueError: If `strategies` is empty or, in `choose`, if none of them supports the read.
 
     Example:
         >>> read = pc.CrossAttend(32, 10, strategy=pc.reads.Auto([pc.reads.Factored(), pc.reads.Dense()]))
@@ -77,34 +81,34 @@ class Auto:
             check_strategy(strategy)
 
     def why_not(self, context: ReadContext) -> str:
-        """Return why none of the strategies can compute a read; empty if one can."""
-        if not self.strategies[-1].why_not(context):  # usually Dense, which computes every read
+        """Return the reason why no strategy supports a read, or an empty string if one does."""
+        if not self.strategies[-1].why_not(context):  # usually Dense, which supports every read
             return ""
         reasons = [strategy.why_not(context) for strategy in self.strategies]
         return "" if "" in reasons else "; ".join(reasons)
 
     def cost(self, sizes: Sizes, machine: Machine) -> Cost:
-        """Return the least cost of the strategies."""
+        """Return the lowest cost among the strategies."""
         return min((strategy.cost(sizes, machine) for strategy in self.strategies), key=lambda cost: cost.seconds)
 
     def choose(self, context: ReadContext) -> Decision:
-        """Return the decision for a read.
+        """Select a strategy for a read.
 
         Raises:
-            ValueError: None of the strategies can compute it.
+            ValueError: If none of the strategies supports the read.
         """
         sizes = Sizes.of(context)
         machine = self.machine or DEFAULTS.get(sizes.device, MEASURED_CPU)
         ranked: Sequence[Strategy] = tuple(self.strategies)
-        if torch.compiler.is_compiling():  # it traces the function itself, and costs of symbolic sizes are best avoided
+        if torch.compiler.is_compiling():  # bypass the cache, and avoid computing costs of symbolic sizes
             ranked = [strategy for strategy in ranked if not strategy.why_not(context)]
             ranked = ranked if len(ranked) == 1 else _ranked.__wrapped__(tuple(ranked), sizes, machine)
         else:
             try:
                 ranked = _ranked(ranked, sizes, machine)
-            except TypeError:  # a user's strategy or a symbolic size that is not hashable
+            except TypeError:  # an unhashable custom strategy or symbolic size
                 ranked = _ranked.__wrapped__(ranked, sizes, machine)
-        slow = None  # a structured read without its compiled loop, where nothing else can compute the read
+        slow = None  # a structured read without its compiled kernel, used only if no other strategy supports the read
         for strategy in ranked:
             if strategy.why_not(context):
                 continue
@@ -116,13 +120,13 @@ class Auto:
         return Decision(slow, sizes, machine)
 
     def prepare(self, context: ReadContext) -> Memory:
-        """Return the memory that the chosen strategy makes."""
+        """Return the memory that the selected strategy prepares."""
         return self.choose(context).strategy.prepare(context)
 
 
-@lru_cache(maxsize=1024)  # a pure function, whose arguments repeat in every forward pass of a model
+@lru_cache(maxsize=1024)  # pure; its arguments repeat in every forward pass of a model
 def _ranked(strategies: tuple[Strategy, ...], sizes: Sizes, machine: Machine) -> list[Strategy]:
-    """Return strategies by ascending cost; last are those that are taken only where no other can compute the read."""
+    """Sort strategies by cost. Those that are used only if no other supports the read come last."""
 
     def is_last(strategy: Strategy) -> bool:
         if sizes.device not in DEFAULTS:
@@ -133,7 +137,7 @@ def _ranked(strategies: tuple[Strategy, ...], sizes: Sizes, machine: Machine) ->
 
     remaining, ranked = list(strategies), []
     seconds = [strategy.cost(sizes, machine).seconds + LAST * is_last(strategy) for strategy in strategies]
-    while remaining:  # not sorted(), which torch.compile does not apply to such numbers
+    while remaining:  # torch.compile does not support sorted() for symbolic numbers
         best = seconds.index(min(seconds))
         ranked.append(remaining.pop(best))
         seconds.pop(best)

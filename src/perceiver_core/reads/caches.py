@@ -1,4 +1,4 @@
-"""Caches that a read stores its memory in, and captured attention weights."""
+"""Caches for the memory (keys and values) of a read, and a container for captured attention weights."""
 
 from __future__ import annotations
 
@@ -15,24 +15,30 @@ from perceiver_core.reads.strategy import Memory, QueryIndices
 
 @runtime_checkable
 class Cache(Protocol):
-    """Storage of a memory for later calls of a read."""
+    """Protocol of a cache that stores the memory of a read for later calls.
+
+    Args:
+        appends: Whether `update` appends to the stored memory. If so, a mask must cover the cached keys too.
+        num_queries: Total number of queries of all reads that share the memory; None for those of the current call.
+    """
 
     appends: ClassVar[bool]
     num_queries: int | None
 
     def update(self, memory: Memory) -> Memory:
-        """Store the memory of a call's input, and return the memory that its queries attend to."""
+        """Store the memory of the current input, and return the memory that the queries attend to."""
         ...
 
 
 class SharedMemory:
-    """Cache of a memory that several reads with the same weights share.
+    """Cache of one memory, for several reads with the same weights and the same input.
 
-    `read(x, tokens, cache=cache)` stores it, and `read(x, cache.memory)` attends to it again. Later reads receive it as
-    an input, so that a recomputation by activation checkpointing does the same as the original call.
+    `read(x, tokens, cache=cache)` stores the memory, and `read(x, cache.memory)` attends to it again. Later reads
+    receive the memory as an argument, so that activation checkpointing recomputes exactly the original call.
 
     Args:
-        num_queries: Total number of queries of these reads, from which the strategy is chosen.
+        num_queries: Total number of queries of these reads, used to select the strategy. By default, the number of
+            queries of the call that stores the memory.
 
     Example:
         >>> read, cache = pc.CrossAttend(32, 10), pc.reads.SharedMemory(num_queries=10)
@@ -49,24 +55,27 @@ class SharedMemory:
         self._released = self._grad_enabled = False
 
     def update(self, memory: Memory) -> Memory:
-        """Store `memory` unless one is stored or was released, and return it."""
+        """Store `memory`, unless the cache holds one already or was released, and return `memory`."""
         if self.memory is None and not self._released:
             self.memory, self._grad_enabled = memory, torch.is_grad_enabled()
         return memory
 
     def has_graph(self) -> bool:
-        """Return whether the memory was computed in the current gradient mode; in a reentrant checkpoint it was not."""
+        """Return whether the stored memory, if any, was computed in the current gradient mode.
+
+        False after a reentrant activation checkpoint, because its forward pass runs under `torch.no_grad`.
+        """
         return self.memory is None or self._grad_enabled == torch.is_grad_enabled()
 
     def release(self) -> None:
-        """Drop the memory and store no other, so that a checkpoint that keeps the cache keeps no memory alive."""
+        """Drop the memory and ignore later updates, so that a checkpoint that holds this cache holds no memory."""
         self.memory, self._released = None, True
 
 
 class KeysValuesCache:
-    """Growing cache of keys and values, for sequences that are generated token by token.
+    """Growing cache of keys and values, for generating sequences token by token.
 
-    Each call appends the keys and values of its input; its queries attend to all. A mask covers all of them.
+    Each call appends the keys and values of its input. Queries attend to all cached keys, and masks must cover them.
 
     Example:
         >>> block, cache, x = pc.SelfAttend(32, num_heads=4), pc.reads.KeysValuesCache(), torch.randn(1, 5, 32)
@@ -82,10 +91,10 @@ class KeysValuesCache:
         self.memory: KeysValues | None = None
 
     def update(self, memory: Memory) -> KeysValues:
-        """Append keys and values, and return all.
+        """Append keys and values, and return all cached keys and values.
 
         Raises:
-            TypeError: A memory that is not of formed keys and values.
+            TypeError: If `memory` is not a `KeysValues`.
         """
         if not isinstance(memory, KeysValues):
             raise TypeError(
@@ -97,13 +106,13 @@ class KeysValuesCache:
 
 @dataclass
 class AttentionCapture:
-    """Attention weights of one read, filled in while a model runs: pass it as `capture=` to the model.
+    """Container for the attention weights of one read. Pass it to a model as `capture=`, and the model fills it.
 
     Args:
-        read: Index of the read, or of a resampler's layer; negative indices count from the last.
-        queries: Indices of the queries whose weights are captured; all of them by default.
-        weights: Captured weights, `b h chosen n`.
-        grid: Grid of the tokens, if they have one.
+        read: Index of the read, or of the layer of a resampler. Negative indices count from the last.
+        queries: Indices of the queries whose weights are captured; None for all queries.
+        weights: Captured weights, `b h chosen n`; set by the model.
+        grid: Grid size of the tokens, or None if the input is a tensor; set by the model.
 
     Example:
         >>> capture = pc.reads.AttentionCapture(queries=[0, 3])
@@ -118,10 +127,10 @@ class AttentionCapture:
     grid: tuple[int, ...] | None = None
 
     def result(self) -> Float[Tensor, "b h chosen n"]:
-        """Return the captured weights.
+        """Return the captured weights, `b h chosen n`.
 
         Raises:
-            RuntimeError: The model ran without the read.
+            RuntimeError: If no weights were captured.
         """
         if self.weights is None:
             raise RuntimeError("no attention weights were captured: the model did not pass `capture` to the read")

@@ -1,4 +1,4 @@
-"""Measurement of the machine constants that the cost model uses."""
+"""Benchmarks that measure the machine constants of the cost model."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ QUERIES, ROWS, COLUMNS = 256, 128, 192
 
 @torch.no_grad()
 def calibrate(seconds: float = 2.0, device: str = "cpu") -> Machine:
-    """Measure the constants of `Machine` on the machine at hand.
+    """Measure the constants of `Machine` on this machine.
 
-    A CPU is measured on all threads, and the result is per thread. Constants of structured reads keep their
-    defaults where the compiled loop is unavailable.
+    CPU benchmarks use all threads, and the results are converted to constants per thread. If the compiled kernel of
+    structured reads is unavailable, `pair` and `channel` keep their defaults.
 
     Args:
-        seconds: Duration of each measurement.
-        device: "cpu", or a CUDA device.
+        seconds: Minimum duration of each benchmark, in seconds.
+        device: "cpu" or a CUDA device.
     """
     cpu = device == "cpu"
     num_threads = torch.get_num_threads() if cpu else 1
@@ -64,7 +64,7 @@ def calibrate(seconds: float = 2.0, device: str = "cpu") -> Machine:
     product = 2 * side**3 / 1e9
     narrow, wide = (attention(width, torch.float32) for width in (16, 272))
     narrow_half, flash_half, wide_half = (attention(width, torch.bfloat16) for width in (64, 256, 272))
-    per_unit = max(wide - narrow, 1e-9) / 256  # nanoseconds per pair and unit of width, which is 4 operations
+    per_unit = max(wide - narrow, 1e-9) / 256  # nanoseconds per score and unit of head width (4 FLOPs)
     softmax = max(narrow - 16 * per_unit, 0.0) if cpu else 0.0
     machine = Machine(
         linear=rate(product, lambda: layer(matrix)),
@@ -88,6 +88,6 @@ def calibrate(seconds: float = 2.0, device: str = "cpu") -> Machine:
 
 
 def _median(work: Callable[[], object], seconds: float) -> float:
-    """Return the median time of a call, after a warm-up; a CUDA device is synchronized."""
+    """Return the median time of a call in seconds, after a warm-up and with CUDA synchronization."""
     timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=seconds).median

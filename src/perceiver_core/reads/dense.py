@@ -1,4 +1,4 @@
-"""Dense reads: tokens are written out, normalized and projected to keys and values, which any kernel attends to."""
+"""Dense strategy: materialize tokens, normalize them, project them to keys and values, and call an attention kernel."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from perceiver_core.registry import register
 
 
 class KeysValues(NamedTuple):
-    """Keys and values of an input; a `Memory`.
+    """Named tuple of the keys and values of an input. It implements `Memory`.
 
     Args:
-        keys: `b g n d`, of g key-value heads.
-        values: `b g n e`.
-        mask: Attention mask of these keys.
+        keys: Keys of g key-value heads, `b g n d`.
+        values: Values, `b g n e`.
+        mask: Attention mask of these keys; None to attend to all.
 
     Example:
         >>> memory = pc.reads.KeysValues(torch.randn(3, 2, 50, 8), torch.randn(3, 2, 50, 5))
@@ -41,7 +41,7 @@ class KeysValues(NamedTuple):
     def attend(
         self, q: Float[Tensor, "#b h q d"], kernel: Kernel, *, mask: Mask | None = None, dropout: float = 0.0
     ) -> Float[Tensor, "b h q e"]:
-        """Return the attention output of every head; see `Memory`."""
+        """Compute the attention output of every head; see `Memory.attend`."""
         keys, values = self.keys, self.values
         if q.shape[:2] != keys.shape[:2]:
             q, keys, values = _broadcast(q, keys, values)
@@ -51,19 +51,19 @@ class KeysValues(NamedTuple):
     def attention_map(
         self, q: Float[Tensor, "#b h q d"], kernel: Kernel, *, mask: Mask | None = None, queries: QueryIndices = None
     ) -> Float[Tensor, "b h chosen n"]:
-        """Return the attention weights of selected queries."""
+        """Return the attention weights of selected queries; see `Memory.attention_map`."""
         q, keys, _ = _broadcast(q, self.keys, self.values)
         return kernel_attention_map(kernel, q, keys, mask=masks.and_(self.mask, mask), queries=queries)
 
     def memory(self, attention: Attention) -> KeysValues:
-        """Return this memory itself."""
+        """Return `self`, which is already a memory."""
         return self
 
     def append(self, later: KeysValues) -> KeysValues:
-        """Return these keys and values followed by later ones.
+        """Concatenate these keys and values with later ones along the token axis.
 
         Raises:
-            ValueError: Either has a mask, which covers its own keys only. Pass a mask of all keys to the read instead.
+            ValueError: If either has a mask, which covers its own keys only. Pass the read a mask of all keys instead.
         """
         if self.mask is not None or later.mask is not None:
             raise ValueError(
@@ -73,7 +73,7 @@ class KeysValues(NamedTuple):
 
 
 def _broadcast(q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Repeat key-value heads for the query heads that share them, and expand a batch of 1 on either side."""
+    """Repeat key-value heads for grouped queries, and broadcast a batch size of 1 on either side."""
     if (group_size := q.shape[1] // keys.shape[1]) > 1:
         keys, values = (repeat(x, "b g n d -> b (g s) n d", s=group_size) for x in (keys, values))
     if q.shape[0] == 1:
@@ -86,11 +86,17 @@ def _broadcast(q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor,
 def kernel_cost(
     sizes: Sizes, machine: Machine, matmul: float, *, flops: float, moved: float, overhead: float = 0.0
 ) -> Cost:
-    """Return the cost of an attention kernel, and of forming its keys and values by `flops` at `matmul` GFLOP/s.
+    """Return the cost of computing keys and values, and of an attention kernel on them.
 
-    `overhead` is in microseconds.
+    Args:
+        sizes: Sizes of the read.
+        machine: Machine constants.
+        matmul: Throughput of the projections to keys and values, in GFLOP/s.
+        flops: Floating-point operations of these projections.
+        moved: Bytes read and written to compute keys and values.
+        overhead: Fixed overhead, in microseconds.
     """
-    kv_width, half = sizes.kv_dim * sizes.group_size, sizes.half()  # width over all query heads
+    kv_width, half = sizes.kv_dim * sizes.group_size, sizes.half()  # total width over all query heads
     kernel = 2.0 * sizes.batch * sizes.num_queries * sizes.num_tokens * kv_width
     attention = machine.attention_half if half else machine.attention
     if half and kv_width > 2 * WIDEST * sizes.num_heads:
@@ -105,7 +111,7 @@ def kernel_cost(
 @partial(register, name="reads.Dense")
 @dataclass(frozen=True)
 class Dense:
-    """Materialize, normalize and project all tokens to keys and values. Supports every read.
+    """Strategy that materializes, normalizes and projects all tokens to keys and values. It supports every read.
 
     Example:
         >>> read = pc.CrossAttend(32, 10, strategy=pc.reads.Dense())
@@ -114,18 +120,18 @@ class Dense:
     """
 
     def why_not(self, context: ReadContext) -> str:
-        """Return an empty string: this strategy supports every read."""
+        """Return an empty string, because this strategy supports every read."""
         return ""
 
     def cost(self, sizes: Sizes, machine: Machine) -> Cost:
-        """Return the cost of concatenating, normalizing and projecting tokens, and of the kernel."""
+        """Return the cost of concatenating, normalizing and projecting the tokens, and of attention."""
         per_token = sizes.batch * sizes.num_tokens
         moved = per_token * (6 * sizes.token_dim + sizes.kv_dim) * sizes.element_size
         matmul = machine.matmul_half if sizes.half() else machine.linear
         return kernel_cost(sizes, machine, matmul, flops=2 * per_token * sizes.token_dim * sizes.kv_dim, moved=moved)
 
     def prepare(self, context: ReadContext) -> KeysValues:
-        """Return the keys and values of all tokens."""
+        """Compute the keys and values of all tokens."""
         attention, source = context
         return project(attention, source.normalized(), source.positions, source.whole_mask())
 
@@ -133,7 +139,7 @@ class Dense:
 def project(
     attention: Attention, inputs: Tensor, positions: Tensor | None = None, mask: Mask | None = None
 ) -> KeysValues:
-    """Return the keys and values of an input `b n c`: linear projections, key norm, rotary embedding."""
+    """Compute the keys and values of an input `b n c`, with linear projections, key norm and rotary embedding."""
     keys, values = attention.key(inputs), attention.value(inputs)
     keys = attention.key_norm(split_heads(keys, attention.num_kv_heads))
     keys = attention.rotary(keys) if positions is None else rotate(attention.rotary, keys, positions)
@@ -141,12 +147,12 @@ def project(
 
 
 def split_heads(x: Float[Tensor, "b n hd"], num_heads: int) -> Float[Tensor, "b h n d"]:
-    """Return the heads of a projection; in plain PyTorch, since a small read is bound by the overhead of its calls."""
+    """Split a projection into heads. It avoids the overhead of einops, which matters for small reads."""
     return torch.unflatten(x, -1, (num_heads, -1)).transpose(1, 2)
 
 
 def rotate(rotary: nn.Module, heads: Tensor, positions: Tensor) -> Tensor:
-    """Apply a rotary embedding to queries or keys `b h n d` at `positions`; nn.Identity means no rotation."""
+    """Apply a rotary embedding to queries or keys `b h n d` at `positions`; a no-op for nn.Identity."""
     if type(rotary) is nn.Identity:
         return heads
     rotated: Tensor = rotary(heads, positions)

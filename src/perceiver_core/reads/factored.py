@@ -1,4 +1,4 @@
-"""Factored reads: keys and values are formed from the content and one table per grid axis."""
+"""Factored strategy: compute keys and values from the content and one position table per grid axis."""
 
 from __future__ import annotations
 
@@ -23,21 +23,22 @@ from perceiver_core.reads.strategy import Cost, ReadContext, Sizes
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
-# In half precision, an RMSNorm without eps takes that of float32, in which it computes; PyTorch 2.6 took that of the
-# half-precision dtype, which nearly flattens numbers as small as this one.
+# In half precision, an RMSNorm with eps=None uses the eps of float32, the dtype in which it computes. PyTorch 2.6 used
+# the eps of the half-precision dtype, so that inputs as small as this one are not normalized to 1.
 RMS_NORM_USES_HALF_EPS = bool(
     nn.functional.rms_norm(torch.full((1,), 2.0**-10, dtype=torch.bfloat16, device="cpu"), (1,)) < 0.5
 )
 
-PLAIN = (nn.Parameter, Tensor, FakeTensor)  # types of weights that any operator takes; the last while export traces
+PLAIN = (nn.Parameter, Tensor, FakeTensor)  # weight types that all operators support; FakeTensor is for torch.export
 
 
 @partial(register, name="reads.Factored")
 @dataclass(frozen=True)
 class Factored:
-    """Form keys and values from the content and one projected table per axis; tokens are never written out.
+    """Strategy that computes keys and values from the content and one projected table per axis.
 
-    Computes reads of `Tokens` through a LayerNorm, an RMSNorm or no norm, and plain linear projections.
+    Tokens are never materialized. The strategy supports reads of `Tokens` with a LayerNorm, an RMSNorm or no norm, and
+    with plain linear projections.
 
     Example:
         >>> image = pc.adapters.Image(3, positions=pc.positions.Fourier(num_axes=2, num_bands=4, max_resolution=16))
@@ -47,11 +48,11 @@ class Factored:
     """
 
     def why_not(self, context: ReadContext) -> str:
-        """Return the reason why norm and projections of the input cannot be factored."""
+        """Return the reason why this strategy does not support a read, or an empty string if it does."""
         return why_not_factored(context)
 
     def cost(self, sizes: Sizes, machine: Machine) -> Cost:
-        """Return the cost of projecting the content and (once per batch) the tables, of their sum, and of a kernel."""
+        """Return the cost of projecting the content (per sample) and tables (per batch), adding them, and attention."""
         per_token = sizes.batch * sizes.num_tokens
         table_products = sum(sizes.axes) * (sizes.token_dim - sizes.num_channels)
         flops = 2 * sizes.kv_dim * (per_token * sizes.num_channels + table_products)
@@ -59,7 +60,10 @@ class Factored:
         return kernel_cost(sizes, machine, machine.matmul, flops=flops, moved=moved, overhead=machine.start)
 
     def prepare(self, context: ReadContext) -> KeysValues | FactoredKeysValues:
-        """Return the keys and values of all tokens; of a large input, in slabs if the kernel allows."""
+        """Compute the keys and values of all tokens, or return them in factored form if the input is large.
+
+        Attention to the factored form is computed slab by slab. It is not used if `needs_kernel` returns a reason.
+        """
         attention, source = context
         limit = max(1, min(slabs.TOKENS, slabs.FORMED_NUMBERS // attention.kv_dim))
         memory = factored(context, attend_slab, limit)
@@ -72,7 +76,7 @@ class Factored:
 
 
 def attend_slab(q: Tensor, memory: FactoredKeysValues) -> PartialAttention:
-    """Return attention over the formed keys and values of a slab."""
+    """Compute the keys and values of a slab, and attention to them."""
     keys, values, mask = memory.form(q.dtype)
     half = uses_chunks(q, keys.shape[-2])
     q = q.expand(keys.shape[0], *q.shape[1:])
@@ -80,7 +84,7 @@ def attend_slab(q: Tensor, memory: FactoredKeysValues) -> PartialAttention:
 
 
 def _is_large(memory: FactoredKeysValues) -> bool:
-    """Return whether the input has more tokens than fit into one slab."""
+    """Return whether the input has more tokens than one slab can hold. Always False under torch.compile."""
     if torch.compiler.is_compiling():  # comparing sizes would specialize the graph to them
         return False
     limit = memory.tokens_per_slab * slabs.factor_for(memory.content.device)
@@ -88,7 +92,7 @@ def _is_large(memory: FactoredKeysValues) -> bool:
 
 
 def why_not_factored(context: ReadContext) -> str:
-    """Return the reason why norm and projections of the input cannot be factored; empty if they can."""
+    """Return the reason why the norm and projections of a read cannot be factored, or an empty string if they can."""
     attention, source = context
     if not isinstance(source.tokens, Tokens):
         return "the input is a tensor, whose positions are mixed with its content; give Tokens"
@@ -116,7 +120,7 @@ def why_not_factored(context: ReadContext) -> str:
 
 
 def needs_kernel(context: ReadContext) -> str:
-    """Return the reason why a read needs an attention kernel on formed keys and values; empty if it does not."""
+    """Return the reason why a read needs an attention kernel on explicit keys and values, or an empty string."""
     attention, source = context
     if attention.kernel is not fastest:
         return f"the kernel {getattr(attention.kernel, '__name__', attention.kernel)} was chosen"
@@ -136,7 +140,7 @@ def needs_kernel(context: ReadContext) -> str:
 
 
 def factored(context: ReadContext, attend_slab: AttendSlab, tokens_per_slab: int) -> FactoredKeysValues:
-    """Return the factored keys and values of a read for which `why_not_factored` is empty."""
+    """Return the keys and values of a read in factored form. `why_not_factored(context)` must be empty."""
     tokens, norm, attention = context.source.tokens, context.source.norm, context.attention
     assert isinstance(tokens, Tokens)
     key, value = attention.key, attention.value
@@ -152,7 +156,7 @@ def factored(context: ReadContext, attend_slab: AttendSlab, tokens_per_slab: int
 
 
 def masked(memory: FactoredKeysValues, mask: Mask) -> FactoredKeysValues:
-    """Return a memory with its own mask combined with another one, which is the same for all queries and heads."""
+    """Return the memory with its mask combined with `mask`, which must be the same for all queries and heads."""
     _, tensors = masks.split(masks.from_token_mask(mask))
     batch, num_tokens = memory.content.shape[0], prod(memory.grid())
     like = memory.content.new_empty(()).expand(batch, 1, num_tokens, 1)

@@ -1,13 +1,13 @@
-"""Keys and values as sums of a content term and one term per grid axis, times a scale.
+"""Keys and values in factored form: a scale times a sum of one content term and one term per grid axis.
 
-Layer norm and projection of a token `x = [content, positions]`, whose positions are a sum of one table per axis,
-distribute over these parts exactly. With W the projection matrix times the norm's weight, its rows centered because
-the norm subtracts the mean, and r = 1 / standard deviation:
+A token is `x = [content, positions]`, and its positions are the sum of one table row per axis. Layer norm and
+projection can therefore be applied to each part separately, with the same result. Let W be the projection matrix times
+the norm's weight, with centered rows because the norm subtracts the mean, and let r be 1 / standard deviation of x:
 
-    key = r (W_content content + sum_axes W_positions table[i_axis]) + constant           and likewise for the value
+    key = r (W_content content + sum_axes W_positions table[i_axis]) + constant
 
-So a table is projected once instead of once per token and sample, tokens are never concatenated, and a structured read
-needs neither keys nor values.
+Values have the same form. Each table is projected once, not once per token and sample. Tokens are never concatenated,
+and a structured read needs neither keys nor values.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from perceiver_core.tokens import Tokens
 
 
 class Norm(NamedTuple):
-    """Constants of a layer norm (`center=True`) or an RMS norm, without its module."""
+    """Named tuple of the constants of a layer norm (`center=True`) or an RMS norm (`center=False`)."""
 
     eps: float = 0.0
     weight: Float[Tensor, " p"] | None = None
@@ -42,7 +42,7 @@ class Norm(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """Projection to keys or values, split into the columns of the content, those of the positions, and a constant."""
+    """Named tuple of a projection to keys or values: content weights, position weights, and a constant."""
 
     content: Float[Tensor, "h d c"]
     positions: Float[Tensor, "h d p"]
@@ -50,18 +50,18 @@ class Projection(NamedTuple):
 
 
 class FactoredKeysValues(NamedTuple):
-    """Keys and values of tokens on a grid in factored form; a `Memory`.
+    """Named tuple of the keys and values of tokens on a grid, in factored form. It implements `Memory`.
 
     Args:
-        content: Content of the tokens.
-        tables: One position table per grid axis.
-        mask: Valid tokens, True = attend.
-        norm: Norm before the projections.
+        content: Content of the tokens, `b *grid c`.
+        tables: One position table `size p` per grid axis; empty for tokens without positions.
+        mask: Valid tokens, `b *grid`, True = attend; None to attend to all.
+        norm: Norm before the projections; None for no norm.
         keys: Projection to keys.
         values: Projection to values.
-        attend_slab: Attention of queries to a slab of these, `reads.structured.attend_slab` or
+        attend_slab: Function that computes attention to a slab: `reads.structured.attend_slab` or
             `reads.factored.attend_slab`.
-        tokens_per_slab: Number of tokens, over the batch, that a slab may have.
+        tokens_per_slab: Maximum number of tokens per slab, over the batch, on a CPU. GPU slabs are 64 times larger.
     """
 
     content: Float[Tensor, "b *grid c"]
@@ -74,26 +74,27 @@ class FactoredKeysValues(NamedTuple):
     tokens_per_slab: int
 
     def grid(self) -> tuple[int, ...]:
-        """Return the size of each axis."""
+        """Return the grid size."""
         return tuple(self.content.shape[1:-1])
 
     def memory(self, attention: Attention) -> FactoredKeysValues:
-        """Return this memory itself."""
+        """Return `self`, which is already a memory."""
         return self
 
     def attend(
         self, q: Float[Tensor, "#b h q d"], kernel: Kernel, *, mask: Mask | None = None, dropout: float = 0.0
     ) -> Float[Tensor, "b h q e"]:
-        """Return the attention output of every head, computed slab by slab where the input is large.
+        """Compute the attention output of every head, slab by slab if the input is large.
 
-        With an additional mask, or dropout, keys and values are formed and the kernel is used.
+        With an additional mask or dropout, explicit keys and values are computed for the kernel. Otherwise, the kernel
+        is not used.
         """
         if mask is not None or dropout:
             return self.form(q.dtype).attend(q, kernel, mask=mask, dropout=dropout)
         return self.attend_with_lse(q).output
 
     def attend_with_lse(self, q: Float[Tensor, "#b h q d"]) -> PartialAttention:
-        """Return the attention output and the log-sum-exp of the scores, with which partial results are merged."""
+        """Compute the attention output and the log-sum-exp of the scores, which `kernels.merge` needs."""
         memory, batch = self, q.shape[0]
         if self.content.shape[0] == 1 != batch:
             content = self.content.expand(batch, *self.content.shape[1:])
@@ -105,19 +106,19 @@ class FactoredKeysValues(NamedTuple):
     def attention_map(
         self, q: Float[Tensor, "#b h q d"], kernel: Kernel, *, mask: Mask | None = None, queries: QueryIndices = None
     ) -> Float[Tensor, "b h chosen n"]:
-        """Return the attention weights of selected queries, from formed keys."""
+        """Return the attention weights of selected queries, computed from explicit keys."""
         return self.form(q.dtype).attention_map(q, kernel, mask=mask, queries=queries)
 
     def planes(self) -> Float[Tensor, "b c *grid"]:
-        """Return the content channels-first, zero at masked tokens, in the dtype of the computation."""
+        """Return the content channels-first, with zeros at masked tokens, in the dtype of the computation."""
         content = self.content if self.mask is None else self.content.masked_fill(~self.mask.unsqueeze(-1), 0.0)
         planes = content.movedim(-1, 1).to(self.keys.content.dtype)
         if self.norm is not None and self.norm.center and not self.tables:
-            planes = planes - planes.mean(1, keepdim=True)  # the result is the same, but large means lose digits
+            planes = planes - planes.mean(1, keepdim=True)  # same result, but a large mean would cost precision
         return planes
 
     def scale(self, planes: Tensor) -> Float[Tensor, " b *grid"]:
-        """Return the factor of the norm at each token: 1 / standard deviation, or 1 / root mean square."""
+        """Return the scale of the norm at each token: 1 / standard deviation, 1 / root mean square, or 1."""
         if self.norm is None:
             return planes.new_ones(planes.shape[0], *planes.shape[2:])
         channels, width = self.keys.content.shape[-1], self.tables[0].shape[-1] if self.tables else 0
@@ -126,7 +127,7 @@ class FactoredKeysValues(NamedTuple):
         if width:
             position_squares, position_mean = _position_moments(self.tables, center=self.norm.center)
             squares = squares + position_squares
-            if self.norm.center:  # Chan et al. 1979: squared deviations of two groups around their common mean
+            if self.norm.center:  # Chan et al. 1979: squared deviations of two groups from their common mean
                 between = (mean.squeeze(1) - position_mean).square()
                 squares = squares + (channels * width / (channels + width)) * between
         return (squares / (channels + width) + self.norm.eps).rsqrt()
@@ -140,14 +141,14 @@ class FactoredKeysValues(NamedTuple):
         return self._replace(content=content, tables=tables, mask=mask)
 
     def project_tables(self, part: Projection) -> list[Float[Tensor, "h size d"]]:
-        """Return the projected tables: the term of keys or values for each index along each axis."""
+        """Project each table to its term in the keys or values. Without tables, the terms are zeros."""
         if not self.tables:
             heads, width, _ = part.content.shape
             return [part.content.new_zeros(heads, size, width) for size in self.grid()]
         return [table @ part.positions.mT for table in self.tables]
 
     def form(self, dtype: torch.dtype) -> KeysValues:
-        """Return the keys and values of all tokens, with their mask."""
+        """Compute explicit keys and values of all tokens in `dtype`, with their mask."""
         with checks.full_precision(self.content.device):
             planes = self.planes()
             scale, content = self.scale(planes).flatten(1).unsqueeze(-1), planes.flatten(2).mT
@@ -157,7 +158,7 @@ class FactoredKeysValues(NamedTuple):
     def _form(self, part: Projection, content: Tensor, scale: Tensor) -> Float[Tensor, "b h n d"]:
         tables = [rearrange(table, "h size d -> size (h d)") for table in self.project_tables(part)]
         terms = [_broadcastable(table, [axis], len(tables)) for axis, table in enumerate(tables)]
-        positions = sum(terms[1:], start=terms[0]).expand(*self.grid(), -1).flatten(0, -2)  # shared by the batch
+        positions = sum(terms[1:], start=terms[0]).expand(*self.grid(), -1).flatten(0, -2)  # the same for all samples
         weight, batch = part.content.flatten(0, 1).mT, content.shape[0]
         sums = torch.baddbmm(positions.expand(batch, -1, -1), content, weight.expand(batch, -1, -1))
         formed = torch.addcmul(part.constant.flatten(), sums, scale)
@@ -165,7 +166,7 @@ class FactoredKeysValues(NamedTuple):
 
 
 AttendSlab: TypeAlias = Callable[[Tensor, FactoredKeysValues], PartialAttention]
-"""Attention of queries to a slab of factored keys and values."""
+"""Function `(q, memory) -> PartialAttention` that computes attention to a slab."""
 
 
 def factor(
@@ -178,14 +179,14 @@ def factor(
     attend_slab: AttendSlab,
     tokens_per_slab: int = slabs.TOKENS,
 ) -> FactoredKeysValues:
-    """Return keys and values of tokens in factored form.
+    """Return the keys and values of tokens in factored form.
 
     Args:
         tokens: Content `b *grid c` and position tables.
-        norm: Norm before the projections; None for none.
-        key: Weight and bias of the projection to the keys of all heads.
-        value: Weight and bias of the projection to the values of all heads.
-        num_heads: Number of heads.
+        norm: Norm before the projections; None for no norm.
+        key: Weight and optional bias of the projection to the keys of all heads.
+        value: Weight and optional bias of the projection to the values of all heads.
+        num_heads: Number of key-value heads.
         attend_slab: See `FactoredKeysValues`.
         tokens_per_slab: See `FactoredKeysValues`.
 
@@ -203,7 +204,7 @@ def factor(
     grid, tables = axis_tables(tokens, wide)
     content = tokens.content.reshape(tokens.content.shape[0], *grid, tokens.content.shape[-1])
     mask = None if tokens.mask is None else tokens.mask.reshape(content.shape[:-1])
-    # From the weights, whose sizes are constants even where torch.compile leaves those of the content open.
+    # Use the sizes of the weights, which stay static if torch.compile makes the content's sizes dynamic.
     channels = key[0].shape[-1] - (tables[0].shape[-1] if tables else 0)
     with checks.full_precision(content.device):
         keys, values = (_split(channels, norm, weight.to(wide), bias, num_heads) for weight, bias in (key, value))
@@ -211,7 +212,7 @@ def factor(
 
 
 def _split(channels: int, norm: Norm | None, weight: Tensor, bias: Tensor | None, heads: int) -> Projection:
-    """Fold a norm into the linear layer after it, and split the result by columns."""
+    """Fold a norm into the linear layer that follows, and split the weight into content and position columns."""
     constant = weight.new_zeros(weight.shape[0]) if bias is None else bias.to(weight.dtype)
     if norm is not None:
         if norm.bias is not None:
@@ -225,7 +226,10 @@ def _split(channels: int, norm: Norm | None, weight: Tensor, bias: Tensor | None
 
 
 def _position_moments(tables: Sequence[Tensor], *, center: bool) -> tuple[Tensor, Tensor]:
-    """Return at every grid point the sum of squared position features, around their mean if `center`, and this mean."""
+    """Return two tensors over the grid: the sum of squares and the mean of the position features.
+
+    With `center`, the squares are of deviations from the mean. Otherwise, the mean is zero.
+    """
     means = [table.mean(-1, keepdim=True) if center else table.new_zeros(table.shape[0], 1) for table in tables]
     centered = [table - mean for table, mean in zip(tables, means, strict=True)]
     count = len(tables)
@@ -237,5 +241,5 @@ def _position_moments(tables: Sequence[Tensor], *, center: bool) -> tuple[Tensor
 
 
 def _broadcastable(x: Tensor, axes: list[int], count: int) -> Tensor:
-    """Insert axes of size 1, so that a tensor over some axes of a grid broadcasts over all `count` of them."""
+    """Insert axes of size 1, so that a tensor over some of `count` grid axes broadcasts over all of them."""
     return x[tuple([slice(None) if axis in axes else None for axis in range(count)])]

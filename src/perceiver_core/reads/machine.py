@@ -1,7 +1,7 @@
-"""Throughput of a machine at the operations of a read, from which costs are predicted.
+"""Machine constants of the cost model: throughput and overhead of the operations in a read.
 
-Costs decide which strategy a read takes (`reads.Auto`), so ratios matter more than absolute values. They describe the
-forward pass; the backward pass takes about two to three times as long, with every strategy.
+The predicted costs are used to rank strategies (`reads.Auto`), so their ratios matter more than their absolute values.
+They cover the forward pass. The backward pass takes about two to three times as long with every strategy.
 """
 
 from __future__ import annotations
@@ -10,31 +10,31 @@ from dataclasses import dataclass
 
 from perceiver_core.registry import register
 
-SHORT_ROW = 64  # tokens in a row for which sums over the channels take twice as long as in long rows
+SHORT_ROW = 64  # row length, in tokens, at which the time per channel is twice the time in long rows
 
 
 @register
 @dataclass(frozen=True)
 class Machine:
-    """Throughput of one CPU thread, or of a whole GPU.
+    """Constants of the cost model for one CPU thread or a whole GPU.
 
-    The defaults are those of one thread, measured on an AMD EPYC (Zen 5) with PyTorch 2.13. `python -m perceiver_core
-    costs` measures and prints those of the machine at hand.
+    The defaults are per thread, measured on an AMD EPYC (Zen 5) with PyTorch 2.13. `python -m perceiver_core costs`
+    measures and prints the constants of the current machine.
 
     Args:
-        linear: Linear layers in float32, in GFLOP/s.
-        matmul: Other products of large float32 matrices, in GFLOP/s.
-        matmul_half: Products of large matrices in bfloat16 or float16, in GFLOP/s.
-        attention: The two products of the default attention kernel in float32, in GFLOP/s.
-        attention_half: The same in bfloat16 or float16.
-        attention_wide: The same in bfloat16 or float16 for heads wider than 256, which no flash kernel takes on CUDA.
-        softmax: The rest of the attention kernel, in nanoseconds per query and token.
-        copy: Reading and writing large tensors, in GB/s.
-        pair: A structured read, in nanoseconds per query and token.
-        channel: Additional nanoseconds per query, token and content channel, in long rows.
-        start: Fixed overhead of factored and structured reads, in microseconds of all threads together.
-        blocks: Number of blocks of 32 queries that keep the machine busy with heads wider than 256, for which the CUDA
-            kernel parallelizes over queries alone.
+        linear: Throughput of linear layers in float32, in GFLOP/s.
+        matmul: Throughput of other large matrix products in float32, in GFLOP/s.
+        matmul_half: Throughput of large matrix products in bfloat16 or float16, in GFLOP/s.
+        attention: Throughput of the two matrix products of the default attention kernel in float32, in GFLOP/s.
+        attention_half: Like `attention`, in bfloat16 or float16.
+        attention_wide: Like `attention_half`, for heads wider than 256, which CUDA flash kernels do not support.
+        softmax: Time of the rest of the attention kernel, in nanoseconds per attention score.
+        copy: Bandwidth of reading and writing large tensors, in GB/s.
+        pair: Time of a structured read without the work per channel, in nanoseconds per attention score.
+        channel: Time of a structured read per content channel, in nanoseconds per attention score, for long rows.
+        start: Fixed overhead of factored and structured reads, in microseconds, summed over all threads.
+        blocks: Number of blocks of 32 queries, over all heads and samples, that fully occupy the machine for heads
+            wider than 256. The CUDA kernel for such heads does not parallelize over keys.
 
     Example:
         >>> read = pc.CrossAttend(32, 10, strategy=pc.reads.Auto(machine=pc.reads.Machine(linear=400.0)))
@@ -55,8 +55,8 @@ class Machine:
 
 
 MEASURED_CPU = Machine()
-# A GPU of the Hopper generation, estimated and not measured: products and copies from the vendor's peak rates, less the
-# usual losses; structured reads from the instruction count of their loop; the overhead from the number of launches.
+# Estimates (not measurements) for a Hopper GPU. Matrix products and copies: the vendor's peak rates, minus typical
+# losses. Structured reads: the instruction count of the inner loop. Overhead: the number of kernel launches.
 ESTIMATED_GPU = Machine(
     linear=45_000.0,
     matmul=45_000.0,
@@ -72,4 +72,4 @@ ESTIMATED_GPU = Machine(
     blocks=132.0,
 )
 DEFAULTS = {"cpu": MEASURED_CPU, "cuda": ESTIMATED_GPU}
-"""Machine constants by device type."""
+"""Default machine constants by device type."""

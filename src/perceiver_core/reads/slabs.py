@@ -1,6 +1,6 @@
-"""Reads of a large input slab by slab along its longest axis, in memory that does not grow with the input.
+"""Attention to a large grid in slabs along its longest axis, so that the slab size limits the temporary memory.
 
-Partial results merge exactly (`kernels.merge`). The backward pass computes each slab again.
+Partial results are merged exactly (`kernels.merge`). The backward pass recomputes each slab.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from perceiver_core.kernels import PartialAttention, merge
 if TYPE_CHECKING:
     from perceiver_core.reads.factored_keys_values import FactoredKeysValues
 
-TOKENS = 2**20  # tokens of a slab, over the batch
-FORMED_NUMBERS = 2**25  # numbers in the keys and values of a slab
-ENTRIES = 2**22  # queries x indices along the axis that is cut
-GPU_FACTOR = 64  # larger slabs on a GPU, where they need not fit into caches
+TOKENS = 2**20  # maximum tokens per slab, over the batch
+FORMED_NUMBERS = 2**25  # maximum elements of the keys and values of a slab
+ENTRIES = 2**22  # maximum heads x queries x indices along the axis that is split
+GPU_FACTOR = 64  # slabs are larger on a GPU, where they need not fit in caches
 
 
 class Slab(NamedTuple):
-    """A range of indices along one grid axis."""
+    """Range of indices along one grid axis."""
 
     axis: int
     start: int
@@ -35,7 +35,7 @@ class Slab(NamedTuple):
 
 
 def attend(q: Float[Tensor, "#b h q d"], memory: FactoredKeysValues) -> PartialAttention:
-    """Return attention over factored keys and values, and the log-sum-exp of the scores."""
+    """Compute attention to factored keys and values, slab by slab if the input is large."""
     slabs = _slabs(q, memory)
     if len(slabs) == 1:
         return memory.attend_slab(q, memory)
@@ -44,12 +44,12 @@ def attend(q: Float[Tensor, "#b h q d"], memory: FactoredKeysValues) -> PartialA
 
 
 def factor_for(device: torch.device) -> int:
-    """Return the ratio of the slab size on a device to that on a CPU."""
+    """Return the ratio of the slab size on `device` to the slab size on a CPU."""
     return 1 if device.type == "cpu" else GPU_FACTOR
 
 
 def _slabs(q: Tensor, memory: FactoredKeysValues) -> list[Slab]:
-    """Return one slab, or several along the longest axis where the input is large."""
+    """Split the longest axis into slabs. Return a single slab for small inputs and under torch.compile."""
     grid = memory.grid()
     if torch.compiler.is_compiling():  # comparing sizes would specialize the graph to them
         return [Slab(0, 0, grid[0])]
@@ -62,7 +62,7 @@ def _slabs(q: Tensor, memory: FactoredKeysValues) -> list[Slab]:
 
 
 class _InSlabs(torch.autograd.Function):
-    """Attention slab by slab; each slab is computed again in the backward pass."""
+    """Autograd function that computes attention slab by slab and recomputes each slab in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, slabs: list[Slab], spec: TreeSpec, *leaves: Any) -> tuple[Tensor, Tensor]:
@@ -102,7 +102,10 @@ class _InSlabs(torch.autograd.Function):
 
 
 def _accumulate(total: Tensor, gradient: Tensor, slab: Slab) -> None:
-    """Add the gradient of a slab's part, which is shorter along one axis, or of something all slabs share."""
+    """Add a gradient of one slab to `total` in-place.
+
+    The gradient has the shape of `total` for tensors that all slabs share, and is shorter along one axis otherwise.
+    """
     for dim, (size, full) in enumerate(zip(gradient.shape, total.shape, strict=True)):
         if size != full:
             total = total.narrow(dim, slab.start, slab.length)

@@ -1,4 +1,4 @@
-"""Protocols of a read: a strategy turns the input of an attention module into a memory, which queries attend to."""
+"""Protocols of a read: a strategy turns the input of an attention module into a memory that queries attend to."""
 
 from __future__ import annotations
 
@@ -19,46 +19,46 @@ from perceiver_core.reads.machine import Machine
 from perceiver_core.tokens import Tokens
 
 Kernel: TypeAlias = Callable[..., Tensor]
-"""An attention kernel: `(q, k, v, *, mask) -> out`, see `kernels`."""
+"""Attention kernel `(q, k, v, *, mask) -> out`; see `kernels`."""
 QueryIndices: TypeAlias = "int | Sequence[int] | Int[Tensor, ' chosen'] | None"
 
 
 @runtime_checkable
 class AttentionInput(Protocol):
-    """Input of an attention module: a `Source`, or the `Memory` of an earlier read."""
+    """Protocol of the input of an attention module: a `Source`, or the `Memory` of an earlier read."""
 
     def memory(self, attention: Attention) -> Memory:
-        """Return the memory for an attention module, which calls this in its own forward."""
+        """Return the memory for `attention`. The attention module calls this method in its own forward."""
         ...
 
 
 @runtime_checkable
 class Memory(AttentionInput, Protocol):
-    """Keys and values of an input, formed or factored, that queries can attend to."""
+    """Protocol of the keys and values of an input, explicit or in factored form, that queries can attend to."""
 
     def attend(
         self, q: Float[Tensor, "#b h q d"], kernel: Kernel, *, mask: Mask | None = None, dropout: float = 0.0
     ) -> Float[Tensor, "b h q e"]:
-        """Return the attention output of every head.
+        """Compute the attention output of every head.
 
         Args:
-            q: Queries; a batch of 1 serves all samples, and so does a memory of a batch of 1.
-            kernel: Attention kernel.
-            mask: Attention mask in addition to that of the memory.
-            dropout: Rate at which the kernel drops attention weights.
+            q: Queries. A batch size of 1, here or in the memory, is broadcast.
+            kernel: Attention kernel. A factored memory uses it only with `mask` or `dropout`.
+            mask: Attention mask in addition to the memory's own mask.
+            dropout: Dropout rate of the attention weights.
         """
         ...
 
     def attention_map(
         self, q: Float[Tensor, "#b h q d"], kernel: Kernel, *, mask: Mask | None = None, queries: QueryIndices = None
     ) -> Float[Tensor, "b h chosen n"]:
-        """Return the weights that the kernel gives selected queries; see `kernels.kernel_attention_map`."""
+        """Return the attention weights of selected queries; see `kernels.kernel_attention_map`."""
         ...
 
 
 @runtime_checkable
 class Attention(Protocol):
-    """The parts of an attention module that form keys and values; `MultiHeadAttention` has them."""
+    """Protocol of the attributes of an attention module that strategies use. `MultiHeadAttention` implements it."""
 
     num_heads: int
     num_kv_heads: int
@@ -73,15 +73,15 @@ class Attention(Protocol):
 
 
 class Source(NamedTuple):
-    """Input of an attention module whose keys and values are not formed yet.
+    """Named tuple of an input and the options of its read, before keys and values are computed.
 
-    The attention module calls `memory` inside its own forward, so its weights are used nowhere else.
+    The attention module calls `memory` inside its own forward, so its weights are not used anywhere else.
 
     Args:
-        tokens: Input, `Tokens` or a tensor `b n c`.
-        norm: Norm applied to it.
-        strategy: Way to form, or not to form, keys and values.
-        mask: Attention mask in addition to the tokens' own.
+        tokens: Input of the read: `Tokens` or a tensor `b n c`.
+        norm: Norm of the tokens.
+        strategy: Strategy that computes the memory.
+        mask: Attention mask in addition to the tokens' own mask.
         positions: Positions of the tokens for rotary embeddings; 1 - n ... 0 by default.
         num_queries: Total number of queries of all reads that will share the memory.
 
@@ -99,7 +99,7 @@ class Source(NamedTuple):
     num_queries: int = 512
 
     def content(self) -> Tensor:
-        """Return the tokens' content, or the input tensor itself."""
+        """Return the content of `Tokens`, or the input tensor itself."""
         return self.tokens.content if isinstance(self.tokens, Tokens) else self.tokens
 
     def normalized(self) -> Float[Tensor, "b n c"]:
@@ -109,7 +109,7 @@ class Source(NamedTuple):
         return normalized
 
     def whole_mask(self) -> Mask | None:
-        """Return the tokens' own mask combined with `mask`."""
+        """Return the tokens' own mask combined with `mask`, or None if there is no mask."""
         mask = None if self.mask is None else masks.from_token_mask(self.mask)
         if not isinstance(self.tokens, Tokens) or self.tokens.mask is None:
             return mask
@@ -117,10 +117,10 @@ class Source(NamedTuple):
         return own if mask is None else masks.and_(own, mask)
 
     def memory(self, attention: Attention) -> Memory:
-        """Return the memory that the strategy makes for `attention`.
+        """Return the memory that the strategy prepares for `attention`.
 
         Raises:
-            ValueError: The strategy cannot compute the read.
+            ValueError: If the strategy does not support the read.
         """
         context = ReadContext(attention, self)
         if reason := self.strategy.why_not(context):
@@ -131,10 +131,10 @@ class Source(NamedTuple):
 
 
 class ReadContext(NamedTuple):
-    """A read before its keys and values are formed.
+    """Named tuple of an attention module and its input, from which a strategy prepares a memory.
 
     Args:
-        attention: Module whose projections form them.
+        attention: Attention module whose projections compute the keys and values.
         source: Input of the read.
     """
 
@@ -151,8 +151,12 @@ _thread = _Thread()
 
 @contextmanager
 def listening(listener: Callable[[ReadContext], None]) -> Iterator[None]:
-    """Inside the context, call a function before every read of this thread."""
-    # A read cannot be passed a listener through modules of other libraries.
+    """Context manager that calls `listener` before each read in this thread.
+
+    The listener is not called under torch.compile, for reads of an existing memory, or if the strategy does not support
+    the read.
+    """
+    # Thread-local state is used because modules of other libraries would not pass a listener on to their reads.
     before, _thread.listener = _thread.listener, listener
     try:
         yield
@@ -164,9 +168,9 @@ class Cost(NamedTuple):
     """Predicted cost of a read's forward pass, for the whole batch.
 
     Args:
-        flops: Floating point operations.
+        flops: Floating-point operations.
         bytes: Bytes read and written.
-        seconds: Time on one CPU thread, or on the whole GPU.
+        seconds: Time in seconds on one CPU thread or on the whole GPU.
     """
 
     flops: float
@@ -175,20 +179,20 @@ class Cost(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Sizes of a read, which determine its cost.
+    """Named tuple of the sizes that determine the cost of a read.
 
     Args:
-        batch: Number of samples.
+        batch: Batch size.
         num_tokens: Number of tokens per sample.
-        token_dim: Width of a token, content and positions.
-        num_channels: Width of its content.
-        axes: Sizes of the grid axes; axes that one position table spans jointly are merged.
+        token_dim: Width of the tokens: content plus positions.
+        num_channels: Width of the content.
+        axes: Grid size, after merging axes that share a position table.
         num_heads: Number of query heads.
-        kv_dim: Width of a token's keys and values together.
-        num_queries: Number of queries of all reads that share the memory.
+        kv_dim: Total width of keys and values over all key-value heads.
+        num_queries: Total number of queries of all reads that share the memory.
         element_size: Bytes per element.
-        device: Device type.
-        group_size: Number of query heads that share a key-value head.
+        device: Device type, such as "cpu".
+        group_size: Number of query heads per key-value head.
     """
 
     batch: int
@@ -204,27 +208,27 @@ class Sizes(NamedTuple):
     group_size: int = 1
 
     def half(self) -> bool:
-        """Return whether the read computes in a dtype of 16 bits."""
+        """Return whether the read computes in a 16-bit dtype."""
         return self.element_size == 2
 
     def num_threads(self) -> int:
-        """Return the number of units that share the work: CPU threads, or one GPU."""
+        """Return the number of CPU threads, or 1 for other devices."""
         return torch.get_num_threads() if self.device == "cpu" else 1
 
     def pairs(self) -> int:
-        """Return the number of attention scores: queries times tokens, over heads and samples."""
+        """Return the number of attention scores: batch size x heads x queries x tokens."""
         return self.batch * self.num_heads * self.num_queries * self.num_tokens
 
     def materialized_bytes(self) -> int:
-        """Return the bytes of all tokens, of the normalized tokens, and of their keys and values."""
+        """Return the total size, in bytes, of the tokens, the normalized tokens, and the keys and values."""
         return self.batch * self.num_tokens * (2 * self.token_dim + self.kv_dim) * self.element_size
 
     @classmethod
     def of(cls, context: ReadContext) -> Sizes:
         """Return the sizes of a read.
 
-        Under torch.compile the batch, the grid and the number of queries are replaced by typical sizes: a decision that
-        depended on the real ones would specialize the graph to them.
+        Under torch.compile, typical values replace the batch size, the grid size and the number of queries, because a
+        decision that depends on the actual values would specialize the graph to them.
         """
         attention, source = context
         tokens, content = source.tokens, source.content()
@@ -252,26 +256,26 @@ class Sizes(NamedTuple):
 
 @runtime_checkable
 class Strategy(Protocol):
-    """A way to compute a read. All strategies give the same result; they differ in time and memory."""
+    """Protocol of a strategy for reads. All strategies give the same result, but differ in time and memory."""
 
     def why_not(self, context: ReadContext) -> str:
-        """Return the reason why this strategy cannot compute a read; empty if it can."""
+        """Return the reason why this strategy does not support a read, or an empty string if it does."""
         ...
 
     def cost(self, sizes: Sizes, machine: Machine) -> Cost:
-        """Return the predicted cost."""
+        """Predict the cost of a read from its sizes and the machine constants."""
         ...
 
     def prepare(self, context: ReadContext) -> Memory:
-        """Return the memory that the queries attend to, of a read for which `why_not` is empty."""
+        """Return the memory that the queries attend to. `why_not(context)` must be empty."""
         ...
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Raise unless `strategy` is an instance of a strategy, not its class.
+    """Check that `strategy` is an instance of a strategy, not a class.
 
     Raises:
-        TypeError: Anything else.
+        TypeError: If it is not.
 
     Example:
         >>> pc.reads.check_strategy(pc.reads.Dense())
@@ -282,7 +286,7 @@ def check_strategy(strategy: Strategy) -> None:
 
 
 def unable(strategy: Strategy, reason: str) -> ValueError:
-    """Return the error for a strategy that cannot compute a read."""
+    """Return the ValueError for a strategy that does not support a read."""
     return ValueError(
         f"{strategy} cannot compute this read: {reason}. Choose another strategy, such as reads.Auto() or reads.Dense()"
     )

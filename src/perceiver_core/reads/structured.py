@@ -1,4 +1,4 @@
-"""Structured reads of a grid: exact attention that forms neither keys nor values; see `kernels.grid`."""
+"""Structured strategy: exact attention to a grid without computing keys or values; see `kernels.grid`."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from perceiver_core.registry import register
 @partial(register, name="reads.Structured")
 @dataclass(frozen=True)
 class Structured:
-    """Compute scores and outputs from the content and one table per axis, without keys and values.
+    """Strategy that computes scores and outputs from the content and one table per axis, without keys and values.
 
-    Computes the reads of `Factored` with the default kernel only; no rotary embeddings, key norms, grouped queries,
-    attention dropout in training, or masks other than key-padding masks.
+    It supports the reads that `Factored` supports, but only with the default kernel, and without rotary embeddings, key
+    norms, grouped queries, attention dropout in training, or masks other than key-padding masks.
 
     Example:
         >>> image = pc.adapters.Image(3, positions=pc.positions.Fourier(num_axes=2, num_bands=4, max_resolution=16))
@@ -35,15 +35,15 @@ class Structured:
     """
 
     def why_not(self, context: ReadContext) -> str:
-        """Return the reason why this strategy cannot compute a read; empty if it can."""
+        """Return the reason why this strategy does not support a read, or an empty string if it does."""
         return why_not_factored(context) or needs_kernel(context)
 
     def cost(self, sizes: Sizes, machine: Machine) -> Cost:
-        """Return the cost with the compiled loop: products with queries and tables, and work per query and token."""
+        """Return the cost with the compiled kernel: products with queries and tables, and the work per score."""
         s, indices, pairs = sizes, sum(sizes.axes), sizes.pairs()
         table_products = indices * (s.token_dim - s.num_channels)
         products = 2 * s.kv_dim * (s.batch * s.num_queries * (s.num_channels + indices) + table_products)
-        # Score terms and sums for each index along each axis, each copied once; content and scale.
+        # Score terms and sums per index along each axis, each copied once, and the content and scale.
         moved = 4.0 * (
             8 * s.batch * s.num_heads * s.num_queries * indices + 4 * s.batch * s.num_tokens * (s.num_channels + 1)
         )
@@ -53,21 +53,22 @@ class Structured:
         return Cost(products + pairs * (4 * s.num_channels + 2 * len(s.axes) + 16), moved, seconds)
 
     def missing(self, context: ReadContext) -> str:
-        """Return the reason why the compiled loop is unavailable; empty if it is available. This may compile it.
+        """Return the reason why the compiled kernel is unavailable, or an empty string if it is available.
 
-        Without it a structured read runs in plain PyTorch: in little memory, but slowly.
+        The check may compile the kernel. Without the kernel, structured reads run in plain PyTorch, which uses little
+        memory but is slow.
         """
         content = context.source.content()
         return missing_kernel(content.device, content.shape[-1])
 
     def prepare(self, context: ReadContext) -> FactoredKeysValues:
-        """Return the keys and values in factored form."""
+        """Return the keys and values in factored form, without computing them explicitly."""
         memory = factored(context, attend_slab, slabs.TOKENS)
         return memory if context.source.mask is None else masked(memory, context.source.mask)
 
 
 def attend_slab(q: Tensor, memory: FactoredKeysValues) -> PartialAttention:
-    """Return attention over a slab by a structured read, exact for the keys and values of the factored form."""
+    """Compute exact attention to a slab with `read_grid`."""
     keys, values = memory.keys, memory.values
     with checks.full_precision(q.device):
         planes = memory.planes()
@@ -81,9 +82,9 @@ def attend_slab(q: Tensor, memory: FactoredKeysValues) -> PartialAttention:
         )
         output = read.content @ values.content.mT
         output = output + read.marginals @ torch.cat(memory.project_tables(values), dim=1) + values.constant
-        # The constant of the keys adds the same to all scores of a query: it changes their log-sum-exp, no weight.
+        # The constant of the keys adds the same to all scores of a query. It changes only their log-sum-exp.
         shift = scaled @ keys.constant.mT
-        output = output + 0.0 * shift  # its gradient is zero, not absent
+        output = output + 0.0 * shift  # so that its gradient is zero instead of None
         if memory.mask is not None:
             empty = (read.lse == -torch.inf).unsqueeze(-1)
             output, shift = output.masked_fill(empty, 0.0), shift.masked_fill(empty, 0.0)

@@ -1,15 +1,16 @@
-"""Registered classes and functions, and configurations that refer to them.
+"""Registry of classes and functions, and JSON configurations that refer to them by name.
 
-A model is saved as its constructor calls (`to_config`) and rebuilt from them (`from_config`).
-Only registered names are ever called; nothing is imported, evaluated or unpickled. A configuration is JSON:
+`to_config` describes a model by its constructor calls, and `from_config` rebuilds the model from them. It can call only
+registered classes and functions. Nothing is imported, evaluated or unpickled. A configuration is JSON:
 
-    {"part": name, argument: ...}      a part: an instance of the registered class of that name
+    {"part": name, argument: ...}      an instance of the registered class `name`, called a part
     {"partial": name, argument: ...}   functools.partial of a registered class or function
     {"name": name}                     the registered class or function itself
-    {"same": path}                     the part at an earlier path ("adapter.positions") once more
-    {"dict": {key: ...}}               a dictionary; lists, numbers, strings, true, false and null are themselves
+    {"same": path}                     the same object as the part at an earlier path, such as "adapter.positions"
+    {"dict": {key: ...}}               a dictionary with string keys
 
-A torch.Generator, which draws random numbers in training, is written as null: it is no part of a model.
+Lists, numbers, strings, true, false and null represent themselves. A torch.Generator, which draws random numbers in
+training, is written as null, because it is not part of a model.
 """
 
 from perceiver_core.registry.configuration import at_most as at_most

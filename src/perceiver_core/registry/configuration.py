@@ -1,4 +1,4 @@
-"""Configurations: JSON of values, and values built from it by calls of registered classes, limited in number."""
+"""Conversion of models and other values to JSON configurations, and back by calling registered classes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _budget = threading.local()
 
 
 def to_config(value: object) -> Json:
-    """Return the configuration, as JSON, from which `from_config` rebuilds a value.
+    """Return a JSON configuration from which `from_config` rebuilds a value, such as a model.
 
     Raises:
-        ValueError: A part that is not registered, or a value that JSON cannot express.
+        ValueError: If a class or function is not registered, or JSON cannot represent a value.
 
     Example:
         >>> from functools import partial
@@ -33,7 +33,7 @@ def to_config(value: object) -> Json:
 
 
 def _written(node: Node, at: str, seen: dict[int, str]) -> Json:
-    """Return a node at a path as JSON; `seen` has the paths of the parts so far, by the identity of their records."""
+    """Return the node at path `at` as JSON; `seen` maps the ids of the records of earlier parts to their paths."""
     if isinstance(node, Refusal):
         raise ValueError(f"{at or 'the model'} {node.reason}")
     if isinstance(node, list):
@@ -50,7 +50,7 @@ def _written(node: Node, at: str, seen: dict[int, str]) -> Json:
 
 
 def _name_of(thing: Thing, at: str) -> str:
-    """Return the registered name of a class or function, which may have been registered since it was described."""
+    """Return the registered name of a class or function, even if it was registered after the snapshot was taken."""
     name = thing.name
     if name is None and "<" not in thing.label:
         name = next((name for name, known in _named.items() if label(known) == thing.label), None)
@@ -64,16 +64,16 @@ def _written_each(nodes: Mapping[str, Node], at: str, seen: dict[int, str]) -> d
 
 
 def settings(module: nn.Module) -> str:
-    """Return the class and settings of a module in one line, so that later changes can be detected.
+    """Return a module's class and settings as one line, to detect changes after construction.
 
-    Settings that the class names in `changes_no_result` are left out, since they do not affect the output.
+    Settings listed in the class attribute `changes_no_result` are left out, because they do not affect the output.
     """
     of = type(module)
     if of in _names and of not in _external:
         free = getattr(of, "changes_no_result", ())
         names = [name for name in inspect.signature(of).parameters if name in vars(module) and name not in free]
         described = ", ".join(f"{name}={_config_or_type(vars(module)[name])}" for name in names)
-    else:  # torch's own modules show all that matters; others, and lists of weights, may show where they are
+    else:  # torch modules: extra_repr has the settings; other modules and lists of weights: it may have the device
         listing = isinstance(module, (nn.ParameterDict, nn.ParameterList))
         described = module.extra_repr() if of.__module__.startswith("torch.") and not listing else ""
     return f"{label(of)}({described})"
@@ -87,10 +87,10 @@ def _config_or_type(value: object) -> Json:
 
 
 def from_config(config: Json) -> Any:
-    """Build a value from its configuration; see `to_config`.
+    """Build a value from the configuration that `to_config` returned for it.
 
     Raises:
-        ValueError: A name that is not registered, arguments that do not fit, or a malformed configuration.
+        ValueError: If a name is not registered, a class rejects its arguments, or the configuration is malformed.
 
     Example:
         >>> pc.registry.from_config({"part": "MLP", "dim": 32, "activation": {"part": "GEGLU"}}).expand.out_features
@@ -143,8 +143,8 @@ def _look_up(name: object, at: str) -> Callable[..., object]:
 
 
 def _make(thing: Callable[..., object], arguments: dict[str, object], at: str, *, later: bool) -> object:
-    """Return an instance of a registered class; with `later`, a partial of a class or function."""
-    if thing in _external and not arguments.keys() <= set(_external[thing]):  # a file must not choose a device
+    """Return an instance of a registered class or, if `later` is True, a partial of a class or function."""
+    if thing in _external and not arguments.keys() <= set(_external[thing]):  # so that a file cannot set a device
         raise ValueError(
             f"{at or 'the model'} gives {_names[thing]} {short(sorted(arguments))}; "
             f"it may have {list(_external[thing])}"
@@ -156,7 +156,7 @@ def _make(thing: Callable[..., object], arguments: dict[str, object], at: str, *
     _count()
     try:
         return thing(**arguments)
-    except Exception as error:  # of any type: a file may pass arguments to constructors that no caller would pass
+    except Exception as error:  # any type, because a file may pass arguments that no caller would
         why = str(error) or type(error).__name__
         raise ValueError(
             f"{at or 'the model'}: {_names[thing]} cannot be built from its configuration: {why}"
@@ -165,10 +165,12 @@ def _make(thing: Callable[..., object], arguments: dict[str, object], at: str, *
 
 @contextmanager
 def at_most(modules: int) -> Iterator[None]:
-    """Limit the number of modules that this thread builds or registers, so that a small file cannot build many.
+    """Context manager that limits the number of parts and submodules created in this thread to `modules`.
+
+    Without a limit, a small malicious configuration could build a huge model.
 
     Raises:
-        ValueError: The code in the context exceeds the limit.
+        ValueError: If the code in the context exceeds the limit.
     """
     _install_counter()
     before, _budget.left = getattr(_budget, "left", None), modules
@@ -180,7 +182,7 @@ def at_most(modules: int) -> Iterator[None]:
 
 @functools.cache
 def _install_counter() -> None:
-    # Stays: removing a hook while another thread builds a model would break the loop over hooks there.
+    # Never removed: removal would break the loop over hooks in a thread that is building a model.
     register_module_module_registration_hook(_count)
 
 
@@ -193,5 +195,5 @@ def _count(*_: object) -> None:
 
 
 def _join(at: str, key: object) -> str:
-    """Return the path of an item inside a path."""
+    """Return the path of the item `key` in the value at path `at`."""
     return f"{at}.{key}" if at else f"{key}"

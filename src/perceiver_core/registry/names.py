@@ -1,4 +1,4 @@
-"""Tables of registered classes and functions."""
+"""Tables of registered classes and functions and their names."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-Json = Any  # what the json module reads and writes
+Json = Any  # any value that the json module reads and writes
 TAGS = ("part", "partial", "name", "same", "dict")
 
 _named: dict[str, Callable[..., object]] = {}
 _names: dict[Callable[..., object], str] = {}
-_external: dict[Any, tuple[str, ...]] = {}  # for classes of other libraries, the arguments that a file may set
-_replaced: dict[str, int] = {}  # for names of local definitions, the number of times that another one took the name
+_external: dict[Any, tuple[str, ...]] = {}  # classes of other libraries, with the arguments that a file may set
+_replaced: dict[str, int] = {}  # number of times that a local definition was replaced by a new one, by name
 
 
 def unregistered(label: str) -> str:
-    """Return the error message for a class or function that is not registered, without the path of the value."""
+    """Return the error message for a class or function that is not registered; the caller prepends the path."""
     return (
         f"is {label}, which is not registered. "
         "Put @perceiver_core.register above its definition and make the model again; a class that is not yours, into a "
@@ -25,7 +25,7 @@ def unregistered(label: str) -> str:
 
 
 def label(thing: object) -> str:
-    """Return the module and qualified name of a class or function; of anything else those of its class."""
+    """Return `module.qualname` of a class or function, or `<module.Class object>` for any other object."""
     of = type(thing)
     if not hasattr(thing, "__qualname__"):
         return f"<{of.__module__}.{of.__qualname__} object>"
@@ -33,6 +33,6 @@ def label(thing: object) -> str:
 
 
 def short(value: object) -> str:
-    """Return the representation of a value, in a line of at most 80 characters."""
+    """Return the repr of a value as one line of at most 80 characters."""
     text = re.sub(r"\s*\n\s*", " ", f"{value!r}")
     return text if len(text) <= 80 else f"{text[:77]}..."

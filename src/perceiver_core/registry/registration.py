@@ -1,4 +1,4 @@
-"""Registration of classes and functions; recording of constructor arguments."""
+"""Registration of classes and functions, and recording of constructor arguments."""
 
 from __future__ import annotations
 
@@ -16,25 +16,27 @@ T = TypeVar("T", bound=Callable[..., object])
 
 
 def register(thing: T, *, name: str | None = None) -> T:
-    """Let `save` and `load` write and build a class or function. Use it as a decorator.
+    """Register a class or function, so that models with it can be saved and loaded. Can be used as a decorator.
 
-    The constructor arguments of a class are recorded when it is called, so a part needs no configuration class. The
-    record is data: numbers, strings, lists and descriptions of parts and partials. Keep a module that is an argument
-    (or a list or dictionary of modules) as an attribute of the same name: the module in this attribute is written when
-    the model is saved. Arguments that cannot be described, such as a lambda, are refused by `save` only.
+    Each instance of a registered class (a part) records its constructor arguments, so no configuration class is needed.
+    The record is data only: numbers, strings, lists, and descriptions of parts and partials. If an argument is a module
+    (or a list or dictionary of modules), keep it in an attribute of the same name: `save` writes the module that this
+    attribute holds at that time. Arguments that cannot be described, such as lambdas, raise an error only in `save`.
 
-    Numbers of NumPy and containers of configuration libraries are converted to Python's own before the constructor.
+    NumPy numbers and containers of configuration libraries are converted to Python's built-in types before the
+    constructor is called.
 
     Arguments are written by name, so a constructor may take `**kwargs`, but no `*args` or positional-only arguments. A
-    definition with the module and qualified name of an earlier one (a notebook cell that is run again) replaces it.
+    new definition with the same module and qualified name, such as a notebook cell that is run again, replaces the
+    earlier one.
 
     Args:
-        thing: Class (a part) or function (a kernel, a sharing scheme).
-        name: Name in `config.json`; the qualified name by default.
+        thing: Class, or function such as a kernel or a sharing scheme.
+        name: Name in `config.json`. Defaults to the qualified name.
 
     Raises:
-        ValueError: The name is taken by something else; a lambda without a name; a constructor argument without a
-            name, or with a reserved one.
+        ValueError: If another definition has this name, `thing` is neither a class nor a function, or is a lambda
+            without `name`, or a constructor argument cannot be passed by name or has a reserved name.
 
     Example:
         >>> @pc.register
@@ -57,7 +59,7 @@ def register(thing: T, *, name: str | None = None) -> T:
             f"name {name!r} is taken by {label(taken)}; register {label(thing)} with another: register(..., name='...')"
         )
     if taken is not None and taken is not thing and "<locals>" in taken.__qualname__:
-        # The same text with other variables around it is not the same thing.
+        # A local definition with the same code may use other enclosing variables, so the earlier one is unregistered.
         _names.pop(taken, None)
         _replaced[name] = _replaced.get(name, 0) + 1
     _named[name], _names[thing] = thing, name
@@ -70,9 +72,9 @@ def register_external(thing: type, *arguments: str) -> None:
     """Register a class of another library.
 
     Args:
-        thing: Class, which is named by its own name in `config.json`.
-        arguments: Names of the constructor arguments that are written and may be read from a file. Instances keep
-            them as attributes.
+        thing: Class. Its `__name__` is its name in `config.json`.
+        arguments: Names of the constructor arguments that are saved and that a file may set. Instances must have
+            attributes of the same names.
 
     Example:
         >>> pc.registry.register_external(nn.ReLU, "inplace")
@@ -83,7 +85,7 @@ def register_external(thing: type, *arguments: str) -> None:
 
 
 def _argument_names(part: type) -> list[str]:
-    """Return the names of a constructor's arguments, if all can be written by name."""
+    """Check that a constructor's arguments can be saved by name, and return their names."""
     construct = part.__init__  # type: ignore[misc]
     parameters = list(inspect.signature(construct).parameters.values())[1:]
     for parameter in parameters if construct not in (nn.Module.__init__, object.__init__) else ():
@@ -106,8 +108,8 @@ def _record_arguments(part: type, names: list[str]) -> None:
         if type(self) is not part:  # a subclass calls its parent's constructor
             construct(self, *args, **kwargs)
             return
-        given = dict(zip(names, args, strict=False)) | kwargs  # too many or unknown ones are refused by the call
-        # Copied before the call, which may change lists; the paths of modules are known only after it.
+        given = dict(zip(names, args, strict=False)) | kwargs  # the call rejects too many or unknown ones
+        # Copied before the call, which may modify lists. The paths of modules are known only after the call.
         copies = {name: _copied(given[name]) for name in dict.fromkeys([*names, *given]) if name in given}
         with each_partial_once():
             construct(self, *args, **kwargs)
@@ -124,10 +126,10 @@ def _copied(value: object) -> object:
 
 
 def _recorded(part: object, name: str, value: object) -> Node:
-    """Describe an argument; a module in it by the path of the attribute at which the part keeps it.
+    """Describe an argument. A module is described by the path of the attribute in which the part keeps it.
 
-    The attribute of the argument's name has precedence over other paths. Modules that the part does not contain (it
-    copies them, or uses them in its constructor only) are described as they are now.
+    The attribute with the argument's name takes precedence over other paths. A module that the part does not contain,
+    because the constructor copies it or uses it only temporarily, is described by its current state.
     """
     if not any(isinstance(leaf, nn.Module) for leaf in leaves(value)):
         return snapshot(value)

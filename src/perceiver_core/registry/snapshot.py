@@ -1,7 +1,8 @@
-"""Values as data: descriptions of arguments that keep no module, closure or array alive.
+"""Snapshots of arguments as plain data, which keep no module, closure or array alive.
 
-A part carries a `Record` of its constructor's arguments. The record is copied and pickled with the part, so that its
-identity distinguishes two uses of one part from two equal parts, even if the part itself is not available.
+Each part (an instance of a registered class) has a `Record` of its constructor arguments. The record is copied and
+pickled together with the part. The identity of records therefore distinguishes one part that is used twice from two
+equal parts, even where the parts themselves are not available.
 """
 
 from __future__ import annotations
@@ -25,44 +26,44 @@ from torch import Tensor, nn
 
 from perceiver_core.registry.names import _external, _names, _replaced, label, short, unregistered
 
-RECORD = "_arguments"  # the attribute of a part that holds its record
+RECORD = "_arguments"  # name of the attribute that holds a part's record
 _SCALARS = (int, float, str, bool, type(None))
-_LONGEST = 2**19  # items; a configuration, of at most 2**20 bytes, cannot hold more
+_LONGEST = 2**19  # maximum number of items; a configuration of at most 2**20 bytes cannot have more
 
 
 @dataclass(eq=False)
 class Record:
-    """Constructor arguments of a part, by name. Two references are to the same part if their records are identical."""
+    """Constructor arguments of a part, by name. Two references to the same `Record` object mean the same part."""
 
     arguments: dict[str, Node]
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """Reference to the module that a part has in an attribute when it is saved."""
+    """Reference to an attribute of a part. Its module is looked up when the part is saved."""
 
     path: str  # dotted, such as "layers.0"
-    several: bool = False  # whether it is a ModuleList or ModuleDict, of an argument that was a list or dictionary
+    several: bool = False  # True for a ModuleList or ModuleDict if the argument was a list or dictionary
 
 
 @dataclass(frozen=True)
 class Thing:
-    """An instance of a registered class (tag "part"), a functools.partial ("partial"), or a class or function ("name").
+    """Description of a part (tag "part"), a functools.partial ("partial"), or a class or function ("name").
 
-    The class or function was registered under `name`, or not (None), when it was described.
+    `name` is the registered name of the class or function, or None if it was not registered when described.
     """
 
     tag: str
     label: str
     name: str | None
-    replaced: int  # number of times that another definition had taken over the name by then
+    replaced: int  # number of definitions with this name that had been replaced at that time
     arguments: dict[str, Node]
-    record: Record | None  # of a part
+    record: Record | None  # None unless this describes a part
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A value that a configuration cannot contain, with the error message of `to_config`, without the path."""
+    """Placeholder for a value that a configuration cannot contain, with the error message for `to_config`."""
 
     reason: str
 
@@ -71,11 +72,11 @@ Node: TypeAlias = "bool | int | float | str | list[Node] | dict[str, Node] | Thi
 
 
 def snapshot(value: Any, paths: Mapping[int, str] | None = None) -> Node:
-    """Return the current state of a value as data.
+    """Return a description of a value's current state as plain data.
 
-    Parts are described by the constructor arguments that give their current state, or as an `Attribute` if `paths` has
-    their identity. A value that cannot be described becomes a `Refusal`: a model with it can be used, copied and
-    pickled, but not saved.
+    A part is described by the constructor arguments that reproduce its current state, or by an `Attribute` if `paths`
+    maps its id to an attribute path. A value that cannot be described becomes a `Refusal`. A model with such a value
+    can be used, copied and pickled, but not saved.
     """
     value = plain(value, mappings=True)
     if value is None or isinstance(value, torch.Generator):
@@ -83,7 +84,7 @@ def snapshot(value: Any, paths: Mapping[int, str] | None = None) -> Node:
     if isinstance(value, bool):
         return value
     if isinstance(value, str):
-        return str.__str__(value)  # plain also for subclasses, such as enumerations
+        return str.__str__(value)  # converts subclasses, such as enumerations, to str
     if isinstance(value, int | float):
         return _number(value)
     if isinstance(value, list | tuple):
@@ -102,7 +103,7 @@ def _number(value: float) -> Node:
 
 
 class _Described(threading.local):
-    """Partials that have been described, by identity, while a part is built; they are held so that no id is reused."""
+    """Thread-local cache of descriptions of partials, by id. It keeps the partials alive so that no id is reused."""
 
     partials: dict[int, tuple[functools.partial[object], Node]] | None = None
 
@@ -112,7 +113,7 @@ _described = _Described()
 
 @contextmanager
 def each_partial_once() -> Iterator[None]:
-    """Inside the context, describe a partial that is passed to many parts only once, so that deep models build fast."""
+    """Context manager that describes a partial passed to many parts only once, so that deep models build fast."""
     before = _described.partials
     _described.partials = {} if before is None else before
     try:
@@ -132,7 +133,7 @@ def _partial(value: functools.partial[object]) -> Node:
 
 
 def _thing(value: Any) -> Node:
-    """Describe a part, class, function, or number of another library."""
+    """Return a description of a part, class, function, scalar tensor, or integer of another library."""
     if type(value) in _external:
         found = {name: getattr(value, name) for name in _external[type(value)]}
         given = {name: item is not None if name == "bias" else item for name, item in found.items()}
@@ -152,7 +153,7 @@ def _thing(value: Any) -> Node:
         return snapshot(value.item()) if is_number else _no_word(value)
     try:
         return operator.index(value)
-    except TypeError:  # no whole number
+    except TypeError:  # not an integer
         return _no_word(value)
 
 
@@ -167,7 +168,7 @@ def _each(values: Mapping[str, object], paths: Mapping[int, str] | None = None) 
 
 
 def _current(part: object, node: Node) -> Node:
-    """Return a recorded argument with the paths of attributes replaced by their values."""
+    """Return a recorded argument in which each `Attribute` is replaced by a description of its current module."""
     if isinstance(node, list):
         return [_current(part, item) for item in node]
     if isinstance(node, dict):
@@ -202,12 +203,13 @@ def _shown(value: object) -> str:
 
 
 def plain(value: Any, *, mappings: bool = False) -> Any:
-    """Convert NumPy numbers and the containers of configuration libraries in a value to Python's built-in types.
+    """Convert NumPy values and containers of configuration libraries to Python's built-in types.
 
-    Converted are scalars of NumPy, its arrays of at most one axis, and sequences that are neither lists nor tuples if
-    all they hold is numbers, strings, None and containers of these (those of OmegaConf, for example); with `mappings`,
-    mappings that are no dictionaries too, which constructors may read by attributes. Lists, tuples and dictionaries are
-    searched. Anything else is returned as it is.
+    Lists, tuples and dictionaries are searched. NumPy scalars and arrays of at most one axis are converted if they are
+    boolean, integer, floating-point or text. Other sequences, such as OmegaConf's, are converted to lists if they
+    contain only numbers, strings, None and containers of these. If `mappings` is True, other mappings are converted to
+    dictionaries as well. (Constructors get them unconverted, as they may read keys as attributes.) Anything else is
+    returned unchanged.
     """
     if isinstance(value, np.generic | np.ndarray):
         return _of_numpy(value)
@@ -228,12 +230,12 @@ def _of_numpy(value: np.generic | NDArray[np.generic]) -> object:
     if value.ndim > 1 or value.dtype.kind not in "biufU":
         return value
     if value.dtype.kind == "f":
-        value = value.astype(np.float64)  # Python has no number for a longdouble
+        value = value.astype(np.float64)  # Python has no longdouble type
     return value.tolist()
 
 
 def _of_container(value: Sequence[object] | Mapping[object, object], mappings: bool) -> object:
-    """Return a list or a dictionary; the container as it is if it holds anything but plain values."""
+    """Return a container as a list or dictionary, or unchanged if not all of its values are plain."""
     found: dict[object, object] = {}
     try:
         pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
@@ -241,13 +243,13 @@ def _of_container(value: Sequence[object] | Mapping[object, object], mappings: b
             found[key] = plain(item, mappings=mappings)
             if len(found) > _LONGEST or not all(isinstance(leaf, _SCALARS) for leaf in leaves(found[key])):
                 return value
-    except Exception:  # a container whose items cannot be read, of a configuration that is not filled in
+    except Exception:  # an item that cannot be read, such as a missing value of a configuration
         return value
     return found if isinstance(value, Mapping) else list(found.values())
 
 
 def leaves(value: object) -> Iterator[object]:
-    """Yield the values inside lists, tuples and dictionaries."""
+    """Yield all values in nested lists, tuples and dictionaries."""
     if isinstance(value, list | tuple | dict):
         for item in value.values() if isinstance(value, dict) else value:
             yield from leaves(item)

@@ -1,1 +1,1 @@
-"""Files of NumPy arrays, pickles and `.npz`: headers are checked before arrays are read, and nothing is executed."""
+"""Readers of weight files (safetensors, PyTorch `.bin`, `.npz` and pickles) that execute no code from the files."""

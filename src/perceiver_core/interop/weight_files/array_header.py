@@ -1,4 +1,4 @@
-"""Headers of the arrays in a file: shape and dtype, checked before any array is read."""
+"""Headers of the arrays in a file (shape and dtype), which are checked before any array is read."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ NUMBERS = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|c8|c16)")
 
 
 class ArrayHeader(NamedTuple):
-    """Shape and dtype of an array in a file, and a function that reads it in the byte order of the machine."""
+    """Shape and dtype of an array in a file, and a function that reads the array in native byte order."""
 
     shape: tuple[int, ...]
-    dtype: DType  # in the byte order of the file
+    dtype: DType  # with the byte order of the file
     read: Callable[[], Array]
 
     @property
     def num_bytes(self) -> int:
-        """Number of bytes of the array."""
+        """Size of the array in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def as_tensor(self) -> Tensor:
-        """Return a tensor of this shape and dtype on the meta device, where it takes no memory."""
+        """Return a meta tensor with this shape and dtype."""
         return torch.empty(self.shape, dtype=getattr(torch, self.dtype.name), device="meta")
 
 
 def number_dtype(code: str) -> DType:
-    """Return the dtype of a NumPy code such as `<f4`; raise ValueError unless it is one of numbers."""
+    """Check that a NumPy dtype code such as `<f4` is boolean or numeric, and return the dtype."""
     if not NUMBERS.fullmatch(code):
         raise ValueError(f"only arrays of numbers are read; one is of dtype {code[:20]!r}")
     return np.dtype(code)
 
 
 def checked_shape(shape: object) -> tuple[int, ...]:
-    """Return `shape`; raise ValueError unless it is the shape of an array."""
+    """Check that `shape` is a tuple of at most 16 non-negative ints below 2**40, and return it."""
     if not isinstance(shape, tuple) or len(shape) > 16 or not all(type(n) is int and 0 <= n < 2**40 for n in shape):
         raise ValueError("the shape of an array must be whole numbers, 16 at most, none of them negative")
     return shape
@@ -53,7 +53,7 @@ def checked_shape(shape: object) -> tuple[int, ...]:
 
 @contextmanager
 def errors_of(subject: str) -> Iterator[None]:
-    """Convert the various exceptions that damaged files raise to ValueErrors that begin with `subject`."""
+    """Context manager that converts any exception to a ValueError whose message begins with `subject`."""
     try:
         yield
     except Exception as error:

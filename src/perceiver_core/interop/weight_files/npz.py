@@ -1,4 +1,4 @@
-"""Reader of NumPy's `.npz` files that checks all headers before it allocates memory for arrays."""
+"""Reader of NumPy `.npz` files that checks all headers before it allocates memory for arrays."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from perceiver_core.interop.weight_files.array_header import (
 )
 
 LARGEST_DIRECTORY = 4 * 2**20  # bytes, enough for some 60 thousand arrays
-LARGEST_RATIO = 16  # bytes of the arrays per byte of the file; compressed weights reach 2
+LARGEST_RATIO = 16  # array bytes per file byte; compressed weights reach about 2
 DAMAGED = "{} is not a whole .npz of NumPy's"
 
 
 class _BoundedFile(io.FileIO):
-    """File that refuses to read a long zip directory."""
+    """File that limits the size of a single read, so that a malicious zip directory cannot fill the memory."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > LARGEST_DIRECTORY:
@@ -36,15 +36,16 @@ class _BoundedFile(io.FileIO):
 
 @contextmanager
 def open_npz(path: Path) -> Iterator[dict[str, ArrayHeader]]:
-    """Yield the headers of an `.npz` by name; arrays can be read until the context ends.
+    """Context manager that yields the array headers of an `.npz` file by name; arrays can be read inside it.
 
-    A file that is damaged, or holds anything but arrays of numbers that take about its size, raises ValueError.
+    Raises:
+        ValueError: If the file is damaged, holds anything but numeric arrays, or is much smaller than its arrays.
     """
     size, total = path.stat().st_size, 0
     headers: dict[str, ArrayHeader] = {}
     with _BoundedFile(path) as file:
         with errors_of(DAMAGED.format(path)):
-            archive = zipfile.ZipFile(file)  # holds nothing but the file, so it is closed with it
+            archive = zipfile.ZipFile(file)  # not closed: it holds no resource but `file`
             for member in archive.infolist():
                 name = member.filename[:LONGEST_NAME]
                 compression_known = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
@@ -61,7 +62,7 @@ def open_npz(path: Path) -> Iterator[dict[str, ArrayHeader]]:
 
 
 def _read_header(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> ArrayHeader:
-    """Return the header of a member, whose size must agree with it."""
+    """Read the header of an archive member, and check that it matches the member's size."""
     with archive.open(member) as file:
         if npy.read_magic(file) != (1, 0):
             raise ValueError("its header is not of version 1.0, in which arrays of numbers are written")

@@ -1,4 +1,4 @@
-"""Table of the names that a pickle may use, and inert stand-ins for the values they make; see `safe_pickle`."""
+"""Names that a pickle may use, and inert stand-ins for the objects that it would create; see `safe_pickle`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NDARRAY, RECONSTRUCT = "numpy.ndarray", "numpy.core.multiarray._reconstruct"
 
 
 class Global:
-    """Name of a class or function, which is never looked up."""
+    """Name of a class or function in a pickle. It is never imported."""
 
     __slots__ = ("name",)
 
@@ -22,7 +22,7 @@ class Global:
 
 
 class DTypeStandIn:
-    """Stand-in for a dtype."""
+    """Stand-in for a pickled NumPy dtype."""
 
     __slots__ = ("dtype",)
 
@@ -30,7 +30,7 @@ class DTypeStandIn:
         self.dtype = number_dtype(code if isinstance(code, str) else type(code).__name__)
 
     def build(self, state: object) -> None:
-        """Set the byte order from a pickled state; raise ValueError for any other content."""
+        """Set the byte order from a pickled state, after checking that the state holds nothing else."""
         if not isinstance(state, tuple) or len(state) != 8 or state[0] != 3 or state[1] not in ("<", ">", "|", "="):
             raise ValueError("a dtype is not one of plain numbers")
         if state[2:] != (None, None, None, -1, -1, 0):
@@ -39,7 +39,7 @@ class DTypeStandIn:
 
 
 class ArrayStandIn:
-    """Stand-in for an array, before and after it gets its data."""
+    """Stand-in for a pickled NumPy array. `header` is None until `fill` or `build` sets it."""
 
     __slots__ = ("header",)
 
@@ -47,7 +47,14 @@ class ArrayStandIn:
         self.header: ArrayHeader | None = None
 
     def fill(self, shape: object, dtype: object, data: object, *, fortran: bool) -> ArrayStandIn:
-        """Set shape, dtype and data: bytes in the file, or text of one byte per character."""
+        """Set the header from pickled values, and return the stand-in itself.
+
+        Args:
+            shape: Shape of the array.
+            dtype: Its dtype, a `DTypeStandIn`.
+            data: View of the bytes in the file, or a string with one character per byte.
+            fortran: Whether the data are column-major.
+        """
         if self.header is not None:
             raise ValueError("an array gets its data twice")
         if not isinstance(dtype, DTypeStandIn) or not isinstance(data, (str, memoryview)):
@@ -62,7 +69,7 @@ class ArrayStandIn:
         return self
 
     def build(self, state: object) -> None:
-        """Take the state that NumPy's own `__setstate__` would take."""
+        """Set the header from the state that a pickle passes to NumPy's `ndarray.__setstate__`."""
         if not isinstance(state, tuple) or len(state) != 5 or state[0] != 1:
             raise ValueError("an array is not as NumPy pickles one")
         self.fill(state[1], state[2], state[4], fortran=bool(state[3]))
@@ -75,7 +82,7 @@ def _numpy_array(data: str | memoryview, dtype: DType, shape: tuple[int, ...], f
 
 
 class MappingStandIn:
-    """Stand-in for Haiku's mapping, which is created empty and filled later."""
+    """Stand-in for a pickled Haiku mapping. `content` is None until `build` sets it."""
 
     __slots__ = ("content",)
 
@@ -83,7 +90,7 @@ class MappingStandIn:
         self.content: dict[str, object] | None = None
 
     def build(self, state: object) -> None:
-        """Take the content of a pickled state."""
+        """Set the content from a pickled state: the dictionary itself, or a dictionary with the key `_mapping`."""
         state = state[0] if isinstance(state, tuple) and state else state
         content = state.get("_mapping", state) if isinstance(state, dict) else None
         if self.content is not None or not isinstance(content, dict):
@@ -92,14 +99,14 @@ class MappingStandIn:
 
 
 def mapping(*args: object) -> object:
-    """Return the argument itself, or a new dictionary; not a copy, since nested copies could grow endlessly."""
+    """Return the argument, not a copy (a file could repeat copies until memory is full), or a new dictionary."""
     if len(args) > 1 or not all(isinstance(given, (dict, MappingStandIn)) for given in args):
         raise ValueError("a mapping is made of something else than a dictionary")
     return args[0] if args else {}
 
 
 def _encode(text: object, encoding: object) -> str:
-    """Return the text as which pickles of old protocols write bytes; it is encoded when an array is read."""
+    """Return the string that pickles of old protocols write instead of bytes. It is encoded when the array is read."""
     if not isinstance(text, str) or encoding != "latin1":
         raise ValueError("something is encoded that is no text")
     return text
@@ -123,7 +130,7 @@ def _jax_array(function: object, args: object, state: object, aval: object) -> A
     return array
 
 
-# Names that a file may use, with the function that is called for each. None: passed as an argument, never called.
+# Names that a file may use, each with the function to call for it; None if it may only be passed as an argument.
 KNOWN: dict[str, Callable[..., object] | None] = {
     "collections.OrderedDict": mapping,
     "haiku._src.data_structures.FlatMapping": mapping,

@@ -1,9 +1,9 @@
-"""Reader of pickled parameters that executes nothing: arrays of NumPy or JAX in dictionaries by scope.
+"""Reader of pickled Haiku parameters, NumPy or JAX arrays in nested dictionaries, that executes no code.
 
-A pickle is a program. This reader follows the instructions that data need, on values that can do nothing: a name in
-the file refers to an entry of a table (`pickle_values`) and is never imported, only functions of that table are
-called, and NumPy receives nothing but a numeric dtype, a shape and exactly the number of bytes that these two imply.
-Reading ends at the first unknown instruction or name. Python's `pickletools` decodes the instructions; it only parses.
+A pickle is a program. This reader interprets only the instructions that data need, and works on inert stand-ins. Names
+in the file are looked up in a table (`pickle_values`) and never imported, and only functions in that table are called.
+NumPy receives only a numeric dtype, a shape and exactly the number of bytes that they imply. The first unknown
+instruction or name is an error. Instructions are decoded with Python's `pickletools`, which only parses.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from perceiver_core.interop.weight_files.pickle_values import (
     mapping,
 )
 
-LARGEST_STEPS = 100_000  # instructions, and arrays, of a file; the published ones take about 20 000
+LARGEST_STEPS = 100_000  # limit for both instructions and arrays; published files have about 20 000 instructions
 
 
 class _Reader:
-    """Stack machine that executes the instructions of a pickle that data need."""
+    """Stack machine for the pickle instructions that data need."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.view = data, memoryview(data)
         self.stack: list[object] = []
-        self.outer_stacks: list[list[object]] = []  # below the marks
+        self.outer_stacks: list[list[object]] = []  # stacks saved by `mark`
         self.memo: dict[int, object] = {}
 
     def load(self) -> object:
-        """Return the pickled value, with stand-ins of `pickle_values` in it."""
+        """Return the unpickled value, which contains stand-ins from `pickle_values` instead of arrays."""
         for step, (code, argument, _) in enumerate(pickletools.genops(cast(IO[bytes], self.data))):
             if step >= LARGEST_STEPS:
                 raise ValueError(f"it has more than {LARGEST_STEPS} instructions")
@@ -56,7 +56,7 @@ class _Reader:
         self.stack.append(value)
 
     def push_bytes(self, data: bytes | bytearray) -> None:
-        """Push a view of the bytes in the file, so that no copy of them is kept."""
+        """Push a view of the bytes in the memory-mapped file instead of a copy."""
         end = self.data.tell()
         self.stack.append(self.view[end - len(data) : end])
 
@@ -65,12 +65,12 @@ class _Reader:
         self.stack = []
 
     def since_mark(self) -> list[object]:
-        """Remove and return the values on the stack since the last mark."""
+        """Pop and return all values above the last mark."""
         items, self.stack = self.stack, self.outer_stacks.pop()
         return items
 
     def last(self, number: int) -> list[object]:
-        """Remove and return the last values on the stack."""
+        """Pop and return the last `number` values on the stack."""
         if number > len(self.stack):
             raise ValueError("it takes more values than there are")
         items = self.stack[len(self.stack) - number :]
@@ -173,7 +173,7 @@ INSTRUCTIONS: dict[str, Instruction] = {
 
 
 def read(path: Path) -> dict[str, ArrayHeader]:
-    """Return the headers of a file by `scope/parameter`: of parameters, and of running statistics if it has them."""
+    """Return the array headers of a file by `scope/parameter`, for parameters and (if stored) running statistics."""
     with path.open("rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     with errors_of(f"{path} is not a pickle of dictionaries and arrays"):
@@ -185,7 +185,7 @@ def read(path: Path) -> dict[str, ArrayHeader]:
 
 
 def _flattened(parts: list[tuple[str, object]], size: int) -> dict[str, ArrayHeader]:
-    """Return the arrays of a file of `size` bytes. One that occurs several times is counted each time."""
+    """Return array headers by `scope/parameter`, after checking that all arrays together fit in `size` bytes."""
     flat: dict[str, ArrayHeader] = {}
     num_bytes = 0
     for part, scopes in parts:

@@ -1,6 +1,6 @@
-"""Files of PyTorch state dicts: safetensors and `.bin`, single or sharded with an index; and their JSON files.
+"""Readers of PyTorch state dicts (safetensors and `.bin`, single files or shards with an index) and JSON files.
 
-Nothing in them is executed, and nothing takes more memory than the files are large.
+No code in the files is executed. Files whose tensors need more memory than the file size are rejected.
 """
 
 from __future__ import annotations
@@ -27,15 +27,18 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class StateDictFile(NamedTuple):
-    """State dict in a file, not read yet."""
+    """State dict in a file: its path, headers, and a function that reads the tensors."""
 
-    path: Path  # of the file, or of the index that names the files
-    headers: dict[str, Tensor]  # tensors of the same shapes and dtypes on the meta device
+    path: Path  # path of the file, or of the index of shards
+    headers: dict[str, Tensor]  # meta tensors with the shapes and dtypes
     read: Callable[[], dict[str, Tensor]]
 
 
 def fetch(name_or_folder: str | PathLike[str]) -> Path:
-    """Return a folder as it is, or fetch one from the hub: `.bin` files only if there are no safetensors."""
+    """Return the path of a local folder, or download a model from the Hugging Face hub.
+
+    `.bin` files are downloaded only if the repository has no safetensors.
+    """
     folder = hub.fetched(name_or_folder, (CONFIG, *_patterns(WEIGHTS)))
     has_weights = any((folder / f"{WEIGHTS}{end}").is_file() for end in ("", INDEX))
     if has_weights or folder == Path(name_or_folder) or not (folder / CONFIG).is_file():
@@ -44,13 +47,17 @@ def fetch(name_or_folder: str | PathLike[str]) -> Path:
 
 
 def _patterns(name: str) -> tuple[str, ...]:
-    """Return the names of weights in one file, or in several and an index."""
+    """Return file name patterns for weights in one file, for the index of shards, and for shards."""
     stem, end = name.split(".")
     return name, f"{name}{INDEX}", f"{stem}-*-of-*.{end}"
 
 
 def read_json(path: Path, largest: int = LARGEST_CONFIG) -> dict[str, Json]:
-    """Return the dictionary in a JSON file; raise ValueError if it holds another value, or over `largest` bytes."""
+    """Read a dictionary from a JSON file.
+
+    Raises:
+        ValueError: If the file does not hold a JSON dictionary, or is larger than `largest` bytes.
+    """
     content = parse_json(read_at_most(path, largest), str(path), largest=largest)
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a dictionary; got {type(content).__name__}")
@@ -58,7 +65,7 @@ def read_json(path: Path, largest: int = LARGEST_CONFIG) -> dict[str, Json]:
 
 
 def open_folder(folder: Path) -> StateDictFile:
-    """Open the weights in a folder that transformers wrote, safetensors if there are any."""
+    """Open the weights in a folder that transformers wrote. Safetensors are preferred to `.bin` files."""
     for name, opener in ((WEIGHTS, open_safetensors), (BINARY, _open_binary)):
         if (folder / name).is_file():
             return opener(folder / name)
@@ -70,19 +77,23 @@ def open_folder(folder: Path) -> StateDictFile:
 
 
 def open_safetensors(path: Path) -> StateDictFile:
-    """Open a safetensors file; raise ValueError if it is not whole, or of another format."""
+    """Open a safetensors file and read its headers.
+
+    Raises:
+        ValueError: If the file is truncated or in another format.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             specs = specs_in(file)
             headers = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in specs.items()}
-            # safetensors' save_model keeps here the names of tied tensors that it left out, and of those it kept.
+            # safetensors' save_model stores a tied tensor once; the metadata map the other names to the stored one.
             tied = {name: kept for name, kept in (file.metadata() or {}).items() if kept in headers}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}. Copy it again") from error
     headers |= {name: headers[kept] for name, kept in tied.items()}
 
     def read() -> dict[str, Tensor]:
-        with safe_open(path, framework="pt") as file:  # copies, since the file may be overwritten
+        with safe_open(path, framework="pt") as file:  # clone, because the file is memory-mapped and may be overwritten
             tensors = {name: file.get_tensor(name).clone() for name in specs}
         return tensors | {name: tensors[kept] for name, kept in tied.items()}
 
@@ -90,7 +101,13 @@ def open_safetensors(path: Path) -> StateDictFile:
 
 
 def read_state_dict(source: Mapping[str, Tensor] | str | PathLike[str]) -> dict[str, Tensor]:
-    """Return the tensors of a state dict, or of a safetensors file; raise an error for anything else."""
+    """Return a state dict, either the one that is passed or the content of a safetensors file.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        TypeError: If `source` is neither a mapping nor a path.
+        ValueError: If the file is not a safetensors file, or the mapping holds anything but tensors.
+    """
     if isinstance(source, (str, PathLike)):
         if not (path := Path(source)).is_file():
             raise FileNotFoundError(f"{path} does not exist; give the path of a safetensors file, or a state dict")
@@ -113,8 +130,8 @@ def _open_binary(path: Path) -> StateDictFile:
     size = path.stat().st_size
     try:
         _check_archive(path, size)
-        content = torch.load(path, map_location="cpu", weights_only=True)  # tensors, and nothing that executes
-    except Exception as error:  # of many types, also pickle's; messages of PyTorch suggest to execute the file
+        content = torch.load(path, map_location="cpu", weights_only=True)  # executes no code
+    except Exception as error:  # of many types; PyTorch's messages are hidden, since they suggest weights_only=False
         raise ValueError(
             f"{path} is not a whole file of tensors alone ({type(error).__name__}), so it was not read. Copy it again, "
             f"or get a copy saved as {WEIGHTS}"
@@ -131,7 +148,7 @@ def _open_binary(path: Path) -> StateDictFile:
 
 
 def _check_archive(path: Path, size: int) -> None:
-    """Raise ValueError if a zip file is compressed, or its content is larger than the file."""
+    """Check that a zip file is not compressed and its content is not larger than the file. Other files pass."""
     with path.open("rb") as file:
         if file.read(2) != b"PK":
             return
@@ -142,7 +159,7 @@ def _check_archive(path: Path, size: int) -> None:
 
 
 def _problem(value: object, size: int) -> str:
-    """Return the reason why a value is not a plain tensor that fits into a file of this size; empty if it is."""
+    """Describe the problem if a value is not a dense CPU tensor that fits in `size` bytes; otherwise return ""."""
     if type(value) not in (Tensor, nn.Parameter) or not isinstance(value, Tensor):
         return f"is a {type(value).__name__}"
     if value.layout is not torch.strided or value.is_quantized:
@@ -156,7 +173,7 @@ def _problem(value: object, size: int) -> str:
 
 
 def _open_shards(index: Path, end: str, opener: Callable[[Path], StateDictFile]) -> StateDictFile:
-    """Open weights that are sharded over several files, as listed in an index."""
+    """Open weights that are sharded over the files listed in an index."""
     weight_map = read_json(index, LARGEST_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise ValueError(f"{index} must hold a weight_map from each tensor's name to its file's")
@@ -178,7 +195,7 @@ def _open_shards(index: Path, end: str, opener: Callable[[Path], StateDictFile])
 
 
 def check_floats(tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless all tensors are of one floating point dtype."""
+    """Check that all tensors have the same dtype, one of `FLOATS`."""
     first = next(iter(tensors), "")
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
@@ -192,7 +209,7 @@ def check_floats(tensors: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def errors_with_path(path: Path) -> Iterator[None]:
-    """Add the path of a file to ValueErrors about it."""
+    """Context manager that adds the path of a file to the messages of ValueErrors."""
     try:
         yield
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Exact attention reads of a position-encoded grid, computed without keys and values."""
+"""Structured reads: exact cross-attention to a position-encoded grid, without keys and values."""
 
 from perceiver_core.kernels.grid.interface import GridFallbackWarning
 from perceiver_core.kernels.grid.operator import GridRead, missing_kernel, read_grid

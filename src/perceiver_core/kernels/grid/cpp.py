@@ -1,4 +1,4 @@
-"""Backend of `read_grid` on the CPU: the compiled loop in `cpp/`."""
+"""CPU backend of `read_grid`, which calls the compiled C++ loop in `cpp/`."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from perceiver_core.kernels.grid import cpp_library
 from perceiver_core.kernels.grid.interface import GridGradients, GridInputs, GridOutputs, Upstream
 
-BLOCK = 16  # queries of a task of the forward pass, as in `cpp/grid.h`
-MIN_TASKS = 32  # the grid is split to get this many; independent of the number of threads, for reproducible results
-MIN_TOKENS = 4  # tokens of a split per output number of a query; with fewer, setup dominates
-MAX_SPLIT_BYTES = 2**26  # memory of the results of all splits
+BLOCK = 16  # queries per task of the forward pass; equals `BLOCK` in `cpp/grid.h`
+MIN_TASKS = 32  # the grid is split to get this many tasks; not the number of threads, so that results are reproducible
+MIN_TOKENS = 4  # minimum tokens of a split per value that the split returns for a query; with fewer, setup dominates
+MAX_SPLIT_BYTES = 2**26  # maximum memory of the results of all splits
 
 
 def forward(inputs: GridInputs) -> GridOutputs:
-    """Compute the read; with few queries the grid is split into parts, so that there are enough parallel tasks."""
+    """Compute the read. If there are few queries, the grid is split so that there are enough parallel tasks."""
     content_queries, axis_queries, content, _, _ = inputs
     batch, grid = content.shape[0], content.shape[2:]
     _, heads, queries, channels = content_queries.shape
     axis_positions = axis_queries.shape[-1]
-    splits = 1  # the axis queries of a single axis are as large as the grid, which is then not split
+    splits = 1  # a grid with a single axis is not split, because its axis queries are as large as the grid
     if len(grid) > 1:
         splits = _num_splits(batch * heads * -(-queries // BLOCK), inputs, channels + axis_positions)
     read = content.new_empty(batch, splits, heads, queries, channels)
@@ -30,32 +30,32 @@ def forward(inputs: GridInputs) -> GridOutputs:
     base = content.new_empty(batch, splits, heads, queries)
     total = torch.empty_like(base)
     pointers = (None if x is None else x.data_ptr() for x in (*inputs, read, marginals, base, total))
-    axes = array("q", grid)  # int64_t; alive during the call
+    axes = array("q", grid)  # int64_t; the variable keeps the buffer alive during the call
     sizes = batch, *content_queries.shape, len(grid), axes.buffer_info()[0]
     cpp_library.functions()["forward", content.dtype](*sizes, *pointers, splits, torch.get_num_threads())
     if splits == 1:
         return GridOutputs(read[:, 0], marginals[:, 0], base[:, 0], total[:, 0])
     base = base.masked_fill(total == 0, -torch.inf)
-    highest = base.amax(1).clamp_min(torch.finfo(base.dtype).min)  # finite where all splits are empty
+    highest = base.amax(1).clamp_min(torch.finfo(base.dtype).min)  # finite if all tokens are masked
     totals = total * (base - highest[:, None]).exp2()
     total = totals.sum(1)
-    share = (totals / total[:, None]).nan_to_num()[..., None]  # 0 where all splits are empty
+    share = (totals / total[:, None]).nan_to_num()[..., None]  # 0 if all tokens are masked
     return GridOutputs((read * share).sum(1), (marginals * share).sum(1), highest.where(total > 0, 0.0), total)
 
 
 def backward(inputs: GridInputs, upstream: Upstream, needs_token_gradients: bool) -> GridGradients:
-    """Compute the gradients as sums over splits of the grid."""
+    """Compute the gradients. Query gradients are computed for each split of the grid and added up."""
     content_queries, axis_queries, content, scale, _ = inputs
     batch, grid = content.shape[0], content.shape[2:]
-    single_axis = len(grid) == 1  # splits then have separate positions, and one gradient of the axis queries
+    single_axis = len(grid) == 1  # each split then writes its own positions of one axis-query gradient
     width = content_queries.shape[-1] + (0 if single_axis else axis_queries.shape[-1])
     splits = _num_splits(batch, inputs, width)
     d_content_queries = content.new_empty(batch, splits, *content_queries.shape[1:])
     d_axis_queries = content.new_empty(batch, 1 if single_axis else splits, *axis_queries.shape[1:])
     d_content, d_scale = (torch.empty_like(x) if needs_token_gradients else x.new_empty(0) for x in (content, scale))
     tensors = *inputs, *upstream, d_content_queries, d_axis_queries, d_content, d_scale
-    pointers = (None if x is None else x.data_ptr() for x in tensors)  # null for empty tensors
-    axes = array("q", grid)  # int64_t; alive during the call
+    pointers = (None if x is None else x.data_ptr() for x in tensors)  # 0 (null) for empty tensors
+    axes = array("q", grid)  # int64_t; the variable keeps the buffer alive during the call
     sizes = batch, *content_queries.shape, len(grid), axes.buffer_info()[0]
     cpp_library.functions()["backward", content.dtype](*sizes, *pointers, splits, torch.get_num_threads())
     summed = (0, 1) if content_queries.shape[0] == 1 else (1,)
@@ -68,9 +68,9 @@ def backward(inputs: GridInputs, upstream: Upstream, needs_token_gradients: bool
 
 
 def _num_splits(num_tasks: int, inputs: GridInputs, width: int) -> int:
-    """Return the number of splits of the grid that keep many threads busy.
+    """Return the number of splits of the grid: enough for `MIN_TASKS` tasks, within the limits above.
 
-    `num_tasks` is the number of tasks without splits; a split returns `width` numbers per sample, head and query.
+    `num_tasks` is the number of tasks without splits. A split returns `width` values per sample, head and query.
     """
     content = inputs.content
     split_bytes = content.shape[0] * prod(inputs.content_queries.shape[1:3]) * width * content.element_size()

@@ -1,10 +1,10 @@
-"""Shared library of the C++ source in `cpp/`, compiled once for the machine it runs on.
+"""Shared library compiled from the C++ source in `cpp/`, once for each type of machine.
 
-The compiler is the one that torch.compile would take (`$CXX`, else c++, g++ or clang++). It takes a few seconds, and
-the library is kept in the user's cache folder under a name derived from the source, the compiler and the processor's
-features: another process loads it in milliseconds, and another machine that shares the folder compiles its own.
-torch.utils.cpp_extension is not used because it needs ninja and half a minute for PyTorch's headers; the source uses
-none of them.
+The compiler is the first of `$CXX`, c++, g++ and clang++ that is installed. Compilation takes a few seconds. The
+library is stored in the user's cache folder, under a name derived from the source, compiler, flags and processor
+features. Other processes load it in milliseconds. A machine with another processor that shares the folder compiles its
+own library. torch.utils.cpp_extension is not used, because it needs ninja and takes half a minute to compile PyTorch's
+headers, which the source does not include.
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ from perceiver_core.kernels.grid.interface import GridFallbackWarning
 SOURCE = Path(__file__).parent / "cpp" / "reads.cpp"
 FLAGS = (
     *("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fvisibility=hidden"),
-    *("-fno-math-errno", "-fno-trapping-math"),  # without these two, loops are not vectorized
+    *("-fno-math-errno", "-fno-trapping-math"),  # without these two flags, loops are not vectorized
 )
-# The first variant that works is taken: for this processor (the second is the name of the flag in some compilers for
-# ARM), with PyTorch's own threads or, where the compiler has no OpenMP, with others.
+# The first variant that compiles and loads is used. Targets select this processor (some compilers for ARM call the flag
+# -mcpu). With OpenMP, the library uses PyTorch's threads. Otherwise it starts its own.
 TARGETS = ("-march=native", "-mcpu=native", "")
 VARIANTS = [f"{target} {threads}".split() for threads in ("-fopenmp", "") for target in TARGETS]
-NUM_POINTERS = {"forward": 10, "backward": 15}  # arguments of the functions of `cpp/reads.cpp`: grid and tensors
+NUM_POINTERS = {"forward": 10, "backward": 15}  # pointer arguments of functions in `cpp/reads.cpp`
 
 
 @cache
 def functions() -> dict[tuple[str, torch.dtype], Callable[..., None]]:
-    """Return the functions of the library by name and dtype; empty, after one warning, without a compiler.
+    """Return the library's functions, keyed by name and dtype.
 
-    The first call compiles or loads the library, which stays loaded for the life of the process.
+    The first call compiles or loads the library, which stays loaded until the process ends. If the library cannot be
+    compiled, the first call warns and the result is empty.
     """
     try:
         library = _load()
@@ -68,15 +69,15 @@ def _load() -> ctypes.CDLL:
     compiler, folder = _compiler(), _cache_folder()
     path = None if folder is None else folder / f"read_grid-{_fingerprint(compiler)}.so"
     if path is not None and path.exists():
-        with suppress(OSError):  # a damaged file, another system's, or a folder whose files may not be executed
+        with suppress(OSError):  # a damaged file, a file of another system, or a noexec file system
             return ctypes.CDLL(str(path))
     return _compile(compiler, path)
 
 
 def _compile(compiler: str, path: Path | None) -> ctypes.CDLL:
-    """Compile and load the library, and move it to `path` atomically, so that processes may compile concurrently.
+    """Compile and load the library, then move it to `path` atomically, so that processes may compile concurrently.
 
-    Without a path (no folder is private to the user), every process compiles its own.
+    If `path` is None (the user has no private cache folder), the library is not stored.
     """
     for flags in VARIANTS:
         with tempfile.TemporaryDirectory(prefix="tmp-", dir=None if path is None else path.parent) as scratch:
@@ -98,7 +99,7 @@ def _compile(compiler: str, path: Path | None) -> ctypes.CDLL:
 
 
 def _fingerprint(compiler: str) -> str:
-    """Return a hash of all that determines the library: source, compiler, flags and the processor's features."""
+    """Return a hash of everything that determines the library: source, compiler, flags and processor features."""
     for target in TARGETS:
         command = [compiler, *target.split(), "-dM", "-E", "-x", "c++", os.devnull]
         macros = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
@@ -117,14 +118,14 @@ def _compiler() -> str:
 
 
 def _cache_folder() -> Path | None:
-    """Return a folder that only this user can write to, because its libraries are executed; None if there is none."""
+    """Return the cache folder if only this user can write to it, else None, because its libraries are executed."""
     if not hasattr(os, "getuid"):
         return None
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "perceiver-core"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
-    except (OSError, RuntimeError):  # `Path.home` raises the latter for a user without a home
+    except (OSError, RuntimeError):  # `Path.home` raises RuntimeError if the user has no home folder
         return None
     private = status.st_uid == os.getuid() and not status.st_mode & 0o022
     return folder if private and os.access(folder, os.W_OK) else None

@@ -1,6 +1,6 @@
 """Reference backend of `read_grid` in plain PyTorch, for any device and without a compiler.
 
-It walks the grid in slabs of the first axis, so that memory does not grow with queries times tokens.
+The grid is processed in slabs (slices along the first axis) to limit the memory of the scores.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from perceiver_core import checks
 from perceiver_core.kernels.grid.interface import GridGradients, GridInputs, GridOutputs, Upstream, over_grid
 
 LN2 = math.log(2)
-MAX_SCORES = 2**22  # scores of a slab, per sample and head
+MAX_SCORES = 2**22  # maximum number of scores in a slab, per sample and head
 
 
 def forward(inputs: GridInputs) -> GridOutputs:
-    """Compute the read by online softmax over the slabs."""
+    """Compute the read with online softmax over the slabs."""
     content_queries, axis_queries, content, scale, mask = inputs
     shape, grid = (content.shape[0], *content_queries.shape[1:3]), content.shape[2:]
     content, scale, bias = _apply_mask(content, scale, mask)
@@ -60,7 +60,7 @@ def backward(inputs: GridInputs, upstream: Upstream, needs_token_gradients: bool
         for slab in _slabs(content_queries.shape[2], grid):
             slab_content, slab_scale = content[:, :, slab], scale[:, None, None, slab]
             products = _products(content_queries, axis_queries, slab_content, grid, slab)
-            d_weights = _products(d_read, d_marginals, slab_content, grid, slab)  # before the scale
+            d_weights = _products(d_read, d_marginals, slab_content, grid, slab)  # with respect to weights * scale
             weights = (products * (slab_scale / LN2) + bias[:, :, :, slab] - base).exp2_() * inverse_total
             d_scores = weights * (d_weights * slab_scale + offset)
             d_products = d_scores * slab_scale
@@ -77,7 +77,7 @@ def backward(inputs: GridInputs, upstream: Upstream, needs_token_gradients: bool
 
 
 def _apply_mask(content: Tensor, scale: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return content and scale, zero at masked tokens, and the bias of the scores, -inf at masked tokens."""
+    """Return content and scale with zeros at masked tokens, and the score bias: -inf at masked tokens, else 0."""
     bias = scale.new_zeros(scale.shape)
     if mask is not None:
         content, scale = content.masked_fill(~mask[:, None], 0.0), scale.masked_fill(~mask, 0.0)
@@ -86,13 +86,13 @@ def _apply_mask(content: Tensor, scale: Tensor, mask: Tensor | None) -> tuple[Te
 
 
 def _slabs(num_queries: int, grid: torch.Size) -> list[slice]:
-    """Return slices of the first axis with at most `MAX_SCORES` scores each, or of size 1."""
+    """Return slices of the first axis, each of size 1 or with at most `MAX_SCORES` scores per sample and head."""
     step = max(1, MAX_SCORES // max(1, num_queries * prod(grid[1:])))
     return [slice(start, min(start + step, grid[0])) for start in range(0, grid[0], step)]
 
 
 def _products(content_queries: Tensor, axis_queries: Tensor, content: Tensor, grid: torch.Size, slab: slice) -> Tensor:
-    """Return the unscaled scores of the tokens of a slab, `b h q *grid`."""
+    """Return the scores of a slab's tokens before scaling, of shape `b h q *slab`."""
     content_queries = content_queries.expand(content.shape[0], *content_queries.shape[1:])
     products = torch.einsum("bhqc,bcn->bhqn", content_queries, content.flatten(2))
     products = products.reshape(*products.shape[:3], *content.shape[2:])
@@ -101,7 +101,7 @@ def _products(content_queries: Tensor, axis_queries: Tensor, content: Tensor, gr
 
 
 def _add_axis_sums(totals: Tensor, x: Tensor, grid: torch.Size, slab: slice) -> None:
-    """Add the marginal sums of a slab's `x` along each grid axis to `totals`, `b h q axis_positions`."""
+    """Add the sums of `x` (`b h q *slab`) per position along each axis to `totals` (`b h q axis_positions`)."""
     start = 0
     for axis, size in enumerate(grid):
         others = [3 + other for other in range(len(grid)) if other != axis]

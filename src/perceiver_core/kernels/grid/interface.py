@@ -1,11 +1,11 @@
-"""Interface of the backends of `read_grid`: inputs, outputs and the warning of a slower fallback.
+"""Interface of the `read_grid` backends: their inputs and outputs, and the warning about a slower fallback.
 
-A backend is a module with the functions of `Backend`: `cpp` on the CPU, `triton` on CUDA, and `eager`, the reference in
-plain PyTorch. `operator` validates the tensors and makes them contiguous before a backend sees them.
+A backend is a module with the functions of `Backend`: `cpp` on CPUs, `triton` on CUDA, and `eager`, the reference in
+plain PyTorch. `operator` validates the tensors and makes them contiguous before it calls a backend.
 
-Axes: `b` samples, `h` heads, `q` queries, `c` channels, `*grid` the axes of the grid, and `axis_positions` the
-positions along all axes of the grid, one axis after another, so that its size is the sum of the grid's sizes. `#b` is
-the number of samples, or 1 where all samples share their queries.
+Axes in shapes: `b` is the batch, `#b` the batch or 1 (if all samples share their queries), `h` heads, `q` queries and
+`c` channels. `*grid` are the axes of the grid. `axis_positions` concatenates the positions along all grid axes, so its
+size is the sum of the grid sizes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 class GridInputs(NamedTuple):
-    """Arguments of `read_grid`."""
+    """Named tuple of the arguments of `read_grid`."""
 
     content_queries: Float[Tensor, "#b h q c"]
     axis_queries: Float[Tensor, "#b h q axis_positions"]
@@ -28,10 +28,11 @@ class GridInputs(NamedTuple):
 
 
 class GridOutputs(NamedTuple):
-    """Results of a forward pass: normalized sums, and softmax statistics that the backward pass needs.
+    """Named tuple of forward results: normalized sums, and softmax statistics that the backward pass needs.
 
-    `base` is a number near the largest score of a query, times log2(e), and 0 for queries that attend to nothing;
-    `total` is the sum of 2^(score log2(e) - base). The log-sum-exp of the scores is `(base + log2(total)) ln 2`.
+    `base` is the maximum score of a query in log2 units, that is, times log2(e). `cpp` may return up to 16 less. It is
+    0 for queries whose tokens are all masked. `total` is the sum of 2^(score log2(e) - base). The log-sum-exp of the
+    scores is `(base + log2(total)) ln 2`.
     """
 
     content: Float[Tensor, "b h q c"]
@@ -41,10 +42,10 @@ class GridOutputs(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """Statistics of the forward pass, and gradients of the loss with respect to its outputs.
+    """Named tuple of the softmax statistics of the forward pass and the gradients of its outputs.
 
-    `d_read` is the gradient of `GridOutputs.content`. `offset` is the part of the gradient of a score that all tokens
-    of a query share: d_lse - sum(d_read content) - sum(d_marginals marginals).
+    `d_read` is the gradient of `GridOutputs.content`. For a softmax weight p with gradient d_p, the gradient of the
+    score is p (d_p + offset). `offset` is d_lse - sum(d_read content) - sum(d_marginals marginals), per query.
     """
 
     base: Float[Tensor, "b h q"]
@@ -55,7 +56,7 @@ class Upstream(NamedTuple):
 
 
 class GridGradients(NamedTuple):
-    """Gradients with respect to the inputs; those of content and scale are empty unless they are needed."""
+    """Named tuple of input gradients. The gradients of content and scale are empty tensors if not needed."""
 
     content_queries: Float[Tensor, "#b h q c"]
     axis_queries: Float[Tensor, "#b h q axis_positions"]
@@ -65,10 +66,10 @@ class GridGradients(NamedTuple):
 
 @runtime_checkable
 class Backend(Protocol):
-    """Functions that a backend module defines."""
+    """Protocol of a backend module."""
 
     def forward(self, inputs: GridInputs) -> GridOutputs:
-        """Compute the read of contiguous inputs."""
+        """Compute the read for contiguous inputs."""
         ...
 
     def backward(self, inputs: GridInputs, upstream: Upstream, needs_token_gradients: bool) -> GridGradients:
@@ -77,11 +78,11 @@ class Backend(Protocol):
 
 
 class GridFallbackWarning(RuntimeWarning):
-    """Warning that grid reads run on a slower backend than the device allows; results are equal."""
+    """Warning that no compiled kernel for structured reads is available, so a slower fallback is used."""
 
 
 def over_grid(tables: Sequence[Tensor]) -> list[Tensor]:
-    """Reshape tables `.. size`, one per axis of a grid, so that they broadcast to `.. *grid`."""
+    """Reshape tables of shape `.. size`, one per grid axis, so that they broadcast to `.. *grid`."""
     return [
         table.reshape(*table.shape[:-1], *(table.shape[-1] if i == axis else 1 for i in range(len(tables))))
         for axis, table in enumerate(tables)

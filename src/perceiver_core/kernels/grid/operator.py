@@ -1,17 +1,19 @@
-"""Attention reads of a grid whose tokens are content plus one position table per axis, without keys and values.
+"""Structured reads: cross-attention to a grid of tokens, computed without keys and values.
 
-The score of a token is a sum of a content term and one term per axis, times a scale (that of the layer norm). A query
-therefore needs a few coefficients instead of a key per token. What it reads consists of sums of the softmax weights
-along each axis, so no token needs a value:
+A token m consists of content and position features, which are a sum of one table per grid axis. Its score for a query n
+is therefore a content term plus one term per axis, times the token's layer-norm scale. A query needs only a few
+coefficients, and no token needs a key. The results are weighted sums of the content, and sums of the weights for each
+position i along each axis. The caller projects these sums to attention outputs, so no token needs a value:
 
     score[n, m] = scale[m] * (content_queries[n] . content[m] + sum_axes axis_queries[n, i_axis(m)])
-    p = softmax over m of the scores
-    read[n] = sum_m p scale content        marginals[n, i] = sum of p scale over the tokens with index i along an axis
+    p[n, m] = softmax of score[n, m] over m
+    read[n] = sum_m p[n, m] scale[m] content[m]
+    marginals[n, i] = sum of p[n, m] scale[m] over the tokens m at position i along an axis
 
-The backends compute the same numbers: a compiled C++ loop on the CPU (`cpp`) at about one exponential per query and
-token, Triton kernels on CUDA (`triton`), and plain PyTorch elsewhere (`eager`). They are behind one custom operator, so
-that torch.compile and torch.export see a single node. The backward pass recomputes the weights: nothing of size
-queries x tokens is ever stored.
+All backends compute the same result: a compiled C++ loop on CPUs (`cpp`), Triton kernels on CUDA (`triton`), and plain
+PyTorch elsewhere (`eager`). The C++ loop takes about as long as one exponential per query and token. The backends are
+behind one custom operator, so that torch.compile and torch.export see a single node. The backward pass recomputes the
+softmax weights, so no tensor of size queries x tokens is saved.
 """
 
 from __future__ import annotations
@@ -31,7 +33,11 @@ LN2 = math.log(2)
 
 
 class GridRead(NamedTuple):
-    """Result of a grid read per query: weighted sums of content and positions, and the log-sum-exp."""
+    """Named tuple of the sums and the log-sum-exp that `read_grid` returns for each query.
+
+    `content` is the sum of the tokens' content, weighted by softmax weight times scale. `marginals` are sums of these
+    weights, one for each position along each axis. `lse` is the log-sum-exp of the scores.
+    """
 
     content: Float[Tensor, "b h q c"]
     marginals: Float[Tensor, "b h q axis_positions"]
@@ -45,24 +51,30 @@ def read_grid(
     scale: Float[Tensor, " b *grid"],
     mask: Bool[Tensor, " b *grid"] | None = None,
 ) -> GridRead:
-    """Compute the formula in the docstring of this module, in float32 or float64.
+    """Compute cross-attention to a grid of tokens without keys and values, in float32 or float64.
+
+    A score is `scale * (content_queries . content + sum of the axis queries at the token's position along each axis)`.
 
     Args:
-        content_queries: Coefficients of each query for the content, with the softmax scale included. A batch of one
-            serves all samples.
-        axis_queries: Terms of each query for each position along each axis, one axis after another, so that
-            `axis_positions` is the sum of the grid's sizes. Batch as above.
+        content_queries: Coefficients of the content for each query, multiplied by the softmax scale. A batch size of 1
+            is broadcast.
+        axis_queries: Score terms of each query for each position along each axis, multiplied by the softmax scale. The
+            axes are concatenated, so `axis_positions` is the sum of the grid sizes. Same batch size as
+            `content_queries`.
         content: Content of the tokens, channels first.
-        scale: Factor of each token: 1 over the standard deviation of its layer norm, or ones.
-        mask: True = attend. The values of masked tokens have no effect, even if they are NaN.
+        scale: Factor of each token's score and content: the reciprocal of the standard deviation in its layer norm, or
+            ones.
+        mask: Key-padding mask, True where tokens are attended to. Masked tokens have no effect, even if their content
+            is NaN.
 
     Returns:
-        Sums of the content and along each axis, and the log-sum-exp of the scores; zeros and -inf for queries whose
-        tokens are all masked.
+        Weighted sums of the content, marginal sums of the weights along each axis, and the log-sum-exp of the scores.
+        For queries whose tokens are all masked, the sums are 0 and the log-sum-exp is -inf.
 
     Raises:
-        TypeError: The dtypes or devices of the inputs differ, or the content is neither float32 nor float64.
-        ValueError: The shape of an input does not fit the content.
+        TypeError: If the dtypes or devices of the inputs differ, the content is neither float32 nor float64, or the
+            mask is not boolean.
+        ValueError: If the shape of an input does not match the content.
 
     Example:
         >>> from perceiver_core.kernels.grid import read_grid
@@ -71,7 +83,7 @@ def read_grid(
         >>> read.content.shape, read.marginals.shape, read.lse.shape
         (torch.Size([4, 2, 7, 3]), torch.Size([4, 2, 7, 16]), torch.Size([4, 2, 7]))
     """
-    # torch.func and forward mode need a Function; torch.compile and torch.export must see one node, the operator.
+    # torch.func and forward-mode AD need an autograd.Function. torch.compile and torch.export need one operator node.
     read: Any = _read_grid
     if not torch.compiler.is_compiling() and (
         torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
@@ -81,13 +93,13 @@ def read_grid(
 
 
 def missing_kernel(device: torch.device, channels: int) -> str:
-    """Return the reason why a device has no compiled kernel; empty if it has one. On a CPU this may compile it."""
+    """Return the reason why a device has no compiled kernel, or "" if it has one. On a CPU this may compile it."""
     if device.type == "cuda" and channels > triton.MAX_CHANNELS:
         return f"content of {channels} channels does not fit on chip; {triton.MAX_CHANNELS} do"
     return _why_unavailable(device)
 
 
-# Neither a compiler nor a GPU appears while a graph is traced.
+# The result cannot change while a graph is traced.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _why_unavailable(device: torch.device) -> str:
     if device.type == "cpu":
@@ -95,7 +107,7 @@ def _why_unavailable(device: torch.device) -> str:
     return triton.why_unavailable(device)
 
 
-# The schemas are written out because they cannot be inferred from functions that an import hook has wrapped.
+# The schemas are explicit because they cannot be inferred from functions wrapped by jaxtyping's import hook.
 @torch.library.custom_op(
     "perceiver_core::read_grid",
     mutates_args=(),
@@ -103,7 +115,7 @@ def _why_unavailable(device: torch.device) -> str:
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _read_grid(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return read, marginals and log-sum-exp, and base and total of `GridOutputs`."""
+    """Return the fields of `GridRead`, followed by `base` and `total` of `GridOutputs`."""
     inputs = _validated(*arguments)
     read, marginals, base, total = _backend(inputs).forward(inputs)
     return read, marginals, (base + total.log2()) * LN2, base, total
@@ -125,7 +137,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _read_grid_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the tensors of `GridGradients`; the arguments are those of `Backend.backward`."""
+    """Return the fields of `GridGradients`, given the arguments of `Backend.backward` as separate tensors."""
     inputs, upstream = _validated(*arguments[:5]), Upstream(*(x.contiguous() for x in arguments[5:10]))
     return _backend(inputs).backward(inputs, upstream, arguments[10])
 
@@ -146,7 +158,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, d_read: Tensor, d_marginals: Tensor, d_lse: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     *inputs, read, marginals, base, total = ctx.saved_tensors
-    # d score = p (d p - sum of p d p + d lse); the sum is that of the outputs times their gradients.
+    # d_score = p (d_p - sum(p d_p) + d_lse), and sum(p d_p) is the sum of the outputs times their gradients.
     offset = d_lse - (d_read * read).sum(-1) - (d_marginals * marginals).sum(-1)
     needs_token_gradients = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
     compute: Any = _read_grid_backward if torch.compiler.is_compiling() else _ReadGridBackward.apply
@@ -160,7 +172,10 @@ _read_grid.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _ReadGrid(torch.autograd.Function):
-    """Operator as a Function, since torch.func does not support custom operators; forward mode raises an error."""
+    """The operator as an autograd.Function for torch.func, which does not support custom operators.
+
+    Forward-mode AD raises an error.
+    """
 
     generate_vmap_rule = True
 
@@ -174,7 +189,7 @@ class _ReadGrid(torch.autograd.Function):
 
 
 class _ReadGridBackward(torch.autograd.Function):
-    """Backward operator as a Function, so that a second derivative raises an error that names the alternative."""
+    """The backward operator as an autograd.Function, whose own backward raises an error that names an alternative."""
 
     generate_vmap_rule = True
 
@@ -185,7 +200,7 @@ class _ReadGridBackward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Save nothing: there is no second derivative."""
+        """Save nothing, because second derivatives are not supported."""
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> None:
@@ -211,7 +226,11 @@ def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[tupl
 
 
 def _fold_into_batch(size: int, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]) -> tuple[Any, int, int]:
-    """Merge the mapped axis of every tensor with its batch axis; also return the batch sizes of content and queries."""
+    """Expand queries to the batch size of the content, and merge the axis of vmap into the batch axis of every tensor.
+
+    Returns:
+        The arguments with merged axes, and the batch sizes of content and queries before the merge.
+    """
     mapped_first = list(arguments)
     for i, (x, in_dim) in enumerate(zip(arguments, in_dims, strict=True)):
         if isinstance(x, Tensor):
@@ -222,7 +241,7 @@ def _fold_into_batch(size: int, in_dims: tuple[int | None, ...], arguments: tupl
 
 
 def _backend(inputs: GridInputs) -> Backend:
-    """Return the fastest backend for the device and the sizes of the inputs."""
+    """Return the fastest available backend for the device and sizes of the inputs."""
     content = inputs.content
     if not inputs.content_queries.numel() or not content.numel():
         return eager
@@ -234,7 +253,7 @@ def _backend(inputs: GridInputs) -> Backend:
 def _validated(
     content_queries: Tensor, axis_queries: Tensor, content: Tensor, scale: Tensor, mask: Tensor | None
 ) -> GridInputs:
-    """Return contiguous inputs, after a check of their shapes: the compiled loop cannot check them."""
+    """Check dtypes, devices and shapes, which the compiled loop cannot check, and return contiguous inputs."""
     if content.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"content must be float32 or float64; got {content.dtype}. Convert it: content.float()")
     if content.ndim < 3 or 0 in content.shape[1:]:

@@ -1,8 +1,12 @@
-"""Backend of `read_grid` on CUDA: prepares tensors for the Triton kernels and merges the partial results.
+"""CUDA backend of `read_grid`: prepares tensors for the Triton kernels and merges their partial results.
 
-Each program computes a part of the grid (see `triton_plan`), relative to the largest score of this part. The kernels
-see a grid of two axes: all axes but the last are flattened to rows. Axis queries of these axes are therefore added up
-before a launch, and sums per row are reduced to sums per axis after it. Queries are the last axis of all tensors.
+The kernels process grids with two axes. The last axis is called columns, and all other axes are flattened to rows. The
+axis queries of the row axes are therefore added up before a launch, and sums per row are reduced to sums per axis after
+it. Tensors with a query axis have it last, except that `backward_tokens` reads column tables as `b h q columns`.
+
+Each program processes a part of the grid (see `triton_plan`). The sums of a part are relative to its softmax maximum,
+`bases`. Sums per row and per column are relative to the running maximum when they were stored, `row_bases` and
+`column_bases`. `forward` rescales all of them to the softmax maximum over the whole grid and adds them up.
 """
 
 from __future__ import annotations
@@ -30,14 +34,14 @@ from perceiver_core.kernels.grid.triton_launch import NoKernelError, launch_over
 from perceiver_core.kernels.grid.triton_plan import WARP, Plan
 
 LOG2E = 1 / math.log(2)
-MAX_CHANNELS = 64  # more do not fit on chip
-MIN_CAPABILITY = (8, 0)  # compute capability that Triton needs
+MAX_CHANNELS = 64  # more do not fit in registers and shared memory
+MIN_CAPABILITY = (8, 0)  # minimum compute capability for Triton
 
-_failures: dict[torch.device, str] = {}  # why kernels could not be built, by device
+_failures: dict[torch.device, str] = {}  # reasons why kernels could not be built, by device
 
 
 def why_unavailable(device: torch.device) -> str:
-    """Return the reason why the kernels cannot run on a device; empty if they can."""
+    """Return the reason why the kernels cannot run on a device, or "" if they can."""
     if device.type != "cuda":
         return f"there is no compiled loop for {device.type}"
     if not _has_triton():
@@ -57,7 +61,10 @@ def _has_triton() -> bool:
 
 
 def _or_eager(compute: Callable[..., Any]) -> Callable[..., Any]:
-    """Compute by the eager backend, with a warning and from then on, if no kernel can be built for this GPU."""
+    """Decorator that falls back to the eager backend, with a warning, if no kernel can be built for the GPU.
+
+    The reason is stored, so later reads on this GPU use the eager backend directly (see `why_unavailable`).
+    """
 
     @wraps(compute)
     def run(inputs: GridInputs, *arguments: Any) -> Any:
@@ -67,7 +74,7 @@ def _or_eager(compute: Callable[..., Any]) -> Callable[..., Any]:
             device, reason = inputs.content.device, f"no kernel could be built: {error}"
             message = f"structured reads on {device} use plain PyTorch, slowly: {reason}"
             warnings.warn(message, GridFallbackWarning, stacklevel=2)
-            _failures[device] = reason  # not before the warning, which raises where warnings are errors
+            _failures[device] = reason  # after the warning, so that every read raises if warnings are errors
             return getattr(eager, compute.__name__)(inputs, *arguments)
 
     return run
@@ -75,7 +82,7 @@ def _or_eager(compute: Callable[..., Any]) -> Callable[..., Any]:
 
 @_or_eager
 def forward(inputs: GridInputs) -> GridOutputs:
-    """Compute the read by the kernels."""
+    """Compute the read with the Triton kernels."""
     axis = _axis_to_swap(inputs.content.shape[2:])
     if axis is not None:
         swapped = _swap_inputs(inputs, axis)
@@ -107,7 +114,7 @@ def forward(inputs: GridInputs) -> GridOutputs:
 
 @_or_eager
 def backward(inputs: GridInputs, upstream: Upstream, needs_token_gradients: bool) -> GridGradients:
-    """Compute the gradients by the kernels."""
+    """Compute the gradients with the Triton kernels."""
     grid = inputs.content.shape[2:]
     axis = _axis_to_swap(grid)
     if axis is not None:
@@ -141,7 +148,7 @@ def backward(inputs: GridInputs, upstream: Upstream, needs_token_gradients: bool
     d_content_queries, d_axis_queries = (_transpose(x.sum(0, keepdim=True) if shared else x) for x in merged)
     if not needs_token_gradients:
         return GridGradients(d_content_queries, d_axis_queries, content.new_empty(0), scale.new_empty(0))
-    # This kernel takes the tables of columns with the columns last.
+    # This kernel reads column tables as `b h q columns`.
     query_tensors = *query_tensors[:2], _columns_last(plan, axis_queries)
     upstream_tensors = *upstream_tensors[:2], _columns_last(plan, d_marginals)
     d_content, d_scale = (torch.empty_like(x) for x in tokens[:2])
@@ -153,13 +160,16 @@ def backward(inputs: GridInputs, upstream: Upstream, needs_token_gradients: bool
 
 
 def _axis_to_swap(grid: torch.Size) -> int | None:
-    """Return the axis, from -1 down, to swap with the last: the longest, if the last is much shorter; else None."""
+    """Return the negative index of the axis to swap with the last axis, or None.
+
+    The longest axis is swapped if it is longer than 16 (half a warp) and the last axis is shorter than 16.
+    """
     longest = max(range(len(grid)), key=lambda axis: grid[axis])
     return longest - len(grid) if grid[-1] < WARP // 2 < grid[longest] else None
 
 
 def _swap_tables(tables: Tensor, axis: int, grid: torch.Size) -> Tensor:
-    """Swap the entries of an axis with those of the last axis, in a tensor `.. axis_positions`."""
+    """Swap the positions along `axis` and along the last axis in a tensor `.. axis_positions` of a grid."""
     parts = list(torch.split(tables, list(grid), dim=-1))
     parts[axis], parts[-1] = parts[-1], parts[axis]
     return torch.cat(parts, dim=-1)
@@ -172,7 +182,7 @@ def _swap_inputs(inputs: GridInputs, axis: int) -> GridInputs:
 
 
 def _query_tensors(plan: Plan, content: Tensor, tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the coefficients of the content, of rows and of columns, `b h .. q`, with padded queries."""
+    """Return the content coefficients, the sum of the row tables, and the column table: `b h .. q`, padded along q."""
     *row_tables, columns = torch.split(tables, [*plan.row_axes, plan.width], dim=-1)
     leading = tables.shape[:-1]
     rows = sum(over_grid(row_tables), start=tables.new_zeros(*leading, *(1 for _ in plan.row_axes)))
@@ -181,39 +191,43 @@ def _query_tensors(plan: Plan, content: Tensor, tables: Tensor) -> tuple[Tensor,
 
 
 def _columns_last(plan: Plan, tables: Tensor) -> Tensor:
-    """Return the part of the last axis, `b h q columns`, with padded queries."""
+    """Return the column table, `b h q columns`, padded along q."""
     columns = tables[..., tables.shape[-1] - plan.width :]
     return F.pad(columns, (0, 0, 0, plan.queries - tables.shape[2])).contiguous()
 
 
 def _token_tensors(plan: Plan, inputs: GridInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Return content, scale and the bias of the scores, with padded columns; masked tokens are zero."""
+    """Return content, scale and score bias with padded columns; at masked tokens they are 0, 0 and -inf."""
     _, _, content, scale, mask = inputs
     if mask is None:
         scale = _pad(scale, plan.padded_width, value=1.0)
-        return _pad(content, plan.padded_width), scale, scale  # kernels without a mask read no bias
+        return _pad(content, plan.padded_width), scale, scale  # the kernels ignore the bias if there is no mask
     content, scale = content.masked_fill(~mask[:, None], 0.0), scale.masked_fill(~mask, 0.0)
     bias = torch.zeros_like(scale).masked_fill_(~mask, -torch.inf)
     return _pad(content, plan.padded_width), _pad(scale, plan.padded_width, value=1.0), _pad(bias, plan.padded_width)
 
 
 def _pad(x: Tensor, size: int, value: float = 0.0) -> Tensor:
-    """Pad the last axis to a size."""
+    """Pad the last axis to `size` and return a contiguous tensor."""
     return F.pad(x, (0, size - x.shape[-1]), value=value) if x.shape[-1] < size else x.contiguous()
 
 
 def _split_heads(plan: Plan, x: Tensor, queries: int) -> Tensor:
-    """Split samples and heads into two axes, and remove the padding of the queries."""
+    """Split the first axis into batch and heads, and remove padded queries from the last axis."""
     return x.reshape(plan.samples, plan.heads, *x.shape[1:])[..., :queries]
 
 
 def _transpose(x: Tensor) -> Tensor:
-    """Swap the last two axes, in memory as well."""
+    """Transpose the last two axes and return a contiguous tensor."""
     return x.mT.contiguous()
 
 
 def _row_axis_sums(rows: Tensor, row_axes: tuple[int, ...]) -> list[Tensor]:
-    """Reduce sums per row, `batch_heads rows q`, to sums per index of each row axis, `batch_heads size q`."""
+    """Reduce sums per row, `batch_heads rows q`, to sums per position along each row axis.
+
+    Returns:
+        One tensor `batch_heads size q` for each axis in `row_axes`.
+    """
     rows = rows.reshape(len(rows), *row_axes, rows.shape[-1]) if row_axes else rows
     axes = range(1, len(row_axes) + 1)
     return [rows.sum([axis for axis in axes if axis != kept]) if len(row_axes) > 1 else rows for kept in axes]

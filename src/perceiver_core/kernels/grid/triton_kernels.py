@@ -1,26 +1,29 @@
-"""Triton kernels of a structured read. `triton` prepares their tensors; `operator` states the formula.
+"""Triton kernels of structured reads. `triton` prepares their tensors, and `operator` has the formula.
 
-A thread holds one query and loops over the rows of the grid, for one stretch of columns. The query's column
-coefficients and the sums per column stay in its registers, so threads exchange no data. For each row it writes one
-number. The softmax is online, and no score is written to memory. The kernel of the token gradients swaps the roles:
-a thread holds one token and loops over all queries.
+In `forward` and `backward_queries`, each thread holds one query. For one stretch of columns at a time, it loops over
+rows. The query's coefficients and sums for these columns stay in registers, so threads exchange no data. Sums per row
+are updated in memory. The softmax is online, and no score is written to memory. `backward_tokens` swaps the roles: each
+thread holds one token and loops over all queries.
 
-Triton distributes tensors over threads along their last axis. Queries are therefore the last axis of all tensors of
-queries, and their number is not specialized: if a number is known to be a multiple of 16, Triton gives each thread
-four neighbors and fewer columns, and then threads have to exchange sums. Few channels are multiplied one by one, many
-on matrix units, for which Triton distributes threads as it must.
+Triton distributes tensors over threads along their last axis, so queries are the last axis of query tensors. Their
+number is not specialized: if Triton knew that it is a multiple of 16, it would assign four neighboring queries and
+fewer columns to each thread, and threads would have to exchange sums. This holds for fewer than 16 (padded) channels,
+which are multiplied one by one. With more channels, tensor cores are used, and Triton chooses the layout.
 
 Tensors and sizes:
 
-    content_queries     in exponents of 2, as are the next two; channels x queries per sample and head
-    row_queries         axis queries of all axes but the last, added up; rows x queries
-    column_queries      axis queries of the last axis; columns x queries
-    content, scales     of tokens; rows x padded columns
-    bias                0, or -inf at masked tokens
+    content_queries     content coefficients in log2 units (times log2(e)); channels x queries for each sample and head
+    row_queries         sum of the axis queries of all axes but the last, in log2 units; rows x queries
+    column_queries      axis queries of the last axis, in log2 units; columns x queries
+    content, scales     tokens; channels x rows x padded columns, and rows x padded columns
+    bias                score bias of tokens: 0, or -inf if masked; rows x padded columns
+    base                softmax maximum of each query, in log2 units; in `forward`, the maximum so far
     d_read, d_rows, d_columns
-                        upstream gradients, with the layouts of the three tensors of queries, over the softmax total
-    queries, columns    padded by `triton` to whole blocks and stretches; columns beyond `width` have scores of -inf
-    batch_head          index over samples and heads; if SHARED, the queries of one sample serve all
+                        upstream gradients divided by the softmax total, with the layouts of the three query tensors
+    offsets             `Upstream.offset` divided by the softmax total
+    queries             number of queries, padded to whole blocks
+    padded_width        number of columns, padded to whole stretches; padding has scores of -inf or is skipped
+    batch_head          index over samples and heads; if SHARED, all samples use the same queries
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _program_part(blocks, splits, groups, BLOCK: tl.constexpr):
-    """Return a program's queries, group of stretches, split of the rows, and sample and head."""
+    """Return the indices of a program's queries, group of stretches, split of rows, and sample and head."""
     program = tl.program_id(0)
     block, rest = program % blocks, program // blocks
     group, rest = rest % groups, rest // groups
@@ -46,9 +49,9 @@ def _add_products(
     sums, left, left_stride, row, right, right_stride, column, valid,
     CHANNELS: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the products of vectors (of tokens or queries), summed over channels, to `sums`: rows x columns.
+    """Add the dot products of `left` and `right` vectors (one are tokens, the other queries) to `sums`, left x right.
 
-    Columns that are not valid get any number; None if all are.
+    `valid` marks the valid columns, None if all are valid. Other columns of `sums` are undefined.
     """
     if PADDED < 16:
         for k in tl.static_range(CHANNELS):
@@ -72,7 +75,7 @@ def _add_products(
 def _weighted_sums(
     weights, vectors, stride, index, CHANNELS: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Return weighted sums of vectors (of tokens or queries): channels x the last axis of the weights."""
+    """Return weighted sums of vectors (tokens or queries) over the first axis of `weights`: channels x last axis."""
     channel = tl.arange(0, PADDED)
     if PADDED < 16:
         sums = tl.zeros([PADDED, weights.shape[1]], weights.dtype)
@@ -94,10 +97,13 @@ def forward(
     CHANNELS: tl.constexpr, PADDED: tl.constexpr, SHARED: tl.constexpr, MASKED: tl.constexpr,
     BLOCK: tl.constexpr, STRETCH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute the read per split and group, each relative to its own base."""
+    """Compute partial reads, one per split and group, each relative to its own softmax maximum in `bases`.
+
+    Row and column sums are relative to the maximum at the time of the store, in `row_bases` and `column_bases`.
+    """
     query, group, split, batch_head = _program_part(blocks, splits, groups, BLOCK)
     sample, query_row = batch_head // heads, batch_head % heads if SHARED else batch_head
-    tokens = (batch_head * 0 + height) * padded_width  # in 64 bits, as `batch_head` is
+    tokens = (batch_head * 0 + height) * padded_width  # `batch_head * 0` makes the result 64-bit
     content_queries, content = content_queries + query_row * CHANNELS * queries, content + sample * CHANNELS * tokens
     scales, bias = scales + sample * tokens, bias + sample * tokens
     column_queries += query_row * width * queries
@@ -140,7 +146,7 @@ def forward(
                 weights, content + start, tokens, step, CHANNELS, PADDED, PRECISION
             )
             sums = sums * decay[None, :] + weights
-            # The row's sum over the earlier stretches of the group; zero at the first.
+            # The row's sum over the group's earlier stretches, 0 at the first stretch.
             later = query * 0 + stretch > first
             earlier_sum = tl.load(row_sums + line + query, mask=later, other=0.0)
             earlier_sum *= tl.exp2(tl.load(row_bases + line + query, mask=later, other=float("-inf")) - finite_base)
@@ -148,7 +154,7 @@ def forward(
             tl.store(row_bases + line + query, base)
         tl.store(column_sums + corner + cell, sums)
         tl.store(column_bases + (tokens * 0 + stretch) * queries + query, base)
-        tl.debug_barrier()  # the next stretch reads what this one wrote of each row
+        tl.debug_barrier()  # the next stretch reads the row sums that this one wrote
     part = (batch_head * splits + split) * groups + group
     tl.store(bases + part * queries + query, base)
     tl.store(totals + part * queries + query, total)
@@ -164,7 +170,7 @@ def backward_queries(
     CHANNELS: tl.constexpr, PADDED: tl.constexpr, SHARED: tl.constexpr, MASKED: tl.constexpr,
     BLOCK: tl.constexpr, STRETCH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute gradients of the query tensors per split and group, with the tiling of the forward kernel."""
+    """Compute partial gradients of the query tensors, one per split and group, with the tiling of `forward`."""
     query, group, split, batch_head = _program_part(blocks, splits, groups, BLOCK)
     sample, query_row = batch_head // heads, batch_head % heads if SHARED else batch_head
     tokens = (batch_head * 0 + height) * padded_width
@@ -225,9 +231,9 @@ def backward_tokens(
     CHANNELS: tl.constexpr, PADDED: tl.constexpr, SHARED: tl.constexpr, MASKED: tl.constexpr,
     BLOCK: tl.constexpr, STRETCH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute gradients of content and scale: each thread holds one token and loops over the queries of all heads.
+    """Compute gradients of content and scale; each thread holds one token and loops over the queries of all heads.
 
-    Here `column_queries` and `d_columns` have the columns last.
+    In this kernel, `column_queries` and `d_columns` are queries x columns.
     """
     program = tl.program_id(0)
     piece, rest = program % pieces, program // pieces

@@ -1,7 +1,7 @@
-"""Launches of the Triton kernels, with options tuned at the first read of each problem size.
+"""Launch of the Triton kernels, with options autotuned at the first read of each problem size.
 
-Results are bitwise reproducible: the options (queries or columns per program, warps, registers) do not change the
-order of any sum. Tuning synchronizes with the GPU; other reads do not.
+Results are bitwise reproducible, because the options (queries or columns per program, warps, registers, pipeline
+stages) do not change the order of any sum. Autotuning synchronizes with the GPU. Later reads do not.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from perceiver_core.kernels.grid.triton_plan import Options, Plan
 
-# Options tried at the first read of each problem size; the first is the default if tuning is impossible.
+# Options for autotuning. The first is the default where tuning is impossible, such as in CUDA graph capture.
 QUERY_OPTIONS_REGISTERS: list[Options] = [
     {"BLOCK": 128, "num_warps": 4},
     {"BLOCK": 128, "num_warps": 4, "maxnreg": 168},
@@ -30,16 +30,16 @@ QUERY_OPTIONS_MATRIX: list[Options] = [
 TOKEN_OPTIONS_REGISTERS: list[Options] = [{"STRETCH": 32 * warps, "num_warps": warps} for warps in (4, 1, 2)]
 TOKEN_OPTIONS_MATRIX: list[Options] = [{"STRETCH": 32, "num_warps": 4, "num_stages": stages} for stages in (1, 2)]
 
-# Errors of the tools with which Triton builds kernels: a missing driver library, compiler or file.
+# Errors of the tools that Triton builds kernels with: a missing driver library, compiler or file.
 TOOL_ERRORS = (AssertionError, ImportError, OSError, subprocess.SubprocessError)
 
 
 class NoKernelError(RuntimeError):
-    """Raised if no configuration of a kernel compiles and fits on this GPU."""
+    """Error raised if no option of a kernel compiles and fits on the GPU."""
 
 
 def launch_over_queries(plan: Plan, kernel: str, *tensors: Tensor) -> None:
-    """Launch a kernel whose programs each hold a block of queries and loop over a part of the grid."""
+    """Launch a kernel in which each program holds a block of queries and loops over a part of the grid."""
     options = QUERY_OPTIONS_MATRIX if plan.uses_matrix_units else QUERY_OPTIONS_REGISTERS
 
     def launch(option: Options) -> None:
@@ -53,7 +53,7 @@ def launch_over_queries(plan: Plan, kernel: str, *tensors: Tensor) -> None:
 
 
 def launch_over_tokens(plan: Plan, kernel: str, *tensors: Tensor) -> None:
-    """Launch a kernel whose programs each hold columns of one row and loop over all queries."""
+    """Launch a kernel in which each program holds some columns of one row and loops over all queries."""
     block = 16 if plan.constants["PADDED"] <= 4 or plan.uses_matrix_units else 8  # more would exceed the registers
 
     def launch(option: Options) -> None:
@@ -67,14 +67,14 @@ def launch_over_tokens(plan: Plan, kernel: str, *tensors: Tensor) -> None:
 def run_kernel(
     kernel: str, num_programs: int, plan: Plan, tensors: Sequence[Tensor], parts: Sequence[int], options: Options
 ) -> None:
-    """Run one kernel of `triton_kernels`."""
+    """Launch the kernel named `kernel` in `triton_kernels`."""
     from perceiver_core.kernels.grid import triton_kernels  # needs Triton, which is optional
 
     sizes = plan.heads, plan.queries, plan.height, plan.width, plan.padded_width
     getattr(triton_kernels, kernel)[(num_programs,)](*tensors, *sizes, *parts, **plan.constants, **options)
 
 
-_tuned: dict[tuple[Any, ...], Options] = {}  # the fastest option, by kernel, device and sizes
+_tuned: dict[tuple[Any, ...], Options] = {}  # fastest option by kernel, device and sizes
 
 
 def _launch_tuned(
@@ -84,16 +84,16 @@ def _launch_tuned(
     key = (kernel, device, work, plan.queries, *plan.constants.values())
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         if key not in _tuned and device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-            torch.cuda.synchronize()  # an earlier kernel's error surfaces here, not as that of an option
+            torch.cuda.synchronize()  # errors of earlier kernels surface here, before tuning
             _tuned[key] = fastest(launch, options)
         launch(_tuned.get(key, options[0]))
 
 
 def fastest(launch: Callable[[Options], None], options: Sequence[Options]) -> Options:
-    """Return the fastest option of a kernel, among those that compile and fit on the GPU.
+    """Return the fastest of the options that compile and fit on the GPU.
 
     Raises:
-        NoKernelError: No option compiles and fits.
+        NoKernelError: If no option compiles and fits.
     """
     results = [(_milliseconds(launch, option), index) for index, option in enumerate(options)]
     times = [(time, index) for time, index in results if isinstance(time, float)]
@@ -104,21 +104,22 @@ def fastest(launch: Callable[[Options], None], options: Sequence[Options]) -> Op
 
 
 def _milliseconds(launch: Callable[[Options], None], option: Options) -> float | Exception:
-    """Return the minimum of three timings, or the error if the kernel does not compile or fit."""
+    """Return the minimum of three timings in milliseconds, or the error if the kernel does not compile or fit."""
     try:
         launch(option)
     except Exception as error:
         if not _is_unsupported(error):
             raise
         return error
-    return min(_time_once(launch, option) for _ in range(3))  # an illegal access surfaces here, and is raised
+    return min(_time_once(launch, option) for _ in range(3))  # an illegal memory access surfaces here and is raised
 
 
 def _is_unsupported(error: Exception) -> bool:
-    """Return whether an error of a launch means that the kernel does not compile or does not fit on the GPU.
+    """Return True if a launch error means that the kernel does not compile or does not fit on the GPU.
 
-    Triton has its own classes for most such errors; its driver and its compiler passes raise plain RuntimeErrors.
-    PyTorch's errors of a device are subclasses of RuntimeError. The launch does not wait for errors of the kernel.
+    Triton has exception classes for most of these errors. Its driver and compiler passes raise plain RuntimeErrors.
+    PyTorch's device errors do not count: they are subclasses of RuntimeError. Errors of the running kernel do not
+    surface at the launch, which is asynchronous.
     """
     from_triton = any(cls.__module__.partition(".")[0] == "triton" for cls in type(error).__mro__)
     return from_triton or type(error) is RuntimeError or isinstance(error, TOOL_ERRORS)

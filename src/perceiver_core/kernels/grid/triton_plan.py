@@ -1,8 +1,9 @@
-"""Tiling of a structured read on a GPU: the number of parts of the grid that are computed separately.
+"""Tiling of a structured read on a GPU.
 
-The kernels know grids of two axes: columns are the last axis, and rows are all other axes as one. Columns are cut into
-stretches of a fixed width. Programs read parts of the grid, some rows of a group of stretches, so that a few queries
-occupy a whole GPU as well (flash-decoding).
+The kernels process grids with two axes: columns (the last axis) and rows (all other axes, flattened). Columns are
+divided into stretches of a fixed width. Consecutive stretches form groups, and consecutive rows form splits. Each
+program processes the tokens in one split and one group, so even a few queries occupy the whole GPU (as in
+flash-decoding).
 """
 
 from __future__ import annotations
@@ -17,33 +18,33 @@ from perceiver_core.kernels.grid.interface import GridInputs
 
 Options: TypeAlias = dict[str, Any]
 
-WARP = 32  # queries are padded to a multiple of a warp's threads
-WARPS_PER_PROCESSOR = 24  # of work, at least, where the grid can be split that far
-MAX_INT32 = 2**31 - 1  # the kernels multiply sizes in 32 bits
-MIN_MATRIX_CHANNELS = 16  # padded channels from which on products run on matrix units; fewer stay in registers
+WARP = 32  # threads per warp; the number of queries is padded to a multiple of it
+WARPS_PER_PROCESSOR = 24  # minimum warps per multiprocessor, if the grid can be split that far
+MAX_INT32 = 2**31 - 1  # the kernels multiply sizes as 32-bit integers
+MIN_MATRIX_CHANNELS = 16  # minimum padded channels for tensor cores; fewer channels are multiplied in registers
 
 
 class Plan(NamedTuple):
-    """Sizes of a read and of its parts."""
+    """Named tuple of the sizes of a read and its tiling."""
 
     samples: int
     heads: int
     batch_heads: int  # samples times heads
-    queries: int  # padded to whole warps
-    row_axes: tuple[int, ...]  # sizes of the axes but the last
+    queries: int  # padded to a multiple of `WARP`
+    row_axes: tuple[int, ...]  # sizes of all axes but the last
     height: int  # number of rows, the product of `row_axes`
-    width: int
-    padded_width: int  # columns, padded to whole stretches
-    stretches: int
-    stretch: int  # columns of a stretch
-    splits: int  # of the rows
-    groups: int  # of the stretches
+    width: int  # number of columns, the size of the last axis
+    padded_width: int  # `width` padded to a multiple of `stretch`
+    stretches: int  # number of stretches
+    stretch: int  # columns per stretch
+    splits: int  # number of splits of the rows
+    groups: int  # number of groups of stretches
     uses_matrix_units: bool
     constants: Options  # compile-time constants of all kernels
 
     @classmethod
     def of(cls, inputs: GridInputs) -> Plan:
-        """Build the plan for the sizes and the device of the inputs."""
+        """Choose the tiling for the sizes and device of the inputs."""
         samples, channels, *row_axes, width = inputs.content.shape
         heads, queries = inputs.content_queries.shape[1], -(-inputs.content_queries.shape[2] // WARP) * WARP
         padded_channels = 1 << (channels - 1).bit_length()
@@ -78,5 +79,5 @@ class Plan(NamedTuple):
 
 
 def num_processors(device: torch.device) -> int:
-    """Return the number of multiprocessors of a GPU; 1 on other devices."""
+    """Return the number of multiprocessors of a GPU, or 1 for other devices."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

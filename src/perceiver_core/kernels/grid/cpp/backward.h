@@ -1,4 +1,4 @@
-// The backward pass: it recomputes the weights, and derives the gradients of the scores from them.
+// Backward pass: recomputes the softmax weights and computes the gradients from them.
 
 #pragma once
 
@@ -8,19 +8,19 @@
 #include "products.h"
 #include "threads.h"
 
-// What the forward pass saved, and the gradients of its outputs; see `Saved` and `Upstream` in `../interface.py`.
+// Softmax statistics of the forward pass and gradients of its outputs; see `Upstream` in `../interface.py`.
 template <class T> struct Upstream {
   const T *base, *total, *d_read, *d_marginals, *offset;
 };
 
-// Gradients of content queries and axis queries per split, batch x splits x heads x queries x ...; the splits of a grid
-// of a single axis have separate positions, and share one gradient of the axis queries. Gradients of content and scale
-// may be null: they are not needed.
+// Gradients of content queries and axis queries for each split: batch x splits x heads x queries x ... If the grid has
+// a single axis, each split has its own positions, so all splits write to one axis-query gradient without a split axis.
+// Gradients of content and scale are null if they are not needed.
 template <class T> struct Gradients {
   T *content_queries, *axis_queries, *content, *scale;
 };
 
-// Walk of one thread over a range of tiles, with one block of queries after the other.
+// State of one thread. `walk` processes a range of tiles for one block of queries.
 template <class T> struct Backward {
   const Inputs<T>& in;
   const Upstream<T>& upstream;
@@ -29,8 +29,8 @@ template <class T> struct Backward {
   Sums<T> sums;
   Tile<T> tile;
   RowPositions<T> positions;
-  std::vector<T> products, d_weights;  // these become gradients of products, and weights times scale
-  std::vector<T> d_tokens;             // channels, then scale
+  std::vector<T> products, d_weights;  // overwritten with gradients of products, and weights times scale
+  std::vector<T> d_tokens;             // gradients of a tile: channels, then scale
   std::vector<T> content_queries;      // without the factor log2(e)
 
   Backward(const Inputs<T>& in, const Upstream<T>& upstream, const Gradients<T>& out)
@@ -64,7 +64,7 @@ template <class T> struct Backward {
     }
   }
 
-  // Loads the sums over earlier blocks of queries; zeros at the first block.
+  // Loads the token gradients summed over earlier blocks of queries, or zeros for the first block.
   void load_token_gradients(int64_t batch, bool is_first) {
     for (int64_t k = 0; k <= in.channels; k++) {
       const T* earlier = token_gradient(batch, k);
@@ -84,7 +84,7 @@ template <class T> struct Backward {
     return k < in.channels ? out.content + (batch * in.channels + k) * in.tokens : out.scale + batch * in.tokens;
   }
 
-  // Products become their gradients, and gradients of weights become weights times scale.
+  // Overwrites products with their gradients, and gradients of weights with weights times scale.
   void differentiate(int q, int64_t query_row) {
     T *product_row = &products[q * in.tile], *d_weight_row = &d_weights[q * in.tile];
     T *d_scale = &d_tokens[in.channels * in.tile], *column = &sums.last[q * sums.padded + tile.column];

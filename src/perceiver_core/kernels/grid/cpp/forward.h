@@ -1,4 +1,4 @@
-// The forward pass.
+// Forward pass.
 
 #pragma once
 
@@ -6,21 +6,21 @@
 #include "products.h"
 #include "threads.h"
 
-// Results per split of the grid, batch x splits x heads x queries x ...; `base` is in powers of two.
+// Results for each split of the grid: batch x splits x heads x queries x ... `base` is in log2 units.
 template <class T> struct Outputs {
   T *read, *marginals, *base, *total;
 };
 
-// Walk of one thread over a range of tiles with a block of queries.
+// State of one thread. `walk` processes a range of tiles for one block of queries, with online softmax.
 template <class T> struct Forward {
-  static constexpr T SLACK = 16;  // powers of two by which a score may exceed the base before the sums are rescaled
+  static constexpr T SLACK = 16;  // the sums are rescaled if a score exceeds `base` by more than this, in log2 units
   const Inputs<T>& in;
   Coefficients<T> coefficients;
   Sums<T> sums;
   Tile<T> tile;
   RowPositions<T> positions;
   std::vector<T> weights;
-  T base[BLOCK];
+  T base[BLOCK];  // running softmax maximum, up to SLACK too low
   vec<T> total[BLOCK];
 
   explicit Forward(const Inputs<T>& in)
@@ -49,7 +49,7 @@ template <class T> struct Forward {
     }
   }
 
-  // Products become scores, -inf for masked tokens; returns the highest.
+  // Overwrites products with scores, -inf for masked tokens, and returns the maximum score.
   T scale_scores(T* scores) const {
     vec<T> top = zeros<T>() - INF<T>;
     for (int64_t j = 0; j < tile.padded; j += LANES<T>) {
@@ -70,7 +70,7 @@ template <class T> struct Forward {
     base[q] = peak;
   }
 
-  // Scores become weights times scale, which are added to the sums of every position.
+  // Overwrites scores with weights times scale, and adds these to the sums for each position.
   void exponentiate(int q, T* scores) {
     const T finite_base = base[q] == -INF<T> ? T(0) : base[q];
     vec<T> unscaled_sum = zeros<T>(), scaled_sum = zeros<T>();
@@ -87,7 +87,7 @@ template <class T> struct Forward {
     if (in.axes > 1) positions.add_to(sums, q, sum<T>(scaled_sum));
   }
 
-  // Queries whose tokens are all masked have a total of 0 and a base of 0.
+  // Writes the results. Queries whose tokens are all masked have a total of 0 and a base of 0.
   void write(int64_t first_row, int count, Span span, const Outputs<T>& out) const {
     T factors[BLOCK];
     for (int q = 0; q < count; q++) {
@@ -104,7 +104,7 @@ template <class T> void forward(const Inputs<T>& in, const Outputs<T>& out, int6
   run_parallel(tasks, threads, [&](std::atomic<int64_t>& next) {
     Forward<T> pass(in);
     for (int64_t task; (task = next++) < tasks;) {
-      const int64_t row = task / in.blocks, first = task % in.blocks * BLOCK;  // row of batch x splits x heads
+      const int64_t row = task / in.blocks, first = task % in.blocks * BLOCK;  // row: index over batch x splits x heads
       const int64_t split = row / in.heads % splits, batch = row / in.heads / splits;
       const int64_t begin = in.tiles * split / splits, end = in.tiles * (split + 1) / splits;
       pass.walk(batch, row % in.heads, first, begin, end);

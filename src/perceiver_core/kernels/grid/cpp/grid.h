@@ -1,4 +1,4 @@
-// Data of a walk over the grid: the inputs, tiles of tokens, and the coefficients and sums of a block of queries.
+// Data structures: inputs, tiles of tokens, and the coefficients and sums of a block of queries.
 
 #pragma once
 
@@ -8,21 +8,21 @@
 
 #include "vectors.h"
 
-constexpr int BLOCK = 16;   // queries of a task
-constexpr int QUAD = 4;     // queries that share a load of a token
-constexpr int TILE = 256;   // most tokens of a tile; tiles of many channels have fewer
+constexpr int BLOCK = 16;   // queries per block
+constexpr int QUAD = 4;     // queries that are computed together and share each load of a token
+constexpr int TILE = 256;   // maximum number of tokens per tile; less if there are many channels
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Sizes and tensors of a read, see `../interface.py`. The mask may be null: all tokens are attended to.
+// Sizes and tensors of a read, see `../interface.py`. The mask is null if all tokens are attended to.
 template <class T> struct Inputs {
   int64_t batch, query_batch, heads, queries, channels, axes;
   const int64_t* grid;
   const T *content_queries, *axis_queries, *content, *scale;
   const uint8_t* mask;
-  int64_t tokens = 1, axis_positions = 0;   // per sample; along all axes
-  int64_t width = 0, rows = 0;              // size of the last axis; product of the others
-  int64_t tile = 0, tiles = 0, blocks = 0;  // tokens of a tile; tiles of a sample; blocks of queries of a head
+  int64_t tokens = 1, axis_positions = 0;   // tokens per sample; positions along all axes
+  int64_t width = 0, rows = 0;              // size of the last axis; product of the other sizes
+  int64_t tile = 0, tiles = 0, blocks = 0;  // tokens per tile; tiles per sample; blocks of queries per head
 
   void derive_sizes() {
     width = grid[axes - 1];
@@ -36,7 +36,7 @@ template <class T> struct Inputs {
   int block_size(int64_t first) const { return int(std::min<int64_t>(BLOCK, queries - first)); }
 };
 
-// Positions along the last axis that a walk over a range of tiles can meet: those of the tiles if it is the only axis.
+// Range of positions along the last axis in a range of tiles: the tiles' own if it is the only axis, otherwise all.
 struct Span {
   int64_t from, to;
 
@@ -45,7 +45,7 @@ struct Span {
       : from(in.axes == 1 ? begin * in.tile : 0), to(in.axes == 1 ? std::min(end * in.tile, in.width) : in.width) {}
 };
 
-// Packed tokens of a tile: channels, scale, and a bias of 0, or of -inf for tokens that are masked or past the end.
+// Packed tokens of a tile: content, scale, and a score bias of 0, or -inf for tokens that are masked or past the end.
 template <class T> struct Tile {
   int64_t start, count, padded, row, column;
   std::vector<T> content, scale, bias;
@@ -71,9 +71,9 @@ template <class T> struct Tile {
   }
 };
 
-// Coefficients with which a block of queries multiplies the tokens; zeros for queries past the end.
+// Content coefficients and axis terms of a block of queries; zeros for queries past the end.
 template <class T> struct Coefficients {
-  int64_t outer_positions, padded;      // along the axes but the last; along the last, rounded up to whole vectors
+  int64_t outer_positions, padded;      // positions along all other axes; along the last axis, padded to whole vectors
   std::vector<T> content, outer, last;  // BLOCK x channels, BLOCK x outer_positions, BLOCK x padded
 
   explicit Coefficients(const Inputs<T>& in)
@@ -94,7 +94,7 @@ template <class T> struct Coefficients {
   }
 };
 
-// Sums of a block of queries over the tokens. Sums of content keep the lanes of a vector separate until the end.
+// Sums over tokens for a block of queries. Content sums have one entry per vector lane; `write` adds up the lanes.
 template <class T> struct Sums {
   int64_t outer_positions, padded, lanes;
   std::vector<T> content, outer, last;
@@ -115,7 +115,7 @@ template <class T> struct Sums {
     for (int64_t i = 0; i < padded; i++) last[q * padded + i] *= factor;
   }
 
-  // Writes to rows from `content_row` and `axes_row` on; of the last axis, only the positions in the span.
+  // Writes `count` rows from `content_row` and `axes_row` on; along the last axis, only the positions in `span`.
   void write(const Inputs<T>& in, Span span, int64_t content_row, int64_t axes_row, int count, T* to_content,
              T* to_axes, const T* factors) const {
     for (int q = 0; q < count; q++) {
@@ -128,7 +128,7 @@ template <class T> struct Sums {
   }
 };
 
-// Positions of a row of the grid along the axes but the last, as indices into `outer` of coefficients and sums.
+// Positions of a grid row along all axes but the last, as indices into `Coefficients::outer` and `Sums::outer`.
 template <class T> struct RowPositions {
   std::vector<int64_t> positions;
   void find(const Inputs<T>& in, int64_t row) {

@@ -1,4 +1,5 @@
-// Matrix products of a block of queries and a tile of tokens: unscaled scores, and the two transposed products.
+// Matrix products between a block of queries and a tile of tokens: scores before scaling, sums over tokens, and sums
+// over queries.
 
 #pragma once
 
@@ -20,7 +21,7 @@ void compute_products(T* out, const T* row, const T* column, int64_t column_stri
     }
 }
 
-// out[q, k] += sum_j weights[q, j] content[k, j], lane by lane, for K channels from k on
+// out[q, k] += sum_j weights[q, j] content[k, j], for the K channels from k on; `out` has an entry per vector lane
 template <class T, int K>
 inline void add_channel_sums(T* out, const T* weights, const Tile<T>& tile, int64_t channels, int64_t k) {
   for (int q = 0; q < BLOCK; q += QUAD) {

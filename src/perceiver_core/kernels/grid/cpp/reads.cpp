@@ -1,14 +1,13 @@
-// Reads of a position-encoded grid on the CPU, forward and backward. `../operator.py` states the formula;
-// `../cpp_library.py` compiles this file, and `../cpp.py` calls it. Plain C++17 with the vector types of GCC and Clang,
-// without libraries.
+// Structured reads on the CPU, forward and backward. `../operator.py` has the formula, `../cpp_library.py` compiles
+// this file, and `../cpp.py` calls it. Plain C++17 with the vector types of GCC and Clang, without libraries.
 //
-// A block of queries stays in registers and level-1 cache and walks over the grid tile by tile; a tile holds up to
-// `TILE` tokens along the last axis. Softmax is online. Nothing of size queries x tokens is written to memory.
+// The grid is processed tile by tile, while a block of queries stays in registers and level-1 cache. A tile holds up to
+// `TILE` tokens along the last axis. The softmax is online. Nothing of size queries x tokens is written to memory.
 //
 //     score[q, m] = scale[m] * (sum_k content_queries[q, k] content[k, m] + sum_axes axis_queries[q, i_axis(m)])
-//     p = softmax over m of the scores
-//     read[q, k] = sum_m p scale content[k, m]
-//     marginals[q, i] = sum of p scale over the tokens with index i along their axis
+//     p[q, m] = softmax of score[q, m] over m
+//     read[q, k] = sum_m p[q, m] scale[m] content[k, m]
+//     marginals[q, i] = sum of p[q, m] scale[m] over the tokens m at position i along an axis
 
 #include "backward.h"
 #include "forward.h"

@@ -1,4 +1,4 @@
-// Tasks on several threads.
+// Parallel execution of tasks.
 
 #pragma once
 
@@ -8,9 +8,9 @@
 #include <thread>
 #include <vector>
 
-// Runs `work` on up to `max_threads` threads, each of which takes tasks by incrementing `next`. With OpenMP, if the
-// compiler has it: its threads are those of PyTorch, which spin for a while after their last work and would slow down
-// other threads.
+// Runs `work` on up to `max_threads` threads. Each takes its next task by incrementing the shared counter. Uses OpenMP
+// if the compiler has it, and so PyTorch's own threads: these spin for a while after their last work, which would slow
+// down additional threads.
 template <class Work> void run_parallel(int64_t tasks, int64_t max_threads, Work work) {
   std::atomic<int64_t> next{0};
   const int threads = int(std::min<int64_t>(max_threads, tasks));

@@ -1,4 +1,4 @@
-// Vectors as wide as the processor's registers, with the vector types of GCC and Clang, and 2^x of vectors.
+// SIMD vectors as wide as the processor's registers, in the vector types of GCC and Clang, and a vectorized 2^x.
 
 #pragma once
 
@@ -16,7 +16,7 @@ constexpr int BYTES = 16;
 
 constexpr double LOG2E = 1.4426950408889634;
 
-// May-alias and the alignment of an element: a vector can be loaded from the address of any number.
+// `may_alias` and the alignment of one element allow loads of a vector from the address of any element.
 typedef float floats __attribute__((vector_size(BYTES), aligned(4), may_alias));
 typedef double doubles __attribute__((vector_size(BYTES), aligned(8), may_alias));
 typedef int32_t ints __attribute__((vector_size(BYTES), aligned(4), may_alias));
@@ -48,7 +48,8 @@ template <class T> inline T highest(vec<T> v) {
   return parts[0];
 }
 
-// 2^x for x <= 127, to 1e-7: the integer part goes to the exponent, the fraction to a polynomial. 0 below -126.
+// 2^x for x <= 127, with a relative error below 3e-7. x is split into the nearest integer, which becomes the exponent,
+// and the rest, whose power is a polynomial. The result is 0 for x < -126.
 inline floats exp2(floats x) {
   constexpr float ROUND = 12582912.0f;  // adding 1.5 * 2^23 leaves the nearest integer in the low bits
   floats clamped = x < -126.0f ? zeros<float>() : x;
