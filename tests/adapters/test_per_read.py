@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from perceiver_core import Encoder, positions
-from perceiver_core.adapters import Audio, Image, PerRead
+from perceiver_core.adapters import Audio, Image, OneHotLabel, PerRead
 
 
 def both():
@@ -29,6 +29,15 @@ def test_each_mask_goes_to_its_adapter():
     pictures, sound = both()((torch.rand(2, 3, 7, 5), torch.rand(2, 23)), mask=[mask, None])
     assert pictures.mask is mask
     assert sound.mask is None
+
+
+def test_adapters_without_a_mask_argument():
+    adapter = PerRead([OneHotLabel(5), Audio(patch_size=5, positions=None)])
+    label, audio = torch.tensor([3, 1]), torch.rand(2, 25)
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    tokens = adapter((label, audio), mask=[None, mask])
+    torch.testing.assert_close(tokens[0].content, OneHotLabel(5)(label).content, rtol=0, atol=0)
+    assert tokens[1].mask is mask
 
 
 def test_an_encoder_reads_one_input_per_read():

@@ -121,6 +121,20 @@ class TestConvStem:
 
 
 class TestSymmetricPadConvStem:
+    @pytest.mark.parametrize("size", [(16, 21), (33, 40), (18, 19)])
+    def test_masked_pixels_have_no_effect(self, size):
+        image = pc.adapters.Image(3, positions=None, stem=partial(SymmetricPadConvStem, dim=5)).double().eval()
+        pixels = torch.rand(2, 3, *size, dtype=torch.float64)
+        rows, columns = image.stem(pixels).shape[-2:]
+        mask = torch.ones(2, rows, columns, dtype=torch.bool)
+        mask[1, :, columns // 2 :] = False
+        spoiled = pixels.clone()
+        spoiled[1, :, :, columns // 2 * 4 :] = torch.nan
+        expected, actual = (image(x, mask=mask).content[mask] for x in (pixels, spoiled))
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+        whole = torch.ones_like(mask)
+        torch.testing.assert_close(image(pixels, mask=whole).content, image(pixels).content, rtol=0, atol=0)
+
     @pytest.mark.parametrize(("height", "width"), [(16, 24), (17, 23), (5, 30)])
     @pytest.mark.parametrize("training", [True, False])
     def test_it_is_a_convolution_with_padding_of_three_and_a_pool_with_none(self, height, width, training):

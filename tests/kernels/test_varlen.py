@@ -184,6 +184,7 @@ H200 = torch.device("cuda")
         ((261, 261), torch.bfloat16, None, "memory-efficient", "up to 256 wide, not 264"),
         ((64, 322), torch.bfloat16, None, "memory-efficient", "up to 256 wide, not 328"),
         ((64, 64), torch.float32, None, "memory-efficient", "not float32; use torch.autocast"),
+        ((64, 64), torch.float64, None, "math", "not float64; use torch.autocast"),
         ((64, 64), torch.bfloat16, masks.Causal(), "flash, packed", ""),
         ((64, 64), torch.bfloat16, masks.Padding(torch.ones(1, 2).bool()), "flash, packed", ""),
         ((64, 64), torch.bfloat16, torch.ones(1, 1, 2, 2).bool(), "cuDNN or memory-efficient", "key-padding masks"),

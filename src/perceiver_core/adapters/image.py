@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -52,8 +53,8 @@ class Image(GridAdapter):
         Args:
             images: Pixel values, normalized as in training (mostly to [-1, 1]).
             mask: Mask of valid tokens in the stem's output (pixels or patches), True = attend. Pixels of masked tokens
-                are set to zero before the stem. `SymmetricPadConvStem` and stems without `stride` receive all pixels
-                unchanged, so masked pixels must be finite.
+                are set to zero before the stem. Stems without `stride` receive all pixels unchanged, so masked pixels
+                must be finite.
         """
         checks.channels_first("images", images, "b c h w", self.num_channels)
         if (convolution := getattr(self.stem, "convolution", None)) is not None:
@@ -68,9 +69,11 @@ class Image(GridAdapter):
     def _pixel_mask(self, mask: Tensor, images: Tensor) -> Tensor | None:
         """Expand a token mask to pixels with the stem's `stride`; return None if its shape does not fit."""
         checks.is_mask("mask", mask)
-        rows, columns = getattr(self.stem, "stride", (0, 0))
-        height, width = images.shape[-2:]
-        if not rows or tuple(mask.shape[1:]) != (-(-height // rows), -(-width // columns)):
-            # The stem has no stride or a smaller output (SymmetricPadConvStem), or the mask raises an error later.
-            return None
-        return mask.repeat_interleave(rows, 1).repeat_interleave(columns, 2)[:, :height, :width]
+        for axis, stride in enumerate(getattr(self.stem, "stride", (0, 0)), start=1):
+            size = images.shape[axis + 1]
+            # Without padding at the end (SymmetricPadConvStem) the last token covers the remaining pixels as well.
+            if not stride or mask.ndim != 3 or -(-size // stride) - mask.shape[axis] not in (0, 1):
+                return None  # the stem has no stride, or the mask raises an error later
+            tokens = torch.arange(size, device=mask.device) // stride
+            mask = mask.index_select(axis, tokens.clamp(max=mask.shape[axis] - 1))
+        return mask

@@ -47,4 +47,5 @@ class PerRead(nn.Module):
             if isinstance(values, Tensor) or len(values) != len(self.adapters):
                 got = "one tensor" if isinstance(values, Tensor) else len(values)
                 raise ValueError(f"{name} must be {len(self.adapters)}, one per adapter; got {got}")
-        return [adapter(x, mask=m) for adapter, x, m in zip(self.adapters, inputs, masks, strict=True)]
+        each = zip(self.adapters, inputs, masks, strict=True)
+        return [adapter(x) if own is None else adapter(x, mask=own) for adapter, x, own in each]

@@ -68,10 +68,10 @@ def kernel_for(
 ) -> Kernel:
     """Return the PyTorch kernel that `sdpa` uses for heads of these widths, without dropout.
 
-    The names on CUDA are "flash or cuDNN", "flash, packed" (see `varlen`), "cuDNN or memory-efficient", and
-    "memory-efficient". If a name has two kernels, PyTorch selects one in a fixed order that depends on the GPU and the
-    cuDNN version. For float64, the name is "memory-efficient", although PyTorch uses its math kernel. For a causal
-    mask, fewer queries than keys are assumed, because equal lengths use `is_causal` in place of a mask.
+    The names on CUDA are "flash or cuDNN", "flash, packed" (see `varlen`), "cuDNN or memory-efficient",
+    "memory-efficient", and "math" for float64. If a name has two kernels, PyTorch selects one in a fixed order that
+    depends on the GPU and the cuDNN version. For a causal mask, fewer queries than keys are assumed, because equal
+    lengths use `is_causal` in place of a mask.
 
     Example:
         >>> from perceiver_core.kernels.sdpa import kernel_for
@@ -81,7 +81,7 @@ def kernel_for(
     if device.type != "cuda":
         return Kernel(f"PyTorch's for the {'CPU' if device.type == 'cpu' else device.type}")
     if why := varlen.why_not(dtype, fused_width(key_width, value_width, device), device):
-        return Kernel("memory-efficient", why)
+        return Kernel("math" if dtype == torch.float64 else "memory-efficient", why)
     if mask is None:
         return Kernel("flash or cuDNN")
     if not isinstance(mask, masks.Causal) and varlen.valid_keys(mask) is None:

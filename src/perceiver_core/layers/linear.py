@@ -48,7 +48,7 @@ class Linear(nn.Linear):
         ):
             return F.linear(input, weight, bias)
         rows = input.reshape(-1, weight.shape[1])
-        out: Tensor = _Product.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
+        out: Tensor = _Product.apply(rows, weight, bias)  # type: ignore[no-untyped-call, unused-ignore]
         return out.reshape(*input.shape[:-1], weight.shape[0])
 
 
@@ -122,7 +122,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     """Return `a @ b.T`, computed with oneDNN if `uses_onednn` is true, else with PyTorch's ordinary operator."""
     if not uses_onednn(a, b):
         return a @ b.t()
-    out: Tensor = _Product.apply(a, b, None)  # type: ignore[no-untyped-call]
+    out: Tensor = _Product.apply(a, b, None)  # type: ignore[no-untyped-call, unused-ignore]
     return out
 
 

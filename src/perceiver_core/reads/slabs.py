@@ -40,7 +40,7 @@ def attend(q: Float[Tensor, "#b h q d"], memory: FactoredKeysValues) -> PartialA
     if len(slabs) == 1:
         return memory.attend_slab(q, memory)
     leaves, spec = tree_flatten((q, memory))
-    return PartialAttention(*_InSlabs.apply(slabs, spec, *leaves))  # type: ignore[no-untyped-call]
+    return PartialAttention(*_InSlabs.apply(slabs, spec, *leaves))  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def factor_for(device: torch.device) -> int:
