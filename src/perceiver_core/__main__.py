@@ -1,4 +1,4 @@
-"""Command-line interface: `python -m perceiver_core costs` and `python -m perceiver_core convert`."""
+"""Command-line interface, `python -m perceiver_core`, with the commands `costs` and `convert`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def _costs(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Measure machine constants, print them next to the defaults, and print a call that sets them for a model."""
+    """Measure the constants of the cost model on this machine. Print them, the defaults, and code to use them."""
     device = options.device.split(":")[0]
     if device not in DEFAULTS or (device == "cuda" and not torch.cuda.is_available()):
         parser.error(f"--device must be cpu, or cuda where PyTorch finds a GPU; got {options.device}")
@@ -56,7 +56,7 @@ def _costs(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
 
 
 def _arguments(text: str) -> dict[str, Json]:
-    """Parse a JSON object. Text that does not start with "{" is the path of a JSON file."""
+    """Return the JSON object in `text`. If `text` does not start with "{", it is the path of a JSON file."""
     try:
         arguments = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
     except (OSError, RecursionError, ValueError) as error:
@@ -67,9 +67,9 @@ def _arguments(text: str) -> dict[str, Json]:
 
 
 def _convert(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Convert a model and, with `--check`, print how much its outputs differ from the original's.
+    """Convert a model. With `--check`, also print the largest difference between the outputs of the two models.
 
-    The exit status is 1 if they differ too much, and 2 if the conversion fails.
+    The exit status is 1 if this difference exceeds `TOLERANCE`, and 2 if the conversion fails.
     """
     names = ("source_format", "target", "numerics", "arguments", "check")
     try:

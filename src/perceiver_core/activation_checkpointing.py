@@ -20,16 +20,15 @@ T = TypeVar("T")
 def checkpoint_activations(model: M, blocks: tuple[type[nn.Module], ...] = (CrossAttend, SelfAttend, JointAttend)) -> M:
     """Make the blocks of a model recompute their activations in the backward pass, to save memory.
 
-    Only the inputs of each block are stored: its latents and, for cross-attention, its tokens. Reads that share weights
-    also store their shared keys and values. The model is modified in-place. Its weights, state dict and outputs do not
-    change.
+    Each block stores only its inputs: its latents and, for cross-attention, its tokens. Keys and values that several
+    reads share are also stored. The model is modified in-place. Its weights, state dict and outputs do not change.
 
-    On a CPU, the process shrinks only if freed memory returns to the system. With glibc, this function requests that
-    for the whole process; see `allocator.return_freed_memory`.
+    If the model has parameters on the CPU, this function also calls `allocator.return_freed_memory`, because glibc
+    would otherwise keep the freed memory. That setting affects the whole process.
 
     Args:
         model: Model to modify; any module.
-        blocks: Types of the modules that recompute their activations.
+        blocks: Module classes whose activations are recomputed.
 
     Returns:
         The same model.

@@ -1,4 +1,4 @@
-"""Settings of the system's memory allocator."""
+"""Memory allocator setting for glibc that returns freed memory to the system."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def return_freed_memory() -> bool:
-    """Make glibc return large blocks to the system as soon as they are freed. This affects the whole process.
+    """Make glibc return blocks of 256 KiB or more to the system as soon as they are freed, in the whole process.
 
-    By default, glibc raises the size threshold for this to up to 32 MB and keeps smaller blocks in a heap. Before
-    version 2.38, the heap hardly reuses the aligned blocks that PyTorch allocates, so a process grows to several times
-    the memory that it uses. The price of this setting is that the system zeroes the memory of each new large tensor.
+    By default, glibc raises this threshold to as much as 32 MiB at runtime, and keeps smaller blocks in its heap.
+    Before version 2.38, the heap hardly reuses the aligned blocks that PyTorch allocates, so a process grows to several
+    times the memory that it uses. With this setting, each new large tensor costs more time, because the system zeroes
+    its memory.
 
     Returns:
-        True if the setting was applied, as on Linux with glibc, else False.
+        True if the setting was applied, or False if the system does not use glibc.
 
     Example:
         >>> from perceiver_core.allocator import return_freed_memory

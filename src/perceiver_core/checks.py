@@ -1,6 +1,7 @@
-"""Input checks, run before any computation.
+"""Input checks, and helpers for autocast.
 
-They raise TypeError for a wrong type or dtype, and ValueError otherwise.
+Unless stated otherwise, checks raise TypeError for a wrong type or dtype, and ValueError for all other errors. `name`
+is the name of the argument in error messages.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ def is_floating(name: str, x: object) -> None:
 
 
 def ids(name: str, x: Tensor, vocab_size: int) -> None:
-    """Check that `x` is an integer tensor `b n` and (in CPU eager mode only) that ids are in 0 ... vocab_size - 1."""
+    """Check that `x` is an integer tensor `b n` with values in 0 ... vocab_size - 1.
+
+    The range is checked only on the CPU in eager mode; see `values`.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(
             f"{name} must be a torch.Tensor; got {type(x).__name__}. Convert it: torch.as_tensor(...) of numbers, "
@@ -42,19 +46,25 @@ def ids(name: str, x: Tensor, vocab_size: int) -> None:
 
 
 def below(name: str, x: Tensor, count: int) -> None:
-    """Check that integers are in 0 ... count - 1 (in CPU eager mode only; see `values`)."""
+    """Check that integers are in 0 ... count - 1. The check runs only on the CPU in eager mode; see `values`."""
     bounds = _inspect(x, lambda: torch.stack(x.aminmax()).tolist())
     if bounds and (bounds[0] < 0 or bounds[1] >= count):
         raise ValueError(f"{name} must lie in 0 ... {count - 1}; got {bounds[0] if bounds[0] < 0 else bounds[1]}")
 
 
 def is_true(condition: Callable[[], Tensor], x: Tensor) -> bool:
-    """Return whether a condition on the values of `x` holds. Always True outside CPU eager mode; see `values`."""
+    """Return whether a condition on the values of `x` holds.
+
+    The condition is evaluated only on the CPU in eager mode; see `values`. Otherwise, return True.
+    """
     return _inspect(x, lambda: bool(condition())) is not False
 
 
 def padded_on_the_left(name: str, mask: Tensor) -> None:
-    """Check that each row of a mask `b n` is False for padding, then True to the end (in CPU eager mode only)."""
+    """Check that each row of a mask `b n` has False values (padding) only on the left, and at least one True value.
+
+    The check runs only on the CPU in eager mode; see `values`.
+    """
     bad = _inspect(mask, lambda: torch.where(~mask[:, -1] | (mask[:, :-1] & ~mask[:, 1:]).any(1))[0].tolist())
     if bad:
         raise ValueError(
@@ -64,7 +74,10 @@ def padded_on_the_left(name: str, mask: Tensor) -> None:
 
 
 def has_shape(name: str, x: Tensor, axes: str, *, last: int | None = None) -> None:
-    """Check that `x` has these non-empty axes (such as "b c h w") and, if set, `last` features in the last axis."""
+    """Check that `x` has the axes named in `axes`, such as "b c h w", and that none is empty.
+
+    If `last` is set, check that it is the size of the last axis.
+    """
     expected = axes.split()
     if x.ndim != len(expected):
         hint = f"; add a batch axis: {name}.unsqueeze(0)" if x.ndim == len(expected) - 1 else ""
@@ -90,7 +103,7 @@ def has_channels(name: str, x: Tensor, axis: int, num_channels: int) -> None:
 
 
 def channels_first(name: str, x: Tensor, axes: str, num_channels: int, *, channel_axis: int = 1) -> None:
-    """Check that `x` is floating point and has these non-empty axes ("b c h w") and `num_channels` channels."""
+    """Check that `x` is floating point, with `num_channels` channels and the axes named in `axes` ("b c h w")."""
     shape = x.shape if isinstance(x, Tensor) and x.is_floating_point() else ()
     if len(shape) == len(axes.split()) and 0 not in shape and shape[channel_axis] == num_channels:
         return
@@ -100,7 +113,7 @@ def channels_first(name: str, x: Tensor, axes: str, num_channels: int, *, channe
 
 
 def is_mask(name: str, mask: object, shape: Sequence[int] | None = None) -> None:
-    """Check that `mask` is a boolean tensor and, if a shape is passed, has exactly this shape."""
+    """Check that `mask` is a boolean tensor. If `shape` is set, check that it is the shape of the mask."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"{name} must be a boolean tensor, True = attend; got {got}. Convert it: {name}.bool()")
@@ -109,7 +122,10 @@ def is_mask(name: str, mask: object, shape: Sequence[int] | None = None) -> None
 
 
 def leaves_a_token(mask: Tensor) -> None:
-    """Check that a mask `b *grid` has at least one valid token in every sample (in CPU eager mode only)."""
+    """Check that a mask `b *grid` has at least one valid token (True) in every sample.
+
+    The check runs only on the CPU in eager mode; see `values`.
+    """
     if empty := _inspect(mask, lambda: torch.where(~mask.flatten(1).any(1))[0].tolist()):
         raise ValueError(f"mask leaves no token to attend to in samples {empty[:10]}; drop them or unmask a token")
 
@@ -117,9 +133,9 @@ def leaves_a_token(mask: Tensor) -> None:
 def values(name: str, x: Tensor, mask: Tensor | None = None) -> None:
     """Check that every sample has a valid token, and that no valid token contains NaN or infinity.
 
-    `x` has shape `b *grid c` and `mask` has shape `b *grid`; masked tokens may contain anything. Values are checked
-    only on a CPU in eager mode. Elsewhere, a check would force a synchronization or a graph break, and a NaN shows in
-    the output instead.
+    `x` has shape `b *grid c` and `mask` has shape `b *grid`. Masked tokens may have any values. The check runs only on
+    the CPU in eager mode, because on a GPU it would force a synchronization, and under torch.compile a graph break.
+    NaN then appears in the output instead.
     """
 
     def is_invalid() -> bool:
@@ -135,7 +151,10 @@ def values(name: str, x: Tensor, mask: Tensor | None = None) -> None:
 
 
 def _inspect(x: Tensor, function: Callable[[], T]) -> T | None:
-    """Return `function()`, which reads the values of `x`, or None outside CPU eager mode; see `values`."""
+    """Call `function`, which reads the values of `x`, and return its result.
+
+    The call is made only on the CPU in eager mode; see `values`. Otherwise, return None.
+    """
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return None
     try:
@@ -145,7 +164,7 @@ def _inspect(x: Tensor, function: Callable[[], T]) -> T | None:
 
 
 def matches_weight(name: str, x: Tensor, layer: object) -> None:
-    """Check that `x` and the weight of `layer` have the same device and, outside autocast, the same dtype.
+    """Check that `x` and the weight of `layer` are on the same device and, outside autocast, have the same dtype.
 
     The check is skipped if the weight is missing, quantized, sharded or offloaded (on the meta device).
     """
@@ -175,14 +194,14 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context manager that disables autocast, for code that chooses its own dtypes."""
+    """Return a context manager that disables autocast on a device. It does nothing on the meta device."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def positive(*, at_most: int | None = None, **sizes: int) -> None:
-    """Check that every named size is an integer from 1 to `at_most` (None for no limit), else raise ValueError.
+    """Check that every size is an integer from 1 to `at_most` (None for no limit). Raise ValueError if not.
 
-    Any object that Python accepts as an index is an integer, such as a NumPy integer, except booleans and tensors.
+    Objects that Python accepts as an index count as integers, such as NumPy integers, except for booleans and tensors.
     """
     for name, size in sizes.items():
         if not _is_integer(size) or size < 1:
@@ -201,12 +220,12 @@ def _is_integer(size: object) -> bool:
 
 
 def part_of(n: int, share: float) -> int:
-    """Return `n * share` rounded down, with a tolerance for rounding errors just below an integer."""
+    """Return `n * share`, rounded down. A floating-point result just below an integer is rounded up to it."""
     return int(n * share + 1e-9)  # 10 * (1 - 0.8) is 1.9999999999999996
 
 
 def probability(**rates: float) -> None:
-    """Check that every named rate is in [0, 1)."""
+    """Check that every rate is in [0, 1)."""
     for name, rate in rates.items():
         if not 0.0 <= rate < 1.0:
             raise ValueError(f"{name} must lie in [0, 1); got {rate!r}")

@@ -24,7 +24,7 @@ Queries = TypeVar("Queries", Tensor, dict[str, Tensor])
 
 @register
 class Decoder(nn.Module):
-    """Perceiver IO decoder: any number of queries cross-attend to the latents, followed by a linear layer.
+    """Perceiver IO decoder: cross-attention from any number of queries to the latents, followed by a linear layer.
 
         outputs = output(cross_attention(queries, latents))
 
@@ -35,15 +35,16 @@ class Decoder(nn.Module):
         num_heads: Number of attention heads.
         cross_attention: Factory `(query_dim, dim, num_heads=num_heads) -> module`, for example
             `partial(CrossAttend, residual=False, mlp=None)` to omit the MLP. The default is `CrossAttend` with
-            `residual=False`: the queries are not added to the attention output. Published decoders do the same, except
-            those of the image classifiers with Fourier features and with convolutional preprocessing.
-        chunk_size: Number of queries decoded at a time; None for all. If gradients are enabled, chunks are recomputed
-            in the backward pass, so only the queries and outputs themselves take memory that grows with the number of
-            queries. `torch.func` transforms cannot differentiate through this recomputation.
+            `residual=False`: the queries are not added to the attention output. DeepMind's published decoders do not
+            add them either, except in the image classifiers with Fourier features and with convolutional preprocessing.
+        chunk_size: Number of queries to decode at a time; None to decode all queries at once. With gradients enabled,
+            each chunk is recomputed in the backward pass, so only the queries and outputs are stored. `torch.func`
+            transforms cannot differentiate through this recomputation.
 
     Raises:
-        ValueError: If a size is below 1, or if `chunk_size` is set and the attention kernel makes queries compete with
-            each other (`kernels.inverted`).
+        ValueError: If a size is below 1.
+        ValueError: If `chunk_size` is set and the attention kernel takes the softmax over the queries, so that the
+            queries cannot be split into chunks (`kernels.inverted`).
 
     Example:
         >>> decoder = pc.Decoder(32, query_dim=20, out_dim=2)
@@ -86,16 +87,16 @@ class Decoder(nn.Module):
 
         Args:
             latents: Latents.
-            queries: Queries `b q e`; `1 q e` or `q e` to use the same queries for all samples; or a dictionary from
-                modality names to such tensors.
-            mask: Valid queries `b q`, True = decode. Masked queries attend to no latent. If the queries are a
-                dictionary, a dictionary of masks. Modalities without a mask are fully valid.
-            capture: Receives the attention weights. The queries are then not split into chunks.
+            queries: Queries `b q e`, or `1 q e` or `q e` to use the same queries for all samples. To decode several
+                modalities, a dictionary of such tensors, keyed by modality.
+            mask: Mask of valid queries `b q`, True = decode, or a dictionary of such masks if the queries are a
+                dictionary. Masked queries attend to no latent. In a modality without a mask, all queries are valid.
+            capture: Container that stores the attention weights. If set, all queries are decoded at once.
 
         Raises:
-            TypeError: If latents or queries are not floating point or do not have the model's dtype, the mask is not
-                boolean, or only one of queries and mask is a dictionary.
-            ValueError: If the width, batch size or device of the queries, or the shape of the mask, is wrong.
+            TypeError: If latents or queries are not floating point, or do not have the model's dtype.
+            TypeError: If the mask is not boolean, or only one of `queries` and `mask` is a dictionary.
+            ValueError: If latents or queries have the wrong shape or device, or the mask has the wrong shape.
         """
         checks.is_floating("latents", latents)
         checks.has_shape("latents", latents, "b m d", last=self.dim)
@@ -115,11 +116,13 @@ class Decoder(nn.Module):
         *,
         mask: Tensor | Mapping[str, Tensor] | None = None,
     ) -> Queries:
-        """Return the attention weights between all queries and latents, `b h q m`.
+        """Return the attention weights of all queries, `b h q m`.
+
+        If the queries are a dictionary, return a dictionary of weights, keyed by modality.
 
         Args:
             latents: Same as in `forward`.
-            queries: Same as in `forward`. A dictionary of queries gives a dictionary of weights.
+            queries: Same as in `forward`.
             mask: Same as in `forward`. The weights of masked queries are zero.
 
         Raises:
@@ -176,7 +179,7 @@ def _queries_compete(cross_attention: nn.Module) -> bool:
 
 
 def _join(latents: Tensor, queries: Mapping[str, Tensor]) -> tuple[Tensor, list[int]]:
-    """Concatenate the queries of all modalities. Return them, `#b q e`, and the number of queries per modality."""
+    """Concatenate the queries of all modalities. Return the result `#b q e` and the number of queries per modality."""
     if not queries:
         raise ValueError("queries must name a tensor at least; got an empty dictionary")
     for name, x in queries.items():
@@ -195,7 +198,7 @@ def _join(latents: Tensor, queries: Mapping[str, Tensor]) -> tuple[Tensor, list[
 def _join_masks(
     mask: Tensor | Mapping[str, Tensor], queries: Mapping[str, Tensor], latents: Tensor, sizes: list[int]
 ) -> Tensor:
-    """Concatenate the query masks of all modalities, `b q`. A missing mask is True everywhere."""
+    """Return the concatenated query masks of all modalities, `b q`. A missing mask counts as True for all queries."""
     modalities.check_names("mask", mask, queries)
     assert isinstance(mask, Mapping)
     parts = []

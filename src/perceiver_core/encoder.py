@@ -1,4 +1,4 @@
-"""Perceiver encoder: learned latents alternate between cross-attention to the input and a latent transformer."""
+"""Encoder of the Perceiver: cross-attention from learned latents to the input alternates with self-attention."""
 
 from __future__ import annotations
 
@@ -24,32 +24,34 @@ Input: TypeAlias = Tokens | Tensor
 
 @register
 class Encoder(nn.Module):
-    """Perceiver encoder: learned latents pass through reads (cross-attention to the input) and latent transformers.
+    """Perceiver encoder. It maps an input of any length to a fixed number of latents.
+
+    Each step is a read (cross-attention from the latents to the input) followed by a latent transformer:
 
         for each step:  latents = cross_attention(latents, input);  latents = latent_transformer(latents)
 
-    Steps with the same input and the same cross-attention weights share the keys and values, which are computed once.
+    The keys and values of reads with the same input and the same weights are computed only once.
 
     Args:
         input_dim: Width of the input tokens, or a sequence of one width per read if the reads have different inputs.
         num_latents: Number of latent vectors.
         dim: Width of the latents.
-        num_reads: Number of reads (cross-attentions to the input).
+        num_reads: Number of steps, each with one read.
         depth: Number of self-attention blocks in the latent transformer after each read.
         num_heads: Number of attention heads in these blocks.
         share: Weight sharing between steps: True for the paper's scheme (`sharing.paper`), False for no sharing, or a
             function from the number of steps to a `sharing.Sharing`, such as `sharing.all_`.
         cross_attention: Factory `(dim, input_dim) -> module`. Use `functools.partial(CrossAttend, ...)` to set options.
         latent_transformer: Factory `(dim, depth=depth, num_heads=num_heads) -> module`.
-        latent_dropout: Module applied to the latents before the first read, such as `DropLatents`; none by default.
+        latent_dropout: Module applied to the latents before the first read, such as `DropLatents`; None for no module.
         aggregate: Factory `dim -> module`, such as `AttentionResidual`. After each step, the module combines the
-            initial latents and the outputs of all steps so far, and the result replaces the latents. One module is
-            built per latent transformer. By default only the last output is used.
+            initial latents and the outputs of all steps so far into the new latents. Steps that share a latent
+            transformer also share this module. None to use only the output of the last step.
 
     Raises:
         TypeError: If `latent_dropout` is not a module, or `share` is neither a boolean nor a function.
-        ValueError: If a size is out of range, `share` or `input_dim` does not match `num_reads`, or reads that share
-            weights have inputs of different widths.
+        ValueError: If a size is out of range, or `share` or `input_dim` does not match `num_reads`.
+        ValueError: If reads that share weights have inputs of different widths.
 
     Example:
         >>> from functools import partial
@@ -107,14 +109,14 @@ class Encoder(nn.Module):
 
         Args:
             inputs: `Tokens` or a tensor `b n c` for all reads, or a sequence with one input per read.
-            mask: Mask for all reads in addition to the tokens' own mask: valid tokens `b n`, an attention mask
-                `b h q k`, or a rule; see `masks`.
-            capture: Receives the attention weights of one read. The forward pass stops after this read and returns the
-                output of the read.
+            mask: Mask for all reads, combined with the tokens' own mask: a key-padding mask `b n`, an attention mask
+                `b h q k`, or a rule such as `masks.Causal()`.
+            capture: Container that stores the attention weights of the read with index `capture.read`, by default the
+                last. The forward pass stops after this read and returns the read's output.
 
         Raises:
             TypeError: If an input is neither `Tokens` nor a tensor, or has the wrong dtype.
-            ValueError: If the number of inputs, or the width, batch size or device of an input, is wrong.
+            ValueError: If the number of inputs is wrong, or an input has the wrong width, batch size or device.
         """
         given = self._inputs(inputs)
         # One (weight index, input index) per step. Inputs that are the same object have the same index.
@@ -166,12 +168,12 @@ class Encoder(nn.Module):
         queries: QueryIndices = None,
         mask: Mask | None = None,
     ) -> Float[Tensor, "b h chosen n"]:
-        """Return the attention weights of one read, `b h chosen n`.
+        """Return the attention weights of one read, `b h chosen n`, where `chosen` is the number of selected latents.
 
         Args:
             inputs: Same as in `forward`.
             read: Index of the read; negative indices count from the last.
-            queries: Indices of the latents whose attention weights are returned; None for all latents.
+            queries: Indices of the selected latents; None for all latents.
             mask: Same as in `forward`.
 
         Raises:
@@ -221,7 +223,7 @@ def _sharing(share: bool | sharing.Scheme, num_reads: int) -> sharing.Sharing:
 
 
 def _read_widths(input_dim: int | Sequence[int], plan: sharing.Sharing) -> list[int]:
-    """Return the input width of each read module. Steps that share a module must have the same input width."""
+    """Return the input width of each read module. Check that steps with the same module have the same width."""
     widths = [input_dim] * plan.steps if isinstance(input_dim, int) else list(input_dim)
     if len(widths) != plan.steps:
         raise ValueError(f"input_dim must be one width, or one for each of {plan.steps} reads; got {input_dim}")

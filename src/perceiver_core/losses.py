@@ -1,4 +1,4 @@
-"""Losses for optical flow, for labels with ignored entries, and for several output modalities."""
+"""Losses for optical flow, for class or token labels, and for several output modalities."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def end_point_error(
     Args:
         flow: Predicted flow: `b 2 h w`, or `b q 2` at selected points.
         target: True flow, with the same shape.
-        mask: Mask of the points with a known target; all by default. Values at other points have no effect, even NaN.
+        mask: Mask of the points with a known target, True = known; None if all are known. Values at other points are
+            ignored, even NaN.
 
     Raises:
         TypeError: If the mask is not boolean.
@@ -61,14 +62,12 @@ def cross_entropy(
 
     Args:
         logits: Logits, with the classes or the vocabulary in the last axis.
-        labels: Class indices. Labels equal to `ignore_index` are ignored, such as the unmasked tokens in masked
-            language modeling.
-        ignore_index: Label to ignore.
+        labels: Class indices or token ids.
+        ignore_index: Label to ignore. In masked language modeling, it is the label of all tokens that were not masked.
 
     Raises:
         TypeError: If the labels are not integers.
-        ValueError: If the shape of the labels is not the shape of the logits without the last axis, or if all labels
-            are ignored.
+        ValueError: If `labels.shape` is not `logits.shape[:-1]`, or all labels are ignored.
 
     Example:
         >>> labels = torch.tensor([[2, -100, 0, -100]])
@@ -97,22 +96,23 @@ def weighted(
     *,
     masks: Mapping[str, Bool[Tensor, " b"]] | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-    """Compute the weighted sum of the losses of several modalities.
+    """Compute a weighted sum of losses, one per modality.
 
     Args:
-        outputs: Outputs by modality.
-        targets: Targets by modality; modalities without a target have no loss.
-        losses: Loss function `(output, target) -> loss` and its weight, by modality.
-        masks: Masks `b` by modality, True for samples with a target; all by default. Targets of other samples have no
-            effect. A modality for which no sample has a target adds zero.
+        outputs: Dictionary of outputs, keyed by modality.
+        targets: Dictionary of targets, keyed by modality. Modalities without a target have no loss.
+        losses: Dictionary of pairs `(function, weight)`, keyed by modality. A function maps `(output, target)` to a
+            scalar loss.
+        masks: Dictionary of masks `b`, keyed by modality: True for samples with a target. Targets of other samples are
+            ignored. If no sample has a target, the loss is zero. A modality without a mask has targets for all samples.
 
     Returns:
-        The weighted sum (a scalar), and a dictionary of the unweighted losses by modality.
+        Weighted sum (a scalar), and a dictionary of the unweighted losses, keyed by modality.
 
     Raises:
         TypeError: If a mask is not boolean.
-        ValueError: If `targets` is empty, if a target has no output or no loss, if a mask has no target, or if the
-            shapes of a floating-point target and its output differ (PyTorch would broadcast them).
+        ValueError: If `targets` is empty, a target has no output or no loss, or a mask has no target.
+        ValueError: If a mask has the wrong shape, or a floating-point target does not have the shape of its output.
 
     Example:
         >>> from torch.nn import functional as F

@@ -1,9 +1,9 @@
 """Attention masks (True = attend), as boolean tensors or as rules.
 
 A mask is a boolean tensor that broadcasts to `b h q k`, or a rule: a function that computes such a tensor from query
-and key positions. The kernel `chunked` evaluates a rule one chunk at a time; other kernels materialize the mask.
-Positions count from the end of the sequence (the last one is -1), so queries that are the last tokens of a longer input
-(Perceiver AR) align with its keys.
+and key positions. The kernel `chunked` evaluates a rule one chunk at a time; most other kernels materialize the mask.
+Positions are negative and counted from the end, so the last query and the last key are both at -1. In Perceiver AR,
+where the queries are the last tokens of a longer input, a token then has the same position as a query and as a key.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class Padding:
         _check_axes("keys", self.keys)
 
     def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, "b 1 1 #k"]:
-        """Return the mask at these query and key positions."""
+        """Return the mask for queries and keys at these positions."""
         return block(self.keys[:, None, None, :], queries, keys)
 
 
 @dataclass(frozen=True, eq=False)
 class Queries:
-    """Query mask: only valid queries attend. The attention output of the other queries is zero.
+    """Query mask: only valid queries attend. The attention output of all other queries is zero.
 
     Args:
         queries: Boolean tensor `b q`, True for valid queries.
@@ -60,13 +60,13 @@ class Queries:
         _check_axes("queries", self.queries)
 
     def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, "b 1 #q 1"]:
-        """Return the mask at these query and key positions."""
+        """Return the mask for queries and keys at these positions."""
         return block(self.queries[:, None, :, None], queries, keys)
 
 
 @dataclass(frozen=True)
 class Causal:
-    """Causal mask: queries do not attend to later positions. Queries are aligned with the last keys.
+    """Causal mask: queries do not attend to later positions. The last query is aligned with the last key.
 
     Example:
         >>> pc.masks.materialize(pc.masks.Causal(), queries=2, keys=3).int().tolist()
@@ -74,13 +74,13 @@ class Causal:
     """
 
     def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, "q k"]:
-        """Return the mask at these query and key positions."""
+        """Return the mask for queries and keys at these positions."""
         return keys[None, :] <= queries[:, None]
 
 
 @dataclass(frozen=True)
 class Window:
-    """Sliding-window mask: queries attend from `before` positions earlier to `after` positions later, inclusive.
+    """Sliding-window mask: a query attends to keys at most `before` positions earlier and `after` positions later.
 
     Example:
         >>> pc.masks.materialize(pc.masks.Window(before=1, after=0), queries=3, keys=3).int().tolist()
@@ -91,35 +91,35 @@ class Window:
     after: int
 
     def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, "q k"]:
-        """Return the mask at these query and key positions."""
+        """Return the mask for queries and keys at these positions."""
         ahead = keys[None, :] - queries[:, None]
         return (ahead >= -self.before) & (ahead <= self.after)
 
 
 @dataclass(frozen=True, eq=False)
 class And:
-    """Intersection of masks; see `and_`."""
+    """Intersection of masks: a query attends to the keys that all masks allow. Build it with `and_`."""
 
     masks: tuple[Mask, ...]
 
     def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, " ..."]:
-        """Return the mask at these query and key positions."""
+        """Return the mask for queries and keys at these positions."""
         return reduce(operator.and_, [block(mask, queries, keys) for mask in self.masks])
 
 
 @dataclass(frozen=True, eq=False)
 class Or:
-    """Union of masks; see `or_`."""
+    """Union of masks: a query attends to the keys that at least one mask allows. Build it with `or_`."""
 
     masks: tuple[Mask, ...]
 
     def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, " ..."]:
-        """Return the mask at these query and key positions."""
+        """Return the mask for queries and keys at these positions."""
         return reduce(operator.or_, [block(mask, queries, keys) for mask in self.masks])
 
 
 def and_(*masks: Mask | None) -> Mask | None:
-    """Return the intersection of masks. None stands for no restriction; if all masks are None, the result is None.
+    """Return the intersection of masks. Masks that are None are skipped; if all are None, the result is None.
 
     Example:
         >>> band = pc.masks.and_(pc.masks.Causal(), pc.masks.Window(before=1, after=1))
@@ -149,7 +149,9 @@ def positions(size: int, device: torch.device | None = None) -> Int[Tensor, " n"
 
 
 def block(mask: Mask, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, " ..."]:
-    """Return a mask at these query and key positions (negative, from the end), broadcastable to `b h q k`.
+    """Evaluate a mask for queries and keys at these positions (negative, counted from the end).
+
+    The result broadcasts to `b h q k`, where q and k are the numbers of positions.
 
     Raises:
         TypeError: If the mask is not boolean.
@@ -166,7 +168,7 @@ def block(mask: Mask, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bo
 
 
 def materialize(mask: Mask, *, queries: int, keys: int, device: torch.device | None = None) -> Bool[Tensor, " ..."]:
-    """Return the whole mask as a tensor that broadcasts to `b h q k`.
+    """Return a mask between `queries` queries and `keys` keys as a boolean tensor that broadcasts to `b h q k`.
 
     Raises:
         TypeError: If the mask is not boolean.
@@ -178,11 +180,11 @@ def materialize(mask: Mask, *, queries: int, keys: int, device: torch.device | N
 
 
 def check_broadcast(mask: Mask, q: Tensor, k: Tensor) -> None:
-    """Check that the tensors of a mask broadcast to the attention scores of `q` and `k` and are on the same device.
+    """Check that each tensor in a mask broadcasts to the attention scores of `q` and `k`, and is on the device of `q`.
 
     Raises:
         TypeError: If a tensor is not boolean.
-        ValueError: If a tensor does not broadcast to `b h q k`, or is on another device.
+        ValueError: If a tensor does not broadcast to `b h q k`, or is on a different device.
     """
     shape: tuple[int, ...] = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     for part in mask.masks if isinstance(mask, (And, Or)) else ():
@@ -208,9 +210,9 @@ def _check_axes(name: str, mask: Tensor) -> None:
 
 
 def split(mask: Mask | None) -> tuple[tuple[Rule, ...], tuple[Tensor, ...]]:
-    """Return rules and tensors whose intersection is the mask.
+    """Split a mask into rules and tensors. Their intersection equals the mask.
 
-    `Padding` and `Queries` become tensors, and `And` is split recursively.
+    `Padding` and `Queries` are converted to tensors, and `And` is split recursively.
     """
     if mask is None:
         return (), ()
@@ -230,7 +232,7 @@ def from_token_mask(mask: Mask | None) -> Mask | None:
     """Wrap a key-padding mask `b n` in `Padding`; return attention masks, rules and None unchanged.
 
     Raises:
-        ValueError: If a tensor has neither two nor four axes, so that its meaning is ambiguous.
+        ValueError: If `mask` is a tensor that has neither two nor four axes.
     """
     if not isinstance(mask, Tensor) or mask.ndim == 4:
         return mask

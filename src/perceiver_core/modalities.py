@@ -1,4 +1,4 @@
-"""Checks and calls for modules by modality (text, image, audio): multimodal adapters, queries and heads."""
+"""Helpers for dictionaries of modules that are keyed by modality (text, image, audio), as in `heads.Multimodal`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def check(argument: str, parts: Mapping[str, nn.Module], part_name: str) -> None
 
     Args:
         argument: Name of the mapping in error messages, such as "heads".
-        parts: Modules by modality.
-        part_name: Name of one module in error messages, such as "a head".
+        parts: Dictionary of modules, keyed by modality.
+        part_name: Noun for one of the modules in error messages, such as "a head".
     """
     if not isinstance(parts, Mapping):
         raise TypeError(f"{argument} must be a dictionary by modality; got {type(parts).__name__}")
@@ -40,7 +40,7 @@ def check(argument: str, parts: Mapping[str, nn.Module], part_name: str) -> None
 
 
 def check_names(argument: str, values: object, known: Iterable[str]) -> None:
-    """Check that `values` is a mapping whose keys are all in `known`, the names of the modalities."""
+    """Check that `values` is a mapping and that all its keys are modality names in `known`."""
     known = list(known)
     if not isinstance(values, Mapping):
         raise TypeError(f"{argument} must be a dictionary by modality, of {known}; got {type(values).__name__}")
@@ -49,7 +49,7 @@ def check_names(argument: str, values: object, known: Iterable[str]) -> None:
 
 
 def call(argument: str, modality: str, part: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Call `part`, and add the argument and the modality to the message of a TypeError or ValueError."""
+    """Call `part`. If it raises TypeError or ValueError, name the argument and the modality in the error message."""
     if torch.compiler.is_compiling():
         return part(*args, **kwargs)
     try:

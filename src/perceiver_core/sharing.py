@@ -1,7 +1,8 @@
 """Weight sharing between the steps of an encoder.
 
-A step is a read (a cross-attention block) followed by a latent transformer. A scheme is a function from the number of
-steps to a `Sharing`. Steps with the same index use the same module, which is registered once.
+A step is a read (a cross-attention block) followed by a latent transformer. A `Sharing` assigns a read module and a
+latent transformer to each step, both by index. Steps with the same index use the same module, which is registered once.
+A scheme is a function that maps the number of steps to a `Sharing`.
 """
 
 from __future__ import annotations
@@ -20,12 +21,16 @@ from perceiver_core.registry import register
 
 @dataclass(frozen=True)
 class Sharing:
-    """Plan of weight sharing: the index of the read and of the latent transformer that each step uses.
+    """Plan of weight sharing: the indices of the read and of the latent transformer that each step uses.
 
     Modules are numbered from 0 in the order of first use: (0, 1, 1, 2), not (0, 2, 2, 1).
 
+    Args:
+        reads: Index of the read module of each step.
+        transformers: Index of the latent transformer of each step.
+
     Raises:
-        ValueError: If the lengths differ, or the indices are not in the order of first use.
+        ValueError: If the two tuples have different lengths, or the indices are not in the order of first use.
 
     Example:
         >>> pc.sharing.Sharing(reads=(0, 1, 0, 1), transformers=(0, 0, 1, 1)).steps
@@ -52,7 +57,7 @@ class Sharing:
 @register
 @dataclass(frozen=True)
 class Shared:
-    """Wrapper for a module inside a `functools.partial` that all blocks share. Unwrapped modules are copied per block.
+    """Wrapper that makes all blocks share a module passed in a `functools.partial`. Without it, blocks get copies.
 
     Args:
         module: The shared module.
@@ -75,7 +80,7 @@ _check = partial(checks.positive, at_most=10_000)
 
 @register
 def none(steps: int) -> Sharing:
-    """Give every step its own weights.
+    """Return a plan in which every step has its own weights.
 
     Example:
         >>> pc.sharing.none(3)
@@ -87,7 +92,7 @@ def none(steps: int) -> Sharing:
 
 @register
 def all_(steps: int) -> Sharing:
-    """Share all weights among all steps, as in a recurrent network that reads its input repeatedly.
+    """Return a plan in which all steps share all weights, as in a recurrent network.
 
     Example:
         >>> pc.sharing.all_(3)
@@ -99,7 +104,7 @@ def all_(steps: int) -> Sharing:
 
 @register
 def all_but_first(steps: int) -> Sharing:
-    """Share all weights except in the first step, like `weight_tie_layers` in perceiver-pytorch.
+    """Return a plan in which all steps but the first share weights, like `weight_tie_layers` in perceiver-pytorch.
 
     Example:
         >>> pc.sharing.all_but_first(3)
@@ -112,7 +117,7 @@ def all_but_first(steps: int) -> Sharing:
 
 @register
 def paper(steps: int) -> Sharing:
-    """Share all weights except in the first read, as in the Perceiver paper.
+    """Return the plan of the Perceiver paper: the first read has its own weights, and all other weights are shared.
 
     The paper shares "all but the initial cross-attend". With this scheme, the ImageNet model has 44.9 million
     parameters, the number stated in the paper.

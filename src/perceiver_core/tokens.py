@@ -1,7 +1,8 @@
 """Tokens: the output of an adapter and the input of cross-attention.
 
-Position features are stored separately from the content, as a few small tables that broadcast over the grid. Their sum
-gives the features of every token. A 224 x 224 image has two tables of 224 rows, not 50,176 vectors per sample.
+Position features are stored separately from the content (such as pixel values), as a few small tables that broadcast
+over the grid. The sum of the tables gives the position features of every token. For example, a 224 x 224 image has two
+tables of 224 rows instead of 50,176 position vectors per sample.
 """
 
 from __future__ import annotations
@@ -19,23 +20,25 @@ from perceiver_core import checks
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """Batch of tokens on a grid: content, position tables and mask.
+    """Batch of tokens on a grid, stored as content, position tables and a mask.
 
-    The position features of a token are the *sum* of the position tables, which broadcast over the grid. Tables of
-    separable features (Fourier, one per axis) fill disjoint columns, so the sum equals the concatenation in the paper.
-    A learned array is one table over the whole grid. A materialized token is the vector `[content, positions]`.
+    The position features of a token are the *sum* of the position tables, broadcast over the grid. Fourier features
+    have one table per grid axis, each nonzero only in its own columns, so the sum equals the concatenation in the
+    paper. Learned positions are a single table over the whole grid. The complete token vectors, as returned by
+    `materialize`, are `[content, positions]`.
 
     Args:
-        content: Content features `b *grid c`.
-        position_tables: Position tables `*g p`. Each axis of `g` has the size of the grid axis or 1, and all tables
-            have the same width `p`.
-        mask: Boolean mask `b *grid`, True = attend. The values of masked tokens have no effect, even NaN.
-        modalities: For tokens that join several modalities: the tokens of each modality on their own grid, by name, or
-            None for an absent modality. See `adapters.Multimodal`. Attention does not use it.
+        content: Features of the tokens without positions, `b *grid c`.
+        position_tables: Tables of position features, `*g p`. Each axis of `g` has size 1 or the size of the grid axis,
+            and all tables have the same width `p`.
+        mask: Boolean mask `b *grid`, True = attend. Values of masked tokens are ignored, even NaN.
+        modalities: If the tokens join several modalities, a dictionary of the tokens of each modality on their own
+            grid, keyed by modality. The value is None for a modality without input. It is set by `adapters.Multimodal`
+            and not used by attention.
 
     Raises:
-        TypeError: If the content is not floating point or the mask is not boolean.
-        ValueError: If the content is empty, a table does not broadcast over the grid, or the mask has another shape.
+        TypeError: If the content is not floating point, or the mask is not boolean.
+        ValueError: If the content is empty, a table does not broadcast over the grid, or the mask has the wrong shape.
 
     Example:
         >>> rows, columns = torch.randn(5, 1, 6), torch.randn(1, 7, 6)
@@ -89,7 +92,7 @@ class Tokens:
 
     @property
     def dim(self) -> int:
-        """Width of a materialized token: content and position features."""
+        """Total width of the content and the position features."""
         return self.content.shape[-1] + (self.position_tables[0].shape[-1] if self.position_tables else 0)
 
     def positions(self) -> Float[Tensor, "*grid p"] | None:
@@ -100,11 +103,11 @@ class Tokens:
         return total.expand(*self.content.shape[1:-1], total.shape[-1])
 
     def flat_mask(self) -> Bool[Tensor, "b n"] | None:
-        """Return the mask with the grid flattened."""
+        """Return the mask with the grid axes flattened, or None if there is no mask."""
         return None if self.mask is None else self.mask.flatten(1)
 
     def materialize(self) -> Float[Tensor, "b n dim"]:
-        """Return the vectors `[content, positions]` of all tokens. The content of masked tokens is set to zero."""
+        """Return the vectors `[content, positions]` of all tokens. For masked tokens, the content is zero."""
         content = self.content
         if self.mask is not None:
             content = content.masked_fill(~self.mask.unsqueeze(-1), 0.0)

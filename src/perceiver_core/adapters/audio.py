@@ -15,10 +15,9 @@ from perceiver_core.tokens import Tokens
 
 @register
 class Audio(GridAdapter):
-    """Adapter for waveforms `b c s`, or mono `b s`: one token per patch of `patch_size` samples.
+    """Adapter for waveforms `b c s` (or `b s` for mono): one token per patch of `patch_size` samples.
 
-    An incomplete last patch is padded with zeros. A patch is flattened in time order, with all channels of a sample
-    together.
+    The values of a patch are ordered by time, then by channel. An incomplete last patch is padded with zeros.
 
     Args:
         patch_size: Number of samples per token.
@@ -44,8 +43,8 @@ class Audio(GridAdapter):
 
         Args:
             waveform: Samples in [-1, 1].
-            mask: Mask of valid patches, True = attend. Positions span all patches, including masked ones, so they
-                depend on the padded length of the waveform.
+            mask: Mask of valid patches, True = attend. Position encodings are computed for all patches, including
+                masked ones, so they depend on the length of the padded waveform.
         """
         checks.is_floating("waveform", waveform)
         if waveform.ndim != 3 and self.num_channels == 1:
@@ -59,7 +58,8 @@ class Audio(GridAdapter):
 class Spectrogram(GridAdapter):
     """Adapter for spectrograms `b bins frames`, such as log-mel spectrograms: one token per value.
 
-    `positions` is a position encoding with two axes (bins, frames), or None.
+    Args:
+        positions: Position encoding with two axes (bins, frames); None for no position encoding.
 
     Example:
         >>> positions = pc.positions.Fourier(num_axes=2, num_bands=16, max_resolution=(128, 1024))

@@ -1,4 +1,4 @@
-"""Token dropout, which makes reading the input faster in training."""
+"""Adapter that drops random tokens in training, to reduce the cost of cross-attention."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from perceiver_core.tokens import Tokens
 
 @register
 class DropTokens(nn.Module):
-    """Adapter that wraps another adapter and, in training, drops random tokens of each sample.
+    """Adapter that wraps another adapter and drops random tokens of each sample in training.
 
-    Of n tokens, (1 - rate) n are kept, rounded down but at least one, in their original order. With a mask, each sample
-    keeps at most the same fraction of its valid tokens, rounded up.
+    Of n tokens, floor((1 - rate) n) are kept, but at least one. With a mask, a sample with v valid tokens keeps at most
+    ceil((1 - rate) v) of these. The kept tokens stay in their original order.
 
-    `Rotary`, causal masks and `queries.Grid(None, ...)` use token indices, so they would treat the kept tokens as
-    adjacent. Use this adapter only for tokens that contain their positions or need none.
+    Do not use this adapter with `Rotary`, causal masks or `queries.Grid(None, ...)`. These use token indices, so they
+    would treat the kept tokens as adjacent. Position encodings of the wrapped adapter are not affected.
 
     Args:
         adapter: Adapter to wrap.
         rate: Fraction of tokens to drop, in [0, 1).
-        generator: Random generator; PyTorch's default generator by default. It is not saved with the model.
+        generator: Random generator; None for PyTorch's default generator. It is not saved with the model.
 
     Example:
         >>> adapter = pc.adapters.DropTokens(pc.adapters.Grid(num_channels=10, positions=None), rate=0.25)
@@ -46,7 +46,7 @@ class DropTokens(nn.Module):
         self._draws = RepeatableDraws()
 
     def forward(self, x: object, *, mask: Tensor | None = None) -> Tokens:
-        """Return the wrapped adapter's tokens. In training, return only the kept tokens, as a flat sequence."""
+        """Return the tokens of the wrapped adapter. In training, return only the kept tokens, as a flat sequence."""
         tokens: Tokens = self.adapter(x) if mask is None else self.adapter(x, mask=mask)
         if not self.training or not self.rate:
             return tokens

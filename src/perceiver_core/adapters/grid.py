@@ -1,4 +1,4 @@
-"""Adapter for channels-last arrays, and the base class of all grid adapters."""
+"""Adapter for channels-last arrays, and the base class of adapters for images, audio and video."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from perceiver_core.tokens import Tokens
 
 
 class GridAdapter(nn.Module):
-    """Base class of adapters with one token per grid point: its channels and its position encoding, if any.
+    """Base class of adapters with one token per grid point: the channels, followed by the position encoding, if any.
 
-    `num_axes` is the number of axes that `positions` must have; None for any number.
+    `num_axes` is the required number of axes of `positions`; None to accept any number.
     """
 
     def __init__(self, num_channels: int, positions: Positions | None, *, num_axes: int | None = None) -> None:
@@ -33,7 +33,7 @@ class GridAdapter(nn.Module):
         self.dim = num_channels + (0 if positions is None else positions.dim)
 
     def _tokens(self, name: str, content: Tensor, mask: Tensor | None) -> Tokens:
-        """Check the values and mask of channels-last content, and return it as tokens."""
+        """Check the values and mask of a channels-last array, and convert it to tokens with position encodings."""
         if mask is not None:
             checks.is_mask("mask", mask, content.shape[:-1])
         checks.values(name, content, mask)
@@ -47,7 +47,7 @@ class Grid(GridAdapter):
 
     Args:
         num_channels: Number of channels c.
-        positions: Position encoding; None for no position encoding (the tokens are an unordered set).
+        positions: Position encoding; None to treat the tokens as an unordered set.
 
     Example:
         >>> positions = pc.positions.Fourier(num_axes=3, num_bands=4, max_resolution=16)

@@ -20,7 +20,7 @@ from perceiver_core.tokens import Tokens
 
 @register
 class Image(GridAdapter):
-    """Adapter for images `b c h w`: applies a stem and returns one token per spatial position of its output.
+    """Adapter for images `b c h w`: one token per position of the feature map that a stem computes from the pixels.
 
     Args:
         num_channels: Number of image channels, such as 1 for grayscale or 3 for color.
@@ -52,9 +52,9 @@ class Image(GridAdapter):
 
         Args:
             images: Pixel values, normalized as in training (mostly to [-1, 1]).
-            mask: Mask of valid tokens in the stem's output (pixels or patches), True = attend. Pixels of masked tokens
-                are set to zero before the stem. Stems without `stride` receive all pixels unchanged, so masked pixels
-                must be finite.
+            mask: Mask of valid tokens (one per position of the feature map), True = attend. Pixels of masked tokens are
+                set to zero before the stem. A stem without the attribute `stride` receives all pixels unchanged, so
+                masked pixels must be finite.
         """
         checks.channels_first("images", images, "b c h w", self.num_channels)
         if (convolution := getattr(self.stem, "convolution", None)) is not None:
@@ -62,18 +62,18 @@ class Image(GridAdapter):
         pixel_mask = None if mask is None else self._pixel_mask(mask, images)
         if pixel_mask is not None:
             images = images.masked_fill(~pixel_mask.unsqueeze(1), 0.0)
-        if type(self.stem) is not Pixels:  # Pixels returns the images, which _tokens checks
+        if type(self.stem) is not Pixels:  # _tokens checks the output of Pixels, which is the images themselves
             checks.values("images", images.movedim(1, -1), pixel_mask)  # before batch norm updates its statistics
         return self._tokens("images", self.stem(images).movedim(1, -1), mask)
 
     def _pixel_mask(self, mask: Tensor, images: Tensor) -> Tensor | None:
-        """Expand a token mask to pixels with the stem's `stride`; return None if its shape does not fit."""
+        """Expand a token mask to pixels. Return None if the stem has no `stride` or the mask has the wrong shape."""
         checks.is_mask("mask", mask)
         for axis, stride in enumerate(getattr(self.stem, "stride", (0, 0)), start=1):
             size = images.shape[axis + 1]
-            # Without padding at the end (SymmetricPadConvStem) the last token covers the remaining pixels as well.
+            # If a stem does not pad the end (SymmetricPadConvStem), the remaining pixels belong to the last token.
             if not stride or mask.ndim != 3 or -(-size // stride) - mask.shape[axis] not in (0, 1):
-                return None  # the stem has no stride, or the mask raises an error later
+                return None  # `_tokens` raises an error if the mask has the wrong shape
             tokens = torch.arange(size, device=mask.device) // stride
             mask = mask.index_select(axis, tokens.clamp(max=mask.shape[axis] - 1))
         return mask

@@ -21,21 +21,22 @@ ModalityMask: TypeAlias = "Tensor | Mapping[str, object]"
 class Multimodal(nn.Module):
     """Adapter for a dictionary of inputs: concatenates the tokens of all modalities, padded to a common width.
 
-    Modalities are concatenated in the order of `adapters`. The tokens of each modality are padded with a learned
-    vector, which also identifies the modality, and are converted to the dtype of this vector. For `queries.Multimodal`,
-    `Tokens.modalities` holds the tokens of each modality on their own grid. There, the content of replaced tokens is
-    zero, and dropped modalities are masked.
+    Modalities are concatenated in the order of `adapters`. The padding of each modality is a learned vector that also
+    identifies the modality. Tokens are converted to the dtype of this vector. The result's attribute `modalities` holds
+    the unpadded tokens of each modality on their own grid, for use by `queries.Multimodal`. In these, tokens that were
+    replaced (see `token_mask_rate`) have zero content, and dropped modalities are masked.
 
     Args:
         adapters: Mapping from modality names to adapters.
-        min_modality_channels: Number of learned channels of the widest modality; narrower modalities have more.
-        token_mask_rate: Probability, by modality, that a token is replaced by a learned vector in training. With rate
-            1, all tokens are replaced, in evaluation too: such a modality is only an output, never an input.
-        modality_dropout: Probability, by modality, that all tokens of the modality are masked for a sample in training.
-            A sample that would lose all its modalities keeps one, chosen uniformly at random. With two modalities of
-            rate 0.5, each is therefore dropped with probability 0.375. Modalities with a `token_mask_rate` of 1 do not
-            count as kept, unless the sample has no others.
-        generator: Random generator; PyTorch's default generator by default. It is not saved with the model.
+        min_modality_channels: Width of the padding of the widest modality. Narrower modalities have more padding.
+        token_mask_rate: Mapping from modality names to the probability that a token is replaced with a learned vector
+            in training. At rate 1, all tokens are replaced, in training and in evaluation. Use it for modalities that
+            the model predicts and must not see.
+        modality_dropout: Mapping from modality names to the probability that all tokens of the modality are masked for
+            a sample in training. If all modalities of a sample would be dropped, a random one is kept. This rule
+            ignores modalities with a `token_mask_rate` of 1, unless the sample has no others. With two modalities of
+            rate 0.5, each is therefore dropped with probability 0.375.
+        generator: Random generator; None for PyTorch's default generator. It is not saved with the model.
 
     Example:
         >>> positions = pc.positions.Fourier(num_axes=1, num_bands=8, max_resolution=60)
@@ -78,14 +79,15 @@ class Multimodal(nn.Module):
         """Convert all modalities in `inputs` to one token sequence.
 
         Args:
-            inputs: Inputs by modality. Modalities may be left out, but not all of them.
-            mask: Masks by modality, True = attend. Each is either the mask of the adapter or a mask `b` of the samples
-                that have the modality. The mask of the adapter may be all False for samples without the modality. Their
-                input is ignored, even if it is NaN.
+            inputs: Mapping from modality names to inputs. At least one modality is required.
+            mask: Mapping from modality names to masks, True = attend. A mask of shape `b` marks the samples that have
+                the modality. Any other mask is passed to the modality's adapter, and may be all False for samples
+                without the modality. The inputs of such samples are ignored, even if they are NaN.
 
         Raises:
-            ValueError: If a name is unknown, `inputs` is empty, batch sizes differ, or a sample has no valid token.
-            TypeError, ValueError: If an adapter raises one. The message then names the modality.
+            ValueError: If `inputs` is empty, or `inputs` or `mask` contains an unknown modality.
+            ValueError: If the batch sizes differ, or a sample has no valid token.
+            TypeError, ValueError: If an adapter raises this error. The modality is added to the message.
         """
         masks = {} if mask is None else mask
         modalities.check_names("inputs", inputs, self.adapters.keys())
@@ -118,7 +120,7 @@ class Multimodal(nn.Module):
             checks.is_mask(f"mask[{name!r}]", mask)
             samples = mask.flatten(1).any(1) if mask.ndim > 1 else mask
             x = _zero_samples(x, samples, f"mask[{name!r}]", mask.shape[1:])
-            # Adapters require a valid token in each sample, so absent samples are unmasked here and masked again below.
+            # Adapters require a valid token per sample, so samples without this modality are masked after the adapter.
             options = {"mask": mask | ~_aligned(samples, mask.ndim)} if mask.ndim > 1 else {}
         tokens: Tokens = modalities.call("inputs", name, self.adapters[name], x, **options)
         content = tokens.content.to(self.padding[name].dtype)
@@ -129,7 +131,7 @@ class Multimodal(nn.Module):
         return _mask_samples(tokens, samples)
 
     def _drop_modalities(self, each: dict[str, Tokens]) -> dict[str, Tokens]:
-        """Mask randomly chosen modalities of each sample."""
+        """Apply modality dropout: mask random modalities of each sample."""
         rates = [self.modality_dropout.get(name, 0.0) for name in each]
         present = torch.stack([_valid(tokens).any(1) for tokens in each.values()], dim=1)  # b modalities
         seen = present & torch.tensor([self.token_mask_rate.get(name, 0.0) < 1 for name in each], device=present.device)
@@ -144,7 +146,7 @@ class Multimodal(nn.Module):
         }
 
     def _join(self, name: str, tokens: Tokens) -> tuple[Tensor, Tokens]:
-        """Replace random tokens of one modality; return a padded sequence `b n dim`, and tokens on their own grid."""
+        """Replace random tokens of one modality. Return the padded sequence `b n dim` and the unpadded tokens."""
         x = tokens.materialize()
         x = torch.cat([x, self.padding[name].expand(*x.shape[:-1], -1)], dim=-1)
         rate = self.token_mask_rate.get(name)
@@ -167,9 +169,9 @@ def _aligned(samples: Tensor, ndim: int) -> Tensor:
 
 
 def _zero_samples(x: object, samples: Tensor, name: str, other_axes: Sequence[int]) -> object:
-    """Set the samples of an input to zero where the mask `samples` is False.
+    """Return the input `x` with zeros in the samples where the mask `samples` is False.
 
-    `name` and `other_axes` are used only in the error message.
+    `name` (of the mask) and `other_axes` (sizes of its axes after the first) are used only in the error message.
     """
     if isinstance(x, Mapping):
         return {key: _zero_samples(value, samples, name, other_axes) for key, value in x.items()}
@@ -182,13 +184,13 @@ def _zero_samples(x: object, samples: Tensor, name: str, other_axes: Sequence[in
 
 
 def _valid(tokens: Tokens) -> Tensor:
-    """Return the flattened mask, or an all-True mask if the tokens have none."""
+    """Return the mask `b n` of valid tokens. All tokens are valid if there is no mask."""
     mask = tokens.content.new_ones(tokens.content.shape[:-1], dtype=torch.bool) if tokens.mask is None else tokens.mask
     return mask.flatten(1)
 
 
 def _mask_samples(tokens: Tokens, samples: Tensor) -> Tokens:
-    """Mask all tokens of the samples where `samples` is False."""
+    """Return the tokens with all tokens masked in the samples where `samples` is False."""
     valid = _aligned(samples, tokens.content.ndim - 1).expand(tokens.content.shape[:-1])
     mask = valid if tokens.mask is None else tokens.mask & valid
     return Tokens(tokens.content, tokens.position_tables, mask, tokens.modalities)

@@ -18,9 +18,9 @@ from perceiver_core.tokens import Tokens
 class OneHotLabel(nn.Module):
     """Adapter for class labels: one token per sample.
 
-    Labels are class indices `b` or class probabilities `b num_classes`. Class indices are converted to one-hot vectors
-    of the dtype the adapter was last converted to, for example with `.double()`. The adapter has no weights, so the
-    state dict does not store this dtype. Probabilities keep their dtype, and their values are not checked.
+    Labels are class indices `b` or class probabilities `b num_classes`. Class indices are converted to one-hot vectors.
+    These have PyTorch's default dtype, unless the adapter is converted to another dtype, for example with `.double()`.
+    The state dict does not store the dtype. Class probabilities keep their own dtype, and their values are not checked.
 
     Example:
         >>> pc.adapters.OneHotLabel(700)(torch.tensor([3, 699])).content.shape
@@ -36,8 +36,8 @@ class OneHotLabel(nn.Module):
         self.dtype = torch.get_default_dtype()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OneHotLabel:
-        # `.to()` and `.double()` call this method. The dtype is not tracked with a buffer: a non-persistent buffer
-        # could not be loaded, and published state dicts have no entry for a persistent one.
+        # `.to()` and `.double()` call this method. A buffer would not do to track the dtype: a state dict does not
+        # load non-persistent buffers, and published state dicts do not contain a persistent one.
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
@@ -47,7 +47,7 @@ class OneHotLabel(nn.Module):
 
         Raises:
             TypeError: If `labels` is not a tensor.
-            ValueError: If a class index is outside 0 ... num_classes - 1, or the shape is wrong.
+            ValueError: If the shape is wrong, or a class index is out of range (checked on the CPU in eager mode only).
         """
         if not isinstance(labels, Tensor):
             raise TypeError(

@@ -1,6 +1,6 @@
-"""Conversion of arrays with any number of axes to patches, and back.
+"""Functions that cut arrays with any number of axes into flattened patches, and assemble arrays from patches.
 
-Patches are flattened in row-major order, with the channels last.
+The values of a patch are in row-major order, with the channels last.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Adapter for encoders with a different input for each read."""
+"""Adapter for encoders with a different input for each read (cross-attention to the input)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from perceiver_core.tokens import Tokens
 
 @register
 class PerRead(nn.Module):
-    """Adapter for a sequence of inputs, one per read of the encoder, each with its own adapter.
+    """Adapter for a sequence of inputs, one per read of the encoder. Each input has its own adapter.
 
-    Build the encoder with `input_dim` set to `dim`, a tuple of token widths, and with one read per adapter.
+    The attribute `dim` is a tuple of token widths, one per adapter. Pass it to the encoder as `input_dim`, and set
+    `num_reads` to the number of adapters.
 
     Example:
         >>> plane, line = (pc.positions.Fourier(axes, num_bands=4, max_resolution=32) for axes in (2, 1))
@@ -33,11 +34,11 @@ class PerRead(nn.Module):
         self.dim = tuple([int(adapter.dim) for adapter in cast(Any, self.adapters)])
 
     def forward(self, inputs: Sequence[object], *, mask: Sequence[Tensor | None] | None = None) -> list[Tokens]:
-        """Convert each input to tokens.
+        """Convert each input to tokens with its own adapter.
 
         Args:
             inputs: Inputs, one per adapter.
-            mask: Masks, one per adapter, each of which may be None.
+            mask: Masks, one per adapter; None for an input without a mask.
 
         Raises:
             ValueError: If the number of inputs or masks differs from the number of adapters.

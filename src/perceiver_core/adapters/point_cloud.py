@@ -19,12 +19,12 @@ from perceiver_core.tokens import Tokens
 class PointCloud(nn.Module):
     """Adapter for point clouds `b n axes+f`: one token per point.
 
-    Points hold their coordinates, followed by their features. Tokens hold the features, followed by the position
-    encoding of the coordinates.
+    A point consists of its coordinates, followed by its features. A token consists of the features, followed by the
+    position encoding of the coordinates.
 
     Args:
-        num_features: Number of features f per point besides the coordinates (color, normal, ...).
-        positions: Position encoding of the coordinates, which should lie in [-1, 1].
+        num_features: Number of features f per point besides the coordinates, such as 3 for a color.
+        positions: Position encoding of the coordinates, such as `positions.Fourier`. Coordinates should lie in [-1, 1].
 
     Example:
         >>> positions = pc.positions.Fourier(num_axes=3, num_bands=64, max_resolution=1120)
@@ -44,7 +44,7 @@ class PointCloud(nn.Module):
         self.dim = num_features + positions.dim
 
     def forward(self, points: Float[Tensor, "b n f"], *, mask: Bool[Tensor, "b n"] | None = None) -> Tokens:
-        """Convert point clouds of any size to tokens; `mask` marks valid points, see `pad_point_clouds`."""
+        """Convert point clouds of any size to tokens. `mask` marks valid points (see `pad_point_clouds`)."""
         axes = self.positions.num_axes
         checks.is_floating("points", points)
         checks.has_shape("points", points, "b n f", last=axes + self.num_features)
@@ -56,7 +56,7 @@ class PointCloud(nn.Module):
 
 
 def pad_point_clouds(clouds: Sequence[Float[Tensor, "_ f"]]) -> tuple[Float[Tensor, "b n f"], Bool[Tensor, "b n"]]:
-    """Zero-pad point clouds to the size of the largest; return the batch and the mask of valid points.
+    """Zero-pad point clouds to the size of the largest. Return the batch `b n f` and the mask `b n` of valid points.
 
     Example:
         >>> points, mask = pc.adapters.pad_point_clouds([torch.rand(450, 3), torch.rand(77, 3)])

@@ -1,6 +1,6 @@
-"""Image stems: layers that compute token features from pixels. `Image` builds its stem with the number of channels.
+"""Image stems: modules that map images to feature maps. The adapter `Image` converts each position to a token.
 
-A stem has the attributes `dim`, its output width, and `stride`, the distance between tokens in pixels along each axis.
+A stem has two attributes: `dim` is its number of output channels, and `stride` is its stride in pixels (rows, columns).
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Pixels(nn.Module):
 class Patches(nn.Module):
     """Stem that flattens patches: one token per patch.
 
-    A patch is flattened in row-major order, with all channels of a pixel together. Incomplete patches at the bottom and
-    on the right are padded with zeros.
+    The values of a patch are ordered by row, column and channel. Incomplete patches at the bottom and at the right are
+    padded with zeros.
 
     Args:
         num_channels: Number of image channels.
@@ -75,7 +75,7 @@ class Project(nn.Module):
         >>> pc.adapters.Project(3, dim=16)(torch.rand(2, 3, 5, 7)).shape
         torch.Size([2, 16, 5, 7])
 
-    Reference: Jaegle et al. 2022 (Perceiver IO), the ImageNet model with learned positions, which has dim=256.
+    Reference: Jaegle et al. 2022 (Perceiver IO), ImageNet model with learned positions (dim=256).
     """
 
     def __init__(self, num_channels: int, *, dim: int) -> None:
@@ -93,8 +93,8 @@ class Project(nn.Module):
 class ConvStem(nn.Module):
     """Stem with a 7 x 7 convolution, batch norm, ReLU and 3 x 3 max pooling: one token per 4 x 4 pixels.
 
-    As in the paper, the convolution and the pooling have stride 2 and TensorFlow's "SAME" padding. Each halves
-    the size, rounding up. If the total padding of an axis is odd, the extra pixel is at the end.
+    As in the published code, the convolution and the pooling have stride 2 and TensorFlow's "SAME" padding. Each halves
+    the height and width, rounding up. If the total padding of an axis is odd, the extra pixel is at the end.
 
     Example:
         >>> pc.adapters.ConvStem(3, dim=64)(torch.rand(2, 3, 224, 113)).shape
@@ -111,16 +111,16 @@ class ConvStem(nn.Module):
         self.norm = nn.BatchNorm2d(dim)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d rows columns"]:
-        """Return features with a quarter of the height and width, rounded up."""
+        """Return a feature map. Its height and width are a quarter of the image's, rounded up."""
         x = F.relu(self.norm(self.convolution(_pad_same(x, kernel=7, fill=0.0))))
         return F.max_pool2d(_pad_same(x, kernel=3, fill=-torch.inf), kernel_size=3, stride=2)
 
 
 @register
 class SymmetricPadConvStem(ConvStem):
-    """Variant of `ConvStem` padded as in transformers: 3 pixels on all sides before convolution, none before pooling.
+    """Variant of `ConvStem` with the padding of transformers: 3 pixels on each side of the image, none before pooling.
 
-    A 224 x 224 image has 55 x 55 tokens instead of 56 x 56.
+    A 224 x 224 image is converted to 55 x 55 tokens instead of 56 x 56.
 
     Example:
         >>> pc.adapters.SymmetricPadConvStem(3, dim=64)(torch.rand(2, 3, 224, 113)).shape
@@ -130,7 +130,7 @@ class SymmetricPadConvStem(ConvStem):
     """
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d rows columns"]:
-        """Return features with one row and one column fewer than `ConvStem` returns."""
+        """Return a feature map with one row and one column fewer than `ConvStem` returns."""
         x = F.relu(self.norm(self.convolution(F.pad(x, (3, 3, 3, 3)))))
         return F.max_pool2d(x, kernel_size=3, stride=2)
 
@@ -144,7 +144,7 @@ def _convolution(num_channels: int, dim: int, *, kernel: int, stride: int, bias:
 
 
 def _pad_same(x: Tensor, *, kernel: int, fill: float) -> Tensor:
-    """Apply TensorFlow's "SAME" padding for stride 2, so that the output size is ceil(size / 2)."""
+    """Apply TensorFlow's "SAME" padding for a layer of stride 2, whose output size is then ceil(size / 2)."""
     pads: list[int] = []
     for size in (x.shape[-1], x.shape[-2]):
         total = max(kernel - (1 if size % 2 else 2), 0)

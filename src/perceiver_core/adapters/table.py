@@ -24,7 +24,7 @@ class Table(nn.Module):
 
     Args:
         num_numeric: Number of numeric columns. Their values should be standardized.
-        category_sizes: Number of categories of each categorical column.
+        category_sizes: Number of categories in each categorical column.
         dim: Token width.
 
     Example:
@@ -53,13 +53,14 @@ class Table(nn.Module):
         """Convert table rows to tokens, numeric columns first.
 
         Args:
-            rows: Dictionary with floating-point `numbers`, `b n`, and integer `categories`, `b k`. Leave out an entry
-                if the table has no such columns. If all columns are numeric, `rows` may be the tensor `numbers` itself.
+            rows: Dictionary with a floating-point tensor `numbers`, `b n`, and an integer tensor `categories`, `b k`.
+                Omit the key of a column type that the table does not have. If all columns are numeric, `rows` may be
+                the tensor `numbers` itself.
 
         Raises:
-            TypeError: If `rows` is not a dictionary or tensor, or an entry has the wrong dtype.
-            ValueError: If an entry or column is missing or unexpected, a number is infinite, a category is out of
-                range, or batch sizes differ.
+            TypeError: If `rows` is neither a dictionary nor a tensor, or a tensor has the wrong dtype.
+            ValueError: If the keys or the shapes of the tensors are wrong, or the batch sizes differ.
+            ValueError: If a number is infinite or a category is out of range (checked on the CPU in eager mode only).
         """
         embed: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {}
         if self.num_numeric:

@@ -1,4 +1,4 @@
-"""Adapters for token ids (text, musical notes) and for UTF-8 bytes, as used by the published language model."""
+"""Adapters for token ids (such as text or musical notes) and for UTF-8 bytes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from perceiver_core.tokens import Tokens
 
 @register
 class TokenEmbedding(nn.Module):
-    """Adapter for token ids: a learned embedding, plus an optional position embedding.
+    """Adapter for token ids: a learned embedding plus an optional position embedding.
 
     Args:
         vocab_size: Vocabulary size.
         dim: Embedding width.
-        positions: Module from position indices, `n` or `b n`, to vectors of width `dim`, such as
-            `positions.LearnedEmbedding`; none by default, for models with rotary embeddings (`positions.Rotary`).
-        positions_include_padding: Whether padding counts toward positions. If True, the position of a token is its
+        positions: Module that maps position indices, `n` or `b n`, to vectors of width `dim`, such as
+            `positions.LearnedEmbedding`. Omit it for models with rotary embeddings (`positions.Rotary`).
+        positions_include_padding: Whether masked tokens count toward positions. If True, the position of a token is its
             index in `ids` (as in DeepMind's Perceiver IO). If False, its position is the number of valid tokens before
             it (as in Perceiver AR).
 
@@ -69,12 +69,12 @@ class TokenEmbedding(nn.Module):
         Args:
             ids: Token ids of any integer dtype.
             mask: Mask of valid tokens, True = attend.
-            positions: Position of each token, `n` or `b n`; by default computed from `mask`, see the argument
-                `positions_include_padding` of the class. Ignored if the adapter has no position embedding.
+            positions: Position indices, `n` or `b n`; None to compute them (see `positions_include_padding`). Ignored
+                if the adapter has no position embedding.
 
         Raises:
-            ValueError: If an id is outside the vocabulary, a sequence is longer than the number of positions, or a
-                sample has no valid token.
+            ValueError: If `positions` is None and a sequence is longer than the position embedding (`length`).
+            ValueError: If an id is out of range or a sample has no valid token (checked on the CPU in eager mode only).
         """
         checks.ids("ids", ids, self.vocab_size)
         if mask is not None:
@@ -98,10 +98,10 @@ class TokenEmbedding(nn.Module):
 
 @register
 class Bytes(TokenEmbedding):
-    """Adapter for UTF-8 text, with an id for each of the 256 bytes and six special tokens.
+    """Adapter for UTF-8 text. The vocabulary consists of six special tokens and the 256 bytes.
 
-    There are no unknown tokens, and no tokenizer to save with the model. The ids `Bytes.PAD`, `BOS`, `EOS`, `MASK`,
-    `CLS` and `SEP` are 0 to 5, and byte k has id 6 + k. See `TokenEmbedding` for the arguments.
+    The special tokens `Bytes.PAD`, `BOS`, `EOS`, `MASK`, `CLS` and `SEP` have the ids 0 to 5. Byte k has the id 6 + k.
+    There are no unknown tokens, and there is no tokenizer to save. See `TokenEmbedding` for the arguments.
 
     Example:
         >>> text = pc.adapters.Bytes(dim=32, positions=pc.positions.LearnedEmbedding(2048, dim=32))
@@ -133,21 +133,21 @@ class Bytes(TokenEmbedding):
         padding_side: str = "right",
         max_length: int | None = None,
     ) -> tuple[Int[Tensor, "b n"], Bool[Tensor, "b n"]]:
-        """Encode strings to ids, padded to the longest; return the ids and the mask of valid ids.
+        """Encode strings to ids, padded to the longest. Return the ids `b n` and the mask `b n` of valid ids.
 
-        Without special tokens, an empty text is fully masked.
+        An empty text without special tokens is fully masked.
 
         Args:
             texts: A string or a sequence of strings.
-            add_special_tokens: Whether to add CLS before and SEP after each text, as the published model requires.
-            padding_side: Side of the padding: "right", or "left" for `generate`.
-            max_length: Maximum number of ids per text, including CLS and SEP, which are never truncated; no limit by
-                default. Truncation may split a multi-byte character.
+            add_special_tokens: Whether to add CLS before and SEP after each text, as `PerceiverTokenizer` does.
+            padding_side: Side of the padding: "right" or "left". For `generate`, use "left".
+            max_length: Maximum number of ids per text, including special tokens; None for no limit. Longer texts are
+                truncated, possibly within a multi-byte character. Special tokens are never truncated.
 
         Raises:
             TypeError: If a text is not a string.
-            ValueError: If all texts are empty and no special tokens are added, or `padding_side` or `max_length` is
-                invalid.
+            ValueError: If `texts` is an empty list, or all texts are empty and `add_special_tokens` is False.
+            ValueError: If `padding_side` or `max_length` is invalid.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         if wrong := [type(text).__name__ for text in texts if not isinstance(text, str)]:
@@ -167,7 +167,7 @@ class Bytes(TokenEmbedding):
 
     @classmethod
     def decode(cls, ids: Int[Tensor, "b n"] | Int[Tensor, " n"]) -> list[str]:
-        """Decode ids to strings, one per row. Special tokens are skipped, and invalid UTF-8 is replaced by U+FFFD."""
+        """Decode ids to strings, one per row. Skip special tokens, and replace invalid UTF-8 with U+FFFD."""
         ids = ids[None] if isinstance(ids, Tensor) and ids.ndim == 1 else ids
         checks.ids("ids", ids, cls.SPECIAL + 256)
         rows = ([i - cls.SPECIAL for i in row if i >= cls.SPECIAL] for row in ids.tolist())

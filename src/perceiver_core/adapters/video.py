@@ -23,8 +23,8 @@ from perceiver_core.tokens import Tokens
 class Video(GridAdapter):
     """Adapter for videos `b t c h w`: one token per three-dimensional patch.
 
-    A patch is flattened frame by frame and row by row, with all channels of a pixel together. Incomplete patches at the
-    end of an axis are padded with zeros.
+    The values of a patch are ordered by frame, row, column and channel. Incomplete patches at the end of an axis are
+    padded with zeros.
 
     Args:
         num_channels: Number of video channels, such as 1 for grayscale or 3 for color.
@@ -55,7 +55,7 @@ class Video(GridAdapter):
         """Convert videos of any length and size to tokens.
 
         Args:
-            video: Pixel values, mostly in [-1, 1].
+            video: Pixel values, normalized as in training (mostly to [-1, 1]).
             mask: Mask of valid patches, True = attend.
         """
         checks.channels_first("video", video, "b t c h w", self.num_channels, channel_axis=2)
@@ -66,14 +66,14 @@ class Video(GridAdapter):
 class FramePair(GridAdapter):
     """Adapter for frame pairs `b 2 c h w`: one token per pixel, projected from the patches around it in both frames.
 
-    Frames are padded with zeros at the border. A patch is flattened in row-major order, with all channels of a pixel
-    together. The patch of the first frame comes first.
+    The values of both patches are ordered by frame, row, column and channel. Frames are padded with zeros at the
+    border.
 
     Args:
         positions: Position encoding with two axes (rows, columns); None for no position encoding.
         num_channels: Number of channels per frame, such as 3 for color.
         patch_size: Height and width of a patch in pixels, an odd number.
-        dim: Width of the projected patches, without the position encoding.
+        dim: Output width of the linear projection. The position encoding is concatenated after the projection.
 
     Example:
         >>> positions = pc.positions.Fourier(num_axes=2, num_bands=64, max_resolution=(368, 496))
@@ -98,7 +98,7 @@ class FramePair(GridAdapter):
         """Convert frame pairs of any size to tokens.
 
         Args:
-            frames: Pixel values, mostly in [-1, 1]. The earlier frame comes first.
+            frames: Pixel values, normalized as in training (mostly to [-1, 1]). The earlier frame comes first.
             mask: Mask of valid pixels, True = attend.
         """
         checks.channels_first("frames", frames, "b t c h w", self.num_channels, channel_axis=2)
@@ -107,7 +107,7 @@ class FramePair(GridAdapter):
         return self._tokens("frames", self.project(self.patches(frames)), mask)
 
     def patches(self, frames: Float[Tensor, "b 2 c h w"]) -> Float[Tensor, "b h w patches"]:
-        """Return the flattened patches around every pixel, concatenated over both frames."""
+        """Return the flattened patches around each pixel in both frames, concatenated."""
         height, width = frames.shape[-2:]
         columns = F.unfold(frames.flatten(0, 1), self.patch_size, padding=self.patch_size // 2)
         return rearrange(columns, "(b t) (c k) (h w) -> b h w (t k c)", t=2, c=self.num_channels, h=height, w=width)

@@ -1,4 +1,4 @@
-"""Attention residuals: the input of a block is a weighted mean of all previous outputs, not the last output."""
+"""Attention residuals: the input of a block is a weighted mean of the outputs of all previous blocks."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from perceiver_core.layers import init
 from perceiver_core.registry import register
 
 Aggregate: TypeAlias = Callable[[int], nn.Module]
-"""Factory `dim -> module`. The module combines a list of arrays that broadcast to one shape: `(arrays) -> array`."""
+"""Factory `dim -> module`. The module combines a list of tensors, which broadcast to one shape, into one tensor."""
 
 
 @register
 class AttentionResidual(nn.Module):
-    """Weighted mean of several arrays, with separate weights for each channel of each vector.
+    """Weighted mean of several tensors, with separate weights for each channel of each vector.
 
         logits = expand(project(norm(arrays)))        out = sum of softmax(logits, over the arrays) * arrays
 
-    Each block weights all previous arrays again, so time and memory grow quadratically with depth.
+    In a transformer, the arrays are the initial input and the outputs of all blocks so far. They are combined again for
+    each block, so time and memory grow quadratically with depth.
 
     Args:
-        dim: Width of the arrays.
-        rank: Width between the two linear layers that compute the logits.
+        dim: Width of the tensors.
+        rank: Width of the hidden layer between the linear layers `project` and `expand`.
 
     Raises:
         ValueError: If a size is below 1.
@@ -49,7 +50,7 @@ class AttentionResidual(nn.Module):
         self.project, self.expand = init.linear(dim, rank, bias=False), init.linear(rank, dim, bias=False)
 
     def forward(self, arrays: Sequence[Float[Tensor, "#b m d"]]) -> Float[Tensor, "b m d"]:
-        """Return the weighted mean of the arrays, each broadcast to the shape of the last one."""
+        """Return the weighted mean of the tensors, each broadcast to the shape of the last one."""
         stacked = torch.stack([x.expand_as(arrays[-1]) for x in arrays], dim=-2)
         weights = self.expand(self.project(self.norm(stacked))).softmax(-2)
         return (weights * stacked).sum(-2)

@@ -1,4 +1,4 @@
-"""Cross-attention block: queries attend to tokens. Encoders and decoders read their inputs with it."""
+"""Cross-attention block of encoders and decoders: queries attend to tokens."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ class CrossAttend(nn.Module):
         dim: Width of the queries.
         input_dim: Width of the tokens.
         num_heads: Number of attention heads; 1 in the paper.
-        attention: Factory `(dim, input_dim, num_heads=num_heads) -> module`. Use `functools.partial` of
-            `MultiHeadAttention` to set other options. A custom module is called as `(x, inputs, *, mask)` with the
-            normalized queries and tokens.
+        attention: Factory `(dim, input_dim, num_heads=num_heads) -> module`. Use
+            `functools.partial(MultiHeadAttention, ...)` to set other options. A custom module is called as
+            `module(x, inputs, mask=mask)` with the normalized queries and tokens.
         mlp: Factory `dim -> module`; None for no MLP.
         norm: Factory `width -> module` for the three norms: of the queries, of the tokens and before the MLP.
         residual: True to add the queries to the attention output, False for the attention output alone (as in most
             Perceiver IO decoders), or a factory `dim -> module` for a gate that replaces the sum, such as `GRUGate`.
-        mlp_residual: The same option for the MLP.
+        mlp_residual: Same as `residual`, but for the MLP.
         dropout: Dropout rate of the attention output and the MLP output.
-        strategy: Strategy to compute the attention; see `reads`. All strategies give the same result.
+        strategy: Method to compute the attention; see `reads`. All strategies give the same result.
 
     Example:
         >>> from functools import partial
@@ -100,16 +100,17 @@ class CrossAttend(nn.Module):
         Args:
             x: Queries. A batch size of 1 is broadcast.
             tokens: `Tokens`, a tensor, or a memory (keys and values) that an earlier call stored in a cache.
-            mask: Mask in addition to the tokens' own: a key-padding mask `b n`, an attention mask `b h q k`, or a rule
-                of `masks`.
+            mask: Mask that is combined with the tokens' own mask: a key-padding mask `b n`, an attention mask
+                `b h q k`, or a rule such as `masks.Causal()`.
             positions: Query positions for rotary embeddings; by default consecutive, with 0 for the last query.
             token_positions: Token positions for rotary embeddings; by default consecutive, with 0 for the last token.
-            cache: Cache that stores the memory for later calls; see `reads.SharedMemory` and `reads.KeysValuesCache`.
-            capture: Object that stores the attention weights; see `reads.AttentionCapture`.
+            cache: Cache that stores the keys and values for later calls: `reads.SharedMemory` or
+                `reads.KeysValuesCache`.
+            capture: Container that stores the attention weights; see `reads.AttentionCapture`.
 
         Raises:
-            TypeError: If the tokens are not floating point or have another dtype than the model.
-            ValueError: If the tokens have another width, rank or device than expected.
+            TypeError: If the tokens are not floating point, or do not have the model's dtype.
+            ValueError: If the tokens have the wrong width, rank or device.
         """
         options: dict[str, object] = {} if positions is None else {"positions": positions}
         if capture is not None:
@@ -145,12 +146,12 @@ class CrossAttend(nn.Module):
     def read_context(
         self, tokens: Tokens | Float[Tensor, "b n c"], *, mask: Mask | None = None, num_queries: int = 512
     ) -> ReadContext:
-        """Return the `ReadContext` of attention to these tokens, from which a strategy is chosen.
+        """Return the attention module and its input as a `ReadContext`, from which `reads.Auto` selects a strategy.
 
         Args:
             tokens: `Tokens` or a tensor, as in `forward`.
-            mask: Mask in addition to the tokens' own, as in `forward`.
-            num_queries: Number of queries.
+            mask: Same as in `forward`.
+            num_queries: Number of queries, for which the cost of each strategy is predicted.
         """
         self._check(tokens)
         attention = cast(Attention, self.attention)

@@ -1,4 +1,4 @@
-"""Dropout of whole latents, which also saves the time to process them."""
+"""Dropout of whole latents. Dropped latents are not processed, so it also reduces compute."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from perceiver_core.registry import register
 class DropLatents(nn.Module):
     """Dropout of whole latents: in training, each forward pass keeps a random subset, the same for all samples.
 
-    Of m latents, (1 - rate) m are kept, rounded down but at least one. They keep their order and are not rescaled.
+    Of m latents, (1 - rate) m are kept, rounded down, but at least one. Their order and their values do not change.
 
     Args:
         rate: Fraction of the latents to drop, in [0, 1).
-        generator: Random generator; None for PyTorch's default generator. It is not saved with the model.
+        generator: Random generator; None for PyTorch's default generator. The generator is not saved with the model.
 
     Raises:
         ValueError: If the rate is outside [0, 1).

@@ -1,4 +1,4 @@
-"""Calls to factories, the callables (such as `attention=` or `norm=`) with which a block builds its submodules."""
+"""Helpers for factories: callables, such as the arguments `attention=` and `norm=`, that build a submodule."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def build(factory: Callable[..., T], *args: object, **kwargs: object) -> T:
 
 
 def _renewed(value: Any, *, unwrap: bool) -> Any:
-    """Return `value` with copies of all modules in it. Partials, lists and tuples without modules are not copied.
+    """Return `value` with all modules inside it copied. Partials, lists and tuples without modules are not copied.
 
-    With `unwrap`, `Shared` modules among the arguments of `value` are unwrapped. Inside nested factories, which are
-    called later, they stay wrapped.
+    If `unwrap` is True, `Shared` wrappers among the arguments of a partial are replaced by their modules. Wrappers in
+    the arguments of a nested partial are kept, because that partial is called later.
     """
     if isinstance(value, nn.Module):
         return copy.deepcopy(value)

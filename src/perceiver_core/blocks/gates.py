@@ -1,4 +1,4 @@
-"""Gates: learned combinations of a branch's input and output that replace the residual sum."""
+"""Gates that replace the residual sum of an attention or MLP branch."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from perceiver_core.blocks.factory import build
 from perceiver_core.registry import register
 
 Residual: TypeAlias = bool | Callable[[int], nn.Module]
-"""True to add a branch's input to its output, False for the output alone, or a factory `dim -> gate` for a gate.
+"""Residual option of a branch: True for `input + output`, False for `output` alone, or a factory `dim -> gate`.
 
-The gate is a module that is called as `gate(input, output)`.
+A gate is a module that replaces the sum and is called as `gate(input, output)`.
 """
 
 
 @register
 class GRUGate(nn.Module):
-    """Gated recurrent unit (GRU) that replaces a residual sum.
+    """Gate that replaces a residual sum with a gated recurrent unit (GRU).
 
-    The hidden state is the input of the branch (attention or MLP). The input of the GRU is the output of the branch.
+    The hidden state of the GRU is the input of the branch (attention or MLP), and the input of the GRU is the output of
+    the branch.
 
     Args:
         dim: Width of the branch's input and output.
@@ -54,7 +55,7 @@ class TanhGate(nn.Module):
     A block with this gate as `residual` and as `mlp_residual` is the identity at initialization.
 
     Args:
-        dim: Width of the branch's input and output. Unused, because the gate is a scalar.
+        dim: Width of the branch's input and output. Not used, because the gate is a scalar.
 
     Example:
         >>> x, output = torch.randn(2, 5, 32), torch.randn(2, 5, 32)
@@ -75,7 +76,7 @@ class TanhGate(nn.Module):
 
 
 def from_option(residual: Residual, dim: int) -> bool | nn.Module:
-    """Build the gate of a `residual` option, or return the option itself if it is True or False."""
+    """Return `residual` if it is True or False, else build the gate from the factory."""
     if isinstance(residual, bool):
         return residual
     if isinstance(residual, nn.Module) or not callable(residual):
@@ -84,7 +85,7 @@ def from_option(residual: Residual, dim: int) -> bool | nn.Module:
 
 
 def combine(residual: bool | nn.Module, x: Float[Tensor, "#b m d"], output: Float[Tensor, "b m d"]) -> Tensor:
-    """Return the sum of a branch's input and output, the output alone, or the result of a gate."""
+    """Return `x + output` if `residual` is True, `output` if it is False, else the gate's result for both."""
     if isinstance(residual, bool):
         return x + output if residual else output
     return residual(x, output)

@@ -1,4 +1,4 @@
-"""Grouped read, one level of a Hierarchical Perceiver: each group of tokens is read by its own latents."""
+"""Grouped read, one level of a Hierarchical Perceiver: separate latents attend to each group of tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from perceiver_core.layers import init
 from perceiver_core.registry import register
 
 LATENT_TRANSFORMER = partial(LatentTransformer, block=partial(SelfAttend, mlp=partial(MLP, widening_factor=4)))
-"""Latent transformer as in deepmind/hierarchical_perceiver, with MLPs that are four times as wide as the latents."""
+"""Latent transformer as in deepmind/hierarchical_perceiver: the MLPs have four times the width of the latents."""
 
 
 @register
@@ -63,14 +63,15 @@ class GroupedRead(nn.Module):
 
         tokens = b (g n) c -> (b g) n c;  latents = transformer(read(latents, tokens));  (b g) z d -> b (g z) d
 
-    All groups share their weights, but not their latents. If the number of groups does not divide the number of tokens,
-    masked padding is appended. In a group of padding only, attention returns zeros before its output projection.
+    Each group has its own initial latents; all other weights are the same for all groups. If the number of groups does
+    not divide the number of tokens, masked padding is appended. In a group that contains only padding, the input of the
+    attention's output projection is zero.
 
     Args:
         input_dim: Width of the tokens.
-        level: Sizes of the level.
-        skip_dim: Width of a skip input, which is projected to the latent width if the widths differ, and added to the
-            latents before the cross-attention; None for no skip input.
+        level: Sizes of the level; see `Level`.
+        skip_dim: Width of a skip input that is added to the latents before the cross-attention; None for no skip input.
+            If it differs from the width of the latents, the skip input is projected to that width.
         cross_attention: Factory `(dim, input_dim) -> module`.
         latent_transformer: Factory `(dim, depth=depth, num_heads=num_heads) -> module`.
 
@@ -110,7 +111,7 @@ class GroupedRead(nn.Module):
         Args:
             tokens: Tokens.
             mask: Key-padding mask, True for valid tokens.
-            skip: Skip input, one vector per latent.
+            skip: Skip input with one vector per latent, in the order of the output.
         """
         groups = self.level.num_groups
         x = repeat(self.latents, "g z d -> (b g) z d", b=tokens.shape[0])
@@ -125,7 +126,7 @@ class GroupedRead(nn.Module):
 
 
 def grouped(x: Shaped[Tensor, "b n c"], groups: int) -> Shaped[Tensor, "bg size c"]:
-    """Split tokens into contiguous groups of equal size, padded with zeros at the end. Groups join the batch axis.
+    """Split tokens into contiguous groups of equal size, padded with zeros at the end, and stack them as a batch.
 
     Example:
         >>> from perceiver_core.blocks.grouped_read import grouped

@@ -1,4 +1,4 @@
-"""Joint attention block of a resampler: latents attend to tokens and to each other in one softmax."""
+"""Joint attention block of a resampler: latents attend to tokens and to each other with a single softmax."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from perceiver_core.registry import register
 class JointAttend(nn.Module):
     """Pre-norm joint attention block: x + attention(norm(x), [norm(tokens), norm(x)]), then x + mlp(norm(x)).
 
-    Keys and values are projected from the tokens followed by the latents, so tokens and latents have the same width.
-    Latents always attend to each other, so the output is well defined for a sample without valid tokens.
+    Keys and values are computed from the tokens followed by the latents, so both must have the same width.
+    Latents always attend to each other, so a sample may have no valid tokens.
 
     Args:
         dim: Width of the latents and of the tokens.
@@ -72,7 +72,7 @@ class JointAttend(nn.Module):
             x: Latents. A batch size of 1 is broadcast.
             tokens: Tokens.
             mask: Key-padding mask, True for valid tokens.
-            capture: Object that stores the attention weights `b h m n+m`: n tokens, followed by m latents.
+            capture: Container that stores the attention weights over the n tokens, followed by the m latents.
         """
         normed = self.norm(x)
         inputs = torch.cat([self.input_norm(tokens), normed.expand(tokens.shape[0], -1, -1)], 1)

@@ -24,11 +24,12 @@ class LatentTransformer(nn.Module):
         dim: Width of the latents.
         depth: Number of blocks; 0 for the identity.
         num_heads: Number of attention heads.
-        block: Factory `(dim, num_heads=num_heads) -> module`. Use `functools.partial` of `SelfAttend` to set
-            other options.
+        block: Factory `(dim, num_heads=num_heads) -> module`. Use `functools.partial(SelfAttend, ...)` to set other
+            options.
         num_repeats: Number of passes through the blocks, with the same weights each time.
         aggregate: Factory `dim -> module`, such as `AttentionResidual`. After each block, the module combines the
-            initial latents and the outputs of all blocks so far. By default only the last output is used.
+            initial latents and the outputs of all blocks so far into the new latents. None to use only the output of
+            the last block.
 
     Raises:
         ValueError: If `depth` is outside 0 ... 10,000 or `num_repeats` is outside 1 ... 10,000.
@@ -79,7 +80,7 @@ class LatentTransformer(nn.Module):
             x: Latents.
             mask: Attention mask, as in `SelfAttend`.
             positions: Positions for rotary embeddings, as in `SelfAttend`.
-            caches: Caches as in `SelfAttend`, one per layer (`num_layers` in total).
+            caches: Caches as in `SelfAttend`, one for each of the `num_layers` layers.
 
         Example:
             >>> transformer, x = pc.LatentTransformer(32, depth=2, num_heads=4), torch.randn(1, 5, 32)

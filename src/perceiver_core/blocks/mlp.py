@@ -1,4 +1,4 @@
-"""MLP of the attention blocks, and activations that `torch.nn` lacks."""
+"""MLP of the attention blocks, and activations that are not in `torch.nn`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from perceiver_core.registry import register
 
 @register
 class GEGLU(nn.Module):
-    """Gated GELU, `x * gelu(gate)`. The channels are split into x and gate, so the output is half as wide.
+    """Gated GELU, `x * gelu(gate)`. The channels are split into `x` and `gate`, so the output is half as wide.
 
     Example:
         >>> pc.GEGLU()(torch.randn(2, 3, 16)).shape
@@ -25,14 +25,14 @@ class GEGLU(nn.Module):
     inputs_per_output = 2
 
     def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b half"]:
-        """Return the gated channels, half as many as in the input."""
+        """Return `x * gelu(gate)`, with half the channels of the input."""
         values, gates = x.chunk(2, dim=-1)
         return values * F.gelu(gates)
 
 
 @register
 class SwiGLU(nn.Module):
-    """Gated SiLU, `x * silu(gate)`. The channels are split as in `GEGLU`, so the output is half as wide.
+    """Gated SiLU, `x * silu(gate)`. The channels are split into `x` and `gate`, so the output is half as wide.
 
     Example:
         >>> pc.SwiGLU()(torch.randn(2, 3, 16)).shape
@@ -44,7 +44,7 @@ class SwiGLU(nn.Module):
     inputs_per_output = 2
 
     def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b half"]:
-        """Return the gated channels, half as many as in the input."""
+        """Return `x * silu(gate)`, with half the channels of the input."""
         values, gates = x.chunk(2, dim=-1)
         return values * F.silu(gates)
 
@@ -61,7 +61,7 @@ class SquaredReLU(nn.Module):
     """
 
     def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b c"]:
-        """Return the squares of positive values and zero for all others."""
+        """Return the squares of positive values, and zero for all other values."""
         return F.relu(x).square()
 
 
@@ -75,8 +75,8 @@ class MLP(nn.Module):
         hidden_dim: Hidden width; `dim * widening_factor` by default.
         widening_factor: Ratio of the hidden width to `dim`: 1 in DeepMind's published encoders, 4 in perceiver-pytorch.
         activation: Activation module; `nn.GELU("tanh")` by default, as in DeepMind's code. transformers and
-            perceiver-pytorch use `nn.GELU()`. An activation that reduces the number of channels, such as `GEGLU`, must
-            have an attribute `inputs_per_output` with the ratio.
+            perceiver-pytorch use `nn.GELU()`. An activation with fewer output than input channels, such as `GEGLU`,
+            must have the attribute `inputs_per_output`, the ratio of input to output channels.
         bias: Whether the linear layers have a bias.
         dropout: Dropout rate of the output.
 
@@ -108,5 +108,5 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
-        """Apply the MLP to every vector."""
+        """Apply the MLP to each vector along the last axis."""
         return self.dropout(self.contract(self.activation(self.expand(x))))

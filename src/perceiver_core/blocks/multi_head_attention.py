@@ -1,4 +1,4 @@
-"""Multi-head attention: projections to heads, attention to keys and values, and an output projection."""
+"""Multi-head attention: query, key and value projections, an attention kernel, and an output projection."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from perceiver_core.registry import register
 
 @register
 class MultiHeadAttention(nn.Module):
-    """Multi-head attention with separate widths for queries and keys, for values and for the output.
+    """Multi-head attention with configurable widths of queries and keys, values, and outputs.
 
     Args:
         dim: Input width of the queries.
         input_dim: Input width of the keys and values; `dim` by default.
         num_heads: Number of query heads; must divide `qk_dim` and `v_dim`.
-        qk_dim: Total width of all query heads, `num_heads` times the width of a query or key head; `input_dim` by
+        qk_dim: Total width of the query heads: `num_heads` times the width of each query and key head; `input_dim` by
             default, as in the paper.
-        v_dim: `num_heads` times the width of a value head; `qk_dim` by default.
-        num_kv_heads: Number of key-value heads; must divide `num_heads`, which is the default. With fewer key-value
-            heads, adjacent query heads share one (grouped-query attention).
+        v_dim: Total width of the attention output: `num_heads` times the width of each value head; `qk_dim` by default.
+        num_kv_heads: Number of key-value heads; `num_heads` by default. It must divide `num_heads`. With fewer
+            key-value heads than query heads, adjacent query heads share one (grouped-query attention).
         out_dim: Output width; `dim` by default.
         bias: Whether the query, key and value projections have a bias.
         out_bias: Whether the output projection has a bias.
@@ -40,8 +40,8 @@ class MultiHeadAttention(nn.Module):
         kernel: Attention kernel `(q, k, v, *, mask) -> out` on `b h n d`; see `kernels`.
 
     Raises:
-        ValueError: If `num_heads` does not divide `qk_dim` or `v_dim`, `num_kv_heads` does not divide `num_heads`, or
-            `dropout` is above 0 and the kernel does not support dropout.
+        ValueError: If `num_heads` does not divide `qk_dim` or `v_dim`, or `num_kv_heads` does not divide `num_heads`.
+        ValueError: If `dropout` is above 0 and the kernel does not support dropout.
 
     Example:
         >>> attention = pc.MultiHeadAttention(1024, 261, num_heads=1)
@@ -111,16 +111,16 @@ class MultiHeadAttention(nn.Module):
         cache: Cache | None = None,
         capture: AttentionCapture | None = None,
     ) -> Float[Tensor, "b m o"]:
-        """Return the output of attention from `x` to `inputs`.
+        """Compute attention from `x` to `inputs`, and return its output.
 
         Args:
             x: Input of the queries. A batch size of 1 is broadcast.
             inputs: Input of the keys and values: a tensor, a `reads.Source`, or a memory such as `reads.KeysValues`;
                 `x` by default (self-attention).
-            mask: Key-padding mask `b n`, attention mask `b h q k`, or a rule of `masks`.
+            mask: Key-padding mask `b n`, attention mask `b h q k`, or a rule such as `masks.Causal()`.
             positions: Positions of `x` for rotary embeddings; 1 - m ... 0 by default.
-            cache: Cache to which the keys and values are added.
-            capture: Object that stores the attention weights; see `reads.AttentionCapture`.
+            cache: Cache that stores the keys and values: `reads.SharedMemory` or `reads.KeysValuesCache`.
+            capture: Container that stores the attention weights; see `reads.AttentionCapture`.
         """
         memory: Memory
         if inputs is None:

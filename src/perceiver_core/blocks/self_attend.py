@@ -25,13 +25,13 @@ class SelfAttend(nn.Module):
     Args:
         dim: Width of the vectors.
         num_heads: Number of attention heads.
-        attention: Factory `(dim, num_heads=num_heads) -> module`. A custom module is called as `(x, *, mask)` with the
-            normalized vectors.
+        attention: Factory `(dim, num_heads=num_heads) -> module`. A custom module is called as `module(x, mask=mask)`
+            with the normalized vectors.
         mlp: Factory `dim -> module`.
         norm: Factory `width -> module` for the two norms.
         residual: True to add the block's input to the attention output, False for the attention output alone, or a
             factory `dim -> module` for a gate that replaces the sum, such as `GRUGate`.
-        mlp_residual: The same option for the MLP.
+        mlp_residual: Same as `residual`, but for the MLP.
         dropout: Dropout rate of the attention output and the MLP output.
 
     Example:
@@ -72,12 +72,12 @@ class SelfAttend(nn.Module):
         """Return the vectors after self-attention and the MLP.
 
         Args:
-            x: Vectors.
-            mask: Attention mask. With a cache, it covers the cached keys too.
+            x: Input vectors.
+            mask: Attention mask. With a cache, it must also cover the cached keys.
             positions: Positions for rotary embeddings; by default consecutive, with 0 for the last vector.
-            cache: Cache with the keys and values of earlier vectors (`reads.KeysValuesCache`). The keys and values of
-                `x` are appended. With a causal mask, a sequence passed in parts gives the same result as in one call.
-                Rotary embeddings then need explicit `positions`.
+            cache: Cache with the keys and values of earlier vectors (`reads.KeysValuesCache`), to which the keys and
+                values of `x` are appended. With a causal mask, a sequence can then be passed in parts, with the same
+                result as in one call. With rotary embeddings, this requires explicit `positions`.
         """
         options: dict[str, object] = {} if positions is None else {"positions": positions}
         if cache is not None:

@@ -1,4 +1,7 @@
-"""Saving and loading of models in folders and on the Hugging Face hub, as safetensors and JSON without any code."""
+"""Saving and loading of models, in folders and on the Hugging Face Hub.
+
+A saved model consists of a safetensors file and a JSON file. Neither contains code.
+"""
 
 from perceiver_core.checkpoints.hub import from_pretrained, push_to_hub, save_pretrained
 from perceiver_core.checkpoints.save_load import load, save

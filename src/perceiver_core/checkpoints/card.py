@@ -13,11 +13,11 @@ _WIDTH = 100
 
 
 def card(model: nn.Module, name: str) -> str:
-    """Return the text of a model card, including the metadata for the Hugging Face hub.
+    """Return the text of a model card (README.md), including the metadata for the Hugging Face Hub.
 
     Args:
-        model: Model built from registered classes.
-        name: Folder or hub repository (`owner/name`) to load the model from.
+        model: Model built from registered classes (see `register`).
+        name: Folder or Hub repository (`owner/name`) of the model, for the card's title and loading instructions.
     """
     model = unwrapped(model)
     calls = as_calls(registry.to_config(model))
@@ -37,10 +37,10 @@ def card(model: nn.Module, name: str) -> str:
 
 
 def as_calls(config: registry.Json, indent: int = 0) -> str:
-    """Return a configuration of `registry.to_config` as constructor calls in Python syntax.
+    """Return a configuration from `registry.to_config` as constructor calls in Python syntax.
 
-    A module that occurs several times is written out once. Later occurrences are replaced by its path. `indent` is the
-    number of columns by which the caller has indented the first line.
+    If a module occurs several times, its later occurrences are replaced by the path of the first. `indent` is the
+    indentation of the first line, in columns.
     """
     if isinstance(config, list):
         return _wrapped("[", [as_calls(item, indent + 4) for item in config], "]", indent)
@@ -60,7 +60,7 @@ def as_calls(config: registry.Json, indent: int = 0) -> str:
 
 
 def _wrapped(start: str, items: list[str], end: str, indent: int) -> str:
-    """Return all items on one line if they fit, otherwise one item per line."""
+    """Return `start`, all items and `end` on one line if they fit, otherwise with one item per line."""
     line = f"{start}{', '.join(items)}{end}"
     if "\n" not in line and indent + len(line) <= _WIDTH:
         return line

@@ -1,4 +1,4 @@
-"""Folder format of saved models: weights in `model.safetensors`, constructor calls in `config.json`."""
+"""Format of saved models: a folder with weights in `model.safetensors` and constructor calls in `config.json`."""
 
 from __future__ import annotations
 
@@ -12,18 +12,22 @@ from typing import Any
 
 from perceiver_core import registry
 
-# Format version. Incremented when old files would be read differently, such as after a change of a constructor default.
+# Format version. It is incremented if old files would be read differently, such as when a constructor default changes.
 FORMAT = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 LARGEST_CONFIG = 2**20  # bytes
 
 
 def parse_config(text: str | bytes, source: str) -> registry.Json:
-    """Return the model configuration in the text of a `config.json`. `source` names the text in error messages.
+    """Parse the text of a `config.json` and return the model configuration.
+
+    Args:
+        text: Text of the file.
+        source: Description of the text for error messages, such as its path.
 
     Raises:
-        ValueError: If the text is too long, is not valid JSON in UTF-8, was not written by `save`, or has another
-            format version.
+        ValueError: If the text is too long or is not valid JSON in UTF-8.
+        ValueError: If the text was not written by `save`, or has a different format version.
     """
     config = parse_json(text, source, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
     if not isinstance(config, dict) or config.get("library") != "perceiver_core" or "model" not in config:
@@ -41,10 +45,16 @@ def parse_config(text: str | bytes, source: str) -> registry.Json:
 
 
 def parse_json(text: str | bytes, source: str, *, largest: int = LARGEST_CONFIG, **hooks: Any) -> registry.Json:
-    """Parse JSON text. `hooks` are keyword arguments of `json.loads`.
+    """Parse JSON text.
+
+    Args:
+        text: Text, or its UTF-8 encoding.
+        source: Description of the text for error messages, such as its path.
+        largest: Maximum length of `text`.
+        hooks: Keyword arguments of `json.loads`.
 
     Raises:
-        ValueError: If the text has more than `largest` characters or bytes, or is not valid JSON in UTF-8.
+        ValueError: If the text is too long or is not valid JSON in UTF-8.
     """
     if len(text) > largest:
         raise ValueError(f"{source} must have at most {largest} bytes; it has more. Copy it again")
@@ -55,7 +65,7 @@ def parse_json(text: str | bytes, source: str, *, largest: int = LARGEST_CONFIG,
 
 
 def read_at_most(path: Path, largest: int = LARGEST_CONFIG) -> bytes:
-    """Read at most `largest + 1` bytes of a file, so that the caller can detect that it is too large."""
+    """Read at most `largest + 1` bytes of a file. If the result has that length, the file is too large."""
     with path.open("rb") as file:
         return file.read(largest + 1)
 
@@ -75,15 +85,15 @@ def _finite(number: str) -> float:
 
 
 def write_atomically(files: dict[Path, Callable[[Path], object]]) -> None:
-    """Write all files under temporary names, then rename them. After an error, temporary files are removed as well.
+    """Write all files under temporary names, then rename them. Temporary files are removed even after an error.
 
-    `files` maps each path to a function that writes the file to the temporary path passed to it.
+    `files` maps the final path of each file to a function `path -> object` that writes the file to a temporary path.
     """
     written = {path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial"): path for path in files}
     try:
         for temporary, path in written.items():
             temporary.touch()
-            mode = temporary.stat().st_mode  # by the user's umask; save_file creates private files
+            mode = temporary.stat().st_mode  # follows the user's umask, unlike files created by save_file
             files[path](temporary)
             temporary.chmod(mode)
             with temporary.open("r+b") as file:

@@ -1,7 +1,7 @@
-"""Upload to and download from the Hugging Face hub, as folders written by `save` with a model card.
+"""Functions to upload models to the Hugging Face Hub and to load models from it.
 
-These are functions rather than methods because the folder determines the class of the model, which may be any
-registered class.
+A repository holds the files written by `save` and a model card. These are functions, not methods of a model class,
+because the class of a loaded model depends on the files.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def save_pretrained(model: nn.Module, folder: str | PathLike[str]) -> Path:
     """Save a model to a folder with `save`, and add a model card.
 
     Args:
-        model: Model built from registered classes, such as all models of this library.
+        model: Model built from registered classes (see `register`), such as all models of this library.
         folder: Folder to write, created if it does not exist. An existing README.md is kept.
 
     Returns:
         Path of the folder.
 
     Raises:
-        ValueError: If the model cannot be saved, see `save`. Nothing is written in this case.
+        ValueError: If the model cannot be saved (see `save`). Nothing is written in this case.
 
     Example:
         >>> import tempfile
@@ -58,14 +58,14 @@ def from_pretrained(
     local_files_only: bool = False,
     device: str | torch.device = "cpu",
 ) -> nn.Module:
-    """Load a model from a folder written by `save`, or from the Hugging Face hub, in evaluation mode.
+    """Load a model from a folder written by `save` or from the Hugging Face Hub, in evaluation mode.
 
-    Files from the hub are read with `load`, which does not execute anything in them.
+    Files from the Hub are read with `load`, which does not execute any code in them.
 
     Args:
-        name_or_folder: Folder, or repository on the Hugging Face hub (`owner/name`), which requires huggingface_hub.
-        revision: Branch, tag or commit of the repository; None for its default branch.
-        token: Token for private repositories. Defaults to the token that huggingface_hub has stored.
+        name_or_folder: Folder, or repository on the Hugging Face Hub (`owner/name`). The Hub requires huggingface_hub.
+        revision: Branch, tag or commit of the repository; None for the default branch.
+        token: Token for private repositories. Defaults to the token stored by huggingface_hub.
         cache_dir: Folder for downloaded files. Defaults to the cache folder of huggingface_hub.
         local_files_only: Whether to use only files that were downloaded before.
         device: Device of the weights.
@@ -74,9 +74,9 @@ def from_pretrained(
         Model of the class that was saved.
 
     Raises:
-        FileNotFoundError: If the folder does not exist and the name is not `owner/name`, if huggingface_hub is needed
-            but not installed, or if a file is missing.
-        ValueError: If `load` rejects the files, or a revision is passed with a folder.
+        FileNotFoundError: If there is no such folder and the name does not have the form `owner/name`.
+        FileNotFoundError: If huggingface_hub is needed but not installed, or a file is missing.
+        ValueError: If `load` rejects the files, or `revision` is passed for a local folder.
 
     Example:
         >>> import tempfile
@@ -101,23 +101,23 @@ def push_to_hub(
     create_pr: bool = False,
     token: str | bool | None = None,
 ) -> str:
-    """Upload a model to the Hugging Face hub in one commit. Requires huggingface_hub.
+    """Upload a model to the Hugging Face Hub in one commit. Requires huggingface_hub.
 
     Args:
-        model: Model built from registered classes.
-        repo_id: Repository, `owner/name`, created if it does not exist. An existing model card is kept.
+        model: Model built from registered classes (see `register`).
+        repo_id: Repository `owner/name`, created if it does not exist. An existing model card is kept.
         message: Commit message.
         private: Whether a new repository is private; None for the owner's default.
         revision: Branch to commit to, created if it does not exist. Defaults to `main`.
         create_pr: Whether to open a pull request instead of committing to the branch.
-        token: Token with write access. Defaults to the token that huggingface_hub has stored.
+        token: Token with write access. Defaults to the token stored by huggingface_hub.
 
     Returns:
         URL of the commit.
 
     Raises:
         ImportError: If huggingface_hub is not installed.
-        ValueError: If the model cannot be saved, see `save`. Nothing is created on the hub in this case.
+        ValueError: If the model cannot be saved (see `save`). Nothing is created on the Hub in this case.
 
     Example:
         >>> model = pc.Encoder(10, num_latents=7, dim=32, depth=1, num_heads=4)
@@ -144,14 +144,17 @@ def push_to_hub(
 
 
 def fetched(name_or_folder: str | PathLike[str], files: Sequence[str], **options: Any) -> Path:
-    """Return the path of a local folder, or download `files` from the hub and return the path of their folder.
+    """Return the path of a local folder, or download files from the Hub and return the path of their folder.
 
-    `options` are keyword arguments of `huggingface_hub.snapshot_download`.
+    Args:
+        name_or_folder: Local folder, or repository on the Hugging Face Hub (`owner/name`).
+        files: Names of the files to download.
+        options: Keyword arguments of `huggingface_hub.snapshot_download`.
 
     Raises:
-        FileNotFoundError: If the folder does not exist and the name is not `owner/name`, or if huggingface_hub is
-            needed but not installed.
-        ValueError: If a revision is passed with a local folder.
+        FileNotFoundError: If there is no such folder and the name does not have the form `owner/name`.
+        FileNotFoundError: If huggingface_hub is needed but not installed.
+        ValueError: If `revision` is passed for a local folder.
     """
     folder = Path(name_or_folder)
     if folder.is_dir():

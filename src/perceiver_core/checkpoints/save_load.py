@@ -1,9 +1,9 @@
-"""Saving of models to folders, and loading from them.
+"""Saving models to folders and loading them.
 
-`load` builds the model on the meta device, from registered classes only. It compares all shapes with the file before
-memory is allocated, so that a small malicious file cannot request a large amount. `save` rebuilds the model from its
-configuration in the same way and compares it with the original before writing, so that every saved folder can be
-loaded.
+`load` builds the model from its configuration on the meta device, from registered classes only. It compares all shapes
+with the weights file before allocating memory, so that a small malicious file cannot cause a huge allocation. Before
+writing any files, `save` builds the model from its configuration in the same way and compares it with the original.
+Therefore, every saved model can be loaded.
 """
 
 from __future__ import annotations
@@ -35,21 +35,24 @@ from perceiver_core.checkpoints.state import (
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     """Save a model to a folder.
 
-    Both files are written under temporary names before any existing file is replaced. A tensor with several names (tied
-    weights, or a module used twice) is written once.
+    The folder contains the weights (`model.safetensors`) and the constructor calls that build the model
+    (`config.json`). Both files are written under temporary names before any existing file is replaced. A tensor with
+    several names (tied weights, or a module used twice) is written once. Nothing is written if the model cannot be
+    saved.
 
     Args:
-        model: Model built from registered classes, such as all models of this library. Modules that were passed to a
-            constructor may have been replaced (`model.head = ...`), but settings and inner layers may not. For a model
-            wrapped in `torch.compile`, `DataParallel` or `DistributedDataParallel`, the inner model is saved.
+        model: Model built from registered classes (see `register`), such as all models of this library. Modules that
+            were passed to a constructor may have been replaced (`model.head = ...`). Settings and inner layers must not
+            have been changed. If the model is wrapped in `torch.compile`, `DataParallel` or `DistributedDataParallel`,
+            the inner model is saved.
         folder: Folder to write, created if it does not exist.
 
     Returns:
         Path of the folder.
 
     Raises:
-        ValueError: If a class is not registered, the model was changed so that its constructor calls no longer describe
-            it, a tensor has no values, or two tensors share memory. Nothing is written in this case.
+        ValueError: If a class is not registered, or the model has changes that its constructor calls do not describe.
+        ValueError: If a tensor has no values (for example, on the meta device), or two tensors share memory.
 
     Example:
         >>> import tempfile, torch
@@ -92,7 +95,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside wrappers of torch.compile and data parallelism."""
+    """Return the model inside torch.compile and data-parallel wrappers, or `model` itself if it has no wrapper."""
     if isinstance(model, DataParallel | DistributedDataParallel):
         return unwrapped(model.module)
     return unwrapped(model._orig_mod) if _is_compiled(model) else model  # type: ignore[arg-type]
@@ -106,20 +109,20 @@ def _is_compiled(module: nn.Module) -> bool:
 def load(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> nn.Module:
     """Load a model from a folder written by `save`, in evaluation mode.
 
-    Nothing in the files is executed, and only registered classes are built (see `register`). Weights keep their saved
-    dtype.
+    No code in the files is executed, and only registered classes are instantiated (see `register`). The weights keep
+    their saved dtype.
 
     Args:
-        folder: Folder to read.
-        device: Device of the weights.
+        folder: Folder written by `save`.
+        device: Device to load the weights to.
 
     Returns:
         Model of the class that was saved.
 
     Raises:
-        FileNotFoundError: If the folder or a file in it does not exist.
-        ValueError: If a file is truncated or has another format version, a class is not registered, or the files do not
-            match each other.
+        FileNotFoundError: If the folder or one of its files does not exist.
+        ValueError: If a file is damaged or has a different format version.
+        ValueError: If a class is not registered, or the configuration and the weights do not match.
 
     Example:
         >>> import tempfile, torch
@@ -150,13 +153,17 @@ def load(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") 
 
 
 def _build_without_values(config: registry.Json, tensors: int) -> nn.Module:
-    """Build a model on the meta device, without memory for values. `tensors` is the number of saved tensors.
+    """Build a model on the meta device, without allocating memory for its tensors.
+
+    Args:
+        config: Configuration of the model.
+        tensors: Number of saved tensors. It determines the maximum number of modules.
 
     Raises:
-        ValueError: If the configuration is not of a module, has too many modules for the number of tensors, or if the
-            model has a tensor that is not in its state dict.
+        ValueError: If the configuration does not describe a module, or has too many modules for `tensors` tensors.
+        ValueError: If the model has a tensor that is not in its state dict.
     """
-    # Blocks have fewer modules than tensors. Adapters, activations and dropout have no tensors, but there are few.
+    # Blocks have fewer modules than tensors. Modules without tensors, such as activations, are few.
     with torch.device("meta"), registry.at_most(8 * tensors + 1024):
         model = registry.from_config(config)
     if not isinstance(model, nn.Module):

@@ -1,4 +1,4 @@
-"""State dicts of models: tensor names, shapes, dtypes and memory, and differences between two models."""
+"""Functions on state dicts: tensor names, shapes, dtypes and memory, and differences between two models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from perceiver_core import registry
 
-TensorSpecs = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of each tensor
+TensorSpecs = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of each tensor, keyed by name
 _TORCH_NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
@@ -21,10 +21,11 @@ _TORCH_NAMES = {
 
 
 def state_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of a model's state dict. A tensor with several names is returned under its first name.
+    """Return the tensors of a model's state dict, keyed by name. A tensor with several names has only its first name.
 
     Raises:
-        ValueError: If an entry is not a tensor, or is lazy, sparse, or a wrapper of other tensors.
+        ValueError: If an entry of the state dict is not a tensor.
+        ValueError: If a tensor is lazy, sparse, or a wrapper of other tensors, such as a quantized or sharded tensor.
     """
     state = model.state_dict(keep_vars=True)
     for name, value in state.items():
@@ -55,9 +56,9 @@ def first_names(model: nn.Module) -> dict[str, str]:
 
 
 def assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Replace the tensors of a model with those in `state`, without copying. Tied tensors stay tied.
+    """Replace the tensors of a model with the tensors in `state`, without copying. Tied tensors stay tied.
 
-    The model may be on the meta device. `state` needs only the first name of each tied tensor.
+    The model may be on the meta device. For a tied tensor, `state` needs to contain only its first name.
     """
     new: dict[int, Tensor] = {}
     targets = model.state_dict(keep_vars=True)
@@ -69,7 +70,7 @@ def assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def check_values(tensors: dict[str, Tensor]) -> None:
-    """Check that every tensor has values and that no two tensors share memory."""
+    """Check that no tensor is on the meta device and that no two tensors share memory."""
     spans: list[tuple[str, int, int, str]] = []
     for name, tensor in tensors.items():
         if tensor.is_meta:
@@ -87,12 +88,12 @@ def check_values(tensors: dict[str, Tensor]) -> None:
 
 
 def tensor_specs(tensors: dict[str, Tensor]) -> TensorSpecs:
-    """Return the shape and dtype of each tensor."""
+    """Return the shape and dtype of each tensor, keyed by name."""
     return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
 def specs_in(file: Any) -> TensorSpecs:
-    """Return the shape and dtype of each tensor in an open safetensors file, without reading the values."""
+    """Return the shape and dtype of each tensor in an open safetensors file, keyed by name, without reading values."""
     specs: TensorSpecs = {}
     for name in file.keys():  # noqa: SIM118 (not a dict)
         entry = file.get_slice(name)
@@ -103,7 +104,7 @@ def specs_in(file: Any) -> TensorSpecs:
 
 
 def model_differences(built: nn.Module, model: nn.Module) -> str:
-    """Describe how `model` differs from `built`, the model that its constructor calls build; "" if it does not."""
+    """Describe how `model` differs from `built`, the model built by its constructor calls. Return "" if they match."""
     was, is_ = (
         {path: registry.settings(module) for path, module in either.named_modules(remove_duplicate=False)}
         for either in (built, model)
@@ -126,9 +127,9 @@ def model_differences(built: nn.Module, model: nn.Module) -> str:
 
 
 def spec_differences(expected: TensorSpecs, actual: TensorSpecs) -> str:
-    """Describe differences in names, shapes and dtypes as one line; "" if there are none.
+    """Describe the differences in tensor names, shapes and dtypes as one line. Return "" if there are none.
 
-    Different floating-point dtypes are allowed, such as weights in half precision.
+    Two different floating-point dtypes count as equal, so that weights may be in half precision.
     """
     missing, unknown = sorted(expected.keys() - actual.keys()), sorted(actual.keys() - expected.keys())
     others = []

@@ -16,7 +16,7 @@ from perceiver_core.registry import register
 class LatentMean(nn.Module):
     """Base class of heads on mean-pooled latents.
 
-    It builds the norm and the dropout. Subclasses add the linear layer and `forward`.
+    This class builds the norm and the dropout. Subclasses add the linear layer and `forward`.
     """
 
     def __init__(self, dim: int, norm: Callable[[int], nn.Module], dropout: float) -> None:
@@ -34,8 +34,8 @@ class Classification(LatentMean):
     Args:
         dim: Width of the latents.
         num_classes: Number of classes.
-        norm: Factory `dim -> module` of the norm; `nn.Identity` for the paper's head, which has no norm.
-        dropout: Dropout rate before the linear layer.
+        norm: Factory `dim -> module` for the norm. Use `nn.Identity` for the paper's head, which has no norm.
+        dropout: Rate of the dropout before the linear layer.
 
     Example:
         >>> pc.heads.Classification(32, num_classes=5)(torch.randn(2, 7, 32)).shape
@@ -52,15 +52,15 @@ class Classification(LatentMean):
         self.logits = init.linear(dim, num_classes)
 
     def forward(self, latents: Float[Tensor, "b m d"]) -> Float[Tensor, "b classes"]:
-        """Return the class logits."""
+        """Return the logits of all classes."""
         return self.logits(self.dropout(self.norm(latents.mean(1))))
 
 
 @register
 class Regression(LatentMean):
-    """Regression head on mean-pooled latents, with `num_outputs` output values.
+    """Regression head on mean-pooled latents: norm, dropout, linear layer.
 
-    See `Classification` for the other arguments.
+    `num_outputs` is the number of output values per sample. See `Classification` for the other arguments.
 
     Example:
         >>> pc.heads.Regression(32, num_outputs=3)(torch.randn(2, 7, 32)).shape

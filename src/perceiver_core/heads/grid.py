@@ -17,12 +17,12 @@ from perceiver_core.registry import register
 class Grid(nn.Module):
     """Head that reshapes decoder outputs, one per grid point, to an array such as an optical flow, image or video.
 
-    If `query_inputs` selects points, the outputs stay `b q c`.
+    If only selected grid points are decoded, the outputs are not reshaped.
 
     Args:
-        grid: Grid size; None to use the grid of the queries, which `PerceiverIO` passes to `forward`.
-        head: Head that is applied to each output first, such as `Linear`; none by default.
-        scale: Factor by which all values are multiplied. Perceiver IO uses 0.01 for optical flow.
+        grid: Grid size; None to use the grid size of the queries, which `PerceiverIO` passes to `forward`.
+        head: Head to apply to the outputs before reshaping, such as `Linear`; none by default.
+        scale: Factor that multiplies all values. Perceiver IO uses 0.01 for optical flow.
         channel_axis: Channel axis of the array: 1 for images `b c h w`, 2 for videos `b t c h w`, -1 for channels-last.
 
     Example:
@@ -52,16 +52,16 @@ class Grid(nn.Module):
     def forward(
         self, outputs: Float[Tensor, "b q d"], *, query_inputs: object = None, grid: Sequence[int] | None = None
     ) -> Float[Tensor, "b ..."]:
-        """Return the array, or `b q c` if `query_inputs` selects points.
+        """Return the array, or the outputs `b q c` if only selected grid points are decoded.
 
         Args:
-            outputs: Decoder outputs, one per grid point or selected point.
-            query_inputs: Selected points; None if there is an output for every grid point.
-            grid: Grid size of the queries, if available.
+            outputs: Decoder outputs, one per grid point or selected grid point.
+            query_inputs: Selected grid points (their values are not used); None if all grid points are decoded.
+            grid: Grid size of the queries; None to use the grid size of this head.
 
         Raises:
-            ValueError: If the grid size is unknown, the grid of the queries differs from the grid of this head, or the
-                number of outputs differs from the number of grid points.
+            ValueError: If neither this head nor the queries have a grid size, or if their grid sizes differ.
+            ValueError: If all grid points are decoded and the number of outputs is not the number of grid points.
         """
         values = self.head(outputs) * self.scale
         if query_inputs is not None:

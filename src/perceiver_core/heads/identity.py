@@ -1,4 +1,4 @@
-"""Head for feature extraction, which returns the latents."""
+"""Head that returns the latents, for feature extraction."""
 
 from functools import partial
 

@@ -16,7 +16,7 @@ from perceiver_core.registry import register
 
 @partial(register, name="heads.Linear")
 class Linear(nn.Module):
-    """Head with a linear layer from `dim` to `out_dim`, for example to the channels of a pixel or to logits.
+    """Head that projects every latent or decoder output from width `dim` to width `out_dim` with a linear layer.
 
     Example:
         >>> pc.heads.Linear(32, out_dim=3)(torch.randn(2, 50, 32)).shape
@@ -36,7 +36,7 @@ class Linear(nn.Module):
 
 @register
 class Logits(nn.Module):
-    """Head that projects every latent or decoder output to logits over an adapter's vocabulary.
+    """Head that projects every latent or decoder output to logits over the vocabulary of an adapter.
 
     Args:
         embedding: Adapter with the attributes `dim` and `vocab_size`, such as `adapters.TokenEmbedding`.
@@ -54,13 +54,13 @@ class Logits(nn.Module):
         self.logits = init.linear(self.dim, vocab_size)
 
     def forward(self, latents: Float[Tensor, "b m d"]) -> Float[Tensor, "b m vocabulary"]:
-        """Return one logit per id of the vocabulary."""
+        """Return the vocabulary logits for every latent."""
         return self.logits(latents)
 
 
 @register
 class TiedLogits(nn.Module):
-    """Variant of `Logits` that shares its weight with the adapter's embedding (the parameter `vectors`).
+    """Variant of `Logits` that uses the adapter's embedding (the parameter `vectors`) as the weight, with its own bias.
 
     Example:
         >>> text = pc.adapters.TokenEmbedding(vocab_size=11, dim=32)
@@ -82,12 +82,12 @@ class TiedLogits(nn.Module):
         self.vectors, self.bias = vectors, nn.Parameter(torch.zeros(vocab_size))
 
     def forward(self, latents: Float[Tensor, "b m d"]) -> Float[Tensor, "b m vocabulary"]:
-        """Return one logit per id of the vocabulary."""
+        """Return the vocabulary logits for every latent."""
         return F.linear(latents, self.vectors, self.bias)
 
 
 def _sizes(embedding: nn.Module) -> tuple[int, int]:
-    """Return `dim` and `vocab_size` of an adapter."""
+    """Return the attributes `dim` and `vocab_size` of an adapter."""
     dim, vocab_size = getattr(embedding, "dim", None), getattr(embedding, "vocab_size", None)
     if not isinstance(dim, int) or not isinstance(vocab_size, int):
         raise TypeError(

@@ -1,4 +1,4 @@
-"""Head for outputs of several modalities."""
+"""Head for decoder outputs of several modalities."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from perceiver_core.registry import register
 
 @partial(register, name="heads.Multimodal")
 class Multimodal(nn.Module):
-    """Head for a dictionary of decoder outputs, which applies one head per modality.
+    """Head that applies one head per modality to a dictionary of decoder outputs.
 
     Args:
-        heads: Mapping from modality names to heads, with the same names as the queries. Heads with the attribute `dim`
-            (input width) must have the same `dim`.
+        heads: Mapping from modality names to heads, with a head for each modality of the queries. All heads that have
+            the attribute `dim` (input width) must have the same `dim`.
 
     Example:
         >>> label = pc.heads.SingleQuery(pc.heads.Linear(32, 10))
@@ -47,16 +47,16 @@ class Multimodal(nn.Module):
         query_inputs: Mapping[str, object] | None = None,
         grid: Mapping[str, Sequence[int] | None] | None = None,
     ) -> dict[str, Tensor]:
-        """Apply the head of each modality and return the results by modality.
+        """Apply the head of each modality. Return a dictionary from modality names to results.
 
         Args:
-            outputs: Decoder outputs by modality.
-            query_inputs: Selected queries by modality, for heads that use them, such as `Grid`.
-            grid: Grid size of the queries by modality, if available.
+            outputs: Mapping from modality names to decoder outputs.
+            query_inputs: Mapping from modality names to selected queries, for heads such as `Grid`.
+            grid: Mapping from modality names to the grid sizes of the queries, for heads such as `Grid`.
 
         Raises:
-            ValueError: If a modality has no head.
-            TypeError, ValueError: If a head raises one. The message then names the modality.
+            ValueError: If a modality in `outputs` has no head.
+            TypeError, ValueError: If a head raises this error. The modality is added to the message.
         """
         modalities.check_names("outputs", outputs, self.heads.keys())
         query_inputs, grid = query_inputs or {}, grid or {}

@@ -12,7 +12,7 @@ from perceiver_core.registry import register
 class SingleQuery(nn.Module):
     """Head for decoders with a single query: applies `head` (none by default) and removes the query axis.
 
-    It is used for one output per sample, such as the class logits of an image.
+    Use it for models with one output per sample, such as the class logits of an image.
 
     Example:
         >>> pc.heads.SingleQuery(pc.heads.Linear(32, out_dim=10))(torch.randn(2, 1, 32)).shape
@@ -27,10 +27,10 @@ class SingleQuery(nn.Module):
         self.dim = getattr(head, "dim", None)
 
     def forward(self, outputs: Float[Tensor, "b 1 d"]) -> Float[Tensor, "b values"]:
-        """Return the output of the single query.
+        """Return the output of the single query, without the query axis.
 
         Raises:
-            ValueError: If `outputs` is not `b 1 d`.
+            ValueError: If `outputs` does not have shape `b 1 d`.
         """
         if outputs.ndim != 3 or outputs.shape[1] != 1:
             raise ValueError(f"outputs must be one per sample, b 1 d; got shape {tuple(outputs.shape)}")

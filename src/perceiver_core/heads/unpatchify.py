@@ -18,12 +18,12 @@ from perceiver_core.registry import register
 
 @register
 class Unpatchify(nn.Module):
-    """Head that projects decoder outputs to patches and assembles them to images `b c h w` or videos `b t c h w`.
+    """Head that projects decoder outputs to patches and assembles images `b c h w` or videos `b t c h w` from them.
 
     Args:
         dim: Width of the decoder outputs.
-        grid: Number of patches along each axis; None to use the grid of the queries.
-        patch_size: Patch size: (height, width) for images, (frames, height, width) for videos.
+        grid: Number of patches along each axis; None to use the grid size of the queries.
+        patch_size: Patch size in pixels: (height, width) for images, (frames, height, width) for videos.
         num_channels: Number of image or video channels.
 
     Example:
@@ -59,17 +59,17 @@ class Unpatchify(nn.Module):
     def forward(
         self, outputs: Float[Tensor, "b q d"], *, query_inputs: object = None, grid: Sequence[int] | None = None
     ) -> Float[Tensor, "b ..."]:
-        """Return the images or videos, or the patches `b q values` if `query_inputs` selects patches (see `cut`)."""
+        """Return images or videos, or flattened patches `b q values` if `query_inputs` selects queries."""
         patches = self.patches(outputs, query_inputs=query_inputs, grid=grid)
         if query_inputs is not None:
             return patches
         return unpatchify(patches, self.patch_size, channel_axis=len(self.patch_size) - 1)
 
     def cut(self, pixels: Float[Tensor, "b ..."]) -> Float[Tensor, "b n values"]:
-        """Cut images or videos into flattened patches, one per query, to use as training targets.
+        """Cut images or videos into flattened patches `b n values` in row-major order, to use as training targets.
 
         Raises:
-            ValueError: If the number of channels is wrong, or a size is not a multiple of the patch size.
+            ValueError: If the number of channels is wrong, or the size is not a multiple of the patch size.
         """
         axes = "b c h w" if len(self.patch_size) == 2 else "b t c h w"
         checks.has_shape("pixels", pixels, axes)
@@ -85,12 +85,12 @@ class Unpatchify(nn.Module):
 
 @register
 class Waveform(nn.Module):
-    """Head that projects decoder outputs to patches of samples and concatenates them to waveforms.
+    """Head that projects decoder outputs to patches of samples and concatenates the patches to waveforms.
 
     Args:
         dim: Width of the decoder outputs.
         patch_size: Number of samples per patch.
-        num_channels: Number of audio channels. Waveforms are `b s` for one channel (mono), otherwise `b c s`.
+        num_channels: Number of audio channels. Waveforms have shape `b s` for one channel (mono), otherwise `b c s`.
 
     Example:
         >>> pc.heads.Waveform(32, patch_size=16)(torch.randn(2, 60, 32)).shape
@@ -108,7 +108,7 @@ class Waveform(nn.Module):
         self.samples = init.linear(dim, num_channels * patch_size)
 
     def forward(self, outputs: Float[Tensor, "b q d"]) -> Float[Tensor, "b *c s"]:
-        """Return the waveforms, with one patch per output."""
+        """Return waveforms of `q * patch_size` samples."""
         checks.has_shape("outputs", outputs, "b q d", last=self.dim)
         waveform = unpatchify(self.samples(outputs), (self.patch_size,))
         return waveform[:, 0] if self.num_channels == 1 else waveform

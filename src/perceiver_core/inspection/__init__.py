@@ -1,1 +1,1 @@
-"""Model inspection: strategies and costs of reads, and plots of attention maps, position features, architectures."""
+"""Model inspection: strategies and costs of reads, attention maps, and plots of position features and models."""

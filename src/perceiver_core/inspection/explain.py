@@ -1,4 +1,4 @@
-"""Report on the reads of a model: the strategy of each read, the predicted cost, and the reasons for the choice."""
+"""Report on the reads (cross-attentions) of a model: strategies, predicted costs, and reasons for the choice."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from perceiver_core.reads.strategy import listening
 
 @dataclass(frozen=True)
 class ReadExplanation:
-    """Strategy and predicted cost of one read. Reads that share keys and values count as one read with all queries.
+    """Strategy and predicted cost of one read. Reads that share keys and values are reported as a single read.
 
     Args:
         read: Qualified name of the read's module; empty if the read is the model itself.
-        sizes: Sizes of the read; see `reads.Sizes`.
-        strategy: Strategy that is used.
+        sizes: Sizes of the read; see `reads.Sizes`. The queries of reads that share keys and values are added up.
+        strategy: Strategy that computes the read.
         cost: Predicted cost of the forward pass. `cost.seconds` is the time on one CPU thread or on a whole GPU.
-        why: Reasons for the choice: for each other strategy, its predicted time or why it cannot compute the read.
-            "forced" means that the read is set to a single strategy instead of `reads.Auto`.
+        why: Reasons for the choice: for each of the other strategies, its predicted time, or why it is slow or cannot
+            compute the read. "forced" means that the read is set to a single strategy, not to `reads.Auto`.
     """
 
     read: str
@@ -37,7 +37,7 @@ class ReadExplanation:
 
 
 class ReadExplanations(tuple[ReadExplanation, ...]):
-    """Tuple of the reads of a model in execution order. It prints as a table.
+    """Tuple with one `ReadExplanation` per read of a model, in execution order. It prints as a table.
 
     Example:
         >>> encoder = pc.Encoder(10, num_latents=7, dim=32, num_reads=2, depth=1, num_heads=4, share=False)
@@ -59,15 +59,16 @@ class ReadExplanations(tuple[ReadExplanation, ...]):
 
 
 def explain_reads(model: nn.Module, *inputs: object, **options: object) -> ReadExplanations:
-    """Run a model once and report the strategy of each read, the predicted cost, and the reasons for the choice.
+    """Run a model once, and report the strategy of each read, its predicted cost, and the reasons for the choice.
 
     FLOPs, bytes and milliseconds are predictions of the cost model for the forward pass on one GPU, or on the current
-    number of CPU threads. On CUDA the report also names PyTorch's attention kernel for dense and factored reads. Use
-    `reads.set_strategy` to change the strategy. A compiled model is run without torch.compile. Under torch.compile, a
-    small input may use another strategy, because the choice is then based on typical sizes instead of actual sizes.
+    number of CPU threads. On CUDA, the report also names the PyTorch attention kernel of reads with the `Dense` or
+    `Factored` strategy. Use `reads.set_strategy` to change the strategy. A compiled model is run without torch.compile.
+    With torch.compile, a small input may use a different strategy, because the choice is then based on typical sizes
+    instead of actual sizes.
 
     Args:
-        model: Module with reads: a `Perceiver`, an `Encoder`, a `Decoder`, or your own.
+        model: Module with reads, such as a `Perceiver`, an `Encoder`, a `Decoder`, or a custom module.
         inputs: Positional arguments of the model's `forward`.
         options: Keyword arguments of the model's `forward`.
 
@@ -105,7 +106,7 @@ def explain_reads(model: nn.Module, *inputs: object, **options: object) -> ReadE
 
 @contextmanager
 def _frozen_state(model: nn.Module) -> Iterator[None]:
-    """Context manager that keeps a forward pass from changing running statistics of norms and generator states."""
+    """Context manager that prevents changes to the running statistics of norms and to the generators of modules."""
     moving = [part for part in model.modules() if part.training and hasattr(part, "running_mean")]
     generators = [g for part in model.modules() if isinstance(g := getattr(part, "generator", None), torch.Generator)]
     states = [generator.get_state() for generator in generators]
@@ -142,7 +143,7 @@ def _reason(strategy: Strategy, context: ReadContext, decision: Decision, *, all
 
 
 def _kernel_note(strategy: Strategy, context: ReadContext) -> list[str]:
-    """Return a list with one note that names PyTorch's attention kernel for a read on CUDA; empty for other reads."""
+    """Return a list with the name of PyTorch's attention kernel for a read on CUDA, or an empty list."""
     attention, source = context
     device = source.content().device
     if device.type != "cuda" or isinstance(strategy, Structured) or attention.kernel not in (fastest, sdpa):

@@ -1,7 +1,7 @@
 """Attention maps, and plots of position features and model architectures.
 
-Plots need matplotlib: `pip install "perceiver-core[plots]"`. They are plain `matplotlib.figure.Figure` objects that are
-not attached to a window; save one with `figure.savefig("map.png")`.
+Overlays and plots require matplotlib: `pip install "perceiver-core[plots]"`. Plots are `matplotlib.figure.Figure`
+objects that are not attached to a window. To save a plot, call `figure.savefig("plot.png")`.
 """
 
 from __future__ import annotations
@@ -40,19 +40,20 @@ def attention_map(
     queries: int | Sequence[int] | Tensor | None = None,
     mask: object = None,
 ) -> Float[Tensor, "b h chosen *grid"]:
-    """Return the attention weights between selected latents and all tokens, reshaped to the input grid.
+    """Return the attention weights of selected latents in one read, reshaped to the token grid.
 
     The model runs in evaluation mode and without gradients. Its training mode is restored afterwards.
 
     Args:
         model: Perceiver.
-        inputs: Model inputs.
+        inputs: Input of the model, such as images `b c h w`.
         read: Index of the encoder's read; negative indices count from the last.
         queries: Indices of the selected latents; None for all latents.
-        mask: Mask that is passed to the model with the inputs; None for no mask.
+        mask: Mask of valid inputs, as in `Perceiver.forward`; None for no mask.
 
     Returns:
-        Attention weights `b h chosen *grid`, which sum to 1 over the grid; `b h chosen n` if the tokens have no grid.
+        Attention weights `b h chosen *grid`, where `chosen` is the number of selected latents. They sum to 1 over the
+        grid. If the encoder's input is a tensor `b n c` instead of `Tokens`, the shape is `b h chosen n`.
 
     Example:
         >>> where = pc.positions.Fourier(num_axes=2, num_bands=4, max_resolution=16)
@@ -80,15 +81,16 @@ def overlay(
     """Overlay an attention map on an image, as a heat map that is bright where the weights are large.
 
     Args:
-        image: Image with 1 or 3 channels and any range of values, which is rescaled to [0, 1].
-        weights: Attention map of any size. It is interpolated to the image size and rescaled to [0, 1].
+        image: Image with 1 or 3 channels. Its values are rescaled to [0, 1].
+        weights: Attention map of any size. It is interpolated to the image size, and its values are rescaled to [0, 1].
         strength: Opacity of the attention map, in [0, 1].
 
     Returns:
         RGB image `h w 3`.
 
     Raises:
-        ValueError: If the image does not have 1 or 3 channels, the map is not 2-D, or `strength` is out of range.
+        ValueError: If the image does not have 1 or 3 channels, or the map is not 2-D.
+        ValueError: If `strength` is outside [0, 1].
 
     Example:
         >>> pc.visualize.overlay(torch.rand(1, 60, 44), torch.rand(15, 11)).shape
@@ -106,13 +108,13 @@ def overlay(
 
 
 def position_features(positions: Positions, grid: Sequence[int], *, columns: int = 8, limit: int = 64) -> Figure:
-    """Plot position features: one image per feature for a 2-D grid, or a single image of all features for a 1-D grid.
+    """Plot position features: for a 2-D grid, one image per feature; for a 1-D grid, one image of all features.
 
     Args:
         positions: Position features over one or two axes.
         grid: Grid size, one number per axis.
         columns: Number of images per row of the figure.
-        limit: Maximum number of features to plot. Evenly spaced features are selected if there are more.
+        limit: Maximum number of features to plot. If there are more, evenly spaced features are selected.
 
     Raises:
         ValueError: If the grid does not have one or two axes.
@@ -210,6 +212,6 @@ def _matplotlib() -> ModuleType:
 
 
 def _stretched(x: Tensor) -> Tensor:
-    """Rescale `x` so that its minimum becomes 0 and its maximum 1. A constant becomes 0."""
+    """Rescale `x` so that its minimum becomes 0 and its maximum becomes 1. A constant tensor becomes all zeros."""
     low, high = x.min(), x.max()
     return (x - low) / (high - low).clamp_min(torch.finfo(x.dtype).tiny)

@@ -1,4 +1,4 @@
-"""Loaders and converters for weights of transformers, DeepMind's Haiku code and perceiver-pytorch."""
+"""Functions that load, save and convert models of transformers, DeepMind's Haiku code and perceiver-pytorch."""
 
 from perceiver_core.interop.conversion import convert
 from perceiver_core.interop.haiku import load_haiku

@@ -1,4 +1,4 @@
-"""Constructor arguments of another library's model, checked against its weights."""
+"""Consistency checks between the constructor arguments and the weights of a model from another library."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ T = TypeVar("T")
 
 
 class CheckedArguments:
-    """Constructor arguments from the caller, with the weights to check them against.
+    """Constructor arguments and weights of a model from another library, with methods that compare them.
 
     Args:
-        weights: State dict of the model. Tensors on the meta device suffice, except for `layers`.
-        arguments: Arguments that the caller passed, by name.
+        weights: State dict of the model. The tensors may be on the meta device, unless `layers` is called.
+        arguments: Dictionary of the arguments that the caller passed, keyed by name.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], arguments: Mapping[str, Json]) -> None:
         self.weights, self.arguments = dict(weights), arguments
 
     def get(self, name: str, default: Json) -> Json:
-        """Return the caller's value of an argument, or `default` if there is none. It is not checked."""
+        """Return the value that the caller passed for an argument, or `default`. The value is not checked."""
         return self.arguments.get(name, default)
 
     def agreed(self, name: str, actual: T, key: str) -> T:
-        """Return `actual`, the value of an argument as inferred from weight `key`.
+        """Return `actual`, the value of the argument `name` that was inferred from the weight named `key`.
 
         Raises:
-            ValueError: If the caller passed another value.
+            ValueError: If the caller passed a different value.
         """
         if (given := self.get(name, actual)) != actual:
             raise ValueError(f"{name} must be {actual}, which the weights have ({key}); got {given!r}")
         return actual
 
     def length(self, key: str, axis: int = 0) -> int:
-        """Return the size of an axis of weight `key`.
+        """Return the size of an axis of the weight named `key`.
 
         Raises:
-            ValueError: If the weight is missing or empty, or does not have the axis.
+            ValueError: If the weight is missing, is empty, or does not have the axis.
         """
         if key not in self.weights:
             raise ValueError(f"weights must hold {key}; it is missing. The first are {list(self.weights)[:5]}")
@@ -53,17 +53,18 @@ class CheckedArguments:
         return shape[axis]
 
     def size(self, name: str, key: str, axis: int = 0) -> int:
-        """Return the size of an axis of weight `key`, after checking it against the caller's argument `name`."""
+        """Return `length(key, axis)`, after checking that the caller did not pass a different value for `name`."""
         return self.agreed(name, self.length(key, axis), key)
 
     def heads(self, prefix: str, key: str, default: int) -> tuple[int, int]:
-        """Return the number of heads, and the total width of all heads, which is the number of rows of weight `key`.
+        """Return the number of attention heads and their total width, the number of rows of the weight named `key`.
 
-        The caller's arguments are `{prefix}_heads` and `{prefix}_dim_head`. If one of them is missing, it is inferred
-        from the number of rows. If both are missing, they are `default` and 64.
+        The caller may pass the number of heads as `{prefix}_heads` and the width of a head as `{prefix}_dim_head`. If
+        one of them is missing, it is inferred from the total width. If both are missing, there are `default` heads of
+        width 64.
 
         Raises:
-            ValueError: If the number of heads times the width of a head is not the number of rows.
+            ValueError: If the number of heads times the width of a head is not the total width.
         """
         rows, names = self.length(key), (f"{prefix}_heads", f"{prefix}_dim_head")
         given = {name: self.arguments[name] for name in names if name in self.arguments}
@@ -78,13 +79,14 @@ class CheckedArguments:
         return heads, rows
 
     def layers(self, first: int) -> tuple[int, bool]:
-        """Return the depth, and whether all layers from index `first` on share their weights.
+        """Return the number of layers, and whether the layers from index `first` on share their weights.
 
-        If they do, `self.weights` keeps only one copy of the shared weights, under index `first`.
+        If they do, the weights of all layers after `first` are removed from `self.weights`.
 
         Raises:
-            ValueError: If `depth` differs from the number of layers in the weights (with tied layers it may be larger),
-                or `weight_tie_layers` is set and the layers differ.
+            ValueError: If the caller passed a `depth` that is not the number of layers in the weights. If layers share
+                weights, `depth` may be larger.
+            ValueError: If the caller passed `weight_tie_layers=True` and the weights of the layers differ.
         """
         stored = len({layer for layer in map(layer_of, self.weights) if layer >= 0})
         same = all(self._same_layers(first, other) for other in range(first + 1, stored))
@@ -110,6 +112,6 @@ class CheckedArguments:
 
 
 def layer_of(name: str) -> int:
-    """Return the layer index in a weight name: `layers.{index}.*` or `attn_residuals.{index}.*`, otherwise -1."""
+    """Return the index in a weight name `layers.{index}.*` or `attn_residuals.{index}.*`, or -1 for other names."""
     parts = name.split(".")
     return int(parts[1]) if parts[0] in ("layers", "attn_residuals") and len(parts) > 2 and parts[1].isdecimal() else -1

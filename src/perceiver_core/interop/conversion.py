@@ -1,4 +1,7 @@
-"""Conversion of models between formats, also on the command line as `python -m perceiver_core convert`."""
+"""Conversion of models from transformers, Haiku and perceiver-pytorch to this library, or to transformers.
+
+On the command line, use `python -m perceiver_core convert`.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ NUMERICS = {"transformers": TRANSFORMERS_NUMERICS, "deepmind": DEEPMIND_NUMERICS
 
 
 class _Plan(NamedTuple):
-    """Named tuple of the arguments of `convert`, with the source format and numerics filled in."""
+    """Named tuple of the options of `convert`, with defaults filled in. `path` is the local path of the source."""
 
     path: Path
     source_format: str
@@ -55,31 +58,35 @@ def convert(
     check: bool = False,
     tolerance: float = TOLERANCE,
 ) -> float | None:
-    """Read a model in one format and write it in another, completely or not at all.
+    """Convert a model to the format of this library or of transformers.
+
+    If the conversion fails, the destination is not written.
 
     Args:
-        source: File, folder, or model name on the Hugging Face hub.
+        source: Path of a file or folder, or name of a model on the Hugging Face Hub (`owner/name`).
         destination: Folder to write. It must be empty or not exist yet.
         source_format: Format of the source: "perceiver-core", "transformers", "haiku" or "perceiver-pytorch". By
-            default it is detected from the content.
+            default, `convert` detects it.
         target: Format to write: "perceiver-core" or "transformers".
-        numerics: "transformers" or "deepmind", see `Numerics`. By default "deepmind" if the source format is "haiku",
-            else "transformers".
-        arguments: Values that the source does not contain: arguments of perceiver-pytorch's constructor, or entries of
-            transformers' configuration.
-        check: Whether to also run the model in the other library (transformers or perceiver-pytorch), in float64, and
-            compare the outputs.
-        tolerance: Largest accepted difference between the outputs, in standard deviations of the other library's
-            output. If the difference is larger, or NaN, nothing is written.
+        numerics: Implementation to reproduce, "transformers" or "deepmind" (see `Numerics`). Defaults to "deepmind" for
+            Haiku sources and to "transformers" otherwise. Must be None for perceiver-pytorch sources.
+        arguments: Values that the source does not contain. For perceiver-pytorch sources, these are constructor
+            arguments of the model. For Haiku and perceiver-core sources, these are entries of the transformers
+            configuration. Must be empty for transformers sources.
+        check: Whether to compare the outputs of this library, in float64 on random inputs, with the outputs of the
+            other library (transformers or perceiver-pytorch), which must be installed.
+        tolerance: Largest output difference that `check` accepts, in standard deviations of the other library's
+            output. If the difference is larger or NaN, nothing is written, and the difference is still returned.
 
     Returns:
-        The largest difference between the outputs, in the unit of `tolerance`; None if `check` is False.
+        The largest output difference, in the same unit as `tolerance`; None if `check` is False.
 
     Raises:
-        FileNotFoundError: If the source does not exist, or is a name on the hub and huggingface_hub is not installed.
-        ImportError: If `check` is set and the other library is not installed.
-        ValueError: If the source is of no known format or cannot be converted to the target, or if the destination
-            exists and is not an empty folder.
+        FileNotFoundError: If the source does not exist, or if one of its files is missing.
+        FileNotFoundError: If the source is on the Hugging Face Hub and huggingface_hub is not installed.
+        ImportError: If `check` is True and the other library is not installed.
+        ValueError: If an argument is not valid, or if the source cannot be converted to the target format.
+        ValueError: If the destination is a file or a folder that is not empty, or if it cannot be written.
 
     Example:
         >>> import tempfile
@@ -113,7 +120,7 @@ def convert(
 
 
 def detect_format(path: Path) -> str:
-    """Return the format of a file or folder, one of `FORMATS`. Nothing is unpickled.
+    """Detect the format of a model file or folder, one of `FORMATS`, without unpickling anything.
 
     Raises:
         FileNotFoundError: If the path does not exist, or is a folder without `config.json`.
@@ -131,7 +138,7 @@ def detect_format(path: Path) -> str:
     with path.open("rb") as file:
         start = file.read(1)
     if start == b"\x80" or path.suffix in (".pystate", ".pkl", ".pickle"):
-        return "haiku"  # pickles of protocol 0 or 1 are known only by the file name
+        return "haiku"  # pickles of protocols 0 and 1 have no signature, so their file name decides
     if not zipfile.is_zipfile(path):
         return _safetensors_format(path)
     with zipfile.ZipFile(path) as archive:
@@ -157,11 +164,11 @@ def _safetensors_format(path: Path) -> str:
 
 
 def _free_folder(destination: Path) -> Path:
-    """Check that a folder can be written at `destination`, and return its path with symbolic links resolved."""
+    """Check that a folder can be written at `destination`. Return its path with symbolic links resolved."""
     try:
         place = destination.resolve()
         is_loop = place.is_symlink()
-    except RuntimeError:  # resolve raises it for loops before Python 3.13
+    except RuntimeError:  # before Python 3.13, `resolve` raises it for links that form a loop
         is_loop = True
     if is_loop:
         raise ValueError(f"destination must lead to a folder; {destination} is a link to itself")
@@ -176,7 +183,7 @@ def _free_folder(destination: Path) -> Path:
 
 @contextmanager
 def _as_value_error(message: str) -> Iterator[None]:
-    """Context manager that converts exceptions other than ImportError, OSError and ValueError to ValueErrors."""
+    """Context manager that converts errors other than ImportError, OSError and ValueError to ValueError."""
     try:
         yield
     except (ImportError, OSError, ValueError):
@@ -186,7 +193,7 @@ def _as_value_error(message: str) -> Iterator[None]:
 
 
 def _check_plan(plan: _Plan, *, numerics_given: bool) -> None:
-    """Check that the arguments are valid together and, if `check` is set, that the other library is installed."""
+    """Check that the options are valid and can be combined, and that the library that `check` runs is installed."""
     for name, value, known in (
         ("source_format", plan.source_format, FORMATS),
         ("target", plan.target, TARGETS),
@@ -216,7 +223,7 @@ def _check_plan(plan: _Plan, *, numerics_given: bool) -> None:
 
 
 def _read(plan: _Plan) -> tuple[nn.Module, Config]:
-    """Load the source model, and return it with its transformers configuration (empty for perceiver-pytorch)."""
+    """Load the source model. Return it and its transformers configuration, or {} for perceiver-pytorch."""
     numerics = NUMERICS[plan.numerics]
     if plan.source_format == "transformers":
         return load_transformers(plan.path, numerics=numerics), read_config(plan.path)
@@ -228,7 +235,7 @@ def _read(plan: _Plan) -> tuple[nn.Module, Config]:
 
 
 def _write(model: nn.Module, config: Config, plan: _Plan, folder: Path, name: str) -> nn.Module:
-    """Write a model to a folder, load it again from there, and return the loaded model."""
+    """Write a model to a folder in the target format, load it from there, and return the loaded model."""
     if plan.target == "transformers":
         numerics = NUMERICS[plan.numerics]
         return load_transformers(save_transformers(model, folder, config=config, numerics=numerics), numerics=numerics)
@@ -247,9 +254,9 @@ def _difference(plan: _Plan, folder: Path, model: nn.Module, written: nn.Module)
 
 @contextmanager
 def _all_or_nothing(destination: Path) -> Iterator[Path]:
-    """Context manager that yields a temporary folder and moves it to `destination` on exit.
+    """Context manager that yields a temporary folder and renames it to `destination` on exit.
 
-    After an error, or if the temporary folder was deleted, nothing is written to `destination`.
+    If an error occurs, or if the caller deletes the temporary folder, nothing is written to `destination`.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
     folder = destination.with_name(f"{destination.name}.{secrets.token_hex(8)}.partial")

@@ -1,7 +1,7 @@
-"""Loader of parameters that DeepMind's Perceiver IO code saved with Haiku, such as the published ones.
+"""Loader of Perceiver IO models that were trained with DeepMind's code, which uses Haiku (a JAX library).
 
 Most of the configuration is inferred from the array shapes. Values that shapes do not determine, such as the number of
-heads, default to the published ones. Shapes and dtypes are checked against the model before any array is read.
+heads, default to the values of the published models. Shapes and dtypes are checked before any array is read.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MARKS = {  # parameters that identify an architecture; PIXELS has none of them
 # Published values that shapes do not determine: (self-attention heads, encoder cross-attention heads, num_blocks).
 HEADS = {configs.TEXT: (8, 8, 1), configs.FLOW: (16, 1, 1), configs.MULTIMODAL: (8, 1, 1)}
 IMAGE_HEADS = (8, 1, 8)
-CONTENT_CHANNELS = {configs.PIXELS: 3, configs.CONVOLUTIONAL: 64}  # of a token without its Fourier features
+CONTENT_CHANNELS = {configs.PIXELS: 3, configs.CONVOLUTIONAL: 64}  # channels of a token without Fourier features
 # Entries of transformers' configuration that do not describe the model.
 DESCRIPTIVE = {"architectures", "model_type", "id2label", "label2id", "layer_norm_eps", "initializer_range"}
 DESCRIPTIVE |= {"transformers_version", "torch_dtype", "dtype", "_name_or_path"}
@@ -45,25 +45,27 @@ TRAINING_STATE = re.compile(r"/~/(mean|var)_ema/(hidden|counter)$")  # internals
 
 
 def load_haiku(path: str | PathLike[str], *, numerics: Numerics = DEEPMIND_NUMERICS, **config: Json) -> PerceiverIO:
-    """Load a model of DeepMind's Perceiver IO code.
+    """Load a Perceiver IO model from Haiku parameters saved by DeepMind's code.
 
     Args:
-        path: File with Haiku's parameters: the published pickle, or an `.npz` of arrays named `scope/parameter`. Only
-            dictionaries and arrays in a pickle are read, and no code is executed. The file name does not matter.
-        numerics: Numerics of the model; see `interop.Numerics`.
-        config: Values that shapes do not determine, under their names in transformers' configuration: numbers of
-            heads, `num_blocks`, image sizes. The default is the published value. Image classifiers with Fourier
-            features also accept `max_resolution`, the height and width whose Nyquist frequencies are the highest bands
-            (published: [224, 224], or [56, 56] after a convolution). `num_bands` is inferred from shapes.
+        path: File with Haiku parameters: a pickle, such as the published files, or an `.npz` file with arrays named
+            `scope/parameter`. A pickle may contain only dictionaries and arrays. No code in it is executed. The format
+            is detected from the content, not from the file name.
+        numerics: `interop.DEEPMIND_NUMERICS` to reproduce the outputs of DeepMind's code, or
+            `interop.TRANSFORMERS_NUMERICS` to reproduce the outputs of transformers.
+        config: Entries of the transformers configuration that array shapes do not determine, such as
+            `num_self_attention_heads`, `num_blocks` and `train_size`. They default to the values of the published
+            models. Image classifiers with Fourier features also accept `max_resolution`, the height and width whose
+            Nyquist frequencies are the highest bands (published: [224, 224], or [56, 56] with a convolutional stem).
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        TypeError: If a name in `config` is not in transformers' configuration.
-        ValueError: If the file holds anything but parameters of a published architecture, or they do not match
-            `config`.
+        TypeError: If a name in `config` is not an entry of the transformers configuration.
+        ValueError: If the file does not contain Haiku parameters of a published architecture.
+        ValueError: If the parameters do not match `config`.
 
     Example:
         >>> model = pc.interop.load_haiku("imagenet_fourier_position_encoding.pystate")  # doctest: +SKIP
@@ -73,7 +75,7 @@ def load_haiku(path: str | PathLike[str], *, numerics: Numerics = DEEPMIND_NUMER
 
 
 def load_with_config(path: Path, numerics: Numerics, given: Config) -> tuple[PerceiverIO, dict[str, Json]]:
-    """Load a model as `load_haiku` does, and return it with its transformers configuration."""
+    """Load a model as `load_haiku` does, with `given` as its `config`. Return it and its transformers configuration."""
     if unknown := sorted(given.keys() - configs.DEFAULTS.keys() - configs.FOURIER.keys() - DESCRIPTIVE):
         raise TypeError(
             f"a configuration of Perceiver IO has no {unknown}; it has {sorted(configs.DEFAULTS | configs.FOURIER)}"
@@ -93,7 +95,7 @@ def load_with_config(path: Path, numerics: Numerics, given: Config) -> tuple[Per
 
 @contextmanager
 def _open_parameters(path: Path) -> Iterator[dict[str, ArrayHeader]]:
-    """Context manager that yields the array headers of a file by `scope/parameter`; arrays can be read inside it."""
+    """Context manager that yields a dictionary of the array headers in a file, keyed by `scope/parameter`."""
     if not path.is_file():
         raise FileNotFoundError(f"path must be a file of Haiku's parameters; there is none at {path}")
     if not 0 < (size := path.stat().st_size) <= LARGEST_FILE:
@@ -102,7 +104,7 @@ def _open_parameters(path: Path) -> Iterator[dict[str, ArrayHeader]]:
         start = file.read(6)
     if start == b"\x93NUMPY":
         raise ValueError(f"{path} holds a single array; give an .npz of all, named scope/parameter")
-    if start[:2] == b"PK":  # a zip file; in a pickle, a first byte P is an instruction that safe_pickle rejects
+    if start[:2] == b"PK":  # a zip file, as safe_pickle would reject a pickle that starts with P
         with open_npz(path) as arrays:
             yield arrays
     else:
@@ -110,7 +112,7 @@ def _open_parameters(path: Path) -> Iterator[dict[str, ArrayHeader]]:
 
 
 def _inferred_config(checked: CheckedArguments) -> dict[str, Json]:
-    """Infer the configuration from shapes, with published values for the rest."""
+    """Infer the transformers configuration from array shapes. Other entries get the values of the published model."""
     names, length = checked.weights, checked.length
     architecture = next((architecture for mark, architecture in MARKS.items() if mark in names), configs.PIXELS)
     heads, cross_heads, blocks = HEADS.get(architecture, IMAGE_HEADS)
@@ -136,7 +138,10 @@ def _inferred_config(checked: CheckedArguments) -> dict[str, Json]:
 
 
 def _inferred_ends(architecture: str, checked: CheckedArguments, attention: str, input_norm: str) -> dict[str, Json]:
-    """Infer the configuration entries that depend on the architecture's inputs and outputs."""
+    """Infer the configuration entries that describe the inputs and outputs of the architecture.
+
+    `attention` is the name of a self-attention layer in the encoder, and `input_norm` the norm of the encoder inputs.
+    """
     length, fourier = checked.length, sorted(checked.arguments.keys() & configs.FOURIER.keys())
     if fourier and architecture not in CONTENT_CHANNELS:
         raise ValueError(f"{fourier} must be left out: the file holds a {architecture}, for which they are fixed")
@@ -161,7 +166,7 @@ def _inferred_ends(architecture: str, checked: CheckedArguments, attention: str,
 
 
 def _num_bands(checked: CheckedArguments, architecture: str, key: str) -> int:
-    """Infer the number of Fourier bands from the token width."""
+    """Infer the number of Fourier bands from the token width, which is the length of the parameter named `key`."""
     width, content = checked.length(key), CONTENT_CHANNELS[architecture]
     bands, rest = divmod(width - content - 2, 4)  # for each of two axes: the coordinate, num_bands sines and cosines
     if rest or bands < 1:

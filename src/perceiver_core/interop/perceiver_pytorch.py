@@ -1,6 +1,6 @@
-"""Conversion of perceiver-pytorch (lucidrains) models from their weights and constructor arguments.
+"""Loader of perceiver-pytorch (lucidrains) models from their weights and constructor arguments.
 
-Most constructor arguments are inferred from the weights; `load_perceiver_pytorch` lists those that the caller passes.
+Most constructor arguments are inferred from the weights. `load_perceiver_pytorch` documents the others.
 In the code, `theirs` is perceiver-pytorch and `ours` is this library.
 """
 
@@ -40,18 +40,18 @@ from perceiver_core.registry import Json
 
 
 class Layout(NamedTuple):
-    """Module names in one version of a perceiver-pytorch model. {0} is the layer index, {1} the self-attend index."""
+    """Names of the model class and its modules in one version of perceiver-pytorch. {0} and {1} stand for indices."""
 
-    model: str
-    read: str
-    read_mlp: str
-    self_attend: str
+    model: str  # name of the class
+    read: str  # name of the cross-attention in layer {0}
+    read_mlp: str  # name of the MLP after the cross-attention in layer {0}
+    self_attend: str  # name of self-attention block {1} in layer {0}
 
 
 LAYOUTS = (
     Layout("Perceiver", "layers.{0}.cross_attn", "layers.{0}.cross_ff", "layers.{0}.self_attns.{1}"),
     Layout("PerceiverIO", "cross_attend_block.cross_attn", "cross_attend_block.cross_ff", "layers.{0}.self_attns.{1}"),
-    Layout("Perceiver", "layers.{0}.0", "layers.{0}.1", "layers.{0}.2.{1}"),  # this and the next: versions 0.8 to 0.10
+    Layout("Perceiver", "layers.{0}.0", "layers.{0}.1", "layers.{0}.2.{1}"),  # versions 0.8 to 0.10, like the next
     Layout("PerceiverIO", "cross_attend_blocks.0", "cross_attend_blocks.1", "layers.{0}"),
 )
 COMMON = {
@@ -85,27 +85,30 @@ RESIDUAL = WeightMapping(
 def load_perceiver_pytorch(
     state_dict: Mapping[str, Tensor] | str | os.PathLike[str], **arguments: Json
 ) -> Perceiver | PerceiverIO:
-    """Convert perceiver-pytorch's `Perceiver` or `PerceiverIO` to this library's model with the same outputs.
+    """Load the weights of perceiver-pytorch's `Perceiver` or `PerceiverIO` into a model of this library.
 
-    The weight names determine the model class. The model takes the same inputs as the original, so images are
-    `b h w c`. Queries of `PerceiverIO` are passed as `model(data, mask=mask, query_inputs=queries)`.
+    The model computes the same outputs as the original. Its class is inferred from the weight names. Its inputs have
+    the same layout as in perceiver-pytorch, so images are `b h w c`. To pass queries to a `PerceiverIO`, call
+    `model(data, mask=mask, query_inputs=queries)`.
 
     Args:
         state_dict: State dict of the original model (perceiver-pytorch 0.8 or newer), or path of a safetensors file.
-            Its tensors are used as the weights, without a copy.
-        arguments: Constructor arguments of the original, by name. Perceiver requires `max_freq`, unless
+            The tensors of a state dict are not copied, so the new model shares their memory.
+        arguments: Constructor arguments of the original model. `Perceiver` requires `max_freq`, unless
             `fourier_encode_data=False`. Pass `cross_heads`, `latent_heads`, `input_channels`, `input_axis` and
-            `inverted_cross_attn` if they are not perceiver-pytorch's defaults, and dropout rates for further training.
-            All other arguments are inferred from the weights.
+            `inverted_cross_attn` if they differ from perceiver-pytorch's defaults. Pass dropout rates if you want to
+            train the model. The other arguments are inferred from the weights.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        TypeError: If `state_dict` is neither a state dict nor a path, or if the original has no such argument.
-        ValueError: If an argument is not valid or does not match the weights, weights are missing, unexpected or of
-            a wrong shape, or `inverted_cross_attn` is not the same for all layers.
+        TypeError: If `state_dict` is neither a state dict nor a path.
+        TypeError: If `arguments` contains a name that is not an argument of the original constructor.
+        ValueError: If an argument is not valid, does not match the weights, or is required but missing.
+        ValueError: If `inverted_cross_attn` is not the same for all layers.
+        ValueError: If weights are missing, are unexpected, or have the wrong shape.
 
     Example:
         >>> # the weights of Perceiver(depth=1, self_per_cross_attn=0, final_classifier_head=False, ...)
@@ -142,12 +145,12 @@ def load_perceiver_pytorch(
 
 
 def layout_of(names: Container[str]) -> Layout | None:
-    """Return the layout that the names in a state dict match, or None if they match none."""
+    """Return the entry of `LAYOUTS` that matches the names in a state dict, or None if there is none."""
     return next((layout for layout in LAYOUTS if f"{layout.read.format(0)}.norm_context.weight" in names), None)
 
 
 def _perceiver(checked: CheckedArguments, layout: Layout) -> tuple[Perceiver, WeightMapping]:
-    """Build perceiver-pytorch's Perceiver from this library's modules; return it with its weight mapping."""
+    """Build the model of this library that corresponds to a `Perceiver`. Return it and its weight mapping."""
     adapter = _grid(checked, f"{layout.read.format(0)}.norm_context.weight")
     depth, tied = checked.layers(first=1)
     self_attends = 0
@@ -165,7 +168,7 @@ def _perceiver(checked: CheckedArguments, layout: Layout) -> tuple[Perceiver, We
         aggregate=residual,
     )
     entries = [Entry("encoder.latents", "latents")]
-    for i in set(encoder.sharing.reads):  # also the index of the first layer with these weights
+    for i in set(encoder.sharing.reads):  # i is also the index of the first layer with these weights
         entries += _read_entries(f"encoder.reads.{i}.", layout, i)
         for j in range(self_attends):
             entries += _self_attend_entries(f"encoder.transformers.{i}.blocks.{j}.", layout.self_attend.format(i, j))
@@ -178,7 +181,7 @@ def _perceiver(checked: CheckedArguments, layout: Layout) -> tuple[Perceiver, We
 
 
 def _perceiver_io(checked: CheckedArguments, layout: Layout) -> tuple[PerceiverIO, WeightMapping]:
-    """Build perceiver-pytorch's PerceiverIO from this library's modules; return it with its weight mapping."""
+    """Build the model of this library that corresponds to a `PerceiverIO`. Return it and its weight mapping."""
     depth, tied = checked.layers(first=0)
     grid = Grid(checked.size("dim", f"{layout.read}.norm_context.weight"), positions=None)
     rate, blocks, residual = checked.get("seq_dropout_prob", 0.0), 1 if tied else depth, _attention_residual(checked)
@@ -198,7 +201,7 @@ def _perceiver_io(checked: CheckedArguments, layout: Layout) -> tuple[PerceiverI
 def _encoder(
     checked: CheckedArguments, layout: Layout, transformer: partial[LatentTransformer], **arguments: Any
 ) -> Encoder:
-    """Build the encoder. `arguments` are the `Encoder` arguments that differ between Perceiver and PerceiverIO."""
+    """Build the encoder. `arguments` are `Encoder` arguments that differ between `Perceiver` and `PerceiverIO`."""
     kernel = {"kernel": inverted} if _is_inverted(checked) else {}
     cross_heads, cross_dim = checked.heads("cross", f"{layout.read.format(0)}.fn.to_q.weight", 1)
     key = f"{layout.self_attend.format(0, 0)}.0.fn.to_q.weight"
@@ -220,7 +223,7 @@ def _cross_attend(checked: CheckedArguments, qk_dim: int, **kernel: Any) -> part
 
 
 def _attention(checked: CheckedArguments, qk_dim: int, **kernel: Any) -> partial[MultiHeadAttention]:
-    """Return the attention factory: no bias for queries, keys and values, and a total head width of `qk_dim`."""
+    """Return a factory of attention layers. Queries, keys and values have no bias and a total width of `qk_dim`."""
     return partial(MultiHeadAttention, bias=False, qk_dim=qk_dim, dropout=checked.get("attn_dropout", 0.0), **kernel)
 
 
@@ -238,7 +241,7 @@ def _is_inverted(checked: CheckedArguments) -> bool:
 
 
 def _attention_residual(checked: CheckedArguments) -> partial[AttentionResidual] | None:
-    """Return the factory of the attention residuals, or None if the model has none."""
+    """Return a factory of `AttentionResidual` modules, or None if the model has none."""
     key = "attn_residuals.0.to_attn_logits.1.weight"
     if not checked.agreed("attn_residual", key in checked.weights, key):
         return None
@@ -263,7 +266,10 @@ def _decoder(checked: CheckedArguments, layout: Layout, dim: int) -> tuple[Decod
 
 
 def _grid(checked: CheckedArguments, key: str) -> Grid:
-    """Build the input adapter, with Fourier features unless `fourier_encode_data` is False."""
+    """Build the input adapter. The token width is the size of the weight named `key`.
+
+    The adapter adds Fourier features, unless `fourier_encode_data` is False.
+    """
     width = checked.length(key)
     if not checked.get("fourier_encode_data", True):
         return Grid(checked.agreed("input_channels", width, key), positions=None)

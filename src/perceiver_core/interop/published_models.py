@@ -1,7 +1,7 @@
-"""Builders of the seven published Perceiver IO models from their transformers configurations.
+"""Functions that build the seven published Perceiver IO models from transformers configurations.
 
-The transformers models differ in four details from DeepMind's JAX code, which trained the weights. `Numerics` selects
-between the two.
+The implementation in transformers differs in four details from DeepMind's JAX code, with which the weights were
+trained. `Numerics` selects between the two. In the code, `c` is the configuration and `n` the numerics.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from perceiver_core.models import PerceiverIO
 
 
 class Numerics(NamedTuple):
-    """Details that differ between transformers and DeepMind's code, which the published weights were trained with.
+    """Named tuple of the details in which transformers differs from DeepMind's code.
 
-    `interop.TRANSFORMERS_NUMERICS` reproduces the outputs of transformers, `interop.DEEPMIND_NUMERICS` the outputs of
-    DeepMind's code.
+    The published weights were trained with DeepMind's code. `interop.TRANSFORMERS_NUMERICS` reproduces the outputs of
+    transformers. `interop.DEEPMIND_NUMERICS` reproduces the outputs of DeepMind's code.
 
     Args:
-        activation: Activation of all MLPs if the configuration has "gelu". DeepMind uses the tanh approximation of
-            GELU, transformers the exact GELU.
-        stem: Factory of the stem in the convolutional image classifier. DeepMind pads before the convolution and before
-            the pooling, transformers only before the convolution.
-        query_residual: Whether the decoder of the image classifier with learned positions adds its query to the output
-            of its cross-attention. It does in transformers and does not in DeepMind's code.
-        transposed_stem: Whether height and width of that stem's kernel are swapped in the transformers weight file.
-            They are in the published weights, as a result of their conversion to transformers.
+        activation: Activation of all MLPs if `hidden_act` is "gelu" in the configuration. DeepMind's code uses the tanh
+            approximation of GELU. transformers uses the exact GELU.
+        stem: Factory of the stem in the convolutional image classifier. DeepMind's code pads before the convolution and
+            before the pooling. transformers pads only before the convolution.
+        query_residual: Whether the decoder of the image classifier with learned positions adds the query to the output
+            of the cross-attention. True for transformers and False for DeepMind's code.
+        transposed_stem: Whether to swap height and width of the kernel in the convolutional stem when it is loaded from
+            transformers. The conversion of the published weights to transformers swapped them.
 
     Example:
         >>> pc.interop.DEEPMIND_NUMERICS.activation
@@ -54,7 +54,7 @@ DEEPMIND_NUMERICS = Numerics(nn.GELU("tanh"), adapters.ConvStem, query_residual=
 
 
 def build(config: Config, numerics: Numerics = TRANSFORMERS_NUMERICS) -> PerceiverIO:
-    """Build the model that a configuration describes, with newly initialized weights.
+    """Build the model that a transformers configuration describes, with randomly initialized weights.
 
     Raises:
         ValueError: If the configuration is not valid.
@@ -81,14 +81,14 @@ def sequence_classification(c: Config, n: Numerics) -> PerceiverIO:
 
 
 def image_classification_learned(c: Config, n: Numerics) -> PerceiverIO:
-    """Build the image classifier on linearly projected pixels with learned position encodings."""
+    """Build the image classifier with linearly projected pixels and learned position encodings."""
     learned = positions.Projected(positions.LearnedGrid((c["image_size"],) * 2, 256), 256)
     image = adapters.Image(3, positions=learned, stem=partial(adapters.Project, dim=256))
     return _classifier(image, c, n, residual=n.query_residual)
 
 
 def image_classification_fourier(c: Config, n: Numerics) -> PerceiverIO:
-    """Build the image classifier on pixels with Fourier position encodings."""
+    """Build the image classifier with raw pixels and Fourier position encodings."""
     return _classifier(adapters.Image(3, positions=_fourier(c, published=224)), c, n)
 
 
@@ -98,7 +98,10 @@ def image_classification_convolutional(c: Config, n: Numerics) -> PerceiverIO:
 
 
 def optical_flow(c: Config, n: Numerics) -> PerceiverIO:
-    """Build the optical flow model. Outputs `b 2 h w` are (x, y) displacements from frame 1 to 2, in pixels / 20."""
+    """Build the optical flow model.
+
+    The output `b 2 h w` is the (x, y) displacement of each pixel from frame 1 to frame 2, in units of 20 pixels.
+    """
     size = tuple(c["train_size"])
     pair = adapters.FramePair(positions=positions.Fourier(2, 64, max_resolution=size))
     encoder = _encoder(pair.dim, c, n)
@@ -107,7 +110,7 @@ def optical_flow(c: Config, n: Numerics) -> PerceiverIO:
 
 
 def multimodal_autoencoding(c: Config, n: Numerics) -> PerceiverIO:
-    """Build the autoencoder of video, audio and class label. The label is always masked in the input."""
+    """Build the autoencoder for video, audio and class labels. In the input, the label is always masked."""
     patch, frames, side = c["samples_per_patch"], c["num_frames"], c["image_size"]
     samples, dim = frames * c["audio_samples_per_frame"], c["output_num_channels"]
     audio = positions.Fourier(1, 192, max_resolution=samples)
@@ -157,7 +160,8 @@ def _text(c: Config) -> adapters.TokenEmbedding:
 
 def _fourier(c: Config, *, published: int) -> positions.Fourier:
     resolution = c["max_resolution"] or [published] * 2
-    resolution = published if list(resolution) == [published] * 2 else resolution  # for equal model configs
+    # One number instead of two equal ones, so that equal models have equal configs.
+    resolution = published if list(resolution) == [published] * 2 else resolution
     return positions.Fourier(2, c["num_bands"], max_resolution=resolution)
 
 

@@ -1,4 +1,4 @@
-"""Weight names of the published models in this library (`ours`), transformers and Haiku, and the transforms."""
+"""Weight mappings of the published models from transformers and from Haiku to this library (`ours`)."""
 
 from __future__ import annotations
 
@@ -23,18 +23,15 @@ from perceiver_core.interop.weight_mapping import (
 
 
 class Part(NamedTuple):
-    """Tensor of a module: suffixes of its names, and the transforms to this library's layout.
+    """Tensor of a module, such as its bias: the ends of its names, and the transforms to this library's layout."""
 
-    `suffix` is the same in this library and in transformers. `haiku` is None if Haiku does not store the tensor.
-    """
-
-    suffix: str
-    haiku: str | None
+    suffix: str  # end of the tensor name in this library and in transformers
+    haiku: str | None  # end of the tensor name in Haiku; None if Haiku does not store the tensor
     from_haiku: Transform = UNCHANGED
     from_transformers: Transform = UNCHANGED
 
 
-# Module or tensor: name in this library, in transformers and in Haiku, and its tensors.
+# Name of a module or tensor in this library, in transformers and in Haiku, and the tensors of the module.
 Row: TypeAlias = tuple[str, str, str, Sequence[Part]]
 
 KERNEL = rearranged("height width input output -> output input height width")
@@ -79,7 +76,7 @@ QUERY, POSITIONS = "output_position_encodings.position_embeddings", "trainable_p
 
 
 def from_transformers(config: Config, *, transposed_stem: bool) -> WeightMapping:
-    """Return the mapping from transformers' weights to this library's. See `Numerics` for `transposed_stem`."""
+    """Return the mapping from weights of transformers to this library. See `Numerics` for `transposed_stem`."""
     stem = TRANSPOSED if transposed_stem else UNCHANGED
     return WeightMapping(
         Entry(ours + part.suffix, transformers + part.suffix, part.from_transformers)
@@ -89,7 +86,7 @@ def from_transformers(config: Config, *, transposed_stem: bool) -> WeightMapping
 
 
 def from_haiku(config: Config, names: Collection[str]) -> WeightMapping:
-    """Return the mapping from Haiku's parameters to this library's weights. `names` are Haiku's parameter names."""
+    """Return the mapping from Haiku parameters to weights of this library. `names` are the parameter names."""
     return WeightMapping(
         Entry(ours + part.suffix, () if part.haiku is None else haiku + part.haiku, part.from_haiku)
         for ours, _, haiku, parts in _rows(config, haiku_encoder=haiku_encoder(names))
@@ -100,13 +97,17 @@ def from_haiku(config: Config, names: Collection[str]) -> WeightMapping:
 def load_weights(
     model: nn.Module, mapping: WeightMapping, headers: Mapping[str, Tensor], read: Callable[[], Mapping[str, Tensor]]
 ) -> None:
-    """Check weight headers against a model on the meta device, then read and assign the weights.
+    """Load weights into a model on the meta device. Names, shapes and dtypes are checked before weights are read.
 
     Args:
         model: Model on the meta device. It is set to evaluation mode.
-        mapping: Mapping from the source project's weights to the model's.
-        headers: Meta tensors with the shapes and dtypes of the source weights.
-        read: Function that reads the source weights.
+        mapping: Mapping from weights of the other project to weights of the model.
+        headers: Dictionary of meta tensors with the shapes and dtypes of the other project's weights, keyed by name.
+        read: Function that reads the other project's weights from the file.
+
+    Raises:
+        ValueError: If the headers do not match the model.
+        ValueError: If the weights do not all have the same floating-point dtype.
     """
     check_floats({name: header for name, header in headers.items() if not name.endswith("_tracked")})
     mapping.check(headers, like=state_tensors(model))
@@ -115,13 +116,13 @@ def load_weights(
 
 
 def haiku_encoder(names: Collection[str]) -> str:
-    """Return the encoder scope that occurs in Haiku's parameter names, or "perceiver_encoder/~" if none does."""
+    """Return the prefix of the encoder's parameter names in Haiku: "perceiver_encoder/~" (default) or "encoder/~"."""
     scopes = ("perceiver_encoder/~", "encoder/~")
     return next((scope for scope in scopes if any(name.startswith(f"{scope}/") for name in names)), scopes[0])
 
 
 def _rows(config: Config, *, haiku_encoder: str = "", stem: Transform = UNCHANGED) -> list[Row]:
-    """Return the table rows for the architecture that `config` describes."""
+    """Return one `Row` for each module of the model that `config` describes."""
     architecture, completed = configs.architecture_of(config), configs.complete(config)
     decoder, scope = "perceiver.decoder" + ".decoder" * (architecture != configs.TEXT), HAIKU_DECODERS[architecture]
     reads = f"{haiku_encoder}/cross_attention", f"{scope}/cross_attention"
@@ -131,7 +132,7 @@ def _rows(config: Config, *, haiku_encoder: str = "", stem: Transform = UNCHANGE
         *_within("decoder.cross_attention", f"{decoder}.decoding_cross_attention", reads[1], CROSS_ATTEND),
     ]
     for i in range(completed["num_self_attends_per_block"]):
-        layer = f"{haiku_encoder}/self_attention{f'_{i}' if i else ''}"  # Haiku adds no number to the first
+        layer = f"{haiku_encoder}/self_attention{f'_{i}' if i else ''}"  # Haiku does not number the first module
         rows += _within(f"encoder.transformers.0.blocks.{i}", f"perceiver.encoder.self_attends.{i}", layer, SELF_ATTEND)
     if architecture != configs.TEXT:
         rows.append(("decoder.output", f"{decoder}.final_layer", f"{scope}/output", LINEAR))
@@ -145,7 +146,7 @@ def _within(ours: str, transformers: str, haiku: str, rows: Sequence[Row]) -> li
 
 
 def _outer_rows(architecture: str, image_size: int, stem: Transform) -> list[Row]:
-    """Return the table rows for the adapter, and for the queries and heads that are specific to one architecture."""
+    """Return the rows of the adapter, and of the queries and the head that only this architecture has."""
     inputs, network = "perceiver.input_preprocessor", "image_preprocessor/~_build_network_inputs"
     learned, downsample = f"{inputs}.position_embeddings", "image_preprocessor/~/conv2_d_downsample/~"
     reshaped = rearranged("(height width) dim -> height width dim", height=image_size)

@@ -1,8 +1,8 @@
-"""Comparison of this library's outputs with outputs of the original models, run in their own libraries.
+"""Comparison of the outputs of this library's models with the original models in transformers and perceiver-pytorch.
 
-In the code, `theirs` is the original model and `ours` is this library's model. Both run on random inputs in float64, to
-make rounding errors negligible. Differences are measured in standard deviations of the original's output, because the
-outputs of the architectures differ in scale: optical flow is multiplied by 0.01, logits are not.
+Both models run on the same random inputs in float64, so that rounding errors are negligible. Output differences are
+measured in standard deviations of the original output, because the output scale depends on the architecture: optical
+flow is multiplied by 0.01, logits are not. In the code, `theirs` is the original model and `ours` is this library's.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Inputs: TypeAlias = dict[str, Json]
 
 
 def library(name: str) -> ModuleType:
-    """Import the module that defines the models of "transformers" or "perceiver-pytorch"."""
+    """Import and return the module with the Perceiver models of "transformers" or "perceiver-pytorch"."""
     try:
         if name == "transformers":
             from transformers.models.perceiver import modeling_perceiver as module
@@ -41,10 +41,10 @@ def library(name: str) -> ModuleType:
 
 @torch.no_grad()
 def transformers(folder: Path, ours: nn.Module) -> float:
-    """Return the largest output difference between a transformers model and this library's model.
+    """Return the largest output difference, in standard deviations, between a transformers model and `ours`.
 
     Args:
-        folder: Folder of the transformers model.
+        folder: Folder with the transformers model.
         ours: This library's model, in evaluation mode. It is converted to float64 in-place.
     """
     modeling = library("transformers")
@@ -56,17 +56,17 @@ def transformers(folder: Path, ours: nn.Module) -> float:
         expected = theirs(**their_inputs).logits
         if architecture == configs.FLOW:
             expected = expected.movedim(-1, 1)
-        del theirs  # to save memory: each optical flow model needs gigabytes
+        del theirs  # to save memory: each of the two optical flow models needs gigabytes
         return largest_difference(expected, ours.double()(**inputs))
 
 
 @torch.no_grad()
 def perceiver_pytorch(path: Path, arguments: Config, ours: nn.Module) -> float:
-    """Return the largest output difference between a perceiver-pytorch model and this library's model.
+    """Return the largest output difference, in standard deviations, between a perceiver-pytorch model and `ours`.
 
     Args:
         path: Safetensors file with the weights of the perceiver-pytorch model.
-        arguments: Constructor arguments of the perceiver-pytorch model. Here, none are inferred from the weights.
+        arguments: Constructor arguments of the perceiver-pytorch model. No argument is inferred from the weights.
         ours: This library's model, in evaluation mode. It is converted to float64 in-place.
     """
     module, weights = library("perceiver-pytorch"), read_state_dict(path)
@@ -87,7 +87,10 @@ def perceiver_pytorch(path: Path, arguments: Config, ours: nn.Module) -> float:
 
 
 def largest_difference(expected: Outputs, actual: Outputs) -> float:
-    """Return the largest output difference, in standard deviations of the expected tensors; NaN if any is NaN."""
+    """Return the largest absolute output difference, in standard deviations of the expected tensor.
+
+    Dictionaries are compared tensor by tensor. If any difference is NaN, the result is NaN.
+    """
     if isinstance(expected, Mapping) and isinstance(actual, Mapping):
         return float(torch.tensor([largest_difference(expected[name], actual[name]) for name in expected]).max())
     if not isinstance(expected, Tensor) or not isinstance(actual, Tensor) or expected.shape != actual.shape:
@@ -102,7 +105,7 @@ def _layout(outputs: Outputs) -> object:
 
 @contextmanager
 def _in_float64(modeling: ModuleType | None = None) -> Iterator[None]:
-    """Context manager that makes float64 the default dtype, also for transformers' positions (normally float32)."""
+    """Context manager that makes float64 the default dtype, also for grid coordinates in transformers' `modeling`."""
     default, positions = torch.get_default_dtype(), getattr(modeling, "build_linear_positions", None)
     torch.set_default_dtype(torch.float64)
     try:
@@ -118,20 +121,20 @@ def _in_float64(modeling: ModuleType | None = None) -> Iterator[None]:
 def _linear_positions(
     index_dims: Sequence[int], output_range: tuple[float, float] = (-1.0, 1.0), device: torch.device | None = None
 ) -> Tensor:
-    """Return grid points like transformers' `build_linear_positions`, but in the default dtype instead of float32."""
+    """Return the coordinates of transformers' `build_linear_positions`, in the default dtype instead of float32."""
     first, last = output_range
     axes = [torch.linspace(first, last, size, device=device) for size in index_dims]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
 
 
 def _inputs(architecture: str, config: Config) -> tuple[Inputs, Inputs]:
-    """Return one random batch as keyword arguments of the transformers model and of this library's model."""
+    """Return the same random batch as keyword arguments for the transformers model and for this library's model."""
     if architecture in (configs.TEXT, configs.SEQUENCE):
         length = config["max_position_embeddings"]
         ids = torch.randint(config["vocab_size"], (3, length), generator=torch.Generator().manual_seed(0))
         index, quarter = torch.arange(length), -(-length // 4)
         padding = [index >= length - quarter, index < quarter, (index >= quarter) & (index < 2 * quarter)]
-        mask = ~torch.stack(padding)  # one sample each with padding on the right, on the left, and inside
+        mask = ~torch.stack(padding)  # one sample each, padded on the right, on the left and inside
         return {"inputs": ids, "attention_mask": mask.long()}, {"inputs": ids, "mask": mask}
     if architecture == configs.FLOW:
         frames = _drawn(1, 2, 3, *config["train_size"])
@@ -145,7 +148,7 @@ def _inputs(architecture: str, config: Config) -> tuple[Inputs, Inputs]:
 
 
 def _multimodal_inputs(config: Config) -> tuple[Inputs, Inputs]:
-    """Return random video and audio with a subset of the output queries, for both models as in `_inputs`."""
+    """Return the arguments of both multimodal models, as in `_inputs`, with indices that select some of the outputs."""
     frames, *sides = config["output_shape"][1:]
     video = _drawn(1, frames, 3, *sides)
     audio = _drawn(1, config["num_frames"] * config["audio_samples_per_frame"])

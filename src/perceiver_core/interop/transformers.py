@@ -31,24 +31,25 @@ from perceiver_core.models import PerceiverIO
 def load_transformers(
     name_or_folder: str | PathLike[str], *, numerics: Numerics = TRANSFORMERS_NUMERICS
 ) -> PerceiverIO:
-    """Load a Perceiver model that transformers saved.
+    """Load a Perceiver model saved by transformers.
 
-    Names and shapes of the weights are checked against the configuration before tensors are read from safetensors.
+    Weight names and shapes are checked against the configuration. In safetensors files, this reads only the headers.
 
     Args:
-        name_or_folder: Folder that transformers wrote, with `config.json` and `model.safetensors` or
-            `pytorch_model.bin`, in one file or sharded with an index; or a model name on the Hugging Face hub, which
-            requires huggingface_hub.
+        name_or_folder: Folder with `config.json` and the weights, or name of a model on the Hugging Face Hub
+            (`owner/name`). The weights are in `model.safetensors` or `pytorch_model.bin`, or in shards with an index.
+            Downloads require huggingface_hub.
         numerics: `interop.TRANSFORMERS_NUMERICS` to reproduce the outputs of transformers, or
-            `interop.DEEPMIND_NUMERICS` to reproduce the code that trained the weights; see `interop.Numerics`.
+            `interop.DEEPMIND_NUMERICS` to reproduce the outputs of DeepMind's code, which trained the weights.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-        FileNotFoundError: If the folder or one of its files does not exist, or if a name on the hub is passed and
-            huggingface_hub is not installed.
-        ValueError: If the folder holds a model of another architecture, or weights that do not fit its configuration.
+        FileNotFoundError: If the folder does not exist, or if one of its files is missing.
+        FileNotFoundError: If the model is on the Hugging Face Hub and huggingface_hub is not installed.
+        ValueError: If the architecture is not one of the seven published ones.
+        ValueError: If the weights do not match the configuration.
 
     Example:
         >>> model = pc.interop.load_transformers("deepmind/vision-perceiver-fourier")  # doctest: +SKIP
@@ -77,22 +78,26 @@ def save_transformers(
     config: object,
     numerics: Numerics = TRANSFORMERS_NUMERICS,
 ) -> Path:
-    """Write a model to a folder that transformers can load, with the same outputs.
+    """Save a model in the format of transformers. The model that transformers loads computes the same outputs.
+
+    If the model cannot be saved, no file is written.
 
     Args:
-        model: Model that `load_transformers` returned, with or without further training.
-        folder: Folder to write to, created if it does not exist. Existing files are replaced after both new files are
-            complete.
-        config: Content of the original's `config.json`: a dictionary, a configuration of transformers, or the path of
-            the file or its folder. The entries for activation and dtype are updated to match the model.
+        model: Model from `load_transformers` or `load_haiku`, possibly trained further.
+        folder: Folder to write to, created if it does not exist. Existing files are replaced only after both new files
+            are complete.
+        config: Configuration of the original model: a dictionary, a configuration object of transformers, or the path
+            of `config.json` or its folder. The activation and the dtype are set to those of the model.
         numerics: Numerics that the model was loaded with.
 
     Returns:
-        The folder.
+        Path of the folder.
 
     Raises:
-        ValueError: If `config` and `numerics` do not describe the model, or transformers cannot compute the same
-            outputs (two of the image classifiers with DeepMind's numerics). Nothing is written then.
+        ValueError: If `config` and `numerics` do not describe the model.
+        ValueError: If transformers cannot compute the same outputs. This concerns two of the image classifiers, if they
+            were loaded with `DEEPMIND_NUMERICS`.
+        ValueError: If the weights do not all have the same floating-point dtype.
 
     Example:
         >>> import tempfile, torch
@@ -159,7 +164,7 @@ def _check_described(model: nn.Module, config: Config, numerics: Numerics) -> No
 
 
 def _expressed(config: Config, numerics: Numerics) -> dict[str, registry.Json]:
-    """Return the configuration to write, with transformers' name of the activation in `numerics` if it has one."""
+    """Return the configuration to write. A `hidden_act` of "gelu" is replaced by the name of `numerics.activation`."""
     written = {"model_type": "perceiver", **configs.transformers_entries(config)}
     written.pop("torch_dtype", None)  # older name of the dtype entry
     if configs.complete(config)["hidden_act"] == "gelu":
@@ -171,7 +176,7 @@ def _expressed(config: Config, numerics: Numerics) -> dict[str, registry.Json]:
 
 
 def _difference(expected: registry.Json, actual: registry.Json, path: str = "") -> str:
-    """Describe the first difference between two model configs of the registry; empty string if they are equal."""
+    """Describe the first difference between two configs from `registry.to_config`. Return "" if they are equal."""
     if isinstance(expected, dict) and isinstance(actual, dict) and expected.keys() == actual.keys():
         inside = (_difference(expected[key], actual[key], f"{path}.{key}".lstrip(".")) for key in expected)
         return next(filter(None, inside), "")

@@ -1,4 +1,4 @@
-"""Configuration of the transformers Perceiver models: defaults and validation."""
+"""Defaults and validation of the configuration of Perceiver models in transformers."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ DEFAULTS: dict[str, Json] = {
     "_label_trainable_num_channels": 1024,
     "num_labels": 2,
 }
-# Fourier features of the image classifiers. transformers has fixed values and no such entries; this library adds them.
-# `max_resolution` is None for the published resolution, or a pair of sizes.
+# Fourier features of the image classifiers. This library adds these entries; in transformers the values are constants.
+# `max_resolution` is a pair of sizes, or None for the published resolution.
 FOURIER: dict[str, Json] = {"num_bands": 64, "max_resolution": None}
 # Activations by name. "gelu" is missing, because `Numerics` selects it.
 ACTIVATIONS = {
@@ -74,10 +74,12 @@ SMALLEST = {"num_self_attends_per_block": 0}  # smallest valid sizes; 1 if not l
 
 
 def complete(config: Config) -> dict[str, Json]:
-    """Return `config` with missing entries set to their defaults, and `num_labels` set from `id2label` if present.
+    """Return a copy of `config` in which missing entries have default values.
+
+    If `config` has an entry `id2label`, its length is used as `num_labels`.
 
     Raises:
-        ValueError: If a value is not valid.
+        ValueError: If an entry is not valid.
     """
     architecture_of(config)
     completed = {**DEFAULTS, **FOURIER, **config}
@@ -108,7 +110,12 @@ def architecture_of(config: Config) -> str:
 
 
 def read_config(folder: str | PathLike[str]) -> dict[str, Json]:
-    """Read `config.json` from a folder."""
+    """Read `config.json` from a folder.
+
+    Raises:
+        FileNotFoundError: If the folder does not contain the file.
+        ValueError: If the file does not contain a JSON dictionary.
+    """
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"name_or_folder must hold {CONFIG}; there is none in {folder}")
@@ -116,7 +123,11 @@ def read_config(folder: str | PathLike[str]) -> dict[str, Json]:
 
 
 def as_dictionary(config: object) -> dict[str, Json]:
-    """Return a configuration as a dictionary, from a dictionary, a transformers configuration object, or a path."""
+    """Return a configuration as a dictionary.
+
+    Args:
+        config: Dictionary, configuration object of transformers, or path of `config.json` or its folder.
+    """
     if isinstance(config, (str, PathLike)):
         path = Path(config)
         return read_json(path) if path.is_file() else read_config(path)
@@ -131,12 +142,12 @@ def as_dictionary(config: object) -> dict[str, Json]:
 
 
 def transformers_entries(config: Config) -> dict[str, Json]:
-    """Return the configuration without the entries that transformers does not have."""
+    """Return a copy of `config` without the entries that transformers does not have."""
     return {name: value for name, value in config.items() if name not in FOURIER}
 
 
 def _expected_unless_valid(name: str, value: object, default: object) -> str:
-    """Return a description of the valid values, or an empty string if `value` is valid."""
+    """Return "" if `value` is valid for the entry `name`, or a description of the valid values."""
     if value is None and default is None:
         return ""
     if name in CHOICES:

@@ -1,8 +1,8 @@
-"""Tables that convert the state dict of a source project to a state dict of this library, and back.
+"""Weight mappings, which convert state dicts of another project to state dicts of this library and back.
 
-In the code, `theirs` is the source project (transformers, Haiku or perceiver-pytorch) and `ours` is this library.
-A mapping is a list of entries. Each entry names tensors on both sides, usually one on each, and the transform between
-them. Most entries only rename. Each tensor of a state dict is used exactly once, in both directions.
+In the code, `theirs` is the other project (transformers, Haiku or perceiver-pytorch) and `ours` is this library.
+A mapping is a list of entries. Each entry consists of one or more tensor names in both projects, and the transform
+between the tensors. Most entries only rename a tensor. Each tensor of a state dict belongs to exactly one entry.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ ABSENT = torch.empty(0)
 
 
 class Transform(NamedTuple):
-    """Pair of functions: `load` converts the source project's tensors to this library's, `save` converts them back.
+    """Pair of functions: `load` converts tensors of the other project to this library, and `save` converts them back.
 
-    An entry with a single name passes a tensor, and an entry with a tuple of names passes a list of tensors. If the
-    result has a tuple of names, the function returns a sequence of tensors, or one tensor to be split along its first
-    axis. Both functions also accept meta tensors.
+    The argument is one tensor if the entry has a single name for it, and a list of tensors if the entry has a tuple of
+    names. For a tuple of result names, the function returns a sequence of tensors, or one tensor whose slices along the
+    first axis are the results. Both functions also accept meta tensors.
     """
 
     load: Callable[[Tensors], Tensors]
@@ -38,13 +38,13 @@ class Transform(NamedTuple):
 
 
 def rearranged(pattern: str, **sizes: int) -> Transform:
-    """Return a transform that calls `einops.rearrange`: to transpose, reshape, stack, fuse or interleave weights.
+    """Return a transform that calls `einops.rearrange`, for example to transpose, reshape, stack or split weights.
 
-    Several input tensors are stacked along a new first axis. Several outputs are slices along the first axis.
+    Several input tensors are stacked along a new first axis. Several results are slices along the first axis.
 
     Args:
-        pattern: Pattern from the source project's layout to this library's. `save` uses the reversed pattern.
-        sizes: Axis sizes that the shapes do not determine.
+        pattern: Pattern that converts the other project's layout to this library's. `save` uses the reversed pattern.
+        sizes: Axis sizes that the tensor shapes do not determine.
     """
     theirs, ours = pattern.split(" -> ")
 
@@ -55,15 +55,18 @@ def rearranged(pattern: str, **sizes: int) -> Transform:
 
 
 def fused(parts: int, *, num_heads: int = 1) -> Transform:
-    """Return the transform that splits a fused source matrix into `parts` matrices with equal numbers of rows.
+    """Return a transform that splits a fused matrix of the other project into matrices with the same number of rows.
 
-    With `num_heads`, the source rows are ordered by head: the rows of head 0 in all parts, then head 1, and so on.
+    Args:
+        parts: Number of matrices, such as 2 for keys and values.
+        num_heads: Number of heads if the fused matrix contains all rows of head 0, then all rows of head 1, and so on.
+            1 if it contains the matrices one after the other.
     """
     return rearranged("(heads parts rows) ... -> parts (heads rows) ...", parts=parts, heads=num_heads)
 
 
 def split(*sizes: int) -> Transform:
-    """Return the transform that splits one source tensor along the first axis into tensors of these `sizes`."""
+    """Return a transform whose `load` splits a tensor along its first axis into tensors of lengths `sizes`."""
     return Transform(lambda theirs: torch.split(cast(Tensor, theirs), list(sizes)), lambda ours: torch.cat(list(ours)))
 
 
@@ -72,28 +75,28 @@ TRANSPOSED = rearranged("... input output -> ... output input")
 
 
 class Entry(NamedTuple):
-    """Entry of a mapping: tensor name or names in this library, name or names in the source project, and transform."""
+    """Entry of a `WeightMapping`: tensor names in both projects, and the transform between the tensors."""
 
-    ours: Names
-    theirs: Names
+    ours: Names  # name or tuple of names in this library
+    theirs: Names  # name or tuple of names in the other project
     transform: Transform = UNCHANGED
 
 
 def renamed(names: Mapping[str, str], *, parts: Sequence[str] = ("weight", "bias")) -> list[Entry]:
-    """Return entries for modules that are only renamed.
+    """Return entries for modules that have a different name in the other project but the same tensors.
 
     Args:
-        names: Source project's name of each module, by its name in this library.
+        names: Dictionary from the name of each module in this library to its name in the other project.
         parts: Names of the tensors in each module.
     """
     return [Entry(f"{ours}.{part}", f"{theirs}.{part}") for ours, theirs in names.items() for part in parts]
 
 
 class WeightMapping:
-    """Table that converts the source project's state dicts to this library's, and back. Iterating yields its entries.
+    """Mapping that converts state dicts of another project to this library and back. Iteration yields its entries.
 
     Raises:
-        ValueError: If a tensor name occurs twice on the same side.
+        ValueError: If two tensors have the same name in this library, or in the other project.
     """
 
     def __init__(self, entries: Iterable[Entry]) -> None:
@@ -108,47 +111,47 @@ class WeightMapping:
         return iter(self.entries)
 
     def within(self, ours: str, theirs: str) -> WeightMapping:
-        """Return the mapping with prefixes added to all names, for a submodule of a larger model.
+        """Return a mapping with prefixes added to all names, for a module that is part of a larger model.
 
         Args:
-            ours: Prefix in this library, including the separator at its end.
-            theirs: Prefix in the source project, including the separator.
+            ours: Prefix of the names in this library, including the separator at its end.
+            theirs: Prefix of the names in the other project, including the separator at its end.
         """
         return WeightMapping(Entry(_prefixed(ours, e.ours), _prefixed(theirs, e.theirs), e.transform) for e in self)
 
     def load(self, theirs: State, like: State | None = None) -> dict[str, Tensor]:
-        """Convert the source project's state dict to this library's.
+        """Convert a state dict of the other project to a state dict of this library.
 
         Args:
-            theirs: Source state dict.
-            like: State dict of this library's model, to compare shapes and dtypes with; None to compare names only.
+            theirs: State dict of the other project.
+            like: State dict of this library's model, used to check shapes and dtypes; None to check only the names.
 
         Returns:
-            The state dict for this library. Its tensors are views of the source tensors where the transform allows it.
+            State dict of this library. Its tensors are views of the tensors in `theirs` if the transforms allow it.
 
         Raises:
-            ValueError: If source tensors are missing, unexpected, or of a wrong shape or dtype (any floating-point
-                dtype fits any other). The message lists source names.
+            ValueError: If tensors in `theirs` are missing or unexpected.
+            ValueError: If tensors in `theirs` have the wrong shape or dtype. Any two floating-point dtypes match.
         """
         self.check(theirs, like)
         return _translated(((entry.theirs, entry.transform.load, entry.ours) for entry in self), theirs)
 
     def save(self, ours: State) -> dict[str, Tensor]:
-        """Convert this library's state dict to the source project's.
+        """Convert a state dict of this library to a state dict of the other project.
 
         Args:
-            ours: State dict of this library's model, with tied tensors under one name only.
+            ours: State dict of this library's model. It must contain each tied tensor under one name only.
 
         Raises:
-            ValueError: If the names in `ours` are not the names in the mapping.
+            ValueError: If the tensor names in `ours` are not the names in the mapping.
         """
         _check(ours, {name: ours.get(name, ABSENT) for name in self.ours})
         return _translated(((entry.ours, entry.transform.save, entry.theirs) for entry in self), ours)
 
     def check(self, theirs: State, like: State | None = None) -> None:
-        """Check the source project's state dict as `load` does, without converting it.
+        """Check a state dict of the other project without converting it. The tensors may be on the meta device.
 
-        Tensors on the meta device suffice. Without `like`, only the names are checked.
+        The arguments and errors are the same as for `load`.
         """
         if like is None:
             _check(theirs, {name: theirs.get(name, ABSENT) for name in self.theirs})
@@ -157,7 +160,7 @@ class WeightMapping:
 
 
 def _check(actual: State, expected: State) -> None:
-    """Check that tensors have the expected names, shapes and dtypes. Any two floating-point dtypes match."""
+    """Check that a state dict has the expected names, shapes and dtypes. Any two floating-point dtypes match."""
     if different := spec_differences(tensor_specs(dict(expected)), tensor_specs(dict(actual))):
         marked = bool(actual) and all(name.startswith("module.") for name in actual)
         hint = ". Take off the module. at the start of all names, which DataParallel puts there" * marked
@@ -173,7 +176,7 @@ def _prefixed(prefix: str, names: Names) -> Names:
 
 
 def _translated(steps: Iterable[tuple[Names, Callable[[Tensors], Tensors], Names]], state: State) -> dict[str, Tensor]:
-    """Apply steps `(argument names, function, result names)` to the tensors of a state dict and return the results."""
+    """Convert a state dict in steps. Each step is `(argument names, function, result names)`."""
     translated: dict[str, Tensor] = {}
     for sources, function, targets in steps:
         tensors = state[sources] if isinstance(sources, str) else [state[name] for name in sources]

@@ -1,9 +1,10 @@
 """Attention kernels as pure functions.
 
-A kernel is a function `(q, k, v, *, mask) -> out` on tensors `b h n d`. A kernel with a `dropout` argument supports
-attention dropout. `fastest`, the default, selects between `sdpa` (PyTorch's own kernels) and `chunked`, which does not
-store all attention weights. `reference` is the plain formula. Two kernels compute variants of softmax attention: in
-`inverted`, queries compete for keys, and `add_zero_attn` lets queries attend to nothing.
+A kernel is a function `(q, k, v, *, mask) -> out` on tensors of shape `b h n d`. A kernel that supports attention
+dropout also has a `dropout` argument. Three kernels compute softmax attention: `sdpa` (PyTorch's own kernels),
+`chunked` (does not store all attention weights) and `reference` (the plain formula). `fastest`, the default, selects
+`sdpa` or `chunked`. Two kernels compute variants: in `inverted`, queries compete for keys, and `add_zero_attn` adds a
+key of zeros, so that queries can attend to nothing.
 """
 
 from perceiver_core.kernels.attention_weights import kernel_attention_map

@@ -1,4 +1,4 @@
-"""Attention weights of an arbitrary kernel, computed by calling the kernel with one-hot values."""
+"""Attention weights of an arbitrary attention kernel, obtained by calling the kernel with one-hot values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SOFTMAX = (fastest, sdpa, chunked, reference)
 
 
 def unwrapped(kernel: object) -> object:
-    """Return the function inside nested `functools.partial` objects."""
+    """Return the function that nested `functools.partial` objects wrap, or `kernel` itself if it is not a partial."""
     while isinstance(kernel, partial):
         kernel = kernel.func
     return kernel
@@ -34,18 +34,21 @@ def kernel_attention_map(
     queries: QueryIndices = None,
     block: int = 256,
 ) -> Float[Tensor, "b h chosen k"]:
-    """Return the attention weights of a kernel for selected queries, `b h chosen k`.
+    """Return the attention weights that a kernel computes for the queries with indices `queries`.
 
-    For the softmax kernels of this package, the weights are computed with `attention_map`. Any other kernel is called
-    with one-hot values, one block of keys at a time, which is exact if the kernel is linear in the values.
+    The weights of this library's softmax kernels are computed with `attention_map`. Any other kernel is called with
+    one-hot values, for one block of keys at a time. The weights are exact if the kernel is linear in the values.
 
     Args:
         kernel: Attention kernel `(q, k, v, *, mask) -> out`.
         q: Queries.
         k: Keys.
         mask: Attention mask; see `masks`.
-        queries: Indices of the selected queries; None for all queries.
+        queries: Indices of the queries whose weights are returned; None for all queries.
         block: Number of keys per kernel call.
+
+    Returns:
+        Weights `b h chosen k`, where `chosen` is the number of indices in `queries`.
 
     Example:
         >>> q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 11, 8), torch.randn(2, 4, 11, 5)

@@ -1,8 +1,8 @@
-"""Attention over chunks of the keys, with online softmax and merging of partial results.
+"""Attention over chunks of keys, with an online softmax, and exact merging of partial results.
 
-The forward and the backward pass compute scores for one chunk at a time. The backward pass recomputes the weights from
-the log-sum-exp. Partial results can be merged exactly and in any order, so the input may come from a stream, a
-memory-mapped file or other ranks:
+Both the forward and the backward pass compute scores for one chunk at a time. The backward pass recomputes the weights
+from the log-sum-exp (lse). Attention outputs over different parts of the keys can be merged exactly and in any order,
+so the keys may come from a stream, a memory-mapped file or other ranks:
 
     out = sum_i exp(lse_i - lse) out_i        lse = log sum_i exp(lse_i)
 
@@ -25,7 +25,7 @@ from perceiver_core.registry import register
 
 
 class PartialAttention(NamedTuple):
-    """Named tuple of the attention output over part of the keys and the log-sum-exp of its scores; see `merge`."""
+    """Named tuple of the attention output over part of the keys and the log-sum-exp of the scores; see `merge`."""
 
     output: Float[Tensor, "b h q e"]
     lse: Float[Tensor, "b h q"]
@@ -41,7 +41,7 @@ def chunked(
     chunk_size: int = 4096,
     half_precision_matmul: bool = False,
 ) -> Outputs:
-    """Compute exact attention with O(q x chunk_size) instead of O(q x k) memory, in the forward and backward pass.
+    """Compute exact attention with O(q x chunk_size) instead of O(q x k) memory, in forward and backward pass.
 
     Args:
         q: Queries.
@@ -49,9 +49,9 @@ def chunked(
         v: Values.
         mask: Attention mask, evaluated one chunk at a time; see `masks`.
         chunk_size: Number of keys per chunk.
-        half_precision_matmul: Whether to multiply half-precision inputs in half precision, which rounds the scores but
-            is several times faster on processors with hardware support. By default, they are multiplied in float32. The
-            softmax and the sums over chunks are always computed in float32 or wider.
+        half_precision_matmul: Whether to multiply half-precision inputs in half precision instead of float32. This is
+            several times faster on processors with hardware support, but rounds the scores. The softmax and the sums
+            over chunks are always computed in at least float32.
 
     Example:
         >>> q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 11, 8), torch.randn(2, 4, 11, 5)
@@ -72,13 +72,13 @@ def partial_attention(
 ) -> PartialAttention:
     """Compute attention over part of the keys; `merge` combines the results of several parts.
 
-    The arguments are the same as for `chunked`. The mask covers this part only. Rules such as `masks.Causal` count
-    positions from the end of the keys passed here, so for a part of a longer input, pass the corresponding part of the
-    whole mask.
+    The arguments are the same as for `chunked`. The mask must cover only the keys that are passed. Rules such as
+    `masks.Causal` count positions from the end of these keys, so they are correct only for the last part of an input.
+    For other parts, pass the corresponding slice of the mask tensor.
 
     Returns:
-        Named tuple of the output `b h q e`, in the dtype of `v`, and the log-sum-exp of the scores `b h q`, in float32
-        or wider. The log-sum-exp is -inf for a query that may not attend to any key.
+        Named tuple of the output `b h q e`, in the dtype of `v`, and the log-sum-exp of the scores `b h q`, in at least
+        float32. For a query whose keys are all masked, the output is 0 and the log-sum-exp is -inf.
 
     Example:
         >>> q, k, v = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 10, 8), torch.randn(1, 2, 10, 8)
@@ -96,9 +96,9 @@ def partial_attention(
 
 
 def merge(*parts: PartialAttention) -> PartialAttention:
-    """Merge attention over several parts of the keys into attention over all keys.
+    """Merge attention outputs over different parts of the keys into the attention output over all keys.
 
-    The operation is differentiable, associative and commutative. See `partial_attention` for an example.
+    The operation is differentiable, and the order of the parts does not matter. See `partial_attention` for an example.
 
     Raises:
         ValueError: If no parts are passed.
@@ -118,9 +118,9 @@ def merge(*parts: PartialAttention) -> PartialAttention:
 
 
 class _PartialAttention(torch.autograd.Function):
-    """Autograd function for one part of the keys. Without it, autograd would store the weights of every chunk.
+    """Autograd function of `partial_attention`. Without it, autograd would store the weights of every chunk.
 
-    Mask tensors are separate arguments, so that `torch.func.vmap` can map over them.
+    Each mask tensor is a separate argument, so that `torch.func.vmap` can map over it.
     """
 
     generate_vmap_rule = True
@@ -163,7 +163,7 @@ class _PartialAttention(torch.autograd.Function):
 
 
 class _Gradients(torch.autograd.Function):
-    """Backward pass of `_PartialAttention`. It is a separate Function so that second derivatives raise an error."""
+    """Backward pass of `_PartialAttention`, as a separate Function so that second derivatives raise an error."""
 
     generate_vmap_rule = True
 
@@ -179,7 +179,7 @@ class _Gradients(torch.autograd.Function):
             offset = d_lse - (d_output.to(wide) * output.to(wide)).sum(-1)
             d_out = d_output.to(matmul_dtype)
             base = lse.masked_fill(lse == -torch.inf, 0.0)
-            # Created from `offset`, so that under vmap they have the mapped axis even if an input does not.
+            # Created from `offset`, so that under vmap the gradients have the mapped axis even if their input does not.
             d_queries = offset.new_zeros(queries.shape)
             d_k, d_v = offset.new_empty(k.shape, dtype=k.dtype), offset.new_empty(v.shape, dtype=v.dtype)
             for chunk in _chunks(k, chunk_size):
@@ -194,7 +194,7 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: object, inputs: object, output: object) -> None:
-        """Save nothing, because there is no second derivative."""
+        """Save nothing, because second derivatives are not supported."""
 
     @staticmethod
     def backward(ctx: object, *gradients: Tensor) -> None:
@@ -202,7 +202,7 @@ class _Gradients(torch.autograd.Function):
 
 
 def _scaled(q: Tensor, matmul_dtype: torch.dtype) -> tuple[Tensor, torch.dtype]:
-    """Return the scaled queries in the dtype of the matrix products, and the dtype for accumulation."""
+    """Return the scaled queries in `matmul_dtype`, and the dtype for accumulation (at least float32)."""
     wide = torch.promote_types(q.dtype, torch.float32)
     return (q.to(wide) * q.shape[-1] ** -0.5).to(matmul_dtype), wide
 
@@ -217,7 +217,7 @@ def _chunks(k: Tensor, size: int) -> list[slice]:
 
 
 def _scores(queries: Tensor, keys: Tensor, parts: tuple[Mask, ...], chunk: slice, num_keys: int) -> Tensor:
-    """Return the masked scores of one chunk of keys, in float32 or wider."""
+    """Return the masked attention scores for one chunk of keys, in at least float32."""
     scores = (queries @ keys.mT).to(torch.promote_types(queries.dtype, torch.float32))
     rows, columns = masks.positions(queries.shape[-2], queries.device), masks.positions(num_keys, keys.device)[chunk]
     for mask in parts:

@@ -1,4 +1,4 @@
-"""Default attention kernel, which selects the faster of `sdpa` and `chunked`."""
+"""Default attention kernel. It calls `chunked` for large bfloat16 inputs on some CPUs, and `sdpa` otherwise."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from perceiver_core.kernels.sdpa import sdpa
 from perceiver_core.masks import Mask
 from perceiver_core.registry import register
 
-CHUNK_SIZE = 1024  # keys per chunk, whose scores should fit in the CPU cache
-MIN_MULTIPLICATIONS = 2**25  # multiplications in q @ k.mT below which `sdpa` has less overhead
+CHUNK_SIZE = 1024  # keys per chunk, small enough for the scores to fit in the CPU cache
+MIN_MULTIPLICATIONS = 2**25  # with fewer multiplications in q @ k.mT, `sdpa` has less overhead
 
 
 @register
 def fastest(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropout: float = 0.0) -> Outputs:
-    """Compute attention with `chunked` for large bfloat16 inputs on a CPU with bfloat16 instructions, else `sdpa`.
+    """Compute attention with `chunked` for large bfloat16 inputs on CPUs with bfloat16 instructions, else `sdpa`.
 
     On such CPUs, matrix products are several times faster in bfloat16 than in float32, but PyTorch's fused kernel is
-    not. `chunked` rounds scores to bfloat16, like unfused attention in bfloat16, which adds about as much error as the
-    rounding of queries and keys. `kernel=sdpa` keeps scores in float32. Under autocast to bfloat16, float32 inputs are
-    converted. `sdpa` is always used with dropout and under torch.compile.
+    not. `chunked` rounds scores to bfloat16, as attention without a fused kernel does. This adds about as much error as
+    rounding the queries and keys. To keep scores in float32, use `kernel=sdpa`. Under autocast to bfloat16, float32
+    inputs count as bfloat16. With dropout and under torch.compile, `sdpa` is always used.
 
-    The arguments and the result are the same as for `sdpa`.
+    The arguments are the same as for `sdpa`.
 
     Example:
         >>> q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 11, 8), torch.randn(2, 4, 11, 5)
@@ -40,7 +40,7 @@ def fastest(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropout
 def uses_chunks(q: Tensor, num_keys: int, *, dropout: float = 0.0) -> bool:
     """Return whether `fastest` uses `chunked` for these queries and this number of keys.
 
-    Always False under torch.compile and torch.export, because the choice depends on the CPU and on sizes that may be
+    Always False under torch.compile and torch.export, because the result depends on the CPU and on sizes that may be
     dynamic.
     """
     if q.device.type != "cpu" or dropout or torch.compiler.is_compiling():

@@ -1,8 +1,8 @@
-"""Inverted attention: the softmax is over the queries, so that they compete for keys like slots in slot attention.
+"""Inverted attention: the softmax is over the queries, so queries compete for keys as slots do in slot attention.
 
 W = softmax(q k^T / sqrt(d)) over the queries        A = W / sum of W over the keys        out = A v
 
-The output of a query that may not attend to any key is zero.
+The output of a query is zero if all its keys are masked.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from perceiver_core.registry import register
 def inverted(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropout: float = 0.0) -> Outputs:
     """Compute attention with a softmax over the queries, so that queries compete for each key.
 
-    The output of a query depends on all other queries, so queries cannot be processed separately or in chunks. The
-    weights take O(q x k) memory. They are normalized over the keys in log space, so that even a query with tiny weights
-    for all keys gets a weighted average of the values.
+    The output of a query depends on all other queries, so the queries cannot be processed in chunks. The attention
+    weights take O(q x k) memory. They are normalized over the keys in log space, so that the output is an average of
+    the values even if all weights of a query are tiny.
 
-    The arguments are the same as for `reference`. A query does not compete for keys that are masked for it.
+    The arguments are the same as for `reference`. If a key is masked for a query, the query does not compete for it.
 
     Example:
         >>> q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 11, 8), torch.randn(2, 4, 11, 5)

@@ -2,8 +2,8 @@
 
     A = softmax(q k^T / sqrt(d))        out = A v
 
-The output of a query that may not attend to any key is zero. In shapes, b is the batch size, h the number of heads, q
-and k the numbers of queries and keys, d the width of queries and keys, and e the width of values.
+The output of a query is zero if all its keys are masked. In shapes, b is the batch size, h the number of heads, q the
+number of queries, k the number of keys, d the width of queries and keys, and e the width of values.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ QueryIndices: TypeAlias = int | Sequence[int] | Int[Tensor, " chosen"] | None
 
 @register
 def reference(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropout: float = 0.0) -> Outputs:
-    """Compute exact, twice differentiable attention that stores all q x k weights.
+    """Compute softmax attention with the plain formula. It is twice differentiable and stores all q x k weights.
 
     Args:
         q: Queries, `b h q d`.
@@ -51,17 +51,17 @@ def reference(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropo
 def attention_map(
     q: Queries, k: Keys, *, mask: Mask | None = None, queries: QueryIndices = None
 ) -> Float[Tensor, "b h chosen k"]:
-    """Return the softmax attention weights of selected queries, `b h chosen k`.
+    """Return the softmax attention weights of the queries with indices `queries`.
 
     Args:
         q: Queries.
         k: Keys.
         mask: Attention mask; see `masks`.
-        queries: Indices of the selected queries; None for all queries.
+        queries: Indices of the queries whose weights are returned; None for all queries.
 
     Returns:
-        Weights that sum to 1 over the keys, or are all 0 for a query that may not attend to any key. They are in
-        float32 for half-precision inputs.
+        Weights `b h chosen k`, where `chosen` is the number of indices in `queries`. They sum to 1 over the keys, or
+        are all 0 if all keys are masked. For half-precision inputs, they are in float32.
 
     Example:
         >>> q, k = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 11, 8)

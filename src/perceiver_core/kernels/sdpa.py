@@ -1,11 +1,13 @@
-"""PyTorch's fused attention kernels, with inputs padded or packed so that flash kernels support more of them.
+"""PyTorch's fused attention kernels. Inputs are padded or packed, so that flash kernels support more of them.
 
-`torch.nn.functional.scaled_dot_product_attention` selects a flash, cuDNN, memory-efficient or math kernel.
-`torch.nn.attention.sdpa_kernel` overrides the selection, and `torch.nn.attention.activate_flash_attention_impl` enables
-FlashAttention-3 or 4 if installed. If values and keys differ in width or, on CUDA, a width is not a multiple of 8, they
-are padded with zero columns, which changes neither scores nor outputs. On CUDA in half precision, key-padding masks and
-causal attention with fewer queries than keys use the kernel for packed sequences (see `varlen`). `kernel_for` returns
-the name of the kernel.
+`torch.nn.functional.scaled_dot_product_attention` selects a flash, cuDNN, memory-efficient or math kernel. To override
+the selection, use `torch.nn.attention.sdpa_kernel`. To enable FlashAttention-3 or 4 (if installed), use
+`torch.nn.attention.activate_flash_attention_impl`.
+
+Inputs are padded with zero columns if keys and values differ in width or, on CUDA, if a width is not a multiple of 8.
+The padding changes neither scores nor outputs. On CUDA in half precision, key-padding masks and causal attention with
+fewer queries than keys use PyTorch's kernel for packed sequences (see `varlen`). `kernel_for` returns the name of the
+kernel.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from perceiver_core.registry import register
 
 @register
 def sdpa(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropout: float = 0.0) -> Outputs:
-    """Compute attention with PyTorch's fused kernels. The arguments and the result are the same as for `reference`.
+    """Compute attention with PyTorch's fused kernels. The arguments are the same as for `reference`.
 
     Example:
         >>> q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 11, 8), torch.randn(2, 4, 11, 5)
@@ -50,14 +52,15 @@ def sdpa(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropout: f
             return varlen.attend(q, k, v, valid, scale=scale)[..., :value_width]
     allowed = masks.materialize(mask, queries=q.shape[-2], keys=k.shape[-2], device=q.device)
     attends = allowed.any(-1, keepdim=True)
-    # Kernels disagree on fully masked rows, so these rows attend to all keys, and their output is set to zero.
+    # Kernels differ for queries whose keys are all masked. These queries attend to all keys here, and their output is
+    # set to zero afterwards.
     allowed = (allowed | ~attends)[(None,) * (4 - allowed.ndim)]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout, scale=scale)
     return out[..., :value_width].masked_fill(~attends, 0.0)
 
 
 class Kernel(NamedTuple):
-    """Named tuple of a PyTorch kernel's name and, on CUDA, the reason why it is not a flash kernel (else empty)."""
+    """Named tuple of the name of a PyTorch kernel and, on CUDA, the reason why it is not a flash kernel."""
 
     name: str
     why: str = ""
@@ -69,9 +72,9 @@ def kernel_for(
     """Return the PyTorch kernel that `sdpa` uses for heads of these widths, without dropout.
 
     The names on CUDA are "flash or cuDNN", "flash, packed" (see `varlen`), "cuDNN or memory-efficient",
-    "memory-efficient", and "math" for float64. If a name has two kernels, PyTorch selects one in a fixed order that
-    depends on the GPU and the cuDNN version. For a causal mask, fewer queries than keys are assumed, because equal
-    lengths use `is_causal` in place of a mask.
+    "memory-efficient", and "math" for float64. If a name contains two kernels, the GPU and the cuDNN version determine
+    which of them PyTorch uses. A causal mask is assumed to be for fewer queries than keys, because `sdpa` replaces it
+    with `is_causal` for equal numbers.
 
     Example:
         >>> from perceiver_core.kernels.sdpa import kernel_for
@@ -90,6 +93,6 @@ def kernel_for(
 
 
 def fused_width(key_width: int, value_width: int, device: torch.device) -> int:
-    """Return the larger of two head widths, on CUDA rounded up to a multiple of 8, to which inputs are padded."""
+    """Return the width to which heads are padded: the larger of both, rounded up to a multiple of 8 on CUDA."""
     width = max(key_width, value_width)
     return -(-width // 8) * 8 if device.type == "cuda" else width

@@ -1,10 +1,11 @@
-"""PyTorch's flash kernel for packed (variable-length) sequences, for masks that its dense flash kernels do not support.
+"""PyTorch's flash kernel for packed (variable-length) sequences, used for key-padding masks and causal attention.
 
-The dense flash kernels support no mask tensors and no causal attention with fewer queries than keys. The packed kernel
-supports a different number of keys per sample, and aligns the last query with the last key in causal attention.
+PyTorch's other flash kernels support neither mask tensors nor causal attention with fewer queries than keys. The kernel
+for packed sequences supports a different number of keys per sample. In causal attention, it aligns the last query with
+the last key.
 
 For a key-padding mask, a stable sort moves all valid keys to the front, one sample after another. Masked keys end up
-after the last sample, where the kernel does not read. Padding can therefore be anywhere in a sample, tensor sizes are
+after the last sample, where the kernel does not read. Therefore, padding can be anywhere in a sample, tensor sizes are
 static, and the CPU never waits for the GPU.
 """
 
@@ -30,7 +31,7 @@ CAPABILITY = (8, 0)  # minimum compute capability of the GPU
 
 
 class Packed(NamedTuple):
-    """Named tuple of the packed keys and values of a batch, and the cumulative sequence lengths, starting at 0."""
+    """Named tuple of packed keys and values, and the cumulative sequence lengths of the samples, starting at 0."""
 
     keys: Float[Tensor, "bn h d"]
     values: Float[Tensor, "bn h e"]
@@ -38,7 +39,7 @@ class Packed(NamedTuple):
 
 
 def valid_keys(mask: Mask) -> Bool[Tensor, "#b n"] | None:
-    """Return the valid keys of a key-padding mask, `b n`, or None for any other mask.
+    """Return a key-padding mask as a boolean tensor `b n`, or None for any other mask.
 
     Example:
         >>> from perceiver_core.kernels.varlen import valid_keys
@@ -57,7 +58,7 @@ def valid_keys(mask: Mask) -> Bool[Tensor, "#b n"] | None:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # GPUs do not change during tracing
 def why_not(dtype: torch.dtype, width: int, device: torch.device) -> str:
-    """Return the reason why flash kernels do not support these inputs, or an empty string if they do."""
+    """Return why flash kernels do not support this dtype, head width or device, or an empty string if they do."""
     if device.type != "cuda":
         return "flash kernels run on CUDA"
     if dtype not in (torch.float16, torch.bfloat16):
@@ -70,14 +71,14 @@ def why_not(dtype: torch.dtype, width: int, device: torch.device) -> str:
 
 
 def is_supported(q: Float[Tensor, "b h q d"]) -> bool:
-    """Return whether PyTorch's flash kernel for packed sequences supports these queries."""
+    """Return whether PyTorch's flash kernel for packed sequences supports the dtype, width and device of `q`."""
     if torch._C._are_functorch_transforms_active():  # the kernel does not support torch.func
         return False
     return not why_not(q.dtype, q.shape[-1], q.device) and has_varlen()
 
 
 def attend(q: Queries, k: Keys, v: Values, valid: Bool[Tensor, "#b k"], *, scale: float) -> Outputs:
-    """Compute attention to the valid keys. Keys and values must have the same width.
+    """Compute attention to the keys where `valid` is True. Keys and values must have the same width.
 
     The output is zero for samples without a valid key.
     """
@@ -103,15 +104,15 @@ def _run(q: Queries, packed: Packed, max_keys: int, window: tuple[int, int], sca
 
 
 def _equal_starts(x: Float[Tensor, "b h n d"]) -> Int[Tensor, " samples_and_one"]:
-    """Return the cumulative sequence lengths of a batch without padding: 0, n, 2 n, ..., batch x n."""
+    """Return cumulative sequence lengths for a batch without padding: 0, n, 2 n, ..., batch x n."""
     batch, _, n, _ = x.shape
     return torch.arange(0, (batch + 1) * n, n, device=x.device, dtype=torch.int32)
 
 
 def pack(k: Float[Tensor, "b h n d"], v: Float[Tensor, "b h n e"], valid: Bool[Tensor, "b n"]) -> Packed:
-    """Move the valid keys and values of all samples to the front.
+    """Pack the valid keys and values of all samples: they come first, one sample after another.
 
-    Samples without a valid key get one key of zeros, because kernels disagree on empty sequences.
+    Samples without a valid key get one key of zeros, because kernels differ in how they treat empty sequences.
 
     Example:
         >>> from perceiver_core.kernels.varlen import pack
@@ -128,10 +129,10 @@ def pack(k: Float[Tensor, "b h n d"], v: Float[Tensor, "b h n e"], valid: Bool[T
 
 
 class _Reordered(torch.autograd.Function):
-    """Autograd function that reorders `x` by a permutation and sets masked positions to zero.
+    """Autograd function that permutes the first axis of `x` and sets masked positions to zero.
 
-    The backward pass indexes with the inverse permutation. Autograd would use `index_put` with accumulation, which is
-    slower. Gradients at masked positions are set to zero, because the flash kernel leaves them uninitialized.
+    The backward pass indexes with the inverse permutation, which is faster than autograd's accumulating `index_put`. It
+    sets gradients at masked positions to zero, because the flash kernel leaves them uninitialized.
     """
 
     @staticmethod
@@ -147,7 +148,7 @@ class _Reordered(torch.autograd.Function):
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_varlen() -> bool:
-    """Return whether PyTorch's `varlen_attn` exists and supports a scale and a window, which requires PyTorch 2.11."""
+    """Return whether PyTorch has a `varlen_attn` with `scale` and `window_size`. This requires PyTorch 2.11."""
     return {"scale", "window_size"} <= _parameters()
 
 

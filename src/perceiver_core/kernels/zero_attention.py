@@ -1,6 +1,6 @@
 """Attention with an extra key of zeros, so that a query can attend to nothing.
 
-A = exp(s) / (1 + sum of exp(s))        out = A v        with the scores s = q k^T / sqrt(d)
+A = exp(s) / (1 + sum of exp(s) over the keys)        out = A v        with the scores s = q k^T / sqrt(d)
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ def add_zero_attn(
     kernel: Callable[..., Tensor] = fastest,
     **options: object,
 ) -> Outputs:
-    """Compute attention over the keys and an extra key and value of zeros, which are never masked.
+    """Compute attention with an extra key of zeros, which is never masked and has a value of zeros.
 
-    `functools.partial(add_zero_attn, kernel=...)` is also a kernel, for use in attention modules.
+    To use another kernel in an attention module, pass `functools.partial(add_zero_attn, kernel=...)`.
 
     Args:
         q: Queries.
         k: Keys.
         v: Values.
-        mask: Attention mask over the keys, not including the extra key.
-        kernel: Kernel that computes the attention.
+        mask: Attention mask for the keys in `k`.
+        kernel: Attention kernel that is called with the extra key and value.
         options: Other keyword arguments of the kernel, such as `dropout`.
 
     Example:

@@ -1,1 +1,1 @@
-"""Layers that the blocks use: linear layers, weight initialization, and random draws for dropout."""
+"""Parts that the blocks use: a linear layer, weight initialization, and random draws for dropout."""

@@ -35,5 +35,5 @@ def fan_in_(weight: Tensor, fan_in: int) -> Tensor:
 
 
 def embedding(*shape: int, std: float = 0.02) -> nn.Parameter:
-    """Return a parameter (latents, positions) drawn from a normal truncated at two standard deviations."""
+    """Return a parameter drawn from a normal distribution with standard deviation `std`, truncated at `2 * std`."""
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(*shape), std=std, a=-2 * std, b=2 * std))

@@ -1,8 +1,8 @@
-"""Linear layer that uses oneDNN in eager mode for large float32 products on a CPU, where it is faster than MKL.
+"""Linear layer that uses oneDNN for large float32 products on CPUs where oneDNN is faster than MKL.
 
-PyTorch multiplies float32 matrices on x86 with MKL, which reaches half the AVX-512 throughput of non-Intel processors.
-oneDNN, which PyTorch uses for convolutions and bfloat16, is twice as fast there. It is called with the operator that
-torch.compile uses. Both libraries accumulate in float32. In all other cases the layer calls `nn.functional.linear`.
+On x86 CPUs, PyTorch multiplies float32 matrices with MKL. On non-Intel processors with AVX-512, MKL reaches only half
+of the available throughput, and oneDNN is twice as fast. In eager mode, the layer then calls the oneDNN operator that
+torch.compile uses. Otherwise, it calls `nn.functional.linear`. Both libraries accumulate in float32.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Linear(nn.Linear):
 
     def forward(self, input: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
         """Return `input @ weight.T + bias`."""
-        weight, bias = self.weight, self.bias  # read once, because a parametrization computes them at each access
+        weight, bias = self.weight, self.bias  # read once, because a parametrization recomputes them at each access
         if (
             type(input) is not Tensor
             or torch.compiler.is_compiling()
@@ -53,10 +53,10 @@ class Linear(nn.Linear):
 
 
 def uses_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Return whether `Linear` uses oneDNN: in eager mode, for large float32 products on CPUs where it is faster.
+    """Return whether `Linear` uses oneDNN for these tensors: in eager mode, if the product is float32 and large enough.
 
-    Always False under torch.compile, torch.export, torch.func, forward-mode AD, tracing, autocast, and modes such as
-    FlopCounterMode, because these have to see PyTorch's ordinary operators.
+    Always False on CPUs where oneDNN is not faster. Always False under torch.compile, torch.export, torch.func,
+    forward-mode AD, tracing, autocast, and modes such as FlopCounterMode, which need PyTorch's standard operators.
     """
     if torch.compiler.is_compiling() or (type(x) is not Tensor and type(x) is not nn.Parameter):
         return False
@@ -83,9 +83,10 @@ def _is_faster() -> bool:
 
 
 def _vendor() -> str:
-    """Return the vendor line of /proc/cpuinfo, or "Intel" (which selects MKL) if there is no such line.
+    """Return text that names the CPU vendor: the `vendor_id` line of /proc/cpuinfo.
 
-    Without /proc/cpuinfo, return `platform.processor()`.
+    If there is no such line, return "Intel", so that MKL is used. If there is no such file, return
+    `platform.processor()`.
     """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -95,7 +96,7 @@ def _vendor() -> str:
 
 
 class _Product(torch.autograd.Function):
-    """Autograd function `a @ b.T + bias` with oneDNN. Gradients use it too, so double backward is supported."""
+    """Autograd function for `a @ b.T + bias` with oneDNN. Its backward pass is differentiable."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
@@ -119,7 +120,7 @@ class _Product(torch.autograd.Function):
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Return `a @ b.T`, computed with oneDNN if `uses_onednn` is true, else with PyTorch's ordinary operator."""
+    """Return `a @ b.T`, computed with oneDNN if `uses_onednn(a, b)`, else with PyTorch's standard operator."""
     if not uses_onednn(a, b):
         return a @ b.t()
     out: Tensor = _Product.apply(a, b, None)  # type: ignore[no-untyped-call, unused-ignore]
@@ -127,7 +128,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _are_plain(*tensors: Tensor | None) -> bool:
-    """Return whether these are plain float32 CPU tensors and no mode, transform or tracer intercepts operators."""
+    """Return whether all are plain float32 CPU tensors, and no autocast, mode, transform or tracer is active."""
     for x in tensors:
         if x is None:
             continue
@@ -143,5 +144,5 @@ def _are_plain(*tensors: Tensor | None) -> bool:
 
 
 def _without_gaps(x: Tensor) -> Tensor:
-    """Make a matrix contiguous in row- or column-major order: oneDNN is hundreds of times slower on others."""
+    """Return `x`, copied unless it is row- or column-major: oneDNN is hundreds of times slower on other layouts."""
     return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()

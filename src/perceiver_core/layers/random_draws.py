@@ -1,7 +1,7 @@
-"""Random draws from a user-supplied generator that repeat under activation checkpointing.
+"""Random draws from a user's generator that are the same when activation checkpointing recomputes a forward pass.
 
-Before recomputing a forward pass, activation checkpointing restores the state of PyTorch's default generator, but not
-of other generators. Their draws would differ in the recomputation, and gradients would be silently wrong.
+Before the recomputation, activation checkpointing restores the state of PyTorch's default generator, but not the states
+of other generators. Without this module, their draws would differ, and gradients would be silently wrong.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
-MAX_STATES = 1024  # forward passes remembered for checkpoints that cannot be identified
+MAX_STATES = 1024  # recorded forward passes that are identified by the state of the default generator
 
 
 class RepeatableDraws:
-    """Recorder of a generator's states before a module's random draws, to repeat the draws in a recomputed pass.
+    """Record of generator states that makes a module's random draws the same in a recomputed forward pass.
 
-    A non-reentrant checkpoint is identified by its `_CheckpointFrame` object. Any other pass, such as a reentrant
-    checkpoint, is identified by the state of the default generator, which checkpointing restores. If several passes
-    start from the same state, the last one is repeated.
+    A recomputed pass has to be matched to its original pass. In a non-reentrant checkpoint, both passes have the same
+    `_CheckpointFrame` object. In a reentrant checkpoint, both start from the same state of the default generator. If
+    several original passes started from this state, the draws of the last one are repeated.
     """
 
     def __init__(self) -> None:
@@ -31,11 +31,11 @@ class RepeatableDraws:
         self._states: OrderedDict[bytes, Tensor] = OrderedDict()
 
     def __reduce__(self) -> tuple[type[RepeatableDraws], tuple[()]]:
-        """Copy and pickle without the recorded states, which belong to running forward passes."""
+        """Leave out the recorded states in copies and pickles, because they belong to forward passes of this object."""
         return type(self), ()
 
     def generator(self, generator: torch.Generator | None) -> torch.Generator | None:
-        """Return the generator to use in one forward pass; None stands for PyTorch's default generator.
+        """Return the generator to use in one forward pass. None is PyTorch's default generator.
 
         In an original pass, this is `generator` itself. In a recomputed pass, it is a new generator with the state that
         `generator` had in the original pass.
@@ -59,7 +59,7 @@ class RepeatableDraws:
 
 
 class _Frame:
-    """Generator states recorded in one checkpoint, in order, and the number repeated so far per backward pass."""
+    """Generator states of one checkpoint in order, and the number of states repeated so far per backward pass."""
 
     def __init__(self) -> None:
         self.states: list[Tensor] = []
@@ -83,7 +83,7 @@ def _checkpoint_frame() -> object | None:
 
 
 def _frame_on_the_stack() -> object | None:
-    """Return the `_CheckpointFrame` from the call stack, in case other saved-tensor hooks hide its own."""
+    """Return the `_CheckpointFrame` found on the call stack, or None. Needed if other saved-tensor hooks are on top."""
     call = inspect.currentframe()
     while call is not None:
         if call.f_code.co_filename == torch.utils.checkpoint.__file__:
@@ -98,7 +98,7 @@ def _frame_on_the_stack() -> object | None:
 
 
 def _frame_in(hook: object) -> object | None:
-    """Return the `_CheckpointFrame` in a hook's closure (a weak reference in a recomputed pass), or None."""
+    """Return the `_CheckpointFrame` in the closure of a hook, directly or as a weak reference, or None."""
     for cell in getattr(hook, "__closure__", None) or ():
         held = cell.cell_contents() if isinstance(cell.cell_contents, ref) else cell.cell_contents
         if type(held).__name__ == "_CheckpointFrame":

@@ -1,9 +1,9 @@
-"""Token-by-token generation with Perceiver AR, with cached keys and values.
+"""Token-by-token generation with Perceiver AR and cached keys and values.
 
-Each new token becomes a latent, and its keys and values are appended to the caches. After the number of latents has
-reached the model's maximum, a new window starts: only the last `num_initial_latents` tokens become latents, which are
-recomputed, and their number grows again. The cached keys and values of the cross-attention do not depend on latents, so
-they are kept. Generation without caches uses the same schedule and therefore gives the same logits.
+Each new token becomes a latent, and its keys and values are appended to the caches. When the number of latents has
+reached the model's maximum, a new window starts: latents are recomputed for the last `num_initial_latents` tokens only,
+and their number grows again. The cached keys and values of the cross-attention do not depend on the latents, so they
+are kept. Generation without caches follows the same schedule, so it gives the same logits.
 
 Once the sequence is longer than `context_length`, each new token drops the oldest token. Because cached latents depend
 on the dropped token, all keys, values and latents are then recomputed for each new token.
@@ -43,18 +43,19 @@ def generate(  # noqa: PLR0913 (options of generation)
 
     Args:
         model: Model in evaluation mode.
-        prompt: Token ids, at least one per sample. Only the last `context_length` ids are used.
+        prompt: Token ids `b n`, at least one per sample. Only the last `context_length` ids are used.
         max_new_tokens: Maximum number of tokens to generate.
-        mask: Valid tokens of the prompt, True = attend. Pad shorter prompts on the left.
+        mask: Mask of the valid prompt tokens, True = attend. Pad shorter prompts on the left.
         sampler: Callable `(logits: b v, generator) -> ids: b`, such as `sampling.greedy` or `sampling.Sample()`.
         stop_ids: Token id, or collection of ids, that ends a sample. A finished sample repeats its last id until all
             samples are finished.
-        num_initial_latents: Number of latents at the start of a window, from 1 to `model.num_latents`, or fewer while
-            the sequence is shorter. Half of `model.num_latents` by default.
-        context_length: Maximum number of most recent tokens to attend to, which bounds memory. Position embeddings are
-            counted from the first of these tokens. Beyond this length, caches no longer save time. By default the
+        num_initial_latents: Number of latents for the first new token, and again each time `model.num_latents` latents
+            have been reached. At most `model.num_latents`; half of it by default. A shorter sequence has one latent per
+            token.
+        context_length: Number of most recent tokens to attend to. This bounds memory. The first of these tokens gets
+            the first position embedding. Longer sequences are generated without any speedup from caches. By default the
             number of positions in the model's embedding, or unlimited if the embedding has no positions.
-        use_cache: Whether to cache keys and values, or recompute them for each token. The result is the same.
+        use_cache: True to cache keys and values, False to recompute them for each token. The result is the same.
         generator: Random generator for the sampler.
 
     Returns:
@@ -62,9 +63,10 @@ def generate(  # noqa: PLR0913 (options of generation)
 
     Raises:
         TypeError: If an argument has the wrong type, or the sampler returns ids that are not integers.
-        ValueError: If the model is in training mode, the prompt is empty, an id is not in the vocabulary, the mask has
-            the wrong shape or padding that is not on the left, a number is out of range, or the sampler does not return
-            one id per sample.
+        ValueError: If the model is in training mode, or a number is out of range.
+        ValueError: If the prompt is empty, or an id is not in the vocabulary.
+        ValueError: If the mask has the wrong shape, or has padding that is not on the left.
+        ValueError: If the sampler does not return one id per sample.
 
     Example:
         >>> embedding = pc.adapters.TokenEmbedding(vocab_size=256, dim=32)
@@ -73,8 +75,8 @@ def generate(  # noqa: PLR0913 (options of generation)
         >>> pc.generate(model, prompt, max_new_tokens=20, sampler=pc.models.sampling.Sample(top_p=0.9)).shape
         torch.Size([1, 20])
 
-    Reference: google-research/perceiver-ar, sample_utils.py, `reset_memory`, which also recomputes half of the latents
-    when a window is full.
+    Reference: google-research/perceiver-ar, sample_utils.py: `reset_memory` also recomputes half of the latents when
+    the maximum number of latents has been reached.
     """
     tokens = stream(
         model,
@@ -104,10 +106,10 @@ def stream(  # noqa: PLR0913 (options of generation)
     use_cache: bool = True,
     generator: torch.Generator | None = None,
 ) -> Iterator[Int[Tensor, " b"]]:
-    """Generate tokens after a prompt, and yield the ids of each step, `b`, as soon as they are sampled.
+    """Generate tokens after a prompt, and yield the ids `b` of each step as soon as they are sampled.
 
-    The arguments and errors are those of `generate`. Invalid arguments raise errors in the call itself, and invalid ids
-    from the sampler raise errors during the iteration.
+    The arguments and errors are the same as for `generate`. The arguments are checked when `stream` is called, and the
+    ids from the sampler are checked during iteration.
 
     Example:
         >>> embedding = pc.adapters.TokenEmbedding(vocab_size=256, dim=32)
@@ -140,9 +142,9 @@ def stream(  # noqa: PLR0913 (options of generation)
 
 
 def latent_schedule(num_latents: int, num_initial_latents: int) -> Iterator[int]:
-    """Yield the maximum number of latents for each new token, without end.
+    """Return an endless iterator over the maximum number of latents for each new token.
 
-    The schedule does not depend on the prompt, so a sample follows the same schedule alone and in a batch.
+    The schedule does not depend on the prompt. It is the same for a sample alone and for a sample in a batch.
 
     Example:
         >>> from itertools import islice
@@ -154,7 +156,7 @@ def latent_schedule(num_latents: int, num_initial_latents: int) -> Iterator[int]
 
 
 class _Sequence:
-    """Ids and mask of the prompt and the generated tokens, limited to the last `context_length` tokens."""
+    """Sequence of prompt tokens and generated tokens: ids and mask of the last `context_length` tokens."""
 
     def __init__(
         self, model: PerceiverAR, ids: Tensor, mask: Tensor | None, num_initial_latents: int, context_length: int | None
@@ -178,10 +180,11 @@ class _Sequence:
         return self.ids[:, -count:], None if self.mask is None else self.mask[:, -count:]
 
     def indices(self, count: int) -> tuple[Tensor, Tensor]:
-        """Return positions of the last `count` tokens: one tensor for position embeddings, one for rotary embeddings.
+        """Return the positions of the last `count` tokens, for position embeddings and for rotary embeddings.
 
-        The first, `count` or `b count`, starts at 0 at the first valid token of each sample. The second, `count`, is
-        relative to the end of the prompt.
+        Returns:
+            Indices for position embeddings, `count` or `b count`, counted from the first valid token of each sample.
+            Positions for rotary embeddings, `count`, counted from the last token of the prompt.
         """
         n = self.ids.shape[1]
         last = torch.arange(n - count, n, device=self.ids.device)
@@ -226,16 +229,16 @@ def _sampled(
 
 
 def _recomputed(sequence: _Sequence) -> Iterator[Float[Tensor, "b v"]]:
-    """Yield the logits of each new token, computed from the whole sequence without caches."""
+    """Yield the logits `b v` of each new token, computed from the whole sequence without caches."""
     for num_latents in sequence.schedule:
         yield sequence.model(sequence.ids, mask=sequence.mask, num_latents=num_latents)[:, -1]
 
 
 def _cached(sequence: _Sequence) -> Iterator[Float[Tensor, "b v"]]:
-    """Yield the same logits as `_recomputed`, with caches.
+    """Yield the same logits as `_recomputed`, computed with caches.
 
-    Keys and values of the cross-attention are computed once per token, and latents once per window. After a token is
-    dropped, the next step starts with empty caches, because cached latents depend on this token and positions change.
+    The cross-attention keys and values of each token are computed only once, and its latent only once per window. After
+    a token is dropped, the caches are cleared, because cached latents depend on this token and positions change.
     """
     num_layers = cast(LatentTransformer, sequence.model.latent_transformer).num_layers
     cache, before = KeysValuesCache(), 0
@@ -263,7 +266,7 @@ def _cached(sequence: _Sequence) -> Iterator[Float[Tensor, "b v"]]:
 
 
 def _check_parts(model: PerceiverAR, sampler: Sampler, generator: torch.Generator | None) -> None:
-    """Check that the model is a PerceiverAR in evaluation mode, and that sampler and generator have the right types."""
+    """Check that `model` is a `PerceiverAR` in evaluation mode, and check the types of `sampler` and `generator`."""
     required = ("vocab_size", "num_latents", "embedding", "latent_transformer", "training")
     if missing := [name for name in required if not hasattr(model, name)]:
         raise TypeError(
@@ -282,7 +285,7 @@ def _check_parts(model: PerceiverAR, sampler: Sampler, generator: torch.Generato
 
 
 def _checked_stop_ids(stop_ids: int | Collection[int], vocab_size: int) -> tuple[int, ...]:
-    """Check the stop ids and return them as a tuple."""
+    """Check that the stop ids are in the vocabulary, and return them as a tuple."""
     if isinstance(stop_ids, str) or not isinstance(stop_ids, (int, Iterable)):
         raise TypeError(f"stop_ids must be an id or a collection of ids; got {stop_ids!r}")
     ids = (stop_ids,) if isinstance(stop_ids, int) else tuple(stop_ids)

@@ -1,11 +1,11 @@
-"""Hierarchical Perceiver: each group of input tokens is read by its own latents, and groups merge level by level.
+"""Hierarchical Perceiver: the input is split into groups with separate latents, and groups merge level by level.
 
     tokens --16 groups--> 16 x z latents --4 groups--> 4 x z latents --1 group--> z latents      levels
     latents --4 groups--> 4 x z latents --16 groups--> 16 x z latents                            decoder_levels
 
-Attention is restricted to a group. With the same total number of latents, a read with g groups is g times cheaper, so
-many latents can read a long input. Groups are contiguous segments of the flattened input, so related tokens should be
-close to each other.
+Here, z is the number of latents per group. Latents attend only to the tokens in their group. With g groups and the same
+total number of latents, cross-attention is g times cheaper, so long inputs can have many latents. Groups are contiguous
+segments of the flattened input, so related tokens should be close to each other.
 """
 
 from __future__ import annotations
@@ -30,29 +30,31 @@ from perceiver_core.tokens import Tokens
 
 @register
 class HierarchicalPerceiver(nn.Module):
-    """Hierarchical Perceiver: levels of grouped reads that merge groups, then optional levels that split them again.
+    """Hierarchical Perceiver: levels merge groups of tokens, then optional decoder levels split them again.
 
         x = embedding(inputs) + positions
         for each level:          x = grouped_read(x)
         for each decoder level:  x = grouped_read(x, skip=x of the opposite level)
 
-    Use it as the encoder of a `Perceiver`, between the adapter and the head. Decoder levels are needed only for outputs
-    as large as the input; see `HierarchicalAutoencoder`.
+    A grouped read is cross-attention and a latent transformer in each group; see `GroupedRead`. Use the model as the
+    encoder of a `Perceiver`. Decoder levels are needed only for outputs as large as the input; see
+    `HierarchicalAutoencoder`.
 
     Args:
         input_dim: Width of the input tokens.
-        levels: Sizes of each level. In the paper the number of groups decreases, for example 16, 4, 1.
-        positions: Position features, added to the embedded input. The embedding has the same width. The paper uses
+        levels: Sizes of each level. In the paper, the number of groups decreases, for example 16, 4, 1.
+        positions: Position features. The input is projected to their width before they are added. The paper uses
             learned, low-dimensional positions: `positions.LearnedGrid((n,), dim=32)`.
-        decoder_levels: Sizes of each decoder level. The first decoder level is opposite the second-to-last of `levels`,
-            the second is opposite the level before that, and so on. Opposite levels must have the same number of groups
-            and of latents.
-        cross_attention: Factory `(dim, input_dim) -> module` of a level's cross-attention.
-        latent_transformer: Factory `(dim, depth=depth, num_heads=num_heads) -> module` of a level's latent transformer.
+        decoder_levels: Sizes of each decoder level. Each has a skip connection from its opposite level: the first from
+            the second-to-last of `levels`, the second from the level before that, and so on. Opposite levels must have
+            the same number of groups and the same number of latents.
+        cross_attention: Factory `(dim, input_dim) -> module` for each level.
+        latent_transformer: Factory `(dim, depth=depth, num_heads=num_heads) -> module` for each level.
 
     Raises:
         TypeError: If `positions` does not implement `positions.Positions`.
-        ValueError: If `levels` is empty, there are too many decoder levels, or opposite levels have different sizes.
+        ValueError: If `levels` is empty, or `decoder_levels` is not shorter than `levels`.
+        ValueError: If opposite levels have different numbers of groups or latents.
 
     Example:
         >>> sizes = {16: (4, 32), 4: (8, 48), 1: (8, 64)}
@@ -97,12 +99,12 @@ class HierarchicalPerceiver(nn.Module):
     def forward(
         self, inputs: Tokens | Float[Tensor, "b n c"], *, mask: Bool[Tensor, "b n"] | None = None
     ) -> Float[Tensor, "b m d"]:
-        """Return the latents of the last level, concatenated over its groups.
+        """Return the latents of all groups in the last level, ordered by group.
 
         Args:
             inputs: `Tokens`, or a tensor `b n c`.
-            mask: Valid tokens, True = attend, in addition to the tokens' own mask. The content of masked tokens has no
-                effect, even if it is NaN. Masked tokens are still assigned to groups.
+            mask: Mask of valid tokens, True = attend, combined with the tokens' own mask. Values of masked tokens are
+                ignored, even NaN. Masked tokens are not removed, so they do not change the groups.
 
         Raises:
             TypeError: If the inputs have the wrong dtype, or the mask is not boolean.
@@ -132,13 +134,13 @@ class HierarchicalPerceiver(nn.Module):
 class HierarchicalAutoencoder(nn.Module):
     """Hierarchical Perceiver that reconstructs every input token, including masked tokens.
 
-    Each token has a query, its position features, which cross-attends to the latents of the token's group. With a mask,
+    The position features of each token are a query that cross-attends to the latents of the token's group. With a mask,
     this is the masked auto-encoding of the paper: masked tokens are predicted from valid tokens.
 
     Args:
-        perceiver: Hierarchical Perceiver. Its last level sets the number of groups that output tokens are divided into.
+        perceiver: Hierarchical Perceiver. Output tokens are split into the same number of groups as in its last level.
         output_dim: Width of the outputs; `perceiver.input_dim` by default.
-        cross_attention: Factory `(dim, input_dim, residual=False) -> module`.
+        cross_attention: Factory `(dim, input_dim, residual=False) -> module` of the attention to the latents.
 
     Example:
         >>> levels = [pc.Level(16, num_latents=4, dim=32), pc.Level(1, num_latents=8, dim=64)]
@@ -168,7 +170,7 @@ class HierarchicalAutoencoder(nn.Module):
     def forward(
         self, inputs: Tokens | Float[Tensor, "b n c"], *, mask: Bool[Tensor, "b n"] | None = None
     ) -> Float[Tensor, "b n o"]:
-        """Return one vector per input token. The arguments are those of `HierarchicalPerceiver.forward`."""
+        """Return one vector per input token. The arguments are the same as for `HierarchicalPerceiver.forward`."""
         groups, latents = self.perceiver.level.num_groups, self.perceiver(inputs, mask=mask)
         positions = token_positions(self.perceiver.positions, inputs)
         queries = repeat(grouped(positions.unsqueeze(0), groups), "g n p -> (b g) n p", b=latents.shape[0])
@@ -179,7 +181,7 @@ class HierarchicalAutoencoder(nn.Module):
 
 
 def token_positions(positions: Positions, inputs: Tokens | Float[Tensor, "b n c"]) -> Float[Tensor, "n p"]:
-    """Return the position features of every token."""
+    """Return the position features of every token, with the grid axes flattened."""
     grid, like = (inputs.grid, inputs.content) if isinstance(inputs, Tokens) else (inputs.shape[1:-1], inputs)
     tables = positions.tables(tuple(grid), like=like)
     total = sum(tables[1:], start=tables[0])
@@ -187,7 +189,7 @@ def token_positions(positions: Positions, inputs: Tokens | Float[Tensor, "b n c"
 
 
 def _opposites(levels: Sequence[Level], decoder_levels: Sequence[Level]) -> list[Level]:
-    """Check the levels, and return the levels whose outputs are the skip connections of the decoder levels."""
+    """Check the sizes of the levels. Return the levels that provide skip connections, in decoder order."""
     if not levels:
         raise ValueError("levels must have at least one level; got none")
     opposites = list(levels)[-2::-1]

@@ -19,13 +19,14 @@ class Perceiver(nn.Module):
 
     Args:
         adapter: Module that maps the raw input to tokens; see `adapters`. Use `nn.Identity()` if the input is already a
-            tensor `b n c`, or `Tokens`, which contain their own mask.
+            tensor `b n c` or `Tokens`. A mask is then passed inside the `Tokens`.
         encoder: Module that maps tokens to latents; see `Encoder`.
         head: Module that maps latents to the output; see `heads`.
 
     Raises:
         TypeError: If a component is not a module.
-        ValueError: If the widths of consecutive components differ (`.dim` and `.input_dim`, if both are defined).
+        ValueError: If `adapter.dim` differs from `encoder.input_dim`, or `encoder.dim` from `head.dim`. Components
+            without these attributes are not checked.
 
     Example:
         >>> positions = pc.positions.Fourier(num_axes=2, num_bands=8, max_resolution=32)
@@ -51,8 +52,9 @@ class Perceiver(nn.Module):
 
         Args:
             inputs: Input of the adapter, such as images `b c h w`, audio `b s` or points `b n f`.
-            mask: Valid inputs, True = attend, in the shape that the adapter expects.
-            capture: Receives the attention weights of one read of the encoder.
+            mask: Mask of valid inputs, True = attend, in the shape that the adapter expects.
+            capture: Container that stores the attention weights of the encoder's read with index `capture.read`, by
+                default the last. The encoder then stops after this read.
         """
         tokens = self.adapter(inputs) if mask is None else self.adapter(inputs, mask=mask)
         latents = self.encoder(tokens) if capture is None else self.encoder(tokens, capture=capture)
@@ -62,8 +64,8 @@ class Perceiver(nn.Module):
 def check_parts(parts: Mapping[str, object], widths: Mapping[str, str]) -> None:
     """Check that all parts of a model are modules, and that the widths of connected parts match.
 
-    `widths` maps each output width, such as "adapter.dim", to the input width that must equal it, "encoder.input_dim".
-    Pairs with a missing attribute are skipped.
+    `widths` is a dictionary from output widths to the input widths that they must equal, for example
+    `{"adapter.dim": "encoder.input_dim"}`. Pairs with a missing attribute are skipped.
     """
     for name, part in parts.items():
         if not isinstance(part, nn.Module):

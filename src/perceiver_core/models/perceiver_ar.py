@@ -27,11 +27,11 @@ LATENT_TRANSFORMER = partial(LatentTransformer, block=partial(SelfAttend, attent
 
 
 class DecodingStep(NamedTuple):
-    """Named tuple of the inputs for one forward pass of cached generation.
+    """Named tuple of the inputs for one forward pass of generation with caches.
 
     Args:
-        indices: Index of each token of this pass in the sequence, for position embeddings, `n` or `b n`.
-        num_new: Number of tokens, counted from the end, whose cross-attention keys and values are not cached yet.
+        indices: Sequence index of each token in this pass, `n` or `b n`, for position embeddings.
+        num_new: Number of new tokens: the last tokens, whose cross-attention keys and values are not cached yet.
         cross_attention: Keyword arguments of the cross-attention: mask, rotary positions and cache.
         latent_transformer: Keyword arguments of the latent transformer: mask, rotary positions and caches.
     """
@@ -51,8 +51,8 @@ class PerceiverAR(nn.Module):
         latents = latent_transformer(latents, causal)               b m d
         logits  = head(norm(latents))                               b m vocab_size
 
-    The last m tokens, at most `num_latents`, are the latents. The tokens before them (the prefix) are processed only by
-    the embedding and the cross-attention, so the cost of the latent transformer does not depend on their number.
+    The last m tokens become the latents, where m is at most `num_latents`. The tokens before them (the prefix) are used
+    only by the embedding and the cross-attention, so the latent transformer does not get slower with a longer prefix.
 
     Args:
         embedding: Adapter for token ids with attributes `dim` and `vocab_size`; see `adapters.TokenEmbedding`.
@@ -64,15 +64,15 @@ class PerceiverAR(nn.Module):
         latent_transformer: Factory `(dim, depth=depth, num_heads=num_heads) -> module`.
         norm: Factory `dim -> module` of the norm before the head.
         head: Factory `embedding -> module` of the output layer, such as `heads.TiedLogits` or `heads.Logits`.
-        prefix_dropout: Fraction of the prefix tokens that is dropped in training, in [0, 1). The number of dropped
-            tokens is rounded down. They are drawn anew for each sample and forward pass.
+        prefix_dropout: Fraction of the prefix tokens to drop in training, in [0, 1). The number of dropped tokens is
+            rounded down. Each forward pass draws the dropped tokens at random for each sample.
 
     The default `cross_attention` and `latent_transformer` apply rotary embeddings to all channels of queries and keys
     (`positions.Rotary`). Factories without rotary embeddings, such as `CrossAttend`, need an `embedding` that adds
     positions.
 
     Raises:
-        TypeError: If the embedding lacks an attribute that the head needs.
+        TypeError: If `embedding` lacks an attribute that the head needs.
         ValueError: If a size is below 1, or `prefix_dropout` is outside [0, 1).
 
     Example:
@@ -119,14 +119,15 @@ class PerceiverAR(nn.Module):
         generator: torch.Generator | None = None,
         step: DecodingStep | None = None,
     ) -> Float[Tensor, "b m vocab_size"]:
-        """Return the next-token logits at each of the last m tokens.
+        """Return the next-token logits at each of the last m tokens (the latents).
 
         Args:
             ids: Token ids.
-            mask: Valid tokens, True = attend. Pad shorter sequences on the left, and ignore the logits at padding.
+            mask: Mask of valid tokens, True = attend. Pad shorter sequences on the left, and ignore the logits at
+                padding.
             num_latents: Maximum number of latents in this pass; None for the model's `num_latents`.
             generator: Random generator for prefix dropout.
-            step: Inputs of a step of cached generation; see `generate`. If set, `ids` are only the last tokens of the
+            step: Caches and other inputs for one step of `generate`. If set, `ids` contains only the last tokens of the
                 sequence, and only the logits at the last token are returned.
 
         Raises:
@@ -156,18 +157,19 @@ class PerceiverAR(nn.Module):
         mask: Bool[Tensor, "b n"] | None = None,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, ""]:
-        """Return the mean cross-entropy of the next-token predictions for the last m tokens; see `next_token_loss`.
+        """Return the mean cross-entropy of the next-token predictions of all latents; see `next_token_loss`.
 
         Args:
             ids: Token ids, at least two per sample. The last token is only a target, not an input.
-            mask: Valid tokens, True = attend. Pad shorter sequences on the left. Samples with one valid token are
-                ignored.
+            mask: Mask of valid tokens, True = attend. Pad shorter sequences on the left. Samples with only one valid
+                token are ignored.
             generator: Random generator for prefix dropout.
 
         Raises:
             TypeError: If the ids are not integers, or the mask is not boolean.
-            ValueError: If there are fewer than two ids per sample, an id is not in the vocabulary, the mask has the
-                wrong shape or padding that is not on the left, or no sample has two valid tokens.
+            ValueError: If there are fewer than two ids per sample, or an id is not in the vocabulary.
+            ValueError: If the mask has the wrong shape, has padding that is not on the left, or has no sample with two
+                valid tokens.
         """
         checks.ids("ids", ids, self.vocab_size)
         if ids.shape[1] < 2:
@@ -188,8 +190,8 @@ class PerceiverAR(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Apply prefix dropout. Return the kept tokens, their mask, and their rotary positions.
 
-        The positions are None if dropout is inactive. Latents are never dropped, so causal masks stay correct, because
-        they align queries and keys at the end of the sequence.
+        The positions are None if dropout is inactive. Tokens that become latents are never dropped. A causal mask is
+        therefore still correct, because it aligns the last query with the last key.
         """
         n = x.shape[1]
         if not self.training or not self.prefix_dropout or n <= num_latents:
@@ -215,9 +217,9 @@ def kept_prefix(
     device: torch.device | None = None,
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, "b kept"]:
-    """Draw a random subset of `prefix` tokens for each sample, and return the sorted indices of the tokens to keep.
+    """Draw a random subset of the prefix tokens to keep for each sample, and return their indices in order.
 
-    The number of dropped tokens is `rate * prefix`, rounded down. All subsets of this size are equally likely.
+    Of `prefix` tokens, `rate * prefix` are dropped, rounded down. All subsets of this size are equally likely.
     """
     # torch.rand with a generator does not support dynamic sizes under torch.compile.
     order = torch.empty(batch, prefix, device=device).uniform_(generator=generator).argsort(1)
@@ -230,9 +232,10 @@ def next_token_loss(
     *,
     mask: Bool[Tensor, "b n"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Return the mean cross-entropy of the last m tokens, each of which is predicted from the tokens before it.
+    """Return the mean cross-entropy between the logits for the last m tokens and the ids of these tokens.
 
-    Masked tokens are ignored. With a mask, the first valid token of each sample is ignored too, as it has no context.
+    The logits for a token must be computed from the tokens before it. Masked tokens are ignored. With a mask, the first
+    valid token of each sample is also ignored, because it has no context.
 
     Example:
         >>> from perceiver_core.models.perceiver_ar import next_token_loss

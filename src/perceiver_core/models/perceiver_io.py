@@ -17,10 +17,10 @@ from perceiver_core.registry import register
 
 @register
 class PerceiverIO(nn.Module):
-    """Perceiver IO: a Perceiver with a decoder, which computes one output per query.
+    """Perceiver IO: a Perceiver with a decoder that computes one vector per query.
 
-        raw input --adapter--> tokens --encoder--> latents <--decoder-- queries
-                                                     outputs --head--> output
+        raw input --adapter--> tokens --encoder--> latents
+        latents and queries --decoder--> vectors --head--> output
 
     Args:
         adapter: Module that maps the raw input to tokens; see `adapters`.
@@ -31,8 +31,8 @@ class PerceiverIO(nn.Module):
             as `heads.TiedLogits`. The default is `nn.Identity()`.
 
     Raises:
-        TypeError: If a component is not a module, or a head factory cannot be called with just the adapter.
-        ValueError: If the widths of consecutive components differ, or a modality of the queries has no head.
+        TypeError: If a component is not a module, or a head factory takes other arguments than the adapter.
+        ValueError: If the widths of connected components differ, or a modality of the queries has no head.
 
     Example:
         >>> positions = pc.positions.Fourier(num_axes=2, num_bands=8, max_resolution=32)
@@ -82,15 +82,17 @@ class PerceiverIO(nn.Module):
         query_mask: object = None,
         capture: AttentionCapture | None = None,
     ) -> object:
-        """Return one output per query: a tensor, or a dictionary of tensors by modality.
+        """Return the output of the head: a tensor, or a dictionary of tensors keyed by modality.
 
         Args:
             inputs: Input of the adapter.
-            mask: Valid inputs, True = attend, in the shape that the adapter expects.
+            mask: Mask of valid inputs, True = attend, in the shape that the adapter expects.
             query_inputs: Input of the query module: query indices, points or query vectors, depending on the module.
-                None for all queries. To train on a subset of the outputs, select only those queries.
-            query_mask: Valid queries `b q`, True = decode; a dictionary of masks if the queries are a dictionary.
-            capture: Receives the attention weights of one read of the encoder.
+                None for all queries. To train on a subset of the outputs, pass the indices of their queries.
+            query_mask: Mask of valid queries `b q`, True = decode, or a dictionary of masks if the queries are a
+                dictionary.
+            capture: Container that stores the attention weights of the encoder's read with index `capture.read`, by
+                default the last. The encoder then stops after this read.
         """
         tokens = self.adapter(inputs) if mask is None else self.adapter(inputs, mask=mask)
         queries = self.queries(tokens, query_inputs)
@@ -103,7 +105,7 @@ class PerceiverIO(nn.Module):
 
 
 def _built(head: nn.Module | Callable[[nn.Module], nn.Module], adapter: nn.Module) -> nn.Module:
-    """Return the head. If it is a factory, build the head from the adapter."""
+    """Return `head` if it is a module. If it is a factory, build the head from the adapter."""
     if isinstance(head, nn.Module):
         return head
     name = getattr(head, "__name__", repr(head))

@@ -1,4 +1,4 @@
-"""Presets: functions that build models with the sizes from published papers and code.
+"""Presets: functions that build models with the sizes of published models.
 
 Example:
     >>> presets = pc.models.presets
@@ -35,7 +35,7 @@ from perceiver_core.models.resampler import Resampler
 
 
 def imagenet(num_classes: int = 1000) -> Perceiver:
-    """Return the ImageNet Perceiver: 224 x 224 pixels, 64 Fourier bands, 512 latents, 8 reads.
+    """Return the ImageNet Perceiver: 224 x 224 pixels, 64 Fourier bands, 512 latents, 8 reads (cross-attentions).
 
     Each read is followed by 6 self-attention blocks. The paper reports 44.9 million parameters.
 
@@ -48,7 +48,7 @@ def imagenet(num_classes: int = 1000) -> Perceiver:
 def audioset(num_classes: int = 527) -> Perceiver:
     """Return the AudioSet Perceiver: 1.28 s of raw audio at 48 kHz (61,440 samples in 480 patches), 192 Fourier bands.
 
-    No code was published for this model. Sizes that the paper does not state are taken from `imagenet`.
+    No code was published for this model. Sizes that the paper does not state are the same as in `imagenet`.
 
     Reference: Jaegle et al. 2021 (Perceiver), section 4.2.
     """
@@ -57,7 +57,9 @@ def audioset(num_classes: int = 527) -> Perceiver:
 
 
 def modelnet40(num_classes: int = 40) -> Perceiver:
-    """Return the point cloud Perceiver: about 2,000 points, 64 Fourier bands up to resolution 1,120, 2 reads.
+    """Return the ModelNet40 Perceiver: point clouds of about 2,000 points, 64 Fourier bands, 2 reads.
+
+    The Fourier features have `max_resolution=1120`.
 
     Reference: Jaegle et al. 2021 (Perceiver), section 4.3.
     """
@@ -68,11 +70,18 @@ def modelnet40(num_classes: int = 40) -> Perceiver:
 def perceiver_ar(
     vocab_size: int, *, context_length: int = 8192, num_latents: int = 1024, depth: int = 12
 ) -> PerceiverAR:
-    """Return Perceiver AR with the default configuration of its published code. The arguments depend on the dataset.
+    """Return Perceiver AR with the default configuration of its published code.
 
-    The model has 1,024 channels, 16 attention heads of 64 channels with rotary embeddings on 32 of them, MLPs with
+    The model has 1,024 channels, 16 attention heads with rotary embeddings on 32 of their 64 channels, MLPs with
     squared ReLU and a widening factor of 4, and an output layer that is not tied to the embedding. Unlike the published
-    code, it does not apply a linear layer to the embeddings that become latents.
+    code, it does not apply a linear layer to the embeddings that become latents. The published values of the arguments
+    depend on the dataset.
+
+    Args:
+        vocab_size: Number of token ids.
+        context_length: Sequence length, used as the base of the rotary embeddings.
+        num_latents: Maximum number of latents.
+        depth: Number of self-attention blocks.
 
     Reference: google-research/perceiver-ar, perceiver_ar/experiment.py, `get_config`.
     """
@@ -92,12 +101,12 @@ def perceiver_ar(
 
 
 def idefics2_resampler(input_dim: int = 1152, dim: int = 4096, *, hidden_dim: int = 14_336) -> Resampler:
-    """Return the connector of Idefics2-8b: a gated projection to the text model's width, 64 latents, 3 layers.
+    """Return the connector of Idefics2-8b: a gated MLP to the width of the text model, then a 3-layer resampler.
 
     Args:
         input_dim: Width of the vision encoder's features.
         dim: Width of the text model.
-        hidden_dim: Hidden width of the gated projection, equal to the hidden width of the text model's MLPs.
+        hidden_dim: Hidden width of the gated MLP. In Idefics2, it equals the hidden width of the text model's MLPs.
 
     Reference: Laurençon et al. 2024 (Idefics2), with the sizes of `Idefics2Config` in transformers.
     """
@@ -122,7 +131,7 @@ def hip16(input_dim: int = 3, num_tokens: int = 224 * 224) -> HierarchicalPercei
 
     Args:
         input_dim: Width of the input tokens.
-        num_tokens: Number of input tokens for which positions are learned.
+        num_tokens: Number of input tokens, each with a learned position.
 
     Reference: Carreira et al. 2022 (Hierarchical Perceiver); deepmind/hierarchical_perceiver, `perceiver.py`,
     `VARIANTS`.

@@ -1,7 +1,7 @@
 """Perceiver Resampler: maps any number of image or video features to a fixed number of vectors.
 
 Vision-language models use it to compress the features of a vision encoder to a few visual tokens. `Resampler` takes one
-array of features per sample. `EachFrame` and `AllFrames` apply a resampler to the frames of a video.
+sequence of features per sample. `EachFrame` and `AllFrames` apply a resampler to the frames of a video.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ FLAMINGO = partial(
     attention=partial(MultiHeadAttention, bias=False, out_bias=False),
     mlp=partial(MLP, widening_factor=4, activation=SquaredReLU(), bias=False),
 )
-"""Resampler layer of the Flamingo paper. Its linear layers have no biases, like those of all published code."""
+"""Resampler layer of the Flamingo paper. Its linear layers have no biases, as in all published code."""
 
 
 @register
 class Resampler(nn.Module):
-    """Perceiver Resampler: in each layer, latents attend to the features and to each other in a single softmax.
+    """Perceiver Resampler: in each layer, latents attend jointly to the features and to each other.
 
         features = projection(features)
         for each layer:  latents = layer(latents, features)
@@ -45,11 +45,11 @@ class Resampler(nn.Module):
         dim: Width of the output vectors; `input_dim` by default.
         depth: Number of layers, each with its own weights.
         num_heads: Number of attention heads per layer.
-        projection: Factory `(input_dim, dim) -> module` of the projection of the features. By default a linear layer,
+        projection: Factory `(input_dim, dim) -> module` for the projection of the features. By default a linear layer,
             or the identity if `dim` equals `input_dim`.
-        block: Factory `(dim, num_heads=num_heads) -> module` of a layer. Use `functools.partial(JointAttend, ...)` to
-            set options.
-        norm: Factory `dim -> module` of the output norm.
+        block: Factory `(dim, num_heads=num_heads) -> module` for each layer. Use `functools.partial(JointAttend, ...)`
+            to set options.
+        norm: Factory `dim -> module` for the output norm.
 
     Raises:
         ValueError: If a size is below 1.
@@ -97,14 +97,15 @@ class Resampler(nn.Module):
 
         Args:
             features: Features `b n c`, such as the output of a vision encoder; or `Tokens`, which have their own mask.
-            mask: Valid features, True = attend. The content of masked features has no effect, even if it is NaN. If all
+            mask: Mask of valid features, True = attend. Masked features are ignored, even if they are NaN. If all
                 features of a sample are masked, its latents attend only to each other.
-            capture: Receives the attention weights of one layer.
+            capture: Container that stores the attention weights of the layer with index `capture.read`, by default the
+                last.
 
         Raises:
             TypeError: If the features have the wrong dtype, or the mask is not boolean.
-            ValueError: If the features have the wrong width, rank or device, the mask has the wrong shape, or a mask is
-                passed together with `Tokens`.
+            ValueError: If the features have the wrong width, rank or device.
+            ValueError: If the mask has the wrong shape, or is passed together with `Tokens`.
         """
         if isinstance(features, Tokens):
             if mask is not None:
@@ -132,13 +133,16 @@ class Resampler(nn.Module):
         layer: int = -1,
         queries: QueryIndices = None,
     ) -> Float[Tensor, "b h chosen n_and_m"]:
-        """Return the attention weights of one layer, `b h chosen (n + m)`: first on the features, then on the latents.
+        """Return the attention weights of one layer over the n features, followed by the m latents.
 
         Args:
             features: Same as in `forward`.
             mask: Same as in `forward`.
             layer: Index of the layer; negative indices count from the last.
-            queries: Indices of the latents whose attention weights are returned; None for all latents.
+            queries: Indices of the selected latents; None for all latents.
+
+        Returns:
+            Attention weights `b h chosen (n + m)`, where `chosen` is the number of selected latents.
 
         Raises:
             ValueError: If `layer` is out of range.
@@ -152,7 +156,7 @@ class Resampler(nn.Module):
 
 
 class _Frames(nn.Module):
-    """Base class that adds frame positions and applies a resampler. Subclasses join frames or keep them separate."""
+    """Base class of modules that apply a resampler to video frames, with optional frame positions."""
 
     def __init__(self, resampler: nn.Module, *, frame_positions: Positions | None) -> None:
         super().__init__()
@@ -170,7 +174,7 @@ class _Frames(nn.Module):
         self.input_dim, self.dim = getattr(resampler, "input_dim", None), getattr(resampler, "dim", None)
 
     def _resampled(self, features: Tensor, mask: Tensor | None, axes: str) -> Tensor:
-        """Add frame positions, rearrange features and mask from `b t n` to `axes`, and apply the resampler."""
+        """Add frame positions, rearrange features and mask from axes `b t n` to `axes`, and apply the resampler."""
         positions = self.frame_positions
         checks.is_floating("features", features)
         checks.has_shape("features", features, "b t n c", last=None if positions is None else positions.dim)
@@ -190,9 +194,10 @@ class EachFrame(_Frames):
         b t n c  --add frame positions-->  (b t) n c  --resampler-->  b t m d
 
     Args:
-        resampler: Module that maps features `b n c` to vectors `b m d`, called with `mask=`; usually a `Resampler`.
+        resampler: Module that maps features `b n c` to vectors `b m d`, with a keyword argument `mask`; usually a
+            `Resampler`.
         frame_positions: Positions along the time axis, such as `positions.LearnedEmbedding` or `positions.LearnedGrid`.
-            All features of a frame get the same position. None to add no positions.
+            All features of a frame get the same position. None for no positions.
 
     Raises:
         TypeError: If `frame_positions` does not implement `positions.Positions`.
@@ -213,27 +218,28 @@ class EachFrame(_Frames):
     def forward(
         self, features: Float[Tensor, "b t n c"], *, mask: Bool[Tensor, "b t n"] | None = None
     ) -> Float[Tensor, "b t m d"]:
-        """Return the resampled vectors of each frame.
+        """Return the output of the resampler for each frame.
 
         Args:
             features: Features of each frame. With `positions.LearnedEmbedding`, the number of frames must not exceed
                 the length of the embedding.
-            mask: Valid features, True = attend. A `Resampler` also accepts frames whose features are all masked.
+            mask: Mask of valid features, True = attend. With a `Resampler`, all features of a frame can be masked.
         """
         return rearrange(self._resampled(features, mask, "(b t) n"), "(b t) m d -> b t m d", b=features.shape[0])
 
 
 @register
 class AllFrames(_Frames):
-    """Module that applies a resampler to all frames of a video jointly, so a video yields as few vectors as an image.
+    """Module that applies a resampler to all frames of a video jointly. The output has the size of one frame's output.
 
         b t n c  --add frame positions-->  b (t n) c  --resampler-->  b m d
 
     Args:
-        resampler: Module that maps features `b n c` to vectors `b m d`, called with `mask=`; usually a `Resampler`.
-        frame_positions: Same as in `EachFrame`, but without a default value. The paper uses
-            `positions.LearnedGrid((8,), dim)`, which is interpolated to other numbers of frames. The open_flamingo
-            project uses `positions.LearnedEmbedding(max_frames, dim)`.
+        resampler: Module that maps features `b n c` to vectors `b m d`, with a keyword argument `mask`; usually a
+            `Resampler`.
+        frame_positions: Same as in `EachFrame`, but required. The paper uses
+            `positions.LearnedGrid((8,), dim)`, which is interpolated for other numbers of frames. open_flamingo uses
+            `positions.LearnedEmbedding(max_frames, dim)`.
 
     Raises:
         TypeError, ValueError: Same as in `EachFrame`.
@@ -250,5 +256,5 @@ class AllFrames(_Frames):
     def forward(
         self, features: Float[Tensor, "b t n c"], *, mask: Bool[Tensor, "b t n"] | None = None
     ) -> Float[Tensor, "b m d"]:
-        """Return the resampled vectors of each video. Pad shorter videos with masked frames at the end."""
+        """Return the output of the resampler for each video. Pad shorter videos with masked frames at the end."""
         return self._resampled(features, mask, "b (t n)")

@@ -31,15 +31,15 @@ class Sample:
     """Sampler that draws token ids from the softmax distribution, optionally restricted to the most likely ids.
 
     Args:
-        temperature: Positive number that the logits are divided by. Sampling becomes greedy as it approaches 0.
+        temperature: Positive divisor of the logits. As it approaches 0, sampling becomes greedy.
         top_k: Number of most likely ids to sample from; None for all ids.
         top_p: Probability mass for nucleus sampling, in (0, 1]: sample from the smallest set of most likely ids whose
             probabilities sum to at least `top_p`. Applied after `top_k`.
 
     Raises:
         TypeError: If `temperature` or `top_p` is not a number.
-        ValueError: If `temperature` is not positive and finite, `top_k` is not a positive integer, or `top_p` is
-            outside (0, 1].
+        ValueError: If `temperature` is not positive and finite, or `top_p` is outside (0, 1].
+        ValueError: If `top_k` is not a positive integer.
 
     Example:
         >>> sample = pc.models.sampling.Sample(temperature=0.8, top_p=0.9)
@@ -71,7 +71,7 @@ class Sample:
         return torch.multinomial(self.probabilities(logits), 1, generator=generator).squeeze(-1)
 
     def probabilities(self, logits: Float[Tensor, "b v"]) -> Float[Tensor, "b v"]:
-        """Return the sampling probability of each id, in float32, or in float64 for float64 logits."""
+        """Return the probability of each token id, in float32, or in float64 for float64 logits."""
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         # The maximum is subtracted first: with a tiny temperature, the differences can overflow to -inf, which is
         # harmless, but the logits could overflow to inf. The temperature is clamped so that it does not underflow to 0.

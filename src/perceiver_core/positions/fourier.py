@@ -1,7 +1,8 @@
-"""Fourier features of positions in [-1, 1]: the Perceiver paper's variant and other published ones.
+"""Fourier features of coordinates in [-1, 1]: the variant of the Perceiver paper and other published variants.
 
-`Fourier`, `FourierPerAxis` and `NeRF` are separable: a grid needs only one small table per axis. The variants differ in
-frequencies and column order. For pretrained weights, use the variant that the weights were trained with.
+`Fourier`, `FourierPerAxis` and `NeRF` are separable: each feature depends on a single coordinate, so the features of a
+grid need only one small table per axis. The variants differ in their frequencies and in the order of the features. For
+pretrained weights, use the variant that the weights were trained with.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class SeparableFeatures(nn.Module):
 
     dim: int
     _called_with = "points"
-    _hyperparameters: tuple[str, ...] = ()  # attributes besides num_bands that set the features
+    _hyperparameters: tuple[str, ...] = ()  # attributes besides num_bands that determine the features
 
     def __init__(self, num_axes: int, num_bands: int) -> None:
         super().__init__()
@@ -33,14 +34,14 @@ class SeparableFeatures(nn.Module):
         self.num_axes, self.num_bands = num_axes, num_bands
 
     def forward(self, points: Float[Tensor, "*b axes"]) -> Float[Tensor, "*b dim"]:
-        """Return the features of points in [-1, 1]. Columns are ordered by group (such as all sines), then by axis."""
+        """Return features of points in [-1, 1], ordered by group (such as sines before cosines), then by axis."""
         axes = [self._features(x, axis) for axis, x in enumerate(_widened(points, self.num_axes).unbind(-1))]
         return torch.cat([part for group in zip(*axes, strict=True) for part in group], dim=-1).to(points.dtype)
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "... p"], ...]:
-        """Return one table per grid axis. The sum of the broadcast tables equals `forward` at the grid points.
+        """Return one position table per grid axis. Their broadcast sum equals `forward` at the grid points.
 
-        Tables of small grids are cached, because computing them would dominate the runtime of a small model.
+        The tables of small grids are cached, because computing them would dominate the runtime of a small model.
         """
         check_axes(grid, self.num_axes)
         if (
@@ -49,7 +50,7 @@ class SeparableFeatures(nn.Module):
             or _get_current_dispatch_mode() is not None
             or sum(grid) > CACHED_ROWS
             or torch._C._functorch.peek_interpreter_stack() is not None
-            or (like.device.type == "cuda" and torch.cuda.is_current_stream_capturing())  # no values until replay
+            or (like.device.type == "cuda" and torch.cuda.is_current_stream_capturing())  # no values before replay
         ):
             return self._compute_tables(grid, like)
         settings = [getattr(self, name) for name in self._hyperparameters]
@@ -66,7 +67,7 @@ class SeparableFeatures(nn.Module):
         return tables
 
     def _compute_tables(self, grid: Sequence[int], like: Tensor) -> tuple[Tensor, ...]:
-        """Return one table per axis, of shape `1 .. size .. 1 p`, with zeros in the columns of the other axes."""
+        """Return one table per axis, of shape `1 ... size ... 1 p`, in which the features of other axes are zero."""
         tables = []
         for axis, size in enumerate(grid):
             groups = self._features(coordinates(size, like.device, computing_dtype(like)), axis)
@@ -76,30 +77,35 @@ class SeparableFeatures(nn.Module):
         return tuple(tables)
 
     def _features(self, x: Tensor, axis: int) -> list[Tensor]:
-        """Return feature groups `*b f` for coordinates `*b` along an axis. Group widths are the same for all axes."""
+        """Return the features of coordinates `*b` along an axis as a list of groups `*b f`, such as [sines, cosines].
+
+        The width f of a group must not depend on the axis.
+        """
         raise NotImplementedError
 
 
-CACHED_GRIDS, CACHED_ROWS, CACHED_NUMBERS = 64, 512, 2**16  # limits of the cache; at most 16 MB in float32
+# Limits of the table cache: grids, sum of the sizes of a grid, numbers per grid. At most 16 MB in float32.
+CACHED_GRIDS, CACHED_ROWS, CACHED_NUMBERS = 64, 512, 2**16
 _cache: dict[tuple[object, ...], tuple[tuple[Tensor, int], ...]] = {}
-"""Cached tables with their version counters, which reveal in-place edits."""
+"""Cached tables, each with its version counter to detect in-place edits. Keyed by settings, grid, dtype and device."""
 
 
 @register
 class Fourier(SeparableFeatures):
     """Fourier features as in the Perceiver's published code.
 
-    Band k of K along an axis has the features sin(pi f_k x) and cos(pi f_k x). The frequencies f_k are evenly spaced
-    from 1 to max_resolution / 2, endpoints included. Columns: [coordinates, sines axis by axis, cosines axis by axis].
+    A coordinate x has the features sin(pi f_k x) and cos(pi f_k x) for k = 1 ... K. The frequencies f_k are evenly
+    spaced from 1 to max_resolution / 2, endpoints included. The features are ordered as [coordinates, sines axis by
+    axis, cosines axis by axis].
 
     Args:
         num_axes: Number of coordinates per position.
         num_bands: Number of frequencies K per axis.
-        max_resolution: Number of samples whose Nyquist frequency is the highest band: one number for all axes, or one
-            per axis. Usually the grid size in training. It is independent of the input size, so that features have the
-            same meaning at every size.
+        max_resolution: Grid size whose Nyquist frequency is the highest frequency f_K: one number for all axes, or one
+            per axis. Usually the grid size in training. It does not depend on the input size, so that features have the
+            same meaning for all inputs.
         concat_positions: Whether to include the raw coordinates.
-        sine_only: Whether to leave out the cosines.
+        sine_only: Whether to omit the cosines.
 
     Example:
         >>> positions = pc.positions.Fourier(num_axes=2, num_bands=64, max_resolution=224)
@@ -144,7 +150,7 @@ class Fourier(SeparableFeatures):
 
 @register
 class FourierPerAxis(SeparableFeatures):
-    """Fourier features with the bands and column order of perceiver-pytorch: [sines, cosines, x] for each axis.
+    """Fourier features with the frequencies and order of perceiver-pytorch: [sines, cosines, x] for each coordinate x.
 
     Args:
         num_axes: Number of coordinates per position.
@@ -172,7 +178,7 @@ class FourierPerAxis(SeparableFeatures):
 
 @register
 class NeRF(SeparableFeatures):
-    """NeRF's position encoding: for each axis, sin(2^k pi x) and cos(2^k pi x), interleaved, for k < num_bands.
+    """NeRF's position encoding: interleaved sin(2^k pi x) and cos(2^k pi x) for each coordinate x and k < num_bands.
 
     Example:
         >>> pc.positions.NeRF(num_axes=3, num_bands=10)(torch.rand(7, 3)).shape
@@ -193,14 +199,14 @@ class NeRF(SeparableFeatures):
 
 @register
 class Gaussian(nn.Module):
-    """Random Fourier features [cos(2 pi B x), sin(2 pi B x)] with a random matrix B.
+    """Random Fourier features [cos(2 pi B x), sin(2 pi B x)] of a point x, with a random matrix B.
 
-    The entries of B are drawn from N(0, scale^2) at construction and stored in a buffer. Each feature mixes all axes,
-    so the features are not separable: a grid needs one table of its full size.
+    The entries of B are drawn from N(0, scale^2) at construction and stored in a buffer. Each feature depends on all
+    coordinates, so the features are not separable: a grid needs one table of its full size.
 
     Args:
         num_axes: Number of coordinates per position.
-        num_features: Number of frequency vectors. The width of the features is twice this number.
+        num_features: Number of random frequency vectors (rows of B). The feature width `dim` is twice this number.
         scale: Standard deviation of the frequencies. Higher values resolve finer detail.
 
     Example:
@@ -228,19 +234,19 @@ class Gaussian(nn.Module):
         return torch.cat([angles.cos(), angles.sin()], dim=-1).to(points.dtype)
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "*grid p"], ...]:
-        """Return a tuple with one table: the features of all grid points."""
+        """Return a tuple with a single position table: the features of all grid points."""
         check_axes(grid, self.num_axes)
         return (self(grid_points(grid, like)).to(like.dtype),)
 
 
 def _check_sizes(num_axes: int, **sizes: int) -> None:
-    """Check that sizes are positive and not too large, so that a malicious config cannot request huge tables."""
+    """Check that sizes are positive and within fixed limits, so that a malicious config cannot request huge tables."""
     checks.positive(at_most=16, num_axes=num_axes)
     checks.positive(at_most=65_536, **sizes)
 
 
 def linear_bands(highest: float, num_bands: int, like: Tensor) -> Float[Tensor, " bands"]:
-    """Return frequencies evenly spaced from 1 to `highest`, endpoints included, in float32 or wider."""
+    """Return `num_bands` frequencies, evenly spaced from 1 to `highest` inclusive, in float32 or wider."""
     return torch.linspace(1.0, highest, num_bands, device=like.device, dtype=computing_dtype(like))
 
 

@@ -1,4 +1,4 @@
-"""Protocols of position features, grid coordinates, and checks."""
+"""Protocols for position features, and functions that compute grid coordinates."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 @runtime_checkable
 class Positions(Protocol):
-    """Protocol of position features for tokens on a grid. The features are the sum of tables that broadcast over it.
+    """Protocol for position features of tokens on a grid.
+
+    The features are stored as position tables that broadcast over the grid. For a 5 x 7 grid, these may be two arrays
+    of shape `5 1 p` and `1 7 p`. Their broadcast sum, of shape `5 7 p`, contains the features of every token.
 
     Example:
         >>> isinstance(pc.positions.Fourier(num_axes=2, num_bands=4), pc.positions.Positions)
@@ -28,12 +31,12 @@ class Positions(Protocol):
         """Number of grid axes."""
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Tensor, ...]:
-        """Return tables that add up to the features of every token on `grid`, with the dtype and device of `like`."""
+        """Return the position tables for a grid of size `grid`, with the dtype and device of `like`."""
 
 
 @runtime_checkable
 class PointFeatures(Protocol):
-    """Protocol of callables that map points `*b axes` to position features `*b dim`, such as `Fourier`."""
+    """Protocol for callables that map points `*b axes` to position features `*b dim`, such as `Fourier`."""
 
     dim: int
     num_axes: int
@@ -55,7 +58,7 @@ def coordinates(size: int, device: torch.device | None = None, dtype: torch.dtyp
 
 
 def grid_points(grid: Sequence[int], like: Tensor) -> Float[Tensor, "*grid axes"]:
-    """Return the coordinates of every grid point, in the order of the grid axes.
+    """Return the coordinates of all grid points, as an array with one coordinate per grid axis in the last axis.
 
     Example:
         >>> pc.positions.grid_points((2, 3), like=torch.zeros(()))[1].tolist()
@@ -66,20 +69,20 @@ def grid_points(grid: Sequence[int], like: Tensor) -> Float[Tensor, "*grid axes"
 
 
 def check_axes(grid: Sequence[int], num_axes: int) -> None:
-    """Check that `grid` has `num_axes` axes with at least one token each."""
+    """Check that `grid` has `num_axes` axes, each of size 1 or more."""
     if len(grid) != num_axes or any(size < 1 for size in grid):
         raise ValueError(f"grid must have {num_axes} axes of at least one token; got {tuple(grid)}")
 
 
 def computing_dtype(like: Tensor) -> torch.dtype:
-    """Return the dtype for computing features: float32 or wider, as high frequencies need more than 16 bits."""
+    """Return the dtype for computing features: float32 or wider, because high frequencies need more than 16 bits."""
     return torch.promote_types(like.dtype, torch.float32)
 
 
 def is_called_with(argument: str, positions: object) -> bool:
-    """Return whether `positions` is a callable that takes `argument`, one of "points", "indices" and "grid".
+    """Return whether `positions` can be called with `argument`, one of "points", "indices" and "grid".
 
-    A user-defined callable has no attribute `_called_with` and is assumed to take any of them.
+    User-defined callables have no attribute `_called_with`. They are assumed to accept any argument.
     """
     if not callable(positions) or getattr(type(positions), "forward", None) is nn.Module.forward:
         return False
@@ -87,7 +90,7 @@ def is_called_with(argument: str, positions: object) -> bool:
 
 
 def check_takes_points(positions: object) -> None:
-    """Check that `positions` implements `PointFeatures`."""
+    """Check that `positions` has the attributes `dim` and `num_axes` and can be called with points."""
     has_sizes = hasattr(positions, "dim") and hasattr(positions, "num_axes")
     if not has_sizes or not is_called_with("points", positions):
         raise TypeError(

@@ -1,4 +1,4 @@
-"""Learned positions: embeddings by index, embeddings on a resampled grid, and projections of other positions."""
+"""Learned position encodings: embeddings of indices, embeddings of grid points, and projections of other encodings."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from perceiver_core.registry import register
 
 @register
 class LearnedEmbedding(nn.Module):
-    """Learned position embedding of shape (length, dim): token i gets vector i, whatever the input length.
+    """Learned position embedding of shape (length, dim): token i gets vector i, for any input length up to `length`.
 
-    It suits sequences that grow by one token at a time, and video frames. `LearnedGrid`, which resamples its array for
-    other input sizes, suits images.
+    Use it for video frames and for sequences that grow by one token at a time. For images, use `LearnedGrid`, which
+    interpolates its embedding to other input sizes.
 
     Example:
         >>> positions = pc.positions.LearnedEmbedding(100, dim=32)
@@ -40,12 +40,12 @@ class LearnedEmbedding(nn.Module):
         self.vectors = init.embedding(length, dim)
 
     def forward(self, positions: Int[Tensor, "*b n"]) -> Float[Tensor, "*b n d"]:
-        """Return the vectors at these indices. Their range is checked on a CPU in eager mode."""
+        """Return the vectors at these indices. The range of the indices is checked on the CPU in eager mode only."""
         checks.below("positions", positions, self.length)
         return F.embedding(positions, self.vectors)
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "n p"], ...]:
-        """Return a tuple with one table: the first `grid[0]` vectors.
+        """Return a tuple with a single position table: the first `grid[0]` vectors.
 
         Raises:
             ValueError: If the grid has more than `length` tokens.
@@ -63,8 +63,8 @@ class LearnedEmbedding(nn.Module):
 class LearnedGrid(nn.Module):
     """Learned position embedding of width `dim` for every point of a grid with one, two or three axes.
 
-    `grid` is usually the grid size in training. For other sizes, the array is resampled with linear, bicubic or
-    trilinear interpolation (one, two or three axes), with aligned corners.
+    `grid` is usually the grid size in training. For other input sizes, the embedding is interpolated: linear for one
+    axis, bicubic for two axes, trilinear for three axes, always with `align_corners=True`.
 
     Example:
         >>> pc.positions.LearnedGrid((14, 14), dim=32).tables((11, 17), like=torch.zeros(()))[0].shape
@@ -85,11 +85,11 @@ class LearnedGrid(nn.Module):
         self.vectors = init.embedding(*grid, dim)
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "*grid p"], ...]:
-        """Return a tuple with one table: the learned array, resampled to `grid`."""
+        """Return a tuple with a single position table: the embedding, interpolated to size `grid`."""
         return (self(grid, like),)
 
     def forward(self, grid: Sequence[int], like: Tensor) -> Float[Tensor, "*grid p"]:
-        """Return the learned array, resampled to `grid`, in the dtype of `like`."""
+        """Return the embedding, interpolated to size `grid`, in the dtype of `like`."""
         check_axes(grid, self.num_axes)
         if tuple(grid) == tuple(self.vectors.shape[:-1]):
             return self.vectors.to(like.dtype, copy=True)  # never return the parameter itself
@@ -101,7 +101,7 @@ class LearnedGrid(nn.Module):
 
 @register
 class Projected(nn.Module):
-    """Linear projection of position features to width `dim`, applied to their tables instead of to every token.
+    """Linear projection of position features to width `dim`, applied to the position tables instead of to every token.
 
     Example:
         >>> positions = pc.positions.Projected(pc.positions.LearnedGrid((14, 14), dim=32), dim=256)
@@ -122,11 +122,11 @@ class Projected(nn.Module):
         self.project = init.linear(positions.dim, dim)
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "... p"], ...]:
-        """Return the projected tables. The bias is added to the first table only."""
+        """Return the projected position tables. Only the first includes the bias, so that the sum includes it once."""
         return self(grid, like)  # call the module, so that hooks and FSDP run
 
     def forward(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "... p"], ...]:
-        """Return the projected tables. The bias is added to the first table only."""
+        """Return the projected position tables. Only the first includes the bias, so that the sum includes it once."""
         first, *others = (table.to(self.project.weight.dtype) for table in self.positions.tables(grid, like))
         projected = [self.project(first)]
         if others:

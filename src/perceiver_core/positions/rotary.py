@@ -1,4 +1,4 @@
-"""Rotary embeddings: queries and keys are rotated by their positions, so that scores depend on distances only."""
+"""Rotary embeddings: rotations of queries and keys that make attention scores depend on relative positions only."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def inclusive_exponents(pairs: int, like: Tensor) -> Float[Tensor, " pairs"]:
 class Rotary(nn.Module):
     """Rotary embedding of heads `b h n d`: rotates adjacent channel pairs by the angle position * base^-exponent.
 
-    By default, positions count from the end of the sequence (the last one is 0). If the queries are the last tokens of
-    a longer input, their distances to its keys are then right without passing positions.
+    By default, the last token has position 0, the token before it -1, and so on. If the queries are the last tokens of
+    a longer input, their distances to the keys are therefore correct without explicit positions.
 
     Args:
-        dim: Number of channels to rotate in each head, even; the other channels are unchanged. All by default.
-        base: Base of the wavelengths, which range from 2 pi to about 2 pi base tokens.
+        dim: Number of channels to rotate in each head, even; None for all. The other channels are unchanged.
+        base: Base of the frequencies base^-exponent. Wavelengths range from 2 pi to about 2 pi * base tokens.
         exponents: Function `(pairs, like) -> exponents` that returns the exponent of each channel pair in the dtype and
             on the device of `like`: `half_open_exponents`, `inclusive_exponents` or a custom function.
 
@@ -58,12 +58,12 @@ class Rotary(nn.Module):
         >>> pc.positions.Rotary(dim=8)(torch.randn(2, 4, 7, 16)).shape
         torch.Size([2, 4, 7, 16])
 
-    Perceiver AR's published code rotates half of each head's channels in every layer, here 32 of 64:
+    Perceiver AR's published configuration rotates half of the channels of each head in every layer, here 32 of 64:
 
         >>> rotary = Rotary(dim=32, base=8192, exponents=pc.positions.inclusive_exponents)
 
-    That code numbers positions backwards from the end, so its rotations have the opposite sign. This does not hold
-    where it takes positions from the data, such as in cached generation.
+    If neither `use_positions_from_data` nor `use_negative_rotary_positions` is set, the published code counts positions
+    down to 0 at the last token. Its rotations then have the opposite sign.
 
     Reference: Su et al. 2021 (RoFormer), section 3.2.2; google-research/perceiver-ar, perceiver_ar_model.py,
     `_apply_rotary_encoding_to_subset`.
@@ -91,8 +91,8 @@ class Rotary(nn.Module):
         """Return the rotated heads.
 
         Args:
-            heads: Queries or keys.
-            positions: Token positions `n` or `b n`; 1 - n ... 0 by default.
+            heads: Queries or keys of all heads.
+            positions: Token positions, `n` or `b n`; 1 - n, ..., 0 by default.
         """
         dim = heads.shape[-1] if self.dim is None else self.dim
         if heads.shape[-1] < dim:

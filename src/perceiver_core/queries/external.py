@@ -12,7 +12,7 @@ from perceiver_core.registry import register
 
 @register
 class External(nn.Module):
-    """Query module that returns the query vectors passed by the caller, of width `dim`.
+    """Query module that returns query vectors passed by the caller. `dim` is their width.
 
     Example:
         >>> source = pc.queries.External(32)
@@ -30,7 +30,7 @@ class External(nn.Module):
 
         Args:
             tokens: Not used.
-            queries: Query vectors, `b q e`, or `q e` for all samples.
+            queries: Query vectors `b q e`, or `q e` to use the same queries for all samples.
         """
         return _batched("queries", queries, self.dim)
 
@@ -56,17 +56,17 @@ class Coordinates(nn.Module):
     def forward(
         self, tokens: object = None, points: Float[Tensor, "*b q axes"] | None = None
     ) -> Float[Tensor, "#b q e"]:
-        """Return the position encoding of points.
+        """Return the position encoding of the points, with a batch axis.
 
         Args:
             tokens: Not used.
-            points: Coordinates in [-1, 1], `b q axes`, or `q axes` for all samples.
+            points: Coordinates in [-1, 1]: `b q axes`, or `q axes` to use the same points for all samples.
         """
         return self.positions(_batched("points", points, self.positions.num_axes))
 
 
 def _batched(name: str, x: Tensor | None, width: int) -> Float[Tensor, "#b q e"]:
-    """Check that `x` is floating point, `q width` or `b q width`, and return it with a batch axis."""
+    """Check that `x` is a floating-point tensor `q width` or `b q width`, and return it with a batch axis."""
     if x is None:
         raise ValueError(f"{name} must be q {width} or b q {width}; got None. Pass them with each call")
     checks.is_floating(name, x)

@@ -13,9 +13,9 @@ from perceiver_core.tokens import Tokens
 
 @register
 class FromInputs(nn.Module):
-    """Query module that returns the input tokens, with content and positions, as queries.
+    """Query module that returns the input tokens, including their position encodings, as queries.
 
-    `dim` is the token width of the adapter.
+    `dim` is the token width, the attribute `dim` of the adapter.
 
     Example:
         >>> pc.queries.FromInputs(3)(pc.Tokens(torch.randn(2, 5, 7, 3))).shape
@@ -30,7 +30,7 @@ class FromInputs(nn.Module):
         self.dim = dim
 
     def grid_of(self, tokens: object) -> tuple[int, ...] | None:
-        """Return the grid of the tokens, or None for a plain tensor."""
+        """Return the grid size of the tokens, or None if they are a plain tensor."""
         return tokens.grid if isinstance(tokens, Tokens) else None
 
     def forward(

@@ -21,16 +21,16 @@ from perceiver_core.tokens import Tokens
 class Grid(nn.Module):
     """Query module that returns the position encoding of grid points, in row-major order.
 
-    If `query_indices` selects points, only their queries are computed.
+    If `query_indices` selects grid points, only their position encodings are computed.
 
     Args:
-        grid: Grid size; None to use the input's grid. Masked tokens count toward positions, as with
+        grid: Grid size; None to use the grid size of the input tokens. Masked tokens count toward positions, as with
             `adapters.TokenEmbedding(positions_include_padding=True)`.
-        positions: Position encoding with the same number of axes.
-        endpoint: Whether the last point along each axis has coordinate 1 (as in `numpy.linspace`), so that point i is
-            at -1 + 2 i / (size - 1). If False, selected points are at -1 + 2 i / size, as in the published multimodal
-            model, and `positions` must take points, as `positions.Fourier` does. False has no effect if all points
-            are queried.
+        positions: Position encoding with the same number of axes as the grid.
+        endpoint: Whether the last point along each axis has coordinate 1, as in `numpy.linspace`. If True, point i has
+            coordinate -1 + 2 i / (size - 1). If False, selected points have coordinates -1 + 2 i / size, as in the
+            published multimodal model; `positions` must then be callable with points, such as `positions.Fourier`.
+            False has no effect if all points are queried.
 
     Example:
         >>> source = pc.queries.Grid((480, 640), pc.positions.Fourier(num_axes=2, num_bands=16, max_resolution=480))
@@ -50,7 +50,7 @@ class Grid(nn.Module):
         self.dim = positions.dim
 
     def grid_of(self, tokens: object = None) -> tuple[int, ...] | None:
-        """Return the grid size of the queries: `grid` if it is set, otherwise the grid of `tokens`, if any."""
+        """Return the grid size: `grid` if it is set, otherwise the grid size of `tokens`, or None if there is none."""
         return self.grid or (tokens.grid if isinstance(tokens, Tokens) else None)
 
     def forward(
@@ -59,13 +59,14 @@ class Grid(nn.Module):
         """Return the position encoding of all grid points, or only of selected points.
 
         Args:
-            tokens: Input tokens, which set the dtype, the device and, if `grid` is None, the grid. May be None if
-                `grid` is set.
+            tokens: Input tokens. They determine the dtype and device of the queries and, if the argument `grid` of the
+                class is None, the grid size. May be None if `grid` is set.
             query_indices: Indices of the selected points in the flattened grid, `q` or `b q`; all points by default.
 
         Raises:
             TypeError: If `query_indices` is not an integer tensor.
-            ValueError: If there is no grid, or an index is out of range.
+            ValueError: If there is no grid size, or `query_indices` has the wrong shape.
+            ValueError: If an index is out of range (checked on the CPU in eager mode only).
         """
         grid = self.grid_of(tokens)
         if grid is None:
@@ -88,7 +89,7 @@ class Grid(nn.Module):
 
 
 def _rows(table: Tensor, indices: list[Tensor]) -> Tensor:
-    """Index a broadcastable table with one index tensor per axis, using index 0 along axes of size 1."""
+    """Index a position table with one index tensor per grid axis. Along axes of size 1, use index 0."""
     return table[tuple([index * (size > 1) for index, size in zip(indices, table.shape[:-1], strict=True)])]
 
 

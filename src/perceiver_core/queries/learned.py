@@ -15,7 +15,7 @@ from perceiver_core.registry import register
 
 @partial(register, name="queries.Learned")
 class Learned(nn.Module):
-    """Query module with `num_queries` learned query vectors of width `dim`, the same for all inputs.
+    """Query module that returns `num_queries` learned vectors of width `dim`, the same for all inputs.
 
     Example:
         >>> source = pc.queries.Learned(2048, dim=768)

@@ -22,13 +22,13 @@ from perceiver_core.tokens import Tokens
 class Multimodal(nn.Module):
     """Query module that combines one query module per output modality and pads their queries to a common width.
 
-    The queries of each modality are padded with a learned vector, which also identifies the modality. A query module
-    with the name of an input modality (see `adapters.Multimodal`) receives the tokens of this modality, on their own
-    grid. If the input has no such modality, the query module receives all tokens.
+    The padding of each modality is a learned vector that also identifies the modality. If a query module has the name
+    of a modality in the input (see `adapters.Multimodal`), it is called with the tokens of this modality, on their own
+    grid. Otherwise it is called with all tokens.
 
     Args:
         sources: Mapping from modality names to query modules.
-        min_modality_channels: Number of learned channels of the widest modality; narrower modalities have more.
+        min_modality_channels: Width of the padding of the widest modality. Narrower modalities have more padding.
 
     Example:
         >>> source = pc.queries.Multimodal({"label": pc.queries.Learned(1, 30), "audio": pc.queries.Learned(50, 20)})
@@ -50,17 +50,18 @@ class Multimodal(nn.Module):
     def forward(
         self, tokens: object = None, query_indices: Mapping[str, object] | None = None
     ) -> dict[str, Float[Tensor, "#b q e"]]:
-        """Return the queries by modality.
+        """Return a dictionary from modality names to queries.
 
         Args:
             tokens: Input tokens, for query modules that use them.
-            query_indices: Second argument of each query module, by modality. Query modules that are not named return
-                all their queries. Modalities with an empty list or tensor are left out of the result.
+            query_indices: Mapping from modality names to the second argument of each query module, such as query
+                indices. Modalities without a key return all their queries. An empty list or tensor omits a modality.
 
         Raises:
-            ValueError: If a name is unknown, no queries are left, batch sizes differ, or a query module needs the
-                tokens of a modality that is absent from the input.
-            TypeError, ValueError: If a query module raises one. The message then names the modality.
+            ValueError: If `query_indices` contains an unknown modality, or all modalities are omitted.
+            ValueError: If the batch sizes differ (a batch size of 1 is allowed).
+            ValueError: If a query module needs the tokens of a modality that is absent from the input.
+            TypeError, ValueError: If a query module raises this error. The modality is added to the message.
         """
         selected = {} if query_indices is None else query_indices
         modalities.check_names("query_indices", selected, self.sources.keys())
@@ -88,7 +89,7 @@ class Multimodal(nn.Module):
         return queries
 
     def grid_of(self, tokens: object = None) -> dict[str, tuple[int, ...] | None]:
-        """Return the grid size of the queries by modality, for query modules of type `Grid` and `FromInputs`."""
+        """Return a dictionary from modality names to grid sizes, for query modules of type `Grid` and `FromInputs`."""
         return {
             name: source.grid_of(_tokens_of(name, tokens))
             for name, source in self.sources.items()
@@ -99,8 +100,8 @@ class Multimodal(nn.Module):
 def _tokens_of(name: str, tokens: object) -> object:
     """Return the tokens for the query module `name`.
 
-    These are the tokens of the input modality `name`, or None if this modality is absent from the input. If the adapter
-    has no modality `name`, they are all tokens.
+    If the adapter has a modality `name`, return the tokens of this modality, or None if it is absent from the input.
+    Otherwise, return all tokens.
     """
     present = (tokens.modalities or {}) if isinstance(tokens, Tokens) else {}
     return present.get(name, tokens)

@@ -1,4 +1,4 @@
-"""Selection of queries by their indices."""
+"""Functions that check query indices and select queries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from perceiver_core import checks
 
 
 def check_indices(query_indices: Tensor, num_queries: int) -> None:
-    """Check that `query_indices` is an integer tensor `q` or `b q` with values in 0 ... num_queries - 1.
+    """Check that `query_indices` is an integer tensor `q` or `b q`, not empty, with values in 0 ... num_queries - 1.
 
     The values are checked on the CPU in eager mode only.
     """
@@ -25,7 +25,7 @@ def check_indices(query_indices: Tensor, num_queries: int) -> None:
 
 
 def select(queries: Float[Tensor, "#b n e"], query_indices: Int[Tensor, "*b q"]) -> Float[Tensor, "#b q e"]:
-    """Return the queries at `query_indices`. If `queries` has a batch size of 1, it is broadcast."""
+    """Return the queries at `query_indices`. A batch size of 1 in `queries` is broadcast."""
     check_indices(query_indices, queries.shape[1])
     if query_indices.ndim == 1:
         return queries[:, query_indices]

@@ -1,15 +1,17 @@
 """Strategies for computing reads. A read is cross-attention from queries, such as latents, to an input.
 
-All strategies give the same result, but differ in time and memory:
+A token is the concatenation of its content (such as pixel values) and its position features. `Tokens` stores position
+features as a few small tables that broadcast over the grid. All strategies compute the same result, but differ in time
+and memory:
 
-    Dense        materializes, normalizes and projects tokens to keys and values, then calls an attention kernel
-    Factored     computes keys and values from the content and one table per grid axis, then calls an attention kernel
-    Structured   computes scores and outputs from content and tables, without keys and values; see `kernels.grid`
+    Dense        computes keys and values from concatenated tokens, then calls an attention kernel
+    Factored     computes keys and values from the content and one position table per grid axis, then calls a kernel
+    Structured   computes attention from the content and the position tables, without keys and values
 
 A strategy turns a `ReadContext` (attention module, norm, input) into a `Memory`, and `memory.attend(q, kernel)` returns
-the attention output. `Auto`, the default, selects the strategy with the lowest predicted cost. To force a strategy,
-pass it in place of `Auto`. To exclude one, leave it out of `Auto(strategies)`. `explain_reads` reports the strategy of
-every read in a model.
+the attention output. `Auto`, the default, selects the strategy with the lowest predicted cost. To use a specific
+strategy, pass it to the read (`strategy=reads.Dense()`) or call `set_strategy`. To exclude a strategy, leave it out of
+the list passed to `Auto`. `explain_reads` reports the strategy of every read in a model.
 """
 
 from torch import nn
@@ -50,14 +52,14 @@ __all__ = [
 
 
 def set_strategy(module: nn.Module, strategy: Strategy) -> None:
-    """Set the strategy of all reads in a module. A strategy does not change results and is not saved with the model.
+    """Set the strategy of all reads in a module. A strategy affects time and memory, but not the result.
 
     Args:
         module: Module that contains reads (`CrossAttend`).
         strategy: Strategy such as `reads.Dense()`.
 
     Raises:
-        TypeError: If `strategy` is not an instance of a strategy.
+        TypeError: If `strategy` is not an instance of a strategy class.
         ValueError: If the module contains no reads.
 
     Example:

@@ -1,4 +1,4 @@
-"""Default strategy for reads, which selects another strategy by predicted cost."""
+"""Default strategy for reads. It uses the candidate strategy with the shortest predicted time."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from perceiver_core.reads.strategy import Cost, Memory, ReadContext, Sizes, Stra
 from perceiver_core.reads.structured import Structured
 from perceiver_core.registry import register
 
-LAST = 1e6  # seconds added to the cost of strategies that are used only if no other supports the read
-MATERIALIZED_BYTES = 2**30  # a CPU read that materializes more uses `Dense` only as a last resort
+LAST = 1e6  # seconds added to the cost of strategies of last resort; see `Auto`
+MATERIALIZED_BYTES = 2**30  # on the CPU, `Dense` is a last resort if it would allocate more
 
 
 class Decision(NamedTuple):
-    """Strategy selected by `Auto` for a read, with the sizes and machine constants used for the selection.
+    """Named tuple of the strategy that `Auto` selects for a read, and the inputs of its cost prediction.
 
     Args:
         strategy: Selected strategy.
-        sizes: Sizes of the read; under torch.compile, typical sizes (see `Sizes.of`).
+        sizes: Sizes of the read, or typical sizes under torch.compile (see `Sizes.of`).
         machine: Machine constants used to predict costs.
 
     Example:
@@ -48,22 +48,22 @@ class Decision(NamedTuple):
 @partial(register, name="reads.Auto")
 @dataclass(frozen=True)
 class Auto:
-    """Strategy that selects the fastest of several strategies, by predicted cost.
+    """Strategy that uses the candidate with the shortest predicted time.
 
-    Some strategies are a last resort, used only if no other strategy supports the read:
+    Some candidates are a last resort, used only if no other candidate supports the read:
 
-    - `Structured` without its compiled kernel, because it is slow.
-    - On a CPU: `Dense`, if it would materialize more than 1 GiB. The others can process a large input in slabs.
-    - On a CUDA GPU: all strategies except `Structured` and `Dense`.
-    - On other devices: all strategies except `Dense`.
+    - `Structured` if its compiled kernel is unavailable, because it is slow without the kernel.
+    - On the CPU: `Dense` if its tokens, keys and values would take more than 1 GiB.
+    - On a CUDA GPU: all candidates except `Structured` and `Dense`.
+    - On other devices: all candidates except `Dense`.
 
     Args:
-        strategies: Candidate strategies. Strategies that are left out are never used.
+        strategies: Candidate strategies.
         machine: Machine constants; by default, the constants for the device in `reads.machine`.
 
     Raises:
-        TypeError: If an element of `strategies` is not an instance of a strategy.
-        ValueError: If `strategies` is empty or, in `choose`, if none of them supports the read.
+        TypeError: If an element of `strategies` is not an instance of a strategy class.
+        ValueError: If `strategies` is empty.
 
     Example:
         >>> read = pc.CrossAttend(32, 10, strategy=pc.reads.Auto([pc.reads.Factored(), pc.reads.Dense()]))
@@ -81,21 +81,21 @@ class Auto:
             check_strategy(strategy)
 
     def why_not(self, context: ReadContext) -> str:
-        """Return the reason why no strategy supports a read, or an empty string if one does."""
+        """Return the reasons why no candidate supports a read, or an empty string if one does."""
         if not self.strategies[-1].why_not(context):  # usually Dense, which supports every read
             return ""
         reasons = [strategy.why_not(context) for strategy in self.strategies]
         return "" if "" in reasons else "; ".join(reasons)
 
     def cost(self, sizes: Sizes, machine: Machine) -> Cost:
-        """Return the lowest cost among the strategies."""
+        """Return the cost of the candidate with the shortest predicted time."""
         return min((strategy.cost(sizes, machine) for strategy in self.strategies), key=lambda cost: cost.seconds)
 
     def choose(self, context: ReadContext) -> Decision:
-        """Select a strategy for a read.
+        """Select a candidate for a read.
 
         Raises:
-            ValueError: If none of the strategies supports the read.
+            ValueError: If no candidate supports the read.
         """
         sizes = Sizes.of(context)
         machine = self.machine or DEFAULTS.get(sizes.device, MEASURED_CPU)
@@ -108,7 +108,7 @@ class Auto:
                 ranked = _ranked(ranked, sizes, machine)
             except TypeError:  # an unhashable custom strategy or symbolic size
                 ranked = _ranked.__wrapped__(ranked, sizes, machine)
-        slow = None  # a structured read without its compiled kernel, used only if no other strategy supports the read
+        slow = None  # `Structured` without its compiled kernel, a last resort
         for strategy in ranked:
             if strategy.why_not(context):
                 continue
@@ -120,13 +120,13 @@ class Auto:
         return Decision(slow, sizes, machine)
 
     def prepare(self, context: ReadContext) -> Memory:
-        """Return the memory that the selected strategy prepares."""
+        """Return the memory that the selected candidate prepares."""
         return self.choose(context).strategy.prepare(context)
 
 
 @lru_cache(maxsize=1024)  # pure; its arguments repeat in every forward pass of a model
 def _ranked(strategies: tuple[Strategy, ...], sizes: Sizes, machine: Machine) -> list[Strategy]:
-    """Sort strategies by cost. Those that are used only if no other supports the read come last."""
+    """Sort strategies by predicted time. Strategies of last resort (see `Auto`) come last."""
 
     def is_last(strategy: Strategy) -> bool:
         if sizes.device not in DEFAULTS:

@@ -1,4 +1,4 @@
-"""Caches for the memory (keys and values) of a read, and a container for captured attention weights."""
+"""Caches for the memory of a read (its keys and values), and a container for attention weights."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ class Cache(Protocol):
     """Protocol of a cache that stores the memory of a read for later calls.
 
     Args:
-        appends: Whether `update` appends to the stored memory. If so, a mask must cover the cached keys too.
-        num_queries: Total number of queries of all reads that share the memory; None for those of the current call.
+        appends: Whether `update` appends to the stored memory. If True, masks must also cover the cached keys.
+        num_queries: Total number of queries of all reads that share the memory, used to select the strategy. None to
+            use the number of queries of the current call.
     """
 
     appends: ClassVar[bool]
     num_queries: int | None
 
     def update(self, memory: Memory) -> Memory:
-        """Store the memory of the current input, and return the memory that the queries attend to."""
+        """Store the memory of the current input, and return the memory that the queries should attend to."""
         ...
 
 
 class SharedMemory:
-    """Cache of one memory, for several reads with the same weights and the same input.
+    """Cache of a single memory, for several reads with the same weights and the same input.
 
-    `read(x, tokens, cache=cache)` stores the memory, and `read(x, cache.memory)` attends to it again. Later reads
-    receive the memory as an argument, so that activation checkpointing recomputes exactly the original call.
+    `read(x, tokens, cache=cache)` stores the memory, and `read(x, cache.memory)` attends to it again. The memory is an
+    explicit argument of later reads, so that activation checkpointing recomputes them with the same memory.
 
     Args:
-        num_queries: Total number of queries of these reads, used to select the strategy. By default, the number of
+        num_queries: Total number of queries of all these reads, used to select the strategy. Defaults to the number of
             queries of the call that stores the memory.
 
     Example:
@@ -55,27 +56,28 @@ class SharedMemory:
         self._released = self._grad_enabled = False
 
     def update(self, memory: Memory) -> Memory:
-        """Store `memory`, unless the cache holds one already or was released, and return `memory`."""
+        """Store `memory`, unless the cache already holds a memory or was released. Return `memory` in any case."""
         if self.memory is None and not self._released:
             self.memory, self._grad_enabled = memory, torch.is_grad_enabled()
         return memory
 
     def has_graph(self) -> bool:
-        """Return whether the stored memory, if any, was computed in the current gradient mode.
+        """Return whether the stored memory was computed in the current gradient mode. True for an empty cache.
 
         False after a reentrant activation checkpoint, because its forward pass runs under `torch.no_grad`.
         """
         return self.memory is None or self._grad_enabled == torch.is_grad_enabled()
 
     def release(self) -> None:
-        """Drop the memory and ignore later updates, so that a checkpoint that holds this cache holds no memory."""
+        """Drop the memory and ignore later updates, so that an activation checkpoint does not keep the memory alive."""
         self.memory, self._released = None, True
 
 
 class KeysValuesCache:
     """Growing cache of keys and values, for generating sequences token by token.
 
-    Each call appends the keys and values of its input. Queries attend to all cached keys, and masks must cover them.
+    Each call appends the keys and values of its input. Queries attend to all cached keys, so masks must cover all of
+    them.
 
     Example:
         >>> block, cache, x = pc.SelfAttend(32, num_heads=4), pc.reads.KeysValuesCache(), torch.randn(1, 5, 32)
@@ -91,10 +93,10 @@ class KeysValuesCache:
         self.memory: KeysValues | None = None
 
     def update(self, memory: Memory) -> KeysValues:
-        """Append keys and values, and return all cached keys and values.
+        """Append the keys and values of `memory`, and return all cached keys and values.
 
         Raises:
-            TypeError: If `memory` is not a `KeysValues`.
+            TypeError: If `memory` is not a `KeysValues`, for example because it is in factored form.
         """
         if not isinstance(memory, KeysValues):
             raise TypeError(
@@ -106,13 +108,13 @@ class KeysValuesCache:
 
 @dataclass
 class AttentionCapture:
-    """Container for the attention weights of one read. Pass it to a model as `capture=`, and the model fills it.
+    """Container for the attention weights of one read. A model stores the weights in the object passed as `capture=`.
 
     Args:
-        read: Index of the read, or of the layer of a resampler. Negative indices count from the last.
+        read: Index of the read in an encoder, or of the layer in a resampler; the last by default.
         queries: Indices of the queries whose weights are captured; None for all queries.
-        weights: Captured weights, `b h chosen n`; set by the model.
-        grid: Grid size of the tokens, or None if the input is a tensor; set by the model.
+        weights: Captured weights, `b h chosen n`, where `chosen` is the number of captured queries. Set by the model.
+        grid: Grid size of the tokens, or None if the input is a tensor. Set by the model.
 
     Example:
         >>> capture = pc.reads.AttentionCapture(queries=[0, 3])
@@ -127,7 +129,7 @@ class AttentionCapture:
     grid: tuple[int, ...] | None = None
 
     def result(self) -> Float[Tensor, "b h chosen n"]:
-        """Return the captured weights, `b h chosen n`.
+        """Return the captured weights, `b h chosen n`, where `chosen` is the number of captured queries.
 
         Raises:
             RuntimeError: If no weights were captured.

@@ -1,4 +1,4 @@
-"""Benchmarks that measure the machine constants of the cost model."""
+"""Benchmarks that measure the constants of the cost model (`Machine`) on the current machine."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ QUERIES, ROWS, COLUMNS = 256, 128, 192
 
 @torch.no_grad()
 def calibrate(seconds: float = 2.0, device: str = "cpu") -> Machine:
-    """Measure the constants of `Machine` on this machine.
+    """Measure the constants of `Machine` on the current machine.
 
-    CPU benchmarks use all threads, and the results are converted to constants per thread. If the compiled kernel of
-    structured reads is unavailable, `pair` and `channel` keep their defaults.
+    CPU benchmarks use all of PyTorch's threads, and the results are converted to constants per thread. If the compiled
+    kernel for structured reads is unavailable, `pair` and `channel` keep their defaults.
 
     Args:
         seconds: Minimum duration of each benchmark, in seconds.
@@ -88,6 +88,6 @@ def calibrate(seconds: float = 2.0, device: str = "cpu") -> Machine:
 
 
 def _median(work: Callable[[], object], seconds: float) -> float:
-    """Return the median time of a call in seconds, after a warm-up and with CUDA synchronization."""
+    """Return the median time of calling `work`, in seconds, after a warm-up and with CUDA synchronization."""
     timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=seconds).median

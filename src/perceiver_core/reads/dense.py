@@ -1,4 +1,4 @@
-"""Dense strategy: materialize tokens, normalize them, project them to keys and values, and call an attention kernel."""
+"""Dense strategy: it computes the keys and values of all tokens as tensors."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from perceiver_core.registry import register
 
 
 class KeysValues(NamedTuple):
-    """Named tuple of the keys and values of an input. It implements `Memory`.
+    """Named tuple of keys and values as tensors. It implements `Memory`.
 
     Args:
-        keys: Keys of g key-value heads, `b g n d`.
+        keys: Keys, `b g n d`, for g key-value heads.
         values: Values, `b g n e`.
-        mask: Attention mask of these keys; None to attend to all.
+        mask: Attention mask; None to attend to all keys.
 
     Example:
         >>> memory = pc.reads.KeysValues(torch.randn(3, 2, 50, 8), torch.randn(3, 2, 50, 5))
@@ -51,19 +51,20 @@ class KeysValues(NamedTuple):
     def attention_map(
         self, q: Float[Tensor, "#b h q d"], kernel: Kernel, *, mask: Mask | None = None, queries: QueryIndices = None
     ) -> Float[Tensor, "b h chosen n"]:
-        """Return the attention weights of selected queries; see `Memory.attention_map`."""
+        """Return the attention weights of the queries with indices `queries`; see `Memory.attention_map`."""
         q, keys, _ = _broadcast(q, self.keys, self.values)
         return kernel_attention_map(kernel, q, keys, mask=masks.and_(self.mask, mask), queries=queries)
 
     def memory(self, attention: Attention) -> KeysValues:
-        """Return `self`, which is already a memory."""
+        """Return `self`, because this is already a memory."""
         return self
 
     def append(self, later: KeysValues) -> KeysValues:
-        """Concatenate these keys and values with later ones along the token axis.
+        """Return the concatenation of these keys and values with later ones, along the token axis.
 
         Raises:
-            ValueError: If either has a mask, which covers its own keys only. Pass the read a mask of all keys instead.
+            ValueError: If either of them has a mask, because the mask would not cover all keys. Pass the read a `mask`
+                that covers all keys instead.
         """
         if self.mask is not None or later.mask is not None:
             raise ValueError(
@@ -73,7 +74,7 @@ class KeysValues(NamedTuple):
 
 
 def _broadcast(q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Repeat key-value heads for grouped queries, and broadcast a batch size of 1 on either side."""
+    """Repeat key-value heads for grouped-query attention, and expand a batch size of 1 of queries or keys."""
     if (group_size := q.shape[1] // keys.shape[1]) > 1:
         keys, values = (repeat(x, "b g n d -> b (g s) n d", s=group_size) for x in (keys, values))
     if q.shape[0] == 1:
@@ -86,14 +87,14 @@ def _broadcast(q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor,
 def kernel_cost(
     sizes: Sizes, machine: Machine, matmul: float, *, flops: float, moved: float, overhead: float = 0.0
 ) -> Cost:
-    """Return the cost of computing keys and values, and of an attention kernel on them.
+    """Return the cost of computing keys and values and of calling an attention kernel.
 
     Args:
         sizes: Sizes of the read.
         machine: Machine constants.
         matmul: Throughput of the projections to keys and values, in GFLOP/s.
-        flops: Floating-point operations of these projections.
-        moved: Bytes read and written to compute keys and values.
+        flops: Number of floating-point operations of these projections.
+        moved: Number of bytes read and written to compute keys and values.
         overhead: Fixed overhead, in microseconds.
     """
     kv_width, half = sizes.kv_dim * sizes.group_size, sizes.half()  # total width over all query heads
@@ -111,7 +112,9 @@ def kernel_cost(
 @partial(register, name="reads.Dense")
 @dataclass(frozen=True)
 class Dense:
-    """Strategy that materializes, normalizes and projects all tokens to keys and values. It supports every read.
+    """Strategy that computes the keys and values of all tokens as tensors. It supports every read.
+
+    The content and the position features of each token are concatenated, normalized and projected.
 
     Example:
         >>> read = pc.CrossAttend(32, 10, strategy=pc.reads.Dense())
@@ -124,7 +127,7 @@ class Dense:
         return ""
 
     def cost(self, sizes: Sizes, machine: Machine) -> Cost:
-        """Return the cost of concatenating, normalizing and projecting the tokens, and of attention."""
+        """Return the predicted cost of concatenating, normalizing and projecting all tokens, and of attention."""
         per_token = sizes.batch * sizes.num_tokens
         moved = per_token * (6 * sizes.token_dim + sizes.kv_dim) * sizes.element_size
         matmul = machine.matmul_half if sizes.half() else machine.linear
@@ -139,7 +142,7 @@ class Dense:
 def project(
     attention: Attention, inputs: Tensor, positions: Tensor | None = None, mask: Mask | None = None
 ) -> KeysValues:
-    """Compute the keys and values of an input `b n c`, with linear projections, key norm and rotary embedding."""
+    """Compute the keys and values of normalized inputs `b n c`, including key norm and rotary embedding."""
     keys, values = attention.key(inputs), attention.value(inputs)
     keys = attention.key_norm(split_heads(keys, attention.num_kv_heads))
     keys = attention.rotary(keys) if positions is None else rotate(attention.rotary, keys, positions)
@@ -147,12 +150,12 @@ def project(
 
 
 def split_heads(x: Float[Tensor, "b n hd"], num_heads: int) -> Float[Tensor, "b h n d"]:
-    """Split a projection into heads. It avoids the overhead of einops, which matters for small reads."""
+    """Split the last axis into heads. It does not use einops, whose overhead matters for small reads."""
     return torch.unflatten(x, -1, (num_heads, -1)).transpose(1, 2)
 
 
 def rotate(rotary: nn.Module, heads: Tensor, positions: Tensor) -> Tensor:
-    """Apply a rotary embedding to queries or keys `b h n d` at `positions`; a no-op for nn.Identity."""
+    """Apply a rotary embedding to queries or keys `b h n d` at `positions`. A no-op if `rotary` is nn.Identity."""
     if type(rotary) is nn.Identity:
         return heads
     rotated: Tensor = rotary(heads, positions)

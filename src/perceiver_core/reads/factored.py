@@ -1,4 +1,4 @@
-"""Factored strategy: compute keys and values from the content and one position table per grid axis."""
+"""Factored strategy: it computes keys and values from the content and one position table per grid axis."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ PLAIN = (nn.Parameter, Tensor, FakeTensor)  # weight types that all operators su
 @partial(register, name="reads.Factored")
 @dataclass(frozen=True)
 class Factored:
-    """Strategy that computes keys and values from the content and one projected table per axis.
+    """Strategy that computes keys and values from the content and one projected position table per grid axis.
 
-    Tokens are never materialized. The strategy supports reads of `Tokens` with a LayerNorm, an RMSNorm or no norm, and
-    with plain linear projections.
+    Content and position features are never concatenated. The strategy supports `Tokens` inputs with nn.LayerNorm,
+    nn.RMSNorm or nn.Identity as the norm, and plain linear layers as the key and value projections.
 
     Example:
         >>> image = pc.adapters.Image(3, positions=pc.positions.Fourier(num_axes=2, num_bands=4, max_resolution=16))
@@ -52,7 +52,7 @@ class Factored:
         return why_not_factored(context)
 
     def cost(self, sizes: Sizes, machine: Machine) -> Cost:
-        """Return the cost of projecting the content (per sample) and tables (per batch), adding them, and attention."""
+        """Return the predicted cost of projecting the content and the position tables, adding them, and attention."""
         per_token = sizes.batch * sizes.num_tokens
         table_products = sum(sizes.axes) * (sizes.token_dim - sizes.num_channels)
         flops = 2 * sizes.kv_dim * (per_token * sizes.num_channels + table_products)
@@ -62,7 +62,8 @@ class Factored:
     def prepare(self, context: ReadContext) -> KeysValues | FactoredKeysValues:
         """Compute the keys and values of all tokens, or return them in factored form if the input is large.
 
-        Attention to the factored form is computed slab by slab. It is not used if `needs_kernel` returns a reason.
+        Attention to a factored form computes the keys and values of one slab of tokens at a time. The factored form is
+        not used if `needs_kernel` returns a reason.
         """
         attention, source = context
         limit = max(1, min(slabs.TOKENS, slabs.FORMED_NUMBERS // attention.kv_dim))
@@ -76,7 +77,7 @@ class Factored:
 
 
 def attend_slab(q: Tensor, memory: FactoredKeysValues) -> PartialAttention:
-    """Compute the keys and values of a slab, and attention to them."""
+    """Compute the keys and values of a slab (see `reads.slabs`), and attention to them."""
     keys, values, mask = memory.form(q.dtype)
     half = uses_chunks(q, keys.shape[-2])
     q = q.expand(keys.shape[0], *q.shape[1:])
@@ -84,7 +85,7 @@ def attend_slab(q: Tensor, memory: FactoredKeysValues) -> PartialAttention:
 
 
 def _is_large(memory: FactoredKeysValues) -> bool:
-    """Return whether the input has more tokens than one slab can hold. Always False under torch.compile."""
+    """Return whether the input has more tokens than fit in one slab. Always False under torch.compile."""
     if torch.compiler.is_compiling():  # comparing sizes would specialize the graph to them
         return False
     limit = memory.tokens_per_slab * slabs.factor_for(memory.content.device)
@@ -92,7 +93,7 @@ def _is_large(memory: FactoredKeysValues) -> bool:
 
 
 def why_not_factored(context: ReadContext) -> str:
-    """Return the reason why the norm and projections of a read cannot be factored, or an empty string if they can."""
+    """Return the reason why keys and values cannot be factored, or an empty string if they can."""
     attention, source = context
     if not isinstance(source.tokens, Tokens):
         return "the input is a tensor, whose positions are mixed with its content; give Tokens"
@@ -120,7 +121,7 @@ def why_not_factored(context: ReadContext) -> str:
 
 
 def needs_kernel(context: ReadContext) -> str:
-    """Return the reason why a read needs an attention kernel on explicit keys and values, or an empty string."""
+    """Return the reason why a read must call its attention kernel on key and value tensors, or an empty string."""
     attention, source = context
     if attention.kernel is not fastest:
         return f"the kernel {getattr(attention.kernel, '__name__', attention.kernel)} was chosen"
@@ -140,7 +141,7 @@ def needs_kernel(context: ReadContext) -> str:
 
 
 def factored(context: ReadContext, attend_slab: AttendSlab, tokens_per_slab: int) -> FactoredKeysValues:
-    """Return the keys and values of a read in factored form. `why_not_factored(context)` must be empty."""
+    """Return factored keys and values of a read. `why_not_factored(context)` must return an empty string."""
     tokens, norm, attention = context.source.tokens, context.source.norm, context.attention
     assert isinstance(tokens, Tokens)
     key, value = attention.key, attention.value
@@ -156,7 +157,7 @@ def factored(context: ReadContext, attend_slab: AttendSlab, tokens_per_slab: int
 
 
 def masked(memory: FactoredKeysValues, mask: Mask) -> FactoredKeysValues:
-    """Return the memory with its mask combined with `mask`, which must be the same for all queries and heads."""
+    """Return `memory` with `mask` added to its mask. `mask` must not differ between queries or heads."""
     _, tensors = masks.split(masks.from_token_mask(mask))
     batch, num_tokens = memory.content.shape[0], prod(memory.grid())
     like = memory.content.new_empty(()).expand(batch, 1, num_tokens, 1)

@@ -1,13 +1,14 @@
-"""Keys and values in factored form: a scale times a sum of one content term and one term per grid axis.
+"""Keys and values in factored form: a scale times the sum of a content term and one term per grid axis.
 
-A token is `x = [content, positions]`, and its positions are the sum of one table row per axis. Layer norm and
-projection can therefore be applied to each part separately, with the same result. Let W be the projection matrix times
-the norm's weight, with centered rows because the norm subtracts the mean, and let r be 1 / standard deviation of x:
+A token is the concatenation `x = [content, positions]`. Its position features are a sum over the grid axes: each axis
+has a position table, and contributes the row at the token's index along the axis. Layer norm and projection can
+therefore be applied to the content and the tables separately, with the same result. Let W be the projection matrix
+times the norm's weight, with centered rows because the norm subtracts the mean, and let r be 1 / standard deviation of
+x:
 
     key = r (W_content content + sum_axes W_positions table[i_axis]) + constant
 
-Values have the same form. Each table is projected once, not once per token and sample. Tokens are never concatenated,
-and a structured read needs neither keys nor values.
+Values have the same form. Each table is projected only once, not for every token and sample.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from perceiver_core.tokens import Tokens
 
 
 class Norm(NamedTuple):
-    """Named tuple of the constants of a layer norm (`center=True`) or an RMS norm (`center=False`)."""
+    """Named tuple of the parameters of a layer norm (`center=True`) or an RMS norm (`center=False`)."""
 
     eps: float = 0.0
     weight: Float[Tensor, " p"] | None = None
@@ -42,7 +43,7 @@ class Norm(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """Named tuple of a projection to keys or values: content weights, position weights, and a constant."""
+    """Named tuple of a key or value projection: its weights for content and position features, and a constant."""
 
     content: Float[Tensor, "h d c"]
     positions: Float[Tensor, "h d p"]
@@ -54,14 +55,15 @@ class FactoredKeysValues(NamedTuple):
 
     Args:
         content: Content of the tokens, `b *grid c`.
-        tables: One position table `size p` per grid axis; empty for tokens without positions.
-        mask: Valid tokens, `b *grid`, True = attend; None to attend to all.
+        tables: One position table `size p` per grid axis; empty for tokens without position features.
+        mask: Boolean mask of the tokens, `b *grid`, True = attend; None to attend to all.
         norm: Norm before the projections; None for no norm.
-        keys: Projection to keys.
-        values: Projection to values.
-        attend_slab: Function that computes attention to a slab: `reads.structured.attend_slab` or
-            `reads.factored.attend_slab`.
-        tokens_per_slab: Maximum number of tokens per slab, over the batch, on a CPU. GPU slabs are 64 times larger.
+        keys: Key projection.
+        values: Value projection.
+        attend_slab: Function that computes attention to a slab (a range of indices along one grid axis):
+            `reads.structured.attend_slab` or `reads.factored.attend_slab`.
+        tokens_per_slab: Maximum number of tokens per slab on the CPU, summed over the batch. The maximum on a GPU is 64
+            times larger.
     """
 
     content: Float[Tensor, "b *grid c"]
@@ -78,23 +80,23 @@ class FactoredKeysValues(NamedTuple):
         return tuple(self.content.shape[1:-1])
 
     def memory(self, attention: Attention) -> FactoredKeysValues:
-        """Return `self`, which is already a memory."""
+        """Return `self`, because this is already a memory."""
         return self
 
     def attend(
         self, q: Float[Tensor, "#b h q d"], kernel: Kernel, *, mask: Mask | None = None, dropout: float = 0.0
     ) -> Float[Tensor, "b h q e"]:
-        """Compute the attention output of every head, slab by slab if the input is large.
+        """Compute the attention output of every head. Large inputs are processed slab by slab.
 
-        With an additional mask or dropout, explicit keys and values are computed for the kernel. Otherwise, the kernel
-        is not used.
+        If a mask or dropout is passed, the keys and values are computed as tensors and passed to the kernel. Otherwise,
+        the kernel is not called.
         """
         if mask is not None or dropout:
             return self.form(q.dtype).attend(q, kernel, mask=mask, dropout=dropout)
         return self.attend_with_lse(q).output
 
     def attend_with_lse(self, q: Float[Tensor, "#b h q d"]) -> PartialAttention:
-        """Compute the attention output and the log-sum-exp of the scores, which `kernels.merge` needs."""
+        """Compute the attention output and the log-sum-exp of the scores of every query, for `kernels.merge`."""
         memory, batch = self, q.shape[0]
         if self.content.shape[0] == 1 != batch:
             content = self.content.expand(batch, *self.content.shape[1:])
@@ -106,19 +108,19 @@ class FactoredKeysValues(NamedTuple):
     def attention_map(
         self, q: Float[Tensor, "#b h q d"], kernel: Kernel, *, mask: Mask | None = None, queries: QueryIndices = None
     ) -> Float[Tensor, "b h chosen n"]:
-        """Return the attention weights of selected queries, computed from explicit keys."""
+        """Return the attention weights of the queries with indices `queries`, by default all."""
         return self.form(q.dtype).attention_map(q, kernel, mask=mask, queries=queries)
 
     def planes(self) -> Float[Tensor, "b c *grid"]:
-        """Return the content channels-first, with zeros at masked tokens, in the dtype of the computation."""
+        """Return the content in channels-first layout and float32 or float64, with zeros at masked tokens."""
         content = self.content if self.mask is None else self.content.masked_fill(~self.mask.unsqueeze(-1), 0.0)
         planes = content.movedim(-1, 1).to(self.keys.content.dtype)
         if self.norm is not None and self.norm.center and not self.tables:
-            planes = planes - planes.mean(1, keepdim=True)  # same result, but a large mean would cost precision
+            planes = planes - planes.mean(1, keepdim=True)  # same result, but a large mean would reduce precision
         return planes
 
     def scale(self, planes: Tensor) -> Float[Tensor, " b *grid"]:
-        """Return the scale of the norm at each token: 1 / standard deviation, 1 / root mean square, or 1."""
+        """Return the scale factor of the norm for each token: 1 / standard deviation, 1 / root mean square, or 1."""
         if self.norm is None:
             return planes.new_ones(planes.shape[0], *planes.shape[2:])
         channels, width = self.keys.content.shape[-1], self.tables[0].shape[-1] if self.tables else 0
@@ -133,7 +135,7 @@ class FactoredKeysValues(NamedTuple):
         return (squares / (channels + width) + self.norm.eps).rsqrt()
 
     def slab(self, slab: Slab) -> FactoredKeysValues:
-        """Return the factored keys and values of one slab."""
+        """Return the factored keys and values of the tokens in `slab`."""
         axis, start, length = slab
         content = self.content.narrow(axis + 1, start, length)
         tables = tuple([x.narrow(0, start, length) if i == axis else x for i, x in enumerate(self.tables)])
@@ -141,14 +143,14 @@ class FactoredKeysValues(NamedTuple):
         return self._replace(content=content, tables=tables, mask=mask)
 
     def project_tables(self, part: Projection) -> list[Float[Tensor, "h size d"]]:
-        """Project each table to its term in the keys or values. Without tables, the terms are zeros."""
+        """Project each position table to its term in the keys or values. Return zeros if there are no tables."""
         if not self.tables:
             heads, width, _ = part.content.shape
             return [part.content.new_zeros(heads, size, width) for size in self.grid()]
         return [table @ part.positions.mT for table in self.tables]
 
     def form(self, dtype: torch.dtype) -> KeysValues:
-        """Compute explicit keys and values of all tokens in `dtype`, with their mask."""
+        """Return the keys and values of all tokens as tensors in `dtype`."""
         with checks.full_precision(self.content.device):
             planes = self.planes()
             scale, content = self.scale(planes).flatten(1).unsqueeze(-1), planes.flatten(2).mT
@@ -166,7 +168,7 @@ class FactoredKeysValues(NamedTuple):
 
 
 AttendSlab: TypeAlias = Callable[[Tensor, FactoredKeysValues], PartialAttention]
-"""Function `(q, memory) -> PartialAttention` that computes attention to a slab."""
+"""Function `(q, memory) -> PartialAttention` that computes attention to the tokens of one slab."""
 
 
 def factor(
@@ -184,8 +186,8 @@ def factor(
     Args:
         tokens: Content `b *grid c` and position tables.
         norm: Norm before the projections; None for no norm.
-        key: Weight and optional bias of the projection to the keys of all heads.
-        value: Weight and optional bias of the projection to the values of all heads.
+        key: Weight and bias (or None) of the key projection, for all heads.
+        value: Weight and bias (or None) of the value projection, for all heads.
         num_heads: Number of key-value heads.
         attend_slab: See `FactoredKeysValues`.
         tokens_per_slab: See `FactoredKeysValues`.
@@ -212,7 +214,7 @@ def factor(
 
 
 def _split(channels: int, norm: Norm | None, weight: Tensor, bias: Tensor | None, heads: int) -> Projection:
-    """Fold a norm into the linear layer that follows, and split the weight into content and position columns."""
+    """Fold a norm into the linear layer after it, and split the weight into content and position columns."""
     constant = weight.new_zeros(weight.shape[0]) if bias is None else bias.to(weight.dtype)
     if norm is not None:
         if norm.bias is not None:
@@ -226,9 +228,9 @@ def _split(channels: int, norm: Norm | None, weight: Tensor, bias: Tensor | None
 
 
 def _position_moments(tables: Sequence[Tensor], *, center: bool) -> tuple[Tensor, Tensor]:
-    """Return two tensors over the grid: the sum of squares and the mean of the position features.
+    """Return the sum of squares and the mean of the position features of every token, as two tensors `*grid`.
 
-    With `center`, the squares are of deviations from the mean. Otherwise, the mean is zero.
+    If `center` is True, the sum is over squared deviations from the mean. Otherwise, the returned mean is zero.
     """
     means = [table.mean(-1, keepdim=True) if center else table.new_zeros(table.shape[0], 1) for table in tables]
     centered = [table - mean for table, mean in zip(tables, means, strict=True)]
@@ -241,5 +243,5 @@ def _position_moments(tables: Sequence[Tensor], *, center: bool) -> tuple[Tensor
 
 
 def _broadcastable(x: Tensor, axes: list[int], count: int) -> Tensor:
-    """Insert axes of size 1, so that a tensor over some of `count` grid axes broadcasts over all of them."""
+    """Insert axes of size 1, so that a tensor over the grid axes `axes` broadcasts over all `count` grid axes."""
     return x[tuple([slice(None) if axis in axes else None for axis in range(count)])]

@@ -1,7 +1,7 @@
 """Machine constants of the cost model: throughput and overhead of the operations in a read.
 
-The predicted costs are used to rank strategies (`reads.Auto`), so their ratios matter more than their absolute values.
-They cover the forward pass. The backward pass takes about two to three times as long with every strategy.
+`reads.Auto` ranks strategies by predicted cost, so the ratios of costs matter more than their absolute values. The
+model covers the forward pass only. With every strategy, the backward pass takes about two to three times as long.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 from perceiver_core.registry import register
 
-SHORT_ROW = 64  # row length, in tokens, at which the time per channel is twice the time in long rows
+SHORT_ROW = 64  # length of the last grid axis at which the time per channel is twice as long as for a long axis
 
 
 @register
 @dataclass(frozen=True)
 class Machine:
-    """Constants of the cost model for one CPU thread or a whole GPU.
+    """Constants of the cost model, for a single CPU thread or for a whole GPU.
 
     The defaults are per thread, measured on an AMD EPYC (Zen 5) with PyTorch 2.13. `python -m perceiver_core costs`
     measures and prints the constants of the current machine.
@@ -25,16 +25,16 @@ class Machine:
         linear: Throughput of linear layers in float32, in GFLOP/s.
         matmul: Throughput of other large matrix products in float32, in GFLOP/s.
         matmul_half: Throughput of large matrix products in bfloat16 or float16, in GFLOP/s.
-        attention: Throughput of the two matrix products of the default attention kernel in float32, in GFLOP/s.
-        attention_half: Like `attention`, in bfloat16 or float16.
+        attention: Throughput of the two matrix products in the default attention kernel in float32, in GFLOP/s.
+        attention_half: Like `attention`, but in bfloat16 or float16.
         attention_wide: Like `attention_half`, for heads wider than 256, which CUDA flash kernels do not support.
-        softmax: Time of the rest of the attention kernel, in nanoseconds per attention score.
+        softmax: Time of the attention kernel without its matrix products, in nanoseconds per attention score.
         copy: Bandwidth of reading and writing large tensors, in GB/s.
-        pair: Time of a structured read without the work per channel, in nanoseconds per attention score.
-        channel: Time of a structured read per content channel, in nanoseconds per attention score, for long rows.
-        start: Fixed overhead of factored and structured reads, in microseconds, summed over all threads.
-        blocks: Number of blocks of 32 queries, over all heads and samples, that fully occupy the machine for heads
-            wider than 256. The CUDA kernel for such heads does not parallelize over keys.
+        pair: Time of a structured read without the work on content channels, in nanoseconds per attention score.
+        channel: Additional time per content channel, in nanoseconds per attention score, if the last grid axis is long.
+        start: Fixed overhead of factored and structured reads, in microseconds times the number of threads.
+        blocks: Number of blocks of 32 queries, over all heads and samples, that fully occupy the device. It matters for
+            heads wider than 256, because their CUDA kernel does not parallelize over keys.
 
     Example:
         >>> read = pc.CrossAttend(32, 10, strategy=pc.reads.Auto(machine=pc.reads.Machine(linear=400.0)))
@@ -55,8 +55,9 @@ class Machine:
 
 
 MEASURED_CPU = Machine()
-# Estimates (not measurements) for a Hopper GPU. Matrix products and copies: the vendor's peak rates, minus typical
-# losses. Structured reads: the instruction count of the inner loop. Overhead: the number of kernel launches.
+# Estimates (not measurements) for a Hopper GPU. Matrix products and copies: derived from the vendor's peak rates, minus
+# typical losses. Structured reads: from the instruction count of the inner loop. Overhead: from the number of kernel
+# launches.
 ESTIMATED_GPU = Machine(
     linear=45_000.0,
     matmul=45_000.0,
@@ -72,4 +73,4 @@ ESTIMATED_GPU = Machine(
     blocks=132.0,
 )
 DEFAULTS = {"cpu": MEASURED_CPU, "cuda": ESTIMATED_GPU}
-"""Default machine constants by device type."""
+"""Dictionary of default machine constants, keyed by device type."""

@@ -1,6 +1,7 @@
-"""Attention to a large grid in slabs along its longest axis, so that the slab size limits the temporary memory.
+"""Attention to a large grid, computed for one slab at a time to limit temporary memory.
 
-Partial results are merged exactly (`kernels.merge`). The backward pass recomputes each slab.
+A slab is a range of indices along the longest grid axis. The results for all slabs are merged exactly
+(`kernels.merge`). The backward pass recomputes each slab.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from perceiver_core.kernels import PartialAttention, merge
 if TYPE_CHECKING:
     from perceiver_core.reads.factored_keys_values import FactoredKeysValues
 
-TOKENS = 2**20  # maximum tokens per slab, over the batch
-FORMED_NUMBERS = 2**25  # maximum elements of the keys and values of a slab
-ENTRIES = 2**22  # maximum heads x queries x indices along the axis that is split
+TOKENS = 2**20  # maximum number of tokens per slab, summed over the batch
+FORMED_NUMBERS = 2**25  # maximum number of elements in the keys and values of a slab
+ENTRIES = 2**22  # maximum of heads x queries x slab length
 GPU_FACTOR = 64  # slabs are larger on a GPU, where they need not fit in caches
 
 
 class Slab(NamedTuple):
-    """Range of indices along one grid axis."""
+    """Named tuple of a range of indices along a grid axis."""
 
     axis: int
     start: int
@@ -35,7 +36,7 @@ class Slab(NamedTuple):
 
 
 def attend(q: Float[Tensor, "#b h q d"], memory: FactoredKeysValues) -> PartialAttention:
-    """Compute attention to factored keys and values, slab by slab if the input is large."""
+    """Compute attention to factored keys and values. Large inputs are processed slab by slab."""
     slabs = _slabs(q, memory)
     if len(slabs) == 1:
         return memory.attend_slab(q, memory)
@@ -44,12 +45,12 @@ def attend(q: Float[Tensor, "#b h q d"], memory: FactoredKeysValues) -> PartialA
 
 
 def factor_for(device: torch.device) -> int:
-    """Return the ratio of the slab size on `device` to the slab size on a CPU."""
+    """Return the maximum slab size on `device` relative to the CPU."""
     return 1 if device.type == "cpu" else GPU_FACTOR
 
 
 def _slabs(q: Tensor, memory: FactoredKeysValues) -> list[Slab]:
-    """Split the longest axis into slabs. Return a single slab for small inputs and under torch.compile."""
+    """Split the longest grid axis into slabs. Return a single slab for small inputs and under torch.compile."""
     grid = memory.grid()
     if torch.compiler.is_compiling():  # comparing sizes would specialize the graph to them
         return [Slab(0, 0, grid[0])]
@@ -102,9 +103,10 @@ class _InSlabs(torch.autograd.Function):
 
 
 def _accumulate(total: Tensor, gradient: Tensor, slab: Slab) -> None:
-    """Add a gradient of one slab to `total` in-place.
+    """Add the gradient from one slab to `total`, in-place.
 
-    The gradient has the shape of `total` for tensors that all slabs share, and is shorter along one axis otherwise.
+    The gradient has the same shape as `total` if all slabs share the tensor. Otherwise, it covers only the slab's range
+    along one axis.
     """
     for dim, (size, full) in enumerate(zip(gradient.shape, total.shape, strict=True)):
         if size != full:

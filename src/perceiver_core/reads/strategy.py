@@ -1,4 +1,7 @@
-"""Protocols of a read: a strategy turns the input of an attention module into a memory that queries attend to."""
+"""Interfaces of reads. A strategy prepares a `Memory` from the input of an attention module.
+
+A memory holds the keys and values of the input, as tensors or in factored form. Queries attend to it.
+"""
 
 from __future__ import annotations
 
@@ -25,16 +28,16 @@ QueryIndices: TypeAlias = "int | Sequence[int] | Int[Tensor, ' chosen'] | None"
 
 @runtime_checkable
 class AttentionInput(Protocol):
-    """Protocol of the input of an attention module: a `Source`, or the `Memory` of an earlier read."""
+    """Protocol of an input to an attention module: a `Source`, or the `Memory` of an earlier read."""
 
     def memory(self, attention: Attention) -> Memory:
-        """Return the memory for `attention`. The attention module calls this method in its own forward."""
+        """Return the memory for `attention`. The attention module calls this method in its forward pass."""
         ...
 
 
 @runtime_checkable
 class Memory(AttentionInput, Protocol):
-    """Protocol of the keys and values of an input, explicit or in factored form, that queries can attend to."""
+    """Protocol of an object that holds the keys and values of an input, either as tensors or in factored form."""
 
     def attend(
         self, q: Float[Tensor, "#b h q d"], kernel: Kernel, *, mask: Mask | None = None, dropout: float = 0.0
@@ -43,7 +46,7 @@ class Memory(AttentionInput, Protocol):
 
         Args:
             q: Queries. A batch size of 1, here or in the memory, is broadcast.
-            kernel: Attention kernel. A factored memory uses it only with `mask` or `dropout`.
+            kernel: Attention kernel. A factored memory calls it only if `mask` or `dropout` is passed.
             mask: Attention mask in addition to the memory's own mask.
             dropout: Dropout rate of the attention weights.
         """
@@ -52,13 +55,16 @@ class Memory(AttentionInput, Protocol):
     def attention_map(
         self, q: Float[Tensor, "#b h q d"], kernel: Kernel, *, mask: Mask | None = None, queries: QueryIndices = None
     ) -> Float[Tensor, "b h chosen n"]:
-        """Return the attention weights of selected queries; see `kernels.kernel_attention_map`."""
+        """Return the attention weights of the queries with indices `queries`, by default all.
+
+        See `kernels.kernel_attention_map` for the arguments.
+        """
         ...
 
 
 @runtime_checkable
 class Attention(Protocol):
-    """Protocol of the attributes of an attention module that strategies use. `MultiHeadAttention` implements it."""
+    """Protocol of an attention module, with the attributes that strategies use; see `MultiHeadAttention`."""
 
     num_heads: int
     num_kv_heads: int
@@ -73,17 +79,17 @@ class Attention(Protocol):
 
 
 class Source(NamedTuple):
-    """Named tuple of an input and the options of its read, before keys and values are computed.
+    """Named tuple of the input of a read and the options for computing its keys and values.
 
-    The attention module calls `memory` inside its own forward, so its weights are not used anywhere else.
+    The attention module calls `memory` in its own forward pass, so that its weights are used only there.
 
     Args:
-        tokens: Input of the read: `Tokens` or a tensor `b n c`.
-        norm: Norm of the tokens.
-        strategy: Strategy that computes the memory.
+        tokens: Input of the read: `Tokens`, or a tensor of shape `b n c`.
+        norm: Norm applied to the tokens before they are projected.
+        strategy: Strategy that prepares the memory.
         mask: Attention mask in addition to the tokens' own mask.
-        positions: Positions of the tokens for rotary embeddings; 1 - n ... 0 by default.
-        num_queries: Total number of queries of all reads that will share the memory.
+        positions: Positions of the tokens for rotary embeddings; by default consecutive, with 0 for the last token.
+        num_queries: Total number of queries of all reads that will share the memory, used to predict costs.
 
     Example:
         >>> source = pc.reads.Source(torch.randn(2, 50, 10), torch.nn.LayerNorm(10), pc.reads.Dense())
@@ -99,17 +105,17 @@ class Source(NamedTuple):
     num_queries: int = 512
 
     def content(self) -> Tensor:
-        """Return the content of `Tokens`, or the input tensor itself."""
+        """Return the content if the input is `Tokens`, or the input tensor itself."""
         return self.tokens.content if isinstance(self.tokens, Tokens) else self.tokens
 
     def normalized(self) -> Float[Tensor, "b n c"]:
-        """Return all tokens, materialized and normalized."""
+        """Return the tokens as one tensor of content and position features, after the norm."""
         tokens = self.tokens
         normalized: Tensor = self.norm(tokens.materialize() if isinstance(tokens, Tokens) else tokens)
         return normalized
 
     def whole_mask(self) -> Mask | None:
-        """Return the tokens' own mask combined with `mask`, or None if there is no mask."""
+        """Return the combination of the tokens' own mask and `mask`, or None if both are None."""
         mask = None if self.mask is None else masks.from_token_mask(self.mask)
         if not isinstance(self.tokens, Tokens) or self.tokens.mask is None:
             return mask
@@ -117,7 +123,7 @@ class Source(NamedTuple):
         return own if mask is None else masks.and_(own, mask)
 
     def memory(self, attention: Attention) -> Memory:
-        """Return the memory that the strategy prepares for `attention`.
+        """Return the memory that `strategy` prepares for `attention`.
 
         Raises:
             ValueError: If the strategy does not support the read.
@@ -131,7 +137,7 @@ class Source(NamedTuple):
 
 
 class ReadContext(NamedTuple):
-    """Named tuple of an attention module and its input, from which a strategy prepares a memory.
+    """Named tuple of an attention module and its input. A strategy prepares a memory from it.
 
     Args:
         attention: Attention module whose projections compute the keys and values.
@@ -151,10 +157,10 @@ _thread = _Thread()
 
 @contextmanager
 def listening(listener: Callable[[ReadContext], None]) -> Iterator[None]:
-    """Context manager that calls `listener` before each read in this thread.
+    """Context manager that calls `listener` each time a strategy is about to prepare a memory in this thread.
 
-    The listener is not called under torch.compile, for reads of an existing memory, or if the strategy does not support
-    the read.
+    The listener is not called under torch.compile, for reads of an existing memory, or for reads that the strategy does
+    not support.
     """
     # Thread-local state is used because modules of other libraries would not pass a listener on to their reads.
     before, _thread.listener = _thread.listener, listener
@@ -165,12 +171,12 @@ def listening(listener: Callable[[ReadContext], None]) -> Iterator[None]:
 
 
 class Cost(NamedTuple):
-    """Predicted cost of a read's forward pass, for the whole batch.
+    """Named tuple of the predicted cost of a read's forward pass for the whole batch.
 
     Args:
-        flops: Floating-point operations.
-        bytes: Bytes read and written.
-        seconds: Time in seconds on one CPU thread or on the whole GPU.
+        flops: Number of floating-point operations.
+        bytes: Number of bytes read and written.
+        seconds: Time in seconds, on a single CPU thread or on the whole GPU.
     """
 
     flops: float
@@ -184,13 +190,13 @@ class Sizes(NamedTuple):
     Args:
         batch: Batch size.
         num_tokens: Number of tokens per sample.
-        token_dim: Width of the tokens: content plus positions.
-        num_channels: Width of the content.
-        axes: Grid size, after merging axes that share a position table.
+        token_dim: Total number of content channels and position features per token.
+        num_channels: Number of content channels.
+        axes: Grid size after merging axes that share a position table; see `merged_axes`.
         num_heads: Number of query heads.
-        kv_dim: Total width of keys and values over all key-value heads.
+        kv_dim: Width of a key plus width of a value, summed over all key-value heads.
         num_queries: Total number of queries of all reads that share the memory.
-        element_size: Bytes per element.
+        element_size: Bytes per element of the dtype in which the read computes.
         device: Device type, such as "cpu".
         group_size: Number of query heads per key-value head.
     """
@@ -212,7 +218,7 @@ class Sizes(NamedTuple):
         return self.element_size == 2
 
     def num_threads(self) -> int:
-        """Return the number of CPU threads, or 1 for other devices."""
+        """Return the number of threads that PyTorch uses on the CPU, or 1 for other devices."""
         return torch.get_num_threads() if self.device == "cpu" else 1
 
     def pairs(self) -> int:
@@ -227,7 +233,7 @@ class Sizes(NamedTuple):
     def of(cls, context: ReadContext) -> Sizes:
         """Return the sizes of a read.
 
-        Under torch.compile, typical values replace the batch size, the grid size and the number of queries, because a
+        Under torch.compile, typical values are used for the batch size, the grid size and the number of queries. A
         decision that depends on the actual values would specialize the graph to them.
         """
         attention, source = context
@@ -256,7 +262,7 @@ class Sizes(NamedTuple):
 
 @runtime_checkable
 class Strategy(Protocol):
-    """Protocol of a strategy for reads. All strategies give the same result, but differ in time and memory."""
+    """Protocol of a strategy for reads. All strategies compute the same result, but differ in time and memory."""
 
     def why_not(self, context: ReadContext) -> str:
         """Return the reason why this strategy does not support a read, or an empty string if it does."""
@@ -267,15 +273,15 @@ class Strategy(Protocol):
         ...
 
     def prepare(self, context: ReadContext) -> Memory:
-        """Return the memory that the queries attend to. `why_not(context)` must be empty."""
+        """Return the memory that the queries attend to. `why_not(context)` must return an empty string."""
         ...
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Check that `strategy` is an instance of a strategy, not a class.
+    """Check that `strategy` is an instance of a strategy class.
 
     Raises:
-        TypeError: If it is not.
+        TypeError: If `strategy` is a class, or an object that is not a strategy.
 
     Example:
         >>> pc.reads.check_strategy(pc.reads.Dense())
@@ -286,7 +292,7 @@ def check_strategy(strategy: Strategy) -> None:
 
 
 def unable(strategy: Strategy, reason: str) -> ValueError:
-    """Return the ValueError for a strategy that does not support a read."""
+    """Return the ValueError to raise if a strategy does not support a read."""
     return ValueError(
         f"{strategy} cannot compute this read: {reason}. Choose another strategy, such as reads.Auto() or reads.Dense()"
     )

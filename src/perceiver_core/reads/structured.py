@@ -1,4 +1,4 @@
-"""Structured strategy: exact attention to a grid without computing keys or values; see `kernels.grid`."""
+"""Structured strategy: it computes exact attention to a grid without keys and values; see `kernels.grid`."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from perceiver_core.registry import register
 @partial(register, name="reads.Structured")
 @dataclass(frozen=True)
 class Structured:
-    """Strategy that computes scores and outputs from the content and one table per axis, without keys and values.
+    """Strategy that computes attention from the content and one position table per grid axis, without keys and values.
 
-    It supports the reads that `Factored` supports, but only with the default kernel, and without rotary embeddings, key
-    norms, grouped queries, attention dropout in training, or masks other than key-padding masks.
+    It supports the same reads as `Factored`, with these restrictions: the default kernel, no rotary embedding, no key
+    norm, no grouped-query attention, no attention dropout in training, and only key-padding masks.
 
     Example:
         >>> image = pc.adapters.Image(3, positions=pc.positions.Fourier(num_axes=2, num_bands=4, max_resolution=16))
@@ -39,11 +39,11 @@ class Structured:
         return why_not_factored(context) or needs_kernel(context)
 
     def cost(self, sizes: Sizes, machine: Machine) -> Cost:
-        """Return the cost with the compiled kernel: products with queries and tables, and the work per score."""
+        """Return the predicted cost with the compiled kernel: matrix products, and the work per attention score."""
         s, indices, pairs = sizes, sum(sizes.axes), sizes.pairs()
         table_products = indices * (s.token_dim - s.num_channels)
         products = 2 * s.kv_dim * (s.batch * s.num_queries * (s.num_channels + indices) + table_products)
-        # Score terms and sums per index along each axis, each copied once, and the content and scale.
+        # Score terms and sums for each index along each axis, copied once each, plus the content and the scale.
         moved = 4.0 * (
             8 * s.batch * s.num_heads * s.num_queries * indices + 4 * s.batch * s.num_tokens * (s.num_channels + 1)
         )
@@ -55,20 +55,20 @@ class Structured:
     def missing(self, context: ReadContext) -> str:
         """Return the reason why the compiled kernel is unavailable, or an empty string if it is available.
 
-        The check may compile the kernel. Without the kernel, structured reads run in plain PyTorch, which uses little
-        memory but is slow.
+        On the CPU, the first check compiles or loads the kernel. Without the kernel, structured reads run in plain
+        PyTorch, which uses little memory but is slow.
         """
         content = context.source.content()
         return missing_kernel(content.device, content.shape[-1])
 
     def prepare(self, context: ReadContext) -> FactoredKeysValues:
-        """Return the keys and values in factored form, without computing them explicitly."""
+        """Return the keys and values in factored form, without computing them as tensors."""
         memory = factored(context, attend_slab, slabs.TOKENS)
         return memory if context.source.mask is None else masked(memory, context.source.mask)
 
 
 def attend_slab(q: Tensor, memory: FactoredKeysValues) -> PartialAttention:
-    """Compute exact attention to a slab with `read_grid`."""
+    """Compute attention to the tokens of a slab (see `reads.slabs`) with `read_grid`."""
     keys, values = memory.keys, memory.values
     with checks.full_precision(q.device):
         planes = memory.planes()
@@ -82,7 +82,7 @@ def attend_slab(q: Tensor, memory: FactoredKeysValues) -> PartialAttention:
         )
         output = read.content @ values.content.mT
         output = output + read.marginals @ torch.cat(memory.project_tables(values), dim=1) + values.constant
-        # The constant of the keys adds the same to all scores of a query. It changes only their log-sum-exp.
+        # The constant term of the keys is the same for all scores of a query. It changes only their log-sum-exp.
         shift = scaled @ keys.constant.mT
         output = output + 0.0 * shift  # so that its gradient is zero instead of None
         if memory.mask is not None:

@@ -1,16 +1,17 @@
 """Registry of classes and functions, and JSON configurations that refer to them by name.
 
-`to_config` describes a model by its constructor calls, and `from_config` rebuilds the model from them. It can call only
-registered classes and functions. Nothing is imported, evaluated or unpickled. A configuration is JSON:
+`to_config` describes a model by its constructor calls, and `from_config` rebuilds the model from the description. It
+calls only registered classes and functions, and does not import, evaluate or unpickle anything. A configuration
+contains these JSON objects:
 
     {"part": name, argument: ...}      an instance of the registered class `name`, called a part
-    {"partial": name, argument: ...}   functools.partial of a registered class or function
-    {"name": name}                     the registered class or function itself
+    {"partial": name, argument: ...}   a functools.partial of a registered class or function
+    {"name": name}                     a registered class or function itself
     {"same": path}                     the same object as the part at an earlier path, such as "adapter.positions"
     {"dict": {key: ...}}               a dictionary with string keys
 
-Lists, numbers, strings, true, false and null represent themselves. A torch.Generator, which draws random numbers in
-training, is written as null, because it is not part of a model.
+Lists, numbers, strings, true, false and null represent themselves. A torch.Generator is written as null, because the
+state of a random number generator is not saved with a model.
 """
 
 from perceiver_core.registry.configuration import at_most as at_most

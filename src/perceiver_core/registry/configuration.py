@@ -1,4 +1,4 @@
-"""Conversion of models and other values to JSON configurations, and back by calling registered classes."""
+"""Conversion of models to JSON configurations, and construction of models from configurations."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _budget = threading.local()
 
 
 def to_config(value: object) -> Json:
-    """Return a JSON configuration from which `from_config` rebuilds a value, such as a model.
+    """Return the JSON configuration of a model or another value. `from_config` rebuilds the value from it.
 
     Raises:
-        ValueError: If a class or function is not registered, or JSON cannot represent a value.
+        ValueError: If a class or function is not registered, or a value cannot be represented in JSON.
 
     Example:
         >>> from functools import partial
@@ -33,7 +33,10 @@ def to_config(value: object) -> Json:
 
 
 def _written(node: Node, at: str, seen: dict[int, str]) -> Json:
-    """Return the node at path `at` as JSON; `seen` maps the ids of the records of earlier parts to their paths."""
+    """Return the description `node` as JSON. `at` is its path in the configuration.
+
+    `seen` maps the ids of the records of earlier parts to the paths of these parts. It is updated in-place.
+    """
     if isinstance(node, Refusal):
         raise ValueError(f"{at or 'the model'} {node.reason}")
     if isinstance(node, list):
@@ -50,7 +53,7 @@ def _written(node: Node, at: str, seen: dict[int, str]) -> Json:
 
 
 def _name_of(thing: Thing, at: str) -> str:
-    """Return the registered name of a class or function, even if it was registered after the snapshot was taken."""
+    """Return the registered name of a class or function, even if it was registered after it was described."""
     name = thing.name
     if name is None and "<" not in thing.label:
         name = next((name for name, known in _named.items() if label(known) == thing.label), None)
@@ -66,14 +69,14 @@ def _written_each(nodes: Mapping[str, Node], at: str, seen: dict[int, str]) -> d
 def settings(module: nn.Module) -> str:
     """Return a module's class and settings as one line, to detect changes after construction.
 
-    Settings listed in the class attribute `changes_no_result` are left out, because they do not affect the output.
+    Settings in the class attribute `changes_no_result` are left out, because they do not affect the module's output.
     """
     of = type(module)
     if of in _names and of not in _external:
         free = getattr(of, "changes_no_result", ())
         names = [name for name in inspect.signature(of).parameters if name in vars(module) and name not in free]
         described = ", ".join(f"{name}={_config_or_type(vars(module)[name])}" for name in names)
-    else:  # torch modules: extra_repr has the settings; other modules and lists of weights: it may have the device
+    else:  # extra_repr has the settings of torch modules, but in lists of weights and other modules, maybe the device
         listing = isinstance(module, (nn.ParameterDict, nn.ParameterList))
         described = module.extra_repr() if of.__module__.startswith("torch.") and not listing else ""
     return f"{label(of)}({described})"
@@ -87,7 +90,7 @@ def _config_or_type(value: object) -> Json:
 
 
 def from_config(config: Json) -> Any:
-    """Build a value from the configuration that `to_config` returned for it.
+    """Build a model or another value from a configuration that `to_config` returned.
 
     Raises:
         ValueError: If a name is not registered, a class rejects its arguments, or the configuration is malformed.
@@ -143,7 +146,7 @@ def _look_up(name: object, at: str) -> Callable[..., object]:
 
 
 def _make(thing: Callable[..., object], arguments: dict[str, object], at: str, *, later: bool) -> object:
-    """Return an instance of a registered class or, if `later` is True, a partial of a class or function."""
+    """Return an instance of a registered class or, if `later` is True, a functools.partial of a class or function."""
     if thing in _external and not arguments.keys() <= set(_external[thing]):  # so that a file cannot set a device
         raise ValueError(
             f"{at or 'the model'} gives {_names[thing]} {short(sorted(arguments))}; "
@@ -156,7 +159,7 @@ def _make(thing: Callable[..., object], arguments: dict[str, object], at: str, *
     _count()
     try:
         return thing(**arguments)
-    except Exception as error:  # any type, because a file may pass arguments that no caller would
+    except Exception as error:  # any type, because the arguments in a file may be arbitrary
         why = str(error) or type(error).__name__
         raise ValueError(
             f"{at or 'the model'}: {_names[thing]} cannot be built from its configuration: {why}"
@@ -165,9 +168,12 @@ def _make(thing: Callable[..., object], arguments: dict[str, object], at: str, *
 
 @contextmanager
 def at_most(modules: int) -> Iterator[None]:
-    """Context manager that limits the number of parts and submodules created in this thread to `modules`.
+    """Context manager that limits how many parts are built and submodules registered in this thread, in total.
 
     Without a limit, a small malicious configuration could build a huge model.
+
+    Args:
+        modules: Maximum number of parts and submodules.
 
     Raises:
         ValueError: If the code in the context exceeds the limit.
@@ -182,7 +188,7 @@ def at_most(modules: int) -> Iterator[None]:
 
 @functools.cache
 def _install_counter() -> None:
-    # Never removed: removal would break the loop over hooks in a thread that is building a model.
+    # The hook is never removed, because removal would break the loop over hooks in a thread that is building a model.
     register_module_module_registration_hook(_count)
 
 

@@ -1,4 +1,4 @@
-"""Tables of registered classes and functions and their names."""
+"""Dictionaries of registered classes and functions, and helpers for error messages."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ TAGS = ("part", "partial", "name", "same", "dict")
 _named: dict[str, Callable[..., object]] = {}
 _names: dict[Callable[..., object], str] = {}
 _external: dict[Any, tuple[str, ...]] = {}  # classes of other libraries, with the arguments that a file may set
-_replaced: dict[str, int] = {}  # number of times that a local definition was replaced by a new one, by name
+_replaced: dict[str, int] = {}  # number of times that a local definition was replaced, keyed by name
 
 
 def unregistered(label: str) -> str:
-    """Return the error message for a class or function that is not registered; the caller prepends the path."""
+    """Return the error message for a class or function that is not registered. Callers prepend its path."""
     return (
         f"is {label}, which is not registered. "
         "Put @perceiver_core.register above its definition and make the model again; a class that is not yours, into a "

@@ -16,27 +16,29 @@ T = TypeVar("T", bound=Callable[..., object])
 
 
 def register(thing: T, *, name: str | None = None) -> T:
-    """Register a class or function, so that models with it can be saved and loaded. Can be used as a decorator.
+    """Register a class or function, so that models that use it can be saved and loaded. Can be used as a decorator.
 
-    Each instance of a registered class (a part) records its constructor arguments, so no configuration class is needed.
-    The record is data only: numbers, strings, lists, and descriptions of parts and partials. If an argument is a module
-    (or a list or dictionary of modules), keep it in an attribute of the same name: `save` writes the module that this
-    attribute holds at that time. Arguments that cannot be described, such as lambdas, raise an error only in `save`.
+    Each instance of a registered class (called a part) records its constructor arguments, so no configuration class is
+    needed. The record contains only data: numbers, strings, lists, and descriptions of parts and functools.partials. If
+    an argument is a module (or a list or dictionary of modules), store it in an attribute of the same name, because
+    `save` describes the module that is in this attribute when `save` is called. Arguments that cannot be described,
+    such as lambdas, raise an error only in `save`.
 
     NumPy numbers and containers of configuration libraries are converted to Python's built-in types before the
     constructor is called.
 
-    Arguments are written by name, so a constructor may take `**kwargs`, but no `*args` or positional-only arguments. A
-    new definition with the same module and qualified name, such as a notebook cell that is run again, replaces the
-    earlier one.
+    Arguments are saved by name. Therefore, a constructor may take `**kwargs`, but no `*args` or positional-only
+    arguments. A new definition with the same module and qualified name replaces the earlier definition, for example
+    when a notebook cell is run again.
 
     Args:
         thing: Class, or function such as a kernel or a sharing scheme.
         name: Name in `config.json`. Defaults to the qualified name.
 
     Raises:
-        ValueError: If another definition has this name, `thing` is neither a class nor a function, or is a lambda
-            without `name`, or a constructor argument cannot be passed by name or has a reserved name.
+        ValueError: If `thing` is neither a class nor a function, or is a lambda and `name` is not passed.
+        ValueError: If a different class or function is registered under this name.
+        ValueError: If a constructor argument cannot be passed by name, or has a reserved name such as "part".
 
     Example:
         >>> @pc.register
@@ -69,12 +71,12 @@ def register(thing: T, *, name: str | None = None) -> T:
 
 
 def register_external(thing: type, *arguments: str) -> None:
-    """Register a class of another library.
+    """Register a class of another library, so that models that use it can be saved and loaded.
 
     Args:
-        thing: Class. Its `__name__` is its name in `config.json`.
-        arguments: Names of the constructor arguments that are saved and that a file may set. Instances must have
-            attributes of the same names.
+        thing: Class to register. Its name in `config.json` is its `__name__`.
+        arguments: Names of the constructor arguments that are saved. Instances must have attributes with these names.
+            Files with other arguments of the class are rejected.
 
     Example:
         >>> pc.registry.register_external(nn.ReLU, "inplace")
@@ -85,7 +87,7 @@ def register_external(thing: type, *arguments: str) -> None:
 
 
 def _argument_names(part: type) -> list[str]:
-    """Check that a constructor's arguments can be saved by name, and return their names."""
+    """Check that the arguments of a class's constructor can be saved by name, and return their names."""
     construct = part.__init__  # type: ignore[misc]
     parameters = list(inspect.signature(construct).parameters.values())[1:]
     for parameter in parameters if construct not in (nn.Module.__init__, object.__init__) else ():
@@ -108,8 +110,8 @@ def _record_arguments(part: type, names: list[str]) -> None:
         if type(self) is not part:  # a subclass calls its parent's constructor
             construct(self, *args, **kwargs)
             return
-        given = dict(zip(names, args, strict=False)) | kwargs  # the call rejects too many or unknown ones
-        # Copied before the call, which may modify lists. The paths of modules are known only after the call.
+        given = dict(zip(names, args, strict=False)) | kwargs  # the call below rejects surplus or unknown arguments
+        # Copied before the call, because it may modify lists. The paths of modules are known only after the call.
         copies = {name: _copied(given[name]) for name in dict.fromkeys([*names, *given]) if name in given}
         with each_partial_once():
             construct(self, *args, **kwargs)
@@ -126,10 +128,10 @@ def _copied(value: object) -> object:
 
 
 def _recorded(part: object, name: str, value: object) -> Node:
-    """Describe an argument. A module is described by the path of the attribute in which the part keeps it.
+    """Return the description of a constructor argument. For a module, this is the path of the attribute that holds it.
 
-    The attribute with the argument's name takes precedence over other paths. A module that the part does not contain,
-    because the constructor copies it or uses it only temporarily, is described by its current state.
+    The attribute with the argument's name takes precedence over other paths. If the part does not contain the module,
+    because the constructor copies it or uses it only temporarily, the module's current state is described.
     """
     if not any(isinstance(leaf, nn.Module) for leaf in leaves(value)):
         return snapshot(value)

@@ -1,8 +1,8 @@
-"""Snapshots of arguments as plain data, which keep no module, closure or array alive.
+"""Snapshots: descriptions of constructor arguments as plain data, without references to modules, closures or arrays.
 
 Each part (an instance of a registered class) has a `Record` of its constructor arguments. The record is copied and
-pickled together with the part. The identity of records therefore distinguishes one part that is used twice from two
-equal parts, even where the parts themselves are not available.
+pickled together with the part. Two descriptions with the same record therefore describe the same part, not two equal
+parts.
 """
 
 from __future__ import annotations
@@ -28,19 +28,22 @@ from perceiver_core.registry.names import _external, _names, _replaced, label, s
 
 RECORD = "_arguments"  # name of the attribute that holds a part's record
 _SCALARS = (int, float, str, bool, type(None))
-_LONGEST = 2**19  # maximum number of items; a configuration of at most 2**20 bytes cannot have more
+_LONGEST = 2**19  # maximum number of items in a container; a configuration of at most 2**20 bytes cannot have more
 
 
 @dataclass(eq=False)
 class Record:
-    """Constructor arguments of a part, by name. Two references to the same `Record` object mean the same part."""
+    """Dictionary of the constructor arguments of a part, keyed by argument name.
+
+    Descriptions that refer to the same `Record` object describe the same part.
+    """
 
     arguments: dict[str, Node]
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """Reference to an attribute of a part. Its module is looked up when the part is saved."""
+    """Reference to an attribute of a part. The module in the attribute is described when the part is saved."""
 
     path: str  # dotted, such as "layers.0"
     several: bool = False  # True for a ModuleList or ModuleDict if the argument was a list or dictionary
@@ -50,20 +53,20 @@ class Attribute:
 class Thing:
     """Description of a part (tag "part"), a functools.partial ("partial"), or a class or function ("name").
 
-    `name` is the registered name of the class or function, or None if it was not registered when described.
+    `name` is the registered name of the class or function, or None if it was not registered at that time.
     """
 
     tag: str
     label: str
     name: str | None
-    replaced: int  # number of definitions with this name that had been replaced at that time
+    replaced: int  # number of times that the definition with this name had been replaced at that time
     arguments: dict[str, Node]
     record: Record | None  # None unless this describes a part
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Placeholder for a value that a configuration cannot contain, with the error message for `to_config`."""
+    """Placeholder for a value that a configuration cannot contain. `to_config` raises an error with `reason`."""
 
     reason: str
 
@@ -74,9 +77,9 @@ Node: TypeAlias = "bool | int | float | str | list[Node] | dict[str, Node] | Thi
 def snapshot(value: Any, paths: Mapping[int, str] | None = None) -> Node:
     """Return a description of a value's current state as plain data.
 
-    A part is described by the constructor arguments that reproduce its current state, or by an `Attribute` if `paths`
-    maps its id to an attribute path. A value that cannot be described becomes a `Refusal`. A model with such a value
-    can be used, copied and pickled, but not saved.
+    A part is described by the constructor arguments that reproduce its current state. If `paths` maps the value's id to
+    an attribute path, the description is an `Attribute` instead. If the value cannot be described, it is a `Refusal`. A
+    model with such a value can be used, copied and pickled, but not saved.
     """
     value = plain(value, mappings=True)
     if value is None or isinstance(value, torch.Generator):
@@ -103,7 +106,10 @@ def _number(value: float) -> Node:
 
 
 class _Described(threading.local):
-    """Thread-local cache of descriptions of partials, by id. It keeps the partials alive so that no id is reused."""
+    """Thread-local cache of the descriptions of functools.partials, keyed by id.
+
+    The cache also holds the partials themselves, so that their ids are not reused.
+    """
 
     partials: dict[int, tuple[functools.partial[object], Node]] | None = None
 
@@ -113,7 +119,7 @@ _described = _Described()
 
 @contextmanager
 def each_partial_once() -> Iterator[None]:
-    """Context manager that describes a partial passed to many parts only once, so that deep models build fast."""
+    """Context manager in which each functools.partial is described only once, to speed up building deep models."""
     before = _described.partials
     _described.partials = {} if before is None else before
     try:
@@ -133,7 +139,7 @@ def _partial(value: functools.partial[object]) -> Node:
 
 
 def _thing(value: Any) -> Node:
-    """Return a description of a part, class, function, scalar tensor, or integer of another library."""
+    """Return a description of a part, class, function or scalar tensor, or of an integer type of another library."""
     if type(value) in _external:
         found = {name: getattr(value, name) for name in _external[type(value)]}
         given = {name: item is not None if name == "bias" else item for name, item in found.items()}
@@ -158,7 +164,7 @@ def _thing(value: Any) -> Node:
 
 
 def _refer(tag: str, thing: Any, arguments: dict[str, Node], record: Record | None = None) -> Thing:
-    known = (inspect.isclass(thing) or inspect.isroutine(thing)) and thing in _names  # others may not be hashable
+    known = (inspect.isclass(thing) or inspect.isroutine(thing)) and thing in _names  # others may be unhashable
     name = _names[thing] if known else None
     return Thing(tag, label(thing), name, 0 if name is None else _replaced.get(name, 0), arguments, record)
 
@@ -168,7 +174,7 @@ def _each(values: Mapping[str, object], paths: Mapping[int, str] | None = None) 
 
 
 def _current(part: object, node: Node) -> Node:
-    """Return a recorded argument in which each `Attribute` is replaced by a description of its current module."""
+    """Return a recorded argument, with each `Attribute` replaced by a description of its current module."""
     if isinstance(node, list):
         return [_current(part, item) for item in node]
     if isinstance(node, dict):
@@ -205,11 +211,11 @@ def _shown(value: object) -> str:
 def plain(value: Any, *, mappings: bool = False) -> Any:
     """Convert NumPy values and containers of configuration libraries to Python's built-in types.
 
-    Lists, tuples and dictionaries are searched. NumPy scalars and arrays of at most one axis are converted if they are
-    boolean, integer, floating-point or text. Other sequences, such as OmegaConf's, are converted to lists if they
-    contain only numbers, strings, None and containers of these. If `mappings` is True, other mappings are converted to
-    dictionaries as well. (Constructors get them unconverted, as they may read keys as attributes.) Anything else is
-    returned unchanged.
+    Values in lists, tuples and dictionaries are converted recursively. NumPy scalars and arrays with at most one axis
+    are converted if they are boolean, integer, floating-point or text. Sequences of other types, such as OmegaConf's
+    lists, are converted to lists if they contain only numbers, strings, None and containers of these. If `mappings` is
+    True, mappings of other types are converted to dictionaries in the same way. (Constructors receive mappings
+    unconverted, because they may access keys as attributes.) All other values are returned unchanged.
     """
     if isinstance(value, np.generic | np.ndarray):
         return _of_numpy(value)
@@ -235,11 +241,11 @@ def _of_numpy(value: np.generic | NDArray[np.generic]) -> object:
 
 
 def _of_container(value: Sequence[object] | Mapping[object, object], mappings: bool) -> object:
-    """Return a container as a list or dictionary, or unchanged if not all of its values are plain."""
+    """Return a container as a list or dictionary, or unchanged if it does not contain only plain values."""
     found: dict[object, object] = {}
     try:
         pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
-        for key, item in islice(pairs, _LONGEST + 1):  # not all at once: a sequence may compute its items slowly
+        for key, item in islice(pairs, _LONGEST + 1):  # one by one, because a sequence may compute its items slowly
             found[key] = plain(item, mappings=mappings)
             if len(found) > _LONGEST or not all(isinstance(leaf, _SCALARS) for leaf in leaves(found[key])):
                 return value
@@ -249,7 +255,7 @@ def _of_container(value: Sequence[object] | Mapping[object, object], mappings: b
 
 
 def leaves(value: object) -> Iterator[object]:
-    """Yield all values in nested lists, tuples and dictionaries."""
+    """Yield all values in nested lists, tuples and dictionaries, or `value` itself if it is none of these."""
     if isinstance(value, list | tuple | dict):
         for item in value.values() if isinstance(value, dict) else value:
             yield from leaves(item)

@@ -1,1 +1,1 @@
-"""Readers of weight files (safetensors, PyTorch `.bin`, `.npz` and pickles) that execute no code from the files."""
+"""Readers of weight files (safetensors, PyTorch `.bin`, `.npz`, pickle) that do not execute code in the files."""

@@ -1,4 +1,4 @@
-"""Headers of the arrays in a file (shape and dtype), which are checked before any array is read."""
+"""Headers (shape and dtype) of the arrays in a file. They are checked before any array is read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NUMBERS = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|c8|c16)")
 
 
 class ArrayHeader(NamedTuple):
-    """Shape and dtype of an array in a file, and a function that reads the array in native byte order."""
+    """Named tuple of the shape and dtype of an array in a file, and a function that reads it in native byte order."""
 
     shape: tuple[int, ...]
     dtype: DType  # with the byte order of the file
@@ -38,7 +38,7 @@ class ArrayHeader(NamedTuple):
 
 
 def number_dtype(code: str) -> DType:
-    """Check that a NumPy dtype code such as `<f4` is boolean or numeric, and return the dtype."""
+    """Check that a NumPy dtype code, such as `<f4`, stands for booleans or numbers, and return the dtype."""
     if not NUMBERS.fullmatch(code):
         raise ValueError(f"only arrays of numbers are read; one is of dtype {code[:20]!r}")
     return np.dtype(code)

@@ -1,4 +1,4 @@
-"""Reader of NumPy `.npz` files that checks all headers before it allocates memory for arrays."""
+"""Reader of NumPy `.npz` files that checks the headers of all arrays before it allocates memory for them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DAMAGED = "{} is not a whole .npz of NumPy's"
 
 
 class _BoundedFile(io.FileIO):
-    """File that limits the size of a single read, so that a malicious zip directory cannot fill the memory."""
+    """File that limits the size of each read, so that a malicious zip directory cannot exhaust memory."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > LARGEST_DIRECTORY:
@@ -36,10 +36,13 @@ class _BoundedFile(io.FileIO):
 
 @contextmanager
 def open_npz(path: Path) -> Iterator[dict[str, ArrayHeader]]:
-    """Context manager that yields the array headers of an `.npz` file by name; arrays can be read inside it.
+    """Context manager that yields a dictionary of the array headers in an `.npz` file, keyed by name.
+
+    On exit, the file is closed, and the arrays can no longer be read.
 
     Raises:
-        ValueError: If the file is damaged, holds anything but numeric arrays, or is much smaller than its arrays.
+        ValueError: If the file is damaged, or if it contains anything but numeric arrays.
+        ValueError: If the arrays have more than `LARGEST_RATIO` times as many bytes as the file.
     """
     size, total = path.stat().st_size, 0
     headers: dict[str, ArrayHeader] = {}
@@ -62,7 +65,7 @@ def open_npz(path: Path) -> Iterator[dict[str, ArrayHeader]]:
 
 
 def _read_header(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> ArrayHeader:
-    """Read the header of an archive member, and check that it matches the member's size."""
+    """Read the array header of a file in the archive, and check that it matches the size of that file."""
     with archive.open(member) as file:
         if npy.read_magic(file) != (1, 0):
             raise ValueError("its header is not of version 1.0, in which arrays of numbers are written")

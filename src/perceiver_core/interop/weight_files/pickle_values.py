@@ -1,4 +1,4 @@
-"""Names that a pickle may use, and inert stand-ins for the objects that it would create; see `safe_pickle`."""
+"""Stand-ins for the objects in a pickle, and the table of class and function names that it may contain (`KNOWN`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NDARRAY, RECONSTRUCT = "numpy.ndarray", "numpy.core.multiarray._reconstruct"
 
 
 class Global:
-    """Name of a class or function in a pickle. It is never imported."""
+    """Stand-in for a class or function that a pickle names. The class or function is never imported."""
 
     __slots__ = ("name",)
 
@@ -30,7 +30,7 @@ class DTypeStandIn:
         self.dtype = number_dtype(code if isinstance(code, str) else type(code).__name__)
 
     def build(self, state: object) -> None:
-        """Set the byte order from a pickled state, after checking that the state holds nothing else."""
+        """Set the byte order from the state that a pickle passes to NumPy's `dtype.__setstate__`."""
         if not isinstance(state, tuple) or len(state) != 8 or state[0] != 3 or state[1] not in ("<", ">", "|", "="):
             raise ValueError("a dtype is not one of plain numbers")
         if state[2:] != (None, None, None, -1, -1, 0):
@@ -51,9 +51,9 @@ class ArrayStandIn:
 
         Args:
             shape: Shape of the array.
-            dtype: Its dtype, a `DTypeStandIn`.
+            dtype: `DTypeStandIn` of the array.
             data: View of the bytes in the file, or a string with one character per byte.
-            fortran: Whether the data are column-major.
+            fortran: Whether the data are in column-major order.
         """
         if self.header is not None:
             raise ValueError("an array gets its data twice")
@@ -90,7 +90,7 @@ class MappingStandIn:
         self.content: dict[str, object] | None = None
 
     def build(self, state: object) -> None:
-        """Set the content from a pickled state: the dictionary itself, or a dictionary with the key `_mapping`."""
+        """Set the content from the pickled state: a dictionary, which may be inside a tuple or a `_mapping` entry."""
         state = state[0] if isinstance(state, tuple) and state else state
         content = state.get("_mapping", state) if isinstance(state, dict) else None
         if self.content is not None or not isinstance(content, dict):
@@ -99,14 +99,17 @@ class MappingStandIn:
 
 
 def mapping(*args: object) -> object:
-    """Return the argument, not a copy (a file could repeat copies until memory is full), or a new dictionary."""
+    """Return the argument, or a new dictionary if there is none.
+
+    The argument is not copied, because a malicious file could request copies until memory is full.
+    """
     if len(args) > 1 or not all(isinstance(given, (dict, MappingStandIn)) for given in args):
         raise ValueError("a mapping is made of something else than a dictionary")
     return args[0] if args else {}
 
 
 def _encode(text: object, encoding: object) -> str:
-    """Return the string that pickles of old protocols write instead of bytes. It is encoded when the array is read."""
+    """Return `text`, which old pickle protocols store instead of bytes. It is converted when the array is read."""
     if not isinstance(text, str) or encoding != "latin1":
         raise ValueError("something is encoded that is no text")
     return text
@@ -130,7 +133,7 @@ def _jax_array(function: object, args: object, state: object, aval: object) -> A
     return array
 
 
-# Names that a file may use, each with the function to call for it; None if it may only be passed as an argument.
+# Names that a pickle may contain, and the function to call for each. None for names that are only passed as arguments.
 KNOWN: dict[str, Callable[..., object] | None] = {
     "collections.OrderedDict": mapping,
     "haiku._src.data_structures.FlatMapping": mapping,

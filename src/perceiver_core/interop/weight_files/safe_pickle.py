@@ -1,9 +1,10 @@
-"""Reader of pickled Haiku parameters, NumPy or JAX arrays in nested dictionaries, that executes no code.
+"""Reader of pickled Haiku parameters (nested dictionaries of NumPy or JAX arrays) that executes no code in the file.
 
-A pickle is a program. This reader interprets only the instructions that data need, and works on inert stand-ins. Names
-in the file are looked up in a table (`pickle_values`) and never imported, and only functions in that table are called.
-NumPy receives only a numeric dtype, a shape and exactly the number of bytes that they imply. The first unknown
-instruction or name is an error. Instructions are decoded with Python's `pickletools`, which only parses.
+A pickle is a program. This reader interprets only the instructions that are needed for data, and creates stand-ins
+instead of arrays. Classes and functions that the file names are never imported. Their names are looked up in the table
+`pickle_values.KNOWN`, and only functions in this table are called. NumPy receives only a numeric dtype, a shape, and
+exactly the number of bytes that they imply. Any other instruction or name raises a ValueError. Instructions are decoded
+with Python's `pickletools`, which does not execute them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ LARGEST_STEPS = 100_000  # limit for both instructions and arrays; published fil
 
 
 class _Reader:
-    """Stack machine for the pickle instructions that data need."""
+    """Stack machine that interprets the pickle instructions in `INSTRUCTIONS`."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.view = data, memoryview(data)
@@ -37,7 +38,7 @@ class _Reader:
         self.memo: dict[int, object] = {}
 
     def load(self) -> object:
-        """Return the unpickled value, which contains stand-ins from `pickle_values` instead of arrays."""
+        """Interpret the pickle and return its value, with stand-ins from `pickle_values` instead of arrays."""
         for step, (code, argument, _) in enumerate(pickletools.genops(cast(IO[bytes], self.data))):
             if step >= LARGEST_STEPS:
                 raise ValueError(f"it has more than {LARGEST_STEPS} instructions")
@@ -56,7 +57,7 @@ class _Reader:
         self.stack.append(value)
 
     def push_bytes(self, data: bytes | bytearray) -> None:
-        """Push a view of the bytes in the memory-mapped file instead of a copy."""
+        """Push the bytes as a view of the memory-mapped file instead of a copy."""
         end = self.data.tell()
         self.stack.append(self.view[end - len(data) : end])
 
@@ -70,7 +71,7 @@ class _Reader:
         return items
 
     def last(self, number: int) -> list[object]:
-        """Pop and return the last `number` values on the stack."""
+        """Pop and return the top `number` values of the stack, in the order in which they were pushed."""
         if number > len(self.stack):
             raise ValueError("it takes more values than there are")
         items = self.stack[len(self.stack) - number :]
@@ -173,7 +174,13 @@ INSTRUCTIONS: dict[str, Instruction] = {
 
 
 def read(path: Path) -> dict[str, ArrayHeader]:
-    """Return the array headers of a file by `scope/parameter`, for parameters and (if stored) running statistics."""
+    """Return a dictionary of the array headers in a pickle, keyed by `scope/parameter`.
+
+    The arrays are the parameters and, if the file contains them, the running statistics of batch norms.
+
+    Raises:
+        ValueError: If the file is not a pickle of nested dictionaries of arrays.
+    """
     with path.open("rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     with errors_of(f"{path} is not a pickle of dictionaries and arrays"):
@@ -185,7 +192,12 @@ def read(path: Path) -> dict[str, ArrayHeader]:
 
 
 def _flattened(parts: list[tuple[str, object]], size: int) -> dict[str, ArrayHeader]:
-    """Return array headers by `scope/parameter`, after checking that all arrays together fit in `size` bytes."""
+    """Return a dictionary of array headers, keyed by `scope/parameter`.
+
+    Args:
+        parts: Pairs of a name, for error messages, and a dictionary `scope -> parameter -> array`.
+        size: Size of the file in bytes. The arrays must not have more bytes in total.
+    """
     flat: dict[str, ArrayHeader] = {}
     num_bytes = 0
     for part, scopes in parts:

@@ -1,6 +1,6 @@
-"""Readers of PyTorch state dicts (safetensors and `.bin`, single files or shards with an index) and JSON files.
+"""Readers of PyTorch state dicts (safetensors or `.bin`, in one file or in shards with an index) and JSON files.
 
-No code in the files is executed. Files whose tensors need more memory than the file size are rejected.
+No code in the files is executed. Files whose tensors have more bytes than the file itself are rejected.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class StateDictFile(NamedTuple):
-    """State dict in a file: its path, headers, and a function that reads the tensors."""
+    """Named tuple of the path of a state dict, the headers of its tensors, and a function that reads the tensors."""
 
-    path: Path  # path of the file, or of the index of shards
-    headers: dict[str, Tensor]  # meta tensors with the shapes and dtypes
+    path: Path  # path of the weight file, or of the index if there are shards
+    headers: dict[str, Tensor]  # meta tensors with the shapes and dtypes of the weights, keyed by name
     read: Callable[[], dict[str, Tensor]]
 
 
 def fetch(name_or_folder: str | PathLike[str]) -> Path:
-    """Return the path of a local folder, or download a model from the Hugging Face hub.
+    """Return the folder of a model. If it is not a local folder, download it from the Hugging Face Hub.
 
-    `.bin` files are downloaded only if the repository has no safetensors.
+    `.bin` files are downloaded only if the repository has no safetensors files.
     """
     folder = hub.fetched(name_or_folder, (CONFIG, *_patterns(WEIGHTS)))
     has_weights = any((folder / f"{WEIGHTS}{end}").is_file() for end in ("", INDEX))
@@ -47,7 +47,7 @@ def fetch(name_or_folder: str | PathLike[str]) -> Path:
 
 
 def _patterns(name: str) -> tuple[str, ...]:
-    """Return file name patterns for weights in one file, for the index of shards, and for shards."""
+    """Return three file name patterns: for a single weight file, for the index of shards, and for the shards."""
     stem, end = name.split(".")
     return name, f"{name}{INDEX}", f"{stem}-*-of-*.{end}"
 
@@ -56,7 +56,7 @@ def read_json(path: Path, largest: int = LARGEST_CONFIG) -> dict[str, Json]:
     """Read a dictionary from a JSON file.
 
     Raises:
-        ValueError: If the file does not hold a JSON dictionary, or is larger than `largest` bytes.
+        ValueError: If the file does not contain a JSON dictionary, or if it is larger than `largest` bytes.
     """
     content = parse_json(read_at_most(path, largest), str(path), largest=largest)
     if not isinstance(content, dict):
@@ -65,7 +65,12 @@ def read_json(path: Path, largest: int = LARGEST_CONFIG) -> dict[str, Json]:
 
 
 def open_folder(folder: Path) -> StateDictFile:
-    """Open the weights in a folder that transformers wrote. Safetensors are preferred to `.bin` files."""
+    """Open the weights in a folder written by transformers. Safetensors files are preferred to `.bin` files.
+
+    Raises:
+        FileNotFoundError: If the folder contains no weights, or if a shard is missing.
+        ValueError: If a file is damaged, or if the index does not match the shards.
+    """
     for name, opener in ((WEIGHTS, open_safetensors), (BINARY, _open_binary)):
         if (folder / name).is_file():
             return opener(folder / name)
@@ -80,13 +85,13 @@ def open_safetensors(path: Path) -> StateDictFile:
     """Open a safetensors file and read its headers.
 
     Raises:
-        ValueError: If the file is truncated or in another format.
+        ValueError: If the file is truncated or not in the safetensors format.
     """
     try:
         with safe_open(path, framework="pt") as file:
             specs = specs_in(file)
             headers = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in specs.items()}
-            # safetensors' save_model stores a tied tensor once; the metadata map the other names to the stored one.
+            # safetensors' save_model stores a tied tensor once; the metadata maps its other names to the stored one.
             tied = {name: kept for name, kept in (file.metadata() or {}).items() if kept in headers}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}. Copy it again") from error
@@ -101,12 +106,15 @@ def open_safetensors(path: Path) -> StateDictFile:
 
 
 def read_state_dict(source: Mapping[str, Tensor] | str | PathLike[str]) -> dict[str, Tensor]:
-    """Return a state dict, either the one that is passed or the content of a safetensors file.
+    """Read a state dict from a safetensors file, or return a shallow copy of a state dict.
+
+    Args:
+        source: Path of a safetensors file, or state dict.
 
     Raises:
         FileNotFoundError: If the file does not exist.
         TypeError: If `source` is neither a mapping nor a path.
-        ValueError: If the file is not a safetensors file, or the mapping holds anything but tensors.
+        ValueError: If the file is not a safetensors file, or if a value of the mapping is not a tensor.
     """
     if isinstance(source, (str, PathLike)):
         if not (path := Path(source)).is_file():
@@ -148,7 +156,7 @@ def _open_binary(path: Path) -> StateDictFile:
 
 
 def _check_archive(path: Path, size: int) -> None:
-    """Check that a zip file is not compressed and its content is not larger than the file. Other files pass."""
+    """Check that a zip archive is uncompressed and its contents are not larger than the file. Ignore other files."""
     with path.open("rb") as file:
         if file.read(2) != b"PK":
             return
@@ -159,7 +167,7 @@ def _check_archive(path: Path, size: int) -> None:
 
 
 def _problem(value: object, size: int) -> str:
-    """Describe the problem if a value is not a dense CPU tensor that fits in `size` bytes; otherwise return ""."""
+    """Return "" if `value` is a dense CPU tensor that fits in `size` bytes, or a description of the problem."""
     if type(value) not in (Tensor, nn.Parameter) or not isinstance(value, Tensor):
         return f"is a {type(value).__name__}"
     if value.layout is not torch.strided or value.is_quantized:
@@ -173,7 +181,7 @@ def _problem(value: object, size: int) -> str:
 
 
 def _open_shards(index: Path, end: str, opener: Callable[[Path], StateDictFile]) -> StateDictFile:
-    """Open weights that are sharded over the files listed in an index."""
+    """Open weights in several files (shards). `end` is their file extension, and `opener` opens one of them."""
     weight_map = read_json(index, LARGEST_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise ValueError(f"{index} must hold a weight_map from each tensor's name to its file's")
@@ -209,7 +217,7 @@ def check_floats(tensors: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def errors_with_path(path: Path) -> Iterator[None]:
-    """Context manager that adds the path of a file to the messages of ValueErrors."""
+    """Context manager that adds a file path to the message of a ValueError, unless it is already there."""
     try:
         yield
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""CPU backend of `read_grid`, which calls the compiled C++ loop in `cpp/`."""
+"""CPU backend of `read_grid`. It calls the compiled C++ code in `cpp/`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from perceiver_core.kernels.grid import cpp_library
 from perceiver_core.kernels.grid.interface import GridGradients, GridInputs, GridOutputs, Upstream
 
 BLOCK = 16  # queries per task of the forward pass; equals `BLOCK` in `cpp/grid.h`
-MIN_TASKS = 32  # the grid is split to get this many tasks; not the number of threads, so that results are reproducible
-MIN_TOKENS = 4  # minimum tokens of a split per value that the split returns for a query; with fewer, setup dominates
-MAX_SPLIT_BYTES = 2**26  # maximum memory of the results of all splits
+MIN_TASKS = 32  # target number of parallel tasks; it is not the number of threads, so that results are reproducible
+MIN_TOKENS = 4  # minimum tokens per split and value that it returns for a query; with fewer, setup time dominates
+MAX_SPLIT_BYTES = 2**26  # maximum total memory for the results of all splits
 
 
 def forward(inputs: GridInputs) -> GridOutputs:
-    """Compute the read. If there are few queries, the grid is split so that there are enough parallel tasks."""
+    """Compute the read. If there are few queries, the grid is split into parts that are processed in parallel."""
     content_queries, axis_queries, content, _, _ = inputs
     batch, grid = content.shape[0], content.shape[2:]
     _, heads, queries, channels = content_queries.shape
@@ -44,7 +44,7 @@ def forward(inputs: GridInputs) -> GridOutputs:
 
 
 def backward(inputs: GridInputs, upstream: Upstream, needs_token_gradients: bool) -> GridGradients:
-    """Compute the gradients. Query gradients are computed for each split of the grid and added up."""
+    """Compute the gradients. Each part of the grid contributes to the query gradients, and these are added up."""
     content_queries, axis_queries, content, scale, _ = inputs
     batch, grid = content.shape[0], content.shape[2:]
     single_axis = len(grid) == 1  # each split then writes its own positions of one axis-query gradient
@@ -68,9 +68,10 @@ def backward(inputs: GridInputs, upstream: Upstream, needs_token_gradients: bool
 
 
 def _num_splits(num_tasks: int, inputs: GridInputs, width: int) -> int:
-    """Return the number of splits of the grid: enough for `MIN_TASKS` tasks, within the limits above.
+    """Return the number of parts into which the grid is split to get `MIN_TASKS` tasks.
 
-    `num_tasks` is the number of tasks without splits. A split returns `width` values per sample, head and query.
+    `MIN_TOKENS` and `MAX_SPLIT_BYTES` limit this number. `num_tasks` is the number of tasks without splitting. Each
+    part returns `width` values per sample, head and query.
     """
     content = inputs.content
     split_bytes = content.shape[0] * prod(inputs.content_queries.shape[1:3]) * width * content.element_size()

@@ -1,10 +1,10 @@
-"""Shared library compiled from the C++ source in `cpp/`, once for each type of machine.
+"""Shared library that is compiled from the C++ source in `cpp/` at the first use on a machine.
 
-The compiler is the first of `$CXX`, c++, g++ and clang++ that is installed. Compilation takes a few seconds. The
-library is stored in the user's cache folder, under a name derived from the source, compiler, flags and processor
-features. Other processes load it in milliseconds. A machine with another processor that shares the folder compiles its
-own library. torch.utils.cpp_extension is not used, because it needs ninja and takes half a minute to compile PyTorch's
-headers, which the source does not include.
+The compiler is `$CXX`, c++, g++ or clang++, whichever is found first. Compilation takes a few seconds. The library is
+stored in the user's cache folder, so that other processes load it in milliseconds. Its name contains a hash of source,
+compiler, flags and processor features, so that machines with different processors can share the folder.
+torch.utils.cpp_extension is not used, because it needs ninja and takes half a minute to compile PyTorch's headers. The
+source does not include these headers.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ FLAGS = (
     *("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fvisibility=hidden"),
     *("-fno-math-errno", "-fno-trapping-math"),  # without these two flags, loops are not vectorized
 )
-# The first variant that compiles and loads is used. Targets select this processor (some compilers for ARM call the flag
-# -mcpu). With OpenMP, the library uses PyTorch's threads. Otherwise it starts its own.
+# The first variant that compiles and loads is used. The target flag (-mcpu in some compilers for ARM) optimizes for the
+# current processor. With OpenMP, the library uses PyTorch's threads. Otherwise, it starts its own threads.
 TARGETS = ("-march=native", "-mcpu=native", "")
 VARIANTS = [f"{target} {threads}".split() for threads in ("-fopenmp", "") for target in TARGETS]
 NUM_POINTERS = {"forward": 10, "backward": 15}  # pointer arguments of functions in `cpp/reads.cpp`
@@ -39,10 +39,9 @@ NUM_POINTERS = {"forward": 10, "backward": 15}  # pointer arguments of functions
 
 @cache
 def functions() -> dict[tuple[str, torch.dtype], Callable[..., None]]:
-    """Return the library's functions, keyed by name and dtype.
+    """Return a dictionary of the library's functions, keyed by (name, dtype).
 
-    The first call compiles or loads the library, which stays loaded until the process ends. If the library cannot be
-    compiled, the first call warns and the result is empty.
+    The first call compiles or loads the library. If this fails, it emits a warning, and the dictionary is empty.
     """
     try:
         library = _load()
@@ -75,9 +74,9 @@ def _load() -> ctypes.CDLL:
 
 
 def _compile(compiler: str, path: Path | None) -> ctypes.CDLL:
-    """Compile and load the library, then move it to `path` atomically, so that processes may compile concurrently.
+    """Compile and load the library, and store it at `path`. If `path` is None, the library is not stored.
 
-    If `path` is None (the user has no private cache folder), the library is not stored.
+    The file is moved to `path` atomically, because several processes may compile the library at the same time.
     """
     for flags in VARIANTS:
         with tempfile.TemporaryDirectory(prefix="tmp-", dir=None if path is None else path.parent) as scratch:
@@ -99,7 +98,7 @@ def _compile(compiler: str, path: Path | None) -> ctypes.CDLL:
 
 
 def _fingerprint(compiler: str) -> str:
-    """Return a hash of everything that determines the library: source, compiler, flags and processor features."""
+    """Return a hash of everything that the library depends on: source, compiler, flags and processor features."""
     for target in TARGETS:
         command = [compiler, *target.split(), "-dM", "-E", "-x", "c++", os.devnull]
         macros = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
@@ -118,7 +117,10 @@ def _compiler() -> str:
 
 
 def _cache_folder() -> Path | None:
-    """Return the cache folder if only this user can write to it, else None, because its libraries are executed."""
+    """Return the cache folder, or None if it cannot be used.
+
+    Libraries in the folder are executed, so the folder is used only if no other user can write to it.
+    """
     if not hasattr(os, "getuid"):
         return None
     try:

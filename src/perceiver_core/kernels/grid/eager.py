@@ -1,6 +1,6 @@
-"""Reference backend of `read_grid` in plain PyTorch, for any device and without a compiler.
+"""Reference backend of `read_grid` in plain PyTorch. It runs on any device and does not need a compiler.
 
-The grid is processed in slabs (slices along the first axis) to limit the memory of the scores.
+The grid is processed in slabs (slices along the first axis) to limit the memory for scores.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MAX_SCORES = 2**22  # maximum number of scores in a slab, per sample and head
 
 
 def forward(inputs: GridInputs) -> GridOutputs:
-    """Compute the read with online softmax over the slabs."""
+    """Compute the read, with an online softmax over the slabs."""
     content_queries, axis_queries, content, scale, mask = inputs
     shape, grid = (content.shape[0], *content_queries.shape[1:3]), content.shape[2:]
     content, scale, bias = _apply_mask(content, scale, mask)
@@ -77,7 +77,10 @@ def backward(inputs: GridInputs, upstream: Upstream, needs_token_gradients: bool
 
 
 def _apply_mask(content: Tensor, scale: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return content and scale with zeros at masked tokens, and the score bias: -inf at masked tokens, else 0."""
+    """Set content and scale to zero at masked tokens, and return them with a score bias.
+
+    The bias is -inf at masked tokens and 0 at others. It has shape `b 1 1 *grid`.
+    """
     bias = scale.new_zeros(scale.shape)
     if mask is not None:
         content, scale = content.masked_fill(~mask[:, None], 0.0), scale.masked_fill(~mask, 0.0)
@@ -86,13 +89,13 @@ def _apply_mask(content: Tensor, scale: Tensor, mask: Tensor | None) -> tuple[Te
 
 
 def _slabs(num_queries: int, grid: torch.Size) -> list[slice]:
-    """Return slices of the first axis, each of size 1 or with at most `MAX_SCORES` scores per sample and head."""
+    """Return slices of the first axis. Each has at most `MAX_SCORES` scores per sample and head, or size 1."""
     step = max(1, MAX_SCORES // max(1, num_queries * prod(grid[1:])))
     return [slice(start, min(start + step, grid[0])) for start in range(0, grid[0], step)]
 
 
 def _products(content_queries: Tensor, axis_queries: Tensor, content: Tensor, grid: torch.Size, slab: slice) -> Tensor:
-    """Return the scores of a slab's tokens before scaling, of shape `b h q *slab`."""
+    """Return the scores of a slab's tokens before they are multiplied by the scale: `b h q *slab`."""
     content_queries = content_queries.expand(content.shape[0], *content_queries.shape[1:])
     products = torch.einsum("bhqc,bcn->bhqn", content_queries, content.flatten(2))
     products = products.reshape(*products.shape[:3], *content.shape[2:])
@@ -101,7 +104,10 @@ def _products(content_queries: Tensor, axis_queries: Tensor, content: Tensor, gr
 
 
 def _add_axis_sums(totals: Tensor, x: Tensor, grid: torch.Size, slab: slice) -> None:
-    """Add the sums of `x` (`b h q *slab`) per position along each axis to `totals` (`b h q axis_positions`)."""
+    """Sum `x` over all tokens at the same position along an axis, and add the sums to `totals`, in-place.
+
+    `x` has shape `b h q *slab`. `totals` has shape `b h q axis_positions`: one sum per position along each axis.
+    """
     start = 0
     for axis, size in enumerate(grid):
         others = [3 + other for other in range(len(grid)) if other != axis]

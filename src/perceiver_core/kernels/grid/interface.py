@@ -1,11 +1,11 @@
-"""Interface of the `read_grid` backends: their inputs and outputs, and the warning about a slower fallback.
+"""Interface of the `read_grid` backends: inputs, outputs, and the warning about a slower fallback.
 
-A backend is a module with the functions of `Backend`: `cpp` on CPUs, `triton` on CUDA, and `eager`, the reference in
+A backend is a module with the functions of `Backend`: `cpp` for CPUs, `triton` for CUDA, and `eager`, the reference in
 plain PyTorch. `operator` validates the tensors and makes them contiguous before it calls a backend.
 
-Axes in shapes: `b` is the batch, `#b` the batch or 1 (if all samples share their queries), `h` heads, `q` queries and
-`c` channels. `*grid` are the axes of the grid. `axis_positions` concatenates the positions along all grid axes, so its
-size is the sum of the grid sizes.
+Axes in shapes: `b` is the batch size, `#b` the batch size or 1 (if all samples share the queries), `h` the number of
+heads, `q` the number of queries and `c` the number of channels. `*grid` are the grid axes. `axis_positions` is the sum
+of the grid sizes: the positions along all grid axes are concatenated.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class GridInputs(NamedTuple):
 
 
 class GridOutputs(NamedTuple):
-    """Named tuple of forward results: normalized sums, and softmax statistics that the backward pass needs.
+    """Named tuple of the forward results: the sums of `GridRead`, and softmax statistics for the backward pass.
 
-    `base` is the maximum score of a query in log2 units, that is, times log2(e). `cpp` may return up to 16 less. It is
-    0 for queries whose tokens are all masked. `total` is the sum of 2^(score log2(e) - base). The log-sum-exp of the
-    scores is `(base + log2(total)) ln 2`.
+    `base` is a query's maximum score times log2(e). The `cpp` backend may return a value that is up to 16 less. `base`
+    is 0 if all tokens are masked. `total` is the sum of 2^(score log2(e) - base) over the tokens. The log-sum-exp of
+    the scores is `(base + log2(total)) ln 2`.
     """
 
     content: Float[Tensor, "b h q c"]
@@ -42,10 +42,11 @@ class GridOutputs(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """Named tuple of the softmax statistics of the forward pass and the gradients of its outputs.
+    """Named tuple of the inputs of the backward pass: softmax statistics, and gradients of the forward outputs.
 
-    `d_read` is the gradient of `GridOutputs.content`. For a softmax weight p with gradient d_p, the gradient of the
-    score is p (d_p + offset). `offset` is d_lse - sum(d_read content) - sum(d_marginals marginals), per query.
+    `d_read` is the gradient of `GridOutputs.content`. `offset` is the value per query for which the gradient of a score
+    is p (d_p + offset), where p is the softmax weight and d_p its gradient. It equals
+    d_lse - sum(d_read * content) - sum(d_marginals * marginals).
     """
 
     base: Float[Tensor, "b h q"]
@@ -56,7 +57,7 @@ class Upstream(NamedTuple):
 
 
 class GridGradients(NamedTuple):
-    """Named tuple of input gradients. The gradients of content and scale are empty tensors if not needed."""
+    """Named tuple of the input gradients. Content and scale gradients are empty tensors if they are not needed."""
 
     content_queries: Float[Tensor, "#b h q c"]
     axis_queries: Float[Tensor, "#b h q axis_positions"]
@@ -66,19 +67,22 @@ class GridGradients(NamedTuple):
 
 @runtime_checkable
 class Backend(Protocol):
-    """Protocol of a backend module."""
+    """Protocol of a module that implements `read_grid` for some devices."""
 
     def forward(self, inputs: GridInputs) -> GridOutputs:
-        """Compute the read for contiguous inputs."""
+        """Compute the outputs of the read."""
         ...
 
     def backward(self, inputs: GridInputs, upstream: Upstream, needs_token_gradients: bool) -> GridGradients:
-        """Recompute the softmax weights and return the gradients of the inputs."""
+        """Recompute the softmax weights and return the gradients of the inputs.
+
+        If `needs_token_gradients` is False, the gradients of content and scale are empty tensors.
+        """
         ...
 
 
 class GridFallbackWarning(RuntimeWarning):
-    """Warning that no compiled kernel for structured reads is available, so a slower fallback is used."""
+    """Warning that structured reads use a slower fallback, because no compiled kernel is available."""
 
 
 def over_grid(tables: Sequence[Tensor]) -> list[Tensor]:

@@ -1,19 +1,20 @@
 """Structured reads: cross-attention to a grid of tokens, computed without keys and values.
 
-A token m consists of content and position features, which are a sum of one table per grid axis. Its score for a query n
-is therefore a content term plus one term per axis, times the token's layer-norm scale. A query needs only a few
-coefficients, and no token needs a key. The results are weighted sums of the content, and sums of the weights for each
-position i along each axis. The caller projects these sums to attention outputs, so no token needs a value:
+A token m is the concatenation of its content and its position features. The position features are a sum of one table
+row per grid axis. The score of query n for token m is therefore a content term plus one term per axis, times the
+token's layer-norm scale, and can be computed without a key. Instead of values, `read_grid` sums the content with the
+softmax weights, and sums the weights at each position i along each axis. The caller projects these sums to attention
+outputs:
 
     score[n, m] = scale[m] * (content_queries[n] . content[m] + sum_axes axis_queries[n, i_axis(m)])
     p[n, m] = softmax of score[n, m] over m
     read[n] = sum_m p[n, m] scale[m] content[m]
     marginals[n, i] = sum of p[n, m] scale[m] over the tokens m at position i along an axis
 
-All backends compute the same result: a compiled C++ loop on CPUs (`cpp`), Triton kernels on CUDA (`triton`), and plain
-PyTorch elsewhere (`eager`). The C++ loop takes about as long as one exponential per query and token. The backends are
-behind one custom operator, so that torch.compile and torch.export see a single node. The backward pass recomputes the
-softmax weights, so no tensor of size queries x tokens is saved.
+Three backends compute the same result: compiled C++ code on CPUs (`cpp`), Triton kernels on CUDA (`triton`), and plain
+PyTorch elsewhere (`eager`). The C++ code takes about as long as one exponential per query and token. A custom operator
+calls the backends, so that torch.compile and torch.export see a single node. The backward pass recomputes the softmax
+weights, so that no tensor of size queries x tokens is saved.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ LN2 = math.log(2)
 
 
 class GridRead(NamedTuple):
-    """Named tuple of the sums and the log-sum-exp that `read_grid` returns for each query.
+    """Named tuple of the results of `read_grid` for each query.
 
-    `content` is the sum of the tokens' content, weighted by softmax weight times scale. `marginals` are sums of these
-    weights, one for each position along each axis. `lse` is the log-sum-exp of the scores.
+    `content` is the sum of the tokens' content, weighted with softmax weight times scale. `marginals` are the sums of
+    these weights over all tokens at the same position along an axis, for every position along every axis. `lse` is the
+    log-sum-exp of the scores.
     """
 
     content: Float[Tensor, "b h q c"]
@@ -53,28 +55,28 @@ def read_grid(
 ) -> GridRead:
     """Compute cross-attention to a grid of tokens without keys and values, in float32 or float64.
 
-    A score is `scale * (content_queries . content + sum of the axis queries at the token's position along each axis)`.
+    The score of a token is `scale * (content_queries . content + axis_terms)`, where `axis_terms` is the sum over the
+    grid axes of the entry in `axis_queries` for the token's position along the axis.
 
     Args:
         content_queries: Coefficients of the content for each query, multiplied by the softmax scale. A batch size of 1
             is broadcast.
         axis_queries: Score terms of each query for each position along each axis, multiplied by the softmax scale. The
-            axes are concatenated, so `axis_positions` is the sum of the grid sizes. Same batch size as
-            `content_queries`.
-        content: Content of the tokens, channels first.
-        scale: Factor of each token's score and content: the reciprocal of the standard deviation in its layer norm, or
-            ones.
-        mask: Key-padding mask, True where tokens are attended to. Masked tokens have no effect, even if their content
-            is NaN.
+            terms of all axes are concatenated, so `axis_positions` is the sum of the grid sizes. The batch size is the
+            same as for `content_queries`.
+        content: Content of the tokens, in channels-first layout.
+        scale: Factor for the score and content of each token: 1 / standard deviation for a layer norm, or ones.
+        mask: Key-padding mask, True = attend. Masked tokens have no effect, even if their content is NaN.
 
     Returns:
-        Weighted sums of the content, marginal sums of the weights along each axis, and the log-sum-exp of the scores.
-        For queries whose tokens are all masked, the sums are 0 and the log-sum-exp is -inf.
+        Weighted sums of the content, sums of the weights for each position along each axis, and the log-sum-exp of the
+        scores. If all tokens are masked, the sums are 0 and the log-sum-exp is -inf.
 
     Raises:
-        TypeError: If the dtypes or devices of the inputs differ, the content is neither float32 nor float64, or the
-            mask is not boolean.
-        ValueError: If the shape of an input does not match the content.
+        TypeError: If an input has an unsupported dtype. All inputs must have the dtype of `content`, float32 or
+            float64, and the mask must be boolean.
+        TypeError: If the inputs are on different devices.
+        ValueError: If the shape of an input does not match `content`.
 
     Example:
         >>> from perceiver_core.kernels.grid import read_grid
@@ -93,7 +95,10 @@ def read_grid(
 
 
 def missing_kernel(device: torch.device, channels: int) -> str:
-    """Return the reason why a device has no compiled kernel, or "" if it has one. On a CPU this may compile it."""
+    """Return the reason why there is no compiled kernel for a device and number of content channels, or "".
+
+    On the CPU, the first call compiles or loads the kernel.
+    """
     if device.type == "cuda" and channels > triton.MAX_CHANNELS:
         return f"content of {channels} channels does not fit on chip; {triton.MAX_CHANNELS} do"
     return _why_unavailable(device)
@@ -115,7 +120,7 @@ def _why_unavailable(device: torch.device) -> str:
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _read_grid(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the fields of `GridRead`, followed by `base` and `total` of `GridOutputs`."""
+    """Compute the read. Return the fields of `GridRead`, followed by `GridOutputs.base` and `GridOutputs.total`."""
     inputs = _validated(*arguments)
     read, marginals, base, total = _backend(inputs).forward(inputs)
     return read, marginals, (base + total.log2()) * LN2, base, total
@@ -137,7 +142,10 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _read_grid_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the fields of `GridGradients`, given the arguments of `Backend.backward` as separate tensors."""
+    """Compute the gradients. Return the fields of `GridGradients`.
+
+    The arguments are the fields of `GridInputs` and `Upstream`, and `needs_token_gradients`.
+    """
     inputs, upstream = _validated(*arguments[:5]), Upstream(*(x.contiguous() for x in arguments[5:10]))
     return _backend(inputs).backward(inputs, upstream, arguments[10])
 
@@ -172,7 +180,7 @@ _read_grid.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _ReadGrid(torch.autograd.Function):
-    """The operator as an autograd.Function for torch.func, which does not support custom operators.
+    """Autograd function for the operator under torch.func, which does not support custom operators.
 
     Forward-mode AD raises an error.
     """
@@ -189,7 +197,7 @@ class _ReadGrid(torch.autograd.Function):
 
 
 class _ReadGridBackward(torch.autograd.Function):
-    """The backward operator as an autograd.Function, whose own backward raises an error that names an alternative."""
+    """Autograd function for the backward operator. Its own backward pass raises an error."""
 
     generate_vmap_rule = True
 
@@ -226,10 +234,11 @@ def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[tupl
 
 
 def _fold_into_batch(size: int, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]) -> tuple[Any, int, int]:
-    """Expand queries to the batch size of the content, and merge the axis of vmap into the batch axis of every tensor.
+    """Expand queries to the batch size of the content, and merge the vmap axis into the batch axis of every tensor.
 
     Returns:
-        The arguments with merged axes, and the batch sizes of content and queries before the merge.
+        The arguments with merged axes, the batch size of the content before merging, and the batch size of the queries
+        before merging.
     """
     mapped_first = list(arguments)
     for i, (x, in_dim) in enumerate(zip(arguments, in_dims, strict=True)):
@@ -253,7 +262,7 @@ def _backend(inputs: GridInputs) -> Backend:
 def _validated(
     content_queries: Tensor, axis_queries: Tensor, content: Tensor, scale: Tensor, mask: Tensor | None
 ) -> GridInputs:
-    """Check dtypes, devices and shapes, which the compiled loop cannot check, and return contiguous inputs."""
+    """Check dtypes, devices and shapes, because the backends do not check them, and return contiguous inputs."""
     if content.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"content must be float32 or float64; got {content.dtype}. Convert it: content.float()")
     if content.ndim < 3 or 0 in content.shape[1:]:

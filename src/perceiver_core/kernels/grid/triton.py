@@ -1,12 +1,13 @@
-"""CUDA backend of `read_grid`: prepares tensors for the Triton kernels and merges their partial results.
+"""CUDA backend of `read_grid`. It prepares tensors for the Triton kernels and merges their partial results.
 
-The kernels process grids with two axes. The last axis is called columns, and all other axes are flattened to rows. The
-axis queries of the row axes are therefore added up before a launch, and sums per row are reduced to sums per axis after
-it. Tensors with a query axis have it last, except that `backward_tokens` reads column tables as `b h q columns`.
+The kernels process grids with two axes: the last grid axis (columns), and all other axes flattened (rows). Therefore,
+the axis queries of all row axes are added up before a launch, and sums per row are reduced to sums per position along
+each axis after the launch. In tensors with a query axis, this axis is the last. The only exception is
+`backward_tokens`, which reads the axis queries of the columns as `b h q columns`.
 
-Each program processes a part of the grid (see `triton_plan`). The sums of a part are relative to its softmax maximum,
-`bases`. Sums per row and per column are relative to the running maximum when they were stored, `row_bases` and
-`column_bases`. `forward` rescales all of them to the softmax maximum over the whole grid and adds them up.
+Each program processes a part of the grid (see `triton_plan`). Its sums are relative to a softmax maximum: `bases`, the
+maximum over the part, or the running maximum at the time when a sum per row or per column was stored (`row_bases`,
+`column_bases`). `forward` rescales all sums to the softmax maximum over the whole grid and adds them up.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ from perceiver_core.kernels.grid.triton_launch import NoKernelError, launch_over
 from perceiver_core.kernels.grid.triton_plan import WARP, Plan
 
 LOG2E = 1 / math.log(2)
-MAX_CHANNELS = 64  # more do not fit in registers and shared memory
-MIN_CAPABILITY = (8, 0)  # minimum compute capability for Triton
+MAX_CHANNELS = 64  # maximum number of content channels that fit in registers and shared memory
+MIN_CAPABILITY = (8, 0)  # minimum compute capability that Triton supports
 
-_failures: dict[torch.device, str] = {}  # reasons why kernels could not be built, by device
+_failures: dict[torch.device, str] = {}  # reasons why kernels could not be built, keyed by device
 
 
 def why_unavailable(device: torch.device) -> str:
-    """Return the reason why the kernels cannot run on a device, or "" if they can."""
+    """Return the reason why the Triton kernels cannot run on a device, or "" if they can."""
     if device.type != "cuda":
         return f"there is no compiled loop for {device.type}"
     if not _has_triton():
@@ -61,7 +62,7 @@ def _has_triton() -> bool:
 
 
 def _or_eager(compute: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator that falls back to the eager backend, with a warning, if no kernel can be built for the GPU.
+    """Decorator that warns and falls back to the eager backend if no Triton kernel can be built for the GPU.
 
     The reason is stored, so later reads on this GPU use the eager backend directly (see `why_unavailable`).
     """
@@ -160,16 +161,19 @@ def backward(inputs: GridInputs, upstream: Upstream, needs_token_gradients: bool
 
 
 def _axis_to_swap(grid: torch.Size) -> int | None:
-    """Return the negative index of the axis to swap with the last axis, or None.
+    """Return the negative index of the grid axis to swap with the last axis, or None.
 
-    The longest axis is swapped if it is longer than 16 (half a warp) and the last axis is shorter than 16.
+    The longest axis is swapped if its size is more than 16 (half a warp) and the size of the last axis is less than 16.
     """
     longest = max(range(len(grid)), key=lambda axis: grid[axis])
     return longest - len(grid) if grid[-1] < WARP // 2 < grid[longest] else None
 
 
 def _swap_tables(tables: Tensor, axis: int, grid: torch.Size) -> Tensor:
-    """Swap the positions along `axis` and along the last axis in a tensor `.. axis_positions` of a grid."""
+    """Swap the ranges of `axis` and of the last grid axis within the last axis of `tables`.
+
+    `tables` has shape `.. axis_positions`: the positions along all axes of `grid`, concatenated.
+    """
     parts = list(torch.split(tables, list(grid), dim=-1))
     parts[axis], parts[-1] = parts[-1], parts[axis]
     return torch.cat(parts, dim=-1)
@@ -182,7 +186,11 @@ def _swap_inputs(inputs: GridInputs, axis: int) -> GridInputs:
 
 
 def _query_tensors(plan: Plan, content: Tensor, tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the content coefficients, the sum of the row tables, and the column table: `b h .. q`, padded along q."""
+    """Return tensors for a kernel: content coefficients, the sum of all row axes' terms, and column terms.
+
+    The inputs are `content_queries` and `axis_queries`, or their upstream gradients. The outputs are `b h channels q`,
+    `b h rows q` and `b h columns q`, padded along q.
+    """
     *row_tables, columns = torch.split(tables, [*plan.row_axes, plan.width], dim=-1)
     leading = tables.shape[:-1]
     rows = sum(over_grid(row_tables), start=tables.new_zeros(*leading, *(1 for _ in plan.row_axes)))
@@ -191,13 +199,16 @@ def _query_tensors(plan: Plan, content: Tensor, tables: Tensor) -> tuple[Tensor,
 
 
 def _columns_last(plan: Plan, tables: Tensor) -> Tensor:
-    """Return the column table, `b h q columns`, padded along q."""
+    """Return the terms of the last grid axis, `b h q columns`, padded along q."""
     columns = tables[..., tables.shape[-1] - plan.width :]
     return F.pad(columns, (0, 0, 0, plan.queries - tables.shape[2])).contiguous()
 
 
 def _token_tensors(plan: Plan, inputs: GridInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Return content, scale and score bias with padded columns; at masked tokens they are 0, 0 and -inf."""
+    """Return the content, the scale and the score bias of all tokens, with padded columns.
+
+    At masked tokens, content and scale are 0 and the bias is -inf.
+    """
     _, _, content, scale, mask = inputs
     if mask is None:
         scale = _pad(scale, plan.padded_width, value=1.0)
@@ -213,7 +224,7 @@ def _pad(x: Tensor, size: int, value: float = 0.0) -> Tensor:
 
 
 def _split_heads(plan: Plan, x: Tensor, queries: int) -> Tensor:
-    """Split the first axis into batch and heads, and remove padded queries from the last axis."""
+    """Split the first axis into batch and heads, and remove the padding of queries from the last axis."""
     return x.reshape(plan.samples, plan.heads, *x.shape[1:])[..., :queries]
 
 
@@ -226,7 +237,7 @@ def _row_axis_sums(rows: Tensor, row_axes: tuple[int, ...]) -> list[Tensor]:
     """Reduce sums per row, `batch_heads rows q`, to sums per position along each row axis.
 
     Returns:
-        One tensor `batch_heads size q` for each axis in `row_axes`.
+        List of one tensor per axis in `row_axes`, of shape `batch_heads size q`.
     """
     rows = rows.reshape(len(rows), *row_axes, rows.shape[-1]) if row_axes else rows
     axes = range(1, len(row_axes) + 1)

@@ -1,19 +1,19 @@
-"""Triton kernels of structured reads. `triton` prepares their tensors, and `operator` has the formula.
+"""Triton kernels for structured reads. See `operator` for the formula and `triton_plan` for the tiling.
 
-In `forward` and `backward_queries`, each thread holds one query. For one stretch of columns at a time, it loops over
-rows. The query's coefficients and sums for these columns stay in registers, so threads exchange no data. Sums per row
-are updated in memory. The softmax is online, and no score is written to memory. `backward_tokens` swaps the roles: each
-thread holds one token and loops over all queries.
+In `forward` and `backward_queries`, each thread holds one query. The thread processes one stretch of columns at a time
+and loops over its rows. The query's coefficients and sums for these columns stay in registers, so that threads exchange
+no data. Sums per row are updated in memory. The softmax is computed online, and no score is written to memory. In
+`backward_tokens`, each thread holds one token and loops over all queries.
 
-Triton distributes tensors over threads along their last axis, so queries are the last axis of query tensors. Their
-number is not specialized: if Triton knew that it is a multiple of 16, it would assign four neighboring queries and
-fewer columns to each thread, and threads would have to exchange sums. This holds for fewer than 16 (padded) channels,
-which are multiplied one by one. With more channels, tensor cores are used, and Triton chooses the layout.
+Triton distributes tensors over threads along their last axis, so the last axis of query tensors is the queries. Their
+number is not specialized. If Triton knew that it is a multiple of 16, it would assign four neighboring queries and
+fewer columns to each thread, and threads would have to exchange sums. All of this applies to fewer than 16 (padded)
+channels, which are multiplied one by one. With more channels, tensor cores are used, and Triton chooses the layout.
 
 Tensors and sizes:
 
     content_queries     content coefficients in log2 units (times log2(e)); channels x queries for each sample and head
-    row_queries         sum of the axis queries of all axes but the last, in log2 units; rows x queries
+    row_queries         sum of the axis queries of all axes except the last, in log2 units; rows x queries
     column_queries      axis queries of the last axis, in log2 units; columns x queries
     content, scales     tokens; channels x rows x padded columns, and rows x padded columns
     bias                score bias of tokens: 0, or -inf if masked; rows x padded columns
@@ -22,7 +22,7 @@ Tensors and sizes:
                         upstream gradients divided by the softmax total, with the layouts of the three query tensors
     offsets             `Upstream.offset` divided by the softmax total
     queries             number of queries, padded to whole blocks
-    padded_width        number of columns, padded to whole stretches; padding has scores of -inf or is skipped
+    padded_width        number of columns, padded to whole stretches; padding is skipped or has scores of -inf
     batch_head          index over samples and heads; if SHARED, all samples use the same queries
 """
 
@@ -36,7 +36,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _program_part(blocks, splits, groups, BLOCK: tl.constexpr):
-    """Return the indices of a program's queries, group of stretches, split of rows, and sample and head."""
+    """Return the query indices, the group, the split and the `batch_head` index that a program processes."""
     program = tl.program_id(0)
     block, rest = program % blocks, program // blocks
     group, rest = rest % groups, rest // groups
@@ -49,9 +49,10 @@ def _add_products(
     sums, left, left_stride, row, right, right_stride, column, valid,
     CHANNELS: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the dot products of `left` and `right` vectors (one are tokens, the other queries) to `sums`, left x right.
+    """Add the dot product of each vector in `left` with each vector in `right` to `sums`, and return `sums`.
 
-    `valid` marks the valid columns, None if all are valid. Other columns of `sums` are undefined.
+    One of them holds content vectors of tokens, the other holds coefficients of queries. `valid` marks the valid
+    columns; None if all are valid. The other columns of `sums` are undefined.
     """
     if PADDED < 16:
         for k in tl.static_range(CHANNELS):
@@ -75,7 +76,7 @@ def _add_products(
 def _weighted_sums(
     weights, vectors, stride, index, CHANNELS: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Return weighted sums of vectors (tokens or queries) over the first axis of `weights`: channels x last axis."""
+    """Return `vectors` (of tokens or queries) summed with `weights` over their first axis: channels x last axis."""
     channel = tl.arange(0, PADDED)
     if PADDED < 16:
         sums = tl.zeros([PADDED, weights.shape[1]], weights.dtype)
@@ -97,9 +98,10 @@ def forward(
     CHANNELS: tl.constexpr, PADDED: tl.constexpr, SHARED: tl.constexpr, MASKED: tl.constexpr,
     BLOCK: tl.constexpr, STRETCH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute partial reads, one per split and group, each relative to its own softmax maximum in `bases`.
+    """Compute partial reads, one per split and group. Each is relative to its own softmax maximum, in `bases`.
 
-    Row and column sums are relative to the maximum at the time of the store, in `row_bases` and `column_bases`.
+    Sums per row and per column are relative to the running maximum at the time when they were stored, in `row_bases`
+    and `column_bases`.
     """
     query, group, split, batch_head = _program_part(blocks, splits, groups, BLOCK)
     sample, query_row = batch_head // heads, batch_head % heads if SHARED else batch_head
@@ -170,7 +172,7 @@ def backward_queries(
     CHANNELS: tl.constexpr, PADDED: tl.constexpr, SHARED: tl.constexpr, MASKED: tl.constexpr,
     BLOCK: tl.constexpr, STRETCH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute partial gradients of the query tensors, one per split and group, with the tiling of `forward`."""
+    """Compute partial gradients of the query tensors, one per split and group, tiled as in `forward`."""
     query, group, split, batch_head = _program_part(blocks, splits, groups, BLOCK)
     sample, query_row = batch_head // heads, batch_head % heads if SHARED else batch_head
     tokens = (batch_head * 0 + height) * padded_width
@@ -231,9 +233,9 @@ def backward_tokens(
     CHANNELS: tl.constexpr, PADDED: tl.constexpr, SHARED: tl.constexpr, MASKED: tl.constexpr,
     BLOCK: tl.constexpr, STRETCH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute gradients of content and scale; each thread holds one token and loops over the queries of all heads.
+    """Compute gradients of content and scale. Each thread holds one token and loops over the queries of all heads.
 
-    In this kernel, `column_queries` and `d_columns` are queries x columns.
+    In this kernel, `column_queries` and `d_columns` have the layout queries x columns.
     """
     program = tl.program_id(0)
     piece, rest = program % pieces, program // pieces

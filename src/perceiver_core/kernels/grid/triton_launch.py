@@ -1,7 +1,7 @@
-"""Launch of the Triton kernels, with options autotuned at the first read of each problem size.
+"""Launch of the Triton kernels. Launch options are autotuned at the first read of each problem size.
 
 Results are bitwise reproducible, because the options (queries or columns per program, warps, registers, pipeline
-stages) do not change the order of any sum. Autotuning synchronizes with the GPU. Later reads do not.
+stages) do not change the order of any sum. Autotuning synchronizes the CPU with the GPU. Later reads do not.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from perceiver_core.kernels.grid.triton_plan import Options, Plan
 
-# Options for autotuning. The first is the default where tuning is impossible, such as in CUDA graph capture.
+# Candidates for autotuning. The first is used where tuning is impossible, such as in CUDA graph capture.
 QUERY_OPTIONS_REGISTERS: list[Options] = [
     {"BLOCK": 128, "num_warps": 4},
     {"BLOCK": 128, "num_warps": 4, "maxnreg": 168},
@@ -30,16 +30,16 @@ QUERY_OPTIONS_MATRIX: list[Options] = [
 TOKEN_OPTIONS_REGISTERS: list[Options] = [{"STRETCH": 32 * warps, "num_warps": warps} for warps in (4, 1, 2)]
 TOKEN_OPTIONS_MATRIX: list[Options] = [{"STRETCH": 32, "num_warps": 4, "num_stages": stages} for stages in (1, 2)]
 
-# Errors of the tools that Triton builds kernels with: a missing driver library, compiler or file.
+# Errors of the tools with which Triton builds kernels: a missing driver library, compiler or file.
 TOOL_ERRORS = (AssertionError, ImportError, OSError, subprocess.SubprocessError)
 
 
 class NoKernelError(RuntimeError):
-    """Error raised if no option of a kernel compiles and fits on the GPU."""
+    """Error raised if a kernel does not compile or does not fit on the GPU with any of its launch options."""
 
 
 def launch_over_queries(plan: Plan, kernel: str, *tensors: Tensor) -> None:
-    """Launch a kernel in which each program holds a block of queries and loops over a part of the grid."""
+    """Launch a kernel whose programs each hold a block of queries and loop over a part of the grid."""
     options = QUERY_OPTIONS_MATRIX if plan.uses_matrix_units else QUERY_OPTIONS_REGISTERS
 
     def launch(option: Options) -> None:
@@ -53,7 +53,7 @@ def launch_over_queries(plan: Plan, kernel: str, *tensors: Tensor) -> None:
 
 
 def launch_over_tokens(plan: Plan, kernel: str, *tensors: Tensor) -> None:
-    """Launch a kernel in which each program holds some columns of one row and loops over all queries."""
+    """Launch a kernel whose programs each hold some columns of one row and loop over all queries."""
     block = 16 if plan.constants["PADDED"] <= 4 or plan.uses_matrix_units else 8  # more would exceed the registers
 
     def launch(option: Options) -> None:
@@ -67,14 +67,14 @@ def launch_over_tokens(plan: Plan, kernel: str, *tensors: Tensor) -> None:
 def run_kernel(
     kernel: str, num_programs: int, plan: Plan, tensors: Sequence[Tensor], parts: Sequence[int], options: Options
 ) -> None:
-    """Launch the kernel named `kernel` in `triton_kernels`."""
+    """Launch `num_programs` programs of the function named `kernel` in `triton_kernels`."""
     from perceiver_core.kernels.grid import triton_kernels  # needs Triton, which is optional
 
     sizes = plan.heads, plan.queries, plan.height, plan.width, plan.padded_width
     getattr(triton_kernels, kernel)[(num_programs,)](*tensors, *sizes, *parts, **plan.constants, **options)
 
 
-_tuned: dict[tuple[Any, ...], Options] = {}  # fastest option by kernel, device and sizes
+_tuned: dict[tuple[Any, ...], Options] = {}  # fastest options, keyed by kernel, device and sizes
 
 
 def _launch_tuned(
@@ -90,10 +90,10 @@ def _launch_tuned(
 
 
 def fastest(launch: Callable[[Options], None], options: Sequence[Options]) -> Options:
-    """Return the fastest of the options that compile and fit on the GPU.
+    """Return the fastest launch options with which the kernel compiles and fits on the GPU.
 
     Raises:
-        NoKernelError: If no option compiles and fits.
+        NoKernelError: If there are no such options.
     """
     results = [(_milliseconds(launch, option), index) for index, option in enumerate(options)]
     times = [(time, index) for time, index in results if isinstance(time, float)]
@@ -104,7 +104,7 @@ def fastest(launch: Callable[[Options], None], options: Sequence[Options]) -> Op
 
 
 def _milliseconds(launch: Callable[[Options], None], option: Options) -> float | Exception:
-    """Return the minimum of three timings in milliseconds, or the error if the kernel does not compile or fit."""
+    """Return the shortest of three run times in milliseconds, or the error if the kernel does not compile or fit."""
     try:
         launch(option)
     except Exception as error:
@@ -115,11 +115,11 @@ def _milliseconds(launch: Callable[[Options], None], option: Options) -> float |
 
 
 def _is_unsupported(error: Exception) -> bool:
-    """Return True if a launch error means that the kernel does not compile or does not fit on the GPU.
+    """Return whether a launch error means that the kernel does not compile or does not fit on the GPU.
 
-    Triton has exception classes for most of these errors. Its driver and compiler passes raise plain RuntimeErrors.
-    PyTorch's device errors do not count: they are subclasses of RuntimeError. Errors of the running kernel do not
-    surface at the launch, which is asynchronous.
+    Triton has exception classes for most of these errors, but its driver and compiler passes raise plain RuntimeErrors.
+    PyTorch's device errors are subclasses of RuntimeError and do not count. Launches are asynchronous, so errors of a
+    running kernel are not raised at its launch.
     """
     from_triton = any(cls.__module__.partition(".")[0] == "triton" for cls in type(error).__mro__)
     return from_triton or type(error) is RuntimeError or isinstance(error, TOOL_ERRORS)

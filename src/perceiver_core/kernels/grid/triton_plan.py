@@ -1,9 +1,9 @@
 """Tiling of a structured read on a GPU.
 
-The kernels process grids with two axes: columns (the last axis) and rows (all other axes, flattened). Columns are
-divided into stretches of a fixed width. Consecutive stretches form groups, and consecutive rows form splits. Each
-program processes the tokens in one split and one group, so even a few queries occupy the whole GPU (as in
-flash-decoding).
+The Triton kernels process grids with two axes: columns (the last axis) and rows (all other axes, flattened). The
+columns are divided into stretches of a fixed width. Consecutive stretches form a group, and consecutive rows form a
+split. Each program processes the tokens in one split and one group, so that even a few queries occupy the whole GPU (as
+in flash-decoding).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from perceiver_core.kernels.grid.interface import GridInputs
 Options: TypeAlias = dict[str, Any]
 
 WARP = 32  # threads per warp; the number of queries is padded to a multiple of it
-WARPS_PER_PROCESSOR = 24  # minimum warps per multiprocessor, if the grid can be split that far
+WARPS_PER_PROCESSOR = 24  # target number of warps per multiprocessor
 MAX_INT32 = 2**31 - 1  # the kernels multiply sizes as 32-bit integers
 MIN_MATRIX_CHANNELS = 16  # minimum padded channels for tensor cores; fewer channels are multiplied in registers
 
 
 class Plan(NamedTuple):
-    """Named tuple of the sizes of a read and its tiling."""
+    """Named tuple of the sizes of a structured read and its tiling."""
 
     samples: int
     heads: int
@@ -44,7 +44,7 @@ class Plan(NamedTuple):
 
     @classmethod
     def of(cls, inputs: GridInputs) -> Plan:
-        """Choose the tiling for the sizes and device of the inputs."""
+        """Return the tiling for the sizes and the device of the inputs."""
         samples, channels, *row_axes, width = inputs.content.shape
         heads, queries = inputs.content_queries.shape[1], -(-inputs.content_queries.shape[2] // WARP) * WARP
         padded_channels = 1 << (channels - 1).bit_length()
