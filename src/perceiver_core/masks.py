@@ -229,7 +229,7 @@ def split(mask: Mask | None) -> tuple[tuple[Rule, ...], tuple[Tensor, ...]]:
 
 
 def from_token_mask(mask: Mask | None) -> Mask | None:
-    """Wrap a key-padding mask `b n` in `Padding`; return attention masks, rules and None unchanged.
+    """Wrap a key-padding mask `b n` in `Padding`; return attention masks `b h q k`, rules and None unchanged.
 
     Raises:
         ValueError: If `mask` is a tensor that has neither two nor four axes.

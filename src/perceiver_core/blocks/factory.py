@@ -1,4 +1,4 @@
-"""Helpers for factories: callables, such as the arguments `attention=` and `norm=`, that build a submodule."""
+"""Helpers that call factories: callables that build a submodule, such as the arguments `attention=` and `norm=`."""
 
 from __future__ import annotations
 

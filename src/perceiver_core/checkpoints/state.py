@@ -50,7 +50,7 @@ def _wraps_others(tensor: Tensor) -> bool:
 
 
 def first_names(model: nn.Module) -> dict[str, str]:
-    """Return a dictionary that maps each name in the state dict to the first name of the same tensor."""
+    """Map each name in the state dict to the first name of its tensor; they differ only for tied tensors."""
     first: dict[int, str] = {}
     return {name: first.setdefault(id(tensor), name) for name, tensor in model.state_dict(keep_vars=True).items()}
 

@@ -37,7 +37,7 @@ NUMERICS = {"transformers": TRANSFORMERS_NUMERICS, "deepmind": DEEPMIND_NUMERICS
 
 
 class _Plan(NamedTuple):
-    """Named tuple of the options of `convert`, with defaults filled in. `path` is the local path of the source."""
+    """Options of `convert`, with defaults filled in. `path` is the local path of the source."""
 
     path: Path
     source_format: str

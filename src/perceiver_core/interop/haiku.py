@@ -75,7 +75,7 @@ def load_haiku(path: str | PathLike[str], *, numerics: Numerics = DEEPMIND_NUMER
 
 
 def load_with_config(path: Path, numerics: Numerics, given: Config) -> tuple[PerceiverIO, dict[str, Json]]:
-    """Load a model as `load_haiku` does, with `given` as its `config`. Return it and its transformers configuration."""
+    """Load a model with `given` as `config` of `load_haiku`; return it with its transformers configuration."""
     if unknown := sorted(given.keys() - configs.DEFAULTS.keys() - configs.FOURIER.keys() - DESCRIPTIVE):
         raise TypeError(
             f"a configuration of Perceiver IO has no {unknown}; it has {sorted(configs.DEFAULTS | configs.FOURIER)}"

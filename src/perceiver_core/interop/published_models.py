@@ -22,7 +22,7 @@ from perceiver_core.models import PerceiverIO
 
 
 class Numerics(NamedTuple):
-    """Named tuple of the details in which transformers differs from DeepMind's code.
+    """Details in which transformers differs from DeepMind's code.
 
     The published weights were trained with DeepMind's code. `interop.TRANSFORMERS_NUMERICS` reproduces the outputs of
     transformers. `interop.DEEPMIND_NUMERICS` reproduces the outputs of DeepMind's code.

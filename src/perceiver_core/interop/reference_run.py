@@ -45,7 +45,7 @@ def transformers(folder: Path, ours: nn.Module) -> float:
 
     Args:
         folder: Folder with the transformers model.
-        ours: This library's model, in evaluation mode. It is converted to float64 in-place.
+        ours: This library's model, in evaluation mode. It is converted to float64 in place.
     """
     modeling = library("transformers")
     config = configs.complete(configs.read_config(folder))
@@ -67,7 +67,7 @@ def perceiver_pytorch(path: Path, arguments: Config, ours: nn.Module) -> float:
     Args:
         path: Safetensors file with the weights of the perceiver-pytorch model.
         arguments: Constructor arguments of the perceiver-pytorch model. No argument is inferred from the weights.
-        ours: This library's model, in evaluation mode. It is converted to float64 in-place.
+        ours: This library's model, in evaluation mode. It is converted to float64 in place.
     """
     module, weights = library("perceiver-pytorch"), read_state_dict(path)
     has_queries = any(name.startswith("decoder_cross_attn.") for name in weights)
@@ -105,7 +105,7 @@ def _layout(outputs: Outputs) -> object:
 
 @contextmanager
 def _in_float64(modeling: ModuleType | None = None) -> Iterator[None]:
-    """Context manager that makes float64 the default dtype, also for grid coordinates in transformers' `modeling`."""
+    """Context manager that sets the default dtype to float64, and patches grid coordinates of `modeling` to use it."""
     default, positions = torch.get_default_dtype(), getattr(modeling, "build_linear_positions", None)
     torch.set_default_dtype(torch.float64)
     try:
@@ -148,7 +148,7 @@ def _inputs(architecture: str, config: Config) -> tuple[Inputs, Inputs]:
 
 
 def _multimodal_inputs(config: Config) -> tuple[Inputs, Inputs]:
-    """Return the arguments of both multimodal models, as in `_inputs`, with indices that select some of the outputs."""
+    """Return keyword arguments for the multimodal models of transformers and this library, for a subset of outputs."""
     frames, *sides = config["output_shape"][1:]
     video = _drawn(1, frames, 3, *sides)
     audio = _drawn(1, config["num_frames"] * config["audio_samples_per_frame"])

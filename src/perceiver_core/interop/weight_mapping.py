@@ -93,7 +93,7 @@ def renamed(names: Mapping[str, str], *, parts: Sequence[str] = ("weight", "bias
 
 
 class WeightMapping:
-    """Mapping that converts state dicts of another project to this library and back. Iteration yields its entries.
+    """Table that converts state dicts of another project to those of this library and back. Iteration yields entries.
 
     Raises:
         ValueError: If two tensors have the same name in this library, or in the other project.

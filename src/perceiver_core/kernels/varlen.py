@@ -31,7 +31,7 @@ CAPABILITY = (8, 0)  # minimum compute capability of the GPU
 
 
 class Packed(NamedTuple):
-    """Named tuple of packed keys and values, and the cumulative sequence lengths of the samples, starting at 0."""
+    """Packed keys and values, and the cumulative sequence lengths of the samples, starting at 0."""
 
     keys: Float[Tensor, "bn h d"]
     values: Float[Tensor, "bn h e"]
@@ -110,7 +110,7 @@ def _equal_starts(x: Float[Tensor, "b h n d"]) -> Int[Tensor, " samples_and_one"
 
 
 def pack(k: Float[Tensor, "b h n d"], v: Float[Tensor, "b h n e"], valid: Bool[Tensor, "b n"]) -> Packed:
-    """Pack the valid keys and values of all samples: they come first, one sample after another.
+    """Concatenate the valid keys and values of all samples, sample by sample; rows of zeros follow.
 
     Samples without a valid key get one key of zeros, because kernels differ in how they treat empty sequences.
 

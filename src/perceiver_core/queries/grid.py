@@ -29,8 +29,8 @@ class Grid(nn.Module):
         positions: Position encoding with the same number of axes as the grid.
         endpoint: Whether the last point along each axis has coordinate 1, as in `numpy.linspace`. If True, point i has
             coordinate -1 + 2 i / (size - 1). If False, selected points have coordinates -1 + 2 i / size, as in the
-            published multimodal model; `positions` must then be callable with points, such as `positions.Fourier`.
-            False has no effect if all points are queried.
+            published multimodal model. This requires position features for any point, such as `positions.Fourier`.
+            Without `query_indices`, this argument has no effect.
 
     Example:
         >>> source = pc.queries.Grid((480, 640), pc.positions.Fourier(num_axes=2, num_bands=16, max_resolution=480))

@@ -54,8 +54,9 @@ class Multimodal(nn.Module):
 
         Args:
             tokens: Input tokens, for query modules that use them.
-            query_indices: Mapping from modality names to the second argument of each query module, such as query
-                indices. Modalities without a key return all their queries. An empty list or tensor omits a modality.
+            query_indices: Mapping from modality names to the indices of the queries to return, or to the queries or
+                points that the query module takes. Modalities not in the mapping return all their queries. An empty
+                list or tensor omits a modality.
 
         Raises:
             ValueError: If `query_indices` contains an unknown modality, or all modalities are omitted.

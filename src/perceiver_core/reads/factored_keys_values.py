@@ -108,7 +108,7 @@ class FactoredKeysValues(NamedTuple):
     def attention_map(
         self, q: Float[Tensor, "#b h q d"], kernel: Kernel, *, mask: Mask | None = None, queries: QueryIndices = None
     ) -> Float[Tensor, "b h chosen n"]:
-        """Return the attention weights of the queries with indices `queries`, by default all."""
+        """Return the attention weights of the queries selected by `queries` (default: all)."""
         return self.form(q.dtype).attention_map(q, kernel, mask=mask, queries=queries)
 
     def planes(self) -> Float[Tensor, "b c *grid"]:

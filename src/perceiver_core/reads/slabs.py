@@ -1,4 +1,4 @@
-"""Attention to a large grid, computed for one slab at a time to limit temporary memory.
+"""Attention over a large grid, computed one slab at a time to limit peak memory.
 
 A slab is a range of indices along the longest grid axis. The results for all slabs are merged exactly
 (`kernels.merge`). The backward pass recomputes each slab.

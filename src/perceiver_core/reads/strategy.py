@@ -31,13 +31,13 @@ class AttentionInput(Protocol):
     """Protocol of an input to an attention module: a `Source`, or the `Memory` of an earlier read."""
 
     def memory(self, attention: Attention) -> Memory:
-        """Return the memory for `attention`. The attention module calls this method in its forward pass."""
+        """Return the keys and values for `attention`, which calls this method in its own forward pass."""
         ...
 
 
 @runtime_checkable
 class Memory(AttentionInput, Protocol):
-    """Protocol of an object that holds the keys and values of an input, either as tensors or in factored form."""
+    """Protocol for the keys and values that queries attend to, stored as tensors or in factored form."""
 
     def attend(
         self, q: Float[Tensor, "#b h q d"], kernel: Kernel, *, mask: Mask | None = None, dropout: float = 0.0
@@ -55,7 +55,7 @@ class Memory(AttentionInput, Protocol):
     def attention_map(
         self, q: Float[Tensor, "#b h q d"], kernel: Kernel, *, mask: Mask | None = None, queries: QueryIndices = None
     ) -> Float[Tensor, "b h chosen n"]:
-        """Return the attention weights of the queries with indices `queries`, by default all.
+        """Return the attention weights of the queries selected by `queries` (default: all).
 
         See `kernels.kernel_attention_map` for the arguments.
         """
@@ -115,7 +115,7 @@ class Source(NamedTuple):
         return normalized
 
     def whole_mask(self) -> Mask | None:
-        """Return the combination of the tokens' own mask and `mask`, or None if both are None."""
+        """Return the tokens' own mask combined with `mask` by logical and, or None if both are None."""
         mask = None if self.mask is None else masks.from_token_mask(self.mask)
         if not isinstance(self.tokens, Tokens) or self.tokens.mask is None:
             return mask

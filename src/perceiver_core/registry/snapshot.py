@@ -43,7 +43,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Attribute:
-    """Reference to an attribute of a part. The module in the attribute is described when the part is saved."""
+    """Placeholder for a module argument: the attribute that stores the module, which is described when it is saved."""
 
     path: str  # dotted, such as "layers.0"
     several: bool = False  # True for a ModuleList or ModuleDict if the argument was a list or dictionary

@@ -90,7 +90,10 @@ class MappingStandIn:
         self.content: dict[str, object] | None = None
 
     def build(self, state: object) -> None:
-        """Set the content from the pickled state: a dictionary, which may be inside a tuple or a `_mapping` entry."""
+        """Set the content from the pickled state, a dictionary or a tuple that starts with one.
+
+        If the dictionary has a `_mapping` entry, that entry is the content.
+        """
         state = state[0] if isinstance(state, tuple) and state else state
         content = state.get("_mapping", state) if isinstance(state, dict) else None
         if self.content is not None or not isinstance(content, dict):

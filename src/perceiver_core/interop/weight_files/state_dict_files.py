@@ -27,7 +27,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class StateDictFile(NamedTuple):
-    """Named tuple of the path of a state dict, the headers of its tensors, and a function that reads the tensors."""
+    """Path of a state dict, the headers of its tensors, and a function that reads the tensors."""
 
     path: Path  # path of the weight file, or of the index if there are shards
     headers: dict[str, Tensor]  # meta tensors with the shapes and dtypes of the weights, keyed by name

@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 class GridInputs(NamedTuple):
-    """Named tuple of the arguments of `read_grid`."""
+    """Arguments of `read_grid`."""
 
     content_queries: Float[Tensor, "#b h q c"]
     axis_queries: Float[Tensor, "#b h q axis_positions"]
@@ -28,11 +28,12 @@ class GridInputs(NamedTuple):
 
 
 class GridOutputs(NamedTuple):
-    """Named tuple of the forward results: the sums of `GridRead`, and softmax statistics for the backward pass.
+    """Forward results: the sums of `GridRead`, and softmax statistics for the backward pass.
 
-    `base` is a query's maximum score times log2(e). The `cpp` backend may return a value that is up to 16 less. `base`
-    is 0 if all tokens are masked. `total` is the sum of 2^(score log2(e) - base) over the tokens. The log-sum-exp of
-    the scores is `(base + log2(total)) ln 2`.
+    `base` is the offset that is subtracted from the scores before exponentiation, in log2 units (scores times log2(e)).
+    It is the maximum score of each query, or 0 if all tokens are masked. The `cpp` backend rescales lazily, so its
+    `base` may be up to 16 below the maximum. `total` is the sum of `2 ** (score * log2(e) - base)` over the tokens. The
+    log-sum-exp of the scores is `(base + log2(total)) * ln(2)`.
     """
 
     content: Float[Tensor, "b h q c"]
@@ -42,11 +43,11 @@ class GridOutputs(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """Named tuple of the inputs of the backward pass: softmax statistics, and gradients of the forward outputs.
+    """Inputs of the backward pass: softmax statistics, and gradients of the forward outputs.
 
-    `d_read` is the gradient of `GridOutputs.content`. `offset` is the value per query for which the gradient of a score
-    is p (d_p + offset), where p is the softmax weight and d_p its gradient. It equals
-    d_lse - sum(d_read * content) - sum(d_marginals * marginals).
+    `d_read` is the gradient of `GridOutputs.content`. `offset` is d_lse - sum(d_read * content) -
+    sum(d_marginals * marginals), computed once per query. The gradient of each score is p (d_p + offset), where p is
+    the softmax weight and d_p the gradient of p.
     """
 
     base: Float[Tensor, "b h q"]
@@ -57,7 +58,7 @@ class Upstream(NamedTuple):
 
 
 class GridGradients(NamedTuple):
-    """Named tuple of the input gradients. Content and scale gradients are empty tensors if they are not needed."""
+    """Gradients of the inputs. Content and scale gradients are empty tensors if they are not needed."""
 
     content_queries: Float[Tensor, "#b h q c"]
     axis_queries: Float[Tensor, "#b h q axis_positions"]
@@ -67,7 +68,7 @@ class GridGradients(NamedTuple):
 
 @runtime_checkable
 class Backend(Protocol):
-    """Protocol of a module that implements `read_grid` for some devices."""
+    """Protocol for a `read_grid` backend: a Python module with `forward` and `backward` functions."""
 
     def forward(self, inputs: GridInputs) -> GridOutputs:
         """Compute the outputs of the read."""

@@ -53,7 +53,7 @@ def read_grid(
     scale: Float[Tensor, " b *grid"],
     mask: Bool[Tensor, " b *grid"] | None = None,
 ) -> GridRead:
-    """Compute cross-attention to a grid of tokens without keys and values, in float32 or float64.
+    """Compute cross-attention over a grid of tokens in float32 or float64, without computing keys and values.
 
     The score of a token is `scale * (content_queries . content + axis_terms)`, where `axis_terms` is the sum over the
     grid axes of the entry in `axis_queries` for the token's position along the axis.
@@ -69,8 +69,8 @@ def read_grid(
         mask: Key-padding mask, True = attend. Masked tokens have no effect, even if their content is NaN.
 
     Returns:
-        Weighted sums of the content, sums of the weights for each position along each axis, and the log-sum-exp of the
-        scores. If all tokens are masked, the sums are 0 and the log-sum-exp is -inf.
+        Sums of the content weighted by softmax weight times `scale`, sums of these weights for each position along each
+        axis, and the log-sum-exp of the scores. If all tokens are masked, the sums are 0 and the log-sum-exp is -inf.
 
     Raises:
         TypeError: If an input has an unsupported dtype. All inputs must have the dtype of `content`, float32 or

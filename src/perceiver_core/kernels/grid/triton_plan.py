@@ -25,7 +25,7 @@ MIN_MATRIX_CHANNELS = 16  # minimum padded channels for tensor cores; fewer chan
 
 
 class Plan(NamedTuple):
-    """Named tuple of the sizes of a structured read and its tiling."""
+    """Sizes of a structured read, and its tiling."""
 
     samples: int
     heads: int
