@@ -339,4 +339,4 @@ class TestSizes:
         single = Tokens(tokens.content.float(), tokens.position_tables)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
             sizes = Sizes.of(read.read_context(single))
-        assert (sizes.half(), sizes.element_size) == ((True, 2) if half else (False, 4))
+        assert (sizes.is_half(), sizes.element_size) == ((True, 2) if half else (False, 4))

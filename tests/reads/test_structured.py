@@ -11,7 +11,7 @@ from torch import nn
 from perceiver_core import masks, positions
 from perceiver_core.kernels import chunked, reference, sdpa
 from perceiver_core.kernels.grid import cpp_library
-from perceiver_core.reads import Factored, Machine, Sizes, Structured, slabs, structured
+from perceiver_core.reads import Factored, Machine, Sizes, Structured, factored, slabs, structured
 from tests.reads.cases import images, model_of, read_of, tokens_of
 
 
@@ -50,6 +50,21 @@ def test_its_memory_is_attended_to_by_structure():
     memory = Structured().prepare(read_of(tokens).read_context(tokens))
     assert memory.attend_slab is structured.attend_slab
     assert memory.tokens_per_slab == slabs.TOKENS
+
+
+@pytest.mark.parametrize("strategy", [Structured(), Factored()])
+def test_prepare_refuses_what_it_would_ignore(strategy, monkeypatch):
+    """For a user's strategy that delegates without asking `why_not`."""
+    monkeypatch.setattr(slabs, "TOKENS", 8)
+    tokens = tokens_of((5, 13))
+    context = read_of(tokens).read_context(tokens, mask=masks.Causal())
+    with pytest.raises(ValueError, match="must be the same for all queries"):
+        factored.masked(strategy.prepare(read_of(tokens).read_context(tokens)), masks.Causal())
+    if isinstance(strategy, Structured):
+        with pytest.raises(ValueError, match="must be the same for all queries"):
+            strategy.prepare(context)
+    with pytest.raises(TypeError, match="needs Tokens; got Tensor"):
+        strategy.prepare(read_of(tokens).read_context(tokens.materialize()))
 
 
 def test_what_is_missing_for_the_compiled_loop(monkeypatch):

@@ -335,6 +335,17 @@ def test_a_part_is_the_same_only_as_an_earlier_one(path):
         from_config({"part": "Holder", "inner": {"same": path}, "others": [{"part": "Shift"}]})
 
 
+def test_partials_are_not_shared():
+    """A short chain of partials that each name the next one twice would build exponentially many modules."""
+    config: dict[str, object] = {"partial": "MLP", "activation": {"part": "GELU", "approximate": "none"}}
+    for level in range(20):
+        path = "cross_attention" + ".attention" * (20 - level)
+        config = {"partial": "CrossAttend", "attention": config, "mlp": {"same": path}}
+    sizes = {"input_dim": 10, "num_latents": 4, "dim": 32, "depth": 1, "num_heads": 1}
+    with pytest.raises(ValueError, match="but no part stands there before it"):
+        from_config({"part": "Encoder", **sizes, "cross_attention": config})
+
+
 # ---- what a description may not be
 
 

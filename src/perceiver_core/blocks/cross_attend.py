@@ -134,7 +134,7 @@ class CrossAttend(nn.Module):
                 raise TypeError(
                     f"cache of keys and values needs MultiHeadAttention; got {type(self.attention).__name__}"
                 )
-        elif not hasattr(tokens, "attend"):
+        elif not hasattr(tokens, "memory"):
             raise TypeError(f"tokens must be Tokens, a tensor b n c or a memory; got {type(tokens).__name__}")
         attended = self.dropout(self.attention(self.query_norm(x), inputs, mask=mask, **options))
         x = x + attended if self.residual is True else gates.combine(self.residual, x, attended)

@@ -22,7 +22,7 @@ from perceiver_core.interop.transformers_config import Config
 from perceiver_core.interop.weight_files import safe_pickle
 from perceiver_core.interop.weight_files.array_header import ArrayHeader
 from perceiver_core.interop.weight_files.npz import open_npz
-from perceiver_core.interop.weight_files.state_dict_files import errors_with_path
+from perceiver_core.interop.weight_files.state_dict_files import check_floats, errors_with_path
 from perceiver_core.models import PerceiverIO
 from perceiver_core.registry import Json
 
@@ -83,10 +83,12 @@ def load_with_config(path: Path, numerics: Numerics, given: Config) -> tuple[Per
     with _open_parameters(path) as parameters, errors_with_path(path):
         arrays = {name: array for name, array in parameters.items() if not TRAINING_STATE.search(name)}
         headers = {name: array.as_tensor() for name, array in arrays.items()}
+        check_floats({name: header for name, header in headers.items() if not name.endswith("_tracked")})
         config = _inferred_config(CheckedArguments(headers, given)) | dict(given)
+        mapping = from_haiku(config, headers)
+        mapping.check(headers)  # before building a model whose size the file determines
         with torch.device("meta"):
             model = build(config, numerics)
-        mapping = from_haiku(config, headers)
         load_weights(
             model, mapping, headers, lambda: {name: torch.from_numpy(array.read()) for name, array in arrays.items()}
         )

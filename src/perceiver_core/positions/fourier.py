@@ -26,7 +26,7 @@ class SeparableFeatures(nn.Module):
 
     dim: int
     _called_with = "points"
-    _hyperparameters: tuple[str, ...] = ()  # attributes besides num_bands that determine the features
+    _hyperparameters: tuple[str, ...]  # attributes besides num_bands that determine the features
 
     def __init__(self, num_axes: int, num_bands: int) -> None:
         super().__init__()
@@ -186,6 +186,8 @@ class NeRF(SeparableFeatures):
 
     Reference: Mildenhall et al. 2020 (NeRF), equation 4.
     """
+
+    _hyperparameters = ()
 
     def __init__(self, num_axes: int, num_bands: int = 10) -> None:
         super().__init__(num_axes, num_bands)

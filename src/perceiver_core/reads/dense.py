@@ -97,7 +97,7 @@ def kernel_cost(
         moved: Number of bytes read and written to compute keys and values.
         overhead: Fixed overhead, in microseconds.
     """
-    kv_width, half = sizes.kv_dim * sizes.group_size, sizes.half()  # total width over all query heads
+    kv_width, half = sizes.kv_dim * sizes.group_size, sizes.is_half()  # total width over all query heads
     kernel = 2.0 * sizes.batch * sizes.num_queries * sizes.num_tokens * kv_width
     attention = machine.attention_half if half else machine.attention
     if half and kv_width > 2 * WIDEST * sizes.num_heads:
@@ -130,7 +130,7 @@ class Dense:
         """Return the predicted cost of concatenating, normalizing and projecting all tokens, and of attention."""
         per_token = sizes.batch * sizes.num_tokens
         moved = per_token * (6 * sizes.token_dim + sizes.kv_dim) * sizes.element_size
-        matmul = machine.matmul_half if sizes.half() else machine.linear
+        matmul = machine.matmul_half if sizes.is_half() else machine.linear
         return kernel_cost(sizes, machine, matmul, flops=2 * per_token * sizes.token_dim * sizes.kv_dim, moved=moved)
 
     def prepare(self, context: ReadContext) -> KeysValues:

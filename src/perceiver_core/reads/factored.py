@@ -143,7 +143,8 @@ def needs_kernel(context: ReadContext) -> str:
 def factored(context: ReadContext, attend_slab: AttendSlab, tokens_per_slab: int) -> FactoredKeysValues:
     """Return factored keys and values of a read. `why_not_factored(context)` must return an empty string."""
     tokens, norm, attention = context.source.tokens, context.source.norm, context.attention
-    assert isinstance(tokens, Tokens)
+    if not isinstance(tokens, Tokens):
+        raise TypeError(f"a factored or structured read needs Tokens; got {type(tokens).__name__}")
     key, value = attention.key, attention.value
     return factor(
         tokens,
@@ -158,7 +159,9 @@ def factored(context: ReadContext, attend_slab: AttendSlab, tokens_per_slab: int
 
 def masked(memory: FactoredKeysValues, mask: Mask) -> FactoredKeysValues:
     """Return `memory` with `mask` added to its mask. `mask` must not differ between queries or heads."""
-    _, tensors = masks.split(masks.from_token_mask(mask))
+    rules, tensors = masks.split(masks.from_token_mask(mask))
+    if rules:
+        raise ValueError(f"mask of a read without keys and values must be the same for all queries; got {mask!r}")
     batch, num_tokens = memory.content.shape[0], prod(memory.grid())
     like = memory.content.new_empty(()).expand(batch, 1, num_tokens, 1)
     valid = memory.mask

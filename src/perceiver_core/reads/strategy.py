@@ -213,7 +213,7 @@ class Sizes(NamedTuple):
     device: str
     group_size: int = 1
 
-    def half(self) -> bool:
+    def is_half(self) -> bool:
         """Return whether the read computes in a 16-bit dtype."""
         return self.element_size == 2
 

@@ -128,8 +128,9 @@ def _build(config: Json, at: str, built: dict[str, object]) -> object:
     thing = _look_up(named, at)
     if tag == "name":
         return thing
-    built[at] = _make(thing, _build_each(rest, at, built), at, later=tag == "partial")
-    return built[at]
+    made = _make(thing, _build_each(rest, at, built), at, later=tag == "partial")
+    # Partials are never shared: a chain of shared ones would build exponentially many modules.
+    return built.setdefault(at, made) if tag == "part" else made
 
 
 def _build_each(configs: dict[str, Json], at: str, built: dict[str, object]) -> dict[str, object]:

@@ -90,7 +90,7 @@ WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
     "text": (member("(1,)", "<U1", b"abcd"), f"{NAME}.npy: only arrays of numbers are read; one is of dtype '<U1'"),
     "fields": (member("(1,)", [("a", "<f8")], b"abcdabcd"), r"only arrays of numbers .* '\|V8'"),
     "objects": (objects, r"only arrays of numbers .* '\|O'"),
-    "whole numbers": (member("(3, 5)", "<i4", bytes(60)), "it lacks"),
+    "whole numbers": (member("(3, 5)", "<i4", bytes(60)), "a floating point dtype"),
     "twice": (twice, f"it holds {NAME} twice"),
 }
 
