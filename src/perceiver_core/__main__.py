@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def _costs(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Measure the constants of the cost model on this machine. Print them, the defaults, and code to use them."""
+    """Measure the constants of the cost model. Print the measured and default values, and code to set the former."""
     device = options.device.split(":")[0]
     if device not in DEFAULTS or (device == "cuda" and not torch.cuda.is_available()):
         parser.error(f"--device must be cpu, or cuda where PyTorch finds a GPU; got {options.device}")

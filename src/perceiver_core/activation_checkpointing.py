@@ -21,7 +21,8 @@ def checkpoint_activations(model: M, blocks: tuple[type[nn.Module], ...] = (Cros
     """Make the blocks of a model recompute their activations in the backward pass, to save memory.
 
     Each block stores only its inputs: its latents and, for cross-attention, its tokens. Keys and values that several
-    reads share are also stored. The model is modified in-place. Its weights, state dict and outputs do not change.
+    cross-attentions share are also stored. The model is modified in-place. Its parameters, state dict and outputs do
+    not change.
 
     If the model has parameters on the CPU, this function also calls `allocator.return_freed_memory`, because glibc
     would otherwise keep the freed memory. That setting affects the whole process.

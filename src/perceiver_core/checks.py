@@ -74,9 +74,9 @@ def padded_on_the_left(name: str, mask: Tensor) -> None:
 
 
 def has_shape(name: str, x: Tensor, axes: str, *, last: int | None = None) -> None:
-    """Check that `x` has the axes named in `axes`, such as "b c h w", and that none is empty.
+    """Check that `x` has one axis per name in `axes`, such as "b c h w", and that none is empty.
 
-    If `last` is set, check that it is the size of the last axis.
+    If `last` is set, check that the last axis has size `last`.
     """
     expected = axes.split()
     if x.ndim != len(expected):
@@ -201,7 +201,7 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
 def positive(*, at_most: int | None = None, **sizes: int) -> None:
     """Check that every size is an integer from 1 to `at_most` (None for no limit). Raise ValueError if not.
 
-    Objects that Python accepts as an index count as integers, such as NumPy integers, except for booleans and tensors.
+    NumPy integers and other objects with an `__index__` method count as integers. Booleans and tensors do not.
     """
     for name, size in sizes.items():
         if not _is_integer(size) or size < 1:

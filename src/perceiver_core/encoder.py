@@ -108,11 +108,11 @@ class Encoder(nn.Module):
         """Return the latents after all steps.
 
         Args:
-            inputs: `Tokens` or a tensor `b n c` for all reads, or a sequence with one input per read.
-            mask: Mask for all reads, combined with the tokens' own mask: a key-padding mask `b n`, an attention mask
-                `b h q k`, or a rule such as `masks.Causal()`.
-            capture: Container that stores the attention weights of the read with index `capture.read`, by default the
-                last. The forward pass stops after this read and returns the read's output.
+            inputs: `Tokens` or a tensor `b n c` for all reads (cross-attentions), or a sequence of one input per read.
+            mask: Mask for all reads: a key-padding mask `b n`, an attention mask `b h q k`, or a callable such as
+                `masks.Causal()`. It is combined with the tokens' own mask by logical and.
+            capture: Container that stores the attention weights of the read with index `capture.read` (default: the
+                last). The forward pass stops after this read and returns the latents.
 
         Raises:
             TypeError: If an input is neither `Tokens` nor a tensor, or has the wrong dtype.
@@ -168,13 +168,16 @@ class Encoder(nn.Module):
         queries: QueryIndices = None,
         mask: Mask | None = None,
     ) -> Float[Tensor, "b h chosen n"]:
-        """Return the attention weights of one read, `b h chosen n`, where `chosen` is the number of selected latents.
+        """Return the attention weights of one read (cross-attention) over the n input tokens.
 
         Args:
             inputs: Same as in `forward`.
             read: Index of the read; negative indices count from the last.
             queries: Indices of the selected latents; None for all latents.
             mask: Same as in `forward`.
+
+        Returns:
+            Attention weights `b h chosen n`, where `chosen` is the number of selected latents.
 
         Raises:
             ValueError: If `read` is out of range.

@@ -100,7 +100,7 @@ def weighted(
 
     Args:
         outputs: Dictionary of outputs, keyed by modality.
-        targets: Dictionary of targets, keyed by modality. Modalities without a target have no loss.
+        targets: Dictionary of targets, keyed by modality. Modalities without a target are left out of the sum.
         losses: Dictionary of pairs `(function, weight)`, keyed by modality. A function maps `(output, target)` to a
             scalar loss.
         masks: Dictionary of masks `b`, keyed by modality: True for samples with a target. Targets of other samples are

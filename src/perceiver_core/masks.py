@@ -149,9 +149,10 @@ def positions(size: int, device: torch.device | None = None) -> Int[Tensor, " n"
 
 
 def block(mask: Mask, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, " ..."]:
-    """Evaluate a mask for queries and keys at these positions (negative, counted from the end).
+    """Evaluate a mask for the queries and keys at some positions (negative, counted from the end).
 
-    The result broadcasts to `b h q k`, where q and k are the numbers of positions.
+    `queries` and `keys` contain the positions. The result broadcasts to `b h q k`, where q and k are the numbers of
+    positions.
 
     Raises:
         TypeError: If the mask is not boolean.
@@ -168,7 +169,7 @@ def block(mask: Mask, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bo
 
 
 def materialize(mask: Mask, *, queries: int, keys: int, device: torch.device | None = None) -> Bool[Tensor, " ..."]:
-    """Return a mask between `queries` queries and `keys` keys as a boolean tensor that broadcasts to `b h q k`.
+    """Return a mask as a boolean tensor that broadcasts to `b h q k`, for these numbers of queries and keys.
 
     Raises:
         TypeError: If the mask is not boolean.
@@ -210,9 +211,9 @@ def _check_axes(name: str, mask: Tensor) -> None:
 
 
 def split(mask: Mask | None) -> tuple[tuple[Rule, ...], tuple[Tensor, ...]]:
-    """Split a mask into rules and tensors. Their intersection equals the mask.
+    """Split a mask into rules and boolean tensors whose intersection equals the mask.
 
-    `Padding` and `Queries` are converted to tensors, and `And` is split recursively.
+    `Padding` and `Queries` are converted to tensors. `And` is split recursively. `Or` is kept as a rule.
     """
     if mask is None:
         return (), ()
@@ -229,7 +230,7 @@ def split(mask: Mask | None) -> tuple[tuple[Rule, ...], tuple[Tensor, ...]]:
 
 
 def from_token_mask(mask: Mask | None) -> Mask | None:
-    """Wrap a key-padding mask `b n` in `Padding`; return attention masks `b h q k`, rules and None unchanged.
+    """Wrap a key-padding mask `b n` in `Padding`. Return any other mask (`b h q k`, a rule or None) unchanged.
 
     Raises:
         ValueError: If `mask` is a tensor that has neither two nor four axes.

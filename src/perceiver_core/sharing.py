@@ -21,7 +21,7 @@ from perceiver_core.registry import register
 
 @dataclass(frozen=True)
 class Sharing:
-    """Plan of weight sharing: the indices of the read and of the latent transformer that each step uses.
+    """Plan of weight sharing: for each step, the index of its read (cross-attention) and of its latent transformer.
 
     Modules are numbered from 0 in the order of first use: (0, 1, 1, 2), not (0, 2, 2, 1).
 
@@ -117,7 +117,7 @@ def all_but_first(steps: int) -> Sharing:
 
 @register
 def paper(steps: int) -> Sharing:
-    """Return the plan of the Perceiver paper: the first read has its own weights, and all other weights are shared.
+    """Return the paper's plan: all weights are shared, except that the first cross-attention has its own weights.
 
     The paper shares "all but the initial cross-attend". With this scheme, the ImageNet model has 44.9 million
     parameters, the number stated in the paper.

@@ -23,8 +23,8 @@ class Tokens:
     """Batch of tokens on a grid, stored as content, position tables and a mask.
 
     The position features of a token are the *sum* of the position tables, broadcast over the grid. Fourier features
-    have one table per grid axis, each nonzero only in its own columns, so the sum equals the concatenation in the
-    paper. Learned positions are a single table over the whole grid. The complete token vectors, as returned by
+    have one table per grid axis, each nonzero only in its own channels, so the sum equals the concatenation in
+    the paper. Learned positions are a single table over the whole grid. The complete token vectors, as returned by
     `materialize`, are `[content, positions]`.
 
     Args:
@@ -32,9 +32,9 @@ class Tokens:
         position_tables: Tables of position features, `*g p`. Each axis of `g` has size 1 or the size of the grid axis,
             and all tables have the same width `p`.
         mask: Boolean mask `b *grid`, True = attend. Values of masked tokens are ignored, even NaN.
-        modalities: If the tokens join several modalities, a dictionary of the tokens of each modality on their own
-            grid, keyed by modality. The value is None for a modality without input. It is set by `adapters.Multimodal`
-            and not used by attention.
+        modalities: If the tokens are a concatenation of several modalities, a dictionary from modality names to the
+            tokens of the modality on their own grid, or to None for an absent modality. `adapters.Multimodal` sets this
+            dictionary. Attention does not use it.
 
     Raises:
         TypeError: If the content is not floating point, or the mask is not boolean.

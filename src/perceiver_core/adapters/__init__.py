@@ -1,8 +1,9 @@
 """Adapters: modules that convert raw inputs to `Tokens`. The attribute `dim` of an adapter is its token width.
 
 If `forward` has an argument `mask`, it marks the valid tokens (True = attend). Adapters raise TypeError if an input or
-mask has the wrong dtype, and ValueError if it has the wrong shape or is empty. Most adapters also raise ValueError if a
-valid token contains NaN or infinity, or if a sample has no valid token. They check this on the CPU in eager mode only.
+mask has the wrong dtype, and ValueError if it has the wrong shape or an axis of size 0. Most adapters also raise
+ValueError if a valid token contains NaN or infinity, or if a sample has no valid token. These two checks run only on
+the CPU in eager mode.
 """
 
 from perceiver_core.adapters.audio import Audio, Spectrogram

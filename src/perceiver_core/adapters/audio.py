@@ -1,4 +1,4 @@
-"""Adapters for audio: waveforms, and precomputed spectrograms."""
+"""Adapters for waveforms and for precomputed spectrograms."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from perceiver_core.tokens import Tokens
 class Audio(GridAdapter):
     """Adapter for waveforms `b c s` (or `b s` for mono): one token per patch of `patch_size` samples.
 
-    The values of a patch are ordered by time, then by channel. An incomplete last patch is padded with zeros.
+    Patches are flattened with the channels last, so stereo samples alternate between left and right. An incomplete last
+    patch is padded with zeros.
 
     Args:
         patch_size: Number of samples per token.
@@ -43,8 +44,8 @@ class Audio(GridAdapter):
 
         Args:
             waveform: Samples in [-1, 1].
-            mask: Mask of valid patches, True = attend. Position encodings are computed for all patches, including
-                masked ones, so they depend on the length of the padded waveform.
+            mask: Mask of valid patches, True = attend. It does not affect the position encodings. These span the whole
+                waveform including padding, so the same patch gets a different encoding if the waveform is padded more.
         """
         checks.is_floating("waveform", waveform)
         if waveform.ndim != 3 and self.num_channels == 1:

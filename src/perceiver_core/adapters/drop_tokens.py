@@ -17,8 +17,8 @@ from perceiver_core.tokens import Tokens
 class DropTokens(nn.Module):
     """Adapter that wraps another adapter and drops random tokens of each sample in training.
 
-    Of n tokens, floor((1 - rate) n) are kept, but at least one. With a mask, a sample with v valid tokens keeps at most
-    ceil((1 - rate) v) of these. The kept tokens stay in their original order.
+    It keeps max(1, floor((1 - rate) n)) of n tokens, in their original order. If a sample has only v valid tokens, at
+    most ceil((1 - rate) v) of the kept tokens are valid, and the others are masked.
 
     Do not use this adapter with `Rotary`, causal masks or `queries.Grid(None, ...)`. These use token indices, so they
     would treat the kept tokens as adjacent. Position encodings of the wrapped adapter are not affected.

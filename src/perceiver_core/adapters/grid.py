@@ -12,8 +12,9 @@ from perceiver_core.tokens import Tokens
 
 
 class GridAdapter(nn.Module):
-    """Base class of adapters with one token per grid point: the channels, followed by the position encoding, if any.
+    """Base class of adapters with one token per grid point.
 
+    A token consists of the channels of the grid point, followed by its position encoding, if there is one.
     `num_axes` is the required number of axes of `positions`; None to accept any number.
     """
 
@@ -33,7 +34,10 @@ class GridAdapter(nn.Module):
         self.dim = num_channels + (0 if positions is None else positions.dim)
 
     def _tokens(self, name: str, content: Tensor, mask: Tensor | None) -> Tokens:
-        """Check the values and mask of a channels-last array, and convert it to tokens with position encodings."""
+        """Convert a channels-last array to tokens with position encodings, after checking its values and the mask.
+
+        `name` is the name of the array in error messages.
+        """
         if mask is not None:
             checks.is_mask("mask", mask, content.shape[:-1])
         checks.values(name, content, mask)
@@ -47,7 +51,8 @@ class Grid(GridAdapter):
 
     Args:
         num_channels: Number of channels c.
-        positions: Position encoding; None to treat the tokens as an unordered set.
+        positions: Position encoding with the same number of axes as the grid; None to treat the tokens as an unordered
+            set.
 
     Example:
         >>> positions = pc.positions.Fourier(num_axes=3, num_bands=4, max_resolution=16)

@@ -52,9 +52,9 @@ class Image(GridAdapter):
 
         Args:
             images: Pixel values, normalized as in training (mostly to [-1, 1]).
-            mask: Mask of valid tokens (one per position of the feature map), True = attend. Pixels of masked tokens are
-                set to zero before the stem. A stem without the attribute `stride` receives all pixels unchanged, so
-                masked pixels must be finite.
+            mask: Mask of valid tokens (one per position of the feature map), True = attend. The pixels of masked tokens
+                are set to zero before the stem. If the stem has no attribute `stride`, it receives all pixels
+                unchanged, and even masked pixels must be finite.
         """
         checks.channels_first("images", images, "b c h w", self.num_channels)
         if (convolution := getattr(self.stem, "convolution", None)) is not None:

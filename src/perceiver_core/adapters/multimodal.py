@@ -19,23 +19,25 @@ ModalityMask: TypeAlias = "Tensor | Mapping[str, object]"
 
 @register
 class Multimodal(nn.Module):
-    """Adapter for a dictionary of inputs: concatenates the tokens of all modalities, padded to a common width.
+    """Adapter that concatenates the tokens of several modalities, after padding them to a common width.
 
-    Modalities are concatenated in the order of `adapters`. The padding of each modality is a learned vector that also
-    identifies the modality. Tokens are converted to the dtype of this vector. The result's attribute `modalities` holds
-    the unpadded tokens of each modality on their own grid, for use by `queries.Multimodal`. In these, tokens that were
-    replaced (see `token_mask_rate`) have zero content, and dropped modalities are masked.
+    Modalities are concatenated in the order of `adapters`. Each modality has a learned padding vector, which also
+    identifies the modality. Tokens are converted to the dtype of this vector.
+
+    The attribute `modalities` of the result holds the tokens of each modality before padding and concatenation, for use
+    by `queries.Multimodal`. In these tokens, the content of replaced tokens (see `token_mask_rate`) is zero, and
+    dropped modalities are masked.
 
     Args:
         adapters: Mapping from modality names to adapters.
-        min_modality_channels: Width of the padding of the widest modality. Narrower modalities have more padding.
+        min_modality_channels: Number of padding channels of the widest modality. Narrower modalities have more.
         token_mask_rate: Mapping from modality names to the probability that a token is replaced with a learned vector
-            in training. At rate 1, all tokens are replaced, in training and in evaluation. Use it for modalities that
-            the model predicts and must not see.
-        modality_dropout: Mapping from modality names to the probability that all tokens of the modality are masked for
-            a sample in training. If all modalities of a sample would be dropped, a random one is kept. This rule
-            ignores modalities with a `token_mask_rate` of 1, unless the sample has no others. With two modalities of
-            rate 0.5, each is therefore dropped with probability 0.375.
+            in training. At rate 1, all tokens are replaced, in training and in evaluation. Use rate 1 for modalities
+            that the model predicts and must not see.
+        modality_dropout: Mapping from modality names to the probability that a sample loses the modality in training:
+            all its tokens are masked. If a sample would lose all modalities, a random one is kept. With two modalities
+            of rate 0.5, each is therefore dropped with probability 0.375. Modalities with a `token_mask_rate` of 1 do
+            not count as kept, unless the sample has no others.
         generator: Random generator; None for PyTorch's default generator. It is not saved with the model.
 
     Example:
@@ -87,7 +89,7 @@ class Multimodal(nn.Module):
         Raises:
             ValueError: If `inputs` is empty, or `inputs` or `mask` contains an unknown modality.
             ValueError: If the batch sizes differ, or a sample has no valid token.
-            TypeError, ValueError: If an adapter raises this error. The modality is added to the message.
+            TypeError, ValueError: If an adapter raises it. The name of the modality is added to the message.
         """
         masks = {} if mask is None else mask
         modalities.check_names("inputs", inputs, self.adapters.keys())
@@ -113,7 +115,7 @@ class Multimodal(nn.Module):
         return Tokens(content, mask=valid, modalities=on_grids)
 
     def _adapt(self, name: str, x: object, mask: ModalityMask | None) -> Tokens:
-        """Convert the input of one modality to tokens on its own grid."""
+        """Convert the input of one modality to tokens, and mask the samples that do not have the modality."""
         samples = None
         options: dict[str, object] = {} if mask is None else {"mask": mask}
         if mask is not None and not isinstance(mask, Mapping):
@@ -146,7 +148,10 @@ class Multimodal(nn.Module):
         }
 
     def _join(self, name: str, tokens: Tokens) -> tuple[Tensor, Tokens]:
-        """Replace random tokens of one modality. Return the padded sequence `b n dim` and the unpadded tokens."""
+        """Pad the tokens of one modality to width `dim`, and replace random tokens (see `token_mask_rate`).
+
+        Return the padded sequence `b n dim`, and the unpadded tokens with zeros in place of the replaced ones.
+        """
         x = tokens.materialize()
         x = torch.cat([x, self.padding[name].expand(*x.shape[:-1], -1)], dim=-1)
         rate = self.token_mask_rate.get(name)
@@ -169,9 +174,9 @@ def _aligned(samples: Tensor, ndim: int) -> Tensor:
 
 
 def _zero_samples(x: object, samples: Tensor, name: str, other_axes: Sequence[int]) -> object:
-    """Return the input `x` with zeros in the samples where the mask `samples` is False.
+    """Return the input `x` with zeros in the samples where `samples` (shape `b`) is False.
 
-    `name` (of the mask) and `other_axes` (sizes of its axes after the first) are used only in the error message.
+    `name` (name of the mask) and `other_axes` (sizes of its axes after the first) are used only in the error message.
     """
     if isinstance(x, Mapping):
         return {key: _zero_samples(value, samples, name, other_axes) for key, value in x.items()}
@@ -190,7 +195,7 @@ def _valid(tokens: Tokens) -> Tensor:
 
 
 def _mask_samples(tokens: Tokens, samples: Tensor) -> Tokens:
-    """Return the tokens with all tokens masked in the samples where `samples` is False."""
+    """Return `tokens` with all tokens masked in the samples where `samples` (shape `b`) is False."""
     valid = _aligned(samples, tokens.content.ndim - 1).expand(tokens.content.shape[:-1])
     mask = valid if tokens.mask is None else tokens.mask & valid
     return Tokens(tokens.content, tokens.position_tables, mask, tokens.modalities)

@@ -13,10 +13,10 @@ from perceiver_core.tokens import Tokens
 
 @register
 class PerRead(nn.Module):
-    """Adapter for a sequence of inputs, one per read of the encoder. Each input has its own adapter.
+    """Adapter for a sequence of inputs, one per read (cross-attention to the input) of the encoder.
 
-    The attribute `dim` is a tuple of token widths, one per adapter. Pass it to the encoder as `input_dim`, and set
-    `num_reads` to the number of adapters.
+    Each input has its own adapter. The attribute `dim` is a tuple of token widths, one per adapter. Pass it to the
+    encoder as `input_dim`, and set `num_reads` to the number of adapters.
 
     Example:
         >>> plane, line = (pc.positions.Fourier(axes, num_bands=4, max_resolution=32) for axes in (2, 1))

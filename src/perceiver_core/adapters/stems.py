@@ -20,7 +20,7 @@ from perceiver_core.registry import register
 
 @register
 class Pixels(nn.Module):
-    """Identity stem: one token per pixel.
+    """Image stem that returns the image unchanged, for one token per pixel.
 
     Example:
         >>> pc.adapters.Pixels(3)(torch.rand(2, 3, 5, 7)).shape
@@ -38,10 +38,10 @@ class Pixels(nn.Module):
 
 @register
 class Patches(nn.Module):
-    """Stem that flattens patches: one token per patch.
+    """Image stem that flattens patches, for one token per patch.
 
-    The values of a patch are ordered by row, column and channel. Incomplete patches at the bottom and at the right are
-    padded with zeros.
+    Each patch is flattened from the layout (row, column, channel), so the channels of a pixel stay adjacent. Incomplete
+    patches at the bottom and at the right are padded with zeros.
 
     Args:
         num_channels: Number of image channels.
@@ -69,7 +69,7 @@ class Patches(nn.Module):
 
 @register
 class Project(nn.Module):
-    """Stem with a 1 x 1 convolution from the image channels to `dim`: one token per pixel.
+    """Image stem that projects each pixel to `dim` channels with a 1 x 1 convolution, for one token per pixel.
 
     Example:
         >>> pc.adapters.Project(3, dim=16)(torch.rand(2, 3, 5, 7)).shape
@@ -91,7 +91,7 @@ class Project(nn.Module):
 
 @register
 class ConvStem(nn.Module):
-    """Stem with a 7 x 7 convolution, batch norm, ReLU and 3 x 3 max pooling: one token per 4 x 4 pixels.
+    """Image stem with a 7 x 7 convolution, batch norm, ReLU and 3 x 3 max pooling, for one token per 4 x 4 pixels.
 
     As in the published code, the convolution and the pooling have stride 2 and TensorFlow's "SAME" padding. Each halves
     the height and width, rounding up. If the total padding of an axis is odd, the extra pixel is at the end.
@@ -118,9 +118,9 @@ class ConvStem(nn.Module):
 
 @register
 class SymmetricPadConvStem(ConvStem):
-    """Variant of `ConvStem` with the padding of transformers: 3 pixels on each side of the image, none before pooling.
+    """Variant of `ConvStem` that pads like transformers: 3 pixels on each side of the image.
 
-    A 224 x 224 image is converted to 55 x 55 tokens instead of 56 x 56.
+    There is no padding before the pooling. A 224 x 224 image is converted to 55 x 55 tokens instead of 56 x 56.
 
     Example:
         >>> pc.adapters.SymmetricPadConvStem(3, dim=64)(torch.rand(2, 3, 224, 113)).shape

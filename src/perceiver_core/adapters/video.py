@@ -23,7 +23,7 @@ from perceiver_core.tokens import Tokens
 class Video(GridAdapter):
     """Adapter for videos `b t c h w`: one token per three-dimensional patch.
 
-    The values of a patch are ordered by frame, row, column and channel. Incomplete patches at the end of an axis are
+    Each patch is flattened from the layout (frame, row, column, channel). Incomplete patches at the end of an axis are
     padded with zeros.
 
     Args:
@@ -64,16 +64,17 @@ class Video(GridAdapter):
 
 @register
 class FramePair(GridAdapter):
-    """Adapter for frame pairs `b 2 c h w`: one token per pixel, projected from the patches around it in both frames.
+    """Adapter for frame pairs `b 2 c h w`: one token per pixel.
 
-    The values of both patches are ordered by frame, row, column and channel. Frames are padded with zeros at the
-    border.
+    A token is a linear projection of the two patches around the pixel, one per frame, followed by the position
+    encoding. Before the projection, both patches are flattened from the layout (frame, row, column, channel). Frames
+    are padded with zeros at the border.
 
     Args:
         positions: Position encoding with two axes (rows, columns); None for no position encoding.
         num_channels: Number of channels per frame, such as 3 for color.
         patch_size: Height and width of a patch in pixels, an odd number.
-        dim: Output width of the linear projection. The position encoding is concatenated after the projection.
+        dim: Output width of the linear projection.
 
     Example:
         >>> positions = pc.positions.Fourier(num_axes=2, num_bands=64, max_resolution=(368, 496))
@@ -98,7 +99,7 @@ class FramePair(GridAdapter):
         """Convert frame pairs of any size to tokens.
 
         Args:
-            frames: Pixel values, normalized as in training (mostly to [-1, 1]). The earlier frame comes first.
+            frames: Pixel values, normalized as in training (mostly to [-1, 1]). `frames[:, 0]` is the earlier frame.
             mask: Mask of valid pixels, True = attend.
         """
         checks.channels_first("frames", frames, "b t c h w", self.num_channels, channel_axis=2)
@@ -107,7 +108,7 @@ class FramePair(GridAdapter):
         return self._tokens("frames", self.project(self.patches(frames)), mask)
 
     def patches(self, frames: Float[Tensor, "b 2 c h w"]) -> Float[Tensor, "b h w patches"]:
-        """Return the flattened patches around each pixel in both frames, concatenated."""
+        """Return one vector per pixel: the patches around the pixel in both frames, flattened and concatenated."""
         height, width = frames.shape[-2:]
         columns = F.unfold(frames.flatten(0, 1), self.patch_size, padding=self.patch_size // 2)
         return rearrange(columns, "(b t) (c k) (h w) -> b h w (t k c)", t=2, c=self.num_channels, h=height, w=width)

@@ -19,7 +19,7 @@ Aggregate: TypeAlias = Callable[[int], nn.Module]
 
 @register
 class AttentionResidual(nn.Module):
-    """Weighted mean of several tensors, with separate weights for each channel of each vector.
+    """Weighted mean of a list of tensors (`arrays`), with separate weights for each channel of each vector.
 
         logits = expand(project(norm(arrays)))        out = sum of softmax(logits, over the arrays) * arrays
 
@@ -28,7 +28,7 @@ class AttentionResidual(nn.Module):
 
     Args:
         dim: Width of the tensors.
-        rank: Width of the hidden layer between the linear layers `project` and `expand`.
+        rank: Output width of the linear layer `project`, and input width of the linear layer `expand`.
 
     Raises:
         ValueError: If a size is below 1.

@@ -99,9 +99,10 @@ class CrossAttend(nn.Module):
 
         Args:
             x: Queries. A batch size of 1 is broadcast.
-            tokens: `Tokens`, a tensor, or a memory (keys and values) that an earlier call stored in a cache.
-            mask: Mask that is combined with the tokens' own mask: a key-padding mask `b n`, an attention mask
-                `b h q k`, or a rule such as `masks.Causal()`.
+            tokens: `Tokens`, a tensor `b n c`, or the keys and values that an earlier call stored in a cache
+                (`cache.memory`).
+            mask: Key-padding mask `b n`, attention mask `b h q k`, or a callable such as `masks.Causal()`. It is
+                combined with the tokens' own mask by logical and.
             positions: Query positions for rotary embeddings; by default consecutive, with 0 for the last query.
             token_positions: Token positions for rotary embeddings; by default consecutive, with 0 for the last token.
             cache: Cache that stores the keys and values for later calls: `reads.SharedMemory` or
@@ -151,7 +152,7 @@ class CrossAttend(nn.Module):
         Args:
             tokens: `Tokens` or a tensor, as in `forward`.
             mask: Same as in `forward`.
-            num_queries: Number of queries, for which the cost of each strategy is predicted.
+            num_queries: Number of queries to assume when predicting the cost of each strategy.
         """
         self._check(tokens)
         attention = cast(Attention, self.attention)

@@ -1,4 +1,4 @@
-"""Dropout of whole latents. Dropped latents are not processed, so it also reduces compute."""
+"""Dropout of whole latents. Dropped latents are not processed, so dropout also reduces compute."""
 
 from __future__ import annotations
 

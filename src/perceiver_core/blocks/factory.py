@@ -1,4 +1,4 @@
-"""Helpers that call factories: callables that build a submodule, such as the arguments `attention=` and `norm=`."""
+"""Helpers that call factories. A factory is a callable that builds a submodule, such as the argument `norm=`."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def build(factory: Callable[..., T], *args: object, **kwargs: object) -> T:
 
 
 def _renewed(value: Any, *, unwrap: bool) -> Any:
-    """Return `value` with all modules inside it copied. Partials, lists and tuples without modules are not copied.
+    """Return `value` with all modules inside it deep-copied, except modules wrapped in `Shared`.
 
-    If `unwrap` is True, `Shared` wrappers among the arguments of a partial are replaced by their modules. Wrappers in
-    the arguments of a nested partial are kept, because that partial is called later.
+    Partials, lists and tuples without modules are returned unchanged. If `unwrap` is True, each `Shared` wrapper is
+    replaced by its module, except inside nested partials. Those are passed to `build` later and unwrapped then.
     """
     if isinstance(value, nn.Module):
         return copy.deepcopy(value)

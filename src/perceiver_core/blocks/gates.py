@@ -22,10 +22,10 @@ A gate is a module that replaces the sum and is called as `gate(input, output)`.
 
 @register
 class GRUGate(nn.Module):
-    """Gate that replaces a residual sum with a gated recurrent unit (GRU).
+    """Gate that replaces the residual sum `x + output` with a gated recurrent unit (GRU).
 
-    The hidden state of the GRU is the input of the branch (attention or MLP), and the input of the GRU is the output of
-    the branch.
+    `x` (the input of the attention or MLP branch) is the hidden state of the GRU. `output` (the output of the branch)
+    is the input of the GRU.
 
     Args:
         dim: Width of the branch's input and output.
@@ -44,7 +44,7 @@ class GRUGate(nn.Module):
         self.cell = nn.GRUCell(dim, dim)
 
     def forward(self, x: Float[Tensor, "#b m d"], output: Float[Tensor, "b m d"]) -> Float[Tensor, "b m d"]:
-        """Return the next hidden state of the GRU."""
+        """Return `GRUCell(output, x)`, the next hidden state of the GRU."""
         return self.cell(output.flatten(0, 1), x.expand_as(output).flatten(0, 1)).view_as(output)
 
 
@@ -71,7 +71,7 @@ class TanhGate(nn.Module):
         self.gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Float[Tensor, "#b m d"], output: Float[Tensor, "b m d"]) -> Float[Tensor, "b m d"]:
-        """Return the gated sum."""
+        """Return `x + tanh(gate) * output`."""
         return x + self.gate.tanh() * output
 
 
@@ -85,7 +85,7 @@ def from_option(residual: Residual, dim: int) -> bool | nn.Module:
 
 
 def combine(residual: bool | nn.Module, x: Float[Tensor, "#b m d"], output: Float[Tensor, "b m d"]) -> Tensor:
-    """Return `x + output` if `residual` is True, `output` if it is False, else the gate's result for both."""
+    """Return `x + output` if `residual` is True, `output` if it is False, or `residual(x, output)` for a gate."""
     if isinstance(residual, bool):
         return x + output if residual else output
     return residual(x, output)

@@ -61,11 +61,13 @@ class Level:
 class GroupedRead(nn.Module):
     """Cross-attention and latent transformer, applied to each group of tokens with separate latents per group.
 
-        tokens = b (g n) c -> (b g) n c;  latents = transformer(read(latents, tokens));  (b g) z d -> b (g z) d
+        split tokens into g groups:  b (g n) c -> (b g) n c
+        latents = latent_transformer(cross_attention(latents, tokens))
+        concatenate the groups:      (b g) z d -> b (g z) d
 
-    Each group has its own initial latents; all other weights are the same for all groups. If the number of groups does
-    not divide the number of tokens, masked padding is appended. In a group that contains only padding, the input of the
-    attention's output projection is zero.
+    Each group has its own initial latents. All other parameters are shared by the groups. If the number of groups does
+    not divide the number of tokens, masked padding tokens are appended. In a group that contains only padding, the
+    input of the attention's output projection is zero.
 
     Args:
         input_dim: Width of the tokens.
@@ -126,7 +128,7 @@ class GroupedRead(nn.Module):
 
 
 def grouped(x: Shaped[Tensor, "b n c"], groups: int) -> Shaped[Tensor, "bg size c"]:
-    """Split tokens into contiguous groups of equal size, padded with zeros at the end, and stack them as a batch.
+    """Split tokens into contiguous groups of equal size, `b n c -> (b groups) size c`, with zero padding at the end.
 
     Example:
         >>> from perceiver_core.blocks.grouped_read import grouped

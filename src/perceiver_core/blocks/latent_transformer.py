@@ -78,9 +78,10 @@ class LatentTransformer(nn.Module):
 
         Args:
             x: Latents.
-            mask: Attention mask, as in `SelfAttend`.
-            positions: Positions for rotary embeddings, as in `SelfAttend`.
-            caches: Caches as in `SelfAttend`, one for each of the `num_layers` layers.
+            mask: Attention mask. With caches, it must also cover the cached keys.
+            positions: Positions for rotary embeddings; by default consecutive, with 0 for the last latent. With rotary
+                embeddings, caches require explicit positions.
+            caches: Key-value caches (`reads.KeysValuesCache`), one for each of the `num_layers` layers.
 
         Example:
             >>> transformer, x = pc.LatentTransformer(32, depth=2, num_heads=4), torch.randn(1, 5, 32)

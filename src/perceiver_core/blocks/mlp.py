@@ -13,26 +13,26 @@ from perceiver_core.registry import register
 
 @register
 class GEGLU(nn.Module):
-    """Gated GELU, `x * gelu(gate)`. The channels are split into `x` and `gate`, so the output is half as wide.
+    """Gated GELU, `values * gelu(gates)`, where `values` and `gates` are the first and second half of the channels.
 
     Example:
         >>> pc.GEGLU()(torch.randn(2, 3, 16)).shape
         torch.Size([2, 3, 8])
 
-    Reference: Shazeer 2020, equation 6; the order [x, gate] is as in perceiver-pytorch.
+    Reference: Shazeer 2020, equation 6; the order [values, gates] is as in perceiver-pytorch.
     """
 
     inputs_per_output = 2
 
     def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b half"]:
-        """Return `x * gelu(gate)`, with half the channels of the input."""
+        """Split the channels of `x` into `values` and `gates`, and return `values * gelu(gates)`."""
         values, gates = x.chunk(2, dim=-1)
         return values * F.gelu(gates)
 
 
 @register
 class SwiGLU(nn.Module):
-    """Gated SiLU, `x * silu(gate)`. The channels are split into `x` and `gate`, so the output is half as wide.
+    """Gated SiLU, `values * silu(gates)`, where `values` and `gates` are the first and second half of the channels.
 
     Example:
         >>> pc.SwiGLU()(torch.randn(2, 3, 16)).shape
@@ -44,7 +44,7 @@ class SwiGLU(nn.Module):
     inputs_per_output = 2
 
     def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b half"]:
-        """Return `x * silu(gate)`, with half the channels of the input."""
+        """Split the channels of `x` into `values` and `gates`, and return `values * silu(gates)`."""
         values, gates = x.chunk(2, dim=-1)
         return values * F.silu(gates)
 

@@ -26,9 +26,9 @@ class MultiHeadAttention(nn.Module):
         dim: Input width of the queries.
         input_dim: Input width of the keys and values; `dim` by default.
         num_heads: Number of query heads; must divide `qk_dim` and `v_dim`.
-        qk_dim: Total width of the query heads: `num_heads` times the width of each query and key head; `input_dim` by
+        qk_dim: Total width of the query heads: `num_heads` times the head dimension of queries and keys; `input_dim` by
             default, as in the paper.
-        v_dim: Total width of the attention output: `num_heads` times the width of each value head; `qk_dim` by default.
+        v_dim: Total width of the attention output: `num_heads` times the head dimension of values; `qk_dim` by default.
         num_kv_heads: Number of key-value heads; `num_heads` by default. It must divide `num_heads`. With fewer
             key-value heads than query heads, adjacent query heads share one (grouped-query attention).
         out_dim: Output width; `dim` by default.
@@ -115,9 +115,9 @@ class MultiHeadAttention(nn.Module):
 
         Args:
             x: Input of the queries. A batch size of 1 is broadcast.
-            inputs: Input of the keys and values: a tensor, a `reads.Source`, or a memory such as `reads.KeysValues`;
-                `x` by default (self-attention).
-            mask: Key-padding mask `b n`, attention mask `b h q k`, or a rule such as `masks.Causal()`.
+            inputs: Input of the keys and values, a tensor or a `reads.Source`; `x` by default (self-attention). Cached
+                keys and values, such as `reads.KeysValues`, can be passed instead.
+            mask: Key-padding mask `b n`, attention mask `b h q k`, or a callable such as `masks.Causal()`.
             positions: Positions of `x` for rotary embeddings; 1 - m ... 0 by default.
             cache: Cache that stores the keys and values: `reads.SharedMemory` or `reads.KeysValuesCache`.
             capture: Container that stores the attention weights; see `reads.AttentionCapture`.

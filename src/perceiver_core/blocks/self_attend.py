@@ -76,8 +76,8 @@ class SelfAttend(nn.Module):
             mask: Attention mask. With a cache, it must also cover the cached keys.
             positions: Positions for rotary embeddings; by default consecutive, with 0 for the last vector.
             cache: Cache with the keys and values of earlier vectors (`reads.KeysValuesCache`), to which the keys and
-                values of `x` are appended. With a causal mask, a sequence can then be passed in parts, with the same
-                result as in one call. With rotary embeddings, this requires explicit `positions`.
+                values of `x` are appended. With a causal mask, a sequence can then be split over several calls
+                without changing the result. With rotary embeddings, this requires explicit `positions`.
         """
         options: dict[str, object] = {} if positions is None else {"positions": positions}
         if cache is not None:

@@ -39,8 +39,8 @@ def card(model: nn.Module, name: str) -> str:
 def as_calls(config: registry.Json, indent: int = 0) -> str:
     """Return a configuration from `registry.to_config` as constructor calls in Python syntax.
 
-    If a module occurs several times, its later occurrences are replaced by the path of the first. `indent` is the
-    indentation of the first line, in columns.
+    If a module occurs several times, later occurrences are replaced by the path of the first occurrence, such as
+    adapter.positions. `indent` is the number of spaces in front of the first line, which the caller adds.
     """
     if isinstance(config, list):
         return _wrapped("[", [as_calls(item, indent + 4) for item in config], "]", indent)

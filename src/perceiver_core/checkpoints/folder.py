@@ -65,7 +65,7 @@ def parse_json(text: str | bytes, source: str, *, largest: int = LARGEST_CONFIG,
 
 
 def read_at_most(path: Path, largest: int = LARGEST_CONFIG) -> bytes:
-    """Read at most `largest + 1` bytes of a file. If the result has that length, the file is too large."""
+    """Read at most `largest + 1` bytes of a file. A result longer than `largest` means that the file is too large."""
     with path.open("rb") as file:
         return file.read(largest + 1)
 

@@ -1,7 +1,7 @@
 """Functions to upload models to the Hugging Face Hub and to load models from it.
 
-A repository holds the files written by `save` and a model card. These are functions, not methods of a model class,
-because the class of a loaded model depends on the files.
+A repository holds the files written by `save` and a model card. Loading is a function, not a method of a model class,
+because the class of the model is known only after the files are read.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def from_pretrained(
     Files from the Hub are read with `load`, which does not execute any code in them.
 
     Args:
-        name_or_folder: Folder, or repository on the Hugging Face Hub (`owner/name`). The Hub requires huggingface_hub.
+        name_or_folder: Folder, or repository on the Hugging Face Hub (`owner/name`), which requires huggingface_hub.
         revision: Branch, tag or commit of the repository; None for the default branch.
         token: Token for private repositories. Defaults to the token stored by huggingface_hub.
         cache_dir: Folder for downloaded files. Defaults to the cache folder of huggingface_hub.

@@ -52,7 +52,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
 
     Raises:
         ValueError: If a class is not registered, or the model has changes that its constructor calls do not describe.
-        ValueError: If a tensor has no values (for example, on the meta device), or two tensors share memory.
+        ValueError: If a tensor has no values (for example, on the meta device), or distinct tensors share memory. Tied
+            weights must be the same nn.Parameter.
 
     Example:
         >>> import tempfile, torch

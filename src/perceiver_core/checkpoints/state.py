@@ -1,4 +1,4 @@
-"""Functions on state dicts: tensor names, shapes, dtypes and memory, and differences between two models."""
+"""Functions that check the tensors in state dicts (names, shapes, dtypes, memory) and compare two models."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _TORCH_NAMES = {
 
 
 def state_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of a model's state dict, keyed by name. A tensor with several names has only its first name.
+    """Return the tensors of a model's state dict, keyed by name. Tied tensors appear only under their first name.
 
     Raises:
-        ValueError: If an entry of the state dict is not a tensor.
+        ValueError: If a value in the state dict is not a tensor.
         ValueError: If a tensor is lazy, sparse, or a wrapper of other tensors, such as a quantized or sharded tensor.
     """
     state = model.state_dict(keep_vars=True)
@@ -50,7 +50,10 @@ def _wraps_others(tensor: Tensor) -> bool:
 
 
 def first_names(model: nn.Module) -> dict[str, str]:
-    """Map each name in the state dict to the first name of its tensor; they differ only for tied tensors."""
+    """Map each name in the state dict to the name under which its tensor is saved.
+
+    If "a.weight" and "b.weight" are tied, both map to the first name, "a.weight". All other names map to themselves.
+    """
     first: dict[int, str] = {}
     return {name: first.setdefault(id(tensor), name) for name, tensor in model.state_dict(keep_vars=True).items()}
 
@@ -70,7 +73,7 @@ def assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def check_values(tensors: dict[str, Tensor]) -> None:
-    """Check that no tensor is on the meta device and that no two tensors share memory."""
+    """Check that no tensor is on the meta device and that no two tensors overlap in memory."""
     spans: list[tuple[str, int, int, str]] = []
     for name, tensor in tensors.items():
         if tensor.is_meta:

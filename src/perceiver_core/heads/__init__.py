@@ -1,7 +1,8 @@
 """Heads: modules that compute the model output from the latents of an encoder or the outputs of a decoder.
 
 `PerceiverIO` calls its head with the decoder outputs. If the head has the attribute `needs_query_layout = True`,
-`PerceiverIO` also passes its own argument `query_inputs`, and the grid size of the queries (if any) as `grid`.
+`PerceiverIO` also passes two keyword arguments to the head: its own argument `query_inputs`, and `grid`, which is the
+grid size of the queries or None.
 """
 
 from perceiver_core.heads.classification import Classification, Regression

@@ -56,7 +56,8 @@ class Grid(nn.Module):
 
         Args:
             outputs: Decoder outputs, one per grid point or selected grid point.
-            query_inputs: Selected grid points (their values are not used); None if all grid points are decoded.
+            query_inputs: Any value other than None if only selected grid points are decoded, usually their indices.
+                None if all grid points are decoded.
             grid: Grid size of the queries; None to use the grid size of this head.
 
         Raises:

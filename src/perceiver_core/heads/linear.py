@@ -60,7 +60,7 @@ class Logits(nn.Module):
 
 @register
 class TiedLogits(nn.Module):
-    """Variant of `Logits` that uses the adapter's embedding (the parameter `vectors`) as the weight, with its own bias.
+    """Variant of `Logits` with a weight tied to the adapter's embedding (the parameter `vectors`), and a separate bias.
 
     Example:
         >>> text = pc.adapters.TokenEmbedding(vocab_size=11, dim=32)

@@ -85,7 +85,7 @@ class Unpatchify(nn.Module):
 
 @register
 class Waveform(nn.Module):
-    """Head that projects decoder outputs to patches of samples and concatenates the patches to waveforms.
+    """Head that projects decoder outputs to patches of audio samples and concatenates the patches to waveforms.
 
     Args:
         dim: Width of the decoder outputs.
@@ -108,7 +108,7 @@ class Waveform(nn.Module):
         self.samples = init.linear(dim, num_channels * patch_size)
 
     def forward(self, outputs: Float[Tensor, "b q d"]) -> Float[Tensor, "b *c s"]:
-        """Return waveforms of `q * patch_size` samples."""
+        """Return waveforms of `q * patch_size` audio samples."""
         checks.has_shape("outputs", outputs, "b q d", last=self.dim)
         waveform = unpatchify(self.samples(outputs), (self.patch_size,))
         return waveform[:, 0] if self.num_channels == 1 else waveform

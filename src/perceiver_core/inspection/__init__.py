@@ -1,1 +1,1 @@
-"""Model inspection: strategies and costs of reads, attention maps, and plots of position features and models."""
+"""Model inspection: strategies and costs of reads (cross-attentions), attention maps, and plots."""

@@ -18,15 +18,15 @@ from perceiver_core.reads.strategy import listening
 
 @dataclass(frozen=True)
 class ReadExplanation:
-    """Strategy and predicted cost of one read. Reads that share keys and values are reported as a single read.
+    """Strategy and predicted cost of one read (cross-attention). Reads that share keys and values are reported as one.
 
     Args:
         read: Qualified name of the read's module; empty if the read is the model itself.
         sizes: Sizes of the read; see `reads.Sizes`. The queries of reads that share keys and values are added up.
         strategy: Strategy that computes the read.
         cost: Predicted cost of the forward pass. `cost.seconds` is the time on one CPU thread or on a whole GPU.
-        why: Reasons for the choice: for each of the other strategies, its predicted time, or why it is slow or cannot
-            compute the read. "forced" means that the read is set to a single strategy, not to `reads.Auto`.
+        why: Reasons for the choice. For each other strategy, they give the predicted time, or say why the strategy is
+            slow or cannot compute the read. "forced" means that the read has a fixed strategy instead of `reads.Auto`.
     """
 
     read: str
@@ -59,7 +59,7 @@ class ReadExplanations(tuple[ReadExplanation, ...]):
 
 
 def explain_reads(model: nn.Module, *inputs: object, **options: object) -> ReadExplanations:
-    """Run a model once, and report the strategy of each read, its predicted cost, and the reasons for the choice.
+    """Run a model once, and report the strategy of each read (cross-attention), with predicted costs and reasons.
 
     FLOPs, bytes and milliseconds are predictions of the cost model for the forward pass on one GPU, or on the current
     number of CPU threads. On CUDA, the report also names the PyTorch attention kernel of reads with the `Dense` or
@@ -106,7 +106,7 @@ def explain_reads(model: nn.Module, *inputs: object, **options: object) -> ReadE
 
 @contextmanager
 def _frozen_state(model: nn.Module) -> Iterator[None]:
-    """Context manager that prevents changes to the running statistics of norms and to the generators of modules."""
+    """Context manager that keeps running statistics of norms unchanged and restores the modules' random generators."""
     moving = [part for part in model.modules() if part.training and hasattr(part, "running_mean")]
     generators = [g for part in model.modules() if isinstance(g := getattr(part, "generator", None), torch.Generator)]
     states = [generator.get_state() for generator in generators]
@@ -143,7 +143,7 @@ def _reason(strategy: Strategy, context: ReadContext, decision: Decision, *, all
 
 
 def _kernel_note(strategy: Strategy, context: ReadContext) -> list[str]:
-    """Return a list with the name of PyTorch's attention kernel for a read on CUDA, or an empty list."""
+    """Return a list with the name of PyTorch's attention kernel for a read on CUDA. Otherwise, return an empty list."""
     attention, source = context
     device = source.content().device
     if device.type != "cuda" or isinstance(strategy, Structured) or attention.kernel not in (fastest, sdpa):

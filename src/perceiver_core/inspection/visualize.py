@@ -40,16 +40,16 @@ def attention_map(
     queries: int | Sequence[int] | Tensor | None = None,
     mask: object = None,
 ) -> Float[Tensor, "b h chosen *grid"]:
-    """Return the attention weights of selected latents in one read, reshaped to the token grid.
+    """Return the attention weights of selected latents in one read (cross-attention), reshaped to the token grid.
 
     The model runs in evaluation mode and without gradients. Its training mode is restored afterwards.
 
     Args:
         model: Perceiver.
         inputs: Input of the model, such as images `b c h w`.
-        read: Index of the encoder's read; negative indices count from the last.
+        read: Index of the read in the encoder (default: -1, the last).
         queries: Indices of the selected latents; None for all latents.
-        mask: Mask of valid inputs, as in `Perceiver.forward`; None for no mask.
+        mask: Mask of valid inputs, passed to `Perceiver.forward`; None for no mask.
 
     Returns:
         Attention weights `b h chosen *grid`, where `chosen` is the number of selected latents. They sum to 1 over the
@@ -108,10 +108,10 @@ def overlay(
 
 
 def position_features(positions: Positions, grid: Sequence[int], *, columns: int = 8, limit: int = 64) -> Figure:
-    """Plot position features: for a 2-D grid, one image per feature; for a 1-D grid, one image of all features.
+    """Plot position features as one image per feature (2-D grid), or as a single image of all features (1-D grid).
 
     Args:
-        positions: Position features over one or two axes.
+        positions: Position encoding of a one- or two-dimensional grid.
         grid: Grid size, one number per axis.
         columns: Number of images per row of the figure.
         limit: Maximum number of features to plot. If there are more, evenly spaced features are selected.
@@ -147,7 +147,9 @@ def position_features(positions: Positions, grid: Sequence[int], *, columns: int
 
 
 def architecture(model: Perceiver) -> Figure:
-    """Draw a diagram of a Perceiver: its reads and latent transformers in order, with one color per set of weights.
+    """Draw the reads (cross-attentions) and latent transformers of a Perceiver in execution order.
+
+    Modules that share weights have the same color.
 
     Example:
         >>> with torch.device("meta"):

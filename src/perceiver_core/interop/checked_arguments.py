@@ -18,8 +18,9 @@ class CheckedArguments:
     """Constructor arguments and weights of a model from another library, with methods that compare them.
 
     Args:
-        weights: State dict of the model. The tensors may be on the meta device, unless `layers` is called.
-        arguments: Dictionary of the arguments that the caller passed, keyed by name.
+        weights: State dict of the model. The tensors may be on the meta device, unless `layers` is called, which
+            compares their values.
+        arguments: Dictionary of the constructor arguments that the caller passed, keyed by name.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], arguments: Mapping[str, Json]) -> None:
@@ -30,7 +31,9 @@ class CheckedArguments:
         return self.arguments.get(name, default)
 
     def agreed(self, name: str, actual: T, key: str) -> T:
-        """Return `actual`, the value of the argument `name` that was inferred from the weight named `key`.
+        """Return `actual`, after checking that the caller did not pass a different value for the argument `name`.
+
+        `actual` was inferred from the weight named `key`, which appears in the error message.
 
         Raises:
             ValueError: If the caller passed a different value.
@@ -57,14 +60,14 @@ class CheckedArguments:
         return self.agreed(name, self.length(key, axis), key)
 
     def heads(self, prefix: str, key: str, default: int) -> tuple[int, int]:
-        """Return the number of attention heads and their total width, the number of rows of the weight named `key`.
+        """Return the number of attention heads and their total width.
 
-        The caller may pass the number of heads as `{prefix}_heads` and the width of a head as `{prefix}_dim_head`. If
-        one of them is missing, it is inferred from the total width. If both are missing, there are `default` heads of
-        width 64.
+        The total width is the number of rows of the weight named `key`. The caller may pass the number of heads as
+        `{prefix}_heads` and the head dimension as `{prefix}_dim_head`. If one of them is missing, it is inferred from
+        the total width. If both are missing, there are `default` heads of dimension 64.
 
         Raises:
-            ValueError: If the number of heads times the width of a head is not the total width.
+            ValueError: If the number of heads times the head dimension is not the total width.
         """
         rows, names = self.length(key), (f"{prefix}_heads", f"{prefix}_dim_head")
         given = {name: self.arguments[name] for name in names if name in self.arguments}
@@ -81,11 +84,11 @@ class CheckedArguments:
     def layers(self, first: int) -> tuple[int, bool]:
         """Return the number of layers, and whether the layers from index `first` on share their weights.
 
-        If they do, the weights of all layers after `first` are removed from `self.weights`.
+        If the layers share weights, all layers after `first` are removed from `self.weights`.
 
         Raises:
-            ValueError: If the caller passed a `depth` that is not the number of layers in the weights. If layers share
-                weights, `depth` may be larger.
+            ValueError: If the caller passed a `depth` that is not the number of layers in the state dict. If layers
+                share weights, `depth` may be larger, because a state dict may omit the repeated layers.
             ValueError: If the caller passed `weight_tie_layers=True` and the weights of the layers differ.
         """
         stored = len({layer for layer in map(layer_of, self.weights) if layer >= 0})

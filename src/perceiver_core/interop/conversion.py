@@ -71,10 +71,11 @@ def convert(
         numerics: Implementation to reproduce, "transformers" or "deepmind" (see `Numerics`). Defaults to "deepmind" for
             Haiku sources and to "transformers" otherwise. Must be None for perceiver-pytorch sources.
         arguments: Values that the source does not contain. For perceiver-pytorch sources, these are constructor
-            arguments of the model. For Haiku and perceiver-core sources, these are entries of the transformers
-            configuration. Must be empty for transformers sources.
-        check: Whether to compare the outputs of this library, in float64 on random inputs, with the outputs of the
-            other library (transformers or perceiver-pytorch), which must be installed.
+            arguments of the model. For Haiku and perceiver-core sources, these are values of the transformers
+            configuration, such as `{"num_blocks": 8}`. Must be empty for transformers sources.
+        check: Whether to run this library's model and the model of the other library (transformers or
+            perceiver-pytorch) on the same random inputs in float64 and compare the outputs. The other library must be
+            installed.
         tolerance: Largest output difference that `check` accepts, in standard deviations of the other library's
             output. If the difference is larger or NaN, nothing is written, and the difference is still returned.
 
@@ -193,7 +194,10 @@ def _as_value_error(message: str) -> Iterator[None]:
 
 
 def _check_plan(plan: _Plan, *, numerics_given: bool) -> None:
-    """Check that the options are valid and can be combined, and that the library that `check` runs is installed."""
+    """Check that the options are valid and can be combined. If `plan.check`, check that the other library is installed.
+
+    `numerics_given` says whether the caller of `convert` passed `numerics`.
+    """
     for name, value, known in (
         ("source_format", plan.source_format, FORMATS),
         ("target", plan.target, TARGETS),
@@ -223,7 +227,7 @@ def _check_plan(plan: _Plan, *, numerics_given: bool) -> None:
 
 
 def _read(plan: _Plan) -> tuple[nn.Module, Config]:
-    """Load the source model. Return it and its transformers configuration, or {} for perceiver-pytorch."""
+    """Load the source model. Return the model and its transformers configuration ({} for perceiver-pytorch)."""
     numerics = NUMERICS[plan.numerics]
     if plan.source_format == "transformers":
         return load_transformers(plan.path, numerics=numerics), read_config(plan.path)
@@ -235,7 +239,10 @@ def _read(plan: _Plan) -> tuple[nn.Module, Config]:
 
 
 def _write(model: nn.Module, config: Config, plan: _Plan, folder: Path, name: str) -> nn.Module:
-    """Write a model to a folder in the target format, load it from there, and return the loaded model."""
+    """Write a model to a folder in the target format. Load it again from the folder, and return the loaded model.
+
+    `name` is the title of the model card.
+    """
     if plan.target == "transformers":
         numerics = NUMERICS[plan.numerics]
         return load_transformers(save_transformers(model, folder, config=config, numerics=numerics), numerics=numerics)

@@ -53,17 +53,18 @@ def load_haiku(path: str | PathLike[str], *, numerics: Numerics = DEEPMIND_NUMER
             is detected from the content, not from the file name.
         numerics: `interop.DEEPMIND_NUMERICS` to reproduce the outputs of DeepMind's code, or
             `interop.TRANSFORMERS_NUMERICS` to reproduce the outputs of transformers.
-        config: Entries of the transformers configuration that array shapes do not determine, such as
+        config: Options of transformers' `PerceiverConfig` that array shapes do not determine, such as
             `num_self_attention_heads`, `num_blocks` and `train_size`. They default to the values of the published
-            models. Image classifiers with Fourier features also accept `max_resolution`, the height and width whose
-            Nyquist frequencies are the highest bands (published: [224, 224], or [56, 56] with a convolutional stem).
+            models. Image classifiers with Fourier features also accept `max_resolution`, the token grid size (height,
+            width) in training. Its Nyquist frequencies are the highest Fourier frequencies. It defaults to [224, 224],
+            or [56, 56] with a convolutional stem.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        TypeError: If a name in `config` is not an entry of the transformers configuration.
+        TypeError: If `config` contains an unknown option.
         ValueError: If the file does not contain Haiku parameters of a published architecture.
         ValueError: If the parameters do not match `config`.
 
@@ -75,7 +76,10 @@ def load_haiku(path: str | PathLike[str], *, numerics: Numerics = DEEPMIND_NUMER
 
 
 def load_with_config(path: Path, numerics: Numerics, given: Config) -> tuple[PerceiverIO, dict[str, Json]]:
-    """Load a model with `given` as `config` of `load_haiku`; return it with its transformers configuration."""
+    """Load a model from a file of Haiku parameters. Return the model and its transformers configuration.
+
+    The options in `given` replace options that are inferred from the file.
+    """
     if unknown := sorted(given.keys() - configs.DEFAULTS.keys() - configs.FOURIER.keys() - DESCRIPTIVE):
         raise TypeError(
             f"a configuration of Perceiver IO has no {unknown}; it has {sorted(configs.DEFAULTS | configs.FOURIER)}"
@@ -97,7 +101,7 @@ def load_with_config(path: Path, numerics: Numerics, given: Config) -> tuple[Per
 
 @contextmanager
 def _open_parameters(path: Path) -> Iterator[dict[str, ArrayHeader]]:
-    """Context manager that yields a dictionary of the array headers in a file, keyed by `scope/parameter`."""
+    """Context manager that opens a Haiku file and yields a dictionary from `scope/parameter` to array headers."""
     if not path.is_file():
         raise FileNotFoundError(f"path must be a file of Haiku's parameters; there is none at {path}")
     if not 0 < (size := path.stat().st_size) <= LARGEST_FILE:
@@ -114,7 +118,10 @@ def _open_parameters(path: Path) -> Iterator[dict[str, ArrayHeader]]:
 
 
 def _inferred_config(checked: CheckedArguments) -> dict[str, Json]:
-    """Infer the transformers configuration from array shapes. Other entries get the values of the published model."""
+    """Infer the transformers configuration from array shapes.
+
+    Options that shapes do not determine, such as the number of heads, get the values of the published models.
+    """
     names, length = checked.weights, checked.length
     architecture = next((architecture for mark, architecture in MARKS.items() if mark in names), configs.PIXELS)
     heads, cross_heads, blocks = HEADS.get(architecture, IMAGE_HEADS)
@@ -140,9 +147,9 @@ def _inferred_config(checked: CheckedArguments) -> dict[str, Json]:
 
 
 def _inferred_ends(architecture: str, checked: CheckedArguments, attention: str, input_norm: str) -> dict[str, Json]:
-    """Infer the configuration entries that describe the inputs and outputs of the architecture.
+    """Infer the options for the inputs and outputs of the architecture, such as `vocab_size` and `num_labels`.
 
-    `attention` is the name of a self-attention layer in the encoder, and `input_norm` the norm of the encoder inputs.
+    `attention` and `input_norm` are Haiku scopes in the encoder: a self-attention layer, and the norm of the inputs.
     """
     length, fourier = checked.length, sorted(checked.arguments.keys() & configs.FOURIER.keys())
     if fourier and architecture not in CONTENT_CHANNELS:

@@ -87,13 +87,13 @@ def load_perceiver_pytorch(
 ) -> Perceiver | PerceiverIO:
     """Load the weights of perceiver-pytorch's `Perceiver` or `PerceiverIO` into a model of this library.
 
-    The model computes the same outputs as the original. Its class is inferred from the weight names. Its inputs have
-    the same layout as in perceiver-pytorch, so images are `b h w c`. To pass queries to a `PerceiverIO`, call
+    The model computes the same outputs as the original. The class is inferred from the weight names. Inputs have the
+    same layout as in perceiver-pytorch, so images are `b h w c`. To pass queries to a `PerceiverIO`, call
     `model(data, mask=mask, query_inputs=queries)`.
 
     Args:
         state_dict: State dict of the original model (perceiver-pytorch 0.8 or newer), or path of a safetensors file.
-            The tensors of a state dict are not copied, so the new model shares their memory.
+            The tensors of a state dict are not copied, so the new model shares memory with them.
         arguments: Constructor arguments of the original model. `Perceiver` requires `max_freq`, unless
             `fourier_encode_data=False`. Pass `cross_heads`, `latent_heads`, `input_channels`, `input_axis` and
             `inverted_cross_attn` if they differ from perceiver-pytorch's defaults. Pass dropout rates if you want to
@@ -145,12 +145,12 @@ def load_perceiver_pytorch(
 
 
 def layout_of(names: Container[str]) -> Layout | None:
-    """Return the entry of `LAYOUTS` that matches the names in a state dict, or None if there is none."""
+    """Return the element of `LAYOUTS` that matches the names in a state dict. Return None if no layout matches."""
     return next((layout for layout in LAYOUTS if f"{layout.read.format(0)}.norm_context.weight" in names), None)
 
 
 def _perceiver(checked: CheckedArguments, layout: Layout) -> tuple[Perceiver, WeightMapping]:
-    """Build the model of this library that corresponds to a `Perceiver`. Return it and its weight mapping."""
+    """Build this library's equivalent of perceiver-pytorch's `Perceiver`. Return the model and the weight mapping."""
     adapter = _grid(checked, f"{layout.read.format(0)}.norm_context.weight")
     depth, tied = checked.layers(first=1)
     self_attends = 0
@@ -181,7 +181,7 @@ def _perceiver(checked: CheckedArguments, layout: Layout) -> tuple[Perceiver, We
 
 
 def _perceiver_io(checked: CheckedArguments, layout: Layout) -> tuple[PerceiverIO, WeightMapping]:
-    """Build the model of this library that corresponds to a `PerceiverIO`. Return it and its weight mapping."""
+    """Build this library's equivalent of perceiver-pytorch's `PerceiverIO`. Return the model and the weight mapping."""
     depth, tied = checked.layers(first=0)
     grid = Grid(checked.size("dim", f"{layout.read}.norm_context.weight"), positions=None)
     rate, blocks, residual = checked.get("seq_dropout_prob", 0.0), 1 if tied else depth, _attention_residual(checked)
@@ -223,7 +223,7 @@ def _cross_attend(checked: CheckedArguments, qk_dim: int, **kernel: Any) -> part
 
 
 def _attention(checked: CheckedArguments, qk_dim: int, **kernel: Any) -> partial[MultiHeadAttention]:
-    """Return a factory of attention layers. Queries, keys and values have no bias and a total width of `qk_dim`."""
+    """Return a factory of attention layers. The query, key and value projections have `qk_dim` outputs and no bias."""
     return partial(MultiHeadAttention, bias=False, qk_dim=qk_dim, dropout=checked.get("attn_dropout", 0.0), **kernel)
 
 
@@ -232,7 +232,7 @@ def _mlp(checked: CheckedArguments) -> partial[MLP]:
 
 
 def _is_inverted(checked: CheckedArguments) -> bool:
-    """Check that `inverted_cross_attn` is the same for all layers, and return it."""
+    """Return the argument `inverted_cross_attn` as one bool, after checking that it is the same for all layers."""
     given = checked.get("inverted_cross_attn", False)
     values = {*given} if isinstance(given, (tuple, list)) else {given}
     if values not in ({True}, {False}):
@@ -241,7 +241,7 @@ def _is_inverted(checked: CheckedArguments) -> bool:
 
 
 def _attention_residual(checked: CheckedArguments) -> partial[AttentionResidual] | None:
-    """Return a factory of `AttentionResidual` modules, or None if the model has none."""
+    """Return a factory of `AttentionResidual` modules, or None if the original model has no attention residuals."""
     key = "attn_residuals.0.to_attn_logits.1.weight"
     if not checked.agreed("attn_residual", key in checked.weights, key):
         return None
@@ -266,7 +266,7 @@ def _decoder(checked: CheckedArguments, layout: Layout, dim: int) -> tuple[Decod
 
 
 def _grid(checked: CheckedArguments, key: str) -> Grid:
-    """Build the input adapter. The token width is the size of the weight named `key`.
+    """Build the input adapter. The token width is inferred from the size of the weight named `key`.
 
     The adapter adds Fourier features, unless `fourier_encode_data` is False.
     """

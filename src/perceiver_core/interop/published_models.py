@@ -22,7 +22,7 @@ from perceiver_core.models import PerceiverIO
 
 
 class Numerics(NamedTuple):
-    """Details in which transformers differs from DeepMind's code.
+    """Options for the four details in which transformers differs from DeepMind's code.
 
     The published weights were trained with DeepMind's code. `interop.TRANSFORMERS_NUMERICS` reproduces the outputs of
     transformers. `interop.DEEPMIND_NUMERICS` reproduces the outputs of DeepMind's code.
@@ -34,8 +34,9 @@ class Numerics(NamedTuple):
             before the pooling. transformers pads only before the convolution.
         query_residual: Whether the decoder of the image classifier with learned positions adds the query to the output
             of the cross-attention. True for transformers and False for DeepMind's code.
-        transposed_stem: Whether to swap height and width of the kernel in the convolutional stem when it is loaded from
-            transformers. The conversion of the published weights to transformers swapped them.
+        transposed_stem: Whether to swap height and width of the kernel in the convolutional stem when weights are
+            loaded from transformers. True undoes a swap that was made when the published weights were converted to
+            transformers.
 
     Example:
         >>> pc.interop.DEEPMIND_NUMERICS.activation

@@ -23,7 +23,7 @@ from perceiver_core.interop.weight_mapping import (
 
 
 class Part(NamedTuple):
-    """Tensor of a module, such as its bias: the ends of its names, and the transforms to this library's layout."""
+    """Name suffixes of one tensor of a module, such as the bias, and the transforms to this library's layout."""
 
     suffix: str  # end of the tensor name in this library and in transformers
     haiku: str | None  # end of the tensor name in Haiku; None if Haiku does not store the tensor
@@ -76,7 +76,7 @@ QUERY, POSITIONS = "output_position_encodings.position_embeddings", "trainable_p
 
 
 def from_transformers(config: Config, *, transposed_stem: bool) -> WeightMapping:
-    """Return the mapping from weights of transformers to this library. See `Numerics` for `transposed_stem`."""
+    """Return the mapping from transformers weights to weights of this library. See `Numerics` for `transposed_stem`."""
     stem = TRANSPOSED if transposed_stem else UNCHANGED
     return WeightMapping(
         Entry(ours + part.suffix, transformers + part.suffix, part.from_transformers)
@@ -86,7 +86,7 @@ def from_transformers(config: Config, *, transposed_stem: bool) -> WeightMapping
 
 
 def from_haiku(config: Config, names: Collection[str]) -> WeightMapping:
-    """Return the mapping from Haiku parameters to weights of this library. `names` are the parameter names."""
+    """Return the mapping from Haiku parameters to weights of this library. `names` are all names in the Haiku file."""
     return WeightMapping(
         Entry(ours + part.suffix, () if part.haiku is None else haiku + part.haiku, part.from_haiku)
         for ours, _, haiku, parts in _rows(config, haiku_encoder=haiku_encoder(names))
@@ -122,7 +122,10 @@ def haiku_encoder(names: Collection[str]) -> str:
 
 
 def _rows(config: Config, *, haiku_encoder: str = "", stem: Transform = UNCHANGED) -> list[Row]:
-    """Return one `Row` for each module of the model that `config` describes."""
+    """Return the names of the model's modules in all three projects, one `Row` per module.
+
+    `haiku_encoder` is the prefix of the encoder's names in Haiku. `stem` converts the kernel of the convolutional stem.
+    """
     architecture, completed = configs.architecture_of(config), configs.complete(config)
     decoder, scope = "perceiver.decoder" + ".decoder" * (architecture != configs.TEXT), HAIKU_DECODERS[architecture]
     reads = f"{haiku_encoder}/cross_attention", f"{scope}/cross_attention"
@@ -146,7 +149,7 @@ def _within(ours: str, transformers: str, haiku: str, rows: Sequence[Row]) -> li
 
 
 def _outer_rows(architecture: str, image_size: int, stem: Transform) -> list[Row]:
-    """Return the rows of the adapter, and of the queries and the head that only this architecture has."""
+    """Return one `Row` for each architecture-specific module outside the encoder and decoder."""
     inputs, network = "perceiver.input_preprocessor", "image_preprocessor/~_build_network_inputs"
     learned, downsample = f"{inputs}.position_embeddings", "image_preprocessor/~/conv2_d_downsample/~"
     reshaped = rearranged("(height width) dim -> height width dim", height=image_size)

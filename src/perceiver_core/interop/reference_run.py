@@ -41,7 +41,7 @@ def library(name: str) -> ModuleType:
 
 @torch.no_grad()
 def transformers(folder: Path, ours: nn.Module) -> float:
-    """Return the largest output difference, in standard deviations, between a transformers model and `ours`.
+    """Return the largest output difference between a transformers model and `ours`, in standard deviations.
 
     Args:
         folder: Folder with the transformers model.
@@ -62,11 +62,12 @@ def transformers(folder: Path, ours: nn.Module) -> float:
 
 @torch.no_grad()
 def perceiver_pytorch(path: Path, arguments: Config, ours: nn.Module) -> float:
-    """Return the largest output difference, in standard deviations, between a perceiver-pytorch model and `ours`.
+    """Return the largest output difference between a perceiver-pytorch model and `ours`, in standard deviations.
 
     Args:
         path: Safetensors file with the weights of the perceiver-pytorch model.
-        arguments: Constructor arguments of the perceiver-pytorch model. No argument is inferred from the weights.
+        arguments: All constructor arguments that the perceiver-pytorch model requires. None is inferred from the
+            weights.
         ours: This library's model, in evaluation mode. It is converted to float64 in place.
     """
     module, weights = library("perceiver-pytorch"), read_state_dict(path)
@@ -105,7 +106,10 @@ def _layout(outputs: Outputs) -> object:
 
 @contextmanager
 def _in_float64(modeling: ModuleType | None = None) -> Iterator[None]:
-    """Context manager that sets the default dtype to float64, and patches grid coordinates of `modeling` to use it."""
+    """Context manager that sets the default dtype to float64.
+
+    In the module `modeling` of transformers, it also replaces the function that computes float32 grid coordinates.
+    """
     default, positions = torch.get_default_dtype(), getattr(modeling, "build_linear_positions", None)
     torch.set_default_dtype(torch.float64)
     try:
@@ -121,7 +125,7 @@ def _in_float64(modeling: ModuleType | None = None) -> Iterator[None]:
 def _linear_positions(
     index_dims: Sequence[int], output_range: tuple[float, float] = (-1.0, 1.0), device: torch.device | None = None
 ) -> Tensor:
-    """Return the coordinates of transformers' `build_linear_positions`, in the default dtype instead of float32."""
+    """Compute grid coordinates like transformers' `build_linear_positions`, but in the default dtype, not float32."""
     first, last = output_range
     axes = [torch.linspace(first, last, size, device=device) for size in index_dims]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
@@ -148,7 +152,10 @@ def _inputs(architecture: str, config: Config) -> tuple[Inputs, Inputs]:
 
 
 def _multimodal_inputs(config: Config) -> tuple[Inputs, Inputs]:
-    """Return keyword arguments for the multimodal models of transformers and this library, for a subset of outputs."""
+    """Return the same random batch as keyword arguments for both multimodal models (transformers, this library).
+
+    To limit the cost, the arguments request only some of the output pixels and audio patches.
+    """
     frames, *sides = config["output_shape"][1:]
     video = _drawn(1, frames, 3, *sides)
     audio = _drawn(1, config["num_frames"] * config["audio_samples_per_frame"])

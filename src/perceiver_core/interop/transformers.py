@@ -78,7 +78,7 @@ def save_transformers(
     config: object,
     numerics: Numerics = TRANSFORMERS_NUMERICS,
 ) -> Path:
-    """Save a model in the format of transformers. The model that transformers loads computes the same outputs.
+    """Save a model so that transformers can load it and compute the same outputs.
 
     If the model cannot be saved, no file is written.
 
@@ -95,8 +95,8 @@ def save_transformers(
 
     Raises:
         ValueError: If `config` and `numerics` do not describe the model.
-        ValueError: If transformers cannot compute the same outputs. This concerns two of the image classifiers, if they
-            were loaded with `DEEPMIND_NUMERICS`.
+        ValueError: If transformers cannot compute the same outputs. This is the case for the image classifiers with
+            learned positions or a convolutional stem, if they were loaded with `DEEPMIND_NUMERICS`.
         ValueError: If the weights do not all have the same floating-point dtype.
 
     Example:

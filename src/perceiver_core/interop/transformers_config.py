@@ -142,12 +142,12 @@ def as_dictionary(config: object) -> dict[str, Json]:
 
 
 def transformers_entries(config: Config) -> dict[str, Json]:
-    """Return a copy of `config` without the entries that transformers does not have."""
+    """Return a copy of `config` without `num_bands` and `max_resolution`, which transformers does not have."""
     return {name: value for name, value in config.items() if name not in FOURIER}
 
 
 def _expected_unless_valid(name: str, value: object, default: object) -> str:
-    """Return "" if `value` is valid for the entry `name`, or a description of the valid values."""
+    """Return "" if `value` is valid for the configuration option `name`, or a description of the valid values."""
     if value is None and default is None:
         return ""
     if name in CHOICES:

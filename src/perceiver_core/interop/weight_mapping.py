@@ -1,7 +1,7 @@
 """Weight mappings, which convert state dicts of another project to state dicts of this library and back.
 
 In the code, `theirs` is the other project (transformers, Haiku or perceiver-pytorch) and `ours` is this library.
-A mapping is a list of entries. Each entry consists of one or more tensor names in both projects, and the transform
+A mapping is a list of `Entry` tuples. An entry consists of one or more tensor names in each project, and the transform
 between the tensors. Most entries only rename a tensor. Each tensor of a state dict belongs to exactly one entry.
 """
 
@@ -28,9 +28,9 @@ ABSENT = torch.empty(0)
 class Transform(NamedTuple):
     """Pair of functions: `load` converts tensors of the other project to this library, and `save` converts them back.
 
-    The argument is one tensor if the entry has a single name for it, and a list of tensors if the entry has a tuple of
-    names. For a tuple of result names, the function returns a sequence of tensors, or one tensor whose slices along the
-    first axis are the results. Both functions also accept meta tensors.
+    If an `Entry` has one name on each side, both functions take and return one tensor. For a tuple of input names, a
+    function takes a list of tensors. For a tuple of output names, it returns a sequence of tensors, or one tensor to
+    unbind along the first axis. Both functions also accept meta tensors.
     """
 
     load: Callable[[Tensors], Tensors]
@@ -40,10 +40,11 @@ class Transform(NamedTuple):
 def rearranged(pattern: str, **sizes: int) -> Transform:
     """Return a transform that calls `einops.rearrange`, for example to transpose, reshape, stack or split weights.
 
-    Several input tensors are stacked along a new first axis. Several results are slices along the first axis.
+    If there are several input tensors, they are stacked along a new first axis. If there are several results, the
+    rearranged tensor is unbound along its first axis.
 
     Args:
-        pattern: Pattern that converts the other project's layout to this library's. `save` uses the reversed pattern.
+        pattern: einops pattern from the other project's layout to this library's. `save` uses the reversed pattern.
         sizes: Axis sizes that the tensor shapes do not determine.
     """
     theirs, ours = pattern.split(" -> ")
@@ -55,12 +56,12 @@ def rearranged(pattern: str, **sizes: int) -> Transform:
 
 
 def fused(parts: int, *, num_heads: int = 1) -> Transform:
-    """Return a transform that splits a fused matrix of the other project into matrices with the same number of rows.
+    """Return a transform that splits a fused matrix, such as a `qkv` weight, into matrices with equally many rows.
 
     Args:
         parts: Number of matrices, such as 2 for keys and values.
-        num_heads: Number of heads if the fused matrix contains all rows of head 0, then all rows of head 1, and so on.
-            1 if it contains the matrices one after the other.
+        num_heads: Number of heads if the rows are grouped by head: q, k and v of head 0, then q, k and v of head 1.
+            1 if the rows are grouped by matrix: all of q, then all of k, then all of v.
     """
     return rearranged("(heads parts rows) ... -> parts (heads rows) ...", parts=parts, heads=num_heads)
 
@@ -75,7 +76,7 @@ TRANSPOSED = rearranged("... input output -> ... output input")
 
 
 class Entry(NamedTuple):
-    """Entry of a `WeightMapping`: tensor names in both projects, and the transform between the tensors."""
+    """Tensor names in both projects, and the transform between the tensors. A `WeightMapping` is a list of these."""
 
     ours: Names  # name or tuple of names in this library
     theirs: Names  # name or tuple of names in the other project
@@ -93,10 +94,10 @@ def renamed(names: Mapping[str, str], *, parts: Sequence[str] = ("weight", "bias
 
 
 class WeightMapping:
-    """Table that converts state dicts of another project to those of this library and back. Iteration yields entries.
+    """List of `Entry` tuples that converts state dicts of another project to this library (`load`) and back (`save`).
 
     Raises:
-        ValueError: If two tensors have the same name in this library, or in the other project.
+        ValueError: If a tensor name of this library, or of the other project, occurs twice.
     """
 
     def __init__(self, entries: Iterable[Entry]) -> None:
@@ -176,7 +177,7 @@ def _prefixed(prefix: str, names: Names) -> Names:
 
 
 def _translated(steps: Iterable[tuple[Names, Callable[[Tensors], Tensors], Names]], state: State) -> dict[str, Tensor]:
-    """Convert a state dict in steps. Each step is `(argument names, function, result names)`."""
+    """Convert a state dict by calling the function of each step `(argument names, function, result names)`."""
     translated: dict[str, Tensor] = {}
     for sources, function, targets in steps:
         tensors = state[sources] if isinstance(sources, str) else [state[name] for name in sources]

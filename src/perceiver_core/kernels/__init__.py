@@ -3,8 +3,8 @@
 A kernel is a function `(q, k, v, *, mask) -> out` on tensors of shape `b h n d`. A kernel that supports attention
 dropout also has a `dropout` argument. Three kernels compute softmax attention: `sdpa` (PyTorch's own kernels),
 `chunked` (does not store all attention weights) and `reference` (the plain formula). `fastest`, the default, selects
-`sdpa` or `chunked`. Two kernels compute variants: in `inverted`, queries compete for keys, and `add_zero_attn` adds a
-key of zeros, so that queries can attend to nothing.
+`sdpa` or `chunked`. Two kernels compute variants of softmax attention. In `inverted`, queries compete for keys.
+`add_zero_attn` adds a key of zeros, so that queries can attend to nothing.
 """
 
 from perceiver_core.kernels.attention_weights import kernel_attention_map

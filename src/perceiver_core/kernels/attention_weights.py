@@ -1,4 +1,4 @@
-"""Attention weights of an arbitrary attention kernel, obtained by calling the kernel with one-hot values."""
+"""Attention weights of an arbitrary attention kernel, obtained by passing one-hot vectors as the values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SOFTMAX = (fastest, sdpa, chunked, reference)
 
 
 def unwrapped(kernel: object) -> object:
-    """Return the function that nested `functools.partial` objects wrap, or `kernel` itself if it is not a partial."""
+    """Return `kernel` without its `functools.partial` wrappers, if it has any."""
     while isinstance(kernel, partial):
         kernel = kernel.func
     return kernel
@@ -34,10 +34,11 @@ def kernel_attention_map(
     queries: QueryIndices = None,
     block: int = 256,
 ) -> Float[Tensor, "b h chosen k"]:
-    """Return the attention weights that a kernel computes for the queries with indices `queries`.
+    """Return the attention weights of a kernel for all queries, or for the queries with indices `queries`.
 
-    The weights of this library's softmax kernels are computed with `attention_map`. Any other kernel is called with
-    one-hot values, for one block of keys at a time. The weights are exact if the kernel is linear in the values.
+    For this library's softmax kernels, the weights are computed with `attention_map`. Any other kernel is called with
+    one-hot vectors as the values, one block of keys at a time, so that the kernel outputs its weights. This is exact
+    for kernels that are linear in the values.
 
     Args:
         kernel: Attention kernel `(q, k, v, *, mask) -> out`.

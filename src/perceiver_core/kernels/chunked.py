@@ -1,8 +1,8 @@
-"""Attention over chunks of keys, with an online softmax, and exact merging of partial results.
+"""Softmax attention computed one chunk of keys at a time, with an online softmax, and exact merging of results.
 
-Both the forward and the backward pass compute scores for one chunk at a time. The backward pass recomputes the weights
-from the log-sum-exp (lse). Attention outputs over different parts of the keys can be merged exactly and in any order,
-so the keys may come from a stream, a memory-mapped file or other ranks:
+Both the forward and the backward pass compute scores for one chunk at a time. The backward pass recomputes the
+attention weights from the log-sum-exp (lse) of the scores. Attention outputs over disjoint subsets i of the keys can be
+merged exactly and in any order, so the keys may come from a stream, a memory-mapped file or other distributed ranks:
 
     out = sum_i exp(lse_i - lse) out_i        lse = log sum_i exp(lse_i)
 
@@ -25,7 +25,7 @@ from perceiver_core.registry import register
 
 
 class PartialAttention(NamedTuple):
-    """Named tuple of the attention output over part of the keys and the log-sum-exp of the scores; see `merge`."""
+    """Named tuple of the attention output over a subset of the keys, and the log-sum-exp of the scores."""
 
     output: Float[Tensor, "b h q e"]
     lse: Float[Tensor, "b h q"]
@@ -70,11 +70,11 @@ def partial_attention(
     chunk_size: int = 4096,
     half_precision_matmul: bool = False,
 ) -> PartialAttention:
-    """Compute attention over part of the keys; `merge` combines the results of several parts.
+    """Compute softmax attention over a subset of the keys. `merge` combines the results for several subsets.
 
-    The arguments are the same as for `chunked`. The mask must cover only the keys that are passed. Rules such as
-    `masks.Causal` count positions from the end of these keys, so they are correct only for the last part of an input.
-    For other parts, pass the corresponding slice of the mask tensor.
+    The arguments are the same as for `chunked`. The mask must cover only the keys that are passed. `masks.Causal` and
+    `masks.Window` assume that the last of these keys is the last key of the whole input. For any other subset, pass a
+    boolean tensor: the mask of the whole input, sliced along the key axis.
 
     Returns:
         Named tuple of the output `b h q e`, in the dtype of `v`, and the log-sum-exp of the scores `b h q`, in at least
@@ -96,9 +96,9 @@ def partial_attention(
 
 
 def merge(*parts: PartialAttention) -> PartialAttention:
-    """Merge attention outputs over different parts of the keys into the attention output over all keys.
+    """Merge attention results over disjoint subsets of the keys into the result over all these keys.
 
-    The operation is differentiable, and the order of the parts does not matter. See `partial_attention` for an example.
+    The operation is differentiable, and the order of the results does not matter. `partial_attention` has an example.
 
     Raises:
         ValueError: If no parts are passed.
@@ -118,7 +118,7 @@ def merge(*parts: PartialAttention) -> PartialAttention:
 
 
 class _PartialAttention(torch.autograd.Function):
-    """Autograd function of `partial_attention`. Without it, autograd would store the weights of every chunk.
+    """Autograd function of `partial_attention`. Plain autograd would store the attention weights of every chunk.
 
     Each mask tensor is a separate argument, so that `torch.func.vmap` can map over it.
     """
@@ -202,7 +202,7 @@ class _Gradients(torch.autograd.Function):
 
 
 def _scaled(q: Tensor, matmul_dtype: torch.dtype) -> tuple[Tensor, torch.dtype]:
-    """Return the scaled queries in `matmul_dtype`, and the dtype for accumulation (at least float32)."""
+    """Return the queries times 1 / sqrt(d) in `matmul_dtype`, and the dtype for accumulation (at least float32)."""
     wide = torch.promote_types(q.dtype, torch.float32)
     return (q.to(wide) * q.shape[-1] ** -0.5).to(matmul_dtype), wide
 
@@ -217,7 +217,10 @@ def _chunks(k: Tensor, size: int) -> list[slice]:
 
 
 def _scores(queries: Tensor, keys: Tensor, parts: tuple[Mask, ...], chunk: slice, num_keys: int) -> Tensor:
-    """Return the masked attention scores for one chunk of keys, in at least float32."""
+    """Return the attention scores for one chunk of keys, in at least float32. Masked scores are -inf.
+
+    `chunk` is the slice of the `num_keys` keys that `keys` contains. Each mask in `parts` covers all `num_keys` keys.
+    """
     scores = (queries @ keys.mT).to(torch.promote_types(queries.dtype, torch.float32))
     rows, columns = masks.positions(queries.shape[-2], queries.device), masks.positions(num_keys, keys.device)[chunk]
     for mask in parts:

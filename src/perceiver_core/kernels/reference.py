@@ -3,7 +3,7 @@
     A = softmax(q k^T / sqrt(d))        out = A v
 
 The output of a query is zero if all its keys are masked. In shapes, b is the batch size, h the number of heads, q the
-number of queries, k the number of keys, d the width of queries and keys, and e the width of values.
+number of queries, k the number of keys, d the head dimension of queries and keys, and e the head dimension of values.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ QueryIndices: TypeAlias = int | Sequence[int] | Int[Tensor, " chosen"] | None
 
 @register
 def reference(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropout: float = 0.0) -> Outputs:
-    """Compute softmax attention with the plain formula. It is twice differentiable and stores all q x k weights.
+    """Compute softmax attention with the plain formula, which stores all q x k weights and is twice differentiable.
 
     Args:
         q: Queries, `b h q d`.
@@ -51,7 +51,7 @@ def reference(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropo
 def attention_map(
     q: Queries, k: Keys, *, mask: Mask | None = None, queries: QueryIndices = None
 ) -> Float[Tensor, "b h chosen k"]:
-    """Return the softmax attention weights of the queries with indices `queries`.
+    """Return the softmax attention weights of all queries, or of the queries with indices `queries`.
 
     Args:
         q: Queries.
@@ -60,8 +60,8 @@ def attention_map(
         queries: Indices of the queries whose weights are returned; None for all queries.
 
     Returns:
-        Weights `b h chosen k`, where `chosen` is the number of indices in `queries`. They sum to 1 over the keys, or
-        are all 0 if all keys are masked. For half-precision inputs, they are in float32.
+        Weights `b h chosen k`, where `chosen` is the number of indices in `queries`, in at least float32. The weights
+        of a query sum to 1 over the keys, or are all 0 if all its keys are masked.
 
     Example:
         >>> q, k = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 11, 8)

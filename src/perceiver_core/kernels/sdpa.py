@@ -4,10 +4,10 @@
 the selection, use `torch.nn.attention.sdpa_kernel`. To enable FlashAttention-3 or 4 (if installed), use
 `torch.nn.attention.activate_flash_attention_impl`.
 
-Inputs are padded with zero columns if keys and values differ in width or, on CUDA, if a width is not a multiple of 8.
-The padding changes neither scores nor outputs. On CUDA in half precision, key-padding masks and causal attention with
-fewer queries than keys use PyTorch's kernel for packed sequences (see `varlen`). `kernel_for` returns the name of the
-kernel.
+The head dimension is padded with zeros if keys and values differ in it or, on CUDA, if it is not a multiple of 8. The
+padding changes neither scores nor outputs. On CUDA in half precision, key-padding masks and causal attention with fewer
+queries than keys use PyTorch's kernel for packed sequences (see `varlen`). `kernel_for` returns the name of the kernel
+that PyTorch uses.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def sdpa(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropout: f
 
 
 class Kernel(NamedTuple):
-    """Name of a PyTorch kernel and, on CUDA, the reason why it is not a flash kernel."""
+    """Named tuple of a PyTorch kernel's name and, on CUDA, the reason why it is not a flash kernel (empty if it is)."""
 
     name: str
     why: str = ""
@@ -69,12 +69,12 @@ class Kernel(NamedTuple):
 def kernel_for(
     key_width: int, value_width: int, dtype: torch.dtype, device: torch.device, mask: Mask | None = None
 ) -> Kernel:
-    """Return the PyTorch kernel that `sdpa` uses for heads of these widths, without dropout.
+    """Return the PyTorch kernel that `sdpa` uses for these head dimensions, without dropout.
 
     The names on CUDA are "flash or cuDNN", "flash, packed" (see `varlen`), "cuDNN or memory-efficient",
     "memory-efficient", and "math" for float64. If a name contains two kernels, the GPU and the cuDNN version determine
-    which of them PyTorch uses. A causal mask is assumed to be for fewer queries than keys, because `sdpa` replaces it
-    with `is_causal` for equal numbers.
+    which of them PyTorch uses. For `masks.Causal`, fewer queries than keys are assumed. For equal numbers, call
+    `kernel_for` without a mask, because `sdpa` then passes `is_causal=True` to PyTorch instead of a mask.
 
     Example:
         >>> from perceiver_core.kernels.sdpa import kernel_for
@@ -93,6 +93,6 @@ def kernel_for(
 
 
 def fused_width(key_width: int, value_width: int, device: torch.device) -> int:
-    """Return the width to which heads are padded: the larger of both, rounded up to a multiple of 8 on CUDA."""
+    """Return the head dimension after padding: the larger of the two, rounded up to a multiple of 8 on CUDA."""
     width = max(key_width, value_width)
     return -(-width // 8) * 8 if device.type == "cuda" else width

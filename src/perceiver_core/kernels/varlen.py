@@ -4,9 +4,9 @@ PyTorch's other flash kernels support neither mask tensors nor causal attention 
 for packed sequences supports a different number of keys per sample. In causal attention, it aligns the last query with
 the last key.
 
-For a key-padding mask, a stable sort moves all valid keys to the front, one sample after another. Masked keys end up
-after the last sample, where the kernel does not read. Therefore, padding can be anywhere in a sample, tensor sizes are
-static, and the CPU never waits for the GPU.
+For a key-padding mask, the keys of all samples are concatenated, and a stable sort moves the masked keys to the end,
+where the kernel does not read. Therefore, padding can be anywhere in a sample, tensor sizes are static, and the CPU
+never waits for the GPU.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from perceiver_core import masks
 from perceiver_core.kernels.reference import Keys, Outputs, Queries, Values
 from perceiver_core.masks import Mask
 
-WIDEST = 256  # maximum head width of the flash kernels
+WIDEST = 256  # maximum head dimension of the flash kernels
 CAPABILITY = (8, 0)  # minimum compute capability of the GPU
 
 
 class Packed(NamedTuple):
-    """Packed keys and values, and the cumulative sequence lengths of the samples, starting at 0."""
+    """Named tuple of packed keys and values, and cumulative sequence lengths: 0, 3, 5 for samples of 3 and 2 keys."""
 
     keys: Float[Tensor, "bn h d"]
     values: Float[Tensor, "bn h e"]
@@ -58,7 +58,7 @@ def valid_keys(mask: Mask) -> Bool[Tensor, "#b n"] | None:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # GPUs do not change during tracing
 def why_not(dtype: torch.dtype, width: int, device: torch.device) -> str:
-    """Return why flash kernels do not support this dtype, head width or device, or an empty string if they do."""
+    """Return the reason why flash kernels do not support a dtype, head dimension or device, or "" if they do."""
     if device.type != "cuda":
         return "flash kernels run on CUDA"
     if dtype not in (torch.float16, torch.bfloat16):
@@ -71,14 +71,17 @@ def why_not(dtype: torch.dtype, width: int, device: torch.device) -> str:
 
 
 def is_supported(q: Float[Tensor, "b h q d"]) -> bool:
-    """Return whether PyTorch's flash kernel for packed sequences supports the dtype, width and device of `q`."""
+    """Return whether the kernel for packed sequences supports the dtype, head dimension and device of `q`.
+
+    Always False under torch.func transforms.
+    """
     if torch._C._are_functorch_transforms_active():  # the kernel does not support torch.func
         return False
     return not why_not(q.dtype, q.shape[-1], q.device) and has_varlen()
 
 
 def attend(q: Queries, k: Keys, v: Values, valid: Bool[Tensor, "#b k"], *, scale: float) -> Outputs:
-    """Compute attention to the keys where `valid` is True. Keys and values must have the same width.
+    """Compute attention to the keys where `valid` is True. Keys and values must have the same head dimension.
 
     The output is zero for samples without a valid key.
     """
@@ -90,7 +93,7 @@ def attend(q: Queries, k: Keys, v: Values, valid: Bool[Tensor, "#b k"], *, scale
 def attend_causal(q: Queries, k: Keys, v: Values, *, scale: float) -> Outputs:
     """Compute causal attention that aligns the last query with the last key.
 
-    Keys and values must have the same width.
+    Keys and values must have the same head dimension.
     """
     keys, values = (rearrange(x, "b h n d -> (b n) h d") for x in (k, v))
     return _run(q, Packed(keys, values, _equal_starts(k)), k.shape[2], (-1, 0), scale)
@@ -110,7 +113,7 @@ def _equal_starts(x: Float[Tensor, "b h n d"]) -> Int[Tensor, " samples_and_one"
 
 
 def pack(k: Float[Tensor, "b h n d"], v: Float[Tensor, "b h n e"], valid: Bool[Tensor, "b n"]) -> Packed:
-    """Concatenate the valid keys and values of all samples, sample by sample; rows of zeros follow.
+    """Concatenate the valid keys and values of all samples, and append zeros up to the full length b * n.
 
     Samples without a valid key get one key of zeros, because kernels differ in how they treat empty sequences.
 

@@ -27,9 +27,9 @@ def add_zero_attn(
     kernel: Callable[..., Tensor] = fastest,
     **options: object,
 ) -> Outputs:
-    """Compute attention with an extra key of zeros, which is never masked and has a value of zeros.
+    """Compute attention with one extra key and value, both all zeros. The extra key is never masked.
 
-    To use another kernel in an attention module, pass `functools.partial(add_zero_attn, kernel=...)`.
+    To use another kernel in an attention module, pass `functools.partial(add_zero_attn, kernel=...)` to the module.
 
     Args:
         q: Queries.
@@ -46,7 +46,7 @@ def add_zero_attn(
 
     Reference: Miller 2023, "Attention Is Off By One"; torch.nn.MultiheadAttention, `add_zero_attn`.
     """
-    # The extra key comes first. Positions count from the end, so the other keys keep their positions.
+    # The extra key is inserted before all keys. Positions count from the end, so the other keys keep their positions.
     if mask is not None:
         masks.check_broadcast(mask, q, k)
         allowed = masks.materialize(mask, queries=q.shape[-2], keys=k.shape[-2], device=q.device)

@@ -1,1 +1,1 @@
-"""Parts that the blocks use: a linear layer, weight initialization, and random draws for dropout."""
+"""Linear layer, weight initialization, and random draws that activation checkpointing repeats."""

@@ -72,7 +72,7 @@ def uses_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 
 
 def is_faster() -> bool:
-    """Return whether oneDNN is enabled and faster than MKL in float32: on non-Intel processors with AVX-512."""
+    """Return whether oneDNN is enabled and, for float32, faster than MKL (true of non-Intel CPUs with AVX-512)."""
     return _is_faster() and bool(torch.backends.mkldnn.enabled)
 
 
@@ -128,7 +128,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _are_plain(*tensors: Tensor | None) -> bool:
-    """Return whether all are plain float32 CPU tensors, and no autocast, mode, transform or tracer is active."""
+    """Return whether all are plain float32 CPU tensors, outside autocast, PyTorch modes, torch.func and tracing."""
     for x in tensors:
         if x is None:
             continue
@@ -144,5 +144,5 @@ def _are_plain(*tensors: Tensor | None) -> bool:
 
 
 def _without_gaps(x: Tensor) -> Tensor:
-    """Return `x`, copied unless it is row- or column-major: oneDNN is hundreds of times slower on other layouts."""
+    """Return `x` if row- or column-major, else a copy: oneDNN is hundreds of times slower on other layouts."""
     return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()

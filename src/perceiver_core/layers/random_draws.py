@@ -1,7 +1,7 @@
 """Random draws from a user's generator that are the same when activation checkpointing recomputes a forward pass.
 
 Before the recomputation, activation checkpointing restores the state of PyTorch's default generator, but not the states
-of other generators. Without this module, their draws would differ, and gradients would be silently wrong.
+of other generators. Without this module, the recomputed draws would differ, and gradients would be silently wrong.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ MAX_STATES = 1024  # recorded forward passes that are identified by the state of
 class RepeatableDraws:
     """Record of generator states that makes a module's random draws the same in a recomputed forward pass.
 
-    A recomputed pass has to be matched to its original pass. In a non-reentrant checkpoint, both passes have the same
-    `_CheckpointFrame` object. In a reentrant checkpoint, both start from the same state of the default generator. If
-    several original passes started from this state, the draws of the last one are repeated.
+    A recomputed pass has to be matched to its original pass. In non-reentrant activation checkpointing, both passes
+    have the same `_CheckpointFrame` object. In reentrant activation checkpointing, both start from the same state of
+    the default generator. If several original passes started from this state, the draws of the last one are repeated.
     """
 
     def __init__(self) -> None:
@@ -35,9 +35,9 @@ class RepeatableDraws:
         return type(self), ()
 
     def generator(self, generator: torch.Generator | None) -> torch.Generator | None:
-        """Return the generator to use in one forward pass. None is PyTorch's default generator.
+        """Return the generator to use in one forward pass. None stands for PyTorch's default generator.
 
-        In an original pass, this is `generator` itself. In a recomputed pass, it is a new generator with the state that
+        In an original pass, return `generator` itself. In a recomputed pass, return a new generator with the state that
         `generator` had in the original pass.
         """
         if generator is None or torch.compiler.is_compiling():
@@ -59,7 +59,7 @@ class RepeatableDraws:
 
 
 class _Frame:
-    """Generator states of one checkpoint in order, and the number of states repeated so far per backward pass."""
+    """Generator states recorded in one activation checkpoint. Each backward pass repeats them in the same order."""
 
     def __init__(self) -> None:
         self.states: list[Tensor] = []
@@ -75,7 +75,7 @@ _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", Non
 
 
 def _checkpoint_frame() -> object | None:
-    """Return the `_CheckpointFrame` of the innermost non-reentrant checkpoint, or None outside such checkpoints."""
+    """Return the `_CheckpointFrame` of the innermost non-reentrant activation checkpoint, or None if there is none."""
     hooks = _top_hooks(True) if _top_hooks else ()
     if hooks is None:
         return None
@@ -83,7 +83,7 @@ def _checkpoint_frame() -> object | None:
 
 
 def _frame_on_the_stack() -> object | None:
-    """Return the `_CheckpointFrame` found on the call stack, or None. Needed if other saved-tensor hooks are on top."""
+    """Return the `_CheckpointFrame` found on the call stack, or None. Needed inside other saved-tensor hooks."""
     call = inspect.currentframe()
     while call is not None:
         if call.f_code.co_filename == torch.utils.checkpoint.__file__:
@@ -98,7 +98,7 @@ def _frame_on_the_stack() -> object | None:
 
 
 def _frame_in(hook: object) -> object | None:
-    """Return the `_CheckpointFrame` in the closure of a hook, directly or as a weak reference, or None."""
+    """Return the `_CheckpointFrame` that a hook holds in its closure (also as a weak reference), or None."""
     for cell in getattr(hook, "__closure__", None) or ():
         held = cell.cell_contents() if isinstance(cell.cell_contents, ref) else cell.cell_contents
         if type(held).__name__ == "_CheckpointFrame":

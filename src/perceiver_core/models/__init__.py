@@ -1,4 +1,4 @@
-"""Complete models, presets of published sizes, and autoregressive generation."""
+"""Complete models, presets with published sizes, and autoregressive generation."""
 
 from perceiver_core.models import presets, sampling
 from perceiver_core.models.generate import generate, stream

@@ -1,9 +1,9 @@
 """Token-by-token generation with Perceiver AR and cached keys and values.
 
 Each new token becomes a latent, and its keys and values are appended to the caches. When the number of latents has
-reached the model's maximum, a new window starts: latents are recomputed for the last `num_initial_latents` tokens only,
-and their number grows again. The cached keys and values of the cross-attention do not depend on the latents, so they
-are kept. Generation without caches follows the same schedule, so it gives the same logits.
+reached the model's maximum, it restarts at `num_initial_latents`: latents are recomputed for that many last tokens, and
+each new token again adds one. The cached keys and values of the cross-attention do not depend on the latents, so they
+are kept. Generation without caches uses the same number of latents for each token, so it gives the same logits.
 
 Once the sequence is longer than `context_length`, each new token drops the oldest token. Because cached latents depend
 on the dropped token, all keys, values and latents are then recomputed for each new token.
@@ -49,12 +49,12 @@ def generate(  # noqa: PLR0913 (options of generation)
         sampler: Callable `(logits: b v, generator) -> ids: b`, such as `sampling.greedy` or `sampling.Sample()`.
         stop_ids: Token id, or collection of ids, that ends a sample. A finished sample repeats its last id until all
             samples are finished.
-        num_initial_latents: Number of latents for the first new token, and again each time `model.num_latents` latents
-            have been reached. At most `model.num_latents`; half of it by default. A shorter sequence has one latent per
-            token.
-        context_length: Number of most recent tokens to attend to. This bounds memory. The first of these tokens gets
-            the first position embedding. Longer sequences are generated without any speedup from caches. By default the
-            number of positions in the model's embedding, or unlimited if the embedding has no positions.
+        num_initial_latents: Number of latents for the first new token. Each new token adds a latent. After
+            `model.num_latents` is reached, the number restarts at `num_initial_latents`. At most `model.num_latents`
+            (default: half of `model.num_latents`). In a shorter sequence, every token is a latent.
+        context_length: Maximum number of tokens to attend to. In a longer sequence, each new token drops the oldest
+            token, the first remaining token gets position 0, and caches give no speedup. Defaults to the number of
+            positions in the model's embedding, or to no limit if the embedding has no positions.
         use_cache: True to cache keys and values, False to recompute them for each token. The result is the same.
         generator: Random generator for the sampler.
 
@@ -142,9 +142,10 @@ def stream(  # noqa: PLR0913 (options of generation)
 
 
 def latent_schedule(num_latents: int, num_initial_latents: int) -> Iterator[int]:
-    """Return an endless iterator over the maximum number of latents for each new token.
+    """Return an endless iterator over the number of latents for each new token.
 
-    The schedule does not depend on the prompt. It is the same for a sample alone and for a sample in a batch.
+    The number counts up from `num_initial_latents` to `num_latents`, then restarts. It does not depend on the prompt.
+    In a sequence shorter than this number, every token is a latent.
 
     Example:
         >>> from itertools import islice
@@ -156,7 +157,7 @@ def latent_schedule(num_latents: int, num_initial_latents: int) -> Iterator[int]
 
 
 class _Sequence:
-    """Sequence of prompt tokens and generated tokens: ids and mask of the last `context_length` tokens."""
+    """Ids and mask of the prompt tokens and generated tokens, limited to the last `context_length` tokens."""
 
     def __init__(
         self, model: PerceiverAR, ids: Tensor, mask: Tensor | None, num_initial_latents: int, context_length: int | None
@@ -180,11 +181,11 @@ class _Sequence:
         return self.ids[:, -count:], None if self.mask is None else self.mask[:, -count:]
 
     def indices(self, count: int) -> tuple[Tensor, Tensor]:
-        """Return the positions of the last `count` tokens, for position embeddings and for rotary embeddings.
+        """Return two kinds of positions of the last `count` tokens: for position embeddings and for rotary embeddings.
 
         Returns:
-            Indices for position embeddings, `count` or `b count`, counted from the first valid token of each sample.
-            Positions for rotary embeddings, `count`, counted from the last token of the prompt.
+            Indices for position embeddings, `count` or `b count`: 0 for the first valid token of each sample.
+            Positions for rotary embeddings, `count`: 0 for the last prompt token, negative for the tokens before it.
         """
         n = self.ids.shape[1]
         last = torch.arange(n - count, n, device=self.ids.device)
@@ -237,8 +238,9 @@ def _recomputed(sequence: _Sequence) -> Iterator[Float[Tensor, "b v"]]:
 def _cached(sequence: _Sequence) -> Iterator[Float[Tensor, "b v"]]:
     """Yield the same logits as `_recomputed`, computed with caches.
 
-    The cross-attention keys and values of each token are computed only once, and its latent only once per window. After
-    a token is dropped, the caches are cleared, because cached latents depend on this token and positions change.
+    The cross-attention keys and values of each token are computed only once. The latents are recomputed each time their
+    number restarts. Each time the sequence drops its oldest token, all caches are cleared, because cached latents
+    depend on the dropped token and because the positions change.
     """
     num_layers = cast(LatentTransformer, sequence.model.latent_transformer).num_layers
     cache, before = KeysValuesCache(), 0

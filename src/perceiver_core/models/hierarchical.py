@@ -1,11 +1,11 @@
-"""Hierarchical Perceiver: the input is split into groups with separate latents, and groups merge level by level.
+"""Hierarchical Perceiver: tokens are split into groups with separate latents, and later levels merge the groups.
 
     tokens --16 groups--> 16 x z latents --4 groups--> 4 x z latents --1 group--> z latents      levels
     latents --4 groups--> 4 x z latents --16 groups--> 16 x z latents                            decoder_levels
 
-Here, z is the number of latents per group. Latents attend only to the tokens in their group. With g groups and the same
-total number of latents, cross-attention is g times cheaper, so long inputs can have many latents. Groups are contiguous
-segments of the flattened input, so related tokens should be close to each other.
+Here, z is the number of latents per group, which may differ between levels. Latents attend only to the tokens in their
+group. With g groups and the same total number of latents, cross-attention is g times cheaper, so long inputs can have
+many latents. Groups are contiguous segments of the flattened input, so related tokens should be close to each other.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class HierarchicalPerceiver(nn.Module):
     Args:
         input_dim: Width of the input tokens.
         levels: Sizes of each level. In the paper, the number of groups decreases, for example 16, 4, 1.
-        positions: Position features. The input is projected to their width before they are added. The paper uses
-            learned, low-dimensional positions: `positions.LearnedGrid((n,), dim=32)`.
+        positions: Position encoding. A linear layer projects the input tokens to the width `positions.dim`, then the
+            position features are added. The paper uses learned positions, `positions.LearnedGrid((n,), dim=32)`.
         decoder_levels: Sizes of each decoder level. Each has a skip connection from its opposite level: the first from
             the second-to-last of `levels`, the second from the level before that, and so on. Opposite levels must have
             the same number of groups and the same number of latents.
@@ -134,13 +134,13 @@ class HierarchicalPerceiver(nn.Module):
 class HierarchicalAutoencoder(nn.Module):
     """Hierarchical Perceiver that reconstructs every input token, including masked tokens.
 
-    The position features of each token are a query that cross-attends to the latents of the token's group. With a mask,
-    this is the masked auto-encoding of the paper: masked tokens are predicted from valid tokens.
+    There is one query per token: its position features. Each query cross-attends to the latents of the token's group.
+    With a mask, this is the masked auto-encoding of the paper: masked tokens are predicted from valid tokens.
 
     Args:
-        perceiver: Hierarchical Perceiver. Output tokens are split into the same number of groups as in its last level.
+        perceiver: Hierarchical Perceiver. The queries are split into as many groups as its last level has.
         output_dim: Width of the outputs; `perceiver.input_dim` by default.
-        cross_attention: Factory `(dim, input_dim, residual=False) -> module` of the attention to the latents.
+        cross_attention: Factory `(dim, input_dim, residual=False) -> module` for the cross-attention to the latents.
 
     Example:
         >>> levels = [pc.Level(16, num_latents=4, dim=32), pc.Level(1, num_latents=8, dim=64)]
@@ -189,7 +189,7 @@ def token_positions(positions: Positions, inputs: Tokens | Float[Tensor, "b n c"
 
 
 def _opposites(levels: Sequence[Level], decoder_levels: Sequence[Level]) -> list[Level]:
-    """Check the sizes of the levels. Return the levels that provide skip connections, in decoder order."""
+    """Check that each decoder level matches its opposite level. Return the opposite levels, `levels[-2::-1]`."""
     if not levels:
         raise ValueError("levels must have at least one level; got none")
     opposites = list(levels)[-2::-1]

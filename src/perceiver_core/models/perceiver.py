@@ -53,8 +53,8 @@ class Perceiver(nn.Module):
         Args:
             inputs: Input of the adapter, such as images `b c h w`, audio `b s` or points `b n f`.
             mask: Mask of valid inputs, True = attend, in the shape that the adapter expects.
-            capture: Container that stores the attention weights of the encoder's read with index `capture.read`, by
-                default the last. The encoder then stops after this read.
+            capture: Container that stores the attention weights of one encoder read (cross-attention), by default the
+                last. The index is `capture.read`. The encoder then stops after this read.
         """
         tokens = self.adapter(inputs) if mask is None else self.adapter(inputs, mask=mask)
         latents = self.encoder(tokens) if capture is None else self.encoder(tokens, capture=capture)

@@ -205,7 +205,7 @@ class PerceiverAR(nn.Module):
 
 
 def causal(valid: Bool[Tensor, "b n"] | None) -> Mask:
-    """Return a causal mask, combined with a key-padding mask unless `valid` is None."""
+    """Return a causal mask. If `valid` is not None, combine it by logical and with the key-padding mask `valid`."""
     return masks.Causal() if valid is None else masks.And((masks.Causal(), masks.Padding(valid)))
 
 
@@ -217,9 +217,10 @@ def kept_prefix(
     device: torch.device | None = None,
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, "b kept"]:
-    """Draw a random subset of the prefix tokens to keep for each sample, and return their indices in order.
+    """Return sorted indices of the prefix tokens to keep, drawn at random for each of `batch` samples.
 
-    Of `prefix` tokens, `rate * prefix` are dropped, rounded down. All subsets of this size are equally likely.
+    Of the `prefix` tokens of a sample, `rate * prefix`, rounded down, are dropped. All subsets of that size are equally
+    likely.
     """
     # torch.rand with a generator does not support dynamic sizes under torch.compile.
     order = torch.empty(batch, prefix, device=device).uniform_(generator=generator).argsort(1)

@@ -31,7 +31,7 @@ class PerceiverIO(nn.Module):
             as `heads.TiedLogits`. The default is `nn.Identity()`.
 
     Raises:
-        TypeError: If a component is not a module, or a head factory takes other arguments than the adapter.
+        TypeError: If a component is not a module, or a head factory requires arguments other than the adapter.
         ValueError: If the widths of connected components differ, or a modality of the queries has no head.
 
     Example:
@@ -91,8 +91,8 @@ class PerceiverIO(nn.Module):
                 None for all queries. To train on a subset of the outputs, pass the indices of their queries.
             query_mask: Mask of valid queries `b q`, True = decode, or a dictionary of masks if the queries are a
                 dictionary.
-            capture: Container that stores the attention weights of the encoder's read with index `capture.read`, by
-                default the last. The encoder then stops after this read.
+            capture: Container that stores the attention weights of one encoder read (cross-attention), by default the
+                last. The index is `capture.read`. The encoder then stops after this read.
         """
         tokens = self.adapter(inputs) if mask is None else self.adapter(inputs, mask=mask)
         queries = self.queries(tokens, query_inputs)

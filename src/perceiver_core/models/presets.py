@@ -57,7 +57,7 @@ def audioset(num_classes: int = 527) -> Perceiver:
 
 
 def modelnet40(num_classes: int = 40) -> Perceiver:
-    """Return the ModelNet40 Perceiver: point clouds of about 2,000 points, 64 Fourier bands, 2 reads.
+    """Return the ModelNet40 Perceiver: point clouds of about 2,000 points, 64 Fourier bands, 2 cross-attentions.
 
     The Fourier features have `max_resolution=1120`.
 
@@ -79,7 +79,8 @@ def perceiver_ar(
 
     Args:
         vocab_size: Number of token ids.
-        context_length: Sequence length, used as the base of the rotary embeddings.
+        context_length: Base of the rotary embeddings. The published code sets this base to the maximum sequence
+            length. Longer inputs are also accepted.
         num_latents: Maximum number of latents.
         depth: Number of self-attention blocks.
 

@@ -99,8 +99,8 @@ class Resampler(nn.Module):
             features: Features `b n c`, such as the output of a vision encoder; or `Tokens`, which have their own mask.
             mask: Mask of valid features, True = attend. Masked features are ignored, even if they are NaN. If all
                 features of a sample are masked, its latents attend only to each other.
-            capture: Container that stores the attention weights of the layer with index `capture.read`, by default the
-                last.
+            capture: Container that stores the attention weights of the layer with index `capture.read` (default:
+                the last).
 
         Raises:
             TypeError: If the features have the wrong dtype, or the mask is not boolean.
@@ -174,7 +174,10 @@ class _Frames(nn.Module):
         self.input_dim, self.dim = getattr(resampler, "input_dim", None), getattr(resampler, "dim", None)
 
     def _resampled(self, features: Tensor, mask: Tensor | None, axes: str) -> Tensor:
-        """Add frame positions, rearrange features and mask from axes `b t n` to `axes`, and apply the resampler."""
+        """Add frame positions, merge axes, and apply the resampler.
+
+        `axes` is the einops pattern of the merged axes: `(b t) n` for each frame or `b (t n)` for all frames.
+        """
         positions = self.frame_positions
         checks.is_floating("features", features)
         checks.has_shape("features", features, "b t n c", last=None if positions is None else positions.dim)
@@ -223,14 +226,14 @@ class EachFrame(_Frames):
         Args:
             features: Features of each frame. With `positions.LearnedEmbedding`, the number of frames must not exceed
                 the length of the embedding.
-            mask: Mask of valid features, True = attend. With a `Resampler`, all features of a frame can be masked.
+            mask: Mask of valid features, True = attend. With a `Resampler`, a frame may be fully masked.
         """
         return rearrange(self._resampled(features, mask, "(b t) n"), "(b t) m d -> b t m d", b=features.shape[0])
 
 
 @register
 class AllFrames(_Frames):
-    """Module that applies a resampler to all frames of a video jointly. The output has the size of one frame's output.
+    """Module that applies a resampler to the features of all frames of a video at once, giving m vectors per video.
 
         b t n c  --add frame positions-->  b (t n) c  --resampler-->  b m d
 

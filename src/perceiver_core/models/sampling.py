@@ -71,7 +71,10 @@ class Sample:
         return torch.multinomial(self.probabilities(logits), 1, generator=generator).squeeze(-1)
 
     def probabilities(self, logits: Float[Tensor, "b v"]) -> Float[Tensor, "b v"]:
-        """Return the probability of each token id, in float32, or in float64 for float64 logits."""
+        """Return the probability of each token id, with temperature, top-k and top-p applied.
+
+        The dtype is float64 for float64 logits, otherwise float32.
+        """
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         # The maximum is subtracted first: with a tiny temperature, the differences can overflow to -inf, which is
         # harmless, but the logits could overflow to inf. The temperature is clamped so that it does not underflow to 0.

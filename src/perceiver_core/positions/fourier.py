@@ -34,7 +34,10 @@ class SeparableFeatures(nn.Module):
         self.num_axes, self.num_bands = num_axes, num_bands
 
     def forward(self, points: Float[Tensor, "*b axes"]) -> Float[Tensor, "*b dim"]:
-        """Return features of points in [-1, 1], ordered by group (such as sines before cosines), then by axis."""
+        """Return the features of points with coordinates in [-1, 1].
+
+        They are ordered by group, then by axis: for example, [sines of x, sines of y, cosines of x, cosines of y].
+        """
         axes = [self._features(x, axis) for axis, x in enumerate(_widened(points, self.num_axes).unbind(-1))]
         return torch.cat([part for group in zip(*axes, strict=True) for part in group], dim=-1).to(points.dtype)
 
@@ -79,12 +82,12 @@ class SeparableFeatures(nn.Module):
     def _features(self, x: Tensor, axis: int) -> list[Tensor]:
         """Return the features of coordinates `*b` along an axis as a list of groups `*b f`, such as [sines, cosines].
 
-        The width f of a group must not depend on the axis.
+        The number f of features in a group must not depend on the axis.
         """
         raise NotImplementedError
 
 
-# Limits of the table cache: grids, sum of the sizes of a grid, numbers per grid. At most 16 MB in float32.
+# Limits of the table cache: number of grids, sum of a grid's axis sizes, numbers in its tables. 16 MiB in float32.
 CACHED_GRIDS, CACHED_ROWS, CACHED_NUMBERS = 64, 512, 2**16
 _cache: dict[tuple[object, ...], tuple[tuple[Tensor, int], ...]] = {}
 """Cached tables, each with its version counter to detect in-place edits. Keyed by settings, grid, dtype and device."""
@@ -101,9 +104,9 @@ class Fourier(SeparableFeatures):
     Args:
         num_axes: Number of coordinates per position.
         num_bands: Number of frequencies K per axis.
-        max_resolution: Grid size whose Nyquist frequency is the highest frequency f_K: one number for all axes, or one
-            per axis. Usually the grid size in training. It does not depend on the input size, so that features have the
-            same meaning for all inputs.
+        max_resolution: Twice the highest frequency f_K, so that f_K is the Nyquist frequency of a grid of this size.
+            One number for all axes, or one per axis. Usually the grid size in training. It stays the same for all input
+            sizes, so that features have the same meaning for all inputs.
         concat_positions: Whether to include the raw coordinates.
         sine_only: Whether to omit the cosines.
 

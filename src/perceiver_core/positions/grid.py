@@ -24,7 +24,7 @@ class Positions(Protocol):
 
     @property
     def dim(self) -> int:
-        """Width of the features."""
+        """Feature dimension p, the size of the last axis of the tables."""
 
     @property
     def num_axes(self) -> int:
@@ -58,7 +58,7 @@ def coordinates(size: int, device: torch.device | None = None, dtype: torch.dtyp
 
 
 def grid_points(grid: Sequence[int], like: Tensor) -> Float[Tensor, "*grid axes"]:
-    """Return the coordinates of all grid points, as an array with one coordinate per grid axis in the last axis.
+    """Return the coordinates of all grid points, from -1 to 1. The last axis holds one coordinate per grid axis.
 
     Example:
         >>> pc.positions.grid_points((2, 3), like=torch.zeros(()))[1].tolist()
@@ -80,7 +80,7 @@ def computing_dtype(like: Tensor) -> torch.dtype:
 
 
 def is_called_with(argument: str, positions: object) -> bool:
-    """Return whether `positions` can be called with `argument`, one of "points", "indices" and "grid".
+    """Return whether `positions` can be called with this kind of argument: "points", "indices" or "grid".
 
     User-defined callables have no attribute `_called_with`. They are assumed to accept any argument.
     """

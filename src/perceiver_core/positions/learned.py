@@ -122,11 +122,11 @@ class Projected(nn.Module):
         self.project = init.linear(positions.dim, dim)
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "... p"], ...]:
-        """Return the projected position tables. Only the first includes the bias, so that the sum includes it once."""
+        """Return the projected position tables. Only the first includes the bias, so their sum includes it once."""
         return self(grid, like)  # call the module, so that hooks and FSDP run
 
     def forward(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "... p"], ...]:
-        """Return the projected position tables. Only the first includes the bias, so that the sum includes it once."""
+        """Return the projected position tables. Only the first includes the bias, so their sum includes it once."""
         first, *others = (table.to(self.project.weight.dtype) for table in self.positions.tables(grid, like))
         projected = [self.project(first)]
         if others:

@@ -15,7 +15,7 @@ from perceiver_core.registry import register
 
 @partial(register, name="positions.half_open_exponents")
 def half_open_exponents(pairs: int, like: Tensor) -> Float[Tensor, " pairs"]:
-    """Return the exponents 0, 1 / pairs, ..., (pairs - 1) / pairs, as in RoFormer and most language models.
+    """Return the `Rotary` exponents 0, 1 / pairs, ..., (pairs - 1) / pairs, as in most language models.
 
     Example:
         >>> pc.positions.half_open_exponents(4, like=torch.zeros(())).tolist()
@@ -28,9 +28,9 @@ def half_open_exponents(pairs: int, like: Tensor) -> Float[Tensor, " pairs"]:
 
 @partial(register, name="positions.inclusive_exponents")
 def inclusive_exponents(pairs: int, like: Tensor) -> Float[Tensor, " pairs"]:
-    """Return evenly spaced exponents from 0 to 1, endpoints included, as in Perceiver AR.
+    """Return evenly spaced `Rotary` exponents from 0 to 1, endpoints included, as in Perceiver AR.
 
-    Perceiver AR uses them with the context length as the base.
+    Perceiver AR sets the base to the context length.
 
     Example:
         >>> pc.positions.inclusive_exponents(5, like=torch.zeros(())).tolist()
@@ -62,8 +62,8 @@ class Rotary(nn.Module):
 
         >>> rotary = Rotary(dim=32, base=8192, exponents=pc.positions.inclusive_exponents)
 
-    If neither `use_positions_from_data` nor `use_negative_rotary_positions` is set, the published code counts positions
-    down to 0 at the last token. Its rotations then have the opposite sign.
+    If neither `use_positions_from_data` nor `use_negative_rotary_positions` is set, the published code uses the
+    positions n - 1, ..., 0 instead of 1 - n, ..., 0. The rotations then have the opposite sign.
 
     Reference: Su et al. 2021 (RoFormer), section 3.2.2; google-research/perceiver-ar, perceiver_ar_model.py,
     `_apply_rotary_encoding_to_subset`.
@@ -92,7 +92,7 @@ class Rotary(nn.Module):
 
         Args:
             heads: Queries or keys of all heads.
-            positions: Token positions, `n` or `b n`; 1 - n, ..., 0 by default.
+            positions: Token positions, `n` or `b n` (default: 1 - n, ..., 0).
         """
         dim = heads.shape[-1] if self.dim is None else self.dim
         if heads.shape[-1] < dim:

@@ -15,7 +15,7 @@ from perceiver_core.tokens import Tokens
 class FromInputs(nn.Module):
     """Query module that returns the input tokens, including their position encodings, as queries.
 
-    `dim` is the token width, the attribute `dim` of the adapter.
+    `dim` is the token width, equal to the attribute `dim` of the adapter.
 
     Example:
         >>> pc.queries.FromInputs(3)(pc.Tokens(torch.randn(2, 5, 7, 3))).shape

@@ -24,13 +24,13 @@ class Grid(nn.Module):
     If `query_indices` selects grid points, only their position encodings are computed.
 
     Args:
-        grid: Grid size; None to use the grid size of the input tokens. Masked tokens count toward positions, as with
-            `adapters.TokenEmbedding(positions_include_padding=True)`.
+        grid: Grid size; None to use the grid size of the input tokens. Masked tokens are also grid points, so use
+            `adapters.TokenEmbedding(positions_include_padding=True)` for the same positions in the adapter.
         positions: Position encoding with the same number of axes as the grid.
         endpoint: Whether the last point along each axis has coordinate 1, as in `numpy.linspace`. If True, point i has
             coordinate -1 + 2 i / (size - 1). If False, selected points have coordinates -1 + 2 i / size, as in the
-            published multimodal model. This requires position features for any point, such as `positions.Fourier`.
-            Without `query_indices`, this argument has no effect.
+            published multimodal model. False requires a position encoding that accepts any coordinates, such as
+            `positions.Fourier`. Without `query_indices`, this argument has no effect.
 
     Example:
         >>> source = pc.queries.Grid((480, 640), pc.positions.Fourier(num_axes=2, num_bands=16, max_resolution=480))

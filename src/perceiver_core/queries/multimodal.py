@@ -22,9 +22,9 @@ from perceiver_core.tokens import Tokens
 class Multimodal(nn.Module):
     """Query module that combines one query module per output modality and pads their queries to a common width.
 
-    The padding of each modality is a learned vector that also identifies the modality. If a query module has the name
-    of a modality in the input (see `adapters.Multimodal`), it is called with the tokens of this modality, on their own
-    grid. Otherwise it is called with all tokens.
+    The padding of each modality is a learned vector that also identifies the modality. A query module with the name of
+    an input modality (see `adapters.Multimodal`) is called with the tokens of this modality, on their own grid. Other
+    query modules are called with all tokens.
 
     Args:
         sources: Mapping from modality names to query modules.
@@ -54,13 +54,13 @@ class Multimodal(nn.Module):
 
         Args:
             tokens: Input tokens, for query modules that use them.
-            query_indices: Mapping from modality names to the indices of the queries to return, or to the queries or
-                points that the query module takes. Modalities not in the mapping return all their queries. An empty
-                list or tensor omits a modality.
+            query_indices: Mapping from modality names to the second argument of the query module, for example query
+                indices for `Learned` or points for `Coordinates`. A modality that is not in the mapping returns all its
+                queries. An empty list or tensor omits the modality.
 
         Raises:
             ValueError: If `query_indices` contains an unknown modality, or all modalities are omitted.
-            ValueError: If the batch sizes differ (a batch size of 1 is allowed).
+            ValueError: If two modalities have different batch sizes (a batch size of 1 matches any other).
             ValueError: If a query module needs the tokens of a modality that is absent from the input.
             TypeError, ValueError: If a query module raises this error. The modality is added to the message.
         """

@@ -6,12 +6,13 @@ and memory:
 
     Dense        computes keys and values from concatenated tokens, then calls an attention kernel
     Factored     computes keys and values from the content and one position table per grid axis, then calls a kernel
-    Structured   computes attention from the content and the position tables, without keys and values
+    Structured   computes attention from the content and the position tables, without computing keys and values
 
-A strategy turns a `ReadContext` (attention module, norm, input) into a `Memory`, and `memory.attend(q, kernel)` returns
-the attention output. `Auto`, the default, selects the strategy with the lowest predicted cost. To use a specific
-strategy, pass it to the read (`strategy=reads.Dense()`) or call `set_strategy`. To exclude a strategy, leave it out of
-the list passed to `Auto`. `explain_reads` reports the strategy of every read in a model.
+A strategy turns a `ReadContext` (attention module, norm, input) into a `Memory`, which holds the keys and values. Then
+`memory.attend(q, kernel)` returns the attention output. `Auto`, the default, selects the strategy with the lowest
+predicted cost. To use a specific strategy, pass it to the read (`strategy=reads.Dense()`) or call `set_strategy`. To
+exclude a strategy, leave it out of the list passed to `Auto`. `explain_reads` reports the strategy of every read in a
+model.
 """
 
 from torch import nn

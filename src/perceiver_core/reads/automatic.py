@@ -1,4 +1,4 @@
-"""Default strategy for reads. It uses the candidate strategy with the shortest predicted time."""
+"""Default strategy for reads (cross-attentions): run the candidate strategy with the shortest predicted time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MATERIALIZED_BYTES = 2**30  # on the CPU, `Dense` is a last resort if it would a
 
 
 class Decision(NamedTuple):
-    """Named tuple of the strategy that `Auto` selects for a read, and the inputs of its cost prediction.
+    """Named tuple of the strategy that `Auto` selects for a read, the sizes of the read, and the machine constants.
 
     Args:
         strategy: Selected strategy.
@@ -48,18 +48,18 @@ class Decision(NamedTuple):
 @partial(register, name="reads.Auto")
 @dataclass(frozen=True)
 class Auto:
-    """Strategy that uses the candidate with the shortest predicted time.
+    """Strategy that runs each read (cross-attention) with the candidate that has the shortest predicted time.
 
     Some candidates are a last resort, used only if no other candidate supports the read:
 
     - `Structured` if its compiled kernel is unavailable, because it is slow without the kernel.
-    - On the CPU: `Dense` if its tokens, keys and values would take more than 1 GiB.
+    - On the CPU: `Dense` if tokens, normalized tokens, keys and values would together take more than 1 GiB.
     - On a CUDA GPU: all candidates except `Structured` and `Dense`.
     - On other devices: all candidates except `Dense`.
 
     Args:
         strategies: Candidate strategies.
-        machine: Machine constants; by default, the constants for the device in `reads.machine`.
+        machine: Constants of the cost model (default: `reads.machine.DEFAULTS` for the input's device).
 
     Raises:
         TypeError: If an element of `strategies` is not an instance of a strategy class.
@@ -81,7 +81,7 @@ class Auto:
             check_strategy(strategy)
 
     def why_not(self, context: ReadContext) -> str:
-        """Return the reasons why no candidate supports a read, or an empty string if one does."""
+        """Return the reasons why no candidate supports a read, or an empty string if at least one supports it."""
         if not self.strategies[-1].why_not(context):  # usually Dense, which supports every read
             return ""
         reasons = [strategy.why_not(context) for strategy in self.strategies]
@@ -92,7 +92,9 @@ class Auto:
         return min((strategy.cost(sizes, machine) for strategy in self.strategies), key=lambda cost: cost.seconds)
 
     def choose(self, context: ReadContext) -> Decision:
-        """Select a candidate for a read.
+        """Select the candidate with the shortest predicted time among the candidates that support a read.
+
+        A candidate of last resort (see the class docstring) is selected only if no other candidate supports the read.
 
         Raises:
             ValueError: If no candidate supports the read.
@@ -120,17 +122,17 @@ class Auto:
         return Decision(slow, sizes, machine)
 
     def prepare(self, context: ReadContext) -> Memory:
-        """Return the memory that the selected candidate prepares."""
+        """Select a candidate, and compute the keys and values (`Memory`) of a read with it."""
         return self.choose(context).strategy.prepare(context)
 
 
 @lru_cache(maxsize=1024)  # pure; its arguments repeat in every forward pass of a model
 def _ranked(strategies: tuple[Strategy, ...], sizes: Sizes, machine: Machine) -> list[Strategy]:
-    """Sort strategies by predicted time. Strategies of last resort (see `Auto`) come last."""
+    """Sort strategies by predicted time, with strategies of last resort (see `Auto`) at the end of the list."""
 
     def is_last(strategy: Strategy) -> bool:
         if sizes.device not in DEFAULTS:
-            return not isinstance(strategy, Dense)  # PyTorch's own kernels come first
+            return not isinstance(strategy, Dense)  # on other devices, prefer PyTorch's own kernels
         if sizes.device == "cuda":
             return not isinstance(strategy, (Structured, Dense))
         return isinstance(strategy, Dense) and sizes.materialized_bytes() > MATERIALIZED_BYTES

@@ -1,4 +1,4 @@
-"""Merging of grid axes that share a position table. After merging, there is one position table per axis."""
+"""Merging of grid axes that share a position table, such as one learned table over height and width."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from perceiver_core.tokens import Tokens
 
 
 def merged_axes(tokens: Tokens) -> tuple[int, ...]:
-    """Return the grid size after merging consecutive axes along which the same position table varies.
+    """Return the grid size after merging axes that share a position table.
+
+    Consecutive axes are merged if one table varies along all of them, such as a learned table over height and width.
 
     Example:
         >>> from perceiver_core.reads.axes import merged_axes
@@ -25,10 +27,10 @@ def merged_axes(tokens: Tokens) -> tuple[int, ...]:
 
 
 def axis_tables(tokens: Tokens, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[Float[Tensor, "size p"], ...]]:
-    """Return the grid size after merging axes, and a tuple of one position table `size p` per merged axis.
+    """Return the grid size after merging axes (see `merged_axes`), and one position table `size p` per merged axis.
 
-    The table of an axis is the sum of all position tables that vary along it. If the tokens have no position tables,
-    the tuple is empty.
+    If several position tables vary along a merged axis, they are added. Tables that are constant over the grid are
+    added to the first axis. The tuple of tables is empty if the tokens have no position tables.
     """
     grid, spans = tokens.content.shape[1:-1], _spans(tokens)
     groups = _groups(spans, len(grid))
@@ -43,14 +45,14 @@ def axis_tables(tokens: Tokens, dtype: torch.dtype) -> tuple[tuple[int, ...], tu
         tables = [
             table for table, (first, _) in zip(tokens.position_tables, spans, strict=True) if start <= first < end
         ]
-        # The only table of an axis is not copied. On a one-dimensional grid, it can be as large as a sample.
+        # A single table per axis is not copied. On a one-dimensional grid, it can be as large as a sample.
         own = [table.to(dtype).expand(*shape, width).reshape(-1, width) for table in tables]
         sums.append(sum(own[1:], own[0]) if own else zeros.expand(size, width))
     return axes, tuple(sums)
 
 
 def _spans(tokens: Tokens) -> list[tuple[int, int]]:
-    """Return the first and last axis along which each position table varies, or (0, 0) for a constant table."""
+    """Return a pair per position table: the first and last grid axis along which it varies, or (0, 0) if constant."""
     spans = []
     for table in tokens.position_tables:
         varying = [axis for axis, size in enumerate(table.shape[:-1]) if size != 1]
@@ -59,6 +61,6 @@ def _spans(tokens: Tokens) -> list[tuple[int, int]]:
 
 
 def _groups(spans: list[tuple[int, int]], num_axes: int) -> list[tuple[int, int]]:
-    """Return the start and (exclusive) end of each group of consecutive axes that share a position table."""
+    """Return (start, exclusive end) of each group of axes that share a table. `spans` is the result of `_spans`."""
     starts = [axis for axis in range(num_axes) if all(not first < axis <= last for first, last in spans)]
     return list(zip(starts, [*starts[1:], num_axes], strict=True))

@@ -1,4 +1,4 @@
-"""Caches for the memory of a read (its keys and values), and a container for attention weights."""
+"""Caches for the keys and values of attention layers, and a container for captured attention weights."""
 
 from __future__ import annotations
 
@@ -15,31 +15,32 @@ from perceiver_core.reads.strategy import Memory, QueryIndices
 
 @runtime_checkable
 class Cache(Protocol):
-    """Protocol of a cache that stores the memory of a read for later calls.
+    """Protocol of a cache that stores the keys and values (`Memory`) of an attention layer for later calls.
 
     Args:
-        appends: Whether `update` appends to the stored memory. If True, masks must also cover the cached keys.
-        num_queries: Total number of queries of all reads that share the memory, used to select the strategy. None to
-            use the number of queries of the current call.
+        appends: Whether `update` appends to the stored keys and values. If True, masks must also cover the cached keys.
+        num_queries: Total number of queries of all calls that use the same keys and values. It affects the choice of
+            strategy. None to use the number of queries of the current call.
     """
 
     appends: ClassVar[bool]
     num_queries: int | None
 
     def update(self, memory: Memory) -> Memory:
-        """Store the memory of the current input, and return the memory that the queries should attend to."""
+        """Store the keys and values of the current input, and return the keys and values to attend to."""
         ...
 
 
 class SharedMemory:
-    """Cache of a single memory, for several reads with the same weights and the same input.
+    """Cache of the keys and values of one input, for several reads (cross-attentions) with the same weights.
 
-    `read(x, tokens, cache=cache)` stores the memory, and `read(x, cache.memory)` attends to it again. The memory is an
-    explicit argument of later reads, so that activation checkpointing recomputes them with the same memory.
+    `read(x, tokens, cache=cache)` stores the keys and values in `cache.memory`. `read(x, cache.memory)` attends to
+    them again. Later reads take `cache.memory` as an explicit argument, so that activation checkpointing passes the
+    same keys and values to the recomputation.
 
     Args:
-        num_queries: Total number of queries of all these reads, used to select the strategy. Defaults to the number of
-            queries of the call that stores the memory.
+        num_queries: Total number of queries of all these reads. It affects the choice of strategy. Defaults to the
+            number of queries of the read that stores the keys and values.
 
     Example:
         >>> read, cache = pc.CrossAttend(32, 10), pc.reads.SharedMemory(num_queries=10)
@@ -56,20 +57,25 @@ class SharedMemory:
         self._released = self._grad_enabled = False
 
     def update(self, memory: Memory) -> Memory:
-        """Store `memory`, unless the cache already holds a memory or was released. Return `memory` in any case."""
+        """Return `memory`, and store it if the cache is empty and `release` was not called."""
         if self.memory is None and not self._released:
             self.memory, self._grad_enabled = memory, torch.is_grad_enabled()
         return memory
 
     def has_graph(self) -> bool:
-        """Return whether the stored memory was computed in the current gradient mode. True for an empty cache.
+        """Return whether the keys and values were stored in the current gradient mode. True for an empty cache.
 
-        False after a reentrant activation checkpoint, because its forward pass runs under `torch.no_grad`.
+        For example, False if gradients are enabled now, but the keys and values were stored under `torch.no_grad` by
+        the forward pass of a reentrant activation checkpoint. They then have no autograd graph.
         """
         return self.memory is None or self._grad_enabled == torch.is_grad_enabled()
 
     def release(self) -> None:
-        """Drop the memory and ignore later updates, so that an activation checkpoint does not keep the memory alive."""
+        """Drop the keys and values, and ignore later updates.
+
+        Activation checkpoints keep their arguments, including this cache, until the backward pass. Without this call,
+        they would also keep the keys and values.
+        """
         self.memory, self._released = None, True
 
 
@@ -96,7 +102,7 @@ class KeysValuesCache:
         """Append the keys and values of `memory`, and return all cached keys and values.
 
         Raises:
-            TypeError: If `memory` is not a `KeysValues`, for example because it is in factored form.
+            TypeError: If `memory` is not a `KeysValues`, for example if it is a `FactoredKeysValues`.
         """
         if not isinstance(memory, KeysValues):
             raise TypeError(
@@ -108,13 +114,13 @@ class KeysValuesCache:
 
 @dataclass
 class AttentionCapture:
-    """Container for the attention weights of one read. A model stores the weights in the object passed as `capture=`.
+    """Container for the attention weights of one read (cross-attention). Pass it to a model as `capture=`.
 
     Args:
-        read: Index of the read in an encoder, or of the layer in a resampler; the last by default.
+        read: Index of the read in an encoder, or of the layer in a resampler (default: the last).
         queries: Indices of the queries whose weights are captured; None for all queries.
         weights: Captured weights, `b h chosen n`, where `chosen` is the number of captured queries. Set by the model.
-        grid: Grid size of the tokens, or None if the input is a tensor. Set by the model.
+        grid: Grid size of the `Tokens`, or None if the input is a plain tensor. Set by the model.
 
     Example:
         >>> capture = pc.reads.AttentionCapture(queries=[0, 3])

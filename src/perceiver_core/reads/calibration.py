@@ -64,7 +64,7 @@ def calibrate(seconds: float = 2.0, device: str = "cpu") -> Machine:
     product = 2 * side**3 / 1e9
     narrow, wide = (attention(width, torch.float32) for width in (16, 272))
     narrow_half, flash_half, wide_half = (attention(width, torch.bfloat16) for width in (64, 256, 272))
-    per_unit = max(wide - narrow, 1e-9) / 256  # nanoseconds per score and unit of head width (4 FLOPs)
+    per_unit = max(wide - narrow, 1e-9) / 256  # nanoseconds per score and unit of head dimension (4 FLOPs)
     softmax = max(narrow - 16 * per_unit, 0.0) if cpu else 0.0
     machine = Machine(
         linear=rate(product, lambda: layer(matrix)),

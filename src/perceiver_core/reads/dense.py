@@ -1,4 +1,4 @@
-"""Dense strategy: it computes the keys and values of all tokens as tensors."""
+"""`Dense` strategy for reads (cross-attentions). It computes the keys and values of all tokens."""
 
 from __future__ import annotations
 
@@ -56,15 +56,15 @@ class KeysValues(NamedTuple):
         return kernel_attention_map(kernel, q, keys, mask=masks.and_(self.mask, mask), queries=queries)
 
     def memory(self, attention: Attention) -> KeysValues:
-        """Return `self`, because this is already a memory."""
+        """Return `self`, which already holds keys and values."""
         return self
 
     def append(self, later: KeysValues) -> KeysValues:
-        """Return the concatenation of these keys and values with later ones, along the token axis.
+        """Concatenate `self` and `later` along the token axis.
 
         Raises:
-            ValueError: If either of them has a mask, because the mask would not cover all keys. Pass the read a `mask`
-                that covers all keys instead.
+            ValueError: If `self` or `later` has a mask, because the mask would not cover all keys. Instead, pass a
+                `mask` that covers all keys to the attention layer.
         """
         if self.mask is not None or later.mask is not None:
             raise ValueError(
@@ -74,7 +74,7 @@ class KeysValues(NamedTuple):
 
 
 def _broadcast(q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Repeat key-value heads for grouped-query attention, and expand a batch size of 1 of queries or keys."""
+    """Repeat key-value heads for grouped-query attention, and expand queries, or keys and values, of batch size 1."""
     if (group_size := q.shape[1] // keys.shape[1]) > 1:
         keys, values = (repeat(x, "b g n d -> b (g s) n d", s=group_size) for x in (keys, values))
     if q.shape[0] == 1:
@@ -92,7 +92,7 @@ def kernel_cost(
     Args:
         sizes: Sizes of the read.
         machine: Machine constants.
-        matmul: Throughput of the projections to keys and values, in GFLOP/s.
+        matmul: Throughput of the key and value projections, in GFLOP/s.
         flops: Number of floating-point operations of these projections.
         moved: Number of bytes read and written to compute keys and values.
         overhead: Fixed overhead, in microseconds.
@@ -112,7 +112,7 @@ def kernel_cost(
 @partial(register, name="reads.Dense")
 @dataclass(frozen=True)
 class Dense:
-    """Strategy that computes the keys and values of all tokens as tensors. It supports every read.
+    """Strategy that computes the keys and values of all tokens. It supports every read (cross-attention).
 
     The content and the position features of each token are concatenated, normalized and projected.
 
@@ -155,7 +155,7 @@ def split_heads(x: Float[Tensor, "b n hd"], num_heads: int) -> Float[Tensor, "b 
 
 
 def rotate(rotary: nn.Module, heads: Tensor, positions: Tensor) -> Tensor:
-    """Apply a rotary embedding to queries or keys `b h n d` at `positions`. A no-op if `rotary` is nn.Identity."""
+    """Apply a rotary embedding at `positions` to queries or keys `b h n d`. A no-op if `rotary` is nn.Identity."""
     if type(rotary) is nn.Identity:
         return heads
     rotated: Tensor = rotary(heads, positions)

@@ -1,4 +1,4 @@
-"""Factored strategy: it computes keys and values from the content and one position table per grid axis."""
+"""`Factored` strategy. It computes keys and values from the content and one position table per grid axis."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class Factored:
     def prepare(self, context: ReadContext) -> KeysValues | FactoredKeysValues:
         """Compute the keys and values of all tokens, or return them in factored form if the input is large.
 
-        Attention to a factored form computes the keys and values of one slab of tokens at a time. The factored form is
-        not used if `needs_kernel` returns a reason.
+        In factored form, keys and values are computed during attention, for one slab (a range of indices along one
+        grid axis) at a time. This is not possible if `needs_kernel` returns a reason.
         """
         attention, source = context
         limit = max(1, min(slabs.TOKENS, slabs.FORMED_NUMBERS // attention.kv_dim))
@@ -77,7 +77,7 @@ class Factored:
 
 
 def attend_slab(q: Tensor, memory: FactoredKeysValues) -> PartialAttention:
-    """Compute the keys and values of a slab (see `reads.slabs`), and attention to them."""
+    """Compute the keys and values of one slab (see `reads.slabs`), and attend to them."""
     keys, values, mask = memory.form(q.dtype)
     half = uses_chunks(q, keys.shape[-2])
     q = q.expand(keys.shape[0], *q.shape[1:])
@@ -93,7 +93,7 @@ def _is_large(memory: FactoredKeysValues) -> bool:
 
 
 def why_not_factored(context: ReadContext) -> str:
-    """Return the reason why keys and values cannot be factored, or an empty string if they can."""
+    """Return the reason why keys and values cannot be stored in factored form, or an empty string if they can."""
     attention, source = context
     if not isinstance(source.tokens, Tokens):
         return "the input is a tensor, whose positions are mixed with its content; give Tokens"
@@ -121,7 +121,7 @@ def why_not_factored(context: ReadContext) -> str:
 
 
 def needs_kernel(context: ReadContext) -> str:
-    """Return the reason why a read must call its attention kernel on key and value tensors, or an empty string."""
+    """Return the reason why a read needs key and value tensors, or "" if it can use the factored form."""
     attention, source = context
     if attention.kernel is not fastest:
         return f"the kernel {getattr(attention.kernel, '__name__', attention.kernel)} was chosen"
@@ -141,7 +141,7 @@ def needs_kernel(context: ReadContext) -> str:
 
 
 def factored(context: ReadContext, attend_slab: AttendSlab, tokens_per_slab: int) -> FactoredKeysValues:
-    """Return factored keys and values of a read. `why_not_factored(context)` must return an empty string."""
+    """Return keys and values in factored form. `why_not_factored(context)` must return an empty string."""
     tokens, norm, attention = context.source.tokens, context.source.norm, context.attention
     if not isinstance(tokens, Tokens):
         raise TypeError(f"a factored or structured read needs Tokens; got {type(tokens).__name__}")
@@ -158,7 +158,7 @@ def factored(context: ReadContext, attend_slab: AttendSlab, tokens_per_slab: int
 
 
 def masked(memory: FactoredKeysValues, mask: Mask) -> FactoredKeysValues:
-    """Return `memory` with `mask` added to its mask. `mask` must not differ between queries or heads."""
+    """Combine the mask of `memory` with `mask` by logical and. `mask` must not differ between queries or heads."""
     rules, tensors = masks.split(masks.from_token_mask(mask))
     if rules:
         raise ValueError(f"mask of a read without keys and values must be the same for all queries; got {mask!r}")

@@ -1,12 +1,15 @@
 """Keys and values in factored form: a scale times the sum of a content term and one term per grid axis.
 
-A token is the concatenation `x = [content, positions]`. Its position features are a sum over the grid axes: each axis
-has a position table, and contributes the row at the token's index along the axis. Layer norm and projection can
-therefore be applied to the content and the tables separately, with the same result. Let W be the projection matrix
-times the norm's weight, with centered rows because the norm subtracts the mean, and let r be 1 / standard deviation of
-x:
+For example, the key of the token in row i and column j of an image is
 
-    key = r (W_content content + sum_axes W_positions table[i_axis]) + constant
+    key = r (W_content content[i, j] + W_positions rows[i] + W_positions columns[j]) + constant
+
+- `rows`, `columns`: Position tables, one per grid axis. The token's position features are `rows[i] + columns[j]`.
+- W_content, W_positions: Projection weights for content and position features, multiplied by the weight of the norm.
+  For a layer norm, the mean of each row of [W_content, W_positions] is subtracted. This replaces the subtraction of the
+  token's mean.
+- r: 1 / standard deviation of the token. A token is the concatenation of content and position features.
+- constant: Bias of the projection plus the projected bias of the norm.
 
 Values have the same form. Each table is projected only once, not for every token and sample.
 """
@@ -43,7 +46,7 @@ class Norm(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """Named tuple of a key or value projection: its weights for content and position features, and a constant."""
+    """Named tuple of a key or value projection: weights for content, weights for position features, and biases."""
 
     content: Float[Tensor, "h d c"]
     positions: Float[Tensor, "h d p"]
@@ -53,13 +56,15 @@ class Projection(NamedTuple):
 class FactoredKeysValues(NamedTuple):
     """Named tuple of the keys and values of tokens on a grid, in factored form. It implements `Memory`.
 
+    The factored form stores the content, the position tables and the projections, from which keys and values follow.
+
     Args:
         content: Content of the tokens, `b *grid c`.
         tables: One position table `size p` per grid axis; empty for tokens without position features.
         mask: Boolean mask of the tokens, `b *grid`, True = attend; None to attend to all.
         norm: Norm before the projections; None for no norm.
-        keys: Key projection.
-        values: Value projection.
+        keys: Key projection, with the norm's weight and bias folded in.
+        values: Value projection, with the norm's weight and bias folded in.
         attend_slab: Function that computes attention to a slab (a range of indices along one grid axis):
             `reads.structured.attend_slab` or `reads.factored.attend_slab`.
         tokens_per_slab: Maximum number of tokens per slab on the CPU, summed over the batch. The maximum on a GPU is 64
@@ -80,13 +85,13 @@ class FactoredKeysValues(NamedTuple):
         return tuple(self.content.shape[1:-1])
 
     def memory(self, attention: Attention) -> FactoredKeysValues:
-        """Return `self`, because this is already a memory."""
+        """Return `self`, which already holds keys and values."""
         return self
 
     def attend(
         self, q: Float[Tensor, "#b h q d"], kernel: Kernel, *, mask: Mask | None = None, dropout: float = 0.0
     ) -> Float[Tensor, "b h q e"]:
-        """Compute the attention output of every head. Large inputs are processed slab by slab.
+        """Compute the attention output of every head. Large inputs are processed in slabs along one grid axis.
 
         If a mask or dropout is passed, the keys and values are computed as tensors and passed to the kernel. Otherwise,
         the kernel is not called.
@@ -96,7 +101,7 @@ class FactoredKeysValues(NamedTuple):
         return self.attend_with_lse(q).output
 
     def attend_with_lse(self, q: Float[Tensor, "#b h q d"]) -> PartialAttention:
-        """Compute the attention output and the log-sum-exp of the scores of every query, for `kernels.merge`."""
+        """Compute the attention output and the log-sum-exp of every query's scores, which `kernels.merge` needs."""
         memory, batch = self, q.shape[0]
         if self.content.shape[0] == 1 != batch:
             content = self.content.expand(batch, *self.content.shape[1:])
@@ -135,7 +140,7 @@ class FactoredKeysValues(NamedTuple):
         return (squares / (channels + width) + self.norm.eps).rsqrt()
 
     def slab(self, slab: Slab) -> FactoredKeysValues:
-        """Return the factored keys and values of the tokens in `slab`."""
+        """Return the keys and values of the tokens in `slab`, in factored form."""
         axis, start, length = slab
         content = self.content.narrow(axis + 1, start, length)
         tables = tuple([x.narrow(0, start, length) if i == axis else x for i, x in enumerate(self.tables)])
@@ -143,7 +148,7 @@ class FactoredKeysValues(NamedTuple):
         return self._replace(content=content, tables=tables, mask=mask)
 
     def project_tables(self, part: Projection) -> list[Float[Tensor, "h size d"]]:
-        """Project each position table to its term in the keys or values. Return zeros if there are no tables."""
+        """Project each position table with `part`, the key or value projection. Return zeros if there are no tables."""
         if not self.tables:
             heads, width, _ = part.content.shape
             return [part.content.new_zeros(heads, size, width) for size in self.grid()]
@@ -214,7 +219,7 @@ def factor(
 
 
 def _split(channels: int, norm: Norm | None, weight: Tensor, bias: Tensor | None, heads: int) -> Projection:
-    """Fold a norm into the linear layer after it, and split the weight into content and position columns."""
+    """Fold a norm into the linear layer after it, and split its input channels into content and positions."""
     constant = weight.new_zeros(weight.shape[0]) if bias is None else bias.to(weight.dtype)
     if norm is not None:
         if norm.bias is not None:
@@ -230,7 +235,7 @@ def _split(channels: int, norm: Norm | None, weight: Tensor, bias: Tensor | None
 def _position_moments(tables: Sequence[Tensor], *, center: bool) -> tuple[Tensor, Tensor]:
     """Return the sum of squares and the mean of the position features of every token, as two tensors `*grid`.
 
-    If `center` is True, the sum is over squared deviations from the mean. Otherwise, the returned mean is zero.
+    If `center` is True, squared deviations from the mean are added. If False, squares are added and the mean is zero.
     """
     means = [table.mean(-1, keepdim=True) if center else table.new_zeros(table.shape[0], 1) for table in tables]
     centered = [table - mean for table, mean in zip(tables, means, strict=True)]
@@ -243,5 +248,5 @@ def _position_moments(tables: Sequence[Tensor], *, center: bool) -> tuple[Tensor
 
 
 def _broadcastable(x: Tensor, axes: list[int], count: int) -> Tensor:
-    """Insert axes of size 1, so that a tensor over the grid axes `axes` broadcasts over all `count` grid axes."""
+    """Insert axes of size 1 into `x`, which has the grid axes `axes`, to broadcast it over all `count` grid axes."""
     return x[tuple([slice(None) if axis in axes else None for axis in range(count)])]

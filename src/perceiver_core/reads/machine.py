@@ -1,7 +1,7 @@
 """Machine constants of the cost model: throughput and overhead of the operations in a read.
 
 `reads.Auto` ranks strategies by predicted cost, so the ratios of costs matter more than their absolute values. The
-model covers the forward pass only. With every strategy, the backward pass takes about two to three times as long.
+cost model covers the forward pass only. With every strategy, the backward pass takes about two to three times as long.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ class Machine:
         matmul_half: Throughput of large matrix products in bfloat16 or float16, in GFLOP/s.
         attention: Throughput of the two matrix products in the default attention kernel in float32, in GFLOP/s.
         attention_half: Like `attention`, but in bfloat16 or float16.
-        attention_wide: Like `attention_half`, for heads wider than 256, which CUDA flash kernels do not support.
+        attention_wide: Like `attention_half`, for head dimensions above 256, which CUDA flash kernels do not support.
         softmax: Time of the attention kernel without its matrix products, in nanoseconds per attention score.
         copy: Bandwidth of reading and writing large tensors, in GB/s.
-        pair: Time of a structured read without the work on content channels, in nanoseconds per attention score.
+        pair: Time of a structured read with zero content channels, in nanoseconds per attention score.
         channel: Additional time per content channel, in nanoseconds per attention score, if the last grid axis is long.
-        start: Fixed overhead of factored and structured reads, in microseconds times the number of threads.
-        blocks: Number of blocks of 32 queries, over all heads and samples, that fully occupy the device. It matters for
-            heads wider than 256, because their CUDA kernel does not parallelize over keys.
+        start: Fixed overhead of factored and structured reads, in microseconds (CPU: times the number of threads).
+        blocks: Number of blocks of 32 queries, over all heads and samples, that fully occupy the device. On a GPU, it
+            is the number of streaming multiprocessors (SMs). It is used for head dimensions above 256, because their
+            CUDA kernel does not parallelize over keys.
 
     Example:
         >>> read = pc.CrossAttend(32, 10, strategy=pc.reads.Auto(machine=pc.reads.Machine(linear=400.0)))

@@ -36,7 +36,7 @@ class Slab(NamedTuple):
 
 
 def attend(q: Float[Tensor, "#b h q d"], memory: FactoredKeysValues) -> PartialAttention:
-    """Compute attention to factored keys and values. Large inputs are processed slab by slab."""
+    """Compute attention over keys and values in factored form, slab by slab if the input is large."""
     slabs = _slabs(q, memory)
     if len(slabs) == 1:
         return memory.attend_slab(q, memory)
@@ -45,7 +45,7 @@ def attend(q: Float[Tensor, "#b h q d"], memory: FactoredKeysValues) -> PartialA
 
 
 def factor_for(device: torch.device) -> int:
-    """Return the maximum slab size on `device` relative to the CPU."""
+    """Return the maximum slab size on `device`, divided by the maximum slab size on the CPU."""
     return 1 if device.type == "cpu" else GPU_FACTOR
 
 

@@ -1,6 +1,6 @@
-"""Interfaces of reads. A strategy prepares a `Memory` from the input of an attention module.
+"""Interfaces for reads (cross-attentions). A strategy computes a `Memory` from the input of an attention module.
 
-A memory holds the keys and values of the input, as tensors or in factored form. Queries attend to it.
+A `Memory` holds the keys and values of the input, as tensors or in factored form (see `factored_keys_values`).
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ QueryIndices: TypeAlias = "int | Sequence[int] | Int[Tensor, ' chosen'] | None"
 
 @runtime_checkable
 class AttentionInput(Protocol):
-    """Protocol of an input to an attention module: a `Source`, or the `Memory` of an earlier read."""
+    """Protocol of the key-value input of an attention module: a `Source` of tokens, or an existing `Memory`."""
 
     def memory(self, attention: Attention) -> Memory:
-        """Return the keys and values for `attention`, which calls this method in its own forward pass."""
+        """Return the keys and values. The module `attention` calls this method in its own forward pass."""
         ...
 
 
@@ -45,8 +45,8 @@ class Memory(AttentionInput, Protocol):
         """Compute the attention output of every head.
 
         Args:
-            q: Queries. A batch size of 1, here or in the memory, is broadcast.
-            kernel: Attention kernel. A factored memory calls it only if `mask` or `dropout` is passed.
+            q: Queries. A batch size of 1, of the queries or of the keys and values, is broadcast.
+            kernel: Attention kernel. `FactoredKeysValues` calls it only if `mask` or `dropout` is passed.
             mask: Attention mask in addition to the memory's own mask.
             dropout: Dropout rate of the attention weights.
         """
@@ -79,17 +79,18 @@ class Attention(Protocol):
 
 
 class Source(NamedTuple):
-    """Named tuple of the input of a read and the options for computing its keys and values.
+    """Named tuple of the input of a read (cross-attention) and the options for computing keys and values from it.
 
-    The attention module calls `memory` in its own forward pass, so that its weights are used only there.
+    The attention module calls the method `memory` in its own forward pass. Its projection weights are not used outside
+    this forward pass.
 
     Args:
         tokens: Input of the read: `Tokens`, or a tensor of shape `b n c`.
         norm: Norm applied to the tokens before they are projected.
-        strategy: Strategy that prepares the memory.
+        strategy: Strategy that computes the keys and values.
         mask: Attention mask in addition to the tokens' own mask.
-        positions: Positions of the tokens for rotary embeddings; by default consecutive, with 0 for the last token.
-        num_queries: Total number of queries of all reads that will share the memory, used to predict costs.
+        positions: Positions of the tokens for rotary embeddings (default: consecutive integers that end at 0).
+        num_queries: Total number of queries of all reads that share the keys and values, used to predict costs.
 
     Example:
         >>> source = pc.reads.Source(torch.randn(2, 50, 10), torch.nn.LayerNorm(10), pc.reads.Dense())
@@ -109,7 +110,7 @@ class Source(NamedTuple):
         return self.tokens.content if isinstance(self.tokens, Tokens) else self.tokens
 
     def normalized(self) -> Float[Tensor, "b n c"]:
-        """Return the tokens as one tensor of content and position features, after the norm."""
+        """Concatenate the content and the position features of the tokens, and apply the norm."""
         tokens = self.tokens
         normalized: Tensor = self.norm(tokens.materialize() if isinstance(tokens, Tokens) else tokens)
         return normalized
@@ -123,7 +124,7 @@ class Source(NamedTuple):
         return own if mask is None else masks.and_(own, mask)
 
     def memory(self, attention: Attention) -> Memory:
-        """Return the memory that `strategy` prepares for `attention`.
+        """Compute the keys and values with the strategy and the projections of `attention`.
 
         Raises:
             ValueError: If the strategy does not support the read.
@@ -137,7 +138,7 @@ class Source(NamedTuple):
 
 
 class ReadContext(NamedTuple):
-    """Named tuple of an attention module and its input. A strategy prepares a memory from it.
+    """Named tuple of an attention module and its input, from which a strategy computes keys and values.
 
     Args:
         attention: Attention module whose projections compute the keys and values.
@@ -157,10 +158,10 @@ _thread = _Thread()
 
 @contextmanager
 def listening(listener: Callable[[ReadContext], None]) -> Iterator[None]:
-    """Context manager that calls `listener` each time a strategy is about to prepare a memory in this thread.
+    """Context manager that calls `listener` before each `Strategy.prepare` of a read in this thread.
 
-    The listener is not called under torch.compile, for reads of an existing memory, or for reads that the strategy does
-    not support.
+    The listener is not called under torch.compile, for reads that reuse existing keys and values, or for reads that the
+    strategy does not support.
     """
     # Thread-local state is used because modules of other libraries would not pass a listener on to their reads.
     before, _thread.listener = _thread.listener, listener
@@ -171,7 +172,7 @@ def listening(listener: Callable[[ReadContext], None]) -> Iterator[None]:
 
 
 class Cost(NamedTuple):
-    """Named tuple of the predicted cost of a read's forward pass for the whole batch.
+    """Named tuple of the predicted cost of one read (cross-attention): forward pass only, for the whole batch.
 
     Args:
         flops: Number of floating-point operations.
@@ -185,7 +186,7 @@ class Cost(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Named tuple of the sizes that determine the cost of a read.
+    """Named tuple of the sizes that determine the cost of a read (cross-attention).
 
     Args:
         batch: Batch size.
@@ -194,8 +195,8 @@ class Sizes(NamedTuple):
         num_channels: Number of content channels.
         axes: Grid size after merging axes that share a position table; see `merged_axes`.
         num_heads: Number of query heads.
-        kv_dim: Width of a key plus width of a value, summed over all key-value heads.
-        num_queries: Total number of queries of all reads that share the memory.
+        kv_dim: Key dimension plus value dimension, summed over all key-value heads.
+        num_queries: Total number of queries of all reads that share the keys and values.
         element_size: Bytes per element of the dtype in which the read computes.
         device: Device type, such as "cpu".
         group_size: Number of query heads per key-value head.
@@ -262,7 +263,7 @@ class Sizes(NamedTuple):
 
 @runtime_checkable
 class Strategy(Protocol):
-    """Protocol of a strategy for reads. All strategies compute the same result, but differ in time and memory."""
+    """Protocol of a strategy for reads (cross-attentions). Strategies differ in time and memory use, not in results."""
 
     def why_not(self, context: ReadContext) -> str:
         """Return the reason why this strategy does not support a read, or an empty string if it does."""
@@ -273,7 +274,7 @@ class Strategy(Protocol):
         ...
 
     def prepare(self, context: ReadContext) -> Memory:
-        """Return the memory that the queries attend to. `why_not(context)` must return an empty string."""
+        """Compute the keys and values (`Memory`) of a read. `why_not(context)` must return an empty string."""
         ...
 
 

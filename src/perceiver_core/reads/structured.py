@@ -1,4 +1,4 @@
-"""Structured strategy: it computes exact attention to a grid without keys and values; see `kernels.grid`."""
+"""`Structured` strategy: exact attention over a grid without computing keys and values; see `kernels.grid`."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from perceiver_core.registry import register
 @partial(register, name="reads.Structured")
 @dataclass(frozen=True)
 class Structured:
-    """Strategy that computes attention from the content and one position table per grid axis, without keys and values.
+    """Strategy that computes attention from the content and one position table per grid axis.
 
-    It supports the same reads as `Factored`, with these restrictions: the default kernel, no rotary embedding, no key
-    norm, no grouped-query attention, no attention dropout in training, and only key-padding masks.
+    Keys and values are not computed. The strategy supports the same reads as `Factored`, except reads with a kernel
+    other than the default, a rotary embedding, a key norm, grouped-query attention, attention dropout in training, or a
+    mask that is not a key-padding mask.
 
     Example:
         >>> image = pc.adapters.Image(3, positions=pc.positions.Fourier(num_axes=2, num_bands=4, max_resolution=16))
@@ -39,11 +40,11 @@ class Structured:
         return why_not_factored(context) or needs_kernel(context)
 
     def cost(self, sizes: Sizes, machine: Machine) -> Cost:
-        """Return the predicted cost with the compiled kernel: matrix products, and the work per attention score."""
+        """Return the predicted cost of the compiled kernel and of the matrix products before and after it."""
         s, indices, pairs = sizes, sum(sizes.axes), sizes.pairs()
         table_products = indices * (s.token_dim - s.num_channels)
         products = 2 * s.kv_dim * (s.batch * s.num_queries * (s.num_channels + indices) + table_products)
-        # Score terms and sums for each index along each axis, copied once each, plus the content and the scale.
+        # Bytes of score terms and sums per axis index (each copied once), and of the content and the scale.
         moved = 4.0 * (
             8 * s.batch * s.num_heads * s.num_queries * indices + 4 * s.batch * s.num_tokens * (s.num_channels + 1)
         )
@@ -62,13 +63,13 @@ class Structured:
         return missing_kernel(content.device, content.shape[-1])
 
     def prepare(self, context: ReadContext) -> FactoredKeysValues:
-        """Return the keys and values in factored form, without computing them as tensors."""
+        """Return the keys and values in factored form, without computing key and value tensors."""
         memory = factored(context, attend_slab, slabs.TOKENS)
         return memory if context.source.mask is None else masked(memory, context.source.mask)
 
 
 def attend_slab(q: Tensor, memory: FactoredKeysValues) -> PartialAttention:
-    """Compute attention to the tokens of a slab (see `reads.slabs`) with `read_grid`."""
+    """Compute attention over the tokens of one slab (see `reads.slabs`) with the kernel `read_grid`."""
     keys, values = memory.keys, memory.values
     with checks.full_precision(q.device):
         planes = memory.planes()
@@ -84,7 +85,7 @@ def attend_slab(q: Tensor, memory: FactoredKeysValues) -> PartialAttention:
         output = output + read.marginals @ torch.cat(memory.project_tables(values), dim=1) + values.constant
         # The constant term of the keys is the same for all scores of a query. It changes only their log-sum-exp.
         shift = scaled @ keys.constant.mT
-        output = output + 0.0 * shift  # so that its gradient is zero instead of None
+        output = output + 0.0 * shift  # so that the gradient of `shift` is zero instead of None
         if memory.mask is not None:
             empty = (read.lse == -torch.inf).unsqueeze(-1)
             output, shift = output.masked_fill(empty, 0.0), shift.masked_fill(empty, 0.0)

@@ -33,9 +33,10 @@ def to_config(value: object) -> Json:
 
 
 def _written(node: Node, at: str, seen: dict[int, str]) -> Json:
-    """Return the description `node` as JSON. `at` is its path in the configuration.
+    """Convert the snapshot `node` (see `registry.snapshot`) to JSON. `at` is the path of `node`.
 
-    `seen` maps the ids of the records of earlier parts to the paths of these parts. It is updated in-place.
+    `seen` maps the record ids of all parts (instances of registered classes) converted so far to the paths of these
+    parts. It is updated in-place.
     """
     if isinstance(node, Refusal):
         raise ValueError(f"{at or 'the model'} {node.reason}")
@@ -53,7 +54,7 @@ def _written(node: Node, at: str, seen: dict[int, str]) -> Json:
 
 
 def _name_of(thing: Thing, at: str) -> str:
-    """Return the registered name of a class or function, even if it was registered after it was described."""
+    """Return the registered name of a class or function, even if `thing` was created before the registration."""
     name = thing.name
     if name is None and "<" not in thing.label:
         name = next((name for name, known in _named.items() if label(known) == thing.label), None)
@@ -76,7 +77,7 @@ def settings(module: nn.Module) -> str:
         free = getattr(of, "changes_no_result", ())
         names = [name for name in inspect.signature(of).parameters if name in vars(module) and name not in free]
         described = ", ".join(f"{name}={_config_or_type(vars(module)[name])}" for name in names)
-    else:  # extra_repr has the settings of torch modules, but in lists of weights and other modules, maybe the device
+    else:  # torch modules list settings in extra_repr; parameter lists and custom modules may also list the device
         listing = isinstance(module, (nn.ParameterDict, nn.ParameterList))
         described = module.extra_repr() if of.__module__.startswith("torch.") and not listing else ""
     return f"{label(of)}({described})"
@@ -147,7 +148,7 @@ def _look_up(name: object, at: str) -> Callable[..., object]:
 
 
 def _make(thing: Callable[..., object], arguments: dict[str, object], at: str, *, later: bool) -> object:
-    """Return an instance of a registered class or, if `later` is True, a functools.partial of a class or function."""
+    """Instantiate a registered class. If `later` is True, return a functools.partial of a class or function."""
     if thing in _external and not arguments.keys() <= set(_external[thing]):  # so that a file cannot set a device
         raise ValueError(
             f"{at or 'the model'} gives {_names[thing]} {short(sorted(arguments))}; "
@@ -169,12 +170,12 @@ def _make(thing: Callable[..., object], arguments: dict[str, object], at: str, *
 
 @contextmanager
 def at_most(modules: int) -> Iterator[None]:
-    """Context manager that limits how many parts are built and submodules registered in this thread, in total.
+    """Context manager that limits the number of modules that this thread can build from a configuration.
 
     Without a limit, a small malicious configuration could build a huge model.
 
     Args:
-        modules: Maximum number of parts and submodules.
+        modules: Maximum number of objects built by `from_config`, plus the number of submodules added to modules.
 
     Raises:
         ValueError: If the code in the context exceeds the limit.
@@ -202,5 +203,5 @@ def _count(*_: object) -> None:
 
 
 def _join(at: str, key: object) -> str:
-    """Return the path of the item `key` in the value at path `at`."""
+    """Append `key` to the path `at`. For example, "adapter" and "positions" become "adapter.positions"."""
     return f"{at}.{key}" if at else f"{key}"

@@ -16,7 +16,7 @@ _replaced: dict[str, int] = {}  # number of times that a local definition was re
 
 
 def unregistered(label: str) -> str:
-    """Return the error message for a class or function that is not registered. Callers prepend its path."""
+    """Return the error message for an unregistered class or function. Callers prepend its path in the configuration."""
     return (
         f"is {label}, which is not registered. "
         "Put @perceiver_core.register above its definition and make the model again; a class that is not yours, into a "

@@ -76,7 +76,7 @@ def register_external(thing: type, *arguments: str) -> None:
     Args:
         thing: Class to register. Its name in `config.json` is its `__name__`.
         arguments: Names of the constructor arguments that are saved. Instances must have attributes with these names.
-            Files with other arguments of the class are rejected.
+            Configurations with other arguments of this class are rejected.
 
     Example:
         >>> pc.registry.register_external(nn.ReLU, "inplace")
@@ -128,10 +128,11 @@ def _copied(value: object) -> object:
 
 
 def _recorded(part: object, name: str, value: object) -> Node:
-    """Return the description of a constructor argument. For a module, this is the path of the attribute that holds it.
+    """Describe a constructor argument of a part (an instance of a registered class) as plain data.
 
-    The attribute with the argument's name takes precedence over other paths. If the part does not contain the module,
-    because the constructor copies it or uses it only temporarily, the module's current state is described.
+    A module is described by the path of the attribute that holds it, preferably the attribute called `name`. The part
+    may not hold the module, because the constructor copies it or uses it only temporarily. Then the module's current
+    state is described.
     """
     if not any(isinstance(leaf, nn.Module) for leaf in leaves(value)):
         return snapshot(value)

@@ -1,8 +1,8 @@
 """Snapshots: descriptions of constructor arguments as plain data, without references to modules, closures or arrays.
 
-Each part (an instance of a registered class) has a `Record` of its constructor arguments. The record is copied and
-pickled together with the part. Two descriptions with the same record therefore describe the same part, not two equal
-parts.
+Each part (an instance of a registered class) has a `Record` of its constructor arguments. Descriptions refer to this
+object. Two descriptions that refer to the same `Record` object describe the same part, not two equal parts. A deep copy
+of a part has its own record.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _LONGEST = 2**19  # maximum number of items in a container; a configuration of a
 
 @dataclass(eq=False)
 class Record:
-    """Dictionary of the constructor arguments of a part, keyed by argument name.
+    """Constructor arguments of a part (an instance of a registered class), keyed by argument name.
 
     Descriptions that refer to the same `Record` object describe the same part.
     """
@@ -43,7 +43,10 @@ class Record:
 
 @dataclass(frozen=True)
 class Attribute:
-    """Placeholder for a module argument: the attribute that stores the module, which is described when it is saved."""
+    """Placeholder for a constructor argument that is a module: the path of the attribute that holds the module.
+
+    `save` describes the module that the attribute holds at that time.
+    """
 
     path: str  # dotted, such as "layers.0"
     several: bool = False  # True for a ModuleList or ModuleDict if the argument was a list or dictionary
@@ -51,15 +54,16 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Thing:
-    """Description of a part (tag "part"), a functools.partial ("partial"), or a class or function ("name").
+    """Description of an instance of a registered class, a functools.partial, a class, or a function.
 
-    `name` is the registered name of the class or function, or None if it was not registered at that time.
+    `tag` is "part" for an instance, "partial" for a functools.partial, and "name" for a class or function. `name` is
+    the registered name of the class or function, or None if it was not registered when the description was made.
     """
 
     tag: str
     label: str
     name: str | None
-    replaced: int  # number of times that the definition with this name had been replaced at that time
+    replaced: int  # number of times that the definition with this name was replaced before the description was made
     arguments: dict[str, Node]
     record: Record | None  # None unless this describes a part
 
@@ -75,11 +79,12 @@ Node: TypeAlias = "bool | int | float | str | list[Node] | dict[str, Node] | Thi
 
 
 def snapshot(value: Any, paths: Mapping[int, str] | None = None) -> Node:
-    """Return a description of a value's current state as plain data.
+    """Describe the current state of a value as plain data.
 
-    A part is described by the constructor arguments that reproduce its current state. If `paths` maps the value's id to
-    an attribute path, the description is an `Attribute` instead. If the value cannot be described, it is a `Refusal`. A
-    model with such a value can be used, copied and pickled, but not saved.
+    An instance of a registered class is described by the constructor arguments that reproduce its current state. If
+    `paths` maps the id of a module to an attribute path, the module is described by an `Attribute` with this path. A
+    value that cannot be described becomes a `Refusal`. A model with such a value can be used, copied and pickled, but
+    not saved.
     """
     value = plain(value, mappings=True)
     if value is None or isinstance(value, torch.Generator):
@@ -139,7 +144,7 @@ def _partial(value: functools.partial[object]) -> Node:
 
 
 def _thing(value: Any) -> Node:
-    """Return a description of a part, class, function or scalar tensor, or of an integer type of another library."""
+    """Describe an instance of a registered class, a class, a function, a scalar tensor, or an integer-like object."""
     if type(value) in _external:
         found = {name: getattr(value, name) for name in _external[type(value)]}
         given = {name: item is not None if name == "bias" else item for name, item in found.items()}
@@ -174,7 +179,7 @@ def _each(values: Mapping[str, object], paths: Mapping[int, str] | None = None) 
 
 
 def _current(part: object, node: Node) -> Node:
-    """Return a recorded argument, with each `Attribute` replaced by a description of its current module."""
+    """Replace each `Attribute` in a recorded argument by a description of the module that the attribute holds now."""
     if isinstance(node, list):
         return [_current(part, item) for item in node]
     if isinstance(node, dict):
@@ -241,7 +246,10 @@ def _of_numpy(value: np.generic | NDArray[np.generic]) -> object:
 
 
 def _of_container(value: Sequence[object] | Mapping[object, object], mappings: bool) -> object:
-    """Return a container as a list or dictionary, or unchanged if it does not contain only plain values."""
+    """Convert a sequence to a list, or a mapping to a dictionary.
+
+    It is returned unchanged if it contains anything but numbers, strings, None and containers of these.
+    """
     found: dict[object, object] = {}
     try:
         pairs = value.items() if isinstance(value, Mapping) else enumerate(value)

@@ -21,7 +21,7 @@ NUMBERS = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|c8|c16)")
 
 
 class ArrayHeader(NamedTuple):
-    """Shape and dtype of an array in a file, and a function that reads it in native byte order."""
+    """Shape and dtype of an array in a file, and a function that reads the array in native byte order."""
 
     shape: tuple[int, ...]
     dtype: DType  # with the byte order of the file

@@ -65,7 +65,7 @@ def open_npz(path: Path) -> Iterator[dict[str, ArrayHeader]]:
 
 
 def _read_header(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> ArrayHeader:
-    """Read the array header of a file in the archive, and check that it matches the size of that file."""
+    """Read the array header of one member of the archive, and check that it matches the size of the member."""
     with archive.open(member) as file:
         if npy.read_magic(file) != (1, 0):
             raise ValueError("its header is not of version 1.0, in which arrays of numbers are written")

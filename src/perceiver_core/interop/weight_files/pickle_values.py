@@ -92,7 +92,7 @@ class MappingStandIn:
     def build(self, state: object) -> None:
         """Set the content from the pickled state, a dictionary or a tuple that starts with one.
 
-        If the dictionary has a `_mapping` entry, that entry is the content.
+        If the dictionary has the key `_mapping`, the value of this key is the content.
         """
         state = state[0] if isinstance(state, tuple) and state else state
         content = state.get("_mapping", state) if isinstance(state, dict) else None
@@ -102,7 +102,7 @@ class MappingStandIn:
 
 
 def mapping(*args: object) -> object:
-    """Return the argument, or a new dictionary if there is none.
+    """Stand-in for the constructors of dictionary types. Return the argument, or a new dictionary if there is none.
 
     The argument is not copied, because a malicious file could request copies until memory is full.
     """
@@ -112,7 +112,10 @@ def mapping(*args: object) -> object:
 
 
 def _encode(text: object, encoding: object) -> str:
-    """Return `text`, which old pickle protocols store instead of bytes. It is converted when the array is read."""
+    """Stand-in for `_codecs.encode`, which converts text to bytes in old pickle protocols. Return the text unchanged.
+
+    The text is converted to bytes only when the array is read.
+    """
     if not isinstance(text, str) or encoding != "latin1":
         raise ValueError("something is encoded that is no text")
     return text

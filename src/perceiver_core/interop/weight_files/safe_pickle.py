@@ -192,7 +192,7 @@ def read(path: Path) -> dict[str, ArrayHeader]:
 
 
 def _flattened(parts: list[tuple[str, object]], size: int) -> dict[str, ArrayHeader]:
-    """Return a dictionary of array headers, keyed by `scope/parameter`.
+    """Flatten nested dictionaries of arrays to one dictionary of array headers, keyed by `scope/parameter`.
 
     Args:
         parts: Pairs of a name, for error messages, and a dictionary `scope -> parameter -> array`.

@@ -47,7 +47,7 @@ def fetch(name_or_folder: str | PathLike[str]) -> Path:
 
 
 def _patterns(name: str) -> tuple[str, ...]:
-    """Return three file name patterns: for a single weight file, for the index of shards, and for the shards."""
+    """Return file name patterns such as model.safetensors, model.safetensors.index.json, model-*-of-*.safetensors."""
     stem, end = name.split(".")
     return name, f"{name}{INDEX}", f"{stem}-*-of-*.{end}"
 
@@ -156,7 +156,7 @@ def _open_binary(path: Path) -> StateDictFile:
 
 
 def _check_archive(path: Path, size: int) -> None:
-    """Check that a zip archive is uncompressed and its contents are not larger than the file. Ignore other files."""
+    """Check that a zip archive is uncompressed and its contents are at most `size` bytes. Skip other file formats."""
     with path.open("rb") as file:
         if file.read(2) != b"PK":
             return
@@ -217,7 +217,7 @@ def check_floats(tensors: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def errors_with_path(path: Path) -> Iterator[None]:
-    """Context manager that adds a file path to the message of a ValueError, unless it is already there."""
+    """Context manager that adds a file path to the message of a ValueError that does not contain it."""
     try:
         yield
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Structured reads: exact cross-attention to a grid of tokens with position features, without keys and values."""
+"""Structured reads: exact cross-attention over a grid of tokens, without computing keys and values."""
 
 from perceiver_core.kernels.grid.interface import GridFallbackWarning
 from perceiver_core.kernels.grid.operator import GridRead, missing_kernel, read_grid

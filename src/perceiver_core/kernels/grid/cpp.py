@@ -12,12 +12,12 @@ from perceiver_core.kernels.grid.interface import GridGradients, GridInputs, Gri
 
 BLOCK = 16  # queries per task of the forward pass; equals `BLOCK` in `cpp/grid.h`
 MIN_TASKS = 32  # target number of parallel tasks; it is not the number of threads, so that results are reproducible
-MIN_TOKENS = 4  # minimum tokens per split and value that it returns for a query; with fewer, setup time dominates
+MIN_TOKENS = 4  # minimum tokens in a split, per number that it returns for a query; with fewer, setup time dominates
 MAX_SPLIT_BYTES = 2**26  # maximum total memory for the results of all splits
 
 
 def forward(inputs: GridInputs) -> GridOutputs:
-    """Compute the read. If there are few queries, the grid is split into parts that are processed in parallel."""
+    """Compute the forward pass. With few queries, the grid is split into parts that are processed in parallel."""
     content_queries, axis_queries, content, _, _ = inputs
     batch, grid = content.shape[0], content.shape[2:]
     _, heads, queries, channels = content_queries.shape
@@ -44,7 +44,7 @@ def forward(inputs: GridInputs) -> GridOutputs:
 
 
 def backward(inputs: GridInputs, upstream: Upstream, needs_token_gradients: bool) -> GridGradients:
-    """Compute the gradients. Each part of the grid contributes to the query gradients, and these are added up."""
+    """Compute the gradients. The grid is split into parts, and the query gradients of all parts are summed."""
     content_queries, axis_queries, content, scale, _ = inputs
     batch, grid = content.shape[0], content.shape[2:]
     single_axis = len(grid) == 1  # each split then writes its own positions of one axis-query gradient
@@ -68,10 +68,10 @@ def backward(inputs: GridInputs, upstream: Upstream, needs_token_gradients: bool
 
 
 def _num_splits(num_tasks: int, inputs: GridInputs, width: int) -> int:
-    """Return the number of parts into which the grid is split to get `MIN_TASKS` tasks.
+    """Return the number of parts into which the grid is split to get at least `MIN_TASKS` parallel tasks.
 
-    `MIN_TOKENS` and `MAX_SPLIT_BYTES` limit this number. `num_tasks` is the number of tasks without splitting. Each
-    part returns `width` values per sample, head and query.
+    `MIN_TOKENS` and `MAX_SPLIT_BYTES` limit the number of parts. `num_tasks` is the number of tasks without splitting.
+    Each part returns `width` numbers per sample, head and query.
     """
     content = inputs.content
     split_bytes = content.shape[0] * prod(inputs.content_queries.shape[1:3]) * width * content.element_size()

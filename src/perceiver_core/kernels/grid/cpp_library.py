@@ -1,8 +1,8 @@
 """Shared library that is compiled from the C++ source in `cpp/` at the first use on a machine.
 
 The compiler is `$CXX`, c++, g++ or clang++, whichever is found first. Compilation takes a few seconds. The library is
-stored in the user's cache folder, so that other processes load it in milliseconds. Its name contains a hash of source,
-compiler, flags and processor features, so that machines with different processors can share the folder.
+stored in the user's cache folder, so that other processes load it in milliseconds. The file name contains a hash of
+source, compiler, flags and processor features, so that machines with different processors can share the folder.
 torch.utils.cpp_extension is not used, because it needs ninja and takes half a minute to compile PyTorch's headers. The
 source does not include these headers.
 """
@@ -39,7 +39,7 @@ NUM_POINTERS = {"forward": 10, "backward": 15}  # pointer arguments of functions
 
 @cache
 def functions() -> dict[tuple[str, torch.dtype], Callable[..., None]]:
-    """Return a dictionary of the library's functions, keyed by (name, dtype).
+    """Return a dictionary of the library's functions, keyed by name and dtype, such as ("forward", torch.float32).
 
     The first call compiles or loads the library. If this fails, it emits a warning, and the dictionary is empty.
     """

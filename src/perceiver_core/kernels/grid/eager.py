@@ -19,7 +19,7 @@ MAX_SCORES = 2**22  # maximum number of scores in a slab, per sample and head
 
 
 def forward(inputs: GridInputs) -> GridOutputs:
-    """Compute the read, with an online softmax over the slabs."""
+    """Compute the forward pass slab by slab, with an online softmax."""
     content_queries, axis_queries, content, scale, mask = inputs
     shape, grid = (content.shape[0], *content_queries.shape[1:3]), content.shape[2:]
     content, scale, bias = _apply_mask(content, scale, mask)
@@ -77,7 +77,7 @@ def backward(inputs: GridInputs, upstream: Upstream, needs_token_gradients: bool
 
 
 def _apply_mask(content: Tensor, scale: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Set content and scale to zero at masked tokens, and return them with a score bias.
+    """Return the content and scale with zeros at masked tokens, and a bias to add to the scores.
 
     The bias is -inf at masked tokens and 0 at others. It has shape `b 1 1 *grid`.
     """
@@ -89,13 +89,13 @@ def _apply_mask(content: Tensor, scale: Tensor, mask: Tensor | None) -> tuple[Te
 
 
 def _slabs(num_queries: int, grid: torch.Size) -> list[slice]:
-    """Return slices of the first axis. Each has at most `MAX_SCORES` scores per sample and head, or size 1."""
+    """Return slices of the first grid axis, each of size 1 or with at most `MAX_SCORES` scores per sample and head."""
     step = max(1, MAX_SCORES // max(1, num_queries * prod(grid[1:])))
     return [slice(start, min(start + step, grid[0])) for start in range(0, grid[0], step)]
 
 
 def _products(content_queries: Tensor, axis_queries: Tensor, content: Tensor, grid: torch.Size, slab: slice) -> Tensor:
-    """Return the scores of a slab's tokens before they are multiplied by the scale: `b h q *slab`."""
+    """Return the scores of one slab without the factor `scale`: `b h q *slab`. `content` holds only this slab."""
     content_queries = content_queries.expand(content.shape[0], *content_queries.shape[1:])
     products = torch.einsum("bhqc,bcn->bhqn", content_queries, content.flatten(2))
     products = products.reshape(*products.shape[:3], *content.shape[2:])
@@ -104,9 +104,10 @@ def _products(content_queries: Tensor, axis_queries: Tensor, content: Tensor, gr
 
 
 def _add_axis_sums(totals: Tensor, x: Tensor, grid: torch.Size, slab: slice) -> None:
-    """Sum `x` over all tokens at the same position along an axis, and add the sums to `totals`, in-place.
+    """Sum `x` over all grid axes but one, for each grid axis in turn, and add the sums to `totals` in-place.
 
-    `x` has shape `b h q *slab`. `totals` has shape `b h q axis_positions`: one sum per position along each axis.
+    `x` has shape `b h q *slab`. `totals` has shape `b h q axis_positions`. For a grid with two axes, it has one sum per
+    row, followed by one sum per column.
     """
     start = 0
     for axis, size in enumerate(grid):

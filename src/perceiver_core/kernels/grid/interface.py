@@ -1,11 +1,12 @@
 """Interface of the `read_grid` backends: inputs, outputs, and the warning about a slower fallback.
 
-A backend is a module with the functions of `Backend`: `cpp` for CPUs, `triton` for CUDA, and `eager`, the reference in
-plain PyTorch. `operator` validates the tensors and makes them contiguous before it calls a backend.
+A backend is a Python module that implements the protocol `Backend`. The backends are `cpp` for CPUs, `triton` for CUDA,
+and `eager`, the reference in plain PyTorch. The module `operator` validates the tensors and makes them contiguous
+before it calls a backend.
 
 Axes in shapes: `b` is the batch size, `#b` the batch size or 1 (if all samples share the queries), `h` the number of
 heads, `q` the number of queries and `c` the number of channels. `*grid` are the grid axes. `axis_positions` is the sum
-of the grid sizes: the positions along all grid axes are concatenated.
+of their sizes, because the numbers for all positions along all axes are concatenated: 5 + 11 for a 5 x 11 grid.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 
 class GridInputs(NamedTuple):
-    """Arguments of `read_grid`."""
+    """Named tuple of the arguments of `read_grid`."""
 
     content_queries: Float[Tensor, "#b h q c"]
     axis_queries: Float[Tensor, "#b h q axis_positions"]
@@ -28,11 +29,11 @@ class GridInputs(NamedTuple):
 
 
 class GridOutputs(NamedTuple):
-    """Forward results: the sums of `GridRead`, and softmax statistics for the backward pass.
+    """Forward results: `content` and `marginals` of `GridRead`, and softmax statistics for the backward pass.
 
-    `base` is the offset that is subtracted from the scores before exponentiation, in log2 units (scores times log2(e)).
-    It is the maximum score of each query, or 0 if all tokens are masked. The `cpp` backend rescales lazily, so its
-    `base` may be up to 16 below the maximum. `total` is the sum of `2 ** (score * log2(e) - base)` over the tokens. The
+    The softmax weight of a token is `2 ** (score * log2(e) - base) / total`. `base` is the maximum of
+    `score * log2(e)` over the tokens, or 0 if all tokens are masked. The `cpp` backend rescales lazily, so its `base`
+    may be up to 16 below the maximum. `total` is the sum of `2 ** (score * log2(e) - base)` over the tokens. The
     log-sum-exp of the scores is `(base + log2(total)) * ln(2)`.
     """
 
@@ -43,11 +44,11 @@ class GridOutputs(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """Inputs of the backward pass: softmax statistics, and gradients of the forward outputs.
+    """Inputs of the backward pass: softmax statistics, and upstream gradients of the forward outputs.
 
-    `d_read` is the gradient of `GridOutputs.content`. `offset` is d_lse - sum(d_read * content) -
-    sum(d_marginals * marginals), computed once per query. The gradient of each score is p (d_p + offset), where p is
-    the softmax weight and d_p the gradient of p.
+    `base` and `total` come from `GridOutputs`. `d_read` is the gradient of `GridOutputs.content`. The gradient of a
+    score is p * (d_p + offset), where p is the softmax weight, d_p is the gradient of p, and `offset` is one number per
+    query: d_lse - sum(d_read * content) - sum(d_marginals * marginals).
     """
 
     base: Float[Tensor, "b h q"]
@@ -58,7 +59,7 @@ class Upstream(NamedTuple):
 
 
 class GridGradients(NamedTuple):
-    """Gradients of the inputs. Content and scale gradients are empty tensors if they are not needed."""
+    """Gradients of the tensors in `GridInputs`. `content` and `scale` are empty if their gradients are not needed."""
 
     content_queries: Float[Tensor, "#b h q c"]
     axis_queries: Float[Tensor, "#b h q axis_positions"]
@@ -71,7 +72,7 @@ class Backend(Protocol):
     """Protocol for a `read_grid` backend: a Python module with `forward` and `backward` functions."""
 
     def forward(self, inputs: GridInputs) -> GridOutputs:
-        """Compute the outputs of the read."""
+        """Compute the forward pass of `read_grid`."""
         ...
 
     def backward(self, inputs: GridInputs, upstream: Upstream, needs_token_gradients: bool) -> GridGradients:
@@ -87,7 +88,7 @@ class GridFallbackWarning(RuntimeWarning):
 
 
 def over_grid(tables: Sequence[Tensor]) -> list[Tensor]:
-    """Reshape tables of shape `.. size`, one per grid axis, so that they broadcast to `.. *grid`."""
+    """Reshape one table `.. size` per grid axis so that they broadcast: `.. 5` and `.. 7` to `.. 5 1` and `.. 1 7`."""
     return [
         table.reshape(*table.shape[:-1], *(table.shape[-1] if i == axis else 1 for i in range(len(tables))))
         for axis, table in enumerate(tables)

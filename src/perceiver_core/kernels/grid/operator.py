@@ -1,15 +1,17 @@
-"""Structured reads: cross-attention to a grid of tokens, computed without keys and values.
+"""Structured reads: cross-attention over a grid of tokens, without computing keys and values.
 
-A token m is the concatenation of its content and its position features. The position features are a sum of one table
+Each token is the concatenation of its content and its position features. The position features are a sum of one table
 row per grid axis. The score of query n for token m is therefore a content term plus one term per axis, times the
-token's layer-norm scale, and can be computed without a key. Instead of values, `read_grid` sums the content with the
-softmax weights, and sums the weights at each position i along each axis. The caller projects these sums to attention
-outputs:
+token's layer-norm scale. No key is needed. No values are needed either, because `read_grid` returns sums over the
+tokens that the caller projects to attention outputs. `read` sums the content of all tokens. `marginals` sums the
+softmax weights of all tokens at the same position i along an axis, such as one row of an image:
 
     score[n, m] = scale[m] * (content_queries[n] . content[m] + sum_axes axis_queries[n, i_axis(m)])
     p[n, m] = softmax of score[n, m] over m
     read[n] = sum_m p[n, m] scale[m] content[m]
-    marginals[n, i] = sum of p[n, m] scale[m] over the tokens m at position i along an axis
+    marginals[n, i] = sum of p[n, m] scale[m] over the tokens m with i_axis(m) = i
+
+i_axis(m) is the position of token m along the axis.
 
 Three backends compute the same result: compiled C++ code on CPUs (`cpp`), Triton kernels on CUDA (`triton`), and plain
 PyTorch elsewhere (`eager`). The C++ code takes about as long as one exponential per query and token. A custom operator
@@ -36,9 +38,9 @@ LN2 = math.log(2)
 class GridRead(NamedTuple):
     """Named tuple of the results of `read_grid` for each query.
 
-    `content` is the sum of the tokens' content, weighted with softmax weight times scale. `marginals` are the sums of
-    these weights over all tokens at the same position along an axis, for every position along every axis. `lse` is the
-    log-sum-exp of the scores.
+    With w = softmax weight * scale for each token, `content` is the sum of w * content over all tokens. `marginals` are
+    sums of w over all tokens at the same position along an axis. For a grid with two axes, they are one sum per row,
+    followed by one sum per column. `lse` is the log-sum-exp of the scores.
     """
 
     content: Float[Tensor, "b h q c"]
@@ -55,22 +57,22 @@ def read_grid(
 ) -> GridRead:
     """Compute cross-attention over a grid of tokens in float32 or float64, without computing keys and values.
 
-    The score of a token is `scale * (content_queries . content + axis_terms)`, where `axis_terms` is the sum over the
-    grid axes of the entry in `axis_queries` for the token's position along the axis.
+    The grid can have any number of axes. For a grid of H rows and W columns, the token in row i and column j has the
+    score `scale * (content_queries . content + axis_queries[i] + axis_queries[H + j])`.
 
     Args:
-        content_queries: Coefficients of the content for each query, multiplied by the softmax scale. A batch size of 1
-            is broadcast.
-        axis_queries: Score terms of each query for each position along each axis, multiplied by the softmax scale. The
-            terms of all axes are concatenated, so `axis_positions` is the sum of the grid sizes. The batch size is the
-            same as for `content_queries`.
-        content: Content of the tokens, in channels-first layout.
+        content_queries: One vector per query, whose dot product with the content is part of the score. The factor
+            1 / sqrt(head dimension) must be included. A batch size of 1 is broadcast.
+        axis_queries: Score terms of each query for each position along each axis. The same factor must be included. The
+            terms of all axes are concatenated, so `axis_positions` is the sum of the axis sizes, H + W above. The batch
+            size is the same as for `content_queries`.
+        content: Content channels of the tokens, in channels-first layout.
         scale: Factor for the score and content of each token: 1 / standard deviation for a layer norm, or ones.
         mask: Key-padding mask, True = attend. Masked tokens have no effect, even if their content is NaN.
 
     Returns:
-        Sums of the content weighted by softmax weight times `scale`, sums of these weights for each position along each
-        axis, and the log-sum-exp of the scores. If all tokens are masked, the sums are 0 and the log-sum-exp is -inf.
+        Named tuple of `content` `b h q c`, `marginals` `b h q axis_positions` and `lse` `b h q`; see `GridRead`. If all
+        tokens are masked, `content` and `marginals` are 0 and `lse` is -inf.
 
     Raises:
         TypeError: If an input has an unsupported dtype. All inputs must have the dtype of `content`, float32 or
@@ -95,7 +97,7 @@ def read_grid(
 
 
 def missing_kernel(device: torch.device, channels: int) -> str:
-    """Return the reason why there is no compiled kernel for a device and number of content channels, or "".
+    """Return the reason why no compiled kernel supports a device and number of content channels, or "" if one does.
 
     On the CPU, the first call compiles or loads the kernel.
     """
@@ -120,7 +122,7 @@ def _why_unavailable(device: torch.device) -> str:
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _read_grid(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Compute the read. Return the fields of `GridRead`, followed by `GridOutputs.base` and `GridOutputs.total`."""
+    """Run the forward pass. Return the fields of `GridRead`, followed by `GridOutputs.base` and `GridOutputs.total`."""
     inputs = _validated(*arguments)
     read, marginals, base, total = _backend(inputs).forward(inputs)
     return read, marginals, (base + total.log2()) * LN2, base, total
@@ -180,9 +182,9 @@ _read_grid.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _ReadGrid(torch.autograd.Function):
-    """Autograd function for the operator under torch.func, which does not support custom operators.
+    """Autograd function that calls `_read_grid` under torch.func, which does not support custom operators.
 
-    Forward-mode AD raises an error.
+    In forward-mode AD, the function raises an error.
     """
 
     generate_vmap_rule = True
@@ -197,7 +199,7 @@ class _ReadGrid(torch.autograd.Function):
 
 
 class _ReadGridBackward(torch.autograd.Function):
-    """Autograd function for the backward operator. Its own backward pass raises an error."""
+    """Autograd function that calls `_read_grid_backward`. Second derivatives raise an error."""
 
     generate_vmap_rule = True
 
@@ -262,7 +264,7 @@ def _backend(inputs: GridInputs) -> Backend:
 def _validated(
     content_queries: Tensor, axis_queries: Tensor, content: Tensor, scale: Tensor, mask: Tensor | None
 ) -> GridInputs:
-    """Check dtypes, devices and shapes, because the backends do not check them, and return contiguous inputs."""
+    """Check dtypes, devices and shapes, which the backends do not check, and return contiguous inputs."""
     if content.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"content must be float32 or float64; got {content.dtype}. Convert it: content.float()")
     if content.ndim < 3 or 0 in content.shape[1:]:

@@ -5,9 +5,10 @@ the axis queries of all row axes are added up before a launch, and sums per row 
 each axis after the launch. In tensors with a query axis, this axis is the last. The only exception is
 `backward_tokens`, which reads the axis queries of the columns as `b h q columns`.
 
-Each program processes a part of the grid (see `triton_plan`). Its sums are relative to a softmax maximum: `bases`, the
-maximum over the part, or the running maximum at the time when a sum per row or per column was stored (`row_bases`,
-`column_bases`). `forward` rescales all sums to the softmax maximum over the whole grid and adds them up.
+Each program processes a part of the grid (see `triton_plan`) and sums powers 2 ** (score - base), with scores in log2
+units. For the content sums, base is the maximum score in the part, which is stored in `bases`. For the sums per row and
+per column, base is the running maximum when the sum was stored (`row_bases`, `column_bases`). `forward` rescales all
+sums to the maximum over the whole grid and adds them up.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def _or_eager(compute: Callable[..., Any]) -> Callable[..., Any]:
 
 @_or_eager
 def forward(inputs: GridInputs) -> GridOutputs:
-    """Compute the read with the Triton kernels."""
+    """Compute the forward pass with the Triton kernels."""
     axis = _axis_to_swap(inputs.content.shape[2:])
     if axis is not None:
         swapped = _swap_inputs(inputs, axis)
@@ -170,9 +171,10 @@ def _axis_to_swap(grid: torch.Size) -> int | None:
 
 
 def _swap_tables(tables: Tensor, axis: int, grid: torch.Size) -> Tensor:
-    """Swap the ranges of `axis` and of the last grid axis within the last axis of `tables`.
+    """Swap the table of grid axis `axis` with the table of the last grid axis.
 
-    `tables` has shape `.. axis_positions`: the positions along all axes of `grid`, concatenated.
+    `tables` has shape `.. axis_positions` and contains the tables of all axes, concatenated. For a 40 x 3 grid and axis
+    -2, the first 40 elements are moved after the last 3.
     """
     parts = list(torch.split(tables, list(grid), dim=-1))
     parts[axis], parts[-1] = parts[-1], parts[axis]
@@ -186,10 +188,10 @@ def _swap_inputs(inputs: GridInputs, axis: int) -> GridInputs:
 
 
 def _query_tensors(plan: Plan, content: Tensor, tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return tensors for a kernel: content coefficients, the sum of all row axes' terms, and column terms.
+    """Convert `content_queries` and `axis_queries`, or `d_read` and `d_marginals`, to the layout of the kernels.
 
-    The inputs are `content_queries` and `axis_queries`, or their upstream gradients. The outputs are `b h channels q`,
-    `b h rows q` and `b h columns q`, padded along q.
+    Returns:
+        Tensors `b h channels q`, `b h rows q` and `b h columns q`, padded along q. The terms of all row axes are added.
     """
     *row_tables, columns = torch.split(tables, [*plan.row_axes, plan.width], dim=-1)
     leading = tables.shape[:-1]
@@ -199,13 +201,13 @@ def _query_tensors(plan: Plan, content: Tensor, tables: Tensor) -> tuple[Tensor,
 
 
 def _columns_last(plan: Plan, tables: Tensor) -> Tensor:
-    """Return the terms of the last grid axis, `b h q columns`, padded along q."""
+    """Return the part of `tables` for the last grid axis, `b h q columns`, padded along q."""
     columns = tables[..., tables.shape[-1] - plan.width :]
     return F.pad(columns, (0, 0, 0, plan.queries - tables.shape[2])).contiguous()
 
 
 def _token_tensors(plan: Plan, inputs: GridInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the content, the scale and the score bias of all tokens, with padded columns.
+    """Return the content, scale and score bias of all tokens, each padded to `plan.padded_width` along the last axis.
 
     At masked tokens, content and scale are 0 and the bias is -inf.
     """
@@ -234,7 +236,7 @@ def _transpose(x: Tensor) -> Tensor:
 
 
 def _row_axis_sums(rows: Tensor, row_axes: tuple[int, ...]) -> list[Tensor]:
-    """Reduce sums per row, `batch_heads rows q`, to sums per position along each row axis.
+    """Reduce sums per row, `batch_heads rows q`, to sums per position along each axis that was flattened to rows.
 
     Returns:
         List of one tensor per axis in `row_axes`, of shape `batch_heads size q`.

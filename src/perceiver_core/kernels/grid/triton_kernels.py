@@ -1,14 +1,15 @@
 """Triton kernels for structured reads. See `operator` for the formula and `triton_plan` for the tiling.
 
-In `forward` and `backward_queries`, each thread holds one query. The thread processes one stretch of columns at a time
-and loops over its rows. The query's coefficients and sums for these columns stay in registers, so that threads exchange
-no data. Sums per row are updated in memory. The softmax is computed online, and no score is written to memory. In
+In `forward` and `backward_queries`, each thread holds one query. For each stretch of columns, the thread loops over the
+rows of its split. The query's coefficients and sums for these columns stay in registers, so that threads exchange no
+data. Sums per row are updated in GPU memory. The softmax is computed online, and no score is written to GPU memory. In
 `backward_tokens`, each thread holds one token and loops over all queries.
 
-Triton distributes tensors over threads along their last axis, so the last axis of query tensors is the queries. Their
-number is not specialized. If Triton knew that it is a multiple of 16, it would assign four neighboring queries and
-fewer columns to each thread, and threads would have to exchange sums. All of this applies to fewer than 16 (padded)
-channels, which are multiplied one by one. With more channels, tensor cores are used, and Triton chooses the layout.
+Triton distributes tensors over threads along the last axis, so query tensors have the queries on the last axis. The
+argument `queries`, their number, is not specialized. If Triton knew that it is a multiple of 16, it would assign four
+neighboring queries and fewer columns to each thread, and threads would have to exchange sums. All of this applies to
+fewer than 16 (padded) channels, which are multiplied one by one. From 16 on, tensor cores are used, and Triton chooses
+the layout.
 
 Tensors and sizes:
 
@@ -49,10 +50,10 @@ def _add_products(
     sums, left, left_stride, row, right, right_stride, column, valid,
     CHANNELS: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the dot product of each vector in `left` with each vector in `right` to `sums`, and return `sums`.
+    """Return sums[i, j] + left[:, row[i]] . right[:, column[j]], with dot products over the channels.
 
-    One of them holds content vectors of tokens, the other holds coefficients of queries. `valid` marks the valid
-    columns; None if all are valid. The other columns of `sums` are undefined.
+    One of `left` and `right` is the content of tokens, the other the coefficients of queries. `valid` is a boolean mask
+    of `column`, or None if all columns are valid. The result is undefined in invalid columns.
     """
     if PADDED < 16:
         for k in tl.static_range(CHANNELS):
@@ -76,7 +77,7 @@ def _add_products(
 def _weighted_sums(
     weights, vectors, stride, index, CHANNELS: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Return `vectors` (of tokens or queries) summed with `weights` over their first axis: channels x last axis."""
+    """Return the matrix product of `vectors[:, index]` (channels x n, of tokens or queries) with `weights` (n x m)."""
     channel = tl.arange(0, PADDED)
     if PADDED < 16:
         sums = tl.zeros([PADDED, weights.shape[1]], weights.dtype)
@@ -98,10 +99,10 @@ def forward(
     CHANNELS: tl.constexpr, PADDED: tl.constexpr, SHARED: tl.constexpr, MASKED: tl.constexpr,
     BLOCK: tl.constexpr, STRETCH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute partial reads, one per split and group. Each is relative to its own softmax maximum, in `bases`.
+    """Compute partial reads, one per split and group, each with its own softmax maximum, which is stored in `bases`.
 
-    Sums per row and per column are relative to the running maximum at the time when they were stored, in `row_bases`
-    and `column_bases`.
+    Sums per row and per column are relative to the running maximum at the time when they are stored. `row_bases` and
+    `column_bases` contain this maximum.
     """
     query, group, split, batch_head = _program_part(blocks, splits, groups, BLOCK)
     sample, query_row = batch_head // heads, batch_head % heads if SHARED else batch_head
@@ -172,7 +173,7 @@ def backward_queries(
     CHANNELS: tl.constexpr, PADDED: tl.constexpr, SHARED: tl.constexpr, MASKED: tl.constexpr,
     BLOCK: tl.constexpr, STRETCH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute partial gradients of the query tensors, one per split and group, tiled as in `forward`."""
+    """Compute partial gradients of the query tensors, one per split and group, with the same tiling as `forward`."""
     query, group, split, batch_head = _program_part(blocks, splits, groups, BLOCK)
     sample, query_row = batch_head // heads, batch_head % heads if SHARED else batch_head
     tokens = (batch_head * 0 + height) * padded_width

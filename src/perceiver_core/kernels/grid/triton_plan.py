@@ -1,9 +1,9 @@
 """Tiling of a structured read on a GPU.
 
-The Triton kernels process grids with two axes: columns (the last axis) and rows (all other axes, flattened). The
-columns are divided into stretches of a fixed width. Consecutive stretches form a group, and consecutive rows form a
-split. Each program processes the tokens in one split and one group, so that even a few queries occupy the whole GPU (as
-in flash-decoding).
+The Triton kernels process every grid as a matrix of tokens. Its columns are the last grid axis, and its rows are all
+other grid axes, flattened. The columns are divided into stretches of 16 or 32 columns. Consecutive stretches form a
+group, and consecutive rows form a split. A program processes only the tokens in one split and one group, so that even a
+few queries occupy the whole GPU (as in flash-decoding).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from perceiver_core.kernels.grid.interface import GridInputs
 Options: TypeAlias = dict[str, Any]
 
 WARP = 32  # threads per warp; the number of queries is padded to a multiple of it
-WARPS_PER_PROCESSOR = 24  # target number of warps per multiprocessor
+WARPS_PER_PROCESSOR = 24  # target number of warps per streaming multiprocessor (SM)
 MAX_INT32 = 2**31 - 1  # the kernels multiply sizes as 32-bit integers
 MIN_MATRIX_CHANNELS = 16  # minimum padded channels for tensor cores; fewer channels are multiplied in registers
 
 
 class Plan(NamedTuple):
-    """Sizes of a structured read, and its tiling."""
+    """Named tuple of the sizes of a structured read and the sizes of its tiles."""
 
     samples: int
     heads: int
@@ -44,7 +44,7 @@ class Plan(NamedTuple):
 
     @classmethod
     def of(cls, inputs: GridInputs) -> Plan:
-        """Return the tiling for the sizes and the device of the inputs."""
+        """Return the plan for inputs of these sizes on this device."""
         samples, channels, *row_axes, width = inputs.content.shape
         heads, queries = inputs.content_queries.shape[1], -(-inputs.content_queries.shape[2] // WARP) * WARP
         padded_channels = 1 << (channels - 1).bit_length()
@@ -79,5 +79,5 @@ class Plan(NamedTuple):
 
 
 def num_processors(device: torch.device) -> int:
-    """Return the number of multiprocessors of a GPU, or 1 for other devices."""
+    """Return the number of streaming multiprocessors (SMs) of a GPU, or 1 for other devices."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
