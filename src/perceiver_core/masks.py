@@ -2,8 +2,8 @@
 
 A mask is a boolean tensor that broadcasts to `b h q k`, or a rule: a function that computes such a tensor from query
 and key positions. The kernel `chunked` evaluates a rule one chunk at a time; most other kernels materialize the mask.
-Positions are negative and counted from the end, so the last query and the last key are both at -1. In Perceiver AR,
-where the queries are the last tokens of a longer input, a token then has the same position as a query and as a key.
+Positions are negative and counted from the end, so the last query and the last key are both at -1. This aligns queries
+and keys in Perceiver AR, where the queries are the last tokens of a longer input.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class CheckedArguments:
         return shape[axis]
 
     def size(self, name: str, key: str, axis: int = 0) -> int:
-        """Return `length(key, axis)`, after checking that the caller did not pass a different value for `name`."""
+        """Return the size of an axis of the weight `key`, and check that the argument `name`, if passed, agrees."""
         return self.agreed(name, self.length(key, axis), key)
 
     def heads(self, prefix: str, key: str, default: int) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from perceiver_core.interop.weight_mapping import (
 
 
 class Part(NamedTuple):
-    """Name suffixes of one tensor of a module, such as the bias, and the transforms to this library's layout."""
+    """One tensor of a module, such as its bias: its name suffixes, and the transforms to this library's layout."""
 
     suffix: str  # end of the tensor name in this library and in transformers
     haiku: str | None  # end of the tensor name in Haiku; None if Haiku does not store the tensor

@@ -121,18 +121,18 @@ class WeightMapping:
         return WeightMapping(Entry(_prefixed(ours, e.ours), _prefixed(theirs, e.theirs), e.transform) for e in self)
 
     def load(self, theirs: State, like: State | None = None) -> dict[str, Tensor]:
-        """Convert a state dict of the other project to a state dict of this library.
+        """Convert a state dict from the other project to this library's format.
 
         Args:
-            theirs: State dict of the other project.
-            like: State dict of this library's model, used to check shapes and dtypes; None to check only the names.
+            theirs: State dict from the other project.
+            like: State dict of the target model, used to check shapes and dtypes. If None, only the names are checked.
 
         Returns:
-            State dict of this library. Its tensors are views of the tensors in `theirs` if the transforms allow it.
+            Converted state dict. Its tensors share memory with those in `theirs` where possible.
 
         Raises:
             ValueError: If tensors in `theirs` are missing or unexpected.
-            ValueError: If tensors in `theirs` have the wrong shape or dtype. Any two floating-point dtypes match.
+            ValueError: If tensors in `theirs` have the wrong shape or dtype. Floating-point dtypes may differ.
         """
         self.check(theirs, like)
         return _translated(((entry.theirs, entry.transform.load, entry.ours) for entry in self), theirs)
@@ -161,7 +161,7 @@ class WeightMapping:
 
 
 def _check(actual: State, expected: State) -> None:
-    """Check that a state dict has the expected names, shapes and dtypes. Any two floating-point dtypes match."""
+    """Check that a state dict has the expected names, shapes and dtypes. Floating-point dtypes may differ."""
     if different := spec_differences(tensor_specs(dict(expected)), tensor_specs(dict(actual))):
         marked = bool(actual) and all(name.startswith("module.") for name in actual)
         hint = ". Take off the module. at the start of all names, which DataParallel puts there" * marked

@@ -25,7 +25,7 @@ from perceiver_core.registry import register
 
 
 class PartialAttention(NamedTuple):
-    """Named tuple of the attention output over a subset of the keys, and the log-sum-exp of the scores."""
+    """Attention output over a subset of the keys, and the log-sum-exp of the scores."""
 
     output: Float[Tensor, "b h q e"]
     lse: Float[Tensor, "b h q"]

@@ -60,7 +60,7 @@ def sdpa(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropout: f
 
 
 class Kernel(NamedTuple):
-    """Named tuple of a PyTorch kernel's name and, on CUDA, the reason why it is not a flash kernel (empty if it is)."""
+    """Name of a PyTorch kernel and, on CUDA, the reason why it is not a flash kernel (empty if it is)."""
 
     name: str
     why: str = ""

@@ -31,7 +31,7 @@ CAPABILITY = (8, 0)  # minimum compute capability of the GPU
 
 
 class Packed(NamedTuple):
-    """Named tuple of packed keys and values, and cumulative sequence lengths: 0, 3, 5 for samples of 3 and 2 keys."""
+    """Packed keys and values, and cumulative sequence lengths: 0, 3, 5 for samples of 3 and 2 keys."""
 
     keys: Float[Tensor, "bn h d"]
     values: Float[Tensor, "bn h e"]

@@ -72,7 +72,7 @@ def uses_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 
 
 def is_faster() -> bool:
-    """Return whether oneDNN is enabled and, for float32, faster than MKL (true of non-Intel CPUs with AVX-512)."""
+    """Return whether oneDNN is enabled and expected to be faster than MKL: on non-Intel CPUs with AVX-512."""
     return _is_faster() and bool(torch.backends.mkldnn.enabled)
 
 

@@ -53,8 +53,9 @@ class Perceiver(nn.Module):
         Args:
             inputs: Input of the adapter, such as images `b c h w`, audio `b s` or points `b n f`.
             mask: Mask of valid inputs, True = attend, in the shape that the adapter expects.
-            capture: Container that stores the attention weights of one encoder read (cross-attention), by default the
-                last. The index is `capture.read`. The encoder then stops after this read.
+            capture: Container for the attention weights of the encoder read (cross-attention) with index
+                `capture.read` (default: the last). The encoder stops after this read, so the output is not the model's
+                usual output.
         """
         tokens = self.adapter(inputs) if mask is None else self.adapter(inputs, mask=mask)
         latents = self.encoder(tokens) if capture is None else self.encoder(tokens, capture=capture)

@@ -27,7 +27,7 @@ LATENT_TRANSFORMER = partial(LatentTransformer, block=partial(SelfAttend, attent
 
 
 class DecodingStep(NamedTuple):
-    """Named tuple of the inputs for one forward pass of generation with caches.
+    """Inputs for one forward pass of generation with caches.
 
     Args:
         indices: Sequence index of each token in this pass, `n` or `b n`, for position embeddings.

@@ -91,8 +91,9 @@ class PerceiverIO(nn.Module):
                 None for all queries. To train on a subset of the outputs, pass the indices of their queries.
             query_mask: Mask of valid queries `b q`, True = decode, or a dictionary of masks if the queries are a
                 dictionary.
-            capture: Container that stores the attention weights of one encoder read (cross-attention), by default the
-                last. The index is `capture.read`. The encoder then stops after this read.
+            capture: Container for the attention weights of the encoder read (cross-attention) with index
+                `capture.read` (default: the last). The encoder stops after this read, so the output is not the model's
+                usual output.
         """
         tokens = self.adapter(inputs) if mask is None else self.adapter(inputs, mask=mask)
         queries = self.queries(tokens, query_inputs)

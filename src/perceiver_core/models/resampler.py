@@ -176,7 +176,8 @@ class _Frames(nn.Module):
     def _resampled(self, features: Tensor, mask: Tensor | None, axes: str) -> Tensor:
         """Add frame positions, merge axes, and apply the resampler.
 
-        `axes` is the einops pattern of the merged axes: `(b t) n` for each frame or `b (t n)` for all frames.
+        `axes` is the einops pattern of the resampler's input: `(b t) n` to resample each frame separately, or `b (t n)`
+        to resample all frames jointly.
         """
         positions = self.frame_positions
         checks.is_floating("features", features)

@@ -88,11 +88,11 @@ class Rotary(nn.Module):
     def forward(
         self, heads: Float[Tensor, "b h n d"], positions: Shaped[Tensor, "*#b n"] | None = None
     ) -> Float[Tensor, "b h n d"]:
-        """Return the rotated heads.
+        """Apply the rotary embedding to queries or keys.
 
         Args:
             heads: Queries or keys of all heads.
-            positions: Token positions, `n` or `b n` (default: 1 - n, ..., 0).
+            positions: Token positions, `n` or `b n` (default: -(n - 1), ..., -1, 0).
         """
         dim = heads.shape[-1] if self.dim is None else self.dim
         if heads.shape[-1] < dim:

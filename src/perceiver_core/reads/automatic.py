@@ -21,7 +21,7 @@ MATERIALIZED_BYTES = 2**30  # on the CPU, `Dense` is a last resort if it would a
 
 
 class Decision(NamedTuple):
-    """Named tuple of the strategy that `Auto` selects for a read, the sizes of the read, and the machine constants.
+    """Strategy that `Auto` selects for a read, the sizes of the read, and the machine constants.
 
     Args:
         strategy: Selected strategy.

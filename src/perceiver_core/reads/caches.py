@@ -15,7 +15,7 @@ from perceiver_core.reads.strategy import Memory, QueryIndices
 
 @runtime_checkable
 class Cache(Protocol):
-    """Protocol of a cache that stores the keys and values (`Memory`) of an attention layer for later calls.
+    """Protocol for a cache that stores the keys and values (`Memory`) of an attention layer for later calls.
 
     Args:
         appends: Whether `update` appends to the stored keys and values. If True, masks must also cover the cached keys.
@@ -32,15 +32,15 @@ class Cache(Protocol):
 
 
 class SharedMemory:
-    """Cache of the keys and values of one input, for several reads (cross-attentions) with the same weights.
+    """Cache of the keys and values of one input, shared by several reads (cross-attentions) with the same weights.
 
-    `read(x, tokens, cache=cache)` stores the keys and values in `cache.memory`. `read(x, cache.memory)` attends to
-    them again. Later reads take `cache.memory` as an explicit argument, so that activation checkpointing passes the
-    same keys and values to the recomputation.
+    The first read, `read(x, tokens, cache=cache)`, stores the keys and values in `cache.memory`. Later reads reuse
+    them: `read(x, cache.memory)`. They are passed explicitly, so that activation checkpointing recomputes a read with
+    the same keys and values.
 
     Args:
-        num_queries: Total number of queries of all these reads. It affects the choice of strategy. Defaults to the
-            number of queries of the read that stores the keys and values.
+        num_queries: Total number of queries of all reads that share the cache, used to choose the strategy. Defaults to
+            the number of queries of the first read.
 
     Example:
         >>> read, cache = pc.CrossAttend(32, 10), pc.reads.SharedMemory(num_queries=10)

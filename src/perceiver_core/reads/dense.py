@@ -21,7 +21,7 @@ from perceiver_core.registry import register
 
 
 class KeysValues(NamedTuple):
-    """Named tuple of keys and values as tensors. It implements `Memory`.
+    """Keys and values as tensors. It implements `Memory`.
 
     Args:
         keys: Keys, `b g n d`, for g key-value heads.

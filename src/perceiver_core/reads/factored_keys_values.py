@@ -37,7 +37,7 @@ from perceiver_core.tokens import Tokens
 
 
 class Norm(NamedTuple):
-    """Named tuple of the parameters of a layer norm (`center=True`) or an RMS norm (`center=False`)."""
+    """Parameters of a layer norm (`center=True`) or an RMS norm (`center=False`)."""
 
     eps: float = 0.0
     weight: Float[Tensor, " p"] | None = None
@@ -46,7 +46,7 @@ class Norm(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """Named tuple of a key or value projection: weights for content, weights for position features, and biases."""
+    """Key or value projection: weights for content, weights for position features, and biases."""
 
     content: Float[Tensor, "h d c"]
     positions: Float[Tensor, "h d p"]
@@ -54,7 +54,7 @@ class Projection(NamedTuple):
 
 
 class FactoredKeysValues(NamedTuple):
-    """Named tuple of the keys and values of tokens on a grid, in factored form. It implements `Memory`.
+    """Keys and values of tokens on a grid, in factored form. It implements `Memory`.
 
     The factored form stores the content, the position tables and the projections, from which keys and values follow.
 
@@ -91,10 +91,10 @@ class FactoredKeysValues(NamedTuple):
     def attend(
         self, q: Float[Tensor, "#b h q d"], kernel: Kernel, *, mask: Mask | None = None, dropout: float = 0.0
     ) -> Float[Tensor, "b h q e"]:
-        """Compute the attention output of every head. Large inputs are processed in slabs along one grid axis.
+        """Compute the attention output of every head.
 
-        If a mask or dropout is passed, the keys and values are computed as tensors and passed to the kernel. Otherwise,
-        the kernel is not called.
+        By default, attention is computed from the factored form, in slabs along one grid axis for large inputs, and
+        `kernel` is not used. With a mask or dropout, the keys and values are materialized and passed to `kernel`.
         """
         if mask is not None or dropout:
             return self.form(q.dtype).attend(q, kernel, mask=mask, dropout=dropout)

@@ -28,7 +28,7 @@ GPU_FACTOR = 64  # slabs are larger on a GPU, where they need not fit in caches
 
 
 class Slab(NamedTuple):
-    """Named tuple of a range of indices along a grid axis."""
+    """Range of indices along a grid axis."""
 
     axis: int
     start: int

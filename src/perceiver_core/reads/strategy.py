@@ -28,7 +28,7 @@ QueryIndices: TypeAlias = "int | Sequence[int] | Int[Tensor, ' chosen'] | None"
 
 @runtime_checkable
 class AttentionInput(Protocol):
-    """Protocol of the key-value input of an attention module: a `Source` of tokens, or an existing `Memory`."""
+    """Protocol for the key-value input of an attention module: a `Source` of tokens, or an existing `Memory`."""
 
     def memory(self, attention: Attention) -> Memory:
         """Return the keys and values. The module `attention` calls this method in its own forward pass."""
@@ -64,7 +64,7 @@ class Memory(AttentionInput, Protocol):
 
 @runtime_checkable
 class Attention(Protocol):
-    """Protocol of an attention module, with the attributes that strategies use; see `MultiHeadAttention`."""
+    """Protocol for an attention module, with the attributes that strategies use; see `MultiHeadAttention`."""
 
     num_heads: int
     num_kv_heads: int
@@ -79,10 +79,10 @@ class Attention(Protocol):
 
 
 class Source(NamedTuple):
-    """Named tuple of the input of a read (cross-attention) and the options for computing keys and values from it.
+    """Input of a read (cross-attention) and the options for computing keys and values from it.
 
-    The attention module calls the method `memory` in its own forward pass. Its projection weights are not used outside
-    this forward pass.
+    Pass it to an attention module in place of the tokens. The module calls `memory` in its own forward pass, so that
+    hooks and FSDP see every use of its projections.
 
     Args:
         tokens: Input of the read: `Tokens`, or a tensor of shape `b n c`.
@@ -138,7 +138,7 @@ class Source(NamedTuple):
 
 
 class ReadContext(NamedTuple):
-    """Named tuple of an attention module and its input, from which a strategy computes keys and values.
+    """Attention module and its input, from which a strategy computes keys and values.
 
     Args:
         attention: Attention module whose projections compute the keys and values.
@@ -172,7 +172,7 @@ def listening(listener: Callable[[ReadContext], None]) -> Iterator[None]:
 
 
 class Cost(NamedTuple):
-    """Named tuple of the predicted cost of one read (cross-attention): forward pass only, for the whole batch.
+    """Predicted cost of one read (cross-attention): forward pass only, for the whole batch.
 
     Args:
         flops: Number of floating-point operations.
@@ -186,7 +186,7 @@ class Cost(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Named tuple of the sizes that determine the cost of a read (cross-attention).
+    """Sizes that determine the cost of a read (cross-attention).
 
     Args:
         batch: Batch size.
@@ -263,7 +263,7 @@ class Sizes(NamedTuple):
 
 @runtime_checkable
 class Strategy(Protocol):
-    """Protocol of a strategy for reads (cross-attentions). Strategies differ in time and memory use, not in results."""
+    """Protocol for read (cross-attention) strategies, which differ in speed and memory use, not in results."""
 
     def why_not(self, context: ReadContext) -> str:
         """Return the reason why this strategy does not support a read, or an empty string if it does."""

@@ -35,8 +35,8 @@ def to_config(value: object) -> Json:
 def _written(node: Node, at: str, seen: dict[int, str]) -> Json:
     """Convert the snapshot `node` (see `registry.snapshot`) to JSON. `at` is the path of `node`.
 
-    `seen` maps the record ids of all parts (instances of registered classes) converted so far to the paths of these
-    parts. It is updated in-place.
+    `seen` is a dictionary from `id(record)` to path, with one entry for each part (instance of a registered class) that
+    was converted already. A repeated part is written as a reference to its first path. `seen` is updated in-place.
     """
     if isinstance(node, Refusal):
         raise ValueError(f"{at or 'the model'} {node.reason}")
@@ -175,7 +175,8 @@ def at_most(modules: int) -> Iterator[None]:
     Without a limit, a small malicious configuration could build a huge model.
 
     Args:
-        modules: Maximum number of objects built by `from_config`, plus the number of submodules added to modules.
+        modules: Limit of a combined count: one for each object that `from_config` builds, and one for each submodule
+            that is registered in a module.
 
     Raises:
         ValueError: If the code in the context exceeds the limit.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 class GridInputs(NamedTuple):
-    """Named tuple of the arguments of `read_grid`."""
+    """Arguments of `read_grid`."""
 
     content_queries: Float[Tensor, "#b h q c"]
     axis_queries: Float[Tensor, "#b h q axis_positions"]

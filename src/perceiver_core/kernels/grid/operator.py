@@ -36,7 +36,7 @@ LN2 = math.log(2)
 
 
 class GridRead(NamedTuple):
-    """Named tuple of the results of `read_grid` for each query.
+    """Results of `read_grid` for each query.
 
     With w = softmax weight * scale for each token, `content` is the sum of w * content over all tokens. `marginals` are
     sums of w over all tokens at the same position along an axis. For a grid with two axes, they are one sum per row,

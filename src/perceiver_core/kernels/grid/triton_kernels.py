@@ -5,11 +5,11 @@ rows of its split. The query's coefficients and sums for these columns stay in r
 data. Sums per row are updated in GPU memory. The softmax is computed online, and no score is written to GPU memory. In
 `backward_tokens`, each thread holds one token and loops over all queries.
 
-Triton distributes tensors over threads along the last axis, so query tensors have the queries on the last axis. The
-argument `queries`, their number, is not specialized. If Triton knew that it is a multiple of 16, it would assign four
-neighboring queries and fewer columns to each thread, and threads would have to exchange sums. All of this applies to
-fewer than 16 (padded) channels, which are multiplied one by one. From 16 on, tensor cores are used, and Triton chooses
-the layout.
+With fewer than 16 channels (after padding), channels are multiplied one at a time, and `forward` and
+`backward_queries` rely on this layout: Triton distributes tensors over threads along the last axis, so query tensors
+have the queries on the last axis. The number of queries is not specialized. If Triton knew that it is a multiple of 16,
+it would assign four neighboring queries and fewer columns to each thread, and threads would have to exchange sums. With
+16 or more channels, tensor cores are used, and Triton chooses the layout.
 
 Tensors and sizes:
 

@@ -115,11 +115,11 @@ def _milliseconds(launch: Callable[[Options], None], option: Options) -> float |
 
 
 def _is_unsupported(error: Exception) -> bool:
-    """Return whether a launch error means that the kernel does not compile or does not fit on the GPU.
+    """Return whether a launch failed because the kernel does not compile or does not fit on the GPU.
 
-    Triton has exception classes for most of these errors, but its driver and compiler passes raise plain RuntimeErrors.
-    PyTorch's device errors are subclasses of RuntimeError and do not count. Launches are asynchronous, so errors of a
-    running kernel are not raised at its launch.
+    This includes Triton's exceptions, plain RuntimeErrors raised by its driver and compiler passes, and errors of its
+    build tools (`TOOL_ERRORS`). It excludes PyTorch's device errors, which are subclasses of RuntimeError. Launches are
+    asynchronous, so errors during the execution of a kernel surface later.
     """
     from_triton = any(cls.__module__.partition(".")[0] == "triton" for cls in type(error).__mro__)
     return from_triton or type(error) is RuntimeError or isinstance(error, TOOL_ERRORS)

@@ -25,7 +25,7 @@ MIN_MATRIX_CHANNELS = 16  # minimum padded channels for tensor cores; fewer chan
 
 
 class Plan(NamedTuple):
-    """Named tuple of the sizes of a structured read and the sizes of its tiles."""
+    """Sizes of a structured read and the sizes of its tiles."""
 
     samples: int
     heads: int
