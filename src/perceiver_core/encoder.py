@@ -12,10 +12,10 @@ from perceiver_core import checks, sharing
 from perceiver_core.blocks import CrossAttend, LatentTransformer
 from perceiver_core.blocks.attention_residual import Aggregate
 from perceiver_core.blocks.factory import build
+from perceiver_core.kernels.reference import QueryIndices
 from perceiver_core.layers import init
 from perceiver_core.masks import Mask
 from perceiver_core.reads import AttentionCapture, Memory, SharedMemory
-from perceiver_core.reads.strategy import QueryIndices
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 

@@ -16,7 +16,7 @@ from perceiver_core.registry import register
 class LatentMean(nn.Module):
     """Base class of heads on mean-pooled latents.
 
-    This class builds the norm and the dropout. Subclasses add the linear layer and `forward`.
+    `forward` applies the norm and the dropout to the mean. Subclasses add the linear layer.
     """
 
     def __init__(self, dim: int, norm: Callable[[int], nn.Module], dropout: float) -> None:
@@ -25,6 +25,10 @@ class LatentMean(nn.Module):
         checks.probability(dropout=dropout)
         self.dim = dim
         self.norm, self.dropout = build(norm, dim), nn.Dropout(dropout)
+
+    def forward(self, latents: Float[Tensor, "b m d"]) -> Tensor:
+        """Return the mean of the latents after norm and dropout."""
+        return self.dropout(self.norm(latents.mean(1)))
 
 
 @register
@@ -53,7 +57,7 @@ class Classification(LatentMean):
 
     def forward(self, latents: Float[Tensor, "b m d"]) -> Float[Tensor, "b classes"]:
         """Return the logits of all classes."""
-        return self.logits(self.dropout(self.norm(latents.mean(1))))
+        return self.logits(super().forward(latents))
 
 
 @register
@@ -76,4 +80,4 @@ class Regression(LatentMean):
 
     def forward(self, latents: Float[Tensor, "b m d"]) -> Float[Tensor, "b values"]:
         """Return the output values, which are unbounded."""
-        return self.values(self.dropout(self.norm(latents.mean(1))))
+        return self.values(super().forward(latents))

@@ -87,7 +87,7 @@ def load_with_config(path: Path, numerics: Numerics, given: Config) -> tuple[Per
     with _open_parameters(path) as parameters, errors_with_path(path):
         arrays = {name: array for name, array in parameters.items() if not TRAINING_STATE.search(name)}
         headers = {name: array.as_tensor() for name, array in arrays.items()}
-        check_floats({name: header for name, header in headers.items() if not name.endswith("_tracked")})
+        check_floats(headers)
         config = _inferred_config(CheckedArguments(headers, given)) | dict(given)
         mapping = from_haiku(config, headers)
         mapping.check(headers)  # before building a model whose size the file determines

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from perceiver_core.checkpoints.state import assign, state_tensors
 from perceiver_core.interop import transformers_config as configs
 from perceiver_core.interop.transformers_config import Config
-from perceiver_core.interop.weight_files.state_dict_files import check_floats
 from perceiver_core.interop.weight_mapping import (
     TRANSPOSED,
     UNCHANGED,
@@ -107,9 +106,7 @@ def load_weights(
 
     Raises:
         ValueError: If the headers do not match the model.
-        ValueError: If the weights do not all have the same floating-point dtype.
     """
-    check_floats({name: header for name, header in headers.items() if not name.endswith("_tracked")})
     mapping.check(headers, like=state_tensors(model))
     assign(model, {name: tensor.contiguous() for name, tensor in mapping.load(read()).items()})
     model.eval()

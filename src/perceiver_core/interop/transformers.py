@@ -64,6 +64,7 @@ def load_transformers(
             raise ValueError(f"{CONFIG} has num_self_attends_per_block={depth}; there are {number} weights")
         mapping = from_transformers(config, transposed_stem=numerics.transposed_stem)
         mapping.check(weights.headers)
+        files.check_floats(weights.headers)
     with errors_with_path(folder / CONFIG), torch.device("meta"):
         model = build(config, numerics)
     with errors_with_path(weights.path):

@@ -2,8 +2,8 @@
 
 Each new token becomes a latent, and its keys and values are appended to the caches. When the number of latents has
 reached the model's maximum, it restarts at `num_initial_latents`: latents are recomputed for that many last tokens, and
-each new token again adds one. The cached keys and values of the cross-attention do not depend on the latents, so they
-are kept. Generation without caches uses the same number of latents for each token, so it gives the same logits.
+each new token again adds one. Cached keys and values of the cross-attention do not depend on latents and are kept.
+Without caches, the numbers of latents are the same, and so are the logits.
 
 Once the sequence is longer than `context_length`, each new token drops the oldest token. Because cached latents depend
 on the dropped token, all keys, values and latents are then recomputed for each new token.
@@ -64,8 +64,7 @@ def generate(  # noqa: PLR0913 (options of generation)
     Raises:
         TypeError: If an argument has the wrong type, or the sampler returns ids that are not integers.
         ValueError: If the model is in training mode, or a number is out of range.
-        ValueError: If the prompt is empty, or an id is not in the vocabulary.
-        ValueError: If the mask has the wrong shape, or has padding that is not on the left.
+        ValueError: If the prompt is empty or has an unknown id, or the mask has a wrong shape or padding on the right.
         ValueError: If the sampler does not return one id per sample.
 
     Example:

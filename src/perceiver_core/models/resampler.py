@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from perceiver_core import checks
 from perceiver_core.blocks import MLP, JointAttend, MultiHeadAttention, SquaredReLU
 from perceiver_core.blocks.factory import build
+from perceiver_core.kernels.reference import QueryIndices
 from perceiver_core.layers import init
 from perceiver_core.positions import Positions
 from perceiver_core.reads import AttentionCapture
-from perceiver_core.reads.strategy import QueryIndices
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 

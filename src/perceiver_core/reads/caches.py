@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from perceiver_core.kernels.reference import QueryIndices
 from perceiver_core.reads.dense import KeysValues
-from perceiver_core.reads.strategy import Memory, QueryIndices
+from perceiver_core.reads.strategy import Memory
 
 
 @runtime_checkable

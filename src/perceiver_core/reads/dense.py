@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from perceiver_core import masks
 from perceiver_core.kernels import kernel_attention_map
+from perceiver_core.kernels.reference import QueryIndices
 from perceiver_core.kernels.varlen import WIDEST
 from perceiver_core.masks import Mask
 from perceiver_core.reads.machine import Machine
-from perceiver_core.reads.strategy import Attention, Cost, Kernel, QueryIndices, ReadContext, Sizes
+from perceiver_core.reads.strategy import Attention, Cost, Kernel, ReadContext, Sizes
 from perceiver_core.registry import register
 
 

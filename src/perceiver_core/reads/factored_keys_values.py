@@ -27,12 +27,13 @@ from torch import Tensor
 
 from perceiver_core import checks, masks
 from perceiver_core.kernels import PartialAttention
+from perceiver_core.kernels.reference import QueryIndices
 from perceiver_core.masks import Mask
 from perceiver_core.reads import slabs
 from perceiver_core.reads.axes import axis_tables
 from perceiver_core.reads.dense import KeysValues
 from perceiver_core.reads.slabs import Slab
-from perceiver_core.reads.strategy import Attention, Kernel, QueryIndices
+from perceiver_core.reads.strategy import Attention, Kernel
 from perceiver_core.tokens import Tokens
 
 

@@ -6,16 +6,17 @@ A `Memory` holds the keys and values of the input, as tensors or in factored for
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
 from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from perceiver_core import checks, masks
+from perceiver_core.kernels.reference import QueryIndices
 from perceiver_core.masks import Mask
 from perceiver_core.reads.axes import merged_axes
 from perceiver_core.reads.machine import Machine
@@ -23,7 +24,6 @@ from perceiver_core.tokens import Tokens
 
 Kernel: TypeAlias = Callable[..., Tensor]
 """Attention kernel `(q, k, v, *, mask) -> out`; see `kernels`."""
-QueryIndices: TypeAlias = "int | Sequence[int] | Int[Tensor, ' chosen'] | None"
 
 
 @runtime_checkable

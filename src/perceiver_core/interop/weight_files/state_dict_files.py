@@ -203,7 +203,8 @@ def _open_shards(index: Path, end: str, opener: Callable[[Path], StateDictFile])
 
 
 def check_floats(tensors: Mapping[str, Tensor]) -> None:
-    """Check that all tensors have the same dtype, one of `FLOATS`."""
+    """Check that all tensors but the counters of batch norms (`num_batches_tracked`) have one dtype of `FLOATS`."""
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("_tracked")}
     first = next(iter(tensors), "")
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
