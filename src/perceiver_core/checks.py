@@ -52,7 +52,7 @@ def below(name: str, x: Tensor, count: int) -> None:
         raise ValueError(f"{name} must lie in 0 ... {count - 1}; got {bounds[0] if bounds[0] < 0 else bounds[1]}")
 
 
-def is_true(condition: Callable[[], Tensor], x: Tensor) -> bool:
+def is_true(condition: Callable[[], Tensor | bool], x: Tensor) -> bool:
     """Return whether a condition on the values of `x` holds.
 
     The condition is evaluated only on the CPU in eager mode; see `values`. Otherwise, return True.

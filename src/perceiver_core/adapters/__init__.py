@@ -10,6 +10,7 @@ from perceiver_core.adapters.audio import Audio, Spectrogram
 from perceiver_core.adapters.drop_tokens import DropTokens
 from perceiver_core.adapters.grid import Grid
 from perceiver_core.adapters.image import Image
+from perceiver_core.adapters.lengths import pad
 from perceiver_core.adapters.multimodal import Multimodal
 from perceiver_core.adapters.one_hot_label import OneHotLabel
 from perceiver_core.adapters.per_read import PerRead
@@ -39,5 +40,6 @@ __all__ = [
     "Table",
     "TokenEmbedding",
     "Video",
+    "pad",
     "pad_point_clouds",
 ]

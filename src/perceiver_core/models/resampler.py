@@ -19,6 +19,7 @@ from perceiver_core.blocks.factory import build
 from perceiver_core.kernels.reference import QueryIndices
 from perceiver_core.layers import init
 from perceiver_core.positions import Positions
+from perceiver_core.positions.grid import warn_if_padded
 from perceiver_core.reads import AttentionCapture
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
@@ -184,6 +185,7 @@ class _Frames(nn.Module):
         checks.has_shape("features", features, "b t n c", last=None if positions is None else positions.dim)
         if mask is not None:
             checks.is_mask("mask", mask, features.shape[:-1])
+            warn_if_padded(positions, mask.any(-1))
             mask = rearrange(mask, f"b t n -> {axes}")
         if positions is not None:
             tables = positions.tables((features.shape[1],), like=features)

@@ -41,12 +41,25 @@ class SeparableFeatures(nn.Module):
         axes = [self._features(x, axis) for axis, x in enumerate(_widened(points, self.num_axes).unbind(-1))]
         return torch.cat([part for group in zip(*axes, strict=True) for part in group], dim=-1).to(points.dtype)
 
-    def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "... p"], ...]:
+    @property
+    def spanned_axes(self) -> tuple[bool, ...]:
+        """Whether positions depend on the input size, for each axis: always True, because the grid spans [-1, 1]."""
+        return (True,) * self.num_axes
+
+    def tables(
+        self, grid: Sequence[int], like: Tensor, *, reference: Sequence[int] | None = None
+    ) -> tuple[Float[Tensor, "... p"], ...]:
         """Return one position table per grid axis. Their broadcast sum equals `forward` at the grid points.
 
         The tables of small grids are cached, because computing them would dominate the runtime of a small model.
+
+        Args:
+            grid: Grid size.
+            like: Tensor with the dtype and device of the tables.
+            reference: Size of the grid that spans [-1, 1]; `grid` by default.
         """
         check_axes(grid, self.num_axes)
+        reference = tuple(grid if reference is None else reference)
         if (
             type(like) is not Tensor
             or torch.compiler.is_compiling()
@@ -55,25 +68,26 @@ class SeparableFeatures(nn.Module):
             or torch._C._functorch.peek_interpreter_stack() is not None
             or (like.device.type == "cuda" and torch.cuda.is_current_stream_capturing())  # no values before replay
         ):
-            return self._compute_tables(grid, like)
+            return self._compute_tables(grid, like, reference)
         settings = [getattr(self, name) for name in self._hyperparameters]
-        key = (type(self), self.num_bands, *settings, tuple(grid), like.dtype, like.device)
+        key = (type(self), self.num_bands, *settings, tuple(grid), reference, like.dtype, like.device)
         cached = _cache.get(key, ())
         if cached and all(table._version == version and not table.requires_grad for table, version in cached):
             return tuple([table for table, _ in cached])
         with torch.inference_mode(False):  # autograd could not save an inference tensor
-            tables = self._compute_tables(grid, like)
+            tables = self._compute_tables(grid, like, reference)
         if sum(table.numel() for table in tables) <= CACHED_NUMBERS:
             if len(_cache) >= CACHED_GRIDS:
                 _cache.clear()
             _cache[key] = tuple([(table, table._version) for table in tables])
         return tables
 
-    def _compute_tables(self, grid: Sequence[int], like: Tensor) -> tuple[Tensor, ...]:
+    def _compute_tables(self, grid: Sequence[int], like: Tensor, reference: Sequence[int]) -> tuple[Tensor, ...]:
         """Return one table per axis, of shape `1 ... size ... 1 p`, in which the features of other axes are zero."""
         tables = []
-        for axis, size in enumerate(grid):
-            groups = self._features(coordinates(size, like.device, computing_dtype(like)), axis)
+        for axis, (size, full) in enumerate(zip(grid, reference, strict=True)):
+            x = coordinates(size, like.device, computing_dtype(like), reference=full)
+            groups = self._features(x, axis)
             others = self.num_axes - 1 - axis
             own = torch.cat([F.pad(g, (axis * g.shape[-1], others * g.shape[-1])) for g in groups], dim=-1)
             tables.append(own.to(like.dtype).reshape(*[1] * axis, size, *[1] * others, own.shape[-1]))
@@ -238,10 +252,20 @@ class Gaussian(nn.Module):
         angles = 2 * math.pi * (wide[..., None] * self.frequencies.to(wide)).sum(-2)
         return torch.cat([angles.cos(), angles.sin()], dim=-1).to(points.dtype)
 
-    def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "*grid p"], ...]:
-        """Return a tuple with a single position table: the features of all grid points."""
+    @property
+    def spanned_axes(self) -> tuple[bool, ...]:
+        """Whether positions depend on the input size, for each axis: always True, because the grid spans [-1, 1]."""
+        return (True,) * self.num_axes
+
+    def tables(
+        self, grid: Sequence[int], like: Tensor, *, reference: Sequence[int] | None = None
+    ) -> tuple[Float[Tensor, "*grid p"], ...]:
+        """Return a tuple with a single position table: the features of all grid points.
+
+        `reference` is the size of the grid that spans [-1, 1], by default `grid`.
+        """
         check_axes(grid, self.num_axes)
-        return (self(grid_points(grid, like)).to(like.dtype),)
+        return (self(grid_points(grid, like, reference=reference)).to(like.dtype),)
 
 
 def _check_sizes(num_axes: int, **sizes: int) -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from perceiver_core import checks
 from perceiver_core.layers import init
-from perceiver_core.positions.grid import Positions, check_axes
+from perceiver_core.positions.grid import Positions, check_axes, spanned_axes
 from perceiver_core.registry import register
 
 
@@ -82,6 +82,7 @@ class LearnedGrid(nn.Module):
         check_axes(grid, len(grid))
         checks.positive(dim=dim)
         self.num_axes, self.dim = len(grid), dim
+        self.spanned_axes = (True,) * len(grid)
         self.vectors = init.embedding(*grid, dim)
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "*grid p"], ...]:
@@ -119,6 +120,7 @@ class Projected(nn.Module):
             raise TypeError(f"positions must have dim, num_axes and tables, as Fourier has; got {positions!r}")
         checks.positive(dim=dim)
         self.positions, self.dim, self.num_axes = positions, dim, positions.num_axes
+        self.spanned_axes = spanned_axes(positions)
         self.project = init.linear(positions.dim, dim)
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "... p"], ...]:
