@@ -100,7 +100,8 @@ class Multimodal(nn.Module):
             ValueError: If the batch sizes differ, or a sample has no valid token.
             TypeError, ValueError: If an adapter raises it. The name of the modality is added to the message.
         """
-        masks, sizes = ({} if x is None else x for x in (mask, lengths))
+        masks = {} if mask is None else mask
+        sizes = {} if lengths is None else lengths
         modalities.check_names("inputs", inputs, self.adapters.keys())
         modalities.check_names("mask", masks, self.adapters.keys())
         modalities.check_names("lengths", sizes, self.adapters.keys())
