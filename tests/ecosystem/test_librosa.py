@@ -52,8 +52,8 @@ def test_spectrogram_equals_librosa(sr, n_mels, n_fft, hop_length, win_length, f
             y=waveform.numpy(), hop_length=hop_length, win_length=win_length, dtype=np.float64, **mel
         )
         expected = np.log(np.maximum(power, 1e-8))
-        np.testing.assert_allclose(adapter.spectrogram(waveform), expected, atol=1e-10)
-        np.testing.assert_allclose(adapter.spectrogram(waveform.float()), expected, atol=1e-3)
+        np.testing.assert_allclose(adapter.frames(waveform).mT, expected, atol=1e-10)
+        np.testing.assert_allclose(adapter.frames(waveform.float()).mT, expected, atol=1e-3)
         tokens = adapter(waveform)
         np.testing.assert_allclose(tokens.content, expected.swapaxes(1, 2), atol=1e-10)
 

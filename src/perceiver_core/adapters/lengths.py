@@ -68,10 +68,8 @@ class VariableSize:
             raise TypeError(f"lengths must be whole numbers; got {lengths.dtype}. Convert them: lengths.long()")
         lengths, axes = lengths.long(), len(size)
         one_per_sample = lengths.ndim == 1 and self.time_axis is not None
-        if not (one_per_sample or (lengths.ndim == 2 and lengths.shape[1] == axes)) or batch not in (
-            None,
-            len(lengths),
-        ):
+        one_per_axis = lengths.ndim == 2 and lengths.shape[1] == axes
+        if not (one_per_sample or one_per_axis) or batch not in (None, lengths.shape[0]):
             either = "b or " if self.time_axis is not None else ""
             raise ValueError(
                 f"lengths must be {either}b {axes}, one row a sample{'' if batch is None else f' of {batch}'}; "
@@ -79,7 +77,7 @@ class VariableSize:
             )
         full = torch.tensor(list(size), device=lengths.device)
         if one_per_sample:
-            sizes = full.expand(len(lengths), axes).clone()
+            sizes = full.expand(lengths.shape[0], axes).clone()
             sizes[:, self.time_axis] = lengths
             lengths = sizes
         if not checks.is_true(lambda: ((lengths >= 1) & (lengths <= full)).all(), lengths):
@@ -107,10 +105,10 @@ class VariableSize:
 
 def _box(lengths: Tensor, size: Sequence[int]) -> Tensor:
     """Return the mask `b *size` of the elements whose index along every axis is below the sample's length."""
-    box = lengths.new_ones(len(lengths), *[1] * len(size), dtype=torch.bool)
+    box = lengths.new_ones(lengths.shape[0], *[1] * len(size), dtype=torch.bool)
     for axis, (count, own) in enumerate(zip(size, lengths.unbind(1), strict=True)):
         valid = torch.arange(count, device=lengths.device) < own[:, None]
-        box = box & valid.reshape(len(lengths), *[1] * axis, count, *[1] * (len(size) - axis - 1))
+        box = box & valid.reshape(lengths.shape[0], *[1] * axis, count, *[1] * (len(size) - axis - 1))
     return box
 
 

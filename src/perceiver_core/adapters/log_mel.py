@@ -133,7 +133,7 @@ class LogMel(GridAdapter):
 
     def num_tokens(self, length: Size, axis: int) -> Size:
         """Return the number of frames of a waveform with `length` samples."""
-        return length // self.hop_length + 1
+        return (length - self.n_fft % 2) // self.hop_length + 1
 
     def token_mask(self, lengths: Lengths, size: Any) -> Bool[Tensor, "b ..."]:
         """Return the mask of valid tokens, `b frames` or `b bands frames`, for waveforms of these lengths."""
@@ -157,23 +157,22 @@ class LogMel(GridAdapter):
         checks.is_floating("waveform", waveform)
         checks.has_shape("waveform", waveform, "b s")
         waveform, mask = self._with_lengths(waveform, mask, lengths)
-        spectrogram = self.spectrogram(waveform)  # b mels frames
-        if self.tokens_per_frame == 1:
-            return self._tokens("waveform", spectrogram.mT, mask)
-        bands = rearrange(spectrogram, "b (bands c) frames -> b bands frames c", bands=self.tokens_per_frame)
-        return self._tokens("waveform", bands, mask)
+        content = self.frames(waveform)
+        if self.tokens_per_frame > 1:
+            content = rearrange(content, "b frames (bands c) -> b bands frames c", bands=self.tokens_per_frame)
+        return self._tokens("waveform", content, mask)
 
-    def spectrogram(self, waveform: Float[Tensor, "b s"]) -> Float[Tensor, "b mels frames"]:
-        """Return the log-mel spectrogram of waveforms, computed in float32 or wider."""
+    def frames(self, waveform: Float[Tensor, "b s"]) -> Float[Tensor, "b frames mels"]:
+        """Return the log-mel spectrogram of waveforms, frame by frame, computed in float32 or wider."""
         wide = waveform.to(torch.promote_types(waveform.dtype, torch.float32))
-        window = F.pad(self.window(self.win_length), [(self.n_fft - self.win_length) // 2] * 2)
-        window = F.pad(window, (0, self.n_fft - window.shape[0])).to(wide)
+        missing = self.n_fft - self.win_length
+        window = F.pad(self.window(self.win_length), (missing // 2, missing - missing // 2)).to(wide)
+        half = self.n_fft // 2
+        frames = F.pad(wide, (half, half)).unfold(-1, self.n_fft, self.hop_length)
+        spectrum = torch.fft.rfft(frames * window)
         with checks.full_precision(waveform.device):
-            spectrum = torch.stft(
-                wide, self.n_fft, self.hop_length, window=window, pad_mode="constant", return_complex=True
-            )
-            power = spectrum.real.square() + spectrum.imag.square()
-            return (self.filters().to(wide) @ power).clamp_min(self.floor).log().to(waveform.dtype)
+            power = (spectrum.real.square() + spectrum.imag.square()) @ self.filters().to(wide).mT
+        return power.clamp_min(self.floor).log().to(waveform.dtype)
 
     def filters(self) -> Float[Tensor, "mels bins"]:
         """Return the triangular filters in float64, one row per mel band and one column per frequency bin."""
