@@ -191,6 +191,7 @@ def test_gradients_reach_only_what_is_within_the_lengths():
     assert waveform.grad[1].tolist() == [1] * 7 + [0] * 13
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize(
     ("lengths", "error", "message"),
     [

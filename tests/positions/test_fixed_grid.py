@@ -112,6 +112,7 @@ def test_sizes_stay_dynamic_when_compiled():
         torch.testing.assert_close(compiled(x), audio(x).materialize())
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize(
     ("inner", "grid", "error", "message"),
     [

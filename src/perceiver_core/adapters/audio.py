@@ -23,14 +23,18 @@ class Audio(GridAdapter):
 
     Args:
         patch_size: Number of samples per token.
-        positions: Position encoding with one axis; None for no position encoding.
+        positions: Position encoding with one axis; None for no position encoding. Use `positions.FixedGrid` for
+            positions in units of patches, which do not depend on the length of the waveform.
         num_channels: Number of audio channels: 1 for mono, 2 for stereo.
 
     Example:
-        >>> positions = pc.positions.Fourier(num_axes=1, num_bands=64, max_resolution=480)
+        >>> fourier = pc.positions.Fourier(num_axes=1, num_bands=64, max_resolution=480)
+        >>> positions = pc.positions.FixedGrid(fourier, grid=(480,))
         >>> audio = pc.adapters.Audio(patch_size=128, positions=positions)
         >>> audio.dim, audio(torch.randn(2, 61_440)).num_tokens
         (257, 480)
+        >>> audio(torch.randn(2, 61_440), lengths=[61_440, 1000]).mask.sum(1).tolist()
+        [480, 8]
 
     Reference: Jaegle et al. 2021 (Perceiver), section 4.2.
     """
@@ -68,10 +72,12 @@ class Spectrogram(GridAdapter):
     """Adapter for spectrograms `b bins frames`, such as log-mel spectrograms: one token per value.
 
     Args:
-        positions: Position encoding with two axes (bins, frames); None for no position encoding.
+        positions: Position encoding with two axes (bins, frames); None for no position encoding. Use
+            `positions.FixedGrid` for positions that do not depend on the number of frames.
 
     Example:
-        >>> positions = pc.positions.Fourier(num_axes=2, num_bands=16, max_resolution=(128, 1024))
+        >>> fourier = pc.positions.Fourier(num_axes=2, num_bands=16, max_resolution=(128, 1024))
+        >>> positions = pc.positions.FixedGrid(fourier, grid=(128, 1024))
         >>> pc.adapters.Spectrogram(positions=positions)(torch.randn(2, 128, 37)).grid
         (128, 37)
     """
