@@ -52,6 +52,7 @@ from perceiver_core.encoder import Encoder
 from perceiver_core.inspection import visualize
 from perceiver_core.inspection.explain import ReadExplanation, ReadExplanations, explain_reads
 from perceiver_core.models import HierarchicalPerceiver, Perceiver, PerceiverAR, PerceiverIO, Resampler, generate
+from perceiver_core.parameter_groups import parameter_groups
 from perceiver_core.reads import KeysValues
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
@@ -97,6 +98,7 @@ __all__ = [
     "losses",
     "masks",
     "models",
+    "parameter_groups",
     "positions",
     "queries",
     "reads",
