@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from perceiver_core.reads.caches import AttentionCapture, Cache
 from perceiver_core.reads.dense import project, rotate, split_heads
 from perceiver_core.reads.strategy import AttentionInput, Memory
 from perceiver_core.registry import register
+from perceiver_core.registry.keywords import check_keywords
 
 
 @register
@@ -157,6 +159,8 @@ def _check_dropout(dropout: float, kernel: Callable[..., Tensor]) -> None:
     try:
         takes_dropout = takes_argument(kernel, "dropout")
     except (TypeError, ValueError) as error:
+        if isinstance(kernel, partial):
+            check_keywords(kernel.func, kernel.keywords)
         raise ValueError(f"kernel must be a function (q, k, v, *, mask); wrap {kernel!r} in one") from error
     if dropout and not takes_dropout:
         raise ValueError(
