@@ -50,7 +50,7 @@ def test_an_exception_of_a_process_is_raised():
 
 
 def test_a_process_that_dies_is_an_error():
-    with pytest.raises(RuntimeError, match="process 1 ended with exit code 7|Connection closed"):
+    with pytest.raises(RuntimeError, match=r"process 1 ended with exit code 7|Connection closed"):
         run(exits_at_one)
 
 
