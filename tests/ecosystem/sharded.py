@@ -74,9 +74,9 @@ def compare(shard: Callable[[nn.Module], nn.Module], model: nn.Module, inputs: A
             same(values[name], reference, name)
 
 
-def same(actual: Tensor, expected: Tensor, name: str) -> None:
-    """Compares a tensor, or this rank's shard of it, with the whole tensor."""
+def same(actual: Tensor, expected: Tensor, name: str, **tolerances: float) -> None:
+    """Compares a tensor, or this rank's shard of it, with the whole tensor, by default to 1e-10."""
     if isinstance(actual, DTensor):
         expected = distribute_tensor(expected, actual.device_mesh, actual.placements, src_data_rank=None).to_local()
         actual = actual.to_local()
-    torch.testing.assert_close(actual, expected, **CLOSE, msg=lambda text: f"{name}: {text}")
+    torch.testing.assert_close(actual, expected, **(tolerances or CLOSE), msg=lambda text: f"{name}: {text}")

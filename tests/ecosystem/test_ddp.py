@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
@@ -27,7 +27,7 @@ Wrap = Callable[[nn.Module], nn.Module]
 
 
 def recompute(model: nn.Module) -> nn.Module:
-    return DDP(pc.checkpoint_activations(model))
+    return DistributedDataParallel(pc.checkpoint_activations(model))
 
 
 def recompute_reentrant(model: nn.Module) -> nn.Module:
@@ -35,15 +35,15 @@ def recompute_reentrant(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         if isinstance(module, pc.LatentTransformer):
             module.forward = partial(checkpoint, module.forward, use_reentrant=True)
-    return DDP(model, static_graph=True)
+    return DistributedDataParallel(model, static_graph=True)
 
 
 WRAPS: dict[str, Wrap] = {
-    "plain": DDP,
+    "plain": DistributedDataParallel,
     "recompute": recompute,
     "reentrant": recompute_reentrant,
-    "static graph": partial(DDP, static_graph=True),
-    "buckets are gradients": partial(DDP, gradient_as_bucket_view=True),
+    "static graph": partial(DistributedDataParallel, static_graph=True),
+    "buckets are gradients": partial(DistributedDataParallel, gradient_as_bucket_view=True),
 }
 SOME = ("image", "multimodal", "text")  # reads that share weights; one modality that is not seen; tied weights
 
@@ -56,7 +56,7 @@ def same_training(wrap: Wrap, names: list[str]) -> None:
 
 def test_every_model() -> None:
     """The gradients, the outputs and the weights after a step, in float64 to 1e-10."""
-    run(same_training, DDP, list(MODELS))
+    run(same_training, DistributedDataParallel, list(MODELS))
 
 
 @pytest.mark.parametrize("wrap", list(WRAPS)[1:])
@@ -81,7 +81,7 @@ def unused_modality(find_unused: bool) -> None:
     model, _ = multimodal(0)
     expected = copy.deepcopy(model)
     (sum(loss_of(expected(part)) for part in parts) / 2).backward()
-    wrapped = DDP(model, find_unused_parameters=find_unused)
+    wrapped = DistributedDataParallel(model, find_unused_parameters=find_unused)
     for _ in range(2):  # without find_unused_parameters, the second pass is refused
         wrapped.zero_grad()
         loss_of(wrapped(parts[dist.get_rank()])).backward()
@@ -120,7 +120,7 @@ def draws(checkpointed: bool) -> None:
         return checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)  # type: ignore[no-any-return]
 
     expected = step(drawing(torch.Generator().manual_seed(3)), x)
-    actual = step(DDP(drawing(torch.Generator().manual_seed(3))), x, call)
+    actual = step(DistributedDataParallel(drawing(torch.Generator().manual_seed(3))), x, call)
     torch.testing.assert_close(actual, expected, **CLOSE)
 
 
@@ -134,7 +134,7 @@ def test_random_draws_are_repeated(checkpointed: bool) -> None:
 
 def language_model() -> None:
     model, ids = double("text")
-    wrapped, part = DDP(copy.deepcopy(model)), own_part(ids)
+    wrapped, part = DistributedDataParallel(copy.deepcopy(model)), own_part(ids)
     next_token_loss(wrapped(part[:, :-1]), part).backward()
     model.loss(ids).backward()
     for (name, actual), expected in zip(wrapped.module.named_parameters(), model.parameters(), strict=True):
