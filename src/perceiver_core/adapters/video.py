@@ -14,6 +14,7 @@ from perceiver_core import checks
 from perceiver_core.adapters.grid import GridAdapter
 from perceiver_core.adapters.patchify import patchify
 from perceiver_core.layers import init
+from perceiver_core.layers.linear import apply_linear
 from perceiver_core.positions import Positions
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
@@ -105,7 +106,7 @@ class FramePair(GridAdapter):
         checks.channels_first("frames", frames, "b t c h w", self.num_channels, channel_axis=2)
         if frames.shape[1] != 2:
             raise ValueError(f"frames must be two, b 2 c h w; got shape {tuple(frames.shape)}")
-        return self._tokens("frames", self.project(self.patches(frames)), mask)
+        return self._tokens("frames", apply_linear(self.project, self.patches(frames)), mask)
 
     def patches(self, frames: Float[Tensor, "b 2 c h w"]) -> Float[Tensor, "b h w patches"]:
         """Return one vector per pixel: the patches around the pixel in both frames, flattened and concatenated."""

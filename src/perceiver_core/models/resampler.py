@@ -18,6 +18,7 @@ from perceiver_core.blocks import MLP, JointAttend, MultiHeadAttention, SquaredR
 from perceiver_core.blocks.factory import build
 from perceiver_core.kernels.reference import QueryIndices
 from perceiver_core.layers import init
+from perceiver_core.layers.linear import apply_linear
 from perceiver_core.positions import Positions
 from perceiver_core.reads import AttentionCapture
 from perceiver_core.registry import register
@@ -117,7 +118,7 @@ class Resampler(nn.Module):
         if mask is not None:
             checks.is_mask("mask", mask, features.shape[:-1])
             features = features.masked_fill(~mask.unsqueeze(-1), 0.0)
-        features = self.projection(features)
+        features = apply_linear(self.projection, features)
         x = self.latents.unsqueeze(0)  # batch size 1 until the first layer
         captured = None if capture is None else range(len(self.layers))[capture.read]
         for number, layer in enumerate(self.layers):
