@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as _modules
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 MIN_PRODUCTS = 2**22  # scalar multiplications; below, MKL has less overhead
@@ -69,8 +69,13 @@ def bypass_reason(layer: nn.Module) -> str:
 
 def _observes_all() -> bool:
     """Return whether something observes the calls of all layers: a global hook, or a patch of PyTorch's classes."""
-    patched = nn.Linear.forward is not _FORWARD or nn.Module.__call__ is not _CALL
-    return patched or bool(_has_any_global_hook())  # type: ignore[no-untyped-call, unused-ignore]
+    hooks = (
+        _modules._global_forward_hooks
+        or _modules._global_forward_pre_hooks
+        or _modules._global_backward_hooks
+        or _modules._global_backward_pre_hooks
+    )
+    return bool(hooks) or nn.Linear.forward is not _FORWARD or nn.Module.__call__ is not _CALL
 
 
 def uses_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
