@@ -60,8 +60,8 @@ def check_plain_weights(model: nn.Module) -> None:
             remedy = "torch.nn.utils.prune.remove(module, name) or torch.nn.utils.remove_weight_norm(module, name)"
         if names:
             raise ValueError(
-                f"{path or 'the model'} computes {names} from other tensors, which the class that builds it does not "
-                f"describe. Keep the result as a plain weight, then save: {remedy}"
+                f"{path or 'the model'} computes {names} from other tensors, so it is not saved. Keep the result as a "
+                f"plain weight first: {remedy}"
             )
 
 
