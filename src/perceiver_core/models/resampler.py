@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -230,7 +231,8 @@ class EachFrame(_Frames):
                 the length of the embedding.
             mask: Mask of valid features, True = attend. With a `Resampler`, a frame may be fully masked.
         """
-        return rearrange(self._resampled(features, mask, "(b t) n"), "(b t) m d -> b t m d", b=features.shape[0])
+        resampled: Tensor = self._resampled(features, mask, "(b t) n")
+        return torch.unflatten(resampled, 0, tuple(features.shape[:2]))
 
 
 @register
