@@ -154,7 +154,7 @@ def test_content_without_batch_grid_and_channels_raises(shape: tuple[int, ...]) 
 
 
 @pytest.mark.refusal
-@pytest.mark.parametrize("shape", [(0, 5, C), (B, 0, C), (B, 5, 0, C), (B, 5, 7, 0)], ids=str)
+@pytest.mark.parametrize("shape", [(B, 0, C), (B, 5, 0, C), (B, 5, 7, 0)], ids=str)
 def test_empty_content_raises(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"content must not be empty; got shape \("):
         Tokens(torch.zeros(shape))

@@ -74,7 +74,7 @@ def padded_on_the_left(name: str, mask: Tensor) -> None:
 
 
 def has_shape(name: str, x: Tensor, axes: str, *, last: int | None = None) -> None:
-    """Check that `x` has one axis per name in `axes`, such as "b c h w", and that none is empty.
+    """Check that `x` has one axis per name in `axes`, such as "b c h w", and that none but the batch axis "b" is empty.
 
     If `last` is set, check that the last axis has size `last`.
     """
@@ -82,14 +82,14 @@ def has_shape(name: str, x: Tensor, axes: str, *, last: int | None = None) -> No
     if x.ndim != len(expected):
         hint = f"; add a batch axis: {name}.unsqueeze(0)" if x.ndim == len(expected) - 1 else ""
         raise ValueError(f"{name} must have {len(expected)} axes ({axes}); got shape {tuple(x.shape)}{hint}")
-    not_empty(name, x)
+    not_empty(name, x, start=int(expected[0] == "b"))
     if last is not None and x.shape[-1] != last:
         raise ValueError(f"{name} must have {last} features in its last axis ({axes}); got shape {tuple(x.shape)}")
 
 
-def not_empty(name: str, x: Tensor) -> None:
-    """Check that no axis of `x` has size 0."""
-    if 0 in x.shape:
+def not_empty(name: str, x: Tensor, *, start: int = 1) -> None:
+    """Check that no axis of `x` from axis `start` on has size 0. By default, only the batch size may be 0."""
+    if 0 in x.shape[start:]:
         raise ValueError(f"{name} must not be empty; got shape {tuple(x.shape)}")
 
 
@@ -105,7 +105,7 @@ def has_channels(name: str, x: Tensor, axis: int, num_channels: int) -> None:
 def channels_first(name: str, x: Tensor, axes: str, num_channels: int, *, channel_axis: int = 1) -> None:
     """Check that `x` is floating point, with `num_channels` channels and the axes named in `axes` ("b c h w")."""
     shape = x.shape if isinstance(x, Tensor) and x.is_floating_point() else ()
-    if len(shape) == len(axes.split()) and 0 not in shape and shape[channel_axis] == num_channels:
+    if len(shape) == len(axes.split()) and 0 not in shape[1:] and shape[channel_axis] == num_channels:
         return
     is_floating(name, x)
     has_shape(name, x, axes)

@@ -16,6 +16,7 @@ from perceiver_core.blocks import CrossAttend
 from perceiver_core.blocks.factory import build
 from perceiver_core.kernels.attention_weights import unwrapped
 from perceiver_core.layers import init
+from perceiver_core.layers.linear import apply_linear
 from perceiver_core.reads import AttentionCapture
 from perceiver_core.registry import register
 
@@ -169,8 +170,7 @@ class Decoder(nn.Module):
     ) -> Tensor:
         options = {} if capture is None else {"capture": capture}
         allowed = None if mask is None else masks.Queries(mask)
-        outputs: Tensor = self.output(self.cross_attention(queries, latents, mask=allowed, **options))
-        return outputs
+        return apply_linear(self.output, self.cross_attention(queries, latents, mask=allowed, **options))
 
 
 def _queries_compete(cross_attention: nn.Module) -> bool:

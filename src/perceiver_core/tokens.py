@@ -58,7 +58,7 @@ class Tokens:
             checks.is_floating("content", content)
         if content.ndim < 3:
             raise ValueError(f"content must have at least 3 axes (b *grid c); got shape {tuple(content.shape)}")
-        if 0 in content.shape:
+        if 0 in content.shape[1:]:
             checks.not_empty("content", content)
         if self.position_tables:
             self._check_tables()

@@ -93,7 +93,12 @@ class Image(GridAdapter):
         for axis, stride in enumerate(getattr(self.stem, "stride", (0, 0)), start=1):
             size = images.shape[axis + 1]
             # If a stem does not pad the end (SymmetricPadConvStem), the remaining pixels belong to the last token.
-            if not stride or mask.ndim != 3 or 0 in mask.shape or -(-size // stride) - mask.shape[axis] not in (0, 1):
+            if (
+                not stride
+                or mask.ndim != 3
+                or 0 in mask.shape[1:]
+                or -(-size // stride) - mask.shape[axis] not in (0, 1)
+            ):
                 return None  # `_tokens` raises an error if the mask has the wrong shape
             tokens = torch.arange(size, device=mask.device) // stride
             mask = mask.index_select(axis, tokens.clamp(max=mask.shape[axis] - 1))

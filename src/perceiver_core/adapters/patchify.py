@@ -6,6 +6,7 @@ The values of a patch are in row-major order, with the channels last.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 from jaxtyping import Float
 from torch import Tensor
@@ -28,9 +29,9 @@ def unpatchify(
 
     `channel_axis` is the channel axis of the result: 1 for `b c *axes`, 2 for `b t c h w`.
     """
-    batch, *grid, _ = patches.shape
+    batch, *grid, width = patches.shape
     n = len(grid)
-    x = patches.reshape(batch, *grid, *patch_size, -1)
+    x = patches.reshape(batch, *grid, *patch_size, width // prod(patch_size))
     order = [axis for i in range(n) for axis in (1 + i, 1 + n + i)]
     order.insert(2 * (channel_axis - 1), 2 * n + 1)
     sizes = [size * patch for size, patch in zip(grid, patch_size, strict=True)]

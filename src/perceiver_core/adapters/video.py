@@ -15,6 +15,7 @@ from perceiver_core.adapters.grid import GridAdapter
 from perceiver_core.adapters.lengths import Lengths
 from perceiver_core.adapters.patchify import patchify
 from perceiver_core.layers import init
+from perceiver_core.layers.linear import apply_linear
 from perceiver_core.positions import Positions
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
@@ -128,7 +129,7 @@ class FramePair(GridAdapter):
         if mask is not None:  # the patches of valid pixels overlap with masked pixels
             checks.is_mask("mask", mask, (frames.shape[0], *frames.shape[-2:]))
             frames = frames.masked_fill(~mask[:, None, None], 0.0)
-        return self._tokens("frames", self.project(self.patches(frames)), mask)
+        return self._tokens("frames", apply_linear(self.project, self.patches(frames)), mask)
 
     def patches(self, frames: Float[Tensor, "b 2 c h w"]) -> Float[Tensor, "b h w patches"]:
         """Return one vector per pixel: the patches around the pixel in both frames, flattened and concatenated."""

@@ -19,6 +19,7 @@ from perceiver_core.blocks.latent_transformer import LatentTransformer
 from perceiver_core.blocks.mlp import MLP
 from perceiver_core.blocks.self_attend import SelfAttend
 from perceiver_core.layers import init
+from perceiver_core.layers.linear import apply_linear
 from perceiver_core.registry import register
 
 LATENT_TRANSFORMER = partial(LatentTransformer, block=partial(SelfAttend, mlp=partial(MLP, widening_factor=4)))
@@ -116,9 +117,9 @@ class GroupedRead(nn.Module):
             skip: Skip input with one vector per latent, in the order of the output.
         """
         groups = self.level.num_groups
-        x = repeat(self.latents, "g z d -> (b g) z d", b=tokens.shape[0])
+        x: Tensor = repeat(self.latents, "g z d -> (b g) z d", b=tokens.shape[0])
         if skip is not None:
-            x = x + rearrange(self.skip(skip), "b (g z) d -> (b g) z d", g=groups)
+            x = x + rearrange(apply_linear(self.skip, skip), "b (g z) d -> (b g) z d", g=groups)
         if mask is None and tokens.shape[1] % groups:
             mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         if mask is not None:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from perceiver_core import checks
 from perceiver_core.layers import init
+from perceiver_core.layers.linear import apply_linear
 from perceiver_core.positions.grid import Positions, check_axes, spanned_axes
 from perceiver_core.registry import register
 
@@ -129,9 +130,11 @@ class Projected(nn.Module):
 
     def forward(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "... p"], ...]:
         """Return the projected position tables. Only the first includes the bias, so their sum includes it once."""
-        first, *others = (table.to(self.project.weight.dtype) for table in self.positions.tables(grid, like))
-        projected = [self.project(first)]
+        weight = self.project.weight  # a quantized layer has a method instead, and takes float32
+        dtype = weight.dtype if isinstance(weight, Tensor) else torch.float32
+        first, *others = (table.to(dtype) for table in self.positions.tables(grid, like))
+        projected = [apply_linear(self.project, first)]
         if others:
             bias = self.project(torch.zeros_like(first).flatten(0, -2)[:1])
-            projected += [self.project(table) - bias for table in others]
+            projected += [apply_linear(self.project, table) - bias for table in others]
         return tuple(table.to(like.dtype) for table in projected)

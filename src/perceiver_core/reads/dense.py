@@ -15,6 +15,7 @@ from perceiver_core import masks
 from perceiver_core.kernels import kernel_attention_map
 from perceiver_core.kernels.reference import QueryIndices
 from perceiver_core.kernels.varlen import WIDEST
+from perceiver_core.layers.linear import apply_linear
 from perceiver_core.masks import Mask
 from perceiver_core.reads.machine import Machine
 from perceiver_core.reads.strategy import Attention, Cost, Kernel, ReadContext, Sizes
@@ -144,7 +145,7 @@ def project(
     attention: Attention, inputs: Tensor, positions: Tensor | None = None, mask: Mask | None = None
 ) -> KeysValues:
     """Compute the keys and values of normalized inputs `b n c`, including key norm and rotary embedding."""
-    keys, values = attention.key(inputs), attention.value(inputs)
+    keys, values = apply_linear(attention.key, inputs), apply_linear(attention.value, inputs)
     keys = attention.key_norm(split_heads(keys, attention.num_kv_heads))
     keys = attention.rotary(keys) if positions is None else rotate(attention.rotary, keys, positions)
     return KeysValues(keys, split_heads(values, attention.num_kv_heads), mask)

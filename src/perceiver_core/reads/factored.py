@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from perceiver_core import checks, masks
 from perceiver_core.kernels import PartialAttention, fastest, partial_attention
 from perceiver_core.kernels.fastest import uses_chunks
-from perceiver_core.layers.linear import Linear
+from perceiver_core.layers.linear import bypass_reason
 from perceiver_core.masks import Mask
 from perceiver_core.reads import slabs
 from perceiver_core.reads.dense import KeysValues, kernel_cost, rotate
@@ -100,19 +100,11 @@ def why_not_factored(context: ReadContext) -> str:
     norm, key, value = source.norm, attention.key, attention.value
     if type(norm) not in (nn.LayerNorm, nn.RMSNorm, nn.Identity):
         return f"the norm is a {type(norm).__name__}, not a LayerNorm, RMSNorm or Identity"
-    if type(key) not in (nn.Linear, Linear) or type(value) not in (nn.Linear, Linear):
+    if type(key) is not nn.Linear or type(value) is not nn.Linear:
         return "a projection to keys or values is not a plain nn.Linear"
     for part in (norm, key, value):
-        state = part.__dict__
-        if (
-            state["_forward_hooks"]
-            or state["_forward_pre_hooks"]
-            or state["_backward_hooks"]
-            or state["_backward_pre_hooks"]
-        ):
-            return "the norm or a projection to keys or values has a hook, which expects it to be called"
-        if "forward" in state:
-            return "the forward of the norm or of a projection to keys or values was replaced"
+        if reason := bypass_reason(part):
+            return f"the norm or a projection to keys or values {reason}"
     for part in (norm, key, value):
         for parameter in (getattr(part, "weight", None), getattr(part, "bias", None)):
             if parameter is not None and type(parameter) not in PLAIN:

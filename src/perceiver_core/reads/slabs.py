@@ -56,7 +56,7 @@ def _slabs(q: Tensor, memory: FactoredKeysValues) -> list[Slab]:
         return [Slab(0, 0, grid[0])]
     axis = max(range(len(grid)), key=grid.__getitem__)
     size, factor = grid[axis], factor_for(memory.content.device)
-    by_tokens = memory.tokens_per_slab * factor * size // (memory.content.shape[0] * prod(grid))
+    by_tokens = memory.tokens_per_slab * factor * size // max(1, memory.content.shape[0] * prod(grid))
     by_entries = ENTRIES * factor // max(1, prod(q.shape[1:3]))
     step = max(1, min(by_tokens, by_entries))
     return [Slab(axis, start, min(step, size - start)) for start in range(0, size, step)]
