@@ -18,8 +18,8 @@ from perceiver_core.masks import Mask
 from perceiver_core.reads import slabs
 from perceiver_core.reads.dense import KeysValues, kernel_cost, rotate
 from perceiver_core.reads.factored_keys_values import AttendSlab, FactoredKeysValues, Norm, factor
-from perceiver_core.reads.machine import Machine
-from perceiver_core.reads.strategy import Cost, ReadContext, Sizes
+from perceiver_core.reads.machine import Cost, Machine
+from perceiver_core.reads.strategy import ReadContext, Sizes
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
