@@ -21,6 +21,7 @@ from perceiver_core.reads.factored_keys_values import AttendSlab, FactoredKeysVa
 from perceiver_core.reads.machine import Cost, Machine
 from perceiver_core.reads.strategy import ReadContext, Sizes
 from perceiver_core.registry import register
+from perceiver_core.registry.names import label
 from perceiver_core.tokens import Tokens
 
 # In half precision, an RMSNorm with eps=None uses the eps of float32, the dtype in which it computes. PyTorch 2.6 used
@@ -100,24 +101,30 @@ def why_not_factored(context: ReadContext) -> str:
     norm, key, value = source.norm, attention.key, attention.value
     if type(norm) not in (nn.LayerNorm, nn.RMSNorm, nn.Identity):
         return f"the norm is a {type(norm).__name__}, not a LayerNorm, RMSNorm or Identity"
-    if type(key) not in (nn.Linear, Linear) or type(value) not in (nn.Linear, Linear):
-        return "a projection to keys or values is not a plain nn.Linear"
+    for part in (key, value):
+        if type(part) not in (nn.Linear, Linear):
+            return f"the projection to keys or values is a {label(type(part))}, not a plain nn.Linear"
     for part in (norm, key, value):
-        state = part.__dict__
-        if (
-            state["_forward_hooks"]
-            or state["_forward_pre_hooks"]
-            or state["_backward_hooks"]
-            or state["_backward_pre_hooks"]
-        ):
-            return "the norm or a projection to keys or values has a hook, which expects it to be called"
-        if "forward" in state:
-            return "the forward of the norm or of a projection to keys or values was replaced"
+        if reason := _why_called(part):
+            return reason
     for part in (norm, key, value):
         for parameter in (getattr(part, "weight", None), getattr(part, "bias", None)):
             if parameter is not None and type(parameter) not in PLAIN:
                 return f"a weight of the norm or of a projection is a {type(parameter).__name__}, not a plain tensor"
     return ""
+
+
+def _why_called(part: nn.Module) -> str:
+    """Return the reason why a norm or projection must be called, or "" if its weights may be used without a call."""
+    state = part.__dict__
+    if (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    ):
+        return "the norm or a projection to keys or values has a hook, which expects it to be called"
+    return "the forward of the norm or of a projection to keys or values was replaced" if "forward" in state else ""
 
 
 def needs_kernel(context: ReadContext) -> str:
