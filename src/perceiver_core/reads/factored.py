@@ -101,9 +101,9 @@ def why_not_factored(context: ReadContext) -> str:
     norm, key, value = source.norm, attention.key, attention.value
     if type(norm) not in (nn.LayerNorm, nn.RMSNorm, nn.Identity):
         return f"the norm is a {type(norm).__name__}, not a LayerNorm, RMSNorm or Identity"
-    for part in (key, value):
-        if type(part) not in (nn.Linear, Linear):
-            return f"the projection to keys or values is a {label(type(part))}, not a plain nn.Linear"
+    for projection in (key, value):
+        if type(projection) not in (nn.Linear, Linear):
+            return f"the projection to keys or values is a {label(type(projection))}, not a plain nn.Linear"
     for part in (norm, key, value):
         if reason := _why_called(part):
             return reason
