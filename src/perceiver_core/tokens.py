@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -94,6 +95,18 @@ class Tokens:
     def dim(self) -> int:
         """Total width of the content and the position features."""
         return self.content.shape[-1] + (self.position_tables[0].shape[-1] if self.position_tables else 0)
+
+    def to(self, *args: Any, **kwargs: Any) -> Tokens:
+        """Return the tokens on another device or in another dtype, with the arguments of `torch.Tensor.to`.
+
+        Masks stay boolean.
+        """
+        content = self.content.to(*args, **kwargs)
+        tables = tuple([table.to(*args, **kwargs) for table in self.position_tables])
+        mask = None if self.mask is None else self.mask.to(content.device)
+        parts = (self.modalities or {}).items()
+        modalities = {name: None if part is None else part.to(*args, **kwargs) for name, part in parts}
+        return Tokens(content, tables, mask, modalities or None)
 
     def positions(self) -> Float[Tensor, "*grid p"] | None:
         """Return the position features of every token, or None if there are no position tables."""

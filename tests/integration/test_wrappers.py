@@ -159,14 +159,10 @@ def test_weights_are_used_in_the_forward_pass_of_their_unit(name: str, strategy:
 
 
 def offload(model: nn.Module) -> None:
-    """Keeps weights on the meta device, and loads them while the module that owns them runs, as accelerate does.
-
-    The weights in an nn.ParameterDict, which is not called, are loaded with those of the module around it.
-    """
+    """Keeps weights on the meta device, and loads them while the module that owns them runs, as accelerate does."""
     for module in list(model.modules()):
-        owners = [module, *(child for child in module.children() if isinstance(child, nn.ParameterDict))]
-        weights = [(owner, name, w) for owner in owners for name, w in owner._parameters.items() if w is not None]
-        if weights and not isinstance(module, nn.ParameterDict):
+        weights = [(module, name, w) for name, w in module._parameters.items() if w is not None]
+        if weights:
             module.forward = loading(module.forward, weights)  # type: ignore[method-assign]
             unload(weights)
 
@@ -222,7 +218,6 @@ def replicated(model: nn.Module) -> nn.Module:
     return copies[id(model)]
 
 
-@pytest.mark.filterwarnings("ignore:nn.ParameterDict is being used with DataParallel:UserWarning")  # PyTorch's own
 @each_strategy
 def test_replicas(name: str, strategy: reads.Strategy) -> None:
     """A replica gives the output of its model, and gradients of the model's weights."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from perceiver_core import checks, modalities
 from perceiver_core.adapters.lengths import Lengths, options
-from perceiver_core.layers import init
+from perceiver_core.layers.named_vectors import NamedVectors
 from perceiver_core.layers.random_draws import RepeatableDraws
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
@@ -75,8 +75,8 @@ class Multimodal(nn.Module):
                     raise ValueError(f"{name}[{modality!r}] must lie in [0, 1]; got {rate!r}")
         widths = {name: part.dim for name, part in cast(Mapping[str, Any], adapters).items()}
         self.dim = max(widths.values()) + min_modality_channels
-        self.padding = nn.ParameterDict({name: init.embedding(self.dim - width) for name, width in widths.items()})
-        self.mask_tokens = nn.ParameterDict({name: init.embedding(self.dim) for name in self.token_mask_rate})
+        self.padding = NamedVectors({name: self.dim - width for name, width in widths.items()})
+        self.mask_tokens = NamedVectors(dict.fromkeys(self.token_mask_rate, self.dim))
 
     def forward(
         self,
@@ -141,7 +141,7 @@ class Multimodal(nn.Module):
             passed = mask | ~_aligned(samples, mask.ndim) if mask.ndim > 1 else None
         arguments = options(mask=passed, lengths=lengths)
         tokens: Tokens = modalities.call("inputs", name, self.adapters[name], x, **arguments)
-        content = tokens.content.to(self.padding[name].dtype)
+        content = tokens.content.to(self.padding(name).dtype)
         tokens = Tokens(content, tokens.position_tables, tokens.mask, tokens.modalities)
         if samples is None:
             return tokens
@@ -169,12 +169,12 @@ class Multimodal(nn.Module):
         Return the padded sequence `b n dim`, and the unpadded tokens with zeros in place of the replaced ones.
         """
         x = tokens.materialize()
-        x = torch.cat([x, self.padding[name].expand(*x.shape[:-1], -1)], dim=-1)
+        x = torch.cat([x, self.padding(name).expand(*x.shape[:-1], -1)], dim=-1)
         rate = self.token_mask_rate.get(name)
         if rate is None or not (self.training or rate == 1):
             return x, tokens
         masked = self._uniform(x.shape[:2], x) < rate
-        x = torch.where(masked[..., None], self.mask_tokens[name].to(x.dtype), x)
+        x = torch.where(masked[..., None], self.mask_tokens(name).to(x.dtype), x)
         content = tokens.content.masked_fill(masked.reshape(tokens.content.shape[:-1]).unsqueeze(-1), 0.0)
         return x, Tokens(content, tokens.position_tables, tokens.mask)
 

@@ -17,8 +17,8 @@ from perceiver_core.kernels.reference import QueryIndices
 from perceiver_core.kernels.varlen import WIDEST
 from perceiver_core.layers.linear import apply_linear
 from perceiver_core.masks import Mask
-from perceiver_core.reads.machine import Machine
-from perceiver_core.reads.strategy import Attention, Cost, Kernel, ReadContext, Sizes
+from perceiver_core.reads.machine import Cost, Machine
+from perceiver_core.reads.strategy import Attention, Kernel, ReadContext, Sizes
 from perceiver_core.registry import register
 
 

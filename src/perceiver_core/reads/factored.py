@@ -18,9 +18,10 @@ from perceiver_core.masks import Mask
 from perceiver_core.reads import slabs
 from perceiver_core.reads.dense import KeysValues, kernel_cost, rotate
 from perceiver_core.reads.factored_keys_values import AttendSlab, FactoredKeysValues, Norm, factor
-from perceiver_core.reads.machine import Machine
-from perceiver_core.reads.strategy import Cost, ReadContext, Sizes
+from perceiver_core.reads.machine import Cost, Machine
+from perceiver_core.reads.strategy import ReadContext, Sizes
 from perceiver_core.registry import register
+from perceiver_core.registry.names import label
 from perceiver_core.tokens import Tokens
 
 # In half precision, an RMSNorm with eps=None uses the eps of float32, the dtype in which it computes. PyTorch 2.6 used
@@ -100,8 +101,9 @@ def why_not_factored(context: ReadContext) -> str:
     norm, key, value = source.norm, attention.key, attention.value
     if type(norm) not in (nn.LayerNorm, nn.RMSNorm, nn.Identity):
         return f"the norm is a {type(norm).__name__}, not a LayerNorm, RMSNorm or Identity"
-    if type(key) is not nn.Linear or type(value) is not nn.Linear:
-        return "a projection to keys or values is not a plain nn.Linear"
+    for projection in (key, value):
+        if type(projection) is not nn.Linear:
+            return f"the projection to keys or values is a {label(type(projection))}, not a plain nn.Linear"
     for part in (norm, key, value):
         if reason := bypass_reason(part):
             return f"the norm or a projection to keys or values {reason}"

@@ -14,8 +14,8 @@ from perceiver_core.kernels.grid import missing_kernel, read_grid
 from perceiver_core.reads import slabs
 from perceiver_core.reads.factored import factored, masked, needs_kernel, why_not_factored
 from perceiver_core.reads.factored_keys_values import FactoredKeysValues
-from perceiver_core.reads.machine import SHORT_ROW, Machine
-from perceiver_core.reads.strategy import Cost, ReadContext, Sizes
+from perceiver_core.reads.machine import SHORT_ROW, Cost, Machine
+from perceiver_core.reads.strategy import ReadContext, Sizes
 from perceiver_core.registry import register
 
 
