@@ -67,7 +67,7 @@ def test_reads_use_the_layers_and_explain_why() -> None:
     small = quantize_dynamic(model)
     for read in pc.explain_reads(small, image):
         assert read.strategy == pc.reads.Dense()
-        assert "Structured cannot: a projection to keys or values is not a plain nn.Linear" in read.why
+        assert "Structured cannot: the projection to keys or values is a" in read.why
     attention = small.encoder.attention_map(small.adapter(image))
     torch.testing.assert_close(attention.sum(-1), torch.ones(2, 1, 8))
     pc.reads.set_strategy(small, pc.reads.Structured())
