@@ -34,6 +34,10 @@ class PartSummary:
         num_trainable: Number of trainable parameters.
         flops: Floating-point operations of all calls: two for each multiply-add of matrix products, convolutions and
             attention.
+
+    Example:
+        >>> pc.summary(nn.Linear(3, 5), torch.randn(2, 3))[0]
+        PartSummary(name='', type='Linear', num_calls=1, output=(2, 5), num_parameters=20, num_trainable=20, flops=60)
     """
 
     name: str
@@ -49,9 +53,9 @@ class ModelSummary(tuple[PartSummary, ...]):
     """Tuple with one `PartSummary` per part, the model itself first. It prints as a table.
 
     Example:
-        >>> encoder = pc.Encoder(10, num_latents=7, dim=32, num_reads=2, depth=1, num_heads=4)
-        >>> [(part.name, part.num_calls) for part in pc.summary(encoder, torch.randn(2, 50, 10))]
-        [('', 1), ('reads.0', 1), ('reads.1', 1), ('transformers.0', 2), ('transformers.0.blocks.0', 2)]
+        >>> resampler = pc.Resampler(10, num_latents=7, dim=32, depth=2, num_heads=4)
+        >>> [(part.name, part.output) for part in pc.summary(resampler, torch.randn(2, 50, 10))][:3]
+        [('', (2, 7, 32)), ('projection', (2, 50, 32)), ('layers.0', (2, 7, 32))]
     """
 
     def __str__(self) -> str:
