@@ -51,6 +51,7 @@ from perceiver_core.decoder import Decoder
 from perceiver_core.encoder import Encoder
 from perceiver_core.inspection import visualize
 from perceiver_core.inspection.explain import ReadExplanation, ReadExplanations, explain_reads
+from perceiver_core.inspection.summary import ModelSummary, PartSummary, summary
 from perceiver_core.models import HierarchicalPerceiver, Perceiver, PerceiverAR, PerceiverIO, Resampler, generate
 from perceiver_core.named_models import create, list_models
 from perceiver_core.parameter_groups import parameter_groups
@@ -75,7 +76,9 @@ __all__ = [
     "KeysValues",
     "LatentTransformer",
     "Level",
+    "ModelSummary",
     "MultiHeadAttention",
+    "PartSummary",
     "Perceiver",
     "PerceiverAR",
     "PerceiverIO",
@@ -109,5 +112,6 @@ __all__ = [
     "registry",
     "save",
     "sharing",
+    "summary",
     "visualize",
 ]
