@@ -14,6 +14,8 @@ from typing import Any, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import TransformType
+from torch.autograd import forward_ad
 
 T = TypeVar("T")
 
@@ -180,6 +182,24 @@ def matches_weight(name: str, x: Tensor, layer: object) -> None:
             f"{name} is {x.dtype}, the model {weight.dtype}; "
             f"convert one ({name}.to({weight.dtype})), or use torch.autocast"
         )
+
+
+def transformed() -> bool:
+    """Return whether torch.func transforms or forward-mode AD are active. Always False under torch.compile."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def needs_more_derivatives() -> bool:
+    """Return whether forward-mode AD or nested torch.func derivatives are active, which fused kernels do not support.
+
+    Always False under torch.compile. Second derivatives without torch.func cannot be detected in the forward pass.
+    """
+    if not transformed():
+        return False
+    keys = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
+    return forward_ad._current_level >= 0 or TransformType.Jvp in keys or keys.count(TransformType.Grad) > 1
 
 
 def autocasting(device: torch.device) -> bool:

@@ -161,7 +161,7 @@ class Decoder(nn.Module):
         chunks = torch.split(queries, self.chunk_size, dim=1)
         chunk_masks = [None] * len(chunks) if mask is None else torch.split(mask, self.chunk_size, dim=1)
         decode: Callable[..., Tensor] = self._decode_chunk
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not checks.transformed():  # torch.func does not support checkpoints
             decode = partial(checkpoint, self._decode_chunk, use_reentrant=False)
         return torch.cat([decode(latents, *chunk) for chunk in zip(chunks, chunk_masks, strict=True)], dim=1)
 

@@ -173,7 +173,8 @@ class Multimodal(nn.Module):
         rate = self.token_mask_rate.get(name)
         if rate is None or not (self.training or rate == 1):
             return x, tokens
-        masked = self._uniform(x.shape[:2], x) < rate
+        shape = x.shape[:2]
+        masked = self._uniform(shape, x) < rate if self.training else x.new_ones(shape, dtype=torch.bool)
         x = torch.where(masked[..., None], self.mask_tokens(name).to(x.dtype), x)
         content = tokens.content.masked_fill(masked.reshape(tokens.content.shape[:-1]).unsqueeze(-1), 0.0)
         return x, Tokens(content, tokens.position_tables, tokens.mask)

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.modules import module as _modules
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from perceiver_core import checks
 
 MIN_PRODUCTS = 2**22  # scalar multiplications; below, MKL has less overhead
 MIN_WIDTH = 16  # inner dimension and number of columns; below, oneDNN cannot fill its vector registers
@@ -166,7 +167,7 @@ def _are_plain(*tensors: Tensor | None) -> bool:
         return False
     if _get_current_dispatch_mode() is not None or torch._C._len_torch_function_stack():
         return False
-    return torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
+    return not checks.transformed()
 
 
 def _without_gaps(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ pretrained weights, use the variant that the weights were trained with.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -220,8 +220,9 @@ class NeRF(SeparableFeatures):
 class Gaussian(nn.Module):
     """Random Fourier features [cos(2 pi B x), sin(2 pi B x)] of a point x, with a random matrix B.
 
-    The entries of B are drawn from N(0, scale^2) at construction and stored in a buffer. Each feature depends on all
-    coordinates, so the features are not separable: a grid needs one table of its full size.
+    The entries of B are drawn from N(0, scale^2) at construction and stored in a buffer, which stays in float32 if the
+    model is converted to half precision. Each feature depends on all coordinates, so the features are not separable: a
+    grid needs one table of its full size.
 
     Args:
         num_axes: Number of coordinates per position.
@@ -243,7 +244,18 @@ class Gaussian(nn.Module):
         super().__init__()
         _check_sizes(num_axes, num_features=num_features)
         self.num_axes, self.dim = num_axes, 2 * num_features
-        self.register_buffer("frequencies", torch.randn(num_axes, num_features) * scale)
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.register_buffer("frequencies", torch.randn(num_axes, num_features, dtype=dtype) * scale)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gaussian:
+        # `.to()` and `.bfloat16()` call this method. Rounded frequencies would give other features, for good.
+        before = self.frequencies
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        after = self.frequencies
+        dtype = torch.promote_types(after.dtype, torch.float32)
+        if after.dtype != dtype:
+            self.frequencies = (after if before.is_meta else before).to(after.device, dtype)
+        return self
 
     def forward(self, points: Float[Tensor, "*b axes"]) -> Float[Tensor, "*b dim"]:
         """Return the features of points with coordinates in [-1, 1]."""

@@ -86,8 +86,8 @@ def attend_slab(q: Tensor, memory: FactoredKeysValues) -> PartialAttention:
 
 
 def _is_large(memory: FactoredKeysValues) -> bool:
-    """Return whether the input has more tokens than fit in one slab. Always False under torch.compile."""
-    if torch.compiler.is_compiling():  # comparing sizes would specialize the graph to them
+    """Return whether the input has more tokens than fit in one slab, and is read in slabs; see `slabs.attend`."""
+    if torch.compiler.is_compiling() or checks.transformed():
         return False
     limit = memory.tokens_per_slab * slabs.factor_for(memory.content.device)
     return memory.content.shape[0] * prod(memory.grid()) > limit

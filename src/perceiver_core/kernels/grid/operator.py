@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from perceiver_core import checks
 from perceiver_core.kernels.grid import cpp, cpp_library, eager, triton
 from perceiver_core.kernels.grid.interface import Backend, GridGradients, GridInputs, Upstream
 
@@ -89,9 +89,7 @@ def read_grid(
     """
     # torch.func and forward-mode AD need an autograd.Function. torch.compile and torch.export need one operator node.
     read: Any = _read_grid
-    if not torch.compiler.is_compiling() and (
-        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-    ):
+    if checks.transformed():
         read = _ReadGrid.apply
     return GridRead(*read(content_queries, axis_queries, content, scale, mask)[:3])
 
