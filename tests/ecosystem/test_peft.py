@@ -16,11 +16,7 @@ import perceiver_core as pc
 from perceiver_core.reads import Dense, Structured
 from tests.integration.whole_models import MODELS, make
 
-pytestmark = [
-    pytest.mark.no_shape_checks,
-    # torchao's, which peft imports if it is installed
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:torchao"),
-]
+pytestmark = pytest.mark.no_shape_checks
 EXACT = {"rtol": 0, "atol": 0}
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 # The projections of every attention. A plain "output" would name the last layer of a Decoder too, see below.
