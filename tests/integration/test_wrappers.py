@@ -281,7 +281,7 @@ def test_no_module_returns_its_own_parameter(name: str, training: bool) -> None:
 @pytest.mark.parametrize("batch", [1, 2])
 @each_model
 def test_no_module_gets_a_view_of_a_parameter(name: str, batch: int) -> None:
-    """Under no_grad, such a view requires gradients but has no graph, which the hooks of FlopCounterMode cannot take."""
+    """Under no_grad, such a view requires gradients but has no graph: the hooks of FlopCounterMode fail on it."""
     model, inputs = make(name)
     views: list[str] = []
 

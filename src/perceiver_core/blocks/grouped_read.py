@@ -116,9 +116,7 @@ class GroupedRead(nn.Module):
             skip: Skip input with one vector per latent, in the order of the output.
         """
         groups = self.level.num_groups
-        x = self.latents.repeat(
-            tokens.shape[0], 1, 1
-        )  # (b g) z d; a copy even of a single sample, unlike einops' repeat
+        x = self.latents.repeat(tokens.shape[0], 1, 1)  # (b g) z d; a copy even if b is 1
         if skip is not None:
             x = x + rearrange(self.skip(skip), "b (g z) d -> (b g) z d", g=groups)
         if mask is None and tokens.shape[1] % groups:
