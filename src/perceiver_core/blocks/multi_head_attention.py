@@ -15,7 +15,7 @@ from perceiver_core.layers import init
 from perceiver_core.layers.linear import apply_linear
 from perceiver_core.masks import Mask
 from perceiver_core.reads.caches import AttentionCapture, Cache
-from perceiver_core.reads.dense import project, rotate, split_heads
+from perceiver_core.reads.dense import project, project_heads, rotate
 from perceiver_core.reads.strategy import AttentionInput, Memory
 from perceiver_core.registry import register
 from perceiver_core.registry.keywords import check_keywords
@@ -134,7 +134,7 @@ class MultiHeadAttention(nn.Module):
             memory = inputs.memory(self)
         if cache is not None:
             memory = cache.update(memory)
-        q = self.query_norm(split_heads(apply_linear(self.query, x), self.num_heads))
+        q = self.query_norm(project_heads(self.query, x, self.num_heads))
         q = self.rotary(q) if positions is None else rotate(self.rotary, q, positions)
         if mask is not None:
             mask = masks.from_token_mask(mask)
