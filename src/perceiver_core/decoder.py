@@ -151,10 +151,10 @@ class Decoder(nn.Module):
         checks.matches_weight("queries", queries, getattr(attention, "query", None))
         if queries.shape[0] not in (1, latents.shape[0]):
             raise ValueError(
-                f"queries must have a batch of 1 or that of the latents, {len(latents)}; got {len(queries)}"
+                f"queries must have a batch of 1 or that of the latents, {latents.shape[0]}; got {queries.shape[0]}"
             )
         if mask is not None:
-            checks.is_mask("mask", mask, (len(latents), queries.shape[1]))
+            checks.is_mask("mask", mask, (latents.shape[0], queries.shape[1]))
         if self.chunk_size is None or queries.shape[1] <= self.chunk_size or capture is not None:
             return self._decode_chunk(latents, queries, mask, capture)
         chunks = torch.split(queries, self.chunk_size, dim=1)

@@ -119,7 +119,7 @@ class GroupedRead(nn.Module):
         x = repeat(self.latents, "g z d -> (b g) z d", b=tokens.shape[0])
         if skip is not None:
             x = x + rearrange(self.skip(skip), "b (g z) d -> (b g) z d", g=groups)
-        if mask is None and tokens.shape[1] % groups:
+        if mask is None and not checks.always(tokens.shape[1] % groups == 0):
             mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         if mask is not None:
             mask = rearrange(grouped(mask.unsqueeze(-1), groups), "bg n 1 -> bg n")
