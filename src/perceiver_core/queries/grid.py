@@ -98,6 +98,7 @@ def _unravel(flat: Tensor, grid: Sequence[int]) -> list[Tensor]:
     """Convert indices into the flattened grid to one index tensor per axis, as `torch.unravel_index` does."""
     indices = []
     for size in reversed(grid):
-        indices.append(flat % size)
-        flat = flat // size
+        quotient = flat // size
+        indices.append(flat - quotient * size)  # not flat % size, which ONNX export cannot convert for dynamic sizes
+        flat = quotient
     return indices[::-1]
