@@ -1,4 +1,4 @@
-"""Input checks, and helpers for autocast.
+"""Input checks, and helpers for autocast and export.
 
 Unless stated otherwise, checks raise TypeError for a wrong type or dtype, and ValueError for all other errors. `name`
 is the name of the argument in error messages.
@@ -200,6 +200,30 @@ def needs_more_derivatives() -> bool:
         return False
     keys = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
     return forward_ad._current_level >= 0 or TransformType.Jvp in keys or keys.count(TransformType.Grad) > 1
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def is_exporting() -> bool:
+    """Return whether torch.export or torch.onnx.export is tracing a graph.
+
+    The flag is read directly, because `torch.compiler.is_exporting` is missing in PyTorch 2.6 and, in some later
+    versions, also True under torch.compile. PyTorch 2.6 sets the flag in non-strict export only.
+    """
+    if torch._C._get_tracing_state() is not None:  # the former ONNX exporter, torch.onnx.export(..., dynamo=False)
+        return bool(torch.onnx.is_in_onnx_export())
+    return bool(getattr(torch.compiler, "_is_exporting_flag", torch.compiler._is_compiling_flag))
+
+
+def always(condition: bool | torch.SymBool) -> bool:
+    """Return whether a condition on sizes holds. Under torch.export, it must hold for all values of dynamic sizes.
+
+    A plain `if` would restrict the exported program to the sizes for which the condition is as for the example inputs.
+    """
+    if not is_exporting():
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
+
+    return bool(statically_known_true(condition))
 
 
 def autocasting(device: torch.device) -> bool:

@@ -15,10 +15,11 @@ from torch.nn import functional as F
 
 def patchify(x: Float[Tensor, "b c *axes"], patch_size: Sequence[int]) -> Float[Tensor, "b *grid p"]:
     """Cut arrays into flattened patches, after zero-padding the end of each axis to a multiple of the patch size."""
-    pads = [(0, -size % patch) for size, patch in zip(x.shape[2:], patch_size, strict=True)]
+    # torch.export needs the counts as such: it cannot see that a padded size is a multiple of the patch size.
+    counts = [(size + patch - 1) // patch for size, patch in zip(x.shape[2:], patch_size, strict=True)]
+    pads = [(0, n * patch - size) for n, patch, size in zip(counts, patch_size, x.shape[2:], strict=True)]
     x = F.pad(x, [pad for axis in reversed(pads) for pad in axis])
-    split = [part for size, patch in zip(x.shape[2:], patch_size, strict=True) for part in (size // patch, patch)]
-    x = x.reshape(*x.shape[:2], *split)
+    x = x.reshape(*x.shape[:2], *(part for n, patch in zip(counts, patch_size, strict=True) for part in (n, patch)))
     return x.permute(0, *range(2, x.ndim, 2), *range(3, x.ndim, 2), 1).flatten(1 + len(patch_size))
 
 

@@ -93,7 +93,7 @@ class LearnedGrid(nn.Module):
     def forward(self, grid: Sequence[int], like: Tensor) -> Float[Tensor, "*grid p"]:
         """Return the embedding, interpolated to size `grid`, in the dtype of `like`."""
         check_axes(grid, self.num_axes)
-        if tuple(grid) == tuple(self.vectors.shape[:-1]):
+        if all(checks.always(size == own) for size, own in zip(grid, self.vectors.shape[:-1], strict=True)):
             return self.vectors.to(like.dtype, copy=True)  # never return the parameter itself
         mode = ("linear", "bicubic", "trilinear")[self.num_axes - 1]
         channels_first = torch.movedim(self.vectors, -1, 0)[None]
