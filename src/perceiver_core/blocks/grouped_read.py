@@ -116,7 +116,7 @@ class GroupedRead(nn.Module):
             skip: Skip input with one vector per latent, in the order of the output.
         """
         groups = self.level.num_groups
-        x = repeat(self.latents, "g z d -> (b g) z d", b=tokens.shape[0])
+        x = repeat(init.as_input(self.latents), "g z d -> (b g) z d", b=tokens.shape[0])
         if skip is not None:
             x = x + rearrange(self.skip(skip), "b (g z) d -> (b g) z d", g=groups)
         if mask is None and tokens.shape[1] % groups:

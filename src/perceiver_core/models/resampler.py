@@ -118,7 +118,7 @@ class Resampler(nn.Module):
             checks.is_mask("mask", mask, features.shape[:-1])
             features = features.masked_fill(~mask.unsqueeze(-1), 0.0)
         features = self.projection(features)
-        x = self.latents.unsqueeze(0)  # batch size 1 until the first layer
+        x = init.as_input(self.latents).unsqueeze(0)  # batch size 1 until the first layer
         captured = None if capture is None else range(len(self.layers))[capture.read]
         for number, layer in enumerate(self.layers):
             options = {"capture": capture} if number == captured else {}

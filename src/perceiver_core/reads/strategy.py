@@ -91,6 +91,7 @@ class Source(NamedTuple):
         mask: Attention mask in addition to the tokens' own mask.
         positions: Positions of the tokens for rotary embeddings (default: consecutive integers that end at 0).
         num_queries: Total number of queries of all reads that share the keys and values, used to predict costs.
+        norm_output: Output of `norm`, if the block has already called it.
 
     Example:
         >>> source = pc.reads.Source(torch.randn(2, 50, 10), torch.nn.LayerNorm(10), pc.reads.Dense())
@@ -104,6 +105,7 @@ class Source(NamedTuple):
     mask: Mask | None = None
     positions: Tensor | None = None
     num_queries: int = 512
+    norm_output: Tensor | None = None
 
     def content(self) -> Tensor:
         """Return the content if the input is `Tokens`, or the input tensor itself."""
@@ -111,6 +113,8 @@ class Source(NamedTuple):
 
     def normalized(self) -> Float[Tensor, "b n c"]:
         """Concatenate the content and the position features of the tokens, and apply the norm."""
+        if self.norm_output is not None:
+            return self.norm_output
         tokens = self.tokens
         normalized: Tensor = self.norm(tokens.materialize() if isinstance(tokens, Tokens) else tokens)
         return normalized
