@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import cast
 
 from jaxtyping import Float, Shaped
@@ -127,7 +128,7 @@ class CrossAttend(nn.Module):
             source = Source(tokens, self.input_norm, self.strategy, token_mask, token_positions, num_queries)
             if self.input_norm._forward_hooks:
                 # A hook makes the read dense. Tools that build a call tree, such as torchinfo, expect the call here.
-                source = source._replace(norm_output=source.normalized())
+                source = replace(source, norm_output=source.normalized())
             if getattr(self.attention, "accepts_source", False):
                 inputs = source
                 if cache is not None and getattr(self.attention, "accepts_cache", False):

@@ -113,7 +113,7 @@ class Source:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Source:
         """Return the source with its tokens, mask and positions on another device. The norm is not moved."""
-        names = ("tokens", "mask", "positions")
+        names = ("tokens", "mask", "positions", "norm_output")
         return replace(self, **{n: masks.moved(getattr(self, n), device, non_blocking=non_blocking) for n in names})
 
     def content(self) -> Tensor:
@@ -151,10 +151,14 @@ class Source:
 
 
 def _source(parts: Any, rest: Any) -> Source:
-    return Source(parts[0], rest[0], rest[1], parts[1], parts[2], rest[2])
+    return Source(parts[0], rest[0], rest[1], parts[1], parts[2], rest[2], parts[3])
 
 
-register_pytree_node(Source, lambda s: ([s.tokens, s.mask, s.positions], (s.norm, s.strategy, s.num_queries)), _source)
+register_pytree_node(
+    Source,
+    lambda s: ([s.tokens, s.mask, s.positions, s.norm_output], (s.norm, s.strategy, s.num_queries)),
+    _source,
+)
 
 
 class ReadContext(NamedTuple):
