@@ -44,6 +44,10 @@ def htk_frequencies(f_min: float, f_max: float, count: int) -> Float[Tensor, " n
 
     A frequency of f Hz is at 2595 log10(1 + f / 700) mel.
 
+    Example:
+        >>> pc.adapters.htk_frequencies(0, 6400, 4).round(decimals=1).tolist()
+        [0.0, 813.4, 2572.1, 6400.0]
+
     Reference: Young et al. 2006 (The HTK Book), equation 5.13; librosa, `mel_frequencies(htk=True)`.
     """
     low, high = (2595 * math.log10(1 + hz / 700) for hz in (f_min, f_max))
@@ -52,7 +56,12 @@ def htk_frequencies(f_min: float, f_max: float, count: int) -> Float[Tensor, " n
 
 @partial(register, name="adapters.hann_window")
 def hann_window(length: int) -> Float[Tensor, " n"]:
-    """Return a periodic Hann window in float64."""
+    """Return a periodic Hann window in float64.
+
+    Example:
+        >>> pc.adapters.hann_window(4).tolist()
+        [0.0, 0.5, 1.0, 0.5]
+    """
     return torch.hann_window(length, dtype=torch.float64)
 
 
