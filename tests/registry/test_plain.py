@@ -111,8 +111,8 @@ class Name(str, enum.Enum):
 
 @pytest.mark.parametrize(
     "value",
-    [np.zeros((3, 5)), torch.zeros(3), Fraction(3, 5), ConfigList([Fraction(3, 5)]), ConfigDict(a=Fraction(3, 5)), b"x", "x",
-     True, range(10**9), np.array(["x", None]), np.array(3 + 5j), Level.LOW, Name.SHORT, nn.Tanh(), np.float32],
+    [np.zeros((3, 5)), torch.zeros(3), Fraction(3, 5), ConfigList([Fraction(3, 5)]), ConfigDict(a=Fraction(3, 5)), b"x",
+     "x", True, range(10**9), np.array(["x", None]), np.array(3 + 5j), Level.LOW, Name.SHORT, nn.Tanh(), np.float32],
     ids=lambda value: type(value).__name__,
 )  # fmt: skip
 def test_other_values_reach_constructors_as_they_are(value):
