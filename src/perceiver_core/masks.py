@@ -12,7 +12,7 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Int
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from perceiver_core import checks
 
+T = TypeVar("T")
 Rule: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 Mask: TypeAlias = Tensor | Rule
 
@@ -45,6 +46,10 @@ class Padding:
         """Return the mask for queries and keys at these positions."""
         return block(self.keys[:, None, None, :], queries, keys)
 
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Padding:
+        """Return the mask on another device."""
+        return Padding(self.keys.to(device, non_blocking=non_blocking))
+
 
 @dataclass(frozen=True, eq=False)
 class Queries:
@@ -62,6 +67,10 @@ class Queries:
     def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, "b 1 #q 1"]:
         """Return the mask for queries and keys at these positions."""
         return block(self.queries[:, None, :, None], queries, keys)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Queries:
+        """Return the mask on another device."""
+        return Queries(self.queries.to(device, non_blocking=non_blocking))
 
 
 @dataclass(frozen=True)
@@ -106,6 +115,10 @@ class And:
         """Return the mask for queries and keys at these positions."""
         return reduce(operator.and_, [block(mask, queries, keys) for mask in self.masks])
 
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> And:
+        """Return the masks on another device."""
+        return And(tuple([moved(mask, device, non_blocking=non_blocking) for mask in self.masks]))
+
 
 @dataclass(frozen=True, eq=False)
 class Or:
@@ -116,6 +129,15 @@ class Or:
     def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, " ..."]:
         """Return the mask for queries and keys at these positions."""
         return reduce(operator.or_, [block(mask, queries, keys) for mask in self.masks])
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Or:
+        """Return the masks on another device."""
+        return Or(tuple([moved(mask, device, non_blocking=non_blocking) for mask in self.masks]))
+
+
+def moved(x: T, device: torch.device | str, **options: bool) -> T:
+    """Return a mask or another object on a device, or as it is if it has no method `to` (such as the rule `Causal`)."""
+    return cast(T, cast(Any, x).to(device, **options)) if hasattr(x, "to") else x
 
 
 def and_(*masks: Mask | None) -> Mask | None:

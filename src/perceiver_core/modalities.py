@@ -15,8 +15,8 @@ R = TypeVar("R")
 def check(argument: str, parts: Mapping[str, nn.Module], part_name: str) -> None:
     """Check that `parts` is a non-empty mapping from modality names to modules.
 
-    Names must be valid keys of `nn.ModuleDict` and `nn.ParameterDict`: not empty, without a dot, and not an attribute
-    of either class, such as "values" or "type".
+    Names must be valid names of modules and parameters: not empty, without a dot, and not an attribute of
+    `nn.ModuleDict` or `nn.ParameterDict`, such as "values" or "type".
 
     Args:
         argument: Name of the mapping in error messages, such as "heads".

@@ -53,7 +53,7 @@ def test_modalities_follow_the_order_of_the_adapters_and_are_padded():
 
 def test_the_widest_modality_has_the_minimum_of_modality_channels():
     both = made(min_modality_channels=1)
-    assert both.dim == 14 and {name: len(vector) for name, vector in both.padding.items()} == {
+    assert both.dim == 14 and {name: len(vector) for name, vector in both.padding.named_parameters()} == {
         "sound": 14 - 8, "set": 9, "label": 1,
     }  # fmt: skip
 

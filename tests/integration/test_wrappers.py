@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import perceiver_core as pc
 from perceiver_core import Tokens, reads
@@ -159,14 +159,10 @@ def test_weights_are_used_in_the_forward_pass_of_their_unit(name: str, strategy:
 
 
 def offload(model: nn.Module) -> None:
-    """Keeps weights on the meta device, and loads them while the module that owns them runs, as accelerate does.
-
-    The weights in an nn.ParameterDict, which is not called, are loaded with those of the module around it.
-    """
+    """Keeps weights on the meta device, and loads them while the module that owns them runs, as accelerate does."""
     for module in list(model.modules()):
-        owners = [module, *(child for child in module.children() if isinstance(child, nn.ParameterDict))]
-        weights = [(owner, name, w) for owner in owners for name, w in owner._parameters.items() if w is not None]
-        if weights and not isinstance(module, nn.ParameterDict):
+        weights = [(module, name, w) for name, w in module._parameters.items() if w is not None]
+        if weights:
             module.forward = loading(module.forward, weights)  # type: ignore[method-assign]
             unload(weights)
 
@@ -222,7 +218,6 @@ def replicated(model: nn.Module) -> nn.Module:
     return copies[id(model)]
 
 
-@pytest.mark.filterwarnings("ignore:nn.ParameterDict is being used with DataParallel:UserWarning")  # PyTorch's own
 @each_strategy
 def test_replicas(name: str, strategy: reads.Strategy) -> None:
     """A replica gives the output of its model, and gradients of the model's weights."""
@@ -281,6 +276,26 @@ def test_no_module_returns_its_own_parameter(name: str, training: bool) -> None:
     model, inputs = make(name)
     _, returned = returned_parameters(lambda: model.train(training)(inputs))
     assert returned == []
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@each_model
+def test_no_module_gets_a_view_of_a_parameter(name: str, batch: int) -> None:
+    """Under no_grad, such a view requires gradients but has no graph: the hooks of FlopCounterMode fail on it."""
+    model, inputs = make(name)
+    views: list[str] = []
+
+    def look(module: nn.Module, args: object, output: object) -> None:
+        tensors = tensors_in([*args, output])  # type: ignore[misc]
+        views.extend(type(module).__name__ for tensor in tensors if tensor.requires_grad)
+
+    hook = register_module_forward_hook(look)
+    try:
+        with torch.no_grad():
+            model(tree_map(lambda x: x[:batch], inputs))
+    finally:
+        hook.remove()
+    assert views == []
 
 
 OTHER_CALLS: dict[str, Callable[[], object]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -37,7 +38,7 @@ def test_reads_that_only_a_kernel_computes(options, reason):
     assert reason in Structured().why_not(context)
     assert Factored().why_not(context) == ""
     with pytest.raises(ValueError, match="cannot compute this read"):
-        context.source._replace(strategy=Structured()).memory(context.attention)
+        replace(context.source, strategy=Structured()).memory(context.attention)
 
 
 def test_dropout_of_a_model_in_evaluation_does_not_matter():

@@ -148,7 +148,7 @@ def _kernel_note(strategy: Strategy, context: ReadContext) -> list[str]:
     device = source.content().device
     if device.type != "cuda" or isinstance(strategy, Structured) or attention.kernel not in (fastest, sdpa):
         return []
-    key_dim, value_dim = (part.weight.shape[0] // attention.num_kv_heads for part in (attention.key, attention.value))
+    key_dim, value_dim = (part.out_features // attention.num_kv_heads for part in (attention.key, attention.value))
     kernel = kernel_for(key_dim, value_dim, checks.product_dtype(source.content()), device, source.whole_mask())
     return [f"by the {kernel.name} kernel" + (f" ({kernel.why})" if kernel.why else "")]
 

@@ -13,15 +13,13 @@ import math
 import torch
 from torch import Tensor, nn
 
-from perceiver_core.layers.linear import Linear
-
 # Standard deviation of a standard normal truncated to [-2, 2]. Dividing by it makes up for the truncation.
 TRUNCATED_STD = 0.87962566103423978
 
 
 def linear(in_features: int, out_features: int, *, bias: bool = True) -> nn.Linear:
     """Return a linear layer with weights of variance 1 / in_features and zero bias."""
-    layer = Linear(in_features, out_features, bias=bias)
+    layer = nn.Linear(in_features, out_features, bias=bias)
     fan_in_(layer.weight, in_features)
     if bias:
         nn.init.zeros_(layer.bias)

@@ -155,8 +155,8 @@ class PerceiverAR(nn.Module):
             checks.padded_on_the_left("mask", mask)
         tokens, valid, positions = self._drop_prefix(x, mask, m, generator)
         options = {} if positions is None else {"token_positions": positions}
-        latents = self.cross_attention(x[:, -m:], tokens, mask=causal(valid), **options)
-        latents = self.latent_transformer(latents, mask=causal(None if mask is None else mask[:, -m:]))
+        latents = self.cross_attention(last(x, m), tokens, mask=causal(valid), **options)
+        latents = self.latent_transformer(latents, mask=causal(None if mask is None else last(mask, m)))
         logits = self.head(self.norm(latents))
         return logits if targets is None else _mean_loss(logits, targets)
 
@@ -226,6 +226,18 @@ class PerceiverAR(nn.Module):
         kept = torch.cat([prefix, last], dim=1)
         tokens = x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
         return tokens, None if mask is None else mask.gather(1, kept), kept - (n - 1)
+
+
+def last(x: Shaped[Tensor, "b n *d"], count: int) -> Shaped[Tensor, "b m *d"]:
+    """Return the last `count` tokens, or all tokens if there are fewer.
+
+    An exported program gathers them, because a slice would restrict it to inputs longer, or not longer, than `count`.
+    """
+    if not checks.is_exporting():
+        return x[:, -count:]
+    n = x.shape[1]
+    start = torch.sym_max(n - count, 0)  # type: ignore[no-untyped-call]
+    return x.index_select(1, torch.arange(start, n, device=x.device))
 
 
 def causal(valid: Bool[Tensor, "b n"] | None) -> Mask:

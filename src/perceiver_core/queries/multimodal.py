@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from perceiver_core import checks, modalities
-from perceiver_core.layers import init
+from perceiver_core.layers.named_vectors import NamedVectors
 from perceiver_core.queries.from_inputs import FromInputs
 from perceiver_core.queries.grid import Grid
 from perceiver_core.registry import register
@@ -45,7 +45,7 @@ class Multimodal(nn.Module):
         self.sources, self.min_modality_channels = nn.ModuleDict(sources), min_modality_channels
         widths = {name: part.dim for name, part in cast(Mapping[str, Any], sources).items()}
         self.dim = max(widths.values()) + min_modality_channels
-        self.padding = nn.ParameterDict({name: init.embedding(self.dim - width) for name, width in widths.items()})
+        self.padding = NamedVectors({name: self.dim - width for name, width in widths.items()})
 
     def forward(
         self, tokens: object = None, query_indices: Mapping[str, object] | None = None
@@ -79,7 +79,7 @@ class Multimodal(nn.Module):
                     )
                 own = tokens
             x = modalities.call("queries", name, source, own, selected.get(name))
-            vector = self.padding[name].to(x.dtype)
+            vector = self.padding(name).to(x.dtype)
             queries[name] = torch.cat([x, vector.expand(*x.shape[:-1], -1)], dim=-1)
         if not queries:
             raise ValueError(f"query_indices must leave some queries; it is empty for all of {list(self.sources)}")

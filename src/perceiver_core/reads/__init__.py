@@ -23,8 +23,8 @@ from perceiver_core.reads.caches import AttentionCapture, KeysValuesCache, Share
 from perceiver_core.reads.dense import Dense, KeysValues
 from perceiver_core.reads.factored import Factored
 from perceiver_core.reads.factored_keys_values import FactoredKeysValues, factor
-from perceiver_core.reads.machine import Machine
-from perceiver_core.reads.strategy import Cost, Memory, ReadContext, Sizes, Source, Strategy, check_strategy
+from perceiver_core.reads.machine import Cost, Machine
+from perceiver_core.reads.strategy import Memory, ReadContext, Sizes, Source, Strategy, check_strategy
 from perceiver_core.reads.structured import Structured
 
 __all__ = [

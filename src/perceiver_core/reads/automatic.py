@@ -11,8 +11,8 @@ import torch
 
 from perceiver_core.reads.dense import Dense
 from perceiver_core.reads.factored import Factored
-from perceiver_core.reads.machine import DEFAULTS, MEASURED_CPU, Machine
-from perceiver_core.reads.strategy import Cost, Memory, ReadContext, Sizes, Strategy, check_strategy, unable
+from perceiver_core.reads.machine import DEFAULTS, MEASURED_CPU, Cost, Machine
+from perceiver_core.reads.strategy import Memory, ReadContext, Sizes, Strategy, check_strategy, unable
 from perceiver_core.reads.structured import Structured
 from perceiver_core.registry import register
 

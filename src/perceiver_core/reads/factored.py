@@ -13,14 +13,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 from perceiver_core import checks, masks
 from perceiver_core.kernels import PartialAttention, fastest, partial_attention
 from perceiver_core.kernels.fastest import uses_chunks
-from perceiver_core.layers.linear import Linear
+from perceiver_core.layers.linear import bypass_reason
 from perceiver_core.masks import Mask
 from perceiver_core.reads import slabs
 from perceiver_core.reads.dense import KeysValues, kernel_cost, rotate
 from perceiver_core.reads.factored_keys_values import AttendSlab, FactoredKeysValues, Norm, factor
-from perceiver_core.reads.machine import Machine
-from perceiver_core.reads.strategy import Cost, ReadContext, Sizes
+from perceiver_core.reads.machine import Cost, Machine
+from perceiver_core.reads.strategy import ReadContext, Sizes
 from perceiver_core.registry import register
+from perceiver_core.registry.names import label
 from perceiver_core.tokens import Tokens
 
 # In half precision, an RMSNorm with eps=None uses the eps of float32, the dtype in which it computes. PyTorch 2.6 used
@@ -85,8 +86,8 @@ def attend_slab(q: Tensor, memory: FactoredKeysValues) -> PartialAttention:
 
 
 def _is_large(memory: FactoredKeysValues) -> bool:
-    """Return whether the input has more tokens than fit in one slab. Always False under torch.compile."""
-    if torch.compiler.is_compiling():  # comparing sizes would specialize the graph to them
+    """Return whether the input has more tokens than fit in one slab, and is read in slabs; see `slabs.attend`."""
+    if torch.compiler.is_compiling() or checks.transformed():
         return False
     limit = memory.tokens_per_slab * slabs.factor_for(memory.content.device)
     return memory.content.shape[0] * prod(memory.grid()) > limit
@@ -100,19 +101,12 @@ def why_not_factored(context: ReadContext) -> str:
     norm, key, value = source.norm, attention.key, attention.value
     if type(norm) not in (nn.LayerNorm, nn.RMSNorm, nn.Identity):
         return f"the norm is a {type(norm).__name__}, not a LayerNorm, RMSNorm or Identity"
-    if type(key) not in (nn.Linear, Linear) or type(value) not in (nn.Linear, Linear):
-        return "a projection to keys or values is not a plain nn.Linear"
+    for projection in (key, value):
+        if type(projection) is not nn.Linear:
+            return f"the projection to keys or values is a {label(type(projection))}, not a plain nn.Linear"
     for part in (norm, key, value):
-        state = part.__dict__
-        if (
-            state["_forward_hooks"]
-            or state["_forward_pre_hooks"]
-            or state["_backward_hooks"]
-            or state["_backward_pre_hooks"]
-        ):
-            return "the norm or a projection to keys or values has a hook, which expects it to be called"
-        if "forward" in state:
-            return "the forward of the norm or of a projection to keys or values was replaced"
+        if reason := bypass_reason(part):
+            return f"the norm or a projection to keys or values {reason}"
     for part in (norm, key, value):
         for parameter in (getattr(part, "weight", None), getattr(part, "bias", None)):
             if parameter is not None and type(parameter) not in PLAIN:

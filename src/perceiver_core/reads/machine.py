@@ -7,10 +7,25 @@ cost model covers the forward pass only. With every strategy, the backward pass 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from perceiver_core.registry import register
 
 SHORT_ROW = 64  # length of the last grid axis at which the time per channel is twice as long as for a long axis
+
+
+class Cost(NamedTuple):
+    """Predicted cost of one read (cross-attention): forward pass only, for the whole batch.
+
+    Args:
+        flops: Number of floating-point operations.
+        bytes: Number of bytes read and written.
+        seconds: Time in seconds, on a single CPU thread or on the whole GPU.
+    """
+
+    flops: float
+    bytes: float
+    seconds: float
 
 
 @register

@@ -8,18 +8,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from math import prod
-from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils._pytree import register_pytree_node
 
 from perceiver_core import checks, masks
 from perceiver_core.kernels.reference import QueryIndices
 from perceiver_core.masks import Mask
 from perceiver_core.reads.axes import merged_axes
-from perceiver_core.reads.machine import Machine
+from perceiver_core.reads.machine import Cost, Machine
 from perceiver_core.tokens import Tokens
 
 Kernel: TypeAlias = Callable[..., Tensor]
@@ -78,11 +80,13 @@ class Attention(Protocol):
     rotary: nn.Module
 
 
-class Source(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Source:
     """Input of a read (cross-attention) and the options for computing keys and values from it.
 
     Pass it to an attention module in place of the tokens. The module calls `memory` in its own forward pass, so that
-    hooks and FSDP see every use of its projections.
+    hooks and FSDP see every use of its projections. A source is a pytree node and has a method `to`, so libraries that
+    move or cast the arguments of modules convert its tensors and leave its norm alone.
 
     Args:
         tokens: Input of the read: `Tokens`, or a tensor of shape `b n c`.
@@ -91,6 +95,7 @@ class Source(NamedTuple):
         mask: Attention mask in addition to the tokens' own mask.
         positions: Positions of the tokens for rotary embeddings (default: consecutive integers that end at 0).
         num_queries: Total number of queries of all reads that share the keys and values, used to predict costs.
+        norm_output: Output of `norm`, if the block has already called it.
 
     Example:
         >>> source = pc.reads.Source(torch.randn(2, 50, 10), torch.nn.LayerNorm(10), pc.reads.Dense())
@@ -104,6 +109,12 @@ class Source(NamedTuple):
     mask: Mask | None = None
     positions: Tensor | None = None
     num_queries: int = 512
+    norm_output: Tensor | None = None
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Source:
+        """Return the source with its tokens, mask and positions on another device. The norm is not moved."""
+        names = ("tokens", "mask", "positions", "norm_output")
+        return replace(self, **{n: masks.moved(getattr(self, n), device, non_blocking=non_blocking) for n in names})
 
     def content(self) -> Tensor:
         """Return the content if the input is `Tokens`, or the input tensor itself."""
@@ -111,6 +122,8 @@ class Source(NamedTuple):
 
     def normalized(self) -> Float[Tensor, "b n c"]:
         """Concatenate the content and the position features of the tokens, and apply the norm."""
+        if self.norm_output is not None:
+            return self.norm_output
         tokens = self.tokens
         normalized: Tensor = self.norm(tokens.materialize() if isinstance(tokens, Tokens) else tokens)
         return normalized
@@ -135,6 +148,17 @@ class Source(NamedTuple):
         if not torch.compiler.is_compiling() and _thread.listener is not None:
             _thread.listener(context)
         return self.strategy.prepare(context)
+
+
+def _source(parts: Any, rest: Any) -> Source:
+    return Source(parts[0], rest[0], rest[1], parts[1], parts[2], rest[2], parts[3])
+
+
+register_pytree_node(
+    Source,
+    lambda s: ([s.tokens, s.mask, s.positions, s.norm_output], (s.norm, s.strategy, s.num_queries)),
+    _source,
+)
 
 
 class ReadContext(NamedTuple):
@@ -169,20 +193,6 @@ def listening(listener: Callable[[ReadContext], None]) -> Iterator[None]:
         yield
     finally:
         _thread.listener = before
-
-
-class Cost(NamedTuple):
-    """Predicted cost of one read (cross-attention): forward pass only, for the whole batch.
-
-    Args:
-        flops: Number of floating-point operations.
-        bytes: Number of bytes read and written.
-        seconds: Time in seconds, on a single CPU thread or on the whole GPU.
-    """
-
-    flops: float
-    bytes: float
-    seconds: float
 
 
 class Sizes(NamedTuple):
@@ -240,7 +250,6 @@ class Sizes(NamedTuple):
         attention, source = context
         tokens, content = source.tokens, source.content()
         axes = merged_axes(tokens) if isinstance(tokens, Tokens) else tuple(content.shape[1:-1])
-        tables = tokens.position_tables if isinstance(tokens, Tokens) else ()
         batch, device, element_size = content.shape[0], content.device.type, checks.product_dtype(content).itemsize
         num_queries = source.num_queries
         if torch.compiler.is_compiling():
@@ -249,7 +258,7 @@ class Sizes(NamedTuple):
         return cls(
             batch=batch,
             num_tokens=prod(axes),
-            token_dim=content.shape[-1] + (tables[0].shape[-1] if tables else 0),
+            token_dim=tokens.dim if isinstance(tokens, Tokens) else content.shape[-1],
             num_channels=content.shape[-1],
             axes=axes,
             num_heads=attention.num_heads,

@@ -14,8 +14,8 @@ from perceiver_core.kernels.grid import missing_kernel, read_grid
 from perceiver_core.reads import slabs
 from perceiver_core.reads.factored import factored, masked, needs_kernel, why_not_factored
 from perceiver_core.reads.factored_keys_values import FactoredKeysValues
-from perceiver_core.reads.machine import SHORT_ROW, Machine
-from perceiver_core.reads.strategy import Cost, ReadContext, Sizes
+from perceiver_core.reads.machine import SHORT_ROW, Cost, Machine
+from perceiver_core.reads.strategy import ReadContext, Sizes
 from perceiver_core.registry import register
 
 
@@ -37,6 +37,8 @@ class Structured:
 
     def why_not(self, context: ReadContext) -> str:
         """Return the reason why this strategy does not support a read, or an empty string if it does."""
+        if checks.needs_more_derivatives():
+            return "structured reads support neither forward-mode AD nor second derivatives"
         return why_not_factored(context) or needs_kernel(context)
 
     def cost(self, sizes: Sizes, machine: Machine) -> Cost:
