@@ -43,7 +43,7 @@ class Wrapped(lightning.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+        return torch.optim.SGD(self.parameters(), lr=1e-3, momentum=0.9)
 
 
 def wrapped(model: nn.Module) -> Wrapped:

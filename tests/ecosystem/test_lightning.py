@@ -36,7 +36,7 @@ each_class = pytest.mark.parametrize("name", ["image", "multimodal", "text", "al
 def train(model: nn.Module, inputs: Any, steps: int = 4, dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:
     """Trains by a plain loop. Returns the weights after each step."""
     states = []
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     for _, batch in zip(range(steps), [*batches(inputs)] * 3, strict=False):
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32, cache_enabled=False):  # as Lightning
             loss = loss_of(model(batch))
@@ -67,7 +67,7 @@ def test_bfloat16_weights(name: str) -> None:
     assert {weight.dtype for weight in module.parameters()} == {torch.bfloat16}
     plain = model.train().bfloat16()
     halved = tree_map(lambda x: x.bfloat16() if x.is_floating_point() else x, [*batches(inputs)])
-    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=1e-3, momentum=0.9)
     for batch in halved:
         optimizer.zero_grad()
         loss_of(plain(batch)).backward()
@@ -138,7 +138,7 @@ def test_an_exponential_moving_average(name: str) -> None:
 def test_stochastic_weight_averaging(name: str) -> None:
     model, inputs = make(name)
     module = wrapped(model)
-    average = StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1)
+    average = StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=1)
     trainer(max_epochs=3, callbacks=[average]).fit(module, batches(inputs))
     starts = [copy.deepcopy(model.state_dict()), *train(model.train(), inputs, steps=8)][::4]  # of each epoch
     expected = {key: torch.stack([state[key] for state in starts]).mean(0) for key, _ in model.named_parameters()}
