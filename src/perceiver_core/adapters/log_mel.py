@@ -46,7 +46,7 @@ def htk_frequencies(f_min: float, f_max: float, count: int) -> Float[Tensor, " n
 
     Example:
         >>> pc.adapters.htk_frequencies(0, 6400, 4).round(decimals=1).tolist()
-        [0.0, 813.4, 2572.1, 6400.0]
+        [0.0, 815.3, 2580.0, 6400.0]
 
     Reference: Young et al. 2006 (The HTK Book), equation 5.13; librosa, `mel_frequencies(htk=True)`.
     """
@@ -59,7 +59,7 @@ def hann_window(length: int) -> Float[Tensor, " n"]:
     """Return a periodic Hann window in float64.
 
     Example:
-        >>> pc.adapters.hann_window(4).tolist()
+        >>> pc.adapters.hann_window(4).round(decimals=3).tolist()
         [0.0, 0.5, 1.0, 0.5]
     """
     return torch.hann_window(length, dtype=torch.float64)
