@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from functools import partial
+from math import prod
 from typing import cast
 
 import torch
