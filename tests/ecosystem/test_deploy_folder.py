@@ -89,7 +89,7 @@ def test_a_program_of_another_export_is_refused(deployed, tmp_path):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     with (tmp_path / "model.onnx").open("ab") as file:
         file.write(b"\0")
-    with pytest.raises(ValueError, match="is not the program that deployment.json describes"):
+    with pytest.raises(ValueError, match=r"is not the program that deployment\.json describes"):
         read_folder(tmp_path)
 
 

@@ -52,9 +52,10 @@ def coordinates(size: int, device: torch.device | None = None, dtype: torch.dtyp
         >>> pc.positions.coordinates(5).tolist()
         [-1.0, -0.5, 0.0, 0.5, 1.0]
     """
-    # Not linspace: under torch.compile, it would specialize the graph to one size.
+    # Not linspace: under torch.compile, it would specialize the graph to one size. Not max(size - 1, 1): a program
+    # exported by PyTorch 2.6 would divide by zero for one token.
     indices = torch.arange(size, device=device, dtype=dtype or torch.get_default_dtype())
-    return indices.mul_(2).div_(max(size - 1, 1)).sub_(1)
+    return 2 * indices / indices[-1:].clamp(min=1) - 1
 
 
 def grid_points(grid: Sequence[int], like: Tensor) -> Float[Tensor, "*grid axes"]:
