@@ -194,7 +194,7 @@ def test_a_mask_that_is_not_boolean_raises() -> None:
 def test_tokens_are_a_pytree_node() -> None:
     """As torch.func, torch.export and FSDP2 see them. Fields that are None have no leaf, and nothing is checked."""
     tokens = Tokens(draw(B, *GRID, C), (draw(5, 1, P), draw(1, 7, P)))
-    leaves, spec = tree_flatten(tokens)
+    leaves, _ = tree_flatten(tokens)
     assert [id(leaf) for leaf in leaves] == [id(tokens.content), *map(id, tokens.position_tables)]
     doubled = tree_map(lambda x: 2 * x, tokens)
     assert type(doubled) is Tokens and doubled.mask is None
