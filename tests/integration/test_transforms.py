@@ -185,6 +185,15 @@ class TestExport:
         more, masked = batch_of(b=3, n=17, masked=True)
         torch.testing.assert_close(program.module()(*more, **masked), model(*more, **masked), **CLOSE)
 
+    @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # PyTorch's own
+    @pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
+    def test_modules_are_called_by_their_parents(self, strategy):
+        """Needed by torch.export.unflatten and torch.distributed.pipelining."""
+        model = model_of("pixels", reads=2, strategy=strategy).eval()
+        args, _ = batch_of("pixels")
+        unflattened = torch.export.unflatten(torch.export.export(model, args))
+        torch.testing.assert_close(unflattened(*args), model(*args), **CLOSE)
+
     def test_a_program_can_be_saved(self, tmp_path):
         model = model_of("pixels", reads=2).eval()
         args, _ = batch_of("pixels")

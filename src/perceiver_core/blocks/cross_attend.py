@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import cast
 
+import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from perceiver_core.blocks.mlp import MLP
 from perceiver_core.blocks.multi_head_attention import MultiHeadAttention
 from perceiver_core.masks import Mask
 from perceiver_core.reads import Auto, Memory, ReadContext, Source, Strategy, check_strategy
+from perceiver_core.reads.automatic import normalized_source
 from perceiver_core.reads.caches import AttentionCapture, Cache
 from perceiver_core.reads.strategy import Attention
 from perceiver_core.registry import register
@@ -125,8 +127,11 @@ class CrossAttend(nn.Module):
             num_queries = x.shape[1] if cache is None or cache.num_queries is None else cache.num_queries
             token_mask, mask = (None, mask) if grows else (mask, None)
             source = Source(tokens, self.input_norm, self.strategy, token_mask, token_positions, num_queries)
-            if getattr(self.attention, "accepts_source", False):
-                inputs = source
+            attention = cast(Attention, self.attention)
+            if getattr(attention, "accepts_source", False):
+                # In an exported program, a norm must be called by its parent (`torch.export.unflatten`).
+                compiling = torch.compiler.is_compiling()
+                inputs = normalized_source(ReadContext(attention, source)) if compiling else source
                 if cache is not None and getattr(self.attention, "accepts_cache", False):
                     options["cache"] = cache
             else:

@@ -12,7 +12,7 @@ import torch
 from perceiver_core.reads.dense import Dense
 from perceiver_core.reads.factored import Factored
 from perceiver_core.reads.machine import DEFAULTS, MEASURED_CPU, Machine
-from perceiver_core.reads.strategy import Cost, Memory, ReadContext, Sizes, Strategy, check_strategy, unable
+from perceiver_core.reads.strategy import Cost, Memory, ReadContext, Sizes, Source, Strategy, check_strategy, unable
 from perceiver_core.reads.structured import Structured
 from perceiver_core.registry import register
 
@@ -124,6 +124,15 @@ class Auto:
     def prepare(self, context: ReadContext) -> Memory:
         """Select a candidate, and compute the keys and values (`Memory`) of a read with it."""
         return self.choose(context).strategy.prepare(context)
+
+
+def normalized_source(context: ReadContext) -> Source:
+    """Return the source of a read, with its norm already applied if `Dense` will compute the read."""
+    source = context.source
+    strategy = source.strategy.choose(context).strategy if isinstance(source.strategy, Auto) else source.strategy
+    if not isinstance(strategy, Dense):
+        return source
+    return Source(source.normalized(), None, strategy, source.whole_mask(), source.positions, source.num_queries)
 
 
 @lru_cache(maxsize=1024)  # pure; its arguments repeat in every forward pass of a model

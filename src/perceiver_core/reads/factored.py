@@ -172,7 +172,7 @@ def masked(memory: FactoredKeysValues, mask: Mask) -> FactoredKeysValues:
     return memory._replace(mask=valid)
 
 
-def _norm_constants(norm: nn.Module, dtype: torch.dtype) -> Norm | None:
+def _norm_constants(norm: nn.Module | None, dtype: torch.dtype) -> Norm | None:
     if isinstance(norm, nn.LayerNorm):
         return Norm(norm.eps, norm.weight, norm.bias)
     if isinstance(norm, nn.RMSNorm):

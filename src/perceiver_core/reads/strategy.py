@@ -86,7 +86,7 @@ class Source(NamedTuple):
 
     Args:
         tokens: Input of the read: `Tokens`, or a tensor of shape `b n c`.
-        norm: Norm applied to the tokens before they are projected.
+        norm: Norm applied to the tokens before they are projected; None for tokens that are already normalized.
         strategy: Strategy that computes the keys and values.
         mask: Attention mask in addition to the tokens' own mask.
         positions: Positions of the tokens for rotary embeddings (default: consecutive integers that end at 0).
@@ -99,7 +99,7 @@ class Source(NamedTuple):
     """
 
     tokens: Tokens | Float[Tensor, "b n c"]
-    norm: nn.Module
+    norm: nn.Module | None
     strategy: Strategy
     mask: Mask | None = None
     positions: Tensor | None = None
@@ -111,9 +111,8 @@ class Source(NamedTuple):
 
     def normalized(self) -> Float[Tensor, "b n c"]:
         """Concatenate the content and the position features of the tokens, and apply the norm."""
-        tokens = self.tokens
-        normalized: Tensor = self.norm(tokens.materialize() if isinstance(tokens, Tokens) else tokens)
-        return normalized
+        tokens = self.tokens.materialize() if isinstance(self.tokens, Tokens) else self.tokens
+        return tokens if self.norm is None else self.norm(tokens)
 
     def whole_mask(self) -> Mask | None:
         """Return the tokens' own mask combined with `mask` by logical and, or None if both are None."""
