@@ -51,7 +51,7 @@ def image() -> Made:
 
 CASES: dict[str, tuple[Callable[[], Made], str]] = {
     "steps": (lambda: vectors(share=False), "encoder.reads.1"),
-    "steps that share weights": (vectors, "encoder.reads.1"),
+    "steps that share weights": (vectors, "head"),
     "blocks": (lambda: vectors(num_reads=1, depth=3), "encoder.transformers.0.blocks.1"),
     "image": (image, "encoder.reads.1"),
     "decoder": (lambda: make("sound"), "decoder"),
