@@ -99,3 +99,19 @@ def test_a_traced_model_runs(tmp_path):
     model, (args, _) = built(CASES["image"]), CASES["image"].inputs(5, 8)
     torch.jit.trace(model, args, check_trace=False).save(tmp_path / "model.pt")
     torch.testing.assert_close(torch.jit.load(tmp_path / "model.pt")(*args), model(*args), **CLOSE)
+
+
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # PyTorch's own
+@pytest.mark.parametrize(
+    "strategy", [pc.reads.Auto(), pc.reads.Dense(), pc.reads.Factored(), pc.reads.Structured()], ids=repr
+)
+def test_modules_are_called_by_their_parents(strategy: pc.reads.Strategy) -> None:
+    """Needed by torch.export.unflatten and torch.distributed.pipelining."""
+    fourier = pc.positions.Fourier(2, num_bands=4, max_resolution=16)
+    image = pc.adapters.Image(3, positions=fourier)
+    encoder = pc.Encoder(image.dim, num_latents=5, dim=16, num_reads=2, depth=1, num_heads=2)
+    model = pc.Perceiver(image, encoder, pc.heads.Classification(16, num_classes=3)).eval()
+    pc.reads.set_strategy(model, strategy)
+    args = (torch.rand(2, 3, 9, 11),)
+    unflattened = torch.export.unflatten(torch.export.export(model, args))
+    torch.testing.assert_close(unflattened(*args), model(*args), rtol=1e-4, atol=1e-5)
