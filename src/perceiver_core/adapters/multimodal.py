@@ -107,10 +107,10 @@ class Multimodal(nn.Module):
         modalities.check_names("lengths", sizes, self.adapters.keys())
         if not inputs:
             raise ValueError(f"inputs must hold a modality at least, of {list(self.adapters)}; got none")
+        padding = {name: self.padding(name) for name in self.adapters if name in inputs}
         each = {
-            name: self._adapt(name, inputs[name], masks.get(name), sizes.get(name))
-            for name in self.adapters
-            if name in inputs
+            name: self._adapt(name, inputs[name], masks.get(name), sizes.get(name), vector.dtype)
+            for name, vector in padding.items()
         }
         batches = {name: tokens.content.shape[0] for name, tokens in each.items()}
         first = next(iter(batches.values()))
@@ -120,7 +120,7 @@ class Multimodal(nn.Module):
             each = self._drop_modalities(each)
         parts, on_grids = [], dict.fromkeys(list(self.adapters.keys()))
         for name, tokens in each.items():
-            content, on_grids[name] = self._join(name, tokens)
+            content, on_grids[name] = self._join(name, tokens, padding[name])
             parts.append(content)
         content = torch.cat(parts, dim=1)
         if all(tokens.mask is None for tokens in each.values()):
@@ -129,7 +129,9 @@ class Multimodal(nn.Module):
         checks.leaves_a_token(valid)
         return Tokens(content, mask=valid, modalities=on_grids)
 
-    def _adapt(self, name: str, x: object, mask: ModalityMask | None, lengths: Lengths | None) -> Tokens:
+    def _adapt(
+        self, name: str, x: object, mask: ModalityMask | None, lengths: Lengths | None, dtype: torch.dtype
+    ) -> Tokens:
         """Convert the input of one modality to tokens, and mask the samples that do not have the modality."""
         samples = None
         passed = mask
@@ -141,7 +143,7 @@ class Multimodal(nn.Module):
             passed = mask | ~_aligned(samples, mask.ndim) if mask.ndim > 1 else None
         arguments = options(mask=passed, lengths=lengths)
         tokens: Tokens = modalities.call("inputs", name, self.adapters[name], x, **arguments)
-        content = tokens.content.to(self.padding(name).dtype)
+        content = tokens.content.to(dtype)
         tokens = Tokens(content, tokens.position_tables, tokens.mask, tokens.modalities)
         if samples is None:
             return tokens
@@ -163,13 +165,13 @@ class Multimodal(nn.Module):
             for i, (name, tokens) in enumerate(each.items())
         }
 
-    def _join(self, name: str, tokens: Tokens) -> tuple[Tensor, Tokens]:
+    def _join(self, name: str, tokens: Tokens, padding: Tensor) -> tuple[Tensor, Tokens]:
         """Pad the tokens of one modality to width `dim`, and replace random tokens (see `token_mask_rate`).
 
         Return the padded sequence `b n dim`, and the unpadded tokens with zeros in place of the replaced ones.
         """
         x = tokens.materialize()
-        x = torch.cat([x, self.padding(name).expand(*x.shape[:-1], -1)], dim=-1)
+        x = torch.cat([x, padding.expand(*x.shape[:-1], -1)], dim=-1)
         rate = self.token_mask_rate.get(name)
         if rate is None or not (self.training or rate == 1):
             return x, tokens
