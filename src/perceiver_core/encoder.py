@@ -124,8 +124,7 @@ class Encoder(nn.Module):
         keys = [(number, first[step % len(given)]) for step, number in enumerate(self.sharing.reads)]
         captured = -1 if capture is None else _index(capture.read, len(keys))
         caches: dict[tuple[int, int], SharedMemory] = {}  # memories that several reads share
-        # Batch size 1 until the first read. A copy, because hooks of FlopCounterMode fail on views of parameters.
-        x: Tensor = self.latent_dropout(self.latents.unsqueeze(0).clone())
+        x: Tensor = self.latent_dropout(init.as_input(self.latents).unsqueeze(0))  # batch size 1 until the first read
         states = [x]
         try:
             for step, key in enumerate(keys):

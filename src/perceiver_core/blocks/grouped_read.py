@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -116,7 +116,7 @@ class GroupedRead(nn.Module):
             skip: Skip input with one vector per latent, in the order of the output.
         """
         groups = self.level.num_groups
-        x = self.latents.repeat(tokens.shape[0], 1, 1)  # (b g) z d; a copy even if b is 1
+        x = repeat(init.as_input(self.latents), "g z d -> (b g) z d", b=tokens.shape[0])
         if skip is not None:
             x = x + rearrange(self.skip(skip), "b (g z) d -> (b g) z d", g=groups)
         if mask is None and tokens.shape[1] % groups:

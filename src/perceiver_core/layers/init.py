@@ -34,6 +34,15 @@ def fan_in_(weight: Tensor, fan_in: int) -> Tensor:
     return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
+def as_input(parameter: Tensor) -> Tensor:
+    """Return a parameter to be passed to a module. If gradients are disabled, it is detached.
+
+    Views of a parameter still require a gradient under `torch.no_grad`, but have no graph. FlopCounterMode and other
+    tools that register hooks on the inputs of modules fail at such tensors.
+    """
+    return parameter if torch.is_grad_enabled() else parameter.detach()
+
+
 def embedding(*shape: int, std: float = 0.02) -> nn.Parameter:
     """Return a parameter drawn from a normal distribution with standard deviation `std`, truncated at `2 * std`."""
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(*shape), std=std, a=-2 * std, b=2 * std))

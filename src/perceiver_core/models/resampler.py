@@ -118,8 +118,7 @@ class Resampler(nn.Module):
             checks.is_mask("mask", mask, features.shape[:-1])
             features = features.masked_fill(~mask.unsqueeze(-1), 0.0)
         features = self.projection(features)
-        # Batch size 1 until the first layer. A copy, because hooks of FlopCounterMode fail on views of parameters.
-        x = self.latents.unsqueeze(0).clone()
+        x = init.as_input(self.latents).unsqueeze(0)  # batch size 1 until the first layer
         captured = None if capture is None else range(len(self.layers))[capture.read]
         for number, layer in enumerate(self.layers):
             options = {"capture": capture} if number == captured else {}
