@@ -23,7 +23,7 @@ akoa: $(VENV)/.installed-akoa ## train and test the knee laterality example, res
 # Tests compute little: more threads only wait for each other.
 test docs: export OMP_NUM_THREADS ?= 1
 
-test: $(VENV)/.installed-dev $(VENV)/.installed-akoa ## run the tests with coverage, then again with shapes checked
+test: $(VENV)/.installed-dev $(VENV)/.installed-akoa $(VENV)/.installed-ecosystem ## run the tests with coverage, then again with shapes checked
 	$(RUN) -m pytest $(WORKERS) --cov --cov-report=term-missing:skip-covered $(TESTS)
 	$(RUN) -m pytest $(WORKERS) -q $(SHAPES) $(TESTS)
 
@@ -40,7 +40,7 @@ lint: $(VENV)/.installed-dev $(VENV)/.installed-akoa ## check style, types and t
 	$(RUN) -m mypy
 	$(VENV)/bin/lint-imports
 
-docs: $(VENV)/.installed-dev $(VENV)/.installed-docs ## build the pages in docs/_build/html and run their examples
+docs: $(VENV)/.installed-dev $(VENV)/.installed-docs $(VENV)/.installed-ecosystem ## build the pages in docs/_build/html and run their examples
 	$(RUN) -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	$(RUN) -m sphinx -W --keep-going -q -b doctest docs docs/_build/doctest
 	$(RUN) -m pytest -q --doctest-modules src --ignore=src/perceiver_core/kernels/grid/triton_kernels.py
@@ -56,8 +56,8 @@ gpu: ## on a machine with a CUDA GPU: its tests and its tables, by the PyTorch t
 
 GPU_TESTS := tests/integration/test_gpu.py tests/kernels tests/reads tests/blocks tests/checkpoints tests/benchmarks
 
-constraints: $(VENV)/.installed-dev $(VENV)/.installed-akoa $(VENV)/.installed-docs ## upgrade .venv (torch apart) and pin it in constraints.txt
-	$(RUN) -m pip install --quiet --upgrade --upgrade-strategy eager "$$(grep '^torch==' constraints.txt)" -e ".[images,hub,plots,akoa,dev,docs]"
+constraints: $(VENV)/.installed-dev $(VENV)/.installed-akoa $(VENV)/.installed-docs $(VENV)/.installed-ecosystem ## upgrade .venv (torch apart) and pin it in constraints.txt
+	$(RUN) -m pip install --quiet --upgrade --upgrade-strategy eager "$$(grep '^torch==' constraints.txt)" -e ".[images,hub,plots,akoa,dev,docs,ecosystem]"
 	$(RUN) tools/constraints.py
 
 clean: ## remove what was made, except .venv, data and runs

@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+if not __package__:  # run by its path, not with `python -m`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from benchmarks import attention, choice, compilation, generation, machine, measurement, models, read, report, scaling
 from benchmarks.comparison import Setting
 

@@ -14,14 +14,20 @@ second half mirrors the first (google-research/perceiver-ar, experiment.py, `ran
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import perceiver_core as pc
+
+if not __package__:  # run by its path, not with `python -m`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from examples.common.run import Result, Run
 from examples.common.scores import compare, markdown_table
 

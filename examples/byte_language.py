@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import lzma
 import math
+import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,6 +27,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import perceiver_core as pc
+
+if not __package__:  # run by its path, not with `python -m`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from examples.common import text as text_data
 from examples.common.run import Result, Run
 from examples.common.scores import Rows, compare, markdown_table

@@ -14,8 +14,10 @@ Reference: Jaegle et al. 2022 (Perceiver IO), section 4.1 (masked language model
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from matplotlib.axes import Axes
@@ -24,6 +26,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import perceiver_core as pc
+
+if not __package__:  # run by its path, not with `python -m`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from examples.common import text as text_data
 from examples.common.run import Result, Run
 from examples.common.scores import Rows, compare, markdown_table

@@ -1,9 +1,8 @@
 """Optical flow, the motion of every pixel between two frames, learned from generated pairs and tested on photographs.
 
 A texture is moved by a smooth flow of at most four pixels: frame 1 is the texture at x + flow(x), frame 2 the texture
-at x. Frame 2 has another gain and gamma, and both frames have noise. Training uses generated textures alone (smooth
-noise, stripes, discs), each pair once. The test has further generated textures, and scikit-learn's two photographs,
-which are not used in training.
+at x. Frame 2 has another gain and gamma, and both frames have noise. Training uses generated textures (smooth noise,
+stripes, discs), each pair once. The test uses further textures, and scikit-learn's two photographs.
 
     python -m examples.optical_flow --out examples/results/optical_flow
 
@@ -17,8 +16,10 @@ Reference: Jaegle et al. 2022 (Perceiver IO), section 4.2 (optical flow).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -28,9 +29,12 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 import perceiver_core as pc
+
+if not __package__:  # run by its path, not with `python -m`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from examples.common.run import Result, Run
 from examples.common.scores import compare, markdown_table
-from perceiver_core.losses import end_point_error
 
 HEIGHT, WIDTH = 24, 32  # pixels of a frame
 MOTION_RANGE = (1.0, 4.0)  # motion of the fastest pixel of a pair, in pixels
@@ -177,7 +181,7 @@ def loss(model: nn.Module, rng: Generator) -> Tensor:
     frames, flow = make_pairs(random_textures(BATCH, rng), rng)
     index = torch.rand(BATCH, HEIGHT * WIDTH).argsort(1)[:, :NUM_QUERIES]
     target = flow.flatten(2).mT.gather(1, index[..., None].expand(-1, -1, 2))
-    return end_point_error(model(frames, query_inputs=index), target)
+    return pc.losses.end_point_error(model(frames, query_inputs=index), target)
 
 
 @torch.no_grad()
@@ -220,7 +224,7 @@ def tune(method: str, settings: Sequence[Setting], train: Pairs) -> Setting:
 def mean_errors(predicted: Tensor, flow: Tensor) -> Tensor:
     """Mean end-point error of each pair in pixels, over the pixels that are visible in both frames."""
     samples = zip(predicted, flow, visible_in_both(flow), strict=True)
-    return torch.stack([end_point_error(a[None], b[None], visible[None]) for a, b, visible in samples])
+    return torch.stack([pc.losses.end_point_error(a[None], b[None], visible[None]) for a, b, visible in samples])
 
 
 def flow_colors(flow: Tensor) -> np.ndarray:

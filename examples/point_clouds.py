@@ -13,8 +13,10 @@ Reference: Jaegle et al. 2021 (Perceiver), section 4.3, classifies ModelNet40 in
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +27,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import perceiver_core as pc
+
+if not __package__:  # run by its path, not with `python -m`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from examples.common.run import Result, Run
 from examples.common.scores import compare, markdown_table
 

@@ -14,8 +14,10 @@ Reference: Jaegle et al. 2022 (Perceiver IO), section 4.3 (autoencoding of video
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,6 +27,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import perceiver_core as pc
+
+if not __package__:  # run by its path, not with `python -m`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from examples.common.moving_shapes import COLUMNS, FRAMES, MOVES, NOTE, ROWS, TEST, TRAIN, Clips, generate
 from examples.common.run import Result, Run
 from examples.common.scores import compare, markdown_table

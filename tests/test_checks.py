@@ -42,8 +42,11 @@ def test_has_shape() -> None:
         checks.has_shape("x", torch.zeros(5), "b n c")
     with says(ValueError, "x must have 3 axes (b n c); got shape (2, 3, 5, 7)"):
         checks.has_shape("x", torch.zeros(2, 3, 5, 7), "b n c")
+    checks.has_shape("x", torch.zeros(0, 3, 5), "b n c")
     with says(ValueError, "x must not be empty; got shape (2, 0, 5)"):
         checks.has_shape("x", torch.zeros(2, 0, 5), "b n c")
+    with says(ValueError, "x must not be empty; got shape (0, 5)"):
+        checks.has_shape("x", torch.zeros(0, 5), "rows columns")
     with says(ValueError, "x must have 7 features in its last axis (b n c); got shape (2, 3, 5)"):
         checks.has_shape("x", torch.zeros(2, 3, 5), "b n c", last=7)
 
@@ -51,6 +54,7 @@ def test_has_shape() -> None:
 def test_not_empty() -> None:
     checks.not_empty("x", torch.zeros(()))
     checks.not_empty("x", torch.zeros(1, 2))
+    checks.not_empty("x", torch.zeros(0, 2))
     with says(ValueError, "x must not be empty; got shape (3, 0)"):
         checks.not_empty("x", torch.zeros(3, 0))
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perceiver_core.losses import cross_entropy, end_point_error, weighted
+from perceiver_core.losses import binary_cross_entropy, cross_entropy, end_point_error, weighted
 
 SHAPES = [(2, 2, 5, 7), (1, 2, 1, 1), (2, 11, 2), (3, 1, 2)]
 
@@ -174,6 +174,129 @@ class TestCrossEntropy:
             cross_entropy(torch.zeros(2, 5, 4), torch.zeros(2, 4).long())
         with pytest.raises(ValueError, match="at least one that is not -100; got none"):
             cross_entropy(torch.zeros(2, 5), torch.tensor([-100, -100]))
+
+    @pytest.mark.parametrize("shape", [(7,), (3, 5)])
+    @pytest.mark.parametrize("weighting", [False, True])
+    @pytest.mark.parametrize("label_smoothing", [0.0, 0.3, 1.0])
+    def test_values_and_gradients_are_pytorchs(self, shape, weighting, label_smoothing):
+        logits, labels = (
+            drawn(*shape, 4).requires_grad_(),
+            torch.arange(15)[: torch.Size(shape).numel()].view(shape) % 4,
+        )
+        labels.view(-1)[2::5] = 9
+        options = {
+            "weight": torch.tensor([0.0, 0.5, 2.0, 1.0]).double() if weighting else None,
+            "label_smoothing": label_smoothing,
+            "ignore_index": 9,
+        }
+        expected = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), **options)
+        actual = cross_entropy(logits, labels, **options)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+        torch.testing.assert_close(*(torch.autograd.grad(x, logits)[0] for x in (actual, expected)), rtol=0, atol=0)
+
+    def test_weights_of_another_dtype(self):
+        logits, labels, weight = drawn(5, 3), torch.arange(5) % 3, torch.tensor([1.0, 3.0, 0.5])
+        expected = F.cross_entropy(logits, labels, weight=weight.double())
+        torch.testing.assert_close(cross_entropy(logits, labels, weight=weight), expected)
+        half = cross_entropy(logits.bfloat16(), labels, weight=weight.bfloat16())
+        torch.testing.assert_close(half, cross_entropy(logits.bfloat16().float(), labels, weight=weight))
+
+    @pytest.mark.refusal
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"label_smoothing": 1.5}, r"label_smoothing must lie in \[0, 1\]; got 1.5"),
+            ({"label_smoothing": float("nan")}, r"label_smoothing must lie in \[0, 1\]; got nan"),
+            ({"weight": torch.ones(3)}, r"weight must have shape \(4,\), one per class; got \(3,\)"),
+            ({"weight": torch.tensor([1.0, -1, 1, 1])}, "weight must be finite and not negative"),
+            ({"weight": torch.tensor([1.0, torch.inf, 1, 1])}, "weight must be finite and not negative"),
+            ({"weight": torch.tensor([0.0, 0, 1, 1])}, "weight must be positive for at least one of the labels"),
+            (
+                {"weight": torch.ones(4, device="meta")},
+                "weight must be on the device of the logits, cpu; it is on meta",
+            ),
+            ({"labels": torch.tensor([0, 4])}, r"labels must lie in 0 \.\.\. 3; got 4"),
+            ({"labels": torch.tensor([0, -1])}, r"labels must lie in 0 \.\.\. 3; got -1"),
+        ],
+    )
+    def test_invalid_options_raise(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            cross_entropy(torch.zeros(2, 4), **{"labels": torch.tensor([0, 1]), **options})
+        with pytest.raises(TypeError, match=r"weight must be floating point; got torch\.int64"):
+            cross_entropy(torch.zeros(2, 4), torch.tensor([0, 1]), weight=torch.ones(4).long())
+
+
+class TestBinaryCrossEntropy:
+    @pytest.mark.parametrize("shape", [(2, 3), (2, 5, 3)])
+    @pytest.mark.parametrize("pos_weight", [None, torch.tensor([1.0, 7.0, 0.0]).double()], ids=["equal", "weighted"])
+    def test_values_and_gradients_are_pytorchs(self, shape, pos_weight):
+        logits, targets = drawn(*shape).requires_grad_(), drawn(*shape, seed=1).sigmoid()
+        expected = F.binary_cross_entropy_with_logits(logits, targets, pos_weight=pos_weight)
+        actual = binary_cross_entropy(logits, targets, pos_weight=pos_weight)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+        torch.testing.assert_close(*(torch.autograd.grad(x, logits)[0] for x in (actual, expected)), rtol=0, atol=0)
+
+    @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+    def test_dtypes_of_targets(self, dtype):
+        logits, targets = drawn(2, 3), torch.tensor([[1, 0, 1], [0, 0, 1]])
+        expected = F.binary_cross_entropy_with_logits(logits, targets.double())
+        torch.testing.assert_close(binary_cross_entropy(logits, targets.to(dtype)), expected)
+
+    def test_label_smoothing_moves_targets_toward_one_half(self):
+        logits, targets = drawn(2, 3), torch.tensor([[1.0, 0, 1], [0, 0, 1]]).double()
+        smooth = torch.tensor([[0.9, 0.1, 0.9], [0.1, 0.1, 0.9]]).double()
+        actual = binary_cross_entropy(logits, targets, label_smoothing=0.2)
+        torch.testing.assert_close(actual, F.binary_cross_entropy_with_logits(logits, smooth))
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf, -100.0])
+    def test_unknown_targets_have_no_effect(self, value):
+        logits, targets = drawn(2, 5, 3).requires_grad_(), drawn(2, 5, 3, seed=1).sigmoid().round()
+        known, weight = drawn(2, 5, 3, seed=2) < 0, torch.tensor([1.0, 7.0, 0.5]).double()
+        each = F.binary_cross_entropy_with_logits(logits, targets, pos_weight=weight, reduction="none")
+        expected = each[known].mean()
+        actual = binary_cross_entropy(logits, targets.where(known, value), pos_weight=weight, mask=known)
+        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(x, logits)[0] for x in (actual, expected)))
+
+    def test_half_precision_is_summed_in_float32(self):
+        logits, targets = torch.randn(200, 300).bfloat16(), torch.rand(200, 300) < 0.5
+        torch.testing.assert_close(binary_cross_entropy(logits, targets), binary_cross_entropy(logits.float(), targets))
+
+    def test_it_is_a_loss_of_a_modality(self):
+        outputs, targets = {"tags": drawn(2, 3)}, {"tags": torch.tensor([[1, 0, 1], [0, 0, 1]])}
+        total, _ = weighted(outputs, targets, {"tags": (binary_cross_entropy, 2.0)})
+        torch.testing.assert_close(total, 2 * binary_cross_entropy(outputs["tags"], targets["tags"]))
+
+    @pytest.mark.refusal
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"targets": torch.zeros(2)}, r"targets must have the shape of the logits, \(2, 4\); got \(2,\)"),
+            ({"targets": torch.full((2, 4), 1.5)}, r"targets must lie in \[0, 1\]"),
+            ({"targets": torch.full((2, 4), torch.nan)}, r"targets must lie in \[0, 1\]"),
+            ({"label_smoothing": -0.1}, r"label_smoothing must lie in \[0, 1\]; got -0.1"),
+            ({"pos_weight": torch.ones(2, 4)}, r"pos_weight must have shape \(4,\), one per class; got \(2, 4\)"),
+            ({"mask": torch.ones(2).bool()}, r"mask must have shape \(2, 4\)"),
+            ({"mask": torch.zeros(2, 4).bool()}, "mask must leave at least one target"),
+        ],
+    )
+    def test_invalid_arguments_raise(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            binary_cross_entropy(torch.zeros(2, 4), **{"targets": torch.zeros(2, 4), **options})
+        with pytest.raises(TypeError, match="mask must be a boolean tensor"):
+            binary_cross_entropy(torch.zeros(2, 4), torch.zeros(2, 4), mask=torch.ones(2, 4))
+
+
+@pytest.mark.compile
+def test_losses_compile_without_a_graph_break(fresh):
+    def loss(logits, labels, weight, targets, mask):
+        return cross_entropy(logits, labels, weight=weight, label_smoothing=0.1) + binary_cross_entropy(
+            logits, targets, pos_weight=weight, mask=mask
+        )
+
+    logits, labels, targets = drawn(5, 3), torch.arange(5) % 3, drawn(5, 3, seed=1).sigmoid()
+    arguments = (logits, labels, torch.tensor([1.0, 2.0, 0.5]).double(), targets, targets < 0.5)
+    torch.testing.assert_close(torch.compile(loss, fullgraph=True, backend="eager")(*arguments), loss(*arguments))
 
 
 def test_long_flows_in_half_precision():

@@ -18,7 +18,7 @@ from packaging.version import Version
 
 UNPINNED = {"triton"}  # each build of PyTorch for CUDA asks for the one that it was made with
 FILE = Path(__file__).resolve().parents[1] / "constraints.txt"
-EXTRAS = {"images", "hub", "plots", "akoa", "dev", "docs"}
+EXTRAS = {"images", "hub", "plots", "akoa", "dev", "docs", "ecosystem"}
 RANGES = {"older": 'python_version < "3.11"', "newer": 'python_version >= "3.11"'}
 HEADER = """\
 # The exact versions that CI tests with. Made by `make constraints`; run it under Python 3.10 as well

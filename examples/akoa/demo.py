@@ -16,6 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+if not __package__:  # run by its path, not with `python -m`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from examples.akoa import driver, generate_labels, train
 from examples.akoa.dataset.labels import read_labels
 from examples.akoa.phantom import dataset as phantom

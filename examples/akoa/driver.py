@@ -30,6 +30,9 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
+if not __package__:  # run by its path, not with `python -m`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from examples.akoa.dataset.datamodule import read_image
 from examples.akoa.dataset.file_names import is_system_file, list_files, parse_name
 from examples.akoa.dataset.labels import write_table

@@ -21,6 +21,9 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+if not __package__:  # run by its path, not with `python -m`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from examples.akoa.dataset.datamodule import KneeDataModule, Split
 from examples.akoa.dataset.labels import SPLITS, Row, find_leaks
 from examples.akoa.evaluation import baselines, metrics, predictions

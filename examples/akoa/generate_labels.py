@@ -30,6 +30,9 @@ from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
 
+if not __package__:  # run by its path, not with `python -m`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from examples.akoa.dataset import file_names, labels, near_duplicates, splits
 from examples.akoa.dataset.file_names import PROBLEM_KINDS, ImageFile, Problem
 from examples.akoa.dataset.labels import Row

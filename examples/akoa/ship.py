@@ -11,6 +11,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+if not __package__:  # run by its path, not with `python -m`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from examples.akoa.driver import WEIGHTS
 from examples.akoa.training.run_record import WEIGHTS as TRAINED
 

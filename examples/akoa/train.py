@@ -25,6 +25,10 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities import rank_zero_only
 
 import perceiver_core as pc
+
+if not __package__:  # run by its path, not with `python -m`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from examples.akoa import evaluate
 from examples.akoa.dataset.datamodule import KneeDataModule
 from examples.akoa.dataset.labels import SPLITS

@@ -51,7 +51,10 @@ from perceiver_core.decoder import Decoder
 from perceiver_core.encoder import Encoder
 from perceiver_core.inspection import visualize
 from perceiver_core.inspection.explain import ReadExplanation, ReadExplanations, explain_reads
+from perceiver_core.inspection.summary import ModelSummary, PartSummary, summary
 from perceiver_core.models import HierarchicalPerceiver, Perceiver, PerceiverAR, PerceiverIO, Resampler, generate
+from perceiver_core.named_models import create, list_models
+from perceiver_core.parameter_groups import parameter_groups
 from perceiver_core.reads import KeysValues
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
@@ -73,7 +76,9 @@ __all__ = [
     "KeysValues",
     "LatentTransformer",
     "Level",
+    "ModelSummary",
     "MultiHeadAttention",
+    "PartSummary",
     "Perceiver",
     "PerceiverAR",
     "PerceiverIO",
@@ -88,15 +93,18 @@ __all__ = [
     "adapters",
     "checkpoint_activations",
     "checkpoints",
+    "create",
     "explain_reads",
     "generate",
     "heads",
     "interop",
     "kernels",
+    "list_models",
     "load",
     "losses",
     "masks",
     "models",
+    "parameter_groups",
     "positions",
     "queries",
     "reads",
@@ -104,5 +112,6 @@ __all__ = [
     "registry",
     "save",
     "sharing",
+    "summary",
     "visualize",
 ]

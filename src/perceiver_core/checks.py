@@ -1,4 +1,4 @@
-"""Input checks, and helpers for autocast.
+"""Input checks, and helpers for autocast and export.
 
 Unless stated otherwise, checks raise TypeError for a wrong type or dtype, and ValueError for all other errors. `name`
 is the name of the argument in error messages.
@@ -14,6 +14,8 @@ from typing import Any, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import TransformType
+from torch.autograd import forward_ad
 
 T = TypeVar("T")
 
@@ -52,7 +54,7 @@ def below(name: str, x: Tensor, count: int) -> None:
         raise ValueError(f"{name} must lie in 0 ... {count - 1}; got {bounds[0] if bounds[0] < 0 else bounds[1]}")
 
 
-def is_true(condition: Callable[[], Tensor], x: Tensor) -> bool:
+def is_true(condition: Callable[[], Tensor | bool], x: Tensor) -> bool:
     """Return whether a condition on the values of `x` holds.
 
     The condition is evaluated only on the CPU in eager mode; see `values`. Otherwise, return True.
@@ -74,7 +76,7 @@ def padded_on_the_left(name: str, mask: Tensor) -> None:
 
 
 def has_shape(name: str, x: Tensor, axes: str, *, last: int | None = None) -> None:
-    """Check that `x` has one axis per name in `axes`, such as "b c h w", and that none is empty.
+    """Check that `x` has one axis per name in `axes`, such as "b c h w", and that none but the batch axis "b" is empty.
 
     If `last` is set, check that the last axis has size `last`.
     """
@@ -82,14 +84,14 @@ def has_shape(name: str, x: Tensor, axes: str, *, last: int | None = None) -> No
     if x.ndim != len(expected):
         hint = f"; add a batch axis: {name}.unsqueeze(0)" if x.ndim == len(expected) - 1 else ""
         raise ValueError(f"{name} must have {len(expected)} axes ({axes}); got shape {tuple(x.shape)}{hint}")
-    not_empty(name, x)
+    not_empty(name, x, start=int(expected[0] == "b"))
     if last is not None and x.shape[-1] != last:
         raise ValueError(f"{name} must have {last} features in its last axis ({axes}); got shape {tuple(x.shape)}")
 
 
-def not_empty(name: str, x: Tensor) -> None:
-    """Check that no axis of `x` has size 0."""
-    if 0 in x.shape:
+def not_empty(name: str, x: Tensor, *, start: int = 1) -> None:
+    """Check that no axis of `x` from axis `start` on has size 0. By default, only the batch size may be 0."""
+    if 0 in x.shape[start:]:
         raise ValueError(f"{name} must not be empty; got shape {tuple(x.shape)}")
 
 
@@ -105,7 +107,7 @@ def has_channels(name: str, x: Tensor, axis: int, num_channels: int) -> None:
 def channels_first(name: str, x: Tensor, axes: str, num_channels: int, *, channel_axis: int = 1) -> None:
     """Check that `x` is floating point, with `num_channels` channels and the axes named in `axes` ("b c h w")."""
     shape = x.shape if isinstance(x, Tensor) and x.is_floating_point() else ()
-    if len(shape) == len(axes.split()) and 0 not in shape and shape[channel_axis] == num_channels:
+    if len(shape) == len(axes.split()) and 0 not in shape[1:] and shape[channel_axis] == num_channels:
         return
     is_floating(name, x)
     has_shape(name, x, axes)
@@ -180,6 +182,48 @@ def matches_weight(name: str, x: Tensor, layer: object) -> None:
             f"{name} is {x.dtype}, the model {weight.dtype}; "
             f"convert one ({name}.to({weight.dtype})), or use torch.autocast"
         )
+
+
+def transformed() -> bool:
+    """Return whether torch.func transforms or forward-mode AD are active. Always False under torch.compile."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def needs_more_derivatives() -> bool:
+    """Return whether forward-mode AD or nested torch.func derivatives are active, which fused kernels do not support.
+
+    Always False under torch.compile. Second derivatives without torch.func cannot be detected in the forward pass.
+    """
+    if not transformed():
+        return False
+    keys = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
+    return forward_ad._current_level >= 0 or TransformType.Jvp in keys or keys.count(TransformType.Grad) > 1
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def is_exporting() -> bool:
+    """Return whether torch.export or torch.onnx.export is tracing a graph.
+
+    The flag is read directly, because `torch.compiler.is_exporting` is missing in PyTorch 2.6 and, in some later
+    versions, also True under torch.compile. PyTorch 2.6 sets the flag in non-strict export only.
+    """
+    if torch._C._get_tracing_state() is not None:  # the former ONNX exporter, torch.onnx.export(..., dynamo=False)
+        return bool(torch.onnx.is_in_onnx_export())
+    return bool(getattr(torch.compiler, "_is_exporting_flag", torch.compiler._is_compiling_flag))
+
+
+def always(condition: bool | torch.SymBool) -> bool:
+    """Return whether a condition on sizes holds. Under torch.export, it must hold for all values of dynamic sizes.
+
+    A plain `if` would restrict the exported program to the sizes for which the condition is as for the example inputs.
+    """
+    if not is_exporting():
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
+
+    return bool(statically_known_true(condition))
 
 
 def autocasting(device: torch.device) -> bool:

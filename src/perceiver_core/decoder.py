@@ -16,6 +16,7 @@ from perceiver_core.blocks import CrossAttend
 from perceiver_core.blocks.factory import build
 from perceiver_core.kernels.attention_weights import unwrapped
 from perceiver_core.layers import init
+from perceiver_core.layers.linear import apply_linear
 from perceiver_core.reads import AttentionCapture
 from perceiver_core.registry import register
 
@@ -151,16 +152,18 @@ class Decoder(nn.Module):
         checks.matches_weight("queries", queries, getattr(attention, "query", None))
         if queries.shape[0] not in (1, latents.shape[0]):
             raise ValueError(
-                f"queries must have a batch of 1 or that of the latents, {len(latents)}; got {len(queries)}"
+                f"queries must have a batch of 1 or that of the latents, {latents.shape[0]}; got {queries.shape[0]}"
             )
         if mask is not None:
-            checks.is_mask("mask", mask, (len(latents), queries.shape[1]))
-        if self.chunk_size is None or queries.shape[1] <= self.chunk_size or capture is not None:
+            checks.is_mask("mask", mask, (latents.shape[0], queries.shape[1]))
+        # An exported program decodes all queries at once: the number of chunks would not adapt to dynamic sizes.
+        chunk_size = None if checks.is_exporting() else self.chunk_size
+        if chunk_size is None or queries.shape[1] <= chunk_size or capture is not None:
             return self._decode_chunk(latents, queries, mask, capture)
-        chunks = torch.split(queries, self.chunk_size, dim=1)
-        chunk_masks = [None] * len(chunks) if mask is None else torch.split(mask, self.chunk_size, dim=1)
+        chunks = torch.split(queries, chunk_size, dim=1)
+        chunk_masks = [None] * len(chunks) if mask is None else torch.split(mask, chunk_size, dim=1)
         decode: Callable[..., Tensor] = self._decode_chunk
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not checks.transformed():  # torch.func does not support checkpoints
             decode = partial(checkpoint, self._decode_chunk, use_reentrant=False)
         return torch.cat([decode(latents, *chunk) for chunk in zip(chunks, chunk_masks, strict=True)], dim=1)
 
@@ -169,8 +172,7 @@ class Decoder(nn.Module):
     ) -> Tensor:
         options = {} if capture is None else {"capture": capture}
         allowed = None if mask is None else masks.Queries(mask)
-        outputs: Tensor = self.output(self.cross_attention(queries, latents, mask=allowed, **options))
-        return outputs
+        return apply_linear(self.output, self.cross_attention(queries, latents, mask=allowed, **options))
 
 
 def _queries_compete(cross_attention: nn.Module) -> bool:

@@ -124,7 +124,8 @@ class Encoder(nn.Module):
         keys = [(number, first[step % len(given)]) for step, number in enumerate(self.sharing.reads)]
         captured = -1 if capture is None else _index(capture.read, len(keys))
         caches: dict[tuple[int, int], SharedMemory] = {}  # memories that several reads share
-        x: Tensor = self.latent_dropout(init.as_input(self.latents).unsqueeze(0))  # batch size 1 until the first read
+        # Batch size 1 until the first read. A copy, because hooks of FlopCounterMode fail on views of parameters.
+        x: Tensor = self.latent_dropout(self.latents.unsqueeze(0).clone())
         states = [x]
         try:
             for step, key in enumerate(keys):
@@ -153,7 +154,7 @@ class Encoder(nn.Module):
                 number = self.sharing.transformers[step]
                 x = self.transformers[number](x)
                 if self.aggregates is not None:
-                    states.append(x)
+                    states = [*states, x]  # a new list, because a checkpoint of the module keeps its arguments
                     x = self.aggregates[number](states)
         finally:  # also after an error, because a checkpoint keeps its arguments alive, including the caches
             for cache in caches.values():

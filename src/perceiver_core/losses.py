@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -56,25 +56,37 @@ def end_point_error(
 
 
 def cross_entropy(
-    logits: Float[Tensor, "b ... v"], labels: Int[Tensor, "b ..."], *, ignore_index: int = -100
+    logits: Float[Tensor, "b ... v"],
+    labels: Int[Tensor, "b ..."],
+    *,
+    weight: Float[Tensor, " v"] | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
 ) -> Float[Tensor, ""]:
     """Compute the mean cross-entropy, in nats, of class labels `b` or token labels `b q`.
+
+    Values and gradients are those of `torch.nn.functional.cross_entropy`, computed in float32 or wider.
 
     Args:
         logits: Logits, with the classes or the vocabulary in the last axis.
         labels: Class indices or token ids.
+        weight: Weight of each class, for example to balance rare classes. The mean is weighted too: the sum is divided
+            by the total weight of the labels.
         ignore_index: Label to ignore. In masked language modeling, it is the label of all tokens that were not masked.
+        label_smoothing: Share of each label that is distributed over all classes, in [0, 1].
 
     Raises:
         TypeError: If the labels are not integers.
-        ValueError: If `labels.shape` is not `logits.shape[:-1]`, or all labels are ignored.
+        ValueError: If `labels.shape` is not `logits.shape[:-1]`, all labels are ignored, or all have the weight zero.
+        ValueError: If a label is not a class, or `weight` or `label_smoothing` is invalid.
 
     Example:
         >>> labels = torch.tensor([[2, -100, 0, -100]])
         >>> round(pc.losses.cross_entropy(torch.zeros(1, 4, 262), labels).item(), 3)  # log 262
         5.568
 
-    Reference: Devlin et al. 2019 (BERT), section 3.1; transformers also ignores -100.
+    Reference: Devlin et al. 2019 (BERT), section 3.1; transformers also ignores -100. Label smoothing: Szegedy et al.
+    2016 (Inception v3), section 7.
     """
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise TypeError(f"labels must be whole numbers; got {labels.dtype}")
@@ -83,10 +95,99 @@ def cross_entropy(
             f"labels must have the shape of the logits without their last axis, {tuple(logits.shape[:-1])}; "
             f"got {tuple(labels.shape)}"
         )
-    if not checks.is_true(lambda: (labels != ignore_index).any(), labels):
+    counted = labels != ignore_index
+    if not checks.is_true(counted.any, labels):
         raise ValueError(f"labels must hold at least one that is not {ignore_index}; got none")
+    checks.below("labels", labels.where(counted, 0), logits.shape[-1])
+    _check_smoothing(label_smoothing)
     wide = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(logits.to(wide).flatten(0, -2), labels.flatten().long(), ignore_index=ignore_index)
+    if weight is not None:
+        weight = _class_weights("weight", weight, logits).to(wide)
+        if not checks.is_true(lambda: (weight[labels.long()[counted]] > 0).any(), labels):
+            raise ValueError("weight must be positive for at least one of the labels; it is 0 for all")
+    return F.cross_entropy(
+        logits.to(wide).flatten(0, -2),
+        labels.flatten().long(),
+        weight=weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+    )
+
+
+def binary_cross_entropy(
+    logits: Float[Tensor, "b ... v"],
+    targets: Shaped[Tensor, "b ... v"],
+    *,
+    pos_weight: Float[Tensor, " v"] | None = None,
+    label_smoothing: float = 0.0,
+    mask: Bool[Tensor, "b ... v"] | None = None,
+) -> Float[Tensor, ""]:
+    """Compute the mean binary cross-entropy, in nats, of classes that do not exclude each other.
+
+    Values and gradients are those of `torch.nn.functional.binary_cross_entropy_with_logits`, computed in float32 or
+    wider.
+
+    Args:
+        logits: Logits, with the classes in the last axis.
+        targets: True or 1 for each class that applies, False or 0 for others, or probabilities, in the shape of the
+            logits.
+        pos_weight: Weight of the positive targets of each class, for example to balance rare classes.
+        label_smoothing: Share of each target that is replaced by 1/2, in [0, 1].
+        mask: Mask of the known targets, True = known; None if all are known. Other targets are ignored, even NaN.
+
+    Raises:
+        TypeError: If the mask is not boolean.
+        ValueError: If the targets or the mask do not have the shape of the logits, or the mask is False everywhere.
+        ValueError: If a target is not in [0, 1], or `pos_weight` or `label_smoothing` is invalid.
+
+    Example:
+        >>> targets = torch.tensor([[True, False, True]])
+        >>> round(pc.losses.binary_cross_entropy(torch.zeros(1, 3), targets).item(), 3)  # log 2
+        0.693
+
+    Reference: Gemmeke et al. 2017 (AudioSet), a dataset with several labels per clip.
+    """
+    if logits.shape != targets.shape:
+        raise ValueError(
+            f"targets must have the shape of the logits, {tuple(logits.shape)}; got {tuple(targets.shape)}"
+        )
+    _check_smoothing(label_smoothing)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    weight, logits, targets = None, logits.to(wide), targets.to(wide)
+    if mask is not None:
+        checks.is_mask("mask", mask, logits.shape)
+        if not checks.is_true(mask.any, mask):
+            raise ValueError("mask must leave at least one target; got none")
+        weight = mask.to(wide) / mask.sum()
+        logits, targets = logits.where(mask, 0.0), targets.where(mask, 0.0)
+    if not checks.is_true(lambda: ((targets >= 0) & (targets <= 1)).all(), targets):
+        raise ValueError("targets must lie in [0, 1]; got others")
+    if pos_weight is not None:
+        pos_weight = _class_weights("pos_weight", pos_weight, logits).to(wide)
+    return F.binary_cross_entropy_with_logits(
+        logits,
+        targets * (1 - label_smoothing) + label_smoothing / 2,
+        weight=weight,
+        pos_weight=pos_weight,
+        reduction="mean" if mask is None else "sum",
+    )
+
+
+def _check_smoothing(label_smoothing: float) -> None:
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must lie in [0, 1]; got {label_smoothing!r}")
+
+
+def _class_weights(name: str, weight: Tensor, logits: Tensor) -> Tensor:
+    """Check that `weight` has one finite, non-negative number per class, and return it."""
+    checks.is_floating(name, weight)
+    if weight.shape != logits.shape[-1:]:
+        raise ValueError(f"{name} must have shape {tuple(logits.shape[-1:])}, one per class; got {tuple(weight.shape)}")
+    if weight.device != logits.device:
+        raise ValueError(f"{name} must be on the device of the logits, {logits.device}; it is on {weight.device}")
+    if not checks.is_true(lambda: (weight.isfinite() & (weight >= 0)).all(), weight):
+        raise ValueError(f"{name} must be finite and not negative; got {weight!r:.80}")
+    return weight
 
 
 def weighted(

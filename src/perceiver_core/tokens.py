@@ -7,20 +7,48 @@ tables of 224 rows instead of 50,176 position vectors per sample.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.fx import _pytree as fx_pytree
+from torch.utils import _pytree
 
 from perceiver_core import checks
 
 
+class _Fields(tuple[Any, ...]):
+    """Tuple of the fields of `Tokens`, like a named tuple, but compared by identity."""
+
+    _fields = ("content", "position_tables", "mask", "modalities")
+
+    def __new__(cls, content: Any, position_tables: Any = (), mask: Any = None, modalities: Any = None) -> _Fields:
+        return super().__new__(cls, (content, position_tables, mask, modalities))
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return tuple(self)
+
+    def _asdict(self) -> dict[str, Any]:
+        return dict(zip(self._fields, self, strict=True))
+
+    __eq__, __ne__ = object.__eq__, object.__ne__
+    __hash__ = object.__hash__
+
+
+if TYPE_CHECKING:
+    _Base = object
+else:
+    # Backward hooks, and tools such as torchinfo, find tensors in tuples but not in other objects. The torch.compile of
+    # PyTorch 2.6 cannot construct a subclass of tuple.
+    _Base = _Fields if torch.__version__ >= (2, 13) else object
+
+
 @dataclass(frozen=True, eq=False)
-class Tokens:
+class Tokens(_Base):
     """Batch of tokens on a grid, stored as content, position tables and a mask.
 
     The position features of a token are the *sum* of the position tables, broadcast over the grid. Fourier features
@@ -59,7 +87,7 @@ class Tokens:
             checks.is_floating("content", content)
         if content.ndim < 3:
             raise ValueError(f"content must have at least 3 axes (b *grid c); got shape {tuple(content.shape)}")
-        if 0 in content.shape:
+        if 0 in content.shape[1:]:
             checks.not_empty("content", content)
         if self.position_tables:
             self._check_tables()
@@ -129,3 +157,34 @@ class Tokens:
             shared = positions.to(content).expand(content.shape[0], *positions.shape)
             content = torch.cat([content, shared], dim=-1)
         return content.flatten(1, -2)
+
+
+def _flatten(tokens: Tokens) -> tuple[list[Any], list[str]]:
+    """Return the fields that are not None, and their names."""
+    names = [name for name in _Fields._fields if getattr(tokens, name) is not None]
+    return [getattr(tokens, name) for name in names], names
+
+
+def _flatten_with_keys(tokens: Tokens) -> tuple[list[tuple[Any, Any]], list[str]]:
+    values, names = _flatten(tokens)
+    return [(_pytree.GetAttrKey(name), value) for name, value in zip(names, values, strict=True)], names
+
+
+def _unflatten(values: Iterable[Any], names: list[str]) -> Tokens:
+    """Build `Tokens` without checks, because functions such as `tree_map` replace tensors with other objects."""
+    fields = dict.fromkeys(_Fields._fields) | dict(zip(names, values, strict=True))
+    tokens = _Base.__new__(Tokens) if _Base is object else _Base.__new__(Tokens, *fields.values())
+    for name, value in fields.items():
+        object.__setattr__(tokens, name, value)
+    return tokens
+
+
+# For torch.func, torch.export, FSDP2 and others, which look for tensors in arguments and outputs.
+_pytree.register_pytree_node(
+    Tokens,
+    _flatten,
+    _unflatten,
+    serialized_type_name="perceiver_core.Tokens",
+    flatten_with_keys_fn=_flatten_with_keys,
+)
+fx_pytree.register_pytree_flatten_spec(Tokens, lambda tokens, _: _flatten(tokens)[0])  # for exported programs

@@ -209,7 +209,7 @@ def test_offloaded_reads_are_dense_and_say_why() -> None:
     model, inputs = make("image")
     why = pc.explain_reads(cpu_offload(model, execution_device=CPU), inputs)[0].why
     assert why.startswith(
-        "Structured cannot: the forward of the norm or of a projection to keys or values was replaced"
+        "Structured cannot: the norm or a projection to keys or values has a forward that was replaced"
     )
 
 

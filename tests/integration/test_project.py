@@ -71,6 +71,9 @@ def one_thread():
 
 
 @pytest.mark.slow
+# PyTorch's own, in the page on quantization: quantize_dynamic and its tensors are deprecated
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, torch.quantize_per_channel:UserWarning")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name_of)
 def test_the_python_of_a_page_runs_in_order(page, one_thread):
     names: dict[str, object] = {"__name__": "__page__"}

@@ -338,7 +338,16 @@ def test_all_parts_with_parameters_are_covered() -> None:
 WITHOUT_PARAMETERS = {
     *("DropLatents", "DropTokens", "External", "Fourier", "FourierPerAxis", "FromInputs", "GEGLU", "Gaussian"),
     *("NeRF", "OneHotLabel", "Patches", "Pixels", "Rotary", "SquaredReLU", "SwiGLU", "heads.Identity"),
-    *("Coordinates", "Grid", "PointCloud", "Spectrogram", "Video"),  # apart from those of positions
+    *(
+        "Coordinates",
+        "FixedGrid",
+        "Grid",
+        "LatentMean",
+        "LogMel",
+        "PointCloud",
+        "Spectrogram",
+        "Video",
+    ),  # apart from positions
 }
 
 

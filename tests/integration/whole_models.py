@@ -53,7 +53,7 @@ def gated() -> Model:
 def padded_stem() -> Model:
     stem = partial(adapters.SymmetricPadConvStem, dim=4)
     adapter = adapters.Image(3, positions=positions.LearnedGrid((4, 5), dim=6), stem=stem)
-    return pc.Perceiver(adapter, encoder(adapter.dim), heads.Identity()), drawn(2, 3, 17, 23)
+    return pc.Perceiver(adapter, encoder(adapter.dim), heads.LatentMean(DIM)), drawn(2, 3, 17, 23)
 
 
 def projected() -> Model:

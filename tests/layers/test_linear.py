@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vmap
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from perceiver_core.layers import init, linear
-from perceiver_core.layers.linear import Linear
+from perceiver_core.layers.linear import apply_linear
 
 there = pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")), reason="no oneDNN"
@@ -36,16 +37,27 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return seen
 
 
-def layer_of(*, bias: bool = True, seed: int = 0) -> Linear:
+class Applied(nn.Module):
+    """Calls its layer as the blocks do."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return apply_linear(self.layer, x)
+
+
+def layer_of(*, bias: bool = True, seed: int = 0) -> Applied:
     torch.manual_seed(seed)
     layer = init.linear(17, 13, bias=bias)
-    assert isinstance(layer, Linear)
+    assert type(layer) is nn.Linear
     if bias:
         nn.init.normal_(layer.bias)
-    return layer
+    return Applied(layer)
 
 
-def outcome(layer: nn.Linear, x: Tensor) -> list[Tensor]:
+def outcome(layer: nn.Module, x: Tensor) -> list[Tensor]:
     """The output, the gradients, and the gradients of their squares."""
     leaves = [x.detach().clone().requires_grad_(), *layer.parameters()]
     out = layer(leaves[0])
@@ -70,8 +82,9 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_it_equals_nn_linear_up_to_rounding(layout: str, bias: bool, products: list[tuple[int, ...]]) -> None:
     layer, x = layer_of(bias=bias), LAYOUTS[layout]()
-    exact = nn.Linear(17, 13, bias=bias).double()
+    exact = Applied(nn.Linear(17, 13, bias=bias)).double()
     exact.load_state_dict(layer.state_dict())
+    exact = exact.layer
     for actual, wanted in zip(outcome(layer, x), outcome(exact, x.double()), strict=True):
         torch.testing.assert_close(actual.double(), wanted, rtol=0.0, atol=2e-6 * float(wanted.abs().max()))
     rows = x.numel() // 17
@@ -105,8 +118,8 @@ def test_any_memory_layout_of_the_bias(bias: str, products: list[tuple[int, ...]
         "one for all": wide[0, 0],
         "one row": wide[:, :1].T,
     }[bias]
-    actual = functional_call(layer, {"weight": layer.weight, "bias": made}, x)
-    torch.testing.assert_close(actual, F.linear(x, layer.weight) + made)
+    actual = functional_call(layer, {"layer.weight": layer.layer.weight, "layer.bias": made}, x)
+    torch.testing.assert_close(actual, F.linear(x, layer.layer.weight) + made)
 
 
 @there
@@ -120,9 +133,9 @@ def test_only_tensors_that_gradients_need_are_saved(products: list[tuple[int, ..
     out.sum().backward()
     out = layer(x)
     with torch.no_grad():
-        layer.weight.add_(1)
+        layer.layer.weight.add_(1)
     out.sum().backward()
-    layer.weight.requires_grad_(False)
+    layer.layer.weight.requires_grad_(False)
     with torch.inference_mode():
         y = torch.randn(11, 17)
     layer(y).sum().backward()
@@ -143,7 +156,7 @@ def test_a_missing_gradient_is_none() -> None:
 
     layer = layer_of()
     Nothing.apply(layer(torch.randn(11, 17))).sum().backward()
-    assert layer.weight.grad is None and layer.bias.grad is None
+    assert layer.layer.weight.grad is None and layer.layer.bias.grad is None
 
 
 @there
@@ -159,13 +172,13 @@ def test_weights_are_accessed_once_and_their_sizes_are_used() -> None:
             return weight
 
     layer, x = layer_of(), torch.randn(11, 17)
-    nn.utils.parametrize.register_parametrization(layer, "weight", Counted(), unsafe=True)
+    nn.utils.parametrize.register_parametrization(layer.layer, "weight", Counted(), unsafe=True)
     Counted.calls = 0
     layer(x)
     assert Counted.calls == 1
     cut = layer_of()
-    cut.weight, cut.bias = nn.Parameter(cut.weight[:7]), nn.Parameter(cut.bias[:7])
-    torch.testing.assert_close(cut(x), F.linear(x, cut.weight, cut.bias))
+    cut.layer.weight, cut.layer.bias = nn.Parameter(cut.layer.weight[:7]), nn.Parameter(cut.layer.bias[:7])
+    torch.testing.assert_close(cut(x), F.linear(x, cut.layer.weight, cut.layer.bias))
 
 
 @there
@@ -174,7 +187,7 @@ def test_batched_second_derivatives(products: list[tuple[int, ...]]) -> None:
     layer, x = layer_of(), torch.randn(11, 17, requires_grad=True)
     y = layer(x)
     each = vmap(lambda v: torch.autograd.grad(y, x, v.expand(11, 13), retain_graph=True)[0])(torch.eye(13)[:3])
-    torch.testing.assert_close(each, layer.weight[:3, None].expand(3, 11, 17))
+    torch.testing.assert_close(each, layer.layer.weight[:3, None].expand(3, 11, 17))
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
     assert counter.get_total_flops() == 2 * 2 * 11 * 17 * 13
@@ -184,7 +197,7 @@ def test_batched_second_derivatives(products: list[tuple[int, ...]]) -> None:
 @pytest.mark.usefixtures("products")
 def test_sparse_inputs() -> None:
     layer, x = layer_of(bias=False), torch.randn(11, 17).to_sparse()
-    torch.testing.assert_close(layer(x), F.linear(x.to_dense(), layer.weight))
+    torch.testing.assert_close(layer(x), F.linear(x.to_dense(), layer.layer.weight))
 
 
 @pytest.mark.refusal
@@ -197,7 +210,47 @@ def test_weights_on_the_meta_device_raise() -> None:
 @pytest.mark.usefixtures("products")
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_no_inputs() -> None:
-    assert Linear(0, 5)(torch.randn(3, 0)).shape == (3, 5)
+    assert apply_linear(nn.Linear(0, 5), torch.randn(3, 0)).shape == (3, 5)
+
+
+def hooked(layer: nn.Linear, calls: list[str]) -> None:
+    layer.register_forward_hook(lambda *_: calls.append("forward"))
+
+
+def watched_backward(layer: nn.Linear, calls: list[str]) -> None:
+    layer.register_full_backward_hook(lambda *_: calls.append("backward"))
+
+
+def replaced(layer: nn.Linear, calls: list[str]) -> None:
+    layer.forward = lambda x: calls.append("replaced") or nn.Linear.forward(layer, x)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("watch", [hooked, watched_backward, replaced])
+def test_layers_are_called_if_anything_observes_them(
+    watch: Callable[[nn.Linear, list[str]], None], products: list[tuple[int, ...]]
+) -> None:
+    layer, calls = layer_of(), []
+    watch(layer.layer, calls)
+    layer(torch.randn(11, 17, requires_grad=True)).sum().backward()
+    assert len(calls) == 1
+    assert products == []
+
+
+def test_layers_are_called_if_all_modules_are_observed(
+    products: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, x, calls = layer_of(), torch.randn(11, 17), []
+    hook = register_module_forward_hook(lambda module, *_: calls.append(type(module)))
+    layer(x)
+    hook.remove()
+    assert calls == [nn.Linear, Applied]
+    for owner, method in ((nn.Module, "__call__"), (nn.Linear, "forward")):
+        with monkeypatch.context() as patch:
+            original = getattr(owner, method)
+            patch.setattr(owner, method, lambda *args, o=original, m=method: calls.append(m) or o(*args))
+            layer(x)
+    assert calls[2:] == ["__call__", "__call__", "forward"]
+    assert products == []
 
 
 @pytest.mark.compile  # fx traces proxies, which shape checking does not accept
@@ -228,7 +281,7 @@ class TestFallback:
     def test_other_dtypes_and_devices(self, products: list[tuple[int, ...]]) -> None:
         for dtype in (torch.float64, torch.bfloat16, torch.float16):
             layer, x = layer_of().to(dtype), torch.randn(11, 17, dtype=dtype)
-            assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+            assert torch.equal(layer(x), F.linear(x, layer.layer.weight, layer.layer.bias))
         assert layer_of().to("meta")(torch.empty(11, 17, device="meta")).shape == (11, 13)
         with torch.autocast("cpu", torch.bfloat16):
             assert layer_of()(torch.randn(11, 17)).dtype == torch.bfloat16
@@ -242,14 +295,14 @@ class TestFallback:
             return functional_call(layer, weights, x).square().sum()
 
         each = vmap(torch.func.grad(loss), (None, 0))(weights, x)
-        assert each["weight"].shape == (3, 13, 17)
+        assert each["layer.weight"].shape == (3, 13, 17)
         direction = {name: torch.ones_like(value) for name, value in weights.items()}
         _, slope = jvp(lambda weights: loss(weights, x), (weights,), (direction,))
         torch.testing.assert_close(slope, sum(g.sum() for g in each.values()), rtol=1e-4, atol=1e-2)
         with torch.autograd.forward_ad.dual_level():
             dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
             slope = torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent
-        torch.testing.assert_close(slope, layer.weight.sum(1).expand(3, 11, 13))
+        torch.testing.assert_close(slope, layer.layer.weight.sum(1).expand(3, 11, 13))
         assert products == []
 
     def test_modes(self, products: list[tuple[int, ...]]) -> None:
@@ -263,7 +316,7 @@ class TestFallback:
     @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:torch.jit.TracerWarning")
     def test_export_and_traces(self, products: list[tuple[int, ...]]) -> None:
         layer, x = layer_of(), torch.randn(11, 17)
-        wanted = F.linear(x, layer.weight, layer.bias)
+        wanted = F.linear(x, layer.layer.weight, layer.layer.bias)
         exported = torch.export.export(layer, (x,))
         assert {str(node.target) for node in exported.graph.nodes if node.op == "call_function"} == {
             "aten.linear.default"
@@ -310,11 +363,3 @@ def test_the_vendor_is_read_or_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     assert linear._vendor()
     monkeypatch.setattr(linear.Path, "read_text", lambda _: "processor : 0\n")
     assert "Intel" in linear._vendor()
-
-
-def test_the_state_is_that_of_nn_linear() -> None:
-    layer = layer_of()
-    again = copy.deepcopy(layer)
-    plain = nn.Linear(17, 13)
-    plain.load_state_dict(layer.state_dict())
-    assert isinstance(again, nn.Linear) and repr(again) == repr(plain)

@@ -128,3 +128,88 @@ class TestFormula:
         for dtype in (torch.uint8, torch.int16, torch.int32):
             torch.testing.assert_close(model(ids.to(dtype)), model(ids), rtol=0, atol=0)
             torch.testing.assert_close(model.loss(ids.to(dtype)), model.loss(ids), rtol=0, atol=0)
+
+
+class TestLabels:
+    def test_hooks_see_the_loss(self):
+        model, outputs = model_of(), []
+        model.register_forward_hook(lambda module, args, options, output: outputs.append(output), with_kwargs=True)
+        loss = model.loss(ids_of())
+        assert len(outputs) == 1
+        assert outputs[0] is loss and loss.shape == ()
+
+    @pytest.mark.parametrize("m", [1, 3, 12])
+    def test_labels_are_predicted_from_the_ids_before_them(self, m):
+        model, ids, labels = model_of(), ids_of(), ids_of(seed=1)
+        labels[0, -1] = labels[1, 3] = -100
+        logits = model(ids[:, :-1], num_latents=m)
+        expected = F.cross_entropy(logits.flatten(0, 1), labels[:, -m:].flatten())
+        torch.testing.assert_close(model(ids, labels=labels, num_latents=m), expected, **EXACT)
+
+    def test_ignored_labels_and_padding_together(self):
+        model, ids, mask = model_of(), ids_of(), padding(13, 6)
+        labels = ids.clone()
+        labels[:, -2] = -100
+        each = [(row[valid][None], row[valid][1:].tolist()) for row, valid in zip(ids, mask, strict=True)]
+        costs = []
+        for row, following in each:
+            logits = model(row[:, :-1])[0]
+            cost = F.cross_entropy(logits, torch.tensor(following[-len(logits) :]), reduction="none")
+            costs += [cost[:-2], cost[-1:]]
+        torch.testing.assert_close(model(ids, mask=mask, labels=labels), torch.cat(costs).mean(), **EXACT)
+
+    def test_gradients_are_those_of_the_logits(self):
+        ids, gradients = ids_of(), []
+        for loss in (
+            lambda model: model(ids, labels=ids),
+            lambda model: F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, -LATENTS:].flatten()),
+        ):
+            model = model_of()
+            loss(model).backward()
+            gradients.append([parameter.grad for parameter in model.parameters()])
+        torch.testing.assert_close(*gradients, **EXACT)
+
+    def test_all_labels_ignored_is_zero(self):
+        model, ids = model_of(), ids_of()
+        loss = model(ids, labels=torch.full_like(ids, -100))
+        loss.backward()
+        assert loss == 0
+        assert all((parameter.grad == 0).all() for parameter in model.parameters())
+
+    def test_half_precision_is_summed_in_float32(self):
+        logits, ids = torch.full((100, 200, 3), 0.0, dtype=torch.float16), torch.zeros(100, 201, dtype=torch.long)
+        logits[..., 1] = 30  # 20,000 losses of 30 overflow float16
+        assert next_token_loss(logits, ids).item() == pytest.approx(30)
+
+    def test_a_data_parallel_wrapper_synchronizes_the_loss(self, tmp_path):
+        model, ids, buckets = model_of(), ids_of(), []
+        expected = model.loss(ids)
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        try:
+            wrapped = torch.nn.parallel.DistributedDataParallel(model)
+            wrapped.register_comm_hook(buckets, count_buckets)
+            loss = wrapped(ids, labels=ids)
+            torch.testing.assert_close(loss, expected, **EXACT)
+            loss.backward()
+        finally:
+            torch.distributed.destroy_process_group()
+        assert buckets
+
+    @pytest.mark.refusal
+    def test_invalid_labels_raise(self):
+        model, ids = model_of(), ids_of()
+        for labels, error, message in (
+            (ids[:, :-1], ValueError, r"labels must have the shape of ids, \(2, 13\); got \(2, 12\)"),
+            (torch.full_like(ids, 19), ValueError, r"labels must lie in 0 \.\.\. 18; got 19"),
+            (torch.full_like(ids, -1), ValueError, r"labels must lie in 0 \.\.\. 18; got -1"),
+            (ids.double(), TypeError, r"labels must be whole numbers; got torch\.float64"),
+        ):
+            with pytest.raises(error, match=message):
+                model(ids, labels=labels)
+
+
+def count_buckets(buckets, bucket):
+    buckets.append(bucket.buffer().numel())
+    future = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future

@@ -111,12 +111,19 @@ class Name(str, enum.Enum):
 
 @pytest.mark.parametrize(
     "value",
-    [np.zeros((3, 5)), torch.zeros(3), Fraction(3, 5), ConfigList([nn.Tanh()]), ConfigDict(a=nn.Tanh()), b"x", "x",
-     True, range(10**9), np.array(["x", None]), np.array(3 + 5j), Level.LOW, Name.SHORT, nn.Tanh(), np.float32],
+    [np.zeros((3, 5)), torch.zeros(3), Fraction(3, 5), ConfigList([Fraction(3, 5)]), ConfigDict(a=Fraction(3, 5)), b"x",
+     "x", True, range(10**9), np.array(["x", None]), np.array(3 + 5j), Level.LOW, Name.SHORT, nn.Tanh(), np.float32],
     ids=lambda value: type(value).__name__,
 )  # fmt: skip
 def test_other_values_reach_constructors_as_they_are(value):
     assert Holds(value).value is value
+
+
+def test_containers_of_parts_are_described():
+    tanh = {"part": "Tanh"}
+    assert type(Holds(ConfigList([nn.Tanh(), None])).value) is list
+    assert to_config(Holds(ConfigList([nn.Tanh(), None])))["value"] == [tanh, None]
+    assert to_config(Holds(ConfigDict(a=nn.Tanh())))["value"] == {"dict": {"a": tanh}}
 
 
 class Missing(ConfigDict):
@@ -145,7 +152,7 @@ def test_what_cannot_be_read_or_shown_is_refused_when_it_is_saved():
         def __repr__(self):
             raise RuntimeError("not shown")
 
-    for value in (Missing(a=3), ConfigList([3, Secret()]), Secret(), ConfigDict(a=nn.Tanh())):
+    for value in (Missing(a=3), ConfigList([3, Secret()]), Secret(), ConfigDict(a=Fraction(3, 5))):
         with pytest.raises(ValueError, match="JSON cannot represent"):
             to_config(Holds(value))
 

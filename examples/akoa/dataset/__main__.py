@@ -6,6 +6,7 @@ python -m examples.akoa.dataset --data data/AKOA_Analysis --labels labels.csv
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn import functional as F
+
+if not __package__:  # run by its path, not with `python -m`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from examples.akoa.dataset.augmentation import augment, seeded_generator
 from examples.akoa.dataset.datamodule import KneeDataModule, to_model_input

@@ -1,5 +1,11 @@
 """Command line of the phantom: `python -m examples.akoa.phantom`."""
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run by its path, not with `python -m`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
 from examples.akoa.phantom.dataset import main
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from perceiver_core.adapters.audio import Audio, Spectrogram
 from perceiver_core.adapters.drop_tokens import DropTokens
 from perceiver_core.adapters.grid import Grid
 from perceiver_core.adapters.image import Image
+from perceiver_core.adapters.lengths import pad
+from perceiver_core.adapters.log_mel import LogMel, hann_window, htk_frequencies, slaney_frequencies
 from perceiver_core.adapters.multimodal import Multimodal
 from perceiver_core.adapters.one_hot_label import OneHotLabel
 from perceiver_core.adapters.per_read import PerRead
@@ -27,6 +29,7 @@ __all__ = [
     "FramePair",
     "Grid",
     "Image",
+    "LogMel",
     "Multimodal",
     "OneHotLabel",
     "Patches",
@@ -39,5 +42,9 @@ __all__ = [
     "Table",
     "TokenEmbedding",
     "Video",
+    "hann_window",
+    "htk_frequencies",
+    "pad",
     "pad_point_clouds",
+    "slaney_frequencies",
 ]

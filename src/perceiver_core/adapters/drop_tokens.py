@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_core import checks
+from perceiver_core.adapters.lengths import Lengths, options
 from perceiver_core.layers.random_draws import RepeatableDraws
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
@@ -45,9 +46,9 @@ class DropTokens(nn.Module):
         self.dim: int = cast(Any, adapter).dim
         self._draws = RepeatableDraws()
 
-    def forward(self, x: object, *, mask: Tensor | None = None) -> Tokens:
+    def forward(self, x: object, *, mask: Tensor | None = None, lengths: Lengths | None = None) -> Tokens:
         """Return the tokens of the wrapped adapter. In training, return only the kept tokens, as a flat sequence."""
-        tokens: Tokens = self.adapter(x) if mask is None else self.adapter(x, mask=mask)
+        tokens: Tokens = self.adapter(x, **options(mask=mask, lengths=lengths))
         if not self.training or not self.rate:
             return tokens
         content, valid = tokens.materialize(), tokens.flat_mask()

@@ -6,12 +6,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from perceiver_core import checks
+from perceiver_core.adapters.lengths import Lengths, VariableSize
 from perceiver_core.positions import Positions
+from perceiver_core.positions.grid import warn_if_padded
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
 
-class GridAdapter(nn.Module):
+class GridAdapter(VariableSize, nn.Module):
     """Base class of adapters with one token per grid point.
 
     A token consists of the channels of the grid point, followed by its position encoding, if there is one.
@@ -41,6 +43,7 @@ class GridAdapter(nn.Module):
         if mask is not None:
             checks.is_mask("mask", mask, content.shape[:-1])
         checks.values(name, content, mask)
+        warn_if_padded(self.positions, mask)
         tables = () if self.positions is None else self.positions.tables(tuple(content.shape[1:-1]), like=content)
         return Tokens(content, tables, mask)
 
@@ -67,12 +70,28 @@ class Grid(GridAdapter):
         super().__init__(num_channels, positions)
         self.num_channels = num_channels
 
-    def forward(self, x: Float[Tensor, "b *grid c"], *, mask: Bool[Tensor, " b *grid"] | None = None) -> Tokens:
-        """Convert arrays to tokens."""
+    def axes_of(self, ndim: int) -> tuple[int, ...]:
+        """Return the grid axes of batches with `ndim` axes, as negative indices."""
+        return tuple(range(1 - ndim, -1))
+
+    def forward(
+        self,
+        x: Float[Tensor, "b *grid c"],
+        *,
+        mask: Bool[Tensor, " b *grid"] | None = None,
+        lengths: Lengths | None = None,
+    ) -> Tokens:
+        """Convert arrays to tokens.
+
+        Args:
+            x: Arrays with the channels last.
+            mask: Mask of valid grid points, True = attend.
+            lengths: Size of each array before padding: `b axes`, or `b` if there is one axis.
+        """
         checks.is_floating("array", x)
         axes = 1 if self.positions is None else self.positions.num_axes
         if x.ndim != axes + 2 and (self.positions is not None or x.ndim < 3):
             raise ValueError(f"array must be b *grid c with {axes} grid axes; got shape {tuple(x.shape)}")
         checks.not_empty("array", x)
         checks.has_channels("array", x, x.ndim - 1, self.num_channels)
-        return self._tokens("array", x, mask)
+        return self._tokens("array", *self._with_lengths(x, mask, lengths))

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from perceiver_core import checks
 from perceiver_core.adapters.grid import GridAdapter
-from perceiver_core.adapters.stems import Pixels
+from perceiver_core.adapters.lengths import Lengths, Size
+from perceiver_core.adapters.stems import Pixels, SymmetricPadConvStem
 from perceiver_core.blocks.factory import build
 from perceiver_core.positions import Positions
 from perceiver_core.registry import register
@@ -37,16 +38,32 @@ class Image(GridAdapter):
         (50, (15, 11))
     """
 
+    length_axes, time_axis = (-2, -1), None
+
     def __init__(
         self, num_channels: int = 3, *, positions: Positions | None, stem: Callable[[int], nn.Module] = Pixels
     ) -> None:
         checks.positive(num_channels=num_channels)
         layers = build(stem, num_channels)
         super().__init__(cast(Any, layers).dim, positions, num_axes=2)
-        self.num_channels, self.stem = num_channels, layers
+        self.num_channels, self.stem, self.stride = num_channels, layers, tuple(getattr(layers, "stride", ()))
+
+    def num_tokens(self, length: Size, axis: int) -> Size:
+        """Return the number of tokens along an axis (0: rows, 1: columns) for an image of this height or width."""
+        if not self.stride:
+            raise ValueError(
+                "lengths need a stem with the attribute stride (rows, columns); pass a mask of tokens instead"
+            )
+        if isinstance(self.stem, SymmetricPadConvStem):
+            return (-(-length // 2) - 1) // 2
+        return super().num_tokens(length, axis)
 
     def forward(
-        self, images: Float[Tensor, "b c h w"], *, mask: Bool[Tensor, "b rows columns"] | None = None
+        self,
+        images: Float[Tensor, "b c h w"],
+        *,
+        mask: Bool[Tensor, "b rows columns"] | None = None,
+        lengths: Lengths | None = None,
     ) -> Tokens:
         """Convert images of any height and width to tokens.
 
@@ -55,10 +72,14 @@ class Image(GridAdapter):
             mask: Mask of valid tokens (one per position of the feature map), True = attend. The pixels of masked tokens
                 are set to zero before the stem. If the stem has no attribute `stride`, it receives all pixels
                 unchanged, and even masked pixels must be finite.
+            lengths: Height and width `b 2` of each image before padding. The pixels outside are ignored. With a
+                convolutional stem such as `ConvStem`, tokens at the border of the padding differ slightly from those of
+                the image by itself.
         """
         checks.channels_first("images", images, "b c h w", self.num_channels)
         if (convolution := getattr(self.stem, "convolution", None)) is not None:
             checks.matches_weight("images", images, convolution)
+        images, mask = self._with_lengths(images, mask, lengths)
         pixel_mask = None if mask is None else self._pixel_mask(mask, images)
         if pixel_mask is not None:
             images = images.masked_fill(~pixel_mask.unsqueeze(1), 0.0)
@@ -72,7 +93,12 @@ class Image(GridAdapter):
         for axis, stride in enumerate(getattr(self.stem, "stride", (0, 0)), start=1):
             size = images.shape[axis + 1]
             # If a stem does not pad the end (SymmetricPadConvStem), the remaining pixels belong to the last token.
-            if not stride or mask.ndim != 3 or 0 in mask.shape or -(-size // stride) - mask.shape[axis] not in (0, 1):
+            if (
+                not stride
+                or mask.ndim != 3
+                or 0 in mask.shape[1:]
+                or -(-size // stride) - mask.shape[axis] not in (0, 1)
+            ):
                 return None  # `_tokens` raises an error if the mask has the wrong shape
             tokens = torch.arange(size, device=mask.device) // stride
             mask = mask.index_select(axis, tokens.clamp(max=mask.shape[axis] - 1))

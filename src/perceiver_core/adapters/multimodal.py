@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_core import checks, modalities
+from perceiver_core.adapters.lengths import Lengths, options
 from perceiver_core.layers.named_vectors import NamedVectors
 from perceiver_core.layers.random_draws import RepeatableDraws
 from perceiver_core.registry import register
@@ -77,7 +78,13 @@ class Multimodal(nn.Module):
         self.padding = NamedVectors({name: self.dim - width for name, width in widths.items()})
         self.mask_tokens = NamedVectors(dict.fromkeys(self.token_mask_rate, self.dim))
 
-    def forward(self, inputs: Mapping[str, object], *, mask: Mapping[str, ModalityMask] | None = None) -> Tokens:
+    def forward(
+        self,
+        inputs: Mapping[str, object],
+        *,
+        mask: Mapping[str, ModalityMask] | None = None,
+        lengths: Mapping[str, Lengths] | None = None,
+    ) -> Tokens:
         """Convert all modalities in `inputs` to one token sequence.
 
         Args:
@@ -85,6 +92,8 @@ class Multimodal(nn.Module):
             mask: Mapping from modality names to masks, True = attend. A mask of shape `b` marks the samples that have
                 the modality. Any other mask is passed to the modality's adapter, and may be all False for samples
                 without the modality. The inputs of such samples are ignored, even if they are NaN.
+            lengths: Mapping from modality names to the sizes of the inputs before padding, as the adapter of the
+                modality expects them. Samples without the modality may have any size.
 
         Raises:
             ValueError: If `inputs` is empty, or `inputs` or `mask` contains an unknown modality.
@@ -92,11 +101,17 @@ class Multimodal(nn.Module):
             TypeError, ValueError: If an adapter raises it. The name of the modality is added to the message.
         """
         masks = {} if mask is None else mask
+        sizes = {} if lengths is None else lengths
         modalities.check_names("inputs", inputs, self.adapters.keys())
         modalities.check_names("mask", masks, self.adapters.keys())
+        modalities.check_names("lengths", sizes, self.adapters.keys())
         if not inputs:
             raise ValueError(f"inputs must hold a modality at least, of {list(self.adapters)}; got none")
-        each = {name: self._adapt(name, inputs[name], masks.get(name)) for name in self.adapters if name in inputs}
+        each = {
+            name: self._adapt(name, inputs[name], masks.get(name), sizes.get(name))
+            for name in self.adapters
+            if name in inputs
+        }
         batches = {name: tokens.content.shape[0] for name, tokens in each.items()}
         first = next(iter(batches.values()))
         if any(batch != first for batch in batches.values()):
@@ -114,17 +129,18 @@ class Multimodal(nn.Module):
         checks.leaves_a_token(valid)
         return Tokens(content, mask=valid, modalities=on_grids)
 
-    def _adapt(self, name: str, x: object, mask: ModalityMask | None) -> Tokens:
+    def _adapt(self, name: str, x: object, mask: ModalityMask | None, lengths: Lengths | None) -> Tokens:
         """Convert the input of one modality to tokens, and mask the samples that do not have the modality."""
         samples = None
-        options: dict[str, object] = {} if mask is None else {"mask": mask}
+        passed = mask
         if mask is not None and not isinstance(mask, Mapping):
             checks.is_mask(f"mask[{name!r}]", mask)
             samples = mask.flatten(1).any(1) if mask.ndim > 1 else mask
             x = _zero_samples(x, samples, f"mask[{name!r}]", mask.shape[1:])
             # Adapters require a valid token per sample, so samples without this modality are masked after the adapter.
-            options = {"mask": mask | ~_aligned(samples, mask.ndim)} if mask.ndim > 1 else {}
-        tokens: Tokens = modalities.call("inputs", name, self.adapters[name], x, **options)
+            passed = mask | ~_aligned(samples, mask.ndim) if mask.ndim > 1 else None
+        arguments = options(mask=passed, lengths=lengths)
+        tokens: Tokens = modalities.call("inputs", name, self.adapters[name], x, **arguments)
         content = tokens.content.to(self.padding(name).dtype)
         tokens = Tokens(content, tokens.position_tables, tokens.mask, tokens.modalities)
         if samples is None:
@@ -157,7 +173,8 @@ class Multimodal(nn.Module):
         rate = self.token_mask_rate.get(name)
         if rate is None or not (self.training or rate == 1):
             return x, tokens
-        masked = self._uniform(x.shape[:2], x) < rate
+        shape = x.shape[:2]
+        masked = self._uniform(shape, x) < rate if self.training else x.new_ones(shape, dtype=torch.bool)
         x = torch.where(masked[..., None], self.mask_tokens(name).to(x.dtype), x)
         content = tokens.content.masked_fill(masked.reshape(tokens.content.shape[:-1]).unsqueeze(-1), 0.0)
         return x, Tokens(content, tokens.position_tables, tokens.mask)

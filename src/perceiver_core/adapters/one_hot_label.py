@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from perceiver_core import checks
 from perceiver_core.registry import register
@@ -58,4 +57,5 @@ class OneHotLabel(nn.Module):
             return Tokens(labels[:, None])
         checks.has_shape("labels", labels, "b")
         checks.below("labels", labels, self.dim)
-        return Tokens(F.one_hot(labels.long(), self.dim)[:, None].to(self.dtype))
+        classes = torch.arange(self.dim, device=labels.device)
+        return Tokens((labels[:, None, None] == classes).to(self.dtype))  # torch.vmap does not support F.one_hot

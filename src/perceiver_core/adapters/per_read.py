@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from perceiver_core.adapters.lengths import Lengths, options
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
@@ -33,20 +34,28 @@ class PerRead(nn.Module):
         self.adapters = nn.ModuleList(adapters)
         self.dim = tuple([int(adapter.dim) for adapter in cast(Any, self.adapters)])
 
-    def forward(self, inputs: Sequence[object], *, mask: Sequence[Tensor | None] | None = None) -> list[Tokens]:
+    def forward(
+        self,
+        inputs: Sequence[object],
+        *,
+        mask: Sequence[Tensor | None] | None = None,
+        lengths: Sequence[Lengths | None] | None = None,
+    ) -> list[Tokens]:
         """Convert each input to tokens with its own adapter.
 
         Args:
             inputs: Inputs, one per adapter.
             mask: Masks, one per adapter; None for an input without a mask.
+            lengths: Sizes of the inputs before padding, one entry per adapter; None for an input without padding.
 
         Raises:
-            ValueError: If the number of inputs or masks differs from the number of adapters.
+            ValueError: If the number of inputs, masks or lengths differs from the number of adapters.
         """
-        masks = [None] * len(self.adapters) if mask is None else list(mask)
-        for name, values in (("inputs", inputs), ("masks", masks)):
+        none = [None] * len(self.adapters)
+        masks, sizes = (none if x is None else x for x in (mask, lengths))
+        for name, values in (("inputs", inputs), ("masks", masks), ("lengths", sizes)):
             if isinstance(values, Tensor) or len(values) != len(self.adapters):
                 got = "one tensor" if isinstance(values, Tensor) else len(values)
                 raise ValueError(f"{name} must be {len(self.adapters)}, one per adapter; got {got}")
-        each = zip(self.adapters, inputs, masks, strict=True)
-        return [adapter(x) if own is None else adapter(x, mask=own) for adapter, x, own in each]
+        each = zip(self.adapters, inputs, masks, sizes, strict=True)
+        return [adapter(x, **options(mask=own, lengths=size)) for adapter, x, own, size in each]

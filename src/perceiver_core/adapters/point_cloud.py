@@ -7,16 +7,16 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from perceiver_core import checks
+from perceiver_core.adapters.lengths import Lengths, VariableSize, pad
 from perceiver_core.positions.grid import PointFeatures, check_takes_points
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
 
 @register
-class PointCloud(nn.Module):
+class PointCloud(VariableSize, nn.Module):
     """Adapter for point clouds `b n axes+f`: one token per point.
 
     A point consists of its coordinates, followed by its features. A token consists of the features, followed by the
@@ -35,6 +35,8 @@ class PointCloud(nn.Module):
     Reference: Jaegle et al. 2021 (Perceiver), section 4.3.
     """
 
+    length_axes = (-2,)
+
     def __init__(self, num_features: int = 0, *, positions: PointFeatures) -> None:
         super().__init__()
         if num_features < 0:
@@ -43,11 +45,24 @@ class PointCloud(nn.Module):
         self.num_features, self.positions = num_features, positions
         self.dim = num_features + positions.dim
 
-    def forward(self, points: Float[Tensor, "b n f"], *, mask: Bool[Tensor, "b n"] | None = None) -> Tokens:
-        """Convert point clouds of any size to tokens. `mask` marks valid points (see `pad_point_clouds`)."""
+    def forward(
+        self,
+        points: Float[Tensor, "b n f"],
+        *,
+        mask: Bool[Tensor, "b n"] | None = None,
+        lengths: Lengths | None = None,
+    ) -> Tokens:
+        """Convert point clouds of any size to tokens.
+
+        Args:
+            points: Coordinates and features of the points. To build a batch from clouds of unequal size, use `pad`.
+            mask: Mask of valid points, True = attend.
+            lengths: Number of points `b` of each cloud before padding.
+        """
         axes = self.positions.num_axes
         checks.is_floating("points", points)
         checks.has_shape("points", points, "b n f", last=axes + self.num_features)
+        points, mask = self._with_lengths(points, mask, lengths)
         if mask is not None:
             checks.is_mask("mask", mask, points.shape[:-1])
         checks.values("points", points, mask)
@@ -65,6 +80,9 @@ def pad_point_clouds(clouds: Sequence[Float[Tensor, "_ f"]]) -> tuple[Float[Tens
     """
     if not clouds:
         raise ValueError("clouds must hold at least one cloud; got none")
-    sizes = torch.tensor([len(cloud) for cloud in clouds], device=clouds[0].device)
-    padded = pad_sequence(list(clouds), batch_first=True)
-    return padded, torch.arange(padded.shape[1], device=sizes.device) < sizes[:, None]
+    points, mask = pad(clouds, _Rows())
+    return points, mask
+
+
+class _Rows(VariableSize):
+    length_axes = (-2,)

@@ -147,6 +147,6 @@ def _pad_same(x: Tensor, *, kernel: int, fill: float) -> Tensor:
     """Apply TensorFlow's "SAME" padding for a layer of stride 2, whose output size is then ceil(size / 2)."""
     pads: list[int] = []
     for size in (x.shape[-1], x.shape[-2]):
-        total = max(kernel - (1 if size % 2 else 2), 0)
+        total = kernel - 2 + size % 2
         pads += [total // 2, total - total // 2]
     return F.pad(x, pads, value=fill)

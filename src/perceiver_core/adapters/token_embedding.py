@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from perceiver_core import checks
+from perceiver_core.adapters.lengths import Lengths, VariableSize
 from perceiver_core.layers import init
 from perceiver_core.positions.grid import is_called_with
 from perceiver_core.registry import register
@@ -18,7 +19,7 @@ from perceiver_core.tokens import Tokens
 
 
 @register
-class TokenEmbedding(nn.Module):
+class TokenEmbedding(VariableSize, nn.Module):
     """Adapter for token ids: a learned embedding plus an optional position embedding.
 
     Args:
@@ -63,6 +64,7 @@ class TokenEmbedding(nn.Module):
         *,
         mask: Bool[Tensor, "b n"] | None = None,
         positions: Int[Tensor, "*#b n"] | None = None,
+        lengths: Lengths | None = None,
     ) -> Tokens:
         """Convert token ids to tokens.
 
@@ -71,12 +73,14 @@ class TokenEmbedding(nn.Module):
             mask: Mask of valid tokens, True = attend.
             positions: Position indices, `n` or `b n`; None to compute them (see `positions_include_padding`). Ignored
                 if the adapter has no position embedding.
+            lengths: Number of ids `b` of each sequence before padding at the end.
 
         Raises:
             ValueError: If `positions` is None and a sequence is longer than the position embedding (`length`).
             ValueError: If an id is out of range or a sample has no valid token (checked on the CPU in eager mode only).
         """
         checks.ids("ids", ids, self.vocab_size)
+        ids, mask = self._with_lengths(ids, mask, lengths)
         if mask is not None:
             checks.is_mask("mask", mask, ids.shape)
             checks.leaves_a_token(mask)

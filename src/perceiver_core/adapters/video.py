@@ -12,8 +12,10 @@ from torch.nn import functional as F
 
 from perceiver_core import checks
 from perceiver_core.adapters.grid import GridAdapter
+from perceiver_core.adapters.lengths import Lengths
 from perceiver_core.adapters.patchify import patchify
 from perceiver_core.layers import init
+from perceiver_core.layers.linear import apply_linear
 from perceiver_core.positions import Positions
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
@@ -40,6 +42,8 @@ class Video(GridAdapter):
     Reference: Jaegle et al. 2022 (Perceiver IO), section 4.3; deepmind-research/perceiver, `space_to_depth`.
     """
 
+    length_axes = (-4, -2, -1)
+
     def __init__(
         self, num_channels: int = 3, *, positions: Positions | None, patch_size: Sequence[int] = (1, 4, 4)
     ) -> None:
@@ -48,17 +52,24 @@ class Video(GridAdapter):
         checks.positive(num_channels=num_channels, frames=patch_size[0], rows=patch_size[1], columns=patch_size[2])
         super().__init__(num_channels * prod(patch_size), positions, num_axes=3)
         self.num_channels, self.patch_size = num_channels, tuple(patch_size)
+        self.stride = self.patch_size
 
     def forward(
-        self, video: Float[Tensor, "b t c h w"], *, mask: Bool[Tensor, "b times rows columns"] | None = None
+        self,
+        video: Float[Tensor, "b t c h w"],
+        *,
+        mask: Bool[Tensor, "b times rows columns"] | None = None,
+        lengths: Lengths | None = None,
     ) -> Tokens:
         """Convert videos of any length and size to tokens.
 
         Args:
             video: Pixel values, normalized as in training (mostly to [-1, 1]).
             mask: Mask of valid patches, True = attend.
+            lengths: Number of frames `b` of each video before padding, or (frames, height, width) `b 3`.
         """
         checks.channels_first("video", video, "b t c h w", self.num_channels, channel_axis=2)
+        video, mask = self._with_lengths(video, mask, lengths)
         return self._tokens("video", patchify(video.transpose(1, 2), self.patch_size), mask)
 
 
@@ -85,6 +96,8 @@ class FramePair(GridAdapter):
     Reference: Jaegle et al. 2022 (Perceiver IO), section 4.2 and appendix H.
     """
 
+    length_axes, time_axis = (-2, -1), None
+
     def __init__(
         self, *, positions: Positions | None, num_channels: int = 3, patch_size: int = 3, dim: int = 64
     ) -> None:
@@ -95,17 +108,28 @@ class FramePair(GridAdapter):
         self.num_channels, self.patch_size = num_channels, patch_size
         self.project = init.linear(2 * num_channels * patch_size * patch_size, dim)
 
-    def forward(self, frames: Float[Tensor, "b 2 c h w"], *, mask: Bool[Tensor, "b h w"] | None = None) -> Tokens:
+    def forward(
+        self,
+        frames: Float[Tensor, "b 2 c h w"],
+        *,
+        mask: Bool[Tensor, "b h w"] | None = None,
+        lengths: Lengths | None = None,
+    ) -> Tokens:
         """Convert frame pairs of any size to tokens.
 
         Args:
             frames: Pixel values, normalized as in training (mostly to [-1, 1]). `frames[:, 0]` is the earlier frame.
-            mask: Mask of valid pixels, True = attend.
+            mask: Mask of valid pixels, True = attend. Masked pixels are set to zero.
+            lengths: Height and width `b 2` of the frames of each pair before padding.
         """
         checks.channels_first("frames", frames, "b t c h w", self.num_channels, channel_axis=2)
         if frames.shape[1] != 2:
             raise ValueError(f"frames must be two, b 2 c h w; got shape {tuple(frames.shape)}")
-        return self._tokens("frames", self.project(self.patches(frames)), mask)
+        frames, mask = self._with_lengths(frames, mask, lengths)
+        if mask is not None:  # the patches of valid pixels overlap with masked pixels
+            checks.is_mask("mask", mask, (frames.shape[0], *frames.shape[-2:]))
+            frames = frames.masked_fill(~mask[:, None, None], 0.0)
+        return self._tokens("frames", apply_linear(self.project, self.patches(frames)), mask)
 
     def patches(self, frames: Float[Tensor, "b 2 c h w"]) -> Float[Tensor, "b h w patches"]:
         """Return one vector per pixel: the patches around the pixel in both frames, flattened and concatenated."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import cast
 
 from jaxtyping import Float, Shaped
@@ -125,6 +126,9 @@ class CrossAttend(nn.Module):
             num_queries = x.shape[1] if cache is None or cache.num_queries is None else cache.num_queries
             token_mask, mask = (None, mask) if grows else (mask, None)
             source = Source(tokens, self.input_norm, self.strategy, token_mask, token_positions, num_queries)
+            if self.input_norm._forward_hooks:
+                # A hook makes the read dense. Tools that build a call tree, such as torchinfo, expect the call here.
+                source = replace(source, norm_output=source.normalized())
             if getattr(self.attention, "accepts_source", False):
                 inputs = source
                 if cache is not None and getattr(self.attention, "accepts_cache", False):

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from perceiver_core.registry.keywords import check_keywords
 from perceiver_core.sharing import Shared
 
 T = TypeVar("T")
@@ -41,7 +42,11 @@ def build(factory: Callable[..., T], *args: object, **kwargs: object) -> T:
     if not isinstance(factory, partial):
         return factory(*args, **kwargs)
     renewed: partial[T] = _renewed(factory, unwrap=True)
-    return renewed(*args, **kwargs)
+    try:
+        return renewed(*args, **kwargs)
+    except TypeError:
+        check_keywords(factory.func, factory.keywords)
+        raise  # an error of the constructor itself
 
 
 def _renewed(value: Any, *, unwrap: bool) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,6 +19,7 @@ from perceiver_core.blocks.latent_transformer import LatentTransformer
 from perceiver_core.blocks.mlp import MLP
 from perceiver_core.blocks.self_attend import SelfAttend
 from perceiver_core.layers import init
+from perceiver_core.layers.linear import apply_linear
 from perceiver_core.registry import register
 
 LATENT_TRANSFORMER = partial(LatentTransformer, block=partial(SelfAttend, mlp=partial(MLP, widening_factor=4)))
@@ -116,10 +117,10 @@ class GroupedRead(nn.Module):
             skip: Skip input with one vector per latent, in the order of the output.
         """
         groups = self.level.num_groups
-        x = repeat(init.as_input(self.latents), "g z d -> (b g) z d", b=tokens.shape[0])
+        x = self.latents.repeat(tokens.shape[0], 1, 1)  # (b g) z d; a copy even if b is 1
         if skip is not None:
-            x = x + rearrange(self.skip(skip), "b (g z) d -> (b g) z d", g=groups)
-        if mask is None and tokens.shape[1] % groups:
+            x = x + rearrange(apply_linear(self.skip, skip), "b (g z) d -> (b g) z d", g=groups)
+        if mask is None and not checks.always(tokens.shape[1] % groups == 0):
             mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         if mask is not None:
             mask = rearrange(grouped(mask.unsqueeze(-1), groups), "bg n 1 -> bg n")

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from perceiver_core import checks
 from perceiver_core.layers import init
+from perceiver_core.layers.linear import apply_linear
 from perceiver_core.registry import register
 
 
@@ -109,4 +110,5 @@ class MLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
         """Apply the MLP to each vector along the last axis."""
-        return self.dropout(self.contract(self.activation(self.expand(x))))
+        hidden = self.activation(apply_linear(self.expand, x))
+        return self.dropout(apply_linear(self.contract, hidden))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
@@ -11,11 +12,13 @@ from perceiver_core import checks, masks
 from perceiver_core.blocks.factory import build, takes_argument
 from perceiver_core.kernels import fastest
 from perceiver_core.layers import init
+from perceiver_core.layers.linear import apply_linear
 from perceiver_core.masks import Mask
 from perceiver_core.reads.caches import AttentionCapture, Cache
-from perceiver_core.reads.dense import project, rotate, split_heads
+from perceiver_core.reads.dense import project, project_heads, rotate
 from perceiver_core.reads.strategy import AttentionInput, Memory
 from perceiver_core.registry import register
+from perceiver_core.registry.keywords import check_keywords
 
 
 @register
@@ -131,14 +134,14 @@ class MultiHeadAttention(nn.Module):
             memory = inputs.memory(self)
         if cache is not None:
             memory = cache.update(memory)
-        q = self.query_norm(split_heads(self.query(x), self.num_heads))
+        q = self.query_norm(project_heads(self.query, x, self.num_heads))
         q = self.rotary(q) if positions is None else rotate(self.rotary, q, positions)
         if mask is not None:
             mask = masks.from_token_mask(mask)
         if capture is not None:
             capture.weights = memory.attention_map(q, self.kernel, mask=mask, queries=capture.queries)
         out = memory.attend(q, self.kernel, mask=mask, dropout=self.dropout if self.training else 0.0)
-        return self.output(out.transpose(1, 2).flatten(2))  # b m (h e)
+        return apply_linear(self.output, out.transpose(1, 2).flatten(2))  # b m (h e)
 
 
 def _check_heads(num_heads: int, **widths: int) -> None:
@@ -157,6 +160,8 @@ def _check_dropout(dropout: float, kernel: Callable[..., Tensor]) -> None:
     try:
         takes_dropout = takes_argument(kernel, "dropout")
     except (TypeError, ValueError) as error:
+        if isinstance(kernel, partial):
+            check_keywords(kernel.func, kernel.keywords)
         raise ValueError(f"kernel must be a function (q, k, v, *, mask); wrap {kernel!r} in one") from error
     if dropout and not takes_dropout:
         raise ValueError(

@@ -23,6 +23,7 @@ from perceiver_core import registry
 from perceiver_core.checkpoints.folder import CONFIG, FORMAT, WEIGHTS, parse_config, read_at_most, write_atomically
 from perceiver_core.checkpoints.state import (
     assign,
+    check_plain_weights,
     check_values,
     model_differences,
     spec_differences,
@@ -72,6 +73,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
                 f"{path} is wrapped by torch.compile, which changes the names of its weights. Compile it in place with "
                 "its method compile(), or put the module inside, its attribute _orig_mod, back in its place"
             )
+    check_plain_weights(model)
     tensors = state_tensors(model)  # checked first: wrappers of tensors, such as fully_shard, may also change classes
     config = {"library": "perceiver_core", "format": FORMAT, "model": registry.to_config(model)}
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"

@@ -8,9 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from perceiver_core import registry
 
+_WEIGHT_HOOKS = (BasePruningMethod, WeightNorm, SpectralNorm)
 TensorSpecs = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of each tensor, keyed by name
 _TORCH_NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64",
@@ -28,16 +33,36 @@ def state_tensors(model: nn.Module) -> dict[str, Tensor]:
         ValueError: If a tensor is lazy, sparse, or a wrapper of other tensors, such as a quantized or sharded tensor.
     """
     state = model.state_dict(keep_vars=True)
+    hint = (
+        ". Save the model before it is quantized, sharded or otherwise changed, or save its state_dict() with the "
+        "library that changed it"
+    )
     for name, value in state.items():
         if not isinstance(value, Tensor) or nn.parameter.is_lazy(value) or value.layout is not torch.strided:
-            raise ValueError(f"{name} is not a tensor with values ({type(value).__name__}), so it cannot be saved")
+            raise ValueError(f"{name} is not a tensor with values ({type(value).__name__}), so it is not saved{hint}")
         if _wraps_others(value):
             raise ValueError(
-                f"{name} is a {type(value).__name__}, a tensor that has no values itself but wraps others (quantized "
-                "or sharded ones, for example), so it cannot be saved. Save the model before it is wrapped, or save "
-                "its state_dict() with the library that wrapped it"
+                f"{name} is a {type(value).__name__}, a tensor that has no values itself but wraps others, so it "
+                f"is not saved{hint}"
             )
     return {name: state[name] for name, first in first_names(model).items() if name == first}
+
+
+def check_plain_weights(model: nn.Module) -> None:
+    """Check that no weight is computed from other tensors, by a parametrization, pruning, or a weight norm hook."""
+    for path, module in model.named_modules():
+        if is_parametrized(module):
+            names = ", ".join(module.parametrizations)
+            remedy = "torch.nn.utils.parametrize.remove_parametrizations(module, name)"
+        else:
+            hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _WEIGHT_HOOKS)]
+            names = ", ".join(str(getattr(hook, "_tensor_name", None) or getattr(hook, "name", "")) for hook in hooks)
+            remedy = "torch.nn.utils.prune.remove(module, name) or torch.nn.utils.remove_weight_norm(module, name)"
+        if names:
+            raise ValueError(
+                f"{path or 'the model'} computes {names} from other tensors, so it is not saved. Keep the result as a "
+                f"plain weight first: {remedy}"
+            )
 
 
 def _wraps_others(tensor: Tensor) -> bool:

@@ -5,7 +5,7 @@
 grid size of the queries or None.
 """
 
-from perceiver_core.heads.classification import Classification, Regression
+from perceiver_core.heads.classification import Classification, LatentMean, Regression
 from perceiver_core.heads.grid import Grid
 from perceiver_core.heads.identity import Identity
 from perceiver_core.heads.linear import Linear, Logits, TiedLogits
@@ -17,6 +17,7 @@ __all__ = [
     "Classification",
     "Grid",
     "Identity",
+    "LatentMean",
     "Linear",
     "Logits",
     "Multimodal",

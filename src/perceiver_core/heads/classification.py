@@ -13,13 +13,23 @@ from perceiver_core.layers import init
 from perceiver_core.registry import register
 
 
+@register
 class LatentMean(nn.Module):
-    """Base class of heads on mean-pooled latents.
+    """Head that returns mean-pooled latents as features: mean, norm, dropout.
 
-    `forward` applies the norm and the dropout to the mean. Subclasses add the linear layer.
+    It is the base class of `Classification` and `Regression`, which add a linear layer.
+
+    Args:
+        dim: Width of the latents.
+        norm: Factory `dim -> module` for the norm.
+        dropout: Dropout rate.
+
+    Example:
+        >>> pc.heads.LatentMean(32)(torch.randn(2, 7, 32)).shape
+        torch.Size([2, 32])
     """
 
-    def __init__(self, dim: int, norm: Callable[[int], nn.Module], dropout: float) -> None:
+    def __init__(self, dim: int, *, norm: Callable[[int], nn.Module] = nn.LayerNorm, dropout: float = 0.0) -> None:
         super().__init__()
         checks.positive(dim=dim)
         checks.probability(dropout=dropout)
@@ -51,7 +61,7 @@ class Classification(LatentMean):
     def __init__(
         self, dim: int, num_classes: int, *, norm: Callable[[int], nn.Module] = nn.LayerNorm, dropout: float = 0.0
     ) -> None:
-        super().__init__(dim, norm, dropout)
+        super().__init__(dim, norm=norm, dropout=dropout)
         checks.positive(num_classes=num_classes)
         self.logits = init.linear(dim, num_classes)
 
@@ -74,7 +84,7 @@ class Regression(LatentMean):
     def __init__(
         self, dim: int, num_outputs: int = 1, *, norm: Callable[[int], nn.Module] = nn.LayerNorm, dropout: float = 0.0
     ) -> None:
-        super().__init__(dim, norm, dropout)
+        super().__init__(dim, norm=norm, dropout=dropout)
         checks.positive(num_outputs=num_outputs)
         self.values = init.linear(dim, num_outputs)
 

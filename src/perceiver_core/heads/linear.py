@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from perceiver_core import checks
 from perceiver_core.layers import init
+from perceiver_core.layers.linear import apply_linear
 from perceiver_core.registry import register
 
 
@@ -31,7 +32,7 @@ class Linear(nn.Module):
 
     def forward(self, outputs: Float[Tensor, "b q d"]) -> Float[Tensor, "b q values"]:
         """Return the projected outputs."""
-        return self.values(outputs)
+        return apply_linear(self.values, outputs)
 
 
 @register
@@ -55,7 +56,7 @@ class Logits(nn.Module):
 
     def forward(self, latents: Float[Tensor, "b m d"]) -> Float[Tensor, "b m vocabulary"]:
         """Return the vocabulary logits for every latent."""
-        return self.logits(latents)
+        return apply_linear(self.logits, latents)
 
 
 @register

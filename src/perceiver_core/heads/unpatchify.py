@@ -13,6 +13,7 @@ from perceiver_core.adapters.patchify import patchify, unpatchify
 from perceiver_core.heads.grid import Grid
 from perceiver_core.heads.linear import Linear
 from perceiver_core.layers import init
+from perceiver_core.layers.linear import apply_linear
 from perceiver_core.registry import register
 
 
@@ -110,5 +111,5 @@ class Waveform(nn.Module):
     def forward(self, outputs: Float[Tensor, "b q d"]) -> Float[Tensor, "b *c s"]:
         """Return waveforms of `q * patch_size` audio samples."""
         checks.has_shape("outputs", outputs, "b q d", last=self.dim)
-        waveform = unpatchify(self.samples(outputs), (self.patch_size,))
+        waveform = unpatchify(apply_linear(self.samples, outputs), (self.patch_size,))
         return waveform[:, 0] if self.num_channels == 1 else waveform

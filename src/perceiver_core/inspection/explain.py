@@ -95,7 +95,7 @@ def explain_reads(model: nn.Module, *inputs: object, **options: object) -> ReadE
     def explain(context: ReadContext) -> None:
         reads.append(_explanation(names.get(id(context.attention), ""), context))
 
-    with listening(explain), _frozen_state(model), torch.random.fork_rng(devices=[]), torch.no_grad():
+    with listening(explain), frozen_state(model), torch.random.fork_rng(devices=[]), torch.no_grad():
         model(*inputs, **options)
     if not reads:
         raise ValueError(
@@ -105,7 +105,7 @@ def explain_reads(model: nn.Module, *inputs: object, **options: object) -> ReadE
 
 
 @contextmanager
-def _frozen_state(model: nn.Module) -> Iterator[None]:
+def frozen_state(model: nn.Module) -> Iterator[None]:
     """Context manager that keeps running statistics of norms unchanged and restores the modules' random generators."""
     moving = [part for part in model.modules() if part.training and hasattr(part, "running_mean")]
     generators = [g for part in model.modules() if isinstance(g := getattr(part, "generator", None), torch.Generator)]
@@ -148,7 +148,7 @@ def _kernel_note(strategy: Strategy, context: ReadContext) -> list[str]:
     device = source.content().device
     if device.type != "cuda" or isinstance(strategy, Structured) or attention.kernel not in (fastest, sdpa):
         return []
-    key_dim, value_dim = (part.weight.shape[0] // attention.num_kv_heads for part in (attention.key, attention.value))
+    key_dim, value_dim = (part.out_features // attention.num_kv_heads for part in (attention.key, attention.value))
     kernel = kernel_for(key_dim, value_dim, checks.product_dtype(source.content()), device, source.whole_mask())
     return [f"by the {kernel.name} kernel" + (f" ({kernel.why})" if kernel.why else "")]
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from perceiver_core import checks
 from perceiver_core.kernels.chunked import chunked
-from perceiver_core.kernels.reference import Keys, Outputs, Queries, Values
+from perceiver_core.kernels.reference import Keys, Outputs, Queries, Values, reference
 from perceiver_core.kernels.sdpa import sdpa
 from perceiver_core.masks import Mask
 from perceiver_core.registry import register
@@ -23,7 +23,8 @@ def fastest(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropout
     On such CPUs, matrix products are several times faster in bfloat16 than in float32, but PyTorch's fused kernel is
     not. `chunked` rounds scores to bfloat16, as attention without a fused kernel does. This adds about as much error as
     rounding the queries and keys. To keep scores in float32, use `kernel=sdpa`. Under autocast to bfloat16, float32
-    inputs count as bfloat16. With dropout or under torch.compile, `sdpa` is always used.
+    inputs count as bfloat16. With dropout or under torch.compile, `sdpa` is always used. In forward-mode AD and nested
+    torch.func derivatives, which PyTorch's fused kernels do not support, `reference` is used.
 
     The arguments are the same as for `sdpa`.
 
@@ -31,6 +32,8 @@ def fastest(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropout
         >>> q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 11, 8), torch.randn(2, 4, 11, 5)
         >>> torch.testing.assert_close(pc.kernels.fastest(q, k, v), pc.kernels.reference(q, k, v))
     """
+    if checks.needs_more_derivatives():
+        return reference(q, k, v, mask=mask, dropout=dropout)
     if uses_chunks(q, k.shape[-2], dropout=dropout):
         half = (x.to(torch.bfloat16) for x in (q, k, v))
         return chunked(*half, mask=mask, chunk_size=CHUNK_SIZE, half_precision_matmul=True)

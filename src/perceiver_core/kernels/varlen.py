@@ -73,8 +73,10 @@ def why_not(dtype: torch.dtype, width: int, device: torch.device) -> str:
 def is_supported(q: Float[Tensor, "b h q d"]) -> bool:
     """Return whether the kernel for packed sequences supports the dtype, head dimension and device of `q`.
 
-    Always False under torch.func transforms.
+    Always False under torch.func transforms, and for a batch size of 0.
     """
+    if not torch.compiler.is_compiling() and not q.shape[0]:
+        return False
     if torch._C._are_functorch_transforms_active():  # the kernel does not support torch.func
         return False
     return not why_not(q.dtype, q.shape[-1], q.device) and has_varlen()

@@ -13,15 +13,13 @@ import math
 import torch
 from torch import Tensor, nn
 
-from perceiver_core.layers.linear import Linear
-
 # Standard deviation of a standard normal truncated to [-2, 2]. Dividing by it makes up for the truncation.
 TRUNCATED_STD = 0.87962566103423978
 
 
 def linear(in_features: int, out_features: int, *, bias: bool = True) -> nn.Linear:
     """Return a linear layer with weights of variance 1 / in_features and zero bias."""
-    layer = Linear(in_features, out_features, bias=bias)
+    layer = nn.Linear(in_features, out_features, bias=bias)
     fan_in_(layer.weight, in_features)
     if bias:
         nn.init.zeros_(layer.bias)
@@ -32,15 +30,6 @@ def fan_in_(weight: Tensor, fan_in: int) -> Tensor:
     """Fill `weight` in-place from a truncated normal distribution with variance 1 / fan_in."""
     std = 1 / math.sqrt(fan_in) / TRUNCATED_STD
     return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
-
-
-def as_input(parameter: Tensor) -> Tensor:
-    """Return a parameter to be passed to a module. If gradients are disabled, it is detached.
-
-    Views of a parameter still require a gradient under `torch.no_grad`, but have no graph. FlopCounterMode and other
-    tools that register hooks on the inputs of modules fail at such tensors.
-    """
-    return parameter if torch.is_grad_enabled() else parameter.detach()
 
 
 def embedding(*shape: int, std: float = 0.02) -> nn.Parameter:

@@ -1,8 +1,8 @@
-"""Linear layer that uses oneDNN for large float32 products on CPUs where oneDNN is faster than MKL.
+"""Linear layers applied with oneDNN for large float32 products on CPUs where oneDNN is faster than MKL.
 
 On x86 CPUs, PyTorch multiplies float32 matrices with MKL. On non-Intel processors with AVX-512, MKL reaches only half
-of the available throughput, and oneDNN is twice as fast. In eager mode, the layer then calls the oneDNN operator that
-torch.compile uses. Otherwise, it calls `nn.functional.linear`. Both libraries accumulate in float32.
+of the available throughput, and oneDNN is twice as fast. In eager mode, `apply_linear` then calls the oneDNN operator
+that torch.compile uses. Otherwise, it calls the layer. Both libraries accumulate in float32.
 """
 
 from __future__ import annotations
@@ -15,45 +15,72 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn import functional as F
+from torch.nn.modules import module as _modules
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from perceiver_core import checks
 
 MIN_PRODUCTS = 2**22  # scalar multiplications; below, MKL has less overhead
 MIN_WIDTH = 16  # inner dimension and number of columns; below, oneDNN cannot fill its vector registers
 MAX_DEPTH = 8  # ratio of the inner dimension to the larger outer one; above, MKL parallelizes better
 
 
-class Linear(nn.Linear):
-    """Drop-in replacement for `nn.Linear` that uses oneDNN where it is faster; see `uses_onednn`.
+_FORWARD, _CALL = nn.Linear.forward, nn.Module.__call__
 
-    The state dict is the same, and the results agree up to rounding. Two PyTorch tools do not support this class:
-    `torch.ao.quantization.quantize_dynamic` replaces the exact type `nn.Linear` only, and `torch.jit.script` cannot
-    compile it.
+
+def apply_linear(layer: nn.Module, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
+    """Return `layer(x)`, with oneDNN if `layer` is an unmodified `nn.Linear` and oneDNN is faster; see `uses_onednn`.
+
+    The layers themselves stay `nn.Linear`, because PyTorch's quantization, opacus and other tools look for this exact
+    type. A layer that is not called by `forward` alone (see `bypass_reason`) is called as usual.
 
     Example:
-        >>> from perceiver_core.layers.linear import Linear
-        >>> layer, x = Linear(512, 256), torch.randn(64, 512)
-        >>> torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
+        >>> from perceiver_core.layers.linear import apply_linear
+        >>> layer, x = nn.Linear(512, 256), torch.randn(64, 512)
+        >>> torch.testing.assert_close(apply_linear(layer, x), layer(x))
     """
+    if (
+        type(layer) is not nn.Linear
+        or type(x) is not Tensor
+        or torch.compiler.is_compiling()
+        or x.numel() * layer.out_features < MIN_PRODUCTS
+        or bypass_reason(layer)
+        or _observes_all()
+        or not uses_onednn(x, layer.weight, layer.bias)
+    ):
+        out: Tensor = layer(x)
+        return out
+    rows = x.reshape(-1, x.shape[-1])
+    out = _Product.apply(rows, layer.weight, layer.bias)  # type: ignore[no-untyped-call, unused-ignore]
+    return out.reshape(*x.shape[:-1], out.shape[-1])
 
-    def forward(self, input: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
-        """Return `input @ weight.T + bias`."""
-        weight, bias = self.weight, self.bias  # read once, because a parametrization recomputes them at each access
-        if (
-            type(input) is not Tensor
-            or torch.compiler.is_compiling()
-            or input.numel() * weight.shape[0] < MIN_PRODUCTS
-            or not uses_onednn(input, weight, bias)
-        ):
-            return F.linear(input, weight, bias)
-        rows = input.reshape(-1, weight.shape[1])
-        out: Tensor = _Product.apply(rows, weight, bias)  # type: ignore[no-untyped-call, unused-ignore]
-        return out.reshape(*input.shape[:-1], weight.shape[0])
+
+def bypass_reason(layer: nn.Module) -> str:
+    """Return the reason why a layer must be called, or an empty string if its weights may be used directly."""
+    state = layer.__dict__
+    if (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    ):
+        return "has a hook, which expects it to be called"
+    return "has a forward that was replaced" if "forward" in state else ""
+
+
+def _observes_all() -> bool:
+    """Return whether something observes the calls of all layers: a global hook, or a patch of PyTorch's classes."""
+    hooks = (
+        _modules._global_forward_hooks
+        or _modules._global_forward_pre_hooks
+        or _modules._global_backward_hooks
+        or _modules._global_backward_pre_hooks
+    )
+    return bool(hooks) or nn.Linear.forward is not _FORWARD or nn.Module.__call__ is not _CALL
 
 
 def uses_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Return whether `Linear` uses oneDNN for these tensors: in eager mode, if the product is float32 and large enough.
+    """Return whether `apply_linear` uses oneDNN for these tensors: in eager mode, for large enough float32 products.
 
     Always False on CPUs where oneDNN is not faster. Always False under torch.compile, torch.export, torch.func,
     forward-mode AD, tracing, autocast, and modes such as FlopCounterMode, which need PyTorch's standard operators.
@@ -140,7 +167,7 @@ def _are_plain(*tensors: Tensor | None) -> bool:
         return False
     if _get_current_dispatch_mode() is not None or torch._C._len_torch_function_stack():
         return False
-    return torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
+    return not checks.transformed()
 
 
 def _without_gaps(x: Tensor) -> Tensor:

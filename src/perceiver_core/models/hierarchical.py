@@ -23,6 +23,7 @@ from perceiver_core.blocks import CrossAttend, GroupedRead, Level
 from perceiver_core.blocks.factory import build
 from perceiver_core.blocks.grouped_read import LATENT_TRANSFORMER, grouped
 from perceiver_core.layers import init
+from perceiver_core.layers.linear import apply_linear
 from perceiver_core.positions import Positions
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
@@ -120,7 +121,7 @@ class HierarchicalPerceiver(nn.Module):
             mask = inputs.flat_mask() if mask is None else mask & inputs.mask.flatten(1)
         if mask is not None:
             x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
-        x = self.embedding(x) + token_positions(self.positions, inputs)
+        x = apply_linear(self.embedding, x) + token_positions(self.positions, inputs)
         outputs = []
         for level in self.encoding:
             x, mask = level(x, mask=mask), None
@@ -175,7 +176,7 @@ class HierarchicalAutoencoder(nn.Module):
         positions = token_positions(self.perceiver.positions, inputs)
         queries = repeat(grouped(positions.unsqueeze(0), groups), "g n p -> (b g) n p", b=latents.shape[0])
         outputs = self.cross_attention(queries, rearrange(latents, "b (g z) d -> (b g) z d", g=groups))
-        outputs = rearrange(self.output(outputs), "(b g) n o -> b (g n) o", g=groups)
+        outputs = rearrange(apply_linear(self.output, outputs), "(b g) n o -> b (g n) o", g=groups)
         # Negative padding removes the padding tokens. A slice would specialize a compiled graph to the strides.
         return F.pad(outputs, (0, 0, 0, positions.shape[0] - outputs.shape[1]))
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from perceiver_core.adapters.lengths import options
 from perceiver_core.reads import AttentionCapture
 from perceiver_core.registry import register
 
@@ -46,18 +47,24 @@ class Perceiver(nn.Module):
         self.adapter, self.encoder, self.head = adapter, encoder, head
 
     def forward(
-        self, inputs: object, *, mask: object = None, capture: AttentionCapture | None = None
+        self,
+        inputs: object,
+        *,
+        mask: object = None,
+        lengths: object = None,
+        capture: AttentionCapture | None = None,
     ) -> Float[Tensor, "b ..."]:
         """Return the output of the head.
 
         Args:
             inputs: Input of the adapter, such as images `b c h w`, audio `b s` or points `b n f`.
             mask: Mask of valid inputs, True = attend, in the shape that the adapter expects.
+            lengths: Sizes of the inputs before padding, as the adapter expects them, such as numbers of samples `b`.
             capture: Container for the attention weights of the encoder read (cross-attention) with index
                 `capture.read` (default: the last). The encoder stops after this read, so the output is not the model's
                 usual output.
         """
-        tokens = self.adapter(inputs) if mask is None else self.adapter(inputs, mask=mask)
+        tokens = self.adapter(inputs, **options(mask=mask, lengths=lengths))
         latents = self.encoder(tokens) if capture is None else self.encoder(tokens, capture=capture)
         return self.head(latents)
 

@@ -24,6 +24,7 @@ from perceiver_core.registry import register
 ROTARY_ATTENTION = partial(MultiHeadAttention, rotary=Rotary())
 CROSS_ATTENTION = partial(CrossAttend, attention=ROTARY_ATTENTION)
 LATENT_TRANSFORMER = partial(LatentTransformer, block=partial(SelfAttend, attention=ROTARY_ATTENTION))
+IGNORED = -100  # label of tokens that the loss ignores, as in PyTorch and transformers
 
 
 class DecodingStep(NamedTuple):
@@ -117,9 +118,10 @@ class PerceiverAR(nn.Module):
         mask: Bool[Tensor, "b n"] | None = None,
         num_latents: int | None = None,
         generator: torch.Generator | None = None,
+        labels: Shaped[Tensor, "b n"] | None = None,
         step: DecodingStep | None = None,
-    ) -> Float[Tensor, "b m vocab_size"]:
-        """Return the next-token logits at each of the last m tokens (the latents).
+    ) -> Float[Tensor, "b m vocab_size"] | Float[Tensor, ""]:
+        """Return the next-token logits at each of the last m tokens (the latents), or the loss if `labels` are passed.
 
         Args:
             ids: Token ids.
@@ -127,12 +129,19 @@ class PerceiverAR(nn.Module):
                 padding.
             num_latents: Maximum number of latents in this pass; None for the model's `num_latents`.
             generator: Random generator for prefix dropout.
+            labels: Token ids to predict, usually `ids` itself; -100 for tokens that the loss ignores, such as a prompt.
+                Label i is predicted from the tokens before it, so the last token is only a label. The output is
+                the mean cross-entropy of all latents; see `loss`.
             step: Caches and other inputs for one step of `generate`. If set, `ids` contains only the last tokens of the
                 sequence, and only the logits at the last token are returned.
 
         Raises:
             TypeError, ValueError: If the ids or the mask are invalid; see `adapters.TokenEmbedding`.
+            TypeError, ValueError: If the labels are invalid; see `loss`.
         """
+        targets = None
+        if labels is not None:
+            ids, mask, targets = self._inputs_and_targets(ids, mask, labels)
         if num_latents is not None:
             checks.positive(num_latents=num_latents)
         m = self.num_latents if num_latents is None else num_latents
@@ -146,9 +155,10 @@ class PerceiverAR(nn.Module):
             checks.padded_on_the_left("mask", mask)
         tokens, valid, positions = self._drop_prefix(x, mask, m, generator)
         options = {} if positions is None else {"token_positions": positions}
-        latents = self.cross_attention(x[:, -m:], tokens, mask=causal(valid), **options)
-        latents = self.latent_transformer(latents, mask=causal(None if mask is None else mask[:, -m:]))
-        return self.head(self.norm(latents))
+        latents = self.cross_attention(last(x, m), tokens, mask=causal(valid), **options)
+        latents = self.latent_transformer(latents, mask=causal(None if mask is None else last(mask, m)))
+        logits = self.head(self.norm(latents))
+        return logits if targets is None else _mean_loss(logits, targets)
 
     def loss(
         self,
@@ -157,7 +167,10 @@ class PerceiverAR(nn.Module):
         mask: Bool[Tensor, "b n"] | None = None,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, ""]:
-        """Return the mean cross-entropy of the next-token predictions of all latents; see `next_token_loss`.
+        """Return the mean cross-entropy of the next-token predictions of all latents.
+
+        This is `model(ids, labels=ids)`. Models that are wrapped, for example in DistributedDataParallel, have to be
+        called in that way, because the wrapper synchronizes only calls of the model itself.
 
         Args:
             ids: Token ids, at least two per sample. The last token is only a target, not an input.
@@ -171,19 +184,30 @@ class PerceiverAR(nn.Module):
             ValueError: If the mask has the wrong shape, has padding that is not on the left, or has no sample with two
                 valid tokens.
         """
+        return self(ids, mask=mask, generator=generator, labels=ids)
+
+    def _inputs_and_targets(
+        self, ids: Tensor, mask: Tensor | None, labels: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return the ids and the mask without the last token, and the target of each of these tokens."""
         checks.ids("ids", ids, self.vocab_size)
         if ids.shape[1] < 2:
             raise ValueError(f"ids must be at least 2 long, an input and a target; got {tuple(ids.shape)}")
-        input_mask = None
-        if mask is not None:
-            checks.is_mask("mask", mask, ids.shape)
-            checks.padded_on_the_left("mask", mask)
-            if not checks.is_true(mask[:, -2].any, mask):
-                raise ValueError("mask must leave at least 2 tokens, an input and a target, in a sample; all have 1")
-            # A sample with one valid token has a target but no valid input. Its last padding token is unmasked, because
-            # every sample needs a token to attend to, and the loss ignores the prediction.
-            input_mask = torch.cat([mask[:, :-2], torch.ones_like(mask[:, :1])], 1)
-        return next_token_loss(self(ids[:, :-1], mask=input_mask, generator=generator), ids, mask=mask)
+        if labels is not ids:
+            if labels.shape != ids.shape:
+                raise ValueError(f"labels must have the shape of ids, {tuple(ids.shape)}; got {tuple(labels.shape)}")
+            checks.ids("labels", labels.masked_fill(labels == IGNORED, 0), self.vocab_size)
+        targets = labels[:, 1:].long()
+        if mask is None:
+            return ids[:, :-1], None, targets
+        checks.is_mask("mask", mask, ids.shape)
+        checks.padded_on_the_left("mask", mask)
+        if not checks.is_true(mask[:, -2].any, mask):
+            raise ValueError("mask must leave at least 2 tokens, an input and a target, in a sample; all have 1")
+        # A sample with one valid token has a target but no valid input. Its last padding token is unmasked, because
+        # every sample needs a token to attend to, and the loss ignores the prediction.
+        input_mask = torch.cat([mask[:, :-2], torch.ones_like(mask[:, :1])], 1)
+        return ids[:, :-1], input_mask, targets.masked_fill(~(mask[:, 1:] & mask[:, :-1]), IGNORED)
 
     def _drop_prefix(
         self, x: Tensor, mask: Tensor | None, num_latents: int, generator: torch.Generator | None
@@ -202,6 +226,18 @@ class PerceiverAR(nn.Module):
         kept = torch.cat([prefix, last], dim=1)
         tokens = x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
         return tokens, None if mask is None else mask.gather(1, kept), kept - (n - 1)
+
+
+def last(x: Shaped[Tensor, "b n *d"], count: int) -> Shaped[Tensor, "b m *d"]:
+    """Return the last `count` tokens, or all tokens if there are fewer.
+
+    An exported program gathers them, because a slice would restrict it to inputs longer, or not longer, than `count`.
+    """
+    if not checks.is_exporting():
+        return x[:, -count:]
+    n = x.shape[1]
+    start = torch.sym_max(n - count, 0)  # type: ignore[no-untyped-call]
+    return x.index_select(1, torch.arange(start, n, device=x.device))
 
 
 def causal(valid: Bool[Tensor, "b n"] | None) -> Mask:
@@ -245,8 +281,14 @@ def next_token_loss(
     """
     m = logits.shape[1]
     targets = ids[:, -m:].long()
-    if mask is None:
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    counted = mask[:, -m:] & mask[:, -m - 1 : -1]
-    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-    return losses.where(counted.flatten(), 0.0).sum() / counted.sum().clamp(min=1)
+    if mask is not None:
+        targets = targets.masked_fill(~(mask[:, -m:] & mask[:, -m - 1 : -1]), IGNORED)
+    return _mean_loss(logits, targets)
+
+
+def _mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross-entropy over the last targets, without ignored ones; 0 if all are ignored."""
+    targets = targets[:, -logits.shape[1] :].flatten()
+    losses = F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="none")
+    wide = losses.to(torch.promote_types(losses.dtype, torch.float32))  # a sum overflows float16
+    return wide.sum() / (targets != IGNORED).sum().clamp(min=1)

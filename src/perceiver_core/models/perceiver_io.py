@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from perceiver_core.adapters.lengths import options
 from perceiver_core.blocks.factory import build
 from perceiver_core.heads import Multimodal as MultimodalHead
 from perceiver_core.models.perceiver import check_parts
@@ -78,6 +79,7 @@ class PerceiverIO(nn.Module):
         inputs: object,
         *,
         mask: object = None,
+        lengths: object = None,
         query_inputs: object = None,
         query_mask: object = None,
         capture: AttentionCapture | None = None,
@@ -87,6 +89,7 @@ class PerceiverIO(nn.Module):
         Args:
             inputs: Input of the adapter.
             mask: Mask of valid inputs, True = attend, in the shape that the adapter expects.
+            lengths: Sizes of the inputs before padding, as the adapter expects them, such as numbers of samples `b`.
             query_inputs: Input of the query module: query indices, points or query vectors, depending on the module.
                 None for all queries. To train on a subset of the outputs, pass the indices of their queries.
             query_mask: Mask of valid queries `b q`, True = decode, or a dictionary of masks if the queries are a
@@ -95,7 +98,7 @@ class PerceiverIO(nn.Module):
                 `capture.read` (default: the last). The encoder stops after this read, so the output is not the model's
                 usual output.
         """
-        tokens = self.adapter(inputs) if mask is None else self.adapter(inputs, mask=mask)
+        tokens = self.adapter(inputs, **options(mask=mask, lengths=lengths))
         queries = self.queries(tokens, query_inputs)
         latents = self.encoder(tokens) if capture is None else self.encoder(tokens, capture=capture)
         outputs = self.decoder(latents, queries, mask=query_mask)

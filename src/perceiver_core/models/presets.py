@@ -1,5 +1,8 @@
 """Presets: functions that build models with the sizes of published models.
 
+`create` builds the same models by name. With `num_classes=0`, a classifier returns features instead of logits: the
+mean of the latents.
+
 Example:
     >>> presets = pc.models.presets
     >>> with torch.device("meta"):
@@ -43,6 +46,26 @@ def imagenet(num_classes: int = 1000) -> Perceiver:
     """
     fourier = positions.Fourier(num_axes=2, num_bands=64, max_resolution=224)
     return _perceiver(adapters.Image(num_channels=3, positions=fourier), num_classes, num_reads=8)
+
+
+def small(num_classes: int = 1000) -> Perceiver:
+    """Return a small Perceiver for images of 224 x 224 pixels (23 million parameters): 196 latents, 12 blocks.
+
+    The latent transformer is the transformer of DeiT-S (width 384, 6 heads, MLPs of four times the width), with one
+    latent per patch of DeiT-S. One read (cross-attention) takes in the pixels with the positions of `imagenet`. The
+    paper has no model of this size.
+
+    Reference: Touvron et al. 2021 (DeiT), table 1.
+    """
+    return _of_vit(num_classes, dim=384, num_heads=6)
+
+
+def base(num_classes: int = 1000) -> Perceiver:
+    """Return a Perceiver with the transformer of DeiT-B (92 million parameters): width 768, 12 heads; see `small`.
+
+    Reference: Touvron et al. 2021 (DeiT), table 1.
+    """
+    return _of_vit(num_classes, dim=768, num_heads=12)
 
 
 def audioset(num_classes: int = 527) -> Perceiver:
@@ -137,23 +160,75 @@ def hip16(input_dim: int = 3, num_tokens: int = 224 * 224) -> HierarchicalPercei
     Reference: Carreira et al. 2022 (Hierarchical Perceiver); deepmind/hierarchical_perceiver, `perceiver.py`,
     `VARIANTS`.
     """
-    levels = [
-        Level(16, num_latents=128, dim=128, depth=2, num_heads=4),
-        Level(4, num_latents=256, dim=256, depth=2, num_heads=8),
-        Level(1, num_latents=256, dim=512, depth=18, num_heads=16),
-        Level(1, num_latents=64, dim=1024, depth=2, num_heads=32),
-    ]
-    decoder_levels = [
-        Level(1, num_latents=256, dim=512, depth=1, num_heads=16),
-        Level(4, num_latents=256, dim=256, depth=1, num_heads=8),
-        Level(16, num_latents=128, dim=128, depth=1, num_heads=4),
-    ]
-    grid = positions.LearnedGrid((num_tokens,), dim=32)
-    return HierarchicalPerceiver(input_dim, levels=levels, positions=grid, decoder_levels=decoder_levels)
+    levels = [(16, 128, 128, 2, 4), (4, 256, 256, 2, 8), (1, 256, 512, 18, 16), (1, 64, 1024, 2, 32)]
+    decoder_levels = [(1, 256, 512, 1, 16), (4, 256, 256, 1, 8), (16, 128, 128, 1, 4)]
+    return _hierarchical(input_dim, num_tokens, levels, decoder_levels, position_dim=32)
+
+
+def hip256(input_dim: int = 3, num_tokens: int = 224 * 224) -> HierarchicalPerceiver:
+    """Return HiP-256: levels with 256, 64, 16, 4, 1 and 1 groups, then decoder levels back to 256 groups.
+
+    See `hip16` for the arguments and the reference.
+    """
+    levels = [(256, 32, 64, 1, 1), (64, 64, 96, 1, 2), (16, 128, 128, 2, 4)]
+    levels += [(4, 256, 256, 2, 8), (1, 256, 512, 18, 16), (1, 64, 1024, 2, 32)]
+    decoder_levels = [(1, 256, 256, 1, 16), (4, 256, 128, 1, 8), (16, 128, 64, 1, 4), (64, 64, 32, 1, 2)]
+    decoder_levels += [(256, 32, 16, 1, 1)]
+    return _hierarchical(input_dim, num_tokens, levels, decoder_levels, position_dim=16)
+
+
+def hip_mini(input_dim: int = 3, num_tokens: int = 224 * 224) -> HierarchicalPerceiver:
+    """Return HiP-Mini: levels with 16 and 1 groups, then a decoder level with 16 groups.
+
+    See `hip16` for the arguments and the reference.
+    """
+    levels = [(16, 128, 128, 2, 4), (1, 64, 1024, 1, 32)]
+    return _hierarchical(input_dim, num_tokens, levels, [(16, 128, 128, 1, 4)], position_dim=32)
+
+
+def _hierarchical(
+    input_dim: int,
+    num_tokens: int,
+    levels: list[tuple[int, int, int, int, int]],
+    decoder_levels: list[tuple[int, int, int, int, int]],
+    *,
+    position_dim: int,
+) -> HierarchicalPerceiver:
+    """Build a Hierarchical Perceiver. A level is (num_groups, num_latents, dim, depth, num_heads)."""
+    down, up = (
+        [
+            Level(groups, num_latents=latents, dim=dim, depth=depth, num_heads=heads)
+            for groups, latents, dim, depth, heads in each
+        ]
+        for each in (levels, decoder_levels)
+    )
+    grid = positions.LearnedGrid((num_tokens,), dim=position_dim)
+    return HierarchicalPerceiver(input_dim, levels=down, positions=grid, decoder_levels=up)
 
 
 def _perceiver(
     adapter: adapters.Image | adapters.Audio | adapters.PointCloud, num_classes: int, *, num_reads: int
 ) -> Perceiver:
     encoder = Encoder(adapter.dim, num_latents=512, dim=1024, num_reads=num_reads, depth=6, num_heads=8)
-    return Perceiver(adapter, encoder, heads.Classification(encoder.dim, num_classes, norm=nn.Identity))
+    return Perceiver(adapter, encoder, _head(encoder.dim, num_classes))
+
+
+def _of_vit(num_classes: int, *, dim: int, num_heads: int) -> Perceiver:
+    fourier = positions.Fourier(num_axes=2, num_bands=64, max_resolution=224)
+    adapter, mlp = adapters.Image(num_channels=3, positions=fourier), partial(MLP, widening_factor=4)
+    encoder = Encoder(
+        adapter.dim,
+        num_latents=14 * 14,
+        dim=dim,
+        depth=12,
+        num_heads=num_heads,
+        cross_attention=partial(CrossAttend, mlp=mlp),
+        latent_transformer=partial(LatentTransformer, block=partial(SelfAttend, mlp=mlp)),
+    )
+    return Perceiver(adapter, encoder, _head(encoder.dim, num_classes))
+
+
+def _head(dim: int, num_classes: int) -> nn.Module:
+    """Return the paper's head, which has no norm. Without classes, it is the mean of the latents."""
+    mean = heads.LatentMean(dim, norm=nn.Identity)
+    return mean if num_classes == 0 else heads.Classification(dim, num_classes, norm=nn.Identity)

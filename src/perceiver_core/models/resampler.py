@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -18,7 +19,9 @@ from perceiver_core.blocks import MLP, JointAttend, MultiHeadAttention, SquaredR
 from perceiver_core.blocks.factory import build
 from perceiver_core.kernels.reference import QueryIndices
 from perceiver_core.layers import init
+from perceiver_core.layers.linear import apply_linear
 from perceiver_core.positions import Positions
+from perceiver_core.positions.grid import warn_if_padded
 from perceiver_core.reads import AttentionCapture
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
@@ -117,8 +120,9 @@ class Resampler(nn.Module):
         if mask is not None:
             checks.is_mask("mask", mask, features.shape[:-1])
             features = features.masked_fill(~mask.unsqueeze(-1), 0.0)
-        features = self.projection(features)
-        x = init.as_input(self.latents).unsqueeze(0)  # batch size 1 until the first layer
+        features = apply_linear(self.projection, features)
+        # Batch size 1 until the first layer. A copy, because hooks of FlopCounterMode fail on views of parameters.
+        x = self.latents.unsqueeze(0).clone()
         captured = None if capture is None else range(len(self.layers))[capture.read]
         for number, layer in enumerate(self.layers):
             options = {"capture": capture} if number == captured else {}
@@ -184,6 +188,7 @@ class _Frames(nn.Module):
         checks.has_shape("features", features, "b t n c", last=None if positions is None else positions.dim)
         if mask is not None:
             checks.is_mask("mask", mask, features.shape[:-1])
+            warn_if_padded(positions, mask.any(-1))
             mask = rearrange(mask, f"b t n -> {axes}")
         if positions is not None:
             tables = positions.tables((features.shape[1],), like=features)
@@ -229,7 +234,8 @@ class EachFrame(_Frames):
                 the length of the embedding.
             mask: Mask of valid features, True = attend. With a `Resampler`, a frame may be fully masked.
         """
-        return rearrange(self._resampled(features, mask, "(b t) n"), "(b t) m d -> b t m d", b=features.shape[0])
+        resampled: Tensor = self._resampled(features, mask, "(b t) n")
+        return torch.unflatten(resampled, 0, tuple(features.shape[:2]))
 
 
 @register

@@ -8,7 +8,7 @@ pretrained weights, use the variant that the weights were trained with.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -41,12 +41,25 @@ class SeparableFeatures(nn.Module):
         axes = [self._features(x, axis) for axis, x in enumerate(_widened(points, self.num_axes).unbind(-1))]
         return torch.cat([part for group in zip(*axes, strict=True) for part in group], dim=-1).to(points.dtype)
 
-    def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "... p"], ...]:
+    @property
+    def spanned_axes(self) -> tuple[bool, ...]:
+        """Whether positions depend on the input size, for each axis: always True, because the grid spans [-1, 1]."""
+        return (True,) * self.num_axes
+
+    def tables(
+        self, grid: Sequence[int], like: Tensor, *, reference: Sequence[int] | None = None
+    ) -> tuple[Float[Tensor, "... p"], ...]:
         """Return one position table per grid axis. Their broadcast sum equals `forward` at the grid points.
 
         The tables of small grids are cached, because computing them would dominate the runtime of a small model.
+
+        Args:
+            grid: Grid size.
+            like: Tensor with the dtype and device of the tables.
+            reference: Size of the grid that spans [-1, 1]; `grid` by default.
         """
         check_axes(grid, self.num_axes)
+        reference = tuple(grid if reference is None else reference)
         if (
             type(like) is not Tensor
             or torch.compiler.is_compiling()
@@ -55,25 +68,26 @@ class SeparableFeatures(nn.Module):
             or torch._C._functorch.peek_interpreter_stack() is not None
             or (like.device.type == "cuda" and torch.cuda.is_current_stream_capturing())  # no values before replay
         ):
-            return self._compute_tables(grid, like)
+            return self._compute_tables(grid, like, reference)
         settings = [getattr(self, name) for name in self._hyperparameters]
-        key = (type(self), self.num_bands, *settings, tuple(grid), like.dtype, like.device)
+        key = (type(self), self.num_bands, *settings, tuple(grid), reference, like.dtype, like.device)
         cached = _cache.get(key, ())
         if cached and all(table._version == version and not table.requires_grad for table, version in cached):
             return tuple([table for table, _ in cached])
         with torch.inference_mode(False):  # autograd could not save an inference tensor
-            tables = self._compute_tables(grid, like)
+            tables = self._compute_tables(grid, like, reference)
         if sum(table.numel() for table in tables) <= CACHED_NUMBERS:
             if len(_cache) >= CACHED_GRIDS:
                 _cache.clear()
             _cache[key] = tuple([(table, table._version) for table in tables])
         return tables
 
-    def _compute_tables(self, grid: Sequence[int], like: Tensor) -> tuple[Tensor, ...]:
+    def _compute_tables(self, grid: Sequence[int], like: Tensor, reference: Sequence[int]) -> tuple[Tensor, ...]:
         """Return one table per axis, of shape `1 ... size ... 1 p`, in which the features of other axes are zero."""
         tables = []
-        for axis, size in enumerate(grid):
-            groups = self._features(coordinates(size, like.device, computing_dtype(like)), axis)
+        for axis, (size, full) in enumerate(zip(grid, reference, strict=True)):
+            x = coordinates(size, like.device, computing_dtype(like), reference=full)
+            groups = self._features(x, axis)
             others = self.num_axes - 1 - axis
             own = torch.cat([F.pad(g, (axis * g.shape[-1], others * g.shape[-1])) for g in groups], dim=-1)
             tables.append(own.to(like.dtype).reshape(*[1] * axis, size, *[1] * others, own.shape[-1]))
@@ -206,8 +220,9 @@ class NeRF(SeparableFeatures):
 class Gaussian(nn.Module):
     """Random Fourier features [cos(2 pi B x), sin(2 pi B x)] of a point x, with a random matrix B.
 
-    The entries of B are drawn from N(0, scale^2) at construction and stored in a buffer. Each feature depends on all
-    coordinates, so the features are not separable: a grid needs one table of its full size.
+    The entries of B are drawn from N(0, scale^2) at construction and stored in a buffer, which stays in float32 if the
+    model is converted to half precision. Each feature depends on all coordinates, so the features are not separable: a
+    grid needs one table of its full size.
 
     Args:
         num_axes: Number of coordinates per position.
@@ -229,7 +244,18 @@ class Gaussian(nn.Module):
         super().__init__()
         _check_sizes(num_axes, num_features=num_features)
         self.num_axes, self.dim = num_axes, 2 * num_features
-        self.register_buffer("frequencies", torch.randn(num_axes, num_features) * scale)
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.register_buffer("frequencies", torch.randn(num_axes, num_features, dtype=dtype) * scale)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gaussian:
+        # `.to()` and `.bfloat16()` call this method. Rounded frequencies would give other features, for good.
+        before = self.frequencies
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        after = self.frequencies
+        dtype = torch.promote_types(after.dtype, torch.float32)
+        if after.dtype != dtype:
+            self.frequencies = (after if before.is_meta else before).to(after.device, dtype)
+        return self
 
     def forward(self, points: Float[Tensor, "*b axes"]) -> Float[Tensor, "*b dim"]:
         """Return the features of points with coordinates in [-1, 1]."""
@@ -238,10 +264,20 @@ class Gaussian(nn.Module):
         angles = 2 * math.pi * (wide[..., None] * self.frequencies.to(wide)).sum(-2)
         return torch.cat([angles.cos(), angles.sin()], dim=-1).to(points.dtype)
 
-    def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "*grid p"], ...]:
-        """Return a tuple with a single position table: the features of all grid points."""
+    @property
+    def spanned_axes(self) -> tuple[bool, ...]:
+        """Whether positions depend on the input size, for each axis: always True, because the grid spans [-1, 1]."""
+        return (True,) * self.num_axes
+
+    def tables(
+        self, grid: Sequence[int], like: Tensor, *, reference: Sequence[int] | None = None
+    ) -> tuple[Float[Tensor, "*grid p"], ...]:
+        """Return a tuple with a single position table: the features of all grid points.
+
+        `reference` is the size of the grid that spans [-1, 1], by default `grid`.
+        """
         check_axes(grid, self.num_axes)
-        return (self(grid_points(grid, like)).to(like.dtype),)
+        return (self(grid_points(grid, like, reference=reference)).to(like.dtype),)
 
 
 def _check_sizes(num_axes: int, **sizes: int) -> None:

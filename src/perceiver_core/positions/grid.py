@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from perceiver_core import checks
 
 
 @runtime_checkable
@@ -45,27 +48,78 @@ class PointFeatures(Protocol):
         """Return the features of the points."""
 
 
-def coordinates(size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Float[Tensor, " n"]:
+def coordinates(
+    size: int, device: torch.device | None = None, dtype: torch.dtype | None = None, *, reference: int | None = None
+) -> Float[Tensor, " n"]:
     """Return the coordinates of `size` tokens along an axis, evenly spaced from -1 to 1, endpoints included.
 
+    `reference` is the number of tokens that span [-1, 1], by default `size`. With more tokens than that, coordinates
+    exceed 1.
+
     Example:
-        >>> pc.positions.coordinates(5).tolist()
-        [-1.0, -0.5, 0.0, 0.5, 1.0]
+        >>> pc.positions.coordinates(5).tolist(), pc.positions.coordinates(3, reference=5).tolist()
+        ([-1.0, -0.5, 0.0, 0.5, 1.0], [-1.0, -0.5, 0.0])
     """
     # Not linspace: under torch.compile, it would specialize the graph to one size.
     indices = torch.arange(size, device=device, dtype=dtype or torch.get_default_dtype())
-    return indices.mul_(2).div_(max(size - 1, 1)).sub_(1)
+    return indices.mul_(2).div_(max((size if reference is None else reference) - 1, 1)).sub_(1)
 
 
-def grid_points(grid: Sequence[int], like: Tensor) -> Float[Tensor, "*grid axes"]:
-    """Return the coordinates of all grid points, from -1 to 1. The last axis holds one coordinate per grid axis.
+def grid_points(
+    grid: Sequence[int], like: Tensor, *, reference: Sequence[int] | None = None
+) -> Float[Tensor, "*grid axes"]:
+    """Return the coordinates of all grid points. The last axis holds one coordinate per grid axis.
+
+    `reference` is the size of the grid that spans [-1, 1], by default `grid`.
 
     Example:
         >>> pc.positions.grid_points((2, 3), like=torch.zeros(()))[1].tolist()
         [[1.0, -1.0], [1.0, 0.0], [1.0, 1.0]]
     """
-    axes = [coordinates(size, like.device, computing_dtype(like)) for size in grid]
+    sizes = zip(grid, grid if reference is None else reference, strict=True)
+    axes = [coordinates(size, like.device, computing_dtype(like), reference=full) for size, full in sizes]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
+
+
+def spanned_axes(positions: object) -> tuple[bool, ...]:
+    """Return, for each axis, whether the position of a token depends on the size of its input along this axis.
+
+    The position encodings of this package report this in `spanned_axes`. All others count as independent of the size.
+    """
+    axes: tuple[bool, ...] = getattr(positions, "spanned_axes", ())
+    return axes
+
+
+def warn_if_padded(positions: object, mask: Tensor | None) -> None:
+    """Warn, once in a process, if a mask `b *grid` marks padding at the end of an axis whose size affects positions.
+
+    The mask is examined only on the CPU in eager mode.
+    """
+    if mask is None or "padding" in _warned or not any(axes := spanned_axes(positions)):
+        return
+    if checks.is_true(lambda: torch.tensor(not _is_padded(mask, axes)), mask):
+        return
+    _warned.add("padding")
+    warnings.warn(
+        "positions span the padded input, so the position of a token changes with the padding. Wrap them in "
+        "positions.FixedGrid for positions that depend on the index of a token only",
+        stacklevel=4,
+    )
+
+
+_warned: set[str] = set()
+
+
+def _is_padded(mask: Tensor, axes: Sequence[bool]) -> bool:
+    """Return whether the valid tokens of each sample form a box at index 0, smaller than the grid in a marked axis."""
+    box, padded = torch.ones_like(mask), False
+    for axis, spanned in enumerate(axes, start=1):
+        valid = mask.movedim(axis, 1).reshape(mask.shape[0], mask.shape[axis], -1).any(-1)
+        if bool((~valid[:, :-1] & valid[:, 1:]).any()):
+            return False
+        box = box & valid.reshape([size if i in (0, axis) else 1 for i, size in enumerate(mask.shape)])
+        padded = padded or (spanned and bool((valid[:, 0] & ~valid[:, -1]).any()))
+    return padded and bool((box == mask).all())
 
 
 def check_axes(grid: Sequence[int], num_axes: int) -> None:

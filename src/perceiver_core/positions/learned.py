@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from perceiver_core import checks
 from perceiver_core.layers import init
-from perceiver_core.positions.grid import Positions, check_axes
+from perceiver_core.layers.linear import apply_linear
+from perceiver_core.positions.grid import Positions, check_axes, spanned_axes
 from perceiver_core.registry import register
 
 
@@ -82,6 +83,7 @@ class LearnedGrid(nn.Module):
         check_axes(grid, len(grid))
         checks.positive(dim=dim)
         self.num_axes, self.dim = len(grid), dim
+        self.spanned_axes = (True,) * len(grid)
         self.vectors = init.embedding(*grid, dim)
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "*grid p"], ...]:
@@ -91,7 +93,7 @@ class LearnedGrid(nn.Module):
     def forward(self, grid: Sequence[int], like: Tensor) -> Float[Tensor, "*grid p"]:
         """Return the embedding, interpolated to size `grid`, in the dtype of `like`."""
         check_axes(grid, self.num_axes)
-        if tuple(grid) == tuple(self.vectors.shape[:-1]):
+        if all(checks.always(size == own) for size, own in zip(grid, self.vectors.shape[:-1], strict=True)):
             return self.vectors.to(like.dtype, copy=True)  # never return the parameter itself
         mode = ("linear", "bicubic", "trilinear")[self.num_axes - 1]
         channels_first = torch.movedim(self.vectors, -1, 0)[None]
@@ -119,6 +121,7 @@ class Projected(nn.Module):
             raise TypeError(f"positions must have dim, num_axes and tables, as Fourier has; got {positions!r}")
         checks.positive(dim=dim)
         self.positions, self.dim, self.num_axes = positions, dim, positions.num_axes
+        self.spanned_axes = spanned_axes(positions)
         self.project = init.linear(positions.dim, dim)
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "... p"], ...]:
@@ -127,9 +130,11 @@ class Projected(nn.Module):
 
     def forward(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "... p"], ...]:
         """Return the projected position tables. Only the first includes the bias, so their sum includes it once."""
-        first, *others = (table.to(self.project.weight.dtype) for table in self.positions.tables(grid, like))
-        projected = [self.project(first)]
+        weight = self.project.weight  # a quantized layer has a method instead, and takes float32
+        dtype = weight.dtype if isinstance(weight, Tensor) else torch.float32
+        first, *others = (table.to(dtype) for table in self.positions.tables(grid, like))
+        projected = [apply_linear(self.project, first)]
         if others:
             bias = self.project(torch.zeros_like(first).flatten(0, -2)[:1])
-            projected += [self.project(table) - bias for table in others]
+            projected += [apply_linear(self.project, table) - bias for table in others]
         return tuple(table.to(like.dtype) for table in projected)

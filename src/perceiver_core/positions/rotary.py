@@ -46,11 +46,14 @@ class Rotary(nn.Module):
     """Rotary embedding of heads `b h n d`: rotates adjacent channel pairs by the angle position * base^-exponent.
 
     By default, the last token has position 0, the token before it -1, and so on. If the queries are the last tokens of
-    a longer input, their distances to the keys are therefore correct without explicit positions.
+    a longer input, their distances to the keys are therefore correct without explicit positions. For cross-attention
+    to inputs that are padded at the end, set `from_end=False`.
 
     Args:
         dim: Number of channels to rotate in each head, even; None for all. The other channels are unchanged.
         base: Base of the frequencies base^-exponent. Wavelengths range from 2 pi to about 2 pi * base tokens.
+        from_end: Whether the default positions are counted from the last token: 0, -1, -2, .... If False, they are
+            counted from the first token: 0, 1, 2, .... Then padding at the end of an input does not change them.
         exponents: Function `(pairs, like) -> exponents` that returns the exponent of each channel pair in the dtype and
             on the device of `like`: `half_open_exponents`, `inclusive_exponents` or a custom function.
 
@@ -74,6 +77,7 @@ class Rotary(nn.Module):
         dim: int | None = None,
         *,
         base: float = 10_000.0,
+        from_end: bool = True,
         exponents: Callable[[int, Tensor], Tensor] = half_open_exponents,
     ) -> None:
         super().__init__()
@@ -83,7 +87,7 @@ class Rotary(nn.Module):
                 raise ValueError(f"dim must be even, since channels are rotated in pairs; got {dim}")
         if not base > 0:
             raise ValueError(f"base must be above 0; got {base!r}")
-        self.dim, self.base, self.exponents = dim, base, exponents
+        self.dim, self.base, self.from_end, self.exponents = dim, base, from_end, exponents
 
     def forward(
         self, heads: Float[Tensor, "b h n d"], positions: Shaped[Tensor, "*#b n"] | None = None
@@ -92,7 +96,7 @@ class Rotary(nn.Module):
 
         Args:
             heads: Queries or keys of all heads.
-            positions: Token positions, `n` or `b n` (default: -(n - 1), ..., -1, 0).
+            positions: Token positions, `n` or `b n`; by default consecutive integers, see `from_end`.
         """
         dim = heads.shape[-1] if self.dim is None else self.dim
         if heads.shape[-1] < dim:
@@ -104,7 +108,8 @@ class Rotary(nn.Module):
         wide = torch.promote_types(heads.dtype, torch.float32)
         rotated, passed = heads[..., :dim].to(wide), heads[..., dim:]
         if positions is None:
-            positions = torch.arange(1 - heads.shape[-2], 1, device=heads.device)
+            positions = torch.arange(heads.shape[-2], device=heads.device)
+            positions = positions - (heads.shape[-2] - 1) if self.from_end else positions
         if positions.ndim not in (1, 2) or positions.shape[-1] != heads.shape[-2]:
             raise ValueError(f"positions must be n or b n with n={heads.shape[-2]}; got {tuple(positions.shape)}")
         angles = positions.to(wide)[..., None, :, None] * self.base ** -self.exponents(dim // 2, rotated)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from math import prod
 from typing import cast
 
 import torch
@@ -76,7 +77,7 @@ class Grid(nn.Module):
         if query_indices is None:
             tables = self.positions.tables(grid, like)
             return sum(tables[1:], tables[0]).expand(*grid, -1).flatten(0, -2)[None]
-        check_indices(query_indices, torch.Size(grid).numel())
+        check_indices(query_indices, prod(grid))
         indices = _unravel(query_indices, grid)
         if self.endpoint:
             rows = [_rows(table, indices) for table in self.positions.tables(grid, like)]
@@ -97,6 +98,7 @@ def _unravel(flat: Tensor, grid: Sequence[int]) -> list[Tensor]:
     """Convert indices into the flattened grid to one index tensor per axis, as `torch.unravel_index` does."""
     indices = []
     for size in reversed(grid):
-        indices.append(flat % size)
-        flat = flat // size
+        quotient = flat // size
+        indices.append(flat - quotient * size)  # not flat % size, which ONNX export cannot convert for dynamic sizes
+        flat = quotient
     return indices[::-1]

@@ -10,14 +10,14 @@ from perceiver_core import checks
 
 
 def check_indices(query_indices: Tensor, num_queries: int) -> None:
-    """Check that `query_indices` is an integer tensor `q` or `b q`, not empty, with values in 0 ... num_queries - 1.
+    """Check that `query_indices` is an integer tensor `q` or `b q` with q > 0 and values in 0 ... num_queries - 1.
 
     The values are checked on the CPU in eager mode only.
     """
     if not isinstance(query_indices, Tensor) or query_indices.is_floating_point() or query_indices.dtype == torch.bool:
         got = getattr(query_indices, "dtype", type(query_indices).__name__)
         raise TypeError(f"query_indices must be indices, an integer tensor; got {got}")
-    if query_indices.ndim not in (1, 2) or query_indices.numel() == 0:
+    if query_indices.ndim not in (1, 2) or query_indices.shape[-1] == 0:
         raise ValueError(
             f"query_indices must be q or b q indices, one at least; got shape {tuple(query_indices.shape)}"
         )

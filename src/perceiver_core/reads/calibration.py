@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from torch import nn
 from torch.utils.benchmark import Timer
 
 from perceiver_core.kernels import fastest
 from perceiver_core.kernels.grid import missing_kernel, read_grid
-from perceiver_core.layers.linear import Linear
+from perceiver_core.layers.linear import apply_linear
 from perceiver_core.reads import structured
 from perceiver_core.reads.factored_keys_values import Norm, factor
 from perceiver_core.reads.machine import DEFAULTS, SHORT_ROW, Machine
@@ -59,7 +60,7 @@ def calibrate(seconds: float = 2.0, device: str = "cpu") -> Machine:
         memory = factor(tokens, Norm(eps=1e-5), weights, weights, num_heads=1, attend_slab=structured.attend_slab)
         return memory.attend_with_lse(torch.zeros(1, 1, 1, 8, device=device))
 
-    layer, matrix = Linear(side, side).to(device), torch.randn(side, side, device=device)
+    layer, matrix = nn.Linear(side, side).to(device), torch.randn(side, side, device=device)
     half, large = matrix.bfloat16(), torch.randn(2**23 * batch, device=device)
     product = 2 * side**3 / 1e9
     narrow, wide = (attention(width, torch.float32) for width in (16, 272))
@@ -67,7 +68,7 @@ def calibrate(seconds: float = 2.0, device: str = "cpu") -> Machine:
     per_unit = max(wide - narrow, 1e-9) / 256  # nanoseconds per score and unit of head dimension (4 FLOPs)
     softmax = max(narrow - 16 * per_unit, 0.0) if cpu else 0.0
     machine = Machine(
-        linear=rate(product, lambda: layer(matrix)),
+        linear=rate(product, lambda: apply_linear(layer, matrix)),
         matmul=rate(product, lambda: matrix @ matrix),
         matmul_half=rate(product, lambda: half @ half),
         attention=4 / per_unit,

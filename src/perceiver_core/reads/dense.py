@@ -15,6 +15,7 @@ from perceiver_core import masks
 from perceiver_core.kernels import kernel_attention_map
 from perceiver_core.kernels.reference import QueryIndices
 from perceiver_core.kernels.varlen import WIDEST
+from perceiver_core.layers.linear import apply_linear
 from perceiver_core.masks import Mask
 from perceiver_core.reads.machine import Cost, Machine
 from perceiver_core.reads.strategy import Attention, Kernel, ReadContext, Sizes
@@ -144,10 +145,34 @@ def project(
     attention: Attention, inputs: Tensor, positions: Tensor | None = None, mask: Mask | None = None
 ) -> KeysValues:
     """Compute the keys and values of normalized inputs `b n c`, including key norm and rotary embedding."""
-    keys, values = attention.key(inputs), attention.value(inputs)
-    keys = attention.key_norm(split_heads(keys, attention.num_kv_heads))
+    keys = attention.key_norm(project_heads(attention.key, inputs, attention.num_kv_heads))
     keys = attention.rotary(keys) if positions is None else rotate(attention.rotary, keys, positions)
-    return KeysValues(keys, split_heads(values, attention.num_kv_heads), mask)
+    return KeysValues(keys, project_heads(attention.value, inputs, attention.num_kv_heads), mask)
+
+
+def project_heads(projection: nn.Module, x: Float[Tensor, "b n c"], num_heads: int) -> Float[Tensor, "b h n d"]:
+    """Apply a linear layer and split its output into heads. Under tensor parallelism, return the heads of this device.
+
+    Args:
+        projection: Linear layer. Its `out_features` is the total width of all heads on all devices.
+        x: Input of the linear layer.
+        num_heads: Number of heads on all devices.
+
+    Raises:
+        ValueError: If the output ends within a head.
+    """
+    out = apply_linear(projection, x)
+    width = getattr(projection, "out_features", out.shape[-1])
+    if out.shape[-1] != width:
+        head_dim = width // num_heads
+        if out.shape[-1] % head_dim:
+            raise ValueError(
+                f"num_heads must be divisible by the number of devices that share the heads; got {num_heads} heads, "
+                f"{head_dim} wide each, and {out.shape[-1]} channels on this device. Use another number of devices, "
+                "or do not split this attention"
+            )
+        num_heads = out.shape[-1] // head_dim
+    return split_heads(out, num_heads)
 
 
 def split_heads(x: Float[Tensor, "b n hd"], num_heads: int) -> Float[Tensor, "b h n d"]:

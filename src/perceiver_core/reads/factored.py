@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from perceiver_core import checks, masks
 from perceiver_core.kernels import PartialAttention, fastest, partial_attention
 from perceiver_core.kernels.fastest import uses_chunks
-from perceiver_core.layers.linear import Linear
+from perceiver_core.layers.linear import bypass_reason
 from perceiver_core.masks import Mask
 from perceiver_core.reads import slabs
 from perceiver_core.reads.dense import KeysValues, kernel_cost, rotate
@@ -86,8 +86,8 @@ def attend_slab(q: Tensor, memory: FactoredKeysValues) -> PartialAttention:
 
 
 def _is_large(memory: FactoredKeysValues) -> bool:
-    """Return whether the input has more tokens than fit in one slab. Always False under torch.compile."""
-    if torch.compiler.is_compiling():  # comparing sizes would specialize the graph to them
+    """Return whether the input has more tokens than fit in one slab, and is read in slabs; see `slabs.attend`."""
+    if torch.compiler.is_compiling() or checks.transformed():
         return False
     limit = memory.tokens_per_slab * slabs.factor_for(memory.content.device)
     return memory.content.shape[0] * prod(memory.grid()) > limit
@@ -102,29 +102,16 @@ def why_not_factored(context: ReadContext) -> str:
     if type(norm) not in (nn.LayerNorm, nn.RMSNorm, nn.Identity):
         return f"the norm is a {type(norm).__name__}, not a LayerNorm, RMSNorm or Identity"
     for projection in (key, value):
-        if type(projection) not in (nn.Linear, Linear):
+        if type(projection) is not nn.Linear:
             return f"the projection to keys or values is a {label(type(projection))}, not a plain nn.Linear"
     for part in (norm, key, value):
-        if reason := _why_called(part):
-            return reason
+        if reason := bypass_reason(part):
+            return f"the norm or a projection to keys or values {reason}"
     for part in (norm, key, value):
         for parameter in (getattr(part, "weight", None), getattr(part, "bias", None)):
             if parameter is not None and type(parameter) not in PLAIN:
                 return f"a weight of the norm or of a projection is a {type(parameter).__name__}, not a plain tensor"
     return ""
-
-
-def _why_called(part: nn.Module) -> str:
-    """Return the reason why a norm or projection must be called, or "" if its weights may be used without a call."""
-    state = part.__dict__
-    if (
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-    ):
-        return "the norm or a projection to keys or values has a hook, which expects it to be called"
-    return "the forward of the norm or of a projection to keys or values was replaced" if "forward" in state else ""
 
 
 def needs_kernel(context: ReadContext) -> str:

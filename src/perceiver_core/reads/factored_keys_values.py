@@ -63,7 +63,7 @@ class FactoredKeysValues(NamedTuple):
         content: Content of the tokens, `b *grid c`.
         tables: One position table `size p` per grid axis; empty for tokens without position features.
         mask: Boolean mask of the tokens, `b *grid`, True = attend; None to attend to all.
-        norm: Norm before the projections; None for no norm.
+        norm: Norm before the projections, without its weight and bias; None for no norm.
         keys: Key projection, with the norm's weight and bias folded in.
         values: Value projection, with the norm's weight and bias folded in.
         attend_slab: Function that computes attention to a slab (a range of indices along one grid axis):
@@ -216,6 +216,7 @@ def factor(
     channels = key[0].shape[-1] - (tables[0].shape[-1] if tables else 0)
     with checks.full_precision(content.device):
         keys, values = (_split(channels, norm, weight.to(wide), bias, num_heads) for weight, bias in (key, value))
+    norm = None if norm is None else norm._replace(weight=None, bias=None)  # folded into the projections
     return FactoredKeysValues(content, tables, mask, norm, keys, values, attend_slab, tokens_per_slab)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from perceiver_core import checks
 from perceiver_core.kernels import PartialAttention, merge
 
 if TYPE_CHECKING:
@@ -50,13 +51,17 @@ def factor_for(device: torch.device) -> int:
 
 
 def _slabs(q: Tensor, memory: FactoredKeysValues) -> list[Slab]:
-    """Split the longest grid axis into slabs. Return a single slab for small inputs and under torch.compile."""
+    """Split the longest grid axis into slabs.
+
+    Return a single slab for small inputs, under torch.compile, which would specialize the graph to sizes that are
+    compared, and under torch.func, which does not support recomputation in the backward pass.
+    """
     grid = memory.grid()
-    if torch.compiler.is_compiling():  # comparing sizes would specialize the graph to them
+    if torch.compiler.is_compiling() or checks.transformed():
         return [Slab(0, 0, grid[0])]
     axis = max(range(len(grid)), key=grid.__getitem__)
     size, factor = grid[axis], factor_for(memory.content.device)
-    by_tokens = memory.tokens_per_slab * factor * size // (memory.content.shape[0] * prod(grid))
+    by_tokens = memory.tokens_per_slab * factor * size // max(1, memory.content.shape[0] * prod(grid))
     by_entries = ENTRIES * factor // max(1, prod(q.shape[1:3]))
     step = max(1, min(by_tokens, by_entries))
     return [Slab(axis, start, min(step, size - start)) for start in range(0, size, step)]

@@ -95,6 +95,7 @@ class Source:
         mask: Attention mask in addition to the tokens' own mask.
         positions: Positions of the tokens for rotary embeddings (default: consecutive integers that end at 0).
         num_queries: Total number of queries of all reads that share the keys and values, used to predict costs.
+        norm_output: Output of `norm`, if the block has already called it.
 
     Example:
         >>> source = pc.reads.Source(torch.randn(2, 50, 10), torch.nn.LayerNorm(10), pc.reads.Dense())
@@ -108,10 +109,11 @@ class Source:
     mask: Mask | None = None
     positions: Tensor | None = None
     num_queries: int = 512
+    norm_output: Tensor | None = None
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Source:
         """Return the source with its tokens, mask and positions on another device. The norm is not moved."""
-        names = ("tokens", "mask", "positions")
+        names = ("tokens", "mask", "positions", "norm_output")
         return replace(self, **{n: masks.moved(getattr(self, n), device, non_blocking=non_blocking) for n in names})
 
     def content(self) -> Tensor:
@@ -120,6 +122,8 @@ class Source:
 
     def normalized(self) -> Float[Tensor, "b n c"]:
         """Concatenate the content and the position features of the tokens, and apply the norm."""
+        if self.norm_output is not None:
+            return self.norm_output
         tokens = self.tokens
         normalized: Tensor = self.norm(tokens.materialize() if isinstance(tokens, Tokens) else tokens)
         return normalized
@@ -147,10 +151,14 @@ class Source:
 
 
 def _source(parts: Any, rest: Any) -> Source:
-    return Source(parts[0], rest[0], rest[1], parts[1], parts[2], rest[2])
+    return Source(parts[0], rest[0], rest[1], parts[1], parts[2], rest[2], parts[3])
 
 
-register_pytree_node(Source, lambda s: ([s.tokens, s.mask, s.positions], (s.norm, s.strategy, s.num_queries)), _source)
+register_pytree_node(
+    Source,
+    lambda s: ([s.tokens, s.mask, s.positions, s.norm_output], (s.norm, s.strategy, s.num_queries)),
+    _source,
+)
 
 
 class ReadContext(NamedTuple):

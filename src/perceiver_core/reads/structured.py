@@ -37,6 +37,8 @@ class Structured:
 
     def why_not(self, context: ReadContext) -> str:
         """Return the reason why this strategy does not support a read, or an empty string if it does."""
+        if checks.needs_more_derivatives():
+            return "structured reads support neither forward-mode AD nor second derivatives"
         return why_not_factored(context) or needs_kernel(context)
 
     def cost(self, sizes: Sizes, machine: Machine) -> Cost:

@@ -9,6 +9,7 @@ from typing import TypeVar, cast
 
 from torch import nn
 
+from perceiver_core.registry.keywords import refuse_unknown
 from perceiver_core.registry.names import TAGS, _external, _named, _names, _replaced, label
 from perceiver_core.registry.snapshot import RECORD, Attribute, Node, Record, each_partial_once, leaves, plain, snapshot
 
@@ -102,9 +103,15 @@ def _argument_names(part: type) -> list[str]:
 
 def _record_arguments(part: type, names: list[str]) -> None:
     construct = cast(Callable[..., None], part.__init__)  # type: ignore[misc]
+    accepted = set(names)
+    # Not of the function inside, because a decorator of a constructor may accept keywords of its own.
+    outer = inspect.signature(construct, follow_wrapped=False).parameters.values()
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in outer)
 
     @functools.wraps(construct)
     def recording(self: object, *args: object, **kwargs: object) -> None:
+        if not takes_any and not kwargs.keys() <= accepted:
+            refuse_unknown(f"{part.__qualname__}()", kwargs, names)
         args = tuple(plain(value) for value in args)
         kwargs = {name: plain(value) for name, value in kwargs.items()}
         if type(self) is not part:  # a subclass calls its parent's constructor

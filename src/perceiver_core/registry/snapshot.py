@@ -218,9 +218,10 @@ def plain(value: Any, *, mappings: bool = False) -> Any:
 
     Values in lists, tuples and dictionaries are converted recursively. NumPy scalars and arrays with at most one axis
     are converted if they are boolean, integer, floating-point or text. Sequences of other types, such as OmegaConf's
-    lists, are converted to lists if they contain only numbers, strings, None and containers of these. If `mappings` is
-    True, mappings of other types are converted to dictionaries in the same way. (Constructors receive mappings
-    unconverted, because they may access keys as attributes.) All other values are returned unchanged.
+    lists, are converted to lists if they contain only numbers, strings, None, parts, and containers of these. If
+    `mappings` is True, mappings of other types are converted to dictionaries in the same way. (Constructors receive
+    mappings unconverted, because they may access keys as attributes.) OmegaConf's form of a registered dataclass is
+    converted to the dataclass. All other values are returned unchanged.
     """
     if isinstance(value, np.generic | np.ndarray):
         return _of_numpy(value)
@@ -232,6 +233,8 @@ def plain(value: Any, *, mappings: bool = False) -> Any:
         return value if all(map(is_, found.values(), value.values())) else found
     if isinstance(value, (str, bytes, bytearray, memoryview, list, tuple, dict)):
         return value
+    if isinstance(value, Mapping) and (part := _dataclass_of(value)) in _names:
+        return part(**plain(dict(value), mappings=mappings))
     if isinstance(value, Sequence) or (mappings and isinstance(value, Mapping)):
         return _of_container(value, mappings)
     return value
@@ -248,18 +251,28 @@ def _of_numpy(value: np.generic | NDArray[np.generic]) -> object:
 def _of_container(value: Sequence[object] | Mapping[object, object], mappings: bool) -> object:
     """Convert a sequence to a list, or a mapping to a dictionary.
 
-    It is returned unchanged if it contains anything but numbers, strings, None and containers of these.
+    It is returned unchanged if it contains anything but numbers, strings, None, parts, and containers of these.
     """
     found: dict[object, object] = {}
     try:
         pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
         for key, item in islice(pairs, _LONGEST + 1):  # one by one, because a sequence may compute its items slowly
             found[key] = plain(item, mappings=mappings)
-            if len(found) > _LONGEST or not all(isinstance(leaf, _SCALARS) for leaf in leaves(found[key])):
+            if len(found) > _LONGEST or not all(map(_is_scalar_or_part, leaves(found[key]))):
                 return value
     except Exception:  # an item that cannot be read, such as a missing value of a configuration
         return value
     return found if isinstance(value, Mapping) else list(found.values())
+
+
+def _dataclass_of(value: Mapping[object, object]) -> Any:
+    """Return the dataclass that OmegaConf converted to a mapping, as it does in lists, or None for other mappings."""
+    kind = getattr(vars(value).get("_metadata"), "object_type", None) if hasattr(value, "__dict__") else None
+    return kind if inspect.isclass(kind) else None
+
+
+def _is_scalar_or_part(value: object) -> bool:
+    return isinstance(value, (*_SCALARS, nn.Module, functools.partial)) or type(value) in _names
 
 
 def leaves(value: object) -> Iterator[object]:

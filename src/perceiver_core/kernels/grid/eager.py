@@ -89,7 +89,12 @@ def _apply_mask(content: Tensor, scale: Tensor, mask: Tensor | None) -> tuple[Te
 
 
 def _slabs(num_queries: int, grid: torch.Size) -> list[slice]:
-    """Return slices of the first grid axis, each of size 1 or with at most `MAX_SCORES` scores per sample and head."""
+    """Return slices of the first grid axis, each of size 1 or with at most `MAX_SCORES` scores per sample and head.
+
+    Return a single slice under torch.export, because the number of slices would not adapt to dynamic sizes.
+    """
+    if checks.is_exporting():
+        return [slice(0, grid[0])]
     step = max(1, MAX_SCORES // max(1, num_queries * prod(grid[1:])))
     return [slice(start, min(start + step, grid[0])) for start in range(0, grid[0], step)]
 

@@ -15,8 +15,9 @@ i_axis(m) is the position of token m along the axis.
 
 Three backends compute the same result: compiled C++ code on CPUs (`cpp`), Triton kernels on CUDA (`triton`), and plain
 PyTorch elsewhere (`eager`). The C++ code takes about as long as one exponential per query and token. A custom operator
-calls the backends, so that torch.compile and torch.export see a single node. The backward pass recomputes the softmax
-weights, so that no tensor of size queries x tokens is saved.
+calls the backends, so that torch.compile and torch.export see a single node. ONNX has no such operator, so an ONNX
+graph contains the operators of `eager`. The backward pass recomputes the softmax weights, so that no tensor of size
+queries x tokens is saved.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from perceiver_core import checks
 from perceiver_core.kernels.grid import cpp, cpp_library, eager, triton
 from perceiver_core.kernels.grid.interface import Backend, GridGradients, GridInputs, Upstream
 
@@ -87,11 +88,11 @@ def read_grid(
         >>> read.content.shape, read.marginals.shape, read.lse.shape
         (torch.Size([4, 2, 7, 3]), torch.Size([4, 2, 7, 16]), torch.Size([4, 2, 7]))
     """
+    if checks.is_exporting() and torch.onnx.is_in_onnx_export():
+        return GridRead(*_forward(GridInputs(content_queries, axis_queries, content, scale, mask), eager)[:3])
     # torch.func and forward-mode AD need an autograd.Function. torch.compile and torch.export need one operator node.
     read: Any = _read_grid
-    if not torch.compiler.is_compiling() and (
-        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-    ):
+    if checks.transformed():
         read = _ReadGrid.apply
     return GridRead(*read(content_queries, axis_queries, content, scale, mask)[:3])
 
@@ -99,8 +100,11 @@ def read_grid(
 def missing_kernel(device: torch.device, channels: int) -> str:
     """Return the reason why no compiled kernel supports a device and number of content channels, or "" if one does.
 
-    On the CPU, the first call compiles or loads the kernel.
+    On the CPU, the first call compiles or loads the kernel. No kernel is available to torch.export, because an exported
+    program may run where this library is not installed.
     """
+    if checks.is_exporting():
+        return "an exported program needs PyTorch's own operators"
     if device.type == "cuda" and channels > triton.MAX_CHANNELS:
         return f"content of {channels} channels does not fit on chip; {triton.MAX_CHANNELS} do"
     return _why_unavailable(device)
@@ -124,7 +128,11 @@ def _why_unavailable(device: torch.device) -> str:
 def _read_grid(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run the forward pass. Return the fields of `GridRead`, followed by `GridOutputs.base` and `GridOutputs.total`."""
     inputs = _validated(*arguments)
-    read, marginals, base, total = _backend(inputs).forward(inputs)
+    return _forward(inputs, _backend(inputs))
+
+
+def _forward(inputs: GridInputs, backend: Backend) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    read, marginals, base, total = backend.forward(inputs)
     return read, marginals, (base + total.log2()) * LN2, base, total
 
 

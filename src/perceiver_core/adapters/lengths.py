@@ -1,0 +1,179 @@
+"""Inputs of unequal size: padding to a batch, and token masks from the sizes of the inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar, cast
+
+import torch
+from jaxtyping import Bool, Shaped
+from torch import Tensor
+
+from perceiver_core import checks
+
+Size = TypeVar("Size", int, Tensor)
+Lengths: TypeAlias = Tensor | Sequence[int] | Sequence[Sequence[int]]
+"""Sizes of the inputs before padding: integers `b`, one length per sample, or `b axes`."""
+
+
+class VariableSize:
+    """Base class of adapters for inputs whose size may differ between the samples of a batch.
+
+    Args:
+        length_axes: Axes of the input along which its size may differ, as negative indices in ascending order.
+        stride: Number of input elements per token along each of these axes; 1 by default.
+        time_axis: Index in `length_axes` of the axis that one length per sample refers to; None if each sample needs
+            one length per axis.
+    """
+
+    length_axes: tuple[int, ...] = (-1,)
+    stride: tuple[int, ...] = ()
+    time_axis: int | None = 0
+
+    def axes_of(self, ndim: int) -> tuple[int, ...]:
+        """Return `length_axes` for batches with `ndim` axes. Adapters for arrays of any rank override this method."""
+        return self.length_axes
+
+    def num_tokens(self, length: Size, axis: int) -> Size:
+        """Return the number of tokens along an axis (index in `length_axes`) for an input of this length.
+
+        An incomplete patch at the end is one token.
+        """
+        return -(-length // self.stride[axis]) if self.stride else length
+
+    def token_mask(self, lengths: Lengths, size: Sequence[int]) -> Bool[Tensor, "b ..."]:
+        """Return the mask of valid tokens for a batch of padded inputs.
+
+        Args:
+            lengths: Size of each input before padding: one length per sample, or one per sample and axis.
+            size: Size of the padded inputs along the same axes.
+
+        Raises:
+            TypeError: If the lengths are not integers.
+            ValueError: If the lengths have the wrong shape, or one is below 1 or above `size`.
+
+        Example:
+            >>> pc.adapters.Audio(patch_size=16, positions=None).token_mask([20, 33], size=[48]).int().tolist()
+            [[1, 1, 0], [1, 1, 1]]
+        """
+        valid = self._checked(lengths, size, None)
+        axes = range(len(size))
+        tokens = [self.num_tokens(length, axis) for length, axis in zip(valid.unbind(1), axes, strict=True)]
+        return _box(torch.stack(tokens, dim=1), [self.num_tokens(length, axis) for axis, length in enumerate(size)])
+
+    def _checked(self, lengths: Lengths, size: Sequence[int], batch: int | None) -> Tensor:
+        """Check lengths, and return them as a tensor `b axes`."""
+        lengths = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths)
+        if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+            raise TypeError(f"lengths must be whole numbers; got {lengths.dtype}. Convert them: lengths.long()")
+        lengths, axes = lengths.long(), len(size)
+        one_per_sample = lengths.ndim == 1 and self.time_axis is not None
+        one_per_axis = lengths.ndim == 2 and lengths.shape[1] == axes
+        if not (one_per_sample or one_per_axis) or batch not in (None, lengths.shape[0]):
+            either = "b or " if self.time_axis is not None else ""
+            raise ValueError(
+                f"lengths must be {either}b {axes}, one row a sample{'' if batch is None else f' of {batch}'}; "
+                f"got shape {tuple(lengths.shape)}"
+            )
+        full = torch.tensor(list(size), device=lengths.device)
+        if one_per_sample:
+            sizes = full.expand(lengths.shape[0], axes).clone()
+            sizes[:, self.time_axis] = lengths
+            lengths = sizes
+        if not checks.is_true(lambda: ((lengths >= 1) & (lengths <= full)).all(), lengths):
+            raise ValueError(f"lengths must lie in 1 ... {list(size)}, the size of the batch; got {lengths.tolist()}")
+        return lengths
+
+    def _with_lengths(self, x: Tensor, mask: Tensor | None, lengths: Lengths | None) -> tuple[Tensor, Tensor | None]:
+        """Return `x` with zeros beyond the lengths, and the intersection of `mask` and the mask of valid tokens.
+
+        Without lengths, return `x` and `mask`.
+        """
+        if lengths is None:
+            return x, mask
+        axes = self.axes_of(x.ndim)
+        size = [x.shape[axis] for axis in axes]
+        lengths = self._checked(lengths, size, x.shape[0]).to(x.device)
+        shape = [x.shape[0]] + [x.shape[axis] if axis - x.ndim in axes else 1 for axis in range(1, x.ndim)]
+        x = x.masked_fill(~_box(lengths, size).reshape(shape), 0)
+        valid = self.token_mask(lengths, size)
+        if mask is not None:
+            checks.is_mask("mask", mask, valid.shape)
+            valid = valid & mask
+        return x, valid
+
+
+def _box(lengths: Tensor, size: Sequence[int]) -> Tensor:
+    """Return the mask `b *size` of the elements whose index along every axis is below the sample's length."""
+    box = lengths.new_ones(lengths.shape[0], *[1] * len(size), dtype=torch.bool)
+    for axis, (count, own) in enumerate(zip(size, lengths.unbind(1), strict=True)):
+        valid = torch.arange(count, device=lengths.device) < own[:, None]
+        box = box & valid.reshape(lengths.shape[0], *[1] * axis, count, *[1] * (len(size) - axis - 1))
+    return box
+
+
+def options(**arguments: object) -> dict[str, object]:
+    """Return the keyword arguments that are not None, for adapters that do not have all of them."""
+    return {name: argument for name, argument in arguments.items() if argument is not None}
+
+
+def pad(inputs: Sequence[Any], adapter: object = None) -> tuple[Any, Any]:
+    """Zero-pad inputs of unequal size to a batch. Return the batch and the mask of valid tokens.
+
+    Pass both to the adapter or to the model: `model(batch, mask=mask)`.
+
+    Args:
+        inputs: Inputs of the adapter, without the batch axis. For a multimodal adapter, a sequence of dictionaries.
+        adapter: Adapter that will receive the batch. Its patch size determines the number of tokens. None for one token
+            per element of the only axis along which the inputs differ.
+
+    Returns:
+        The batch `b ...`, and the mask `b *grid`, True = attend. For a multimodal adapter, two dictionaries.
+
+    Raises:
+        TypeError: If an input is not a tensor, or the adapter does not accept inputs of unequal size.
+        ValueError: If there are no inputs, or they differ along an axis that must be the same for all.
+
+    Example:
+        >>> positions = pc.positions.FixedGrid(pc.positions.Fourier(num_axes=1, num_bands=8), grid=(100,))
+        >>> audio = pc.adapters.Audio(patch_size=16, positions=positions)
+        >>> waveforms, mask = pc.adapters.pad([torch.randn(70), torch.randn(33)], audio)
+        >>> waveforms.shape, mask.int().tolist()
+        (torch.Size([2, 70]), [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+        >>> tokens = audio(waveforms, mask=mask)
+    """
+    if isinstance(inputs, Tensor) or not len(inputs):
+        got = "one tensor" if isinstance(inputs, Tensor) else "none"
+        raise ValueError(f"inputs must be a list of at least one input without batch axis; got {got}")
+    adapter = getattr(adapter, "adapter", adapter)  # the adapter inside DropTokens
+    if isinstance(inputs[0], Mapping):
+        parts = cast(Any, adapter).adapters
+        each = {name: pad([x[name] for x in inputs], parts[name]) for name in inputs[0]}
+        return {name: batch for name, (batch, _) in each.items()}, {name: mask for name, (_, mask) in each.items()}
+    for x in inputs:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"inputs must be tensors; got {type(x).__name__}. Convert them: torch.as_tensor(...)")
+    if adapter is not None and not isinstance(adapter, VariableSize):
+        raise TypeError(f"adapter must accept inputs of unequal size, as adapters.Audio does; got {adapter!r}")
+    return _pad(inputs, adapter)
+
+
+def _pad(inputs: Sequence[Shaped[Tensor, ...]], adapter: VariableSize | None) -> tuple[Tensor, Tensor]:
+    shapes = [tuple(x.shape) for x in inputs]
+    if len({len(shape) for shape in shapes}) > 1 or not shapes[0]:
+        raise ValueError(f"inputs must all have the same number of axes, at least one; got shapes {shapes[:10]}")
+    full = [max(sizes) for sizes in zip(*shapes, strict=True)]
+    unequal = [axis - len(full) for axis, sizes in enumerate(zip(*shapes, strict=True)) if len(set(sizes)) > 1]
+    if adapter is None:
+        if len(unequal) > 1:
+            raise ValueError(f"inputs must differ along one axis, or pad needs the adapter; got shapes {shapes[:10]}")
+        adapter, axes = VariableSize(), tuple(unequal) or (-len(full),)
+    else:
+        axes = adapter.axes_of(len(full) + 1)
+    if set(unequal) - set(axes):
+        raise ValueError(f"inputs must have equal sizes along all axes but {axes}; got shapes {shapes[:10]}")
+    batch = inputs[0].new_zeros(len(inputs), *full)
+    for row, x in zip(batch, inputs, strict=True):
+        row[tuple([slice(size) for size in x.shape])] = x
+    lengths = torch.tensor([[shape[axis] for axis in axes] for shape in shapes], device=batch.device)
+    return batch, adapter.token_mask(lengths, [full[axis] for axis in axes])

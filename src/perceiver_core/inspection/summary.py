@@ -1,0 +1,202 @@
+"""Summary of a model: its parts, with output shapes, parameters and floating-point operations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from perceiver_core.blocks import CrossAttend, JointAttend, SelfAttend
+from perceiver_core.inspection.explain import frozen_state
+from perceiver_core.tokens import Tokens
+
+Shape: TypeAlias = "tuple[int, ...] | list[Shape] | dict[str, Shape] | None"
+"""Shape of a tensor or of `Tokens` (with position channels), or a list or dictionary of shapes; None for others."""
+
+_BLOCKS = (CrossAttend, SelfAttend, JointAttend)
+
+
+@dataclass
+class PartSummary:
+    """Summary of one part of a model.
+
+    Args:
+        name: Qualified name; empty for the model itself.
+        type: Name of the class.
+        num_calls: Number of calls in one forward pass; more than 1 for shared parts.
+        output: Shape of the output of the last call.
+        num_parameters: Number of parameters. Shared parameters count once, for the part that comes first.
+        num_trainable: Number of trainable parameters.
+        flops: Floating-point operations of all calls: two for each multiply-add of matrix products, convolutions and
+            attention.
+
+    Example:
+        >>> pc.summary(nn.Linear(3, 5), torch.randn(2, 3))[0]
+        PartSummary(name='', type='Linear', num_calls=1, output=(2, 5), num_parameters=20, num_trainable=20, flops=60)
+    """
+
+    name: str
+    type: str
+    num_calls: int = 0
+    output: Shape = None
+    num_parameters: int = 0
+    num_trainable: int = 0
+    flops: int = 0
+
+
+class ModelSummary(tuple[PartSummary, ...]):
+    """Tuple with one `PartSummary` per part, the model itself first. It prints as a table.
+
+    Example:
+        >>> resampler = pc.Resampler(10, num_latents=7, dim=32, depth=2, num_heads=4)
+        >>> [(part.name, part.output) for part in pc.summary(resampler, torch.randn(2, 50, 10))][:3]
+        [('', (2, 7, 32)), ('projection', (2, 50, 32)), ('layers.0', (2, 7, 32))]
+    """
+
+    def __str__(self) -> str:
+        """Return a table with one row per part."""
+        rows = [("part", "class", "calls", "output", "parameters", "trainable", "FLOP"), *map(_row, self)]
+        columns = []
+        for number, column in enumerate(zip(*rows, strict=True)):
+            align = str.ljust if number in (0, 1, 3) else str.rjust  # names and shapes, then counts
+            columns.append([align(text, max(map(len, column))) for text in column])
+        return "\n".join(map("  ".join, zip(*columns, strict=True)))
+
+    __repr__ = __str__
+
+
+def summary(model: nn.Module, *inputs: object, depth: int = 2, **options: object) -> ModelSummary:
+    """Run a model once, and report its parts with output shapes, parameters and floating-point operations.
+
+    The model runs in evaluation mode without gradients, and is left as it was: mode, buffers, random generators. FLOPs
+    are counted by PyTorch's `FlopCounterMode`. Operators that are not registered with it count as 0.
+
+    Args:
+        model: Any module. A compiled model is run without torch.compile.
+        inputs: Positional arguments of the model's `forward`.
+        depth: Number of levels of parts to report. The blocks (cross-attention and self-attention) are not divided.
+        options: Keyword arguments of the model's `forward`.
+
+    Returns:
+        One `PartSummary` per part, the model itself first, in a tuple that prints as a table.
+
+    Example:
+        >>> audio = pc.adapters.Audio(patch_size=16, positions=pc.positions.LearnedGrid((9,), dim=8))
+        >>> encoder = pc.Encoder(audio.dim, num_latents=8, dim=32, depth=1, num_heads=4)
+        >>> model = pc.Perceiver(audio, encoder, pc.heads.Regression(encoder.dim))
+        >>> pc.summary(model, torch.randn(2, 999), depth=1)
+        part     class       calls  output       parameters  trainable   FLOP
+        (model)  Perceiver       1  2 x 1            11,969     11,969  589 k
+        adapter  Audio           1  2 x 63 x 24          72         72      0
+        encoder  Encoder         1  2 x 8 x 32       11,800     11,800  589 k
+        head     Regression      1  2 x 1                97         97    128
+    """
+    model = getattr(model, "_orig_mod", model)  # unwraps a module from torch.compile
+    parts = dict(_parts(model, "", depth))
+    rows = {name: PartSummary(name, type(part).__name__) for name, part in parts.items()}
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = cast(Any, _Untracked())
+    devices = {x.device.index for x in model.parameters() if x.device.type == "cuda"}
+    with _evaluation(model), frozen_state(model), torch.random.fork_rng(devices), torch.no_grad(), ExitStack() as stack:
+        for name, part in parts.items():
+            stack.enter_context(_observe(part, rows[name], counter))
+        with counter:
+            model(*inputs, **options)
+    for path, parameter in model.named_parameters():
+        for name, row in rows.items():
+            if not name or path.startswith(f"{name}."):
+                row.num_parameters += parameter.numel()
+                row.num_trainable += parameter.numel() if parameter.requires_grad else 0
+    return ModelSummary(row for row in rows.values() if row.num_parameters or row.flops or "." not in row.name)
+
+
+class _Untracked:
+    """Replacement of the module tracker of `FlopCounterMode`, which fails on views of parameters without gradients."""
+
+    parents = frozenset({"Global"})
+    is_bw = False
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def _parts(module: nn.Module, name: str, depth: int) -> Iterator[tuple[str, nn.Module]]:
+    """Yield a module and its parts, down to `depth` levels. Containers are not parts, but their items are."""
+    if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        yield name, module
+        depth -= 1
+    if depth >= 0 and not isinstance(module, _BLOCKS):
+        for child_name, child in module.named_children():
+            yield from _parts(child, f"{name}.{child_name}" if name else child_name, depth)
+
+
+@contextmanager
+def _observe(part: nn.Module, row: PartSummary, counter: FlopCounterMode) -> Iterator[None]:
+    """Context manager that records the calls of a part, their output and their FLOPs in its row."""
+    starts: list[int] = []
+
+    def before(*_: object) -> None:
+        starts.append(counter.get_total_flops())
+
+    def after(part: nn.Module, args: object, output: object) -> None:
+        row.num_calls, row.output = row.num_calls + 1, _shape(output)
+        row.flops += counter.get_total_flops() - starts.pop()
+
+    handles = part.register_forward_pre_hook(before), part.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """Context manager that sets a model to evaluation mode, and then restores the mode of each of its modules."""
+    training = [part for part in model.modules() if part.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _shape(output: object) -> Shape:
+    if isinstance(output, Tokens):
+        return (*output.content.shape[:-1], output.dim)
+    if isinstance(output, Tensor):
+        return tuple(output.shape)
+    if isinstance(output, Mapping):
+        return {str(key): _shape(item) for key, item in output.items()}
+    if isinstance(output, Sequence) and not isinstance(output, str):
+        return [_shape(item) for item in output]
+    return None
+
+
+def _row(part: PartSummary) -> tuple[str, ...]:
+    counts = (f"{part.num_parameters:,}", f"{part.num_trainable:,}", _scaled(part.flops))
+    return (part.name or "(model)", part.type, str(part.num_calls), _text(part.output), *counts)
+
+
+def _scaled(count: float) -> str:
+    """Return a number with three digits and a unit prefix, such as "12.3 G"."""
+    power = 0
+    while float(f"{count:.3g}") >= 1000:
+        count, power = count / 1000, power + 1
+    return f"{count:.3g}{('', ' k', ' M', ' G', ' T', ' P', ' E')[power]}"
+
+
+def _text(shape: Shape) -> str:
+    """Return a shape as text, such as "2 x 5 x 10"."""
+    if isinstance(shape, dict):
+        return ", ".join(f"{key}: {_text(item)}" for key, item in shape.items())
+    if isinstance(shape, list):
+        return ", ".join(map(_text, shape))
+    return "" if shape is None else " x ".join(map(str, shape)) or "scalar"

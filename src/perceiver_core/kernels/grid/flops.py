@@ -1,0 +1,43 @@
+"""FLOPs of structured reads, for `torch.utils.flop_counter.FlopCounterMode` and tools that use it.
+
+As for PyTorch's own operators, only multiplications and additions of products are counted, not the softmax. For each
+pair of a query and a token, the score needs one product with the content and one term per axis, and so do the sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+import perceiver_core.kernels.grid.operator  # noqa: F401 (defines the operators)
+
+Shape = Sequence[int]
+
+
+def _products(content_queries: Shape, content: Shape) -> tuple[int, int]:
+    """Return the FLOPs of all content products of one kind, and of all terms per axis of one kind."""
+    (heads, queries, channels), (batch, _, *grid) = content_queries[1:], content
+    pairs = batch * heads * queries * prod(grid)
+    return 2 * pairs * channels, pairs * len(grid)
+
+
+@register_flop_formula(torch.ops.perceiver_core.read_grid)  # type: ignore[untyped-decorator, unused-ignore]
+def forward_flops(content_queries: Shape, axis_queries: Shape, content: Shape, *_: Any, **__: Any) -> int:
+    """Return the FLOPs of `read_grid`: scores, and sums of contents and weights."""
+    by_content, by_axes = _products(content_queries, content)
+    return 2 * (by_content + by_axes)
+
+
+@register_flop_formula(torch.ops.perceiver_core.read_grid_backward)  # type: ignore[untyped-decorator, unused-ignore]
+def backward_flops(content_queries: Shape, axis_queries: Shape, content: Shape, *others: Any, **_: Any) -> int:
+    """Return the FLOPs of the backward pass: scores again, their gradients, and the gradients of the inputs.
+
+    The content has two gradients, as a factor of the scores and as a term of the sums.
+    """
+    by_content, by_axes = _products(content_queries, content)
+    needs_token_gradients = others[-1]
+    return 3 * (by_content + by_axes) + (2 * by_content if needs_token_gradients else 0)

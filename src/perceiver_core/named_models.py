@@ -1,0 +1,74 @@
+"""Models by name: the papers' models and published sizes, with new weights."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import inspect
+from collections.abc import Callable
+
+from torch import nn
+
+from perceiver_core.interop import presets as io_presets
+from perceiver_core.models import presets
+from perceiver_core.registry.keywords import refuse_unknown
+
+_MODELS: dict[str, Callable[..., nn.Module]] = {
+    "hip16": presets.hip16,
+    "hip256": presets.hip256,
+    "hip_mini": presets.hip_mini,
+    "idefics2_resampler": presets.idefics2_resampler,
+    "perceiver_ar": presets.perceiver_ar,
+    "perceiver_audioset": presets.audioset,
+    "perceiver_base": presets.base,
+    "perceiver_imagenet": presets.imagenet,
+    "perceiver_modelnet40": presets.modelnet40,
+    "perceiver_small": presets.small,
+    **{
+        f"perceiver_io_{make.__name__}": make
+        for make in (
+            *(io_presets.language, io_presets.language_base, io_presets.language_large, io_presets.text),
+            *(io_presets.imagenet, io_presets.imagenet_learned, io_presets.imagenet_conv),
+            *(io_presets.flow, io_presets.multimodal),
+        )
+    },
+}
+
+
+def create(name: str, **options: object) -> nn.Module:
+    """Build a model by name, with new weights. `list_models` lists the names.
+
+    Args:
+        name: Name of the model.
+        options: Arguments of the function that builds the model, such as `num_classes` of a classifier or `vocab_size`
+            of a language model. `num_classes` changes the head. With `num_classes=0`, a classifier returns features
+            `b d`: the input of its last linear layer.
+
+    Raises:
+        TypeError: If the model does not have one of the options, or needs another one.
+        ValueError: If there is no model with this name, or an option is invalid.
+
+    Example:
+        >>> with torch.device("meta"):  # without memory
+        ...     model, features = pc.create("perceiver_imagenet", num_classes=10), pc.create("hip_mini")
+        >>> model.head.logits
+        Linear(in_features=1024, out_features=10, bias=True)
+    """
+    if name not in _MODELS:
+        near = difflib.get_close_matches(str(name), _MODELS, n=3)
+        raise ValueError(
+            f"name must be one of list_models(); got {name!r}"
+            + (f". Did you mean {' or '.join(map(repr, near))}?" if near else "")
+        )
+    refuse_unknown(f"create({name!r})", options, [*inspect.signature(_MODELS[name]).parameters])
+    return _MODELS[name](**options)
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Return the sorted names of the models that match a pattern with the wildcards of fnmatch.
+
+    Example:
+        >>> pc.list_models("*io_imagenet*")
+        ['perceiver_io_imagenet', 'perceiver_io_imagenet_conv', 'perceiver_io_imagenet_learned']
+    """
+    return sorted(fnmatch.filter(_MODELS, pattern))

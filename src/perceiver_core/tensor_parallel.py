@@ -1,0 +1,120 @@
+"""Plan of tensor parallelism: attention heads and hidden channels of MLPs are split over devices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from perceiver_core import checks
+from perceiver_core.blocks import MLP, MultiHeadAttention
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor.parallel import ParallelStyle
+
+
+def tensor_parallel_plan(model: nn.Module, num_devices: int) -> dict[str, ParallelStyle]:
+    """Return a plan for `torch.distributed.tensor.parallel.parallelize_module`.
+
+    In every `MultiHeadAttention`, the query, key and value projections are split by heads, and the output projection by
+    its inputs. In every `MLP`, the first layer is split by hidden channels, and the second by its inputs. All other
+    parts are computed on every device, so each device needs the same input and the same random seed.
+
+    - Attention with a single head, such as the default `CrossAttend`, cannot be split and is computed on every device.
+      If several query heads share a single key-value head, only its queries are split.
+    - An `MLP` whose number of hidden channels `num_devices` does not divide is computed on every device.
+    - Gated activations such as `GEGLU` need all hidden channels, which the devices exchange.
+    - Reads with split projections are computed by the strategy `Dense`.
+    - Captured attention weights are those of the heads of the device.
+
+    Args:
+        model: Model, or part of one.
+        num_devices: Number of devices over which the heads are split: the size of the device mesh.
+
+    Returns:
+        Parallel styles, keyed by module name.
+
+    Raises:
+        ValueError: If `num_devices` does not divide the number of heads or of key-value heads, unless it is 1.
+
+    Example:
+        >>> plan = pc.tensor_parallel_plan(pc.SelfAttend(32, num_heads=4), num_devices=2)
+        >>> sorted(plan)
+        ['attention.key', 'attention.output', 'attention.query', 'attention.value', 'mlp.contract', 'mlp.expand']
+
+    Reference: Shoeybi et al. 2019 (Megatron-LM), section 3.
+    """
+    checks.positive(num_devices=num_devices)
+    plan: dict[str, ParallelStyle] = {}
+    for name, module in model.named_modules():
+        parts: Iterator[tuple[str, ParallelStyle]] = iter(())
+        if isinstance(module, MultiHeadAttention):
+            parts = _attention(name, module, num_devices)
+        elif isinstance(module, MLP):
+            parts = _mlp(module, num_devices)
+        plan.update({f"{name}.{part}" if name else part: style for part, style in parts})
+    return plan
+
+
+def _attention(name: str, module: MultiHeadAttention, num_devices: int) -> Iterator[tuple[str, ParallelStyle]]:
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
+
+    if module.num_heads == 1:
+        return
+    _check_divides(name, num_devices, num_heads=module.num_heads)
+    yield "query", ColwiseParallel()
+    yield "output", RowwiseParallel()
+    if module.num_kv_heads == 1:
+        yield from (("key_norm", _sum_gradients()), ("value", _sum_gradients()))
+    else:
+        _check_divides(name, num_devices, num_kv_heads=module.num_kv_heads)
+        yield from (("key", ColwiseParallel()), ("value", ColwiseParallel()))
+    for part in ("query_norm", "key_norm"):
+        split = part == "query_norm" or module.num_kv_heads > 1
+        if split and any(True for _ in getattr(module, part).parameters()):
+            yield part, SequenceParallel(sequence_dim=1, use_local_output=True)  # the axis of the heads
+
+
+def _mlp(module: MLP, num_devices: int) -> Iterator[tuple[str, ParallelStyle]]:
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+    if module.contract.in_features % num_devices:
+        return
+    if getattr(module.activation, "inputs_per_output", 1) == 1:
+        yield from (("expand", ColwiseParallel()), ("contract", RowwiseParallel()))
+    else:  # a device has values without their gates, so the activation gets all channels
+        yield "expand", ColwiseParallel(output_layouts=Replicate())
+        yield "contract", RowwiseParallel(input_layouts=Replicate())
+
+
+def _check_divides(name: str, num_devices: int, **sizes: int) -> None:
+    for size_name, size in sizes.items():
+        if size % num_devices:
+            raise ValueError(
+                f"num_devices must divide {size_name}={size} of {name or 'the module'}; got {num_devices}. Use another "
+                "number of devices, or plan only the other parts of the model"
+            )
+
+
+def _sum_gradients() -> ParallelStyle:
+    """Return a style for a module that is computed on every device, and whose output only some heads use on each.
+
+    In the backward pass, the gradients of its output are summed over the devices.
+    """
+    from torch import Tensor
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+    from torch.distributed.tensor.parallel import ParallelStyle
+
+    class SumGradients(ParallelStyle):
+        def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+            def summed(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+                whole = DTensor.from_local(output, device_mesh, [Replicate()], run_check=False)
+                return whole.to_local(grad_placements=[Partial()])
+
+            module.register_forward_hook(summed)
+            return module
+
+    return SumGradients()
