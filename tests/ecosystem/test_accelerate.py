@@ -14,11 +14,12 @@ from accelerate import (
     cpu_offload,
     disk_offload,
     dispatch_model,
+    infer_auto_device_map,
     init_empty_weights,
     load_checkpoint_and_dispatch,
 )
 from accelerate.state import AcceleratorState
-from accelerate.utils import send_to_device
+from accelerate.utils import compute_module_sizes, send_to_device
 from safetensors.torch import save_model
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -158,6 +159,19 @@ def test_an_offloaded_model(name: str, offload: Callable[[nn.Module, Path], nn.M
     assert devices == ({"meta"} if offload is not dispatched else devices | {"meta"})
     torch.testing.assert_close(offloaded(inputs), expected, **EXACT)
     torch.testing.assert_close(offloaded(inputs), expected, **EXACT)
+
+
+@pytest.mark.filterwarnings("ignore:The following device_map keys do not match:UserWarning")  # accelerate's own keys
+@torch.no_grad()
+@each_class
+def test_an_inferred_device_map(name: str, tmp_path: Path) -> None:
+    """It splits blocks: of one attention, the keys may be in memory and the values on disk."""
+    model, inputs = make(name, reads.Dense())
+    expected = model(inputs)
+    parts = infer_auto_device_map(model, max_memory={"cpu": compute_module_sizes(model)[""] // 2})
+    assert set(parts.values()) == {"cpu", "disk"}
+    dispatched = dispatch_model(model, parts, main_device="cpu", offload_dir=str(tmp_path))
+    torch.testing.assert_close(dispatched(inputs), expected, **EXACT)
 
 
 @torch.no_grad()
