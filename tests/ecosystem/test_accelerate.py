@@ -22,10 +22,11 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import compute_module_sizes, send_to_device
 from safetensors.torch import save_model
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import perceiver_core as pc
 from perceiver_core import masks, reads
+from tests.ecosystem import processes
 from tests.integration.whole_models import MODELS, make
 
 pytestmark = [
@@ -117,6 +118,36 @@ def test_a_prepared_model_is_saved_unwrapped(precision: str, tmp_path: Path) -> 
     prepared = accelerator.prepare(model)
     again = pc.load(pc.save(accelerator.unwrap_model(prepared, keep_fp32_wrapper=False), tmp_path))
     torch.testing.assert_close(again(inputs), expected, **EXACT)
+
+
+def train_with_another() -> list[dict[str, Tensor]]:
+    """Trains in this process, one of two, with one of the two samples of each batch."""
+    states = []
+    for name in ("image", "multimodal", "text"):
+        model, inputs = make(name)
+        accelerator = Accelerator(cpu=True)
+        assert accelerator.num_processes == 2
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        prepared, optimizer = accelerator.prepare(model.train(), optimizer)
+        rank = accelerator.process_index
+        train(prepared, tree_map(lambda x, i=rank: x[i : i + 1], inputs), optimizer, accelerator.backward)
+        states.append({key: value.detach() for key, value in accelerator.unwrap_model(prepared).state_dict().items()})
+    return states
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one() -> None:
+    for name, state in zip(
+        ("image", "multimodal", "text"), processes.run(train_with_another, group=False)[0], strict=True
+    ):
+        model, inputs = make(name)
+        optimizer = torch.optim.SGD(model.train().parameters(), lr=1e-3)
+        for _ in range(2):
+            optimizer.zero_grad()
+            losses = [loss_of(model(tree_map(lambda x, i=i: x[i : i + 1], inputs))) for i in range(2)]
+            torch.stack(losses).mean().backward()
+            optimizer.step()
+        torch.testing.assert_close(state, dict(model.state_dict()), rtol=1e-4, atol=1e-5)
 
 
 # Offloading
