@@ -130,16 +130,3 @@ def test_tables_made_in_inference_mode_serve_training():
     weight = torch.ones(where.dim, requires_grad=True)
     (where.tables((13,), like)[0] * weight).sum().backward()
     assert weight.grad.isfinite().all()
-
-
-@pytest.mark.compile
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("strategy", [reads.Factored(), reads.Structured()], ids=["factored", "structured"])
-def test_strategies_are_exported(strategy, strict):
-    image = pc.adapters.Image(3, positions=positions.Fourier(num_axes=2, num_bands=3, max_resolution=(5, 7)))
-    model = pc.Perceiver(
-        image, pc.Encoder(image.dim, num_latents=3, dim=14, depth=1, num_heads=2), pc.heads.Identity()
-    ).eval()
-    reads.set_strategy(model, strategy)
-    x = torch.randn(2, 3, 5, 7)
-    torch.testing.assert_close(torch.export.export(model, (x,), strict=strict).module()(x), model(x))

@@ -204,13 +204,11 @@ def needs_more_derivatives() -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_exporting() -> bool:
-    """Return whether torch.export or torch.onnx.export is tracing a graph.
+    """Return whether torch.export, also within torch.onnx.export, is tracing a graph.
 
     The flag is read directly, because `torch.compiler.is_exporting` is missing in PyTorch 2.6 and, in some later
     versions, also True under torch.compile. PyTorch 2.6 sets the flag in non-strict export only.
     """
-    if torch._C._get_tracing_state() is not None:  # the former ONNX exporter, torch.onnx.export(..., dynamo=False)
-        return bool(torch.onnx.is_in_onnx_export())
     return bool(getattr(torch.compiler, "_is_exporting_flag", torch.compiler._is_compiling_flag))
 
 

@@ -15,7 +15,8 @@ from perceiver_core.blocks.factory import build
 from perceiver_core.kernels.reference import QueryIndices
 from perceiver_core.layers import init
 from perceiver_core.masks import Mask
-from perceiver_core.reads import AttentionCapture, Memory, SharedMemory
+from perceiver_core.reads import AttentionCapture, SharedMemory
+from perceiver_core.reads.caches import OpaqueMemory
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
@@ -130,13 +131,13 @@ class Encoder(nn.Module):
         try:
             for step, key in enumerate(keys):
                 read, later = self.reads[key[0]], keys[step + 1 :]
-                tokens: Input | Memory = given[key[1]]
+                tokens: Input | OpaqueMemory = given[key[1]]
                 options: dict[str, object] = {}
                 if capture is not None and step == captured:
                     options["capture"], capture.grid = capture, getattr(tokens, "grid", None)
                 shared = caches.get(key)
                 if shared is not None and shared.memory is not None:
-                    tokens = shared.memory
+                    tokens = OpaqueMemory(shared.memory)
                 else:
                     options["mask"] = mask
                     # Inputs used once are not cached, so a read is free to recompute their keys and values.

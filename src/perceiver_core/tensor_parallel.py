@@ -39,7 +39,8 @@ def tensor_parallel_plan(model: nn.Module, num_devices: int) -> dict[str, Parall
         ValueError: If `num_devices` does not divide the number of heads or of key-value heads, unless it is 1.
 
     Example:
-        >>> plan = pc.tensor_parallel_plan(pc.SelfAttend(32, num_heads=4), num_devices=2)
+        >>> from perceiver_core.tensor_parallel import tensor_parallel_plan
+        >>> plan = tensor_parallel_plan(pc.SelfAttend(32, num_heads=4), num_devices=2)
         >>> sorted(plan)
         ['attention.key', 'attention.output', 'attention.query', 'attention.value', 'mlp.contract', 'mlp.expand']
 

@@ -115,6 +115,11 @@ class Tokens(_Base):
         return tuple(self.content.shape[1:-1])
 
     @property
+    def device(self) -> torch.device:
+        """Device of the content."""
+        return self.content.device
+
+    @property
     def num_tokens(self) -> int:
         """Number of tokens per sample."""
         return prod(self.content.shape[1:-1])

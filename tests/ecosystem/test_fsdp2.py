@@ -80,9 +80,9 @@ def test_strategies(strategy: reads.Strategy) -> None:
 # Policies
 
 
-def mixed(name: str) -> None:
+def mixed(name: str, strategy: reads.Strategy | None = None) -> None:
     """Compares with a copy in bfloat16, whose gradients are averaged in float32."""
-    model, inputs = make(name)
+    model, inputs = make(name, strategy)
     half = copy.deepcopy(model).bfloat16()
     parts = [tree_map(lambda x, rank=rank: x.chunk(2)[rank], inputs) for rank in range(2)]
     halves = [tree_map(lambda x: x.bfloat16() if x.is_floating_point() else x, part) for part in parts]
@@ -110,6 +110,12 @@ def test_mixed_precision(name: str) -> None:
     run(mixed, name)
 
 
+@pytest.mark.parametrize("strategy", [reads.Structured(), reads.Factored()], ids=str)
+def test_mixed_precision_of_strategies(strategy: reads.Strategy) -> None:
+    """Keys and values that reads share are in float32, in factored form."""
+    run(mixed, "image", strategy)
+
+
 def offloaded() -> None:
     for name in ("image", "text"):
         model, inputs = double(name)
@@ -134,11 +140,11 @@ def test_recomputed_activations() -> None:
 # Methods besides forward, and other calls of forward
 
 
-def attention_maps() -> None:
+def attention_maps(policy: MixedPrecisionPolicy) -> None:
     for name in ("image", "multimodal"):
         model, inputs = double(name)
         whole = copy.deepcopy(model)
-        sharded("blocks", model)
+        sharded("blocks", model, mp_policy=policy)
         for read in (0, -1):
             captures = [reads.AttentionCapture(read=read, queries=[0, 3]) for _ in range(2)]
             for each, capture in zip((model, whole), captures, strict=True):
@@ -146,8 +152,10 @@ def attention_maps() -> None:
             torch.testing.assert_close(captures[0].result(), captures[1].result(), **CLOSE)
 
 
-def test_attention_maps_by_forward() -> None:
-    run(attention_maps)
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_attention_maps_by_forward(dtype: torch.dtype | None) -> None:
+    """With a dtype, PyTorch copies the arguments of a module to cast their tensors."""
+    run(attention_maps, MixedPrecisionPolicy(param_dtype=dtype))
 
 
 def encoder_alone() -> None:

@@ -160,6 +160,22 @@ def test_architecture_gives_one_color_to_one_set_of_weights() -> None:
     assert len(set(colors(False))) > 3
 
 
+def test_architecture_of_perceiver_io_has_queries_and_decoder() -> None:
+    encoder = pc.Encoder(6, num_latents=5, dim=11, num_reads=2, depth=1, num_heads=1)
+    queries, decoder = pc.queries.Learned(3, dim=7), pc.Decoder(11, query_dim=7)
+    figure = visualize.architecture(pc.PerceiverIO(torch.nn.Identity(), encoder, queries, decoder))
+    words = [text.get_text() for text in figure.axes[0].texts]
+    assert words.index("queries\nLearned") < words.index("decoder\nDecoder") < words.index("head\nIdentity")
+    right = max(patch.get_bbox().x1 for patch in figure.axes[0].patches if hasattr(patch, "get_boxstyle"))
+    assert right < figure.axes[0].get_xlim()[1]
+
+
+@pytest.mark.refusal
+def test_architecture_of_other_models_is_refused() -> None:
+    with pytest.raises(TypeError, match="model must be a Perceiver or PerceiverIO, with an Encoder; got Linear"):
+        visualize.architecture(torch.nn.Linear(2, 3))
+
+
 def test_plots_without_matplotlib_name_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)

@@ -1,4 +1,4 @@
-"""Models under compile, export, autocast, activation checkpointing, torch.func and second derivatives."""
+"""Models under compile, autocast, activation checkpointing, torch.func and second derivatives."""
 
 from __future__ import annotations
 
@@ -147,50 +147,6 @@ class TestCompile:
         compiled = torch.compile(model, fullgraph=True)
         actual = outputs_and_gradients(model, compiled, args, options)
         torch.testing.assert_close(actual, outputs_and_gradients(model, model, args, options), rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.compile
-@pytest.mark.usefixtures("fresh")
-class TestExport:
-    @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
-    @pytest.mark.parametrize("kind", SIZED)
-    def test_batch_and_sizes_may_vary(self, kind, strict):
-        model = model_of(kind, reads=1).eval()
-        axes = {0: torch.export.Dim.DYNAMIC, (1 if kind in ("audio", "points") else 2): torch.export.Dim.DYNAMIC}
-        args, _ = batch_of(kind)
-        program = torch.export.export(model, args, dynamic_shapes=(axes,), strict=strict)
-        for b, n in ((3, 17), (5, 7)):
-            more, _ = batch_of(kind, b, n)
-            torch.testing.assert_close(program.module()(*more), model(*more), **CLOSE)
-
-    @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
-    @pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
-    def test_every_strategy(self, strategy, strict):
-        model = model_of("pixels", reads=2, strategy=strategy).eval()
-        args, _ = batch_of("pixels")
-        axes = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
-        program = torch.export.export(model, args, dynamic_shapes=(axes,), strict=strict)
-        graphs = [part.graph for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
-        own = [node for graph in graphs for node in graph.nodes if "perceiver_core" in str(node.target)]
-        assert len(own) == (2 if strategy == reads.Structured() else 0)  # one node per read
-        more = torch.rand(5, 3, 11, 17)
-        torch.testing.assert_close(program.module()(more), model(more), **CLOSE)
-
-    @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
-    def test_with_a_mask(self, strict):
-        model = model_of(reads=2).eval()
-        args, named = batch_of(masked=True)
-        axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-        program = torch.export.export(model, args, named, dynamic_shapes={"inputs": axes, "mask": axes}, strict=strict)
-        more, masked = batch_of(b=3, n=17, masked=True)
-        torch.testing.assert_close(program.module()(*more, **masked), model(*more, **masked), **CLOSE)
-
-    def test_a_program_can_be_saved(self, tmp_path):
-        model = model_of("pixels", reads=2).eval()
-        args, _ = batch_of("pixels")
-        torch.export.save(torch.export.export(model, args), tmp_path / "model.pt2")
-        again = torch.export.load(tmp_path / "model.pt2").module()
-        torch.testing.assert_close(again(*args), model(*args), **CLOSE)
 
 
 class TestAutocast:

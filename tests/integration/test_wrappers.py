@@ -1,4 +1,7 @@
-"""Models under wrappers that attach to the calls of modules: sharding, offloading, replicas, hooks."""
+"""Models under wrappers that attach to the calls of modules: sharding, offloading, hooks.
+
+Replicas are tested in tests/ecosystem/test_data_parallel.py, and real sharding in the files beside it.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 import perceiver_core as pc
 from perceiver_core import Tokens, reads
@@ -197,42 +200,6 @@ def test_offloaded_weights_on_the_meta_device(name: str) -> None:
     assert {weight.device.type for weight in model.parameters()} <= {"meta"}
     # Norms and projections whose forward was replaced are called, so reads are dense.
     torch.testing.assert_close(model(inputs), expected, rtol=1e-4, atol=1e-5)
-
-
-# Replicas
-
-
-def replicated(model: nn.Module) -> nn.Module:
-    """Returns a replica as nn.DataParallel makes it: its weights are plain tensors and no parameters."""
-    copies = {id(module): module._replicate_for_data_parallel() for module in model.modules()}
-    weights = {id(parameter): parameter * 1.0 for parameter in model.parameters()}
-    for module in model.modules():
-        replica = copies[id(module)]
-        for name, child in module._modules.items():
-            setattr(replica, name, None if child is None else copies[id(child)])
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                replica._parameters[name] = None
-            else:
-                setattr(replica, name, weights[id(parameter)])
-    return copies[id(model)]
-
-
-@each_strategy
-def test_replicas(name: str, strategy: reads.Strategy) -> None:
-    """A replica gives the output of its model, and gradients of the model's weights."""
-    model, inputs = make(name, strategy)
-    replica = replicated(model)
-    assert not list(replica.parameters())
-    actual, expected = replica(inputs), model(inputs)
-    torch.testing.assert_close(actual, expected, **EXACT)
-    gradients = [
-        torch.autograd.grad(
-            sum(out.square().sum() for out in tree_leaves(outputs)), list(model.parameters()), allow_unused=True
-        )
-        for outputs in (actual, expected)
-    ]
-    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
 
 
 # Parameters stay inside

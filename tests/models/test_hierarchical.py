@@ -327,14 +327,3 @@ class TestIntegration:
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         for n, mask in ((35, None), (31, some(31))):
             torch.testing.assert_close(compiled(array(n), mask=mask), model(array(n), mask=mask), rtol=1e-9, atol=1e-10)
-
-    @pytest.mark.compile
-    @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
-    def test_it_is_exported_for_any_number_of_tokens(self, strict):
-        model = self.small().eval()
-        axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-        dynamic = {"inputs": axes, "mask": axes}
-        program = torch.export.export(model, (array(23),), {"mask": some(23)}, dynamic_shapes=dynamic, strict=strict)
-        for batch, n in ((3, 31), (5, 20)):
-            x, mask = array(n, batch=batch), some(n, batch)
-            torch.testing.assert_close(program.module()(x, mask=mask), model(x, mask=mask), rtol=1e-9, atol=1e-10)

@@ -274,14 +274,6 @@ class TestCompilation:
             torch.testing.assert_close(actual, model(ids_of(n=n)), **EXACT)
         actual.sum().backward()
 
-    @pytest.mark.parametrize("name, strict", [*((name, False) for name in POSITIONS), ("learned", True)])
-    def test_it_is_exported_for_any_length(self, name, strict):
-        model = model_of(depth=1, **POSITIONS[name])
-        axes = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
-        program = torch.export.export(model, (ids_of(),), dynamic_shapes=(axes,), strict=strict)
-        for b, n in ((3, 17), (5, 7), (2, 53)):
-            torch.testing.assert_close(program.module()(ids_of(b, n)), model(ids_of(b, n)), **EXACT)
-
 
 @pytest.mark.refusal
 class TestErrors:

@@ -275,23 +275,3 @@ class TestIntegration:
             for mask in (None, valid(BATCH, n)):
                 x = features(BATCH, n)
                 torch.testing.assert_close(compiled(x, mask=mask), model(x, mask=mask), rtol=1e-9, atol=1e-10)
-
-    @pytest.mark.compile
-    @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
-    def test_it_is_exported_for_any_number_of_features(self, strict):
-        model, x = resampler(**VARIANTS["grouped"]).eval(), features(dtype=torch.float32)
-        axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-        dynamic = {"features": axes, "mask": axes}
-        program = torch.export.export(model, (x,), {"mask": valid()}, dynamic_shapes=dynamic, strict=strict)
-        for b, n in ((3, 23), (5, 7)):
-            more, mask = features(b, n, dtype=torch.float32), valid(b, n)
-            torch.testing.assert_close(program.module()(more, mask=mask), model(more, mask=mask), **CLOSE)
-
-    @pytest.mark.compile
-    def test_a_video_is_exported_for_any_number_of_frames(self):
-        model, x = video().eval(), features(BATCH, FRAMES, N, dtype=torch.float32)
-        axes = dict.fromkeys((0, 1, 2), torch.export.Dim.DYNAMIC)
-        program = torch.export.export(model, (x,), dynamic_shapes=(axes,))
-        for t in (2, 4):
-            more = features(3, t, 7, dtype=torch.float32)
-            torch.testing.assert_close(program.module()(more), model(more), **CLOSE)

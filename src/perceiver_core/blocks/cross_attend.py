@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import cast
 
+import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ from perceiver_core.blocks.mlp import MLP
 from perceiver_core.blocks.multi_head_attention import MultiHeadAttention
 from perceiver_core.masks import Mask
 from perceiver_core.reads import Auto, Memory, ReadContext, Source, Strategy, check_strategy
+from perceiver_core.reads.automatic import with_norm_output
 from perceiver_core.reads.caches import AttentionCapture, Cache
 from perceiver_core.reads.strategy import Attention
 from perceiver_core.registry import register
@@ -126,9 +127,8 @@ class CrossAttend(nn.Module):
             num_queries = x.shape[1] if cache is None or cache.num_queries is None else cache.num_queries
             token_mask, mask = (None, mask) if grows else (mask, None)
             source = Source(tokens, self.input_norm, self.strategy, token_mask, token_positions, num_queries)
-            if self.input_norm._forward_hooks:
-                # A hook makes the read dense. Tools that build a call tree, such as torchinfo, expect the call here.
-                source = replace(source, norm_output=source.normalized())
+            if torch.compiler.is_compiling() or self.input_norm._forward_hooks:
+                source = with_norm_output(ReadContext(cast(Attention, self.attention), source))
             if getattr(self.attention, "accepts_source", False):
                 inputs = source
                 if cache is not None and getattr(self.attention, "accepts_cache", False):

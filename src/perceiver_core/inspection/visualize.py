@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from perceiver_core import checks
 from perceiver_core.encoder import Encoder
-from perceiver_core.models import Perceiver
+from perceiver_core.models import Perceiver, PerceiverIO
 from perceiver_core.positions import Positions
 from perceiver_core.reads import AttentionCapture
 from perceiver_core.tokens import Tokens
@@ -146,10 +146,13 @@ def position_features(positions: Positions, grid: Sequence[int], *, columns: int
     return figure
 
 
-def architecture(model: Perceiver) -> Figure:
+def architecture(model: Perceiver | PerceiverIO) -> Figure:
     """Draw the reads (cross-attentions) and latent transformers of a Perceiver in execution order.
 
-    Modules that share weights have the same color.
+    Modules that share weights have the same color. For a `PerceiverIO`, the queries and the decoder are drawn as well.
+
+    Raises:
+        TypeError: If the model has no `Encoder`.
 
     Example:
         >>> with torch.device("meta"):
@@ -157,8 +160,11 @@ def architecture(model: Perceiver) -> Figure:
         >>> float(pc.visualize.architecture(model).get_figwidth()) > 5
         True
     """
-    encoder = cast(Encoder, model.encoder)
-    steps, width = encoder.sharing.steps, 2.8 + 1.9 * encoder.sharing.steps
+    encoder = getattr(model, "encoder", None)
+    if not isinstance(encoder, Encoder):
+        raise TypeError(f"model must be a Perceiver or PerceiverIO, with an Encoder; got {type(model).__name__}")
+    steps = encoder.sharing.steps
+    width = 2.8 + 1.9 * steps + 1.5 * isinstance(model, PerceiverIO)
     figure = _figure(width, 3.2)
     axes = figure.subplots()
     axes.set(xlim=(0, width), ylim=(0, 3.2))
@@ -178,6 +184,12 @@ def architecture(model: Perceiver) -> Figure:
         _box(axes, (left + 0.83, 1.75, 0.8, 0.9), f"latent\ntransf. {transformer + 1}\n\u00d7 {depth}", color)
     end = 1.35 + 1.9 * steps
     _arrow(axes, (end - 0.27, 2.2), (end, 2.2))
+    if isinstance(model, PerceiverIO):
+        _box(axes, (end, 0.15, 1.2, 0.6), f"queries\n{type(model.queries).__name__}", "#DDDDDD")
+        _arrow(axes, (end + 0.6, 0.75), (end + 0.6, 1.75))
+        _box(axes, (end, 1.75, 1.2, 0.9), f"decoder\n{type(model.decoder).__name__}", _COLORS[-1])
+        _arrow(axes, (end + 1.2, 2.2), (end + 1.5, 2.2))
+        end += 1.5
     _box(axes, (end, 1.75, 1.0, 0.9), f"head\n{type(model.head).__name__}", "#DDDDDD")
     _arrow(axes, (end + 1.0, 2.2), (end + 1.3, 2.2))
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6

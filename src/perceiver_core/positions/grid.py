@@ -60,9 +60,11 @@ def coordinates(
         >>> pc.positions.coordinates(5).tolist(), pc.positions.coordinates(3, reference=5).tolist()
         ([-1.0, -0.5, 0.0, 0.5, 1.0], [-1.0, -0.5, 0.0])
     """
-    # Not linspace: under torch.compile, it would specialize the graph to one size.
+    # Not linspace: under torch.compile, it would specialize the graph to one size. Not max(size - 1, 1): a program
+    # exported by PyTorch 2.6 would divide by zero for one token.
     indices = torch.arange(size, device=device, dtype=dtype or torch.get_default_dtype())
-    return indices.mul_(2).div_(max((size if reference is None else reference) - 1, 1)).sub_(1)
+    last = max(reference - 1, 1) if isinstance(reference, int) else indices[-1:].clamp(min=1)
+    return 2 * indices / last - 1
 
 
 def grid_points(

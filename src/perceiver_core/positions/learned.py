@@ -88,7 +88,7 @@ class LearnedGrid(nn.Module):
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "*grid p"], ...]:
         """Return a tuple with a single position table: the embedding, interpolated to size `grid`."""
-        return (self(grid, like),)
+        return (self(grid, like.detach()),)
 
     def forward(self, grid: Sequence[int], like: Tensor) -> Float[Tensor, "*grid p"]:
         """Return the embedding, interpolated to size `grid`, in the dtype of `like`."""
@@ -126,7 +126,7 @@ class Projected(nn.Module):
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "... p"], ...]:
         """Return the projected position tables. Only the first includes the bias, so their sum includes it once."""
-        return self(grid, like)  # call the module, so that hooks and FSDP run
+        return self(grid, like.detach())  # call the module, so that hooks and FSDP run
 
     def forward(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "... p"], ...]:
         """Return the projected position tables. Only the first includes the bias, so their sum includes it once."""

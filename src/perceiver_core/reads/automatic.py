@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ import torch
 from perceiver_core.reads.dense import Dense
 from perceiver_core.reads.factored import Factored
 from perceiver_core.reads.machine import DEFAULTS, MEASURED_CPU, Cost, Machine
-from perceiver_core.reads.strategy import Memory, ReadContext, Sizes, Strategy, check_strategy, unable
+from perceiver_core.reads.strategy import Memory, ReadContext, Sizes, Source, Strategy, check_strategy, unable
 from perceiver_core.reads.structured import Structured
 from perceiver_core.registry import register
 
@@ -124,6 +124,19 @@ class Auto:
     def prepare(self, context: ReadContext) -> Memory:
         """Select a candidate, and compute the keys and values (`Memory`) of a read with it."""
         return self.choose(context).strategy.prepare(context)
+
+
+def with_norm_output(context: ReadContext) -> Source:
+    """Return the source of a read, with the output of its norm if the norm will be called.
+
+    The block calls its norm early for tools that expect a module to be called by its parent, such as torchinfo and
+    `torch.export.unflatten`.
+    """
+    source = context.source
+    strategy = source.strategy.choose(context).strategy if isinstance(source.strategy, Auto) else source.strategy
+    if not isinstance(strategy, Dense):
+        return source
+    return replace(source, strategy=strategy, norm_output=source.normalized())
 
 
 @lru_cache(maxsize=1024)  # pure; its arguments repeat in every forward pass of a model

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from perceiver_core.kernels.reference import QueryIndices
 from perceiver_core.reads.dense import KeysValues
-from perceiver_core.reads.strategy import Memory
+from perceiver_core.reads.strategy import Attention, Memory
 
 
 @runtime_checkable
@@ -80,6 +80,29 @@ class SharedMemory:
         self.memory, self._released = None, True
 
 
+class OpaqueMemory:
+    """Keys and values that libraries do not convert when they are passed to a module.
+
+    Mixed precision of FSDP casts all tensors in tuples and dataclasses among the arguments of a module. The projections
+    in a `FactoredKeysValues` have to stay in float32.
+
+    Args:
+        content: Keys and values, which the attention module obtains by `memory`.
+    """
+
+    def __init__(self, content: Memory) -> None:
+        self.content = content
+
+    def memory(self, attention: Attention) -> Memory:
+        """Return the keys and values."""
+        return self.content
+
+    def to(self, *args: Any, **kwargs: Any) -> OpaqueMemory:
+        """Return the keys and values on another device, with the arguments of `torch.Tensor.to`."""
+        moved = tree_map(lambda part: part.to(*args, **kwargs) if hasattr(part, "to") else part, self.content)
+        return OpaqueMemory(moved)
+
+
 class KeysValuesCache:
     """Growing cache of keys and values, for generating sequences token by token.
 
@@ -113,15 +136,15 @@ class KeysValuesCache:
         return self.memory
 
 
-@dataclass
 class AttentionCapture:
     """Container for the attention weights of one read (cross-attention). Pass it to a model as `capture=`.
 
     Args:
         read: Index of the read in an encoder, or of the layer in a resampler (default: the last).
         queries: Indices of the queries whose weights are captured; None for all queries.
-        weights: Captured weights, `b h chosen n`, where `chosen` is the number of captured queries. Set by the model.
-        grid: Grid size of the `Tokens`, or None if the input is a plain tensor. Set by the model.
+
+    The model sets two attributes. `weights` are the captured weights, `b h chosen n`, where `chosen` is the number of
+    captured queries. `grid` is the grid size of the `Tokens`, or None if the input is a plain tensor.
 
     Example:
         >>> capture = pc.reads.AttentionCapture(queries=[0, 3])
@@ -130,10 +153,11 @@ class AttentionCapture:
         torch.Size([2, 2, 2, 50])
     """
 
-    read: int = -1
-    queries: QueryIndices = None
-    weights: Float[Tensor, "b h chosen n"] | None = None
-    grid: tuple[int, ...] | None = None
+    # Not a dataclass: mixed precision of FSDP copies the dataclasses among the arguments of a module.
+    def __init__(self, read: int = -1, queries: QueryIndices = None) -> None:
+        self.read, self.queries = read, queries
+        self.weights: Float[Tensor, "b h chosen n"] | None = None
+        self.grid: tuple[int, ...] | None = None
 
     def result(self) -> Float[Tensor, "b h chosen n"]:
         """Return the captured weights, `b h chosen n`, where `chosen` is the number of captured queries.

@@ -97,7 +97,7 @@ def why_not_factored(context: ReadContext) -> str:
     """Return the reason why keys and values cannot be stored in factored form, or an empty string if they can."""
     attention, source = context
     if not isinstance(source.tokens, Tokens):
-        return "the input is a tensor, whose positions are mixed with its content; give Tokens"
+        return "the input is a tensor, not Tokens, so its positions are mixed with its content"
     norm, key, value = source.norm, attention.key, attention.value
     if type(norm) not in (nn.LayerNorm, nn.RMSNorm, nn.Identity):
         return f"the norm is a {type(norm).__name__}, not a LayerNorm, RMSNorm or Identity"

@@ -1,0 +1,103 @@
+"""Folders with an exported program and everything else that a process without this library needs to run it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from perceiver_core import registry
+from perceiver_core.checkpoints.folder import write_atomically
+from perceiver_core.checkpoints.save_load import unwrapped
+
+PROGRAM, DEPLOYMENT = "model", "deployment.json"
+
+
+def save_program(
+    program: Any, folder: str | os.PathLike[str], *, model: nn.Module, preprocessing: Mapping[str, Any]
+) -> Path:
+    """Save an exported program, the configuration of its model and the preprocessing of its inputs to a folder.
+
+    `deployment.json` contains the configuration, the preprocessing and the SHA-256 digest of the program, so that a
+    reader can check that both files are of one export. The guide "Export and deploy" has such a reader, which needs
+    neither this library nor PyTorch. Both files are written under temporary names before any file is replaced.
+
+    Args:
+        program: Result of `torch.onnx.export` (written to `model.onnx`) or `torch.export.export` (`model.pt2`), or the
+            path of a program, such as the result of `torch._inductor.aoti_compile_and_package`, which is copied to
+            `model` with the suffix of the path.
+        folder: Folder to write, created if it does not exist.
+        model: Exported model. Its configuration records which model the program computes; see `registry.to_config`.
+        preprocessing: Description of how to compute the program's inputs, such as image size, channel order, mean and
+            standard deviation, or a sample rate. Any names, and values that JSON can express.
+
+    Returns:
+        Path of the folder.
+
+    Raises:
+        TypeError: If the program is of another type.
+        ValueError: If the preprocessing is not JSON, or a class of the model is not registered.
+
+    Example:
+        >>> import tempfile
+        >>> audio = pc.adapters.Audio(patch_size=4, positions=None)
+        >>> model = pc.Perceiver(audio, pc.Encoder(audio.dim, num_latents=3, dim=8), pc.heads.Identity()).eval()
+        >>> program = torch.export.export(model, (torch.zeros(2, 99),))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pc.checkpoints.save_program(program, folder, model=model, preprocessing={"sample_rate": 16_000})
+        ...     sorted(file.name for file in path.iterdir())
+        ['deployment.json', 'model.pt2']
+    """
+    folder, (suffix, write) = Path(folder), _writer(program)
+    content = {"library": "perceiver_core", "model": registry.to_config(unwrapped(model))}
+    try:
+        json.dumps(preprocessing, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"preprocessing must be JSON: {error}; got {preprocessing!r:.80}") from error
+    digests: dict[str, str] = {}
+
+    def write_program(path: Path) -> None:
+        write(path)
+        digests[PROGRAM + suffix] = _sha256(path)
+
+    def write_deployment(path: Path) -> None:
+        text = json.dumps({**content, "sha256": digests, "preprocessing": preprocessing}, indent=2, allow_nan=False)
+        path.write_text(text + "\n")
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically({folder / (PROGRAM + suffix): write_program, folder / DEPLOYMENT: write_deployment})
+    return folder
+
+
+def _writer(program: Any) -> tuple[str, Callable[[Path], object]]:
+    """Return the suffix of a program's file, and a function that writes the file."""
+    if isinstance(program, torch.export.ExportedProgram):
+        return ".pt2", partial(_write_exported, program)
+    if isinstance(program, str | os.PathLike):
+        return Path(program).suffix, partial(shutil.copyfile, program)
+    if hasattr(program, "model_proto"):  # torch.onnx.ONNXProgram, which cannot be imported without onnx
+        return ".onnx", program.save
+    raise TypeError(
+        f"program must be the result of torch.onnx.export or torch.export.export, or a path; got {program!r:.80}"
+    )
+
+
+def _write_exported(program: torch.export.ExportedProgram, path: Path) -> None:
+    with path.open("wb") as file:  # torch.export.save warns about paths that do not end in .pt2
+        torch.export.save(program, file)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

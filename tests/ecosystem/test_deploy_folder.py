@@ -1,0 +1,117 @@
+"""Folders with an exported program, its model's configuration and its preprocessing, and a reader without PyTorch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import perceiver_core as pc
+from examples.run_program import read_folder, read_image
+from tests.ecosystem.export_cases import CASES, built, drawn, image, perceiver, varying
+
+pytestmark = [
+    pytest.mark.compile,
+    pytest.mark.no_shape_checks,
+    # torch's own, when it decomposes an exported program
+    pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning"),
+]
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "run_program.py"
+PREPROCESSING = {
+    "mode": "RGB",
+    "size": [7, 11],
+    "mean": [0.485, 0.456, 0.406],
+    "std": [0.229, 0.224, 0.225],
+    "classes": ["ant", "bee", "cat", "dog", "emu"],
+}
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module, Path]:
+    case = CASES["image"]
+    model, (args, _) = built(case), case.inputs(5, 8)
+    program = torch.onnx.export(model, args, dynamo=True, dynamic_shapes=varying(model, case), verbose=False)
+    folder = tmp_path_factory.mktemp("deployed")
+    assert pc.checkpoints.save_program(program, folder, model=model, preprocessing=PREPROCESSING) == folder
+    return model, folder
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 256, (19, 23, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+def test_it_holds_the_program_the_configuration_and_the_preprocessing(deployed):
+    model, folder = deployed
+    assert sorted(path.name for path in folder.iterdir()) == ["deployment.json", "model.onnx"]
+    deployment = json.loads((folder / "deployment.json").read_text())
+    assert deployment["preprocessing"] == PREPROCESSING
+    again = pc.registry.from_config(deployment["model"]).eval()
+    again.load_state_dict(model.state_dict())
+    x = drawn(2, 3, 7, 11)
+    torch.testing.assert_close(again(x), model(x), rtol=0, atol=0)
+
+
+def test_it_runs_as_the_model_does(deployed, picture):
+    model, folder = deployed
+    session, preprocessing = read_folder(folder)
+    x = read_image(picture, preprocessing)
+    (logits,) = session.run(None, {"inputs": x})
+    expected = model(torch.from_numpy(x)).detach()
+    torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_process_without_this_library_and_pytorch_reads_it(deployed, picture):
+    model, folder = deployed
+    # None makes an import fail.
+    code = (
+        "import runpy, sys; sys.modules.update(torch=None, perceiver_core=None); "
+        f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder), str(picture)], capture_output=True, text=True, check=True, timeout=120
+    )
+    label = PREPROCESSING["classes"][int(model(torch.from_numpy(read_image(picture, PREPROCESSING))).argmax())]
+    assert done.stdout.split() == ["picture.png", label]
+
+
+def test_a_program_of_another_export_is_refused(deployed, tmp_path):
+    _, folder = deployed
+    for name in ("model.onnx", "deployment.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    with (tmp_path / "model.onnx").open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(ValueError, match=r"is not the program that deployment\.json describes"):
+        read_folder(tmp_path)
+
+
+def test_exported_programs_and_files_are_saved_too(tmp_path):
+    model = perceiver(image()).eval()
+    x = drawn(2, 3, 5, 7)
+    program = torch.export.export(model, (x,))
+    folder = pc.checkpoints.save_program(program, tmp_path / "one", model=model, preprocessing={})
+    torch.testing.assert_close(torch.export.load(folder / "model.pt2").module()(x), model(x), rtol=1e-5, atol=1e-5)
+    copied = pc.checkpoints.save_program(folder / "model.pt2", tmp_path / "two", model=model, preprocessing={})
+    assert (copied / "deployment.json").read_text() == (folder / "deployment.json").read_text()
+
+
+def test_nothing_is_written_after_an_error(tmp_path):
+    model = perceiver(image())
+    program = tmp_path / "missing.pt2"
+    for preprocessing in ({"mean": torch.zeros(3)}, {"scale": float("nan")}):
+        with pytest.raises(ValueError, match="preprocessing must be JSON"):
+            pc.checkpoints.save_program(program, tmp_path / "new", model=model, preprocessing=preprocessing)
+    with pytest.raises(TypeError, match=r"program must be the result of torch\.onnx\.export .*; got Perceiver"):
+        pc.checkpoints.save_program(model, tmp_path / "new", model=model, preprocessing={})
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(FileNotFoundError):
+        pc.checkpoints.save_program(program, tmp_path / "new", model=model, preprocessing={})
+    assert list((tmp_path / "new").iterdir()) == []
