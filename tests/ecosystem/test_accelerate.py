@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from accelerate import (
     init_empty_weights,
     load_checkpoint_and_dispatch,
 )
-from accelerate.state import AcceleratorState
 from accelerate.utils import compute_module_sizes, send_to_device
 from safetensors.torch import save_model
 from torch import Tensor, nn
@@ -42,13 +41,6 @@ each_class = pytest.mark.parametrize("name", CLASSES)
 
 
 # Training
-
-
-@pytest.fixture(autouse=True)
-def other_settings() -> Iterator[None]:
-    """Accelerator's settings are those of the process; they are forgotten, so that the next test may have others."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def loss_of(outputs: object) -> Tensor:
