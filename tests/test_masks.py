@@ -204,3 +204,12 @@ def test_padding_and_queries_require_two_boolean_axes(kind: type, name: str) -> 
         kind([[True, False]])
     with pytest.raises(ValueError, match=rf"{name} must have 2 axes, one row a sample; got shape \(11,\)"):
         kind(bools(K))
+
+
+def test_masks_on_another_device():
+    padding, valid = masks.Padding(torch.ones(2, 5).bool()), masks.Queries(torch.ones(2, 3).bool())
+    both = masks.and_(padding, masks.Causal(), masks.or_(valid, torch.ones(1, 1, 3, 5).bool()))
+    moved = both.to("meta")
+    assert moved.masks[0].keys.is_meta and moved.masks[1] == masks.Causal()
+    assert moved.masks[2].masks[0].queries.is_meta and moved.masks[2].masks[1].is_meta
+    assert not padding.keys.is_meta

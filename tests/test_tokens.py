@@ -209,3 +209,15 @@ def test_a_copy_has_the_same_fields() -> None:
     for again in (copy.deepcopy(tokens), pickle.loads(pickle.dumps(tokens)), dataclasses.replace(tokens)):
         assert type(again) is Tokens and again.modalities == {"image": None}
         torch.testing.assert_close(again.materialize(), tokens.materialize(), rtol=0, atol=0)
+
+
+def test_tokens_on_another_device_and_in_another_dtype():
+    content, tables = torch.rand(2, 5, 7, 3), (torch.rand(5, 1, 2), torch.rand(1, 7, 2))
+    part = Tokens(torch.rand(2, 4, 3))
+    tokens = Tokens(content, tables, torch.rand(2, 5, 7) > 0.5, {"image": part, "label": None})
+    moved = tokens.to("meta", torch.float64)
+    tensors = [moved.content, *moved.position_tables, moved.modalities["image"].content]
+    assert all(x.is_meta and x.dtype == torch.float64 for x in tensors)
+    assert moved.mask.is_meta and moved.mask.dtype == torch.bool and moved.modalities["label"] is None
+    same = tokens.to(torch.float32)
+    assert torch.equal(same.materialize(), tokens.materialize()) and Tokens(content).to("cpu").modalities is None

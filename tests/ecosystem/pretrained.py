@@ -18,7 +18,6 @@ class WrappedConfig(PretrainedConfig):
     def __init__(self, model: Any = None, **options: Any) -> None:
         super().__init__(**options)
         self.model = model
-        self.tie_word_embeddings = True  # without, transformers does not look for tied weights
 
 
 class Wrapped(PreTrainedModel):
@@ -32,7 +31,12 @@ class Wrapped(PreTrainedModel):
         first: dict[nn.Parameter, str] = {}
         names = {name: first.setdefault(p, name) for name, p in self.named_parameters(remove_duplicate=False)}
         self._tied_weights_keys = {name: other for name, other in names.items() if name != other}
+        # Without, transformers does not look for tied weights; with it, peft asks for the embedding.
+        self.config.tie_word_embeddings = bool(self._tied_weights_keys)
         self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embedding  # type: ignore[no-any-return]
 
     def _init_weights(self, module: nn.Module) -> None:
         """Does nothing: parts initialize themselves."""

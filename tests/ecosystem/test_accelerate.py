@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,18 @@ from accelerate import (
     cpu_offload,
     disk_offload,
     dispatch_model,
+    infer_auto_device_map,
     init_empty_weights,
     load_checkpoint_and_dispatch,
 )
-from accelerate.state import AcceleratorState
-from accelerate.utils import send_to_device
+from accelerate.utils import compute_module_sizes, send_to_device
 from safetensors.torch import save_model
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import perceiver_core as pc
 from perceiver_core import masks, reads
+from tests.ecosystem import processes
 from tests.integration.whole_models import MODELS, make
 
 pytestmark = [
@@ -40,13 +41,6 @@ each_class = pytest.mark.parametrize("name", CLASSES)
 
 
 # Training
-
-
-@pytest.fixture(autouse=True)
-def other_settings() -> Iterator[None]:
-    """Accelerator's settings are those of the process; they are forgotten, so that the next test may have others."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def loss_of(outputs: object) -> Tensor:
@@ -118,6 +112,36 @@ def test_a_prepared_model_is_saved_unwrapped(precision: str, tmp_path: Path) -> 
     torch.testing.assert_close(again(inputs), expected, **EXACT)
 
 
+def train_with_another() -> list[dict[str, Tensor]]:
+    """Trains in this process, one of two, with one of the two samples of each batch."""
+    states = []
+    for name in ("image", "multimodal", "text"):
+        model, inputs = make(name)
+        accelerator = Accelerator(cpu=True)
+        assert accelerator.num_processes == 2
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        prepared, optimizer = accelerator.prepare(model.train(), optimizer)
+        rank = accelerator.process_index
+        train(prepared, tree_map(lambda x, i=rank: x[i : i + 1], inputs), optimizer, accelerator.backward)
+        states.append({key: value.detach() for key, value in accelerator.unwrap_model(prepared).state_dict().items()})
+    return states
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one() -> None:
+    for name, state in zip(
+        ("image", "multimodal", "text"), processes.run(train_with_another, group=False)[0], strict=True
+    ):
+        model, inputs = make(name)
+        optimizer = torch.optim.SGD(model.train().parameters(), lr=1e-3)
+        for _ in range(2):
+            optimizer.zero_grad()
+            losses = [loss_of(model(tree_map(lambda x, i=i: x[i : i + 1], inputs))) for i in range(2)]
+            torch.stack(losses).mean().backward()
+            optimizer.step()
+        torch.testing.assert_close(state, dict(model.state_dict()), rtol=1e-4, atol=1e-5)
+
+
 # Offloading
 
 
@@ -158,6 +182,19 @@ def test_an_offloaded_model(name: str, offload: Callable[[nn.Module, Path], nn.M
     assert devices == ({"meta"} if offload is not dispatched else devices | {"meta"})
     torch.testing.assert_close(offloaded(inputs), expected, **EXACT)
     torch.testing.assert_close(offloaded(inputs), expected, **EXACT)
+
+
+@pytest.mark.filterwarnings("ignore:The following device_map keys do not match:UserWarning")  # accelerate's own keys
+@torch.no_grad()
+@each_class
+def test_an_inferred_device_map(name: str, tmp_path: Path) -> None:
+    """It splits blocks: of one attention, the keys may be in memory and the values on disk."""
+    model, inputs = make(name, reads.Dense())
+    expected = model(inputs)
+    parts = infer_auto_device_map(model, max_memory={"cpu": compute_module_sizes(model)[""] // 2})
+    assert set(parts.values()) == {"cpu", "disk"}
+    dispatched = dispatch_model(model, parts, main_device="cpu", offload_dir=str(tmp_path))
+    torch.testing.assert_close(dispatched(inputs), expected, **EXACT)
 
 
 @torch.no_grad()

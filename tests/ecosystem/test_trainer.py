@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,8 +25,8 @@ from tests.integration.whole_models import make
 
 pytestmark = [
     pytest.mark.no_shape_checks,
-    # transformers', which says activation_checkpointing now; earlier versions know only this name
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),
+    # transformers', which says activation_checkpointing now; earlier versions, and peft, know only these names
+    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 EXACT = {"rtol": 0, "atol": 0}
 
@@ -185,6 +186,23 @@ def test_checkpoints_of_tied_weights(tmp_path: Path) -> None:
     assert "model.embedding.vectors" in names and "model.head.vectors" not in names
     again = Wrapped.from_pretrained(tmp_path / "wrapped" / "checkpoint-2")
     torch.testing.assert_close(again.state_dict(), run.model.state_dict(), **EXACT)
+
+
+@pytest.mark.parametrize("name", ["image", "text"])
+def test_adapters_of_peft(name: str, tmp_path: Path) -> None:
+    """Trainer takes a model with adapters, and its checkpoints are those of peft."""
+    model, inputs = make(name)
+    base = wrapped(model)
+    adapted = get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=["attention.query", "attention.value"]))
+    labels = [1] if name == "image" else [[3] * 5]
+    data = [{"inputs": inputs[i % 2], "labels": torch.tensor(labels)[0]} for i in range(8)]
+    options = {"max_steps": 2, "label_names": ["labels"]}
+    run = Trainer(adapted, arguments(tmp_path, **options), train_dataset=data, data_collator=default_collate)
+    run.train()
+    again = PeftModel.from_pretrained(base, str(tmp_path / "checkpoint-2")).eval()
+    expected = adapted.eval()(inputs)["logits"]
+    torch.testing.assert_close(again(inputs)["logits"], expected, rtol=1e-4, atol=1e-5)
+    assert (expected - model.eval()(inputs)).abs().max() > 1e-3
 
 
 class AsIs(nn.Module):

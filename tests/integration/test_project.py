@@ -74,6 +74,11 @@ def one_thread():
 # PyTorch's own, in the page on quantization: quantize_dynamic and its tensors are deprecated
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, torch.quantize_per_channel:UserWarning")
+# Lightning's own, in the page on it: of the summary, few batches, few workers, and a class that PyTorch deprecates
+@pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary:UserWarning")
+@pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning")
+@pytest.mark.filterwarnings("ignore:.* does not have many workers:UserWarning")
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name_of)
 def test_the_python_of_a_page_runs_in_order(page, one_thread):
     names: dict[str, object] = {"__name__": "__page__"}

@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 import perceiver_core as pc
@@ -62,6 +63,28 @@ class TestSource:
         expected = ReadContext(read.attention, source)
         assert seen == [expected] and seen[0].attention is read.attention and seen[0].source is source
         torch.testing.assert_close(memory.keys, Dense().prepare(expected).keys, **EXACT)
+
+
+class TestMovedSource:
+    @staticmethod
+    def source():
+        tokens, mask = tokens_of((5, 13), masked=True), masks.and_(masks.Padding(torch.rand(2, 65) < 2), masks.Causal())
+        return Source(tokens, nn.LayerNorm(tokens.dim).double(), Dense(), mask, torch.arange(65), 17)
+
+    def test_it_is_a_pytree_of_its_tensors_and_keeps_its_norm(self):
+        source = self.source()
+        leaves, spec = tree_flatten(source)
+        again = tree_unflatten(leaves, spec)
+        assert again.norm is source.norm and again.mask is source.mask and again.num_queries == 17
+        torch.testing.assert_close(again.normalized(), source.normalized(), **EXACT)
+        assert not any(isinstance(leaf, nn.Module) for leaf in leaves)
+
+    def test_its_tensors_move_to_a_device_and_its_norm_does_not(self):
+        source = self.source()
+        moved = source.to("meta")
+        assert moved.norm is source.norm and not moved.norm.weight.is_meta
+        assert moved.tokens.content.is_meta and moved.positions.is_meta and moved.mask.masks[0].keys.is_meta
+        assert moved.strategy == Dense() and moved.num_queries == 17
 
 
 class TestSharedMemory:

@@ -17,14 +17,14 @@ model.
 
 from torch import nn
 
-from perceiver_core.reads.automatic import Auto, Decision
+from perceiver_core.reads.automatic import Auto, Decision, check_strategy
 from perceiver_core.reads.axes import merged_axes
 from perceiver_core.reads.caches import AttentionCapture, KeysValuesCache, SharedMemory
 from perceiver_core.reads.dense import Dense, KeysValues
 from perceiver_core.reads.factored import Factored
 from perceiver_core.reads.factored_keys_values import FactoredKeysValues, factor
 from perceiver_core.reads.machine import Cost, Machine
-from perceiver_core.reads.strategy import Memory, ReadContext, Sizes, Source, Strategy, check_strategy
+from perceiver_core.reads.strategy import Memory, ReadContext, Sizes, Source, Strategy
 from perceiver_core.reads.structured import Structured
 
 __all__ = [

@@ -12,7 +12,7 @@ import torch
 from perceiver_core.reads.dense import Dense
 from perceiver_core.reads.factored import Factored
 from perceiver_core.reads.machine import DEFAULTS, MEASURED_CPU, Cost, Machine
-from perceiver_core.reads.strategy import Memory, ReadContext, Sizes, Source, Strategy, check_strategy, unable
+from perceiver_core.reads.strategy import Memory, ReadContext, Sizes, Source, Strategy, unable
 from perceiver_core.reads.structured import Structured
 from perceiver_core.registry import register
 
@@ -157,3 +157,17 @@ def _ranked(strategies: tuple[Strategy, ...], sizes: Sizes, machine: Machine) ->
         ranked.append(remaining.pop(best))
         seconds.pop(best)
     return ranked
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Check that `strategy` is an instance of a strategy class.
+
+    Raises:
+        TypeError: If `strategy` is a class, or an object that is not a strategy.
+
+    Example:
+        >>> pc.reads.check_strategy(pc.reads.Dense())
+    """
+    if isinstance(strategy, type) or not isinstance(strategy, Strategy):
+        shown = strategy.__name__ if isinstance(strategy, type) else repr(strategy)
+        raise TypeError(f"strategy must be an object such as reads.Dense() or reads.Auto(); got {shown}")

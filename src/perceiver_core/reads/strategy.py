@@ -287,20 +287,6 @@ class Strategy(Protocol):
         ...
 
 
-def check_strategy(strategy: Strategy) -> None:
-    """Check that `strategy` is an instance of a strategy class.
-
-    Raises:
-        TypeError: If `strategy` is a class, or an object that is not a strategy.
-
-    Example:
-        >>> pc.reads.check_strategy(pc.reads.Dense())
-    """
-    if isinstance(strategy, type) or not isinstance(strategy, Strategy):
-        shown = strategy.__name__ if isinstance(strategy, type) else repr(strategy)
-        raise TypeError(f"strategy must be an object such as reads.Dense() or reads.Auto(); got {shown}")
-
-
 def unable(strategy: Strategy, reason: str) -> ValueError:
     """Return the ValueError to raise if a strategy does not support a read."""
     return ValueError(
