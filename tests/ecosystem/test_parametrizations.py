@@ -37,8 +37,10 @@ def linears(model: nn.Module) -> list[nn.Linear]:
     return [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, kind) for name in MODELS for kind in KINDS if kind == "weight norm" or name in ("image", "flow", "text")],
+)
 def test_every_linear_layer(name: str, kind: str, tmp_path: Path) -> None:
     """The model computes with the parametrized weights, is not saved before they are kept, and then is."""
     model, inputs = make(name)

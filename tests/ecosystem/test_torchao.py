@@ -127,6 +127,16 @@ def test_the_state_dict_is_saved_and_loaded(tmp_path: Path) -> None:
     assert torch.equal(restored(image), small(image))
 
 
+@torch.no_grad()
+def test_batches_of_no_samples() -> None:
+    """With quantized weights they pass; with quantized activations, torchao fails, as it does for any nn.Linear."""
+    model, image = image_model()
+    assert quantized(model, Int8WeightOnlyConfig())(image[:0]).shape == (0, 5)
+    for module, inputs in ((nn.Sequential(nn.Linear(32, 32)), torch.zeros(0, 32)), (model, image[:0])):
+        with pytest.raises(TypeError, match="unsupported operand"):
+            quantized(module, Int8DynamicActivationInt8WeightConfig())(inputs)
+
+
 def test_whole_quantized_modules_are_not_pickled() -> None:
     """The fault is torchao's: it replaces extra_repr by a bound partial, which no module can be pickled with."""
     import pickle
