@@ -35,12 +35,12 @@ def fan_in_(weight: Tensor, fan_in: int) -> Tensor:
 
 
 def as_input(parameter: Tensor) -> Tensor:
-    """Return a parameter to be passed to a module. If gradients are disabled, it is detached.
+    """Return a copy of a parameter, to be passed to a module.
 
-    Views of a parameter still require a gradient under `torch.no_grad`, but have no graph. FlopCounterMode and other
+    Under `torch.no_grad`, views of a parameter still require a gradient, but have no graph. FlopCounterMode and other
     tools that register hooks on the inputs of modules fail at such tensors.
     """
-    return parameter if torch.is_grad_enabled() else parameter.detach()
+    return parameter.clone()
 
 
 def embedding(*shape: int, std: float = 0.02) -> nn.Parameter:
