@@ -71,8 +71,8 @@ def test_layers(layer: str) -> None:
     activation = activation[-1] if isinstance(activation, list) else activation
     assert any(torch.allclose(activation, state, rtol=1e-4, atol=1e-5) for state in seen)
     expected = (model(images) - model(torch.zeros_like(images)))[:, TARGET]
-    conductance = LayerConductance(model, part).attribute(images, target=TARGET, n_steps=100)
-    integrated = LayerIntegratedGradients(model, part).attribute(images, target=TARGET, n_steps=100)
+    conductance = LayerConductance(model, part).attribute(images, target=TARGET, n_steps=50)
+    integrated = LayerIntegratedGradients(model, part).attribute(images, target=TARGET, n_steps=50)
     assert LayerGradCam(model, part).attribute(images, target=TARGET).isfinite().all()
     assert conductance.shape == integrated.shape == activation.shape
     if layer in ("adapter.stem", "encoder", "head.norm"):  # called once, and all that passes goes through them
