@@ -98,6 +98,6 @@ class Frozen(nn.Module):
 
 
 def test_pytorch_cannot_count_modules_that_get_views_of_parameters_without_gradients() -> None:
-    """The reason why latents are detached where gradients are disabled."""
+    """The reason why a copy of the latents is passed on."""
     with torch.no_grad(), pytest.raises(AssertionError, match="Expected gradient function to be set"):
         count(Frozen())

@@ -114,3 +114,9 @@ def test_flops_of_a_dense_read():
 def test_a_compiled_model_is_explained_as_it_runs_in_eager_mode():
     model = model_of()
     assert explain_reads(torch.compile(model), images()) == explain_reads(model, images())
+
+
+def test_the_read_of_a_decoder_is_not_advised_to_take_tokens() -> None:
+    queries = {"a": torch.randn(2, 3, 6), "b": torch.randn(4, 6)}
+    [read] = pc.explain_reads(pc.Decoder(12, query_dim=6), torch.randn(2, 5, 12), queries)
+    assert read.read == "cross_attention" and "give Tokens" not in read.why

@@ -79,6 +79,11 @@ def one_thread():
 @pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning")
 @pytest.mark.filterwarnings("ignore:.* does not have many workers:UserWarning")
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
+# On look-inside.md: PyTorch's own, of TensorBoard's graph and of vmap on the CPU; captum's and Opacus's own
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:There is a performance drop because:UserWarning")
+@pytest.mark.filterwarnings("ignore:Input Tensor .* did not already require gradients:UserWarning")
+@pytest.mark.filterwarnings("ignore:Secure RNG turned off:UserWarning")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name_of)
 def test_the_python_of_a_page_runs_in_order(page, one_thread):
     names: dict[str, object] = {"__name__": "__page__"}

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
-from torch.utils._pytree import tree_map
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._pytree import tree_leaves, tree_map
 
 import perceiver_core as pc
 from perceiver_core import Tokens, reads
@@ -328,3 +328,31 @@ def test_the_check_detects_views() -> None:
             return {"tokens": Tokens(torch.zeros(1, 2, 1), (self.weight[:, 1:],))}
 
     assert returned_parameters(Views())[1] == ["Views"]
+
+
+# Gradients that are disabled
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@each_strategy
+def test_no_module_gets_or_returns_a_tensor_with_a_gradient_if_they_are_disabled(
+    name: str, strategy: reads.Strategy, mode: Callable[[], Any]
+) -> None:
+    """Views of parameters would require one; FlopCounterMode fails at them."""
+    model, inputs = make(name, strategy)
+    names = {id(module): part for part, module in model.named_modules()}
+    found: set[str] = set()
+
+    def look(module: nn.Module, args: object, output: object = None) -> None:
+        leaves = tree_leaves((args, output))
+        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
+            found.add(names[id(module)])
+
+    hooks = [register_module_forward_pre_hook(look), register_module_forward_hook(look)]
+    try:
+        with mode():
+            model(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert found == set()
