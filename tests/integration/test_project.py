@@ -71,6 +71,7 @@ def one_thread():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # PyTorch's own, when it unflattens
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name_of)
 def test_the_python_of_a_page_runs_in_order(page, one_thread):
     names: dict[str, object] = {"__name__": "__page__"}
