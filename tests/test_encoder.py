@@ -14,6 +14,7 @@ import perceiver_core as pc
 from perceiver_core import CrossAttend, Encoder, MultiHeadAttention, SelfAttend, Tokens, masks, sharing
 from perceiver_core.blocks import LatentTransformer
 from perceiver_core.kernels import fastest, reference
+from perceiver_core.reads.caches import OpaqueMemory
 from perceiver_core.sharing import Sharing
 
 BATCH, N, INPUT_DIM, LATENTS, DIM, HEADS = 2, 17, 11, 5, 14, 7
@@ -426,7 +427,7 @@ class TestMemories:
         calls = []
 
         def look(read: nn.Module, args: tuple, options: dict, number: int) -> None:
-            calls.append((number, "cache" in options, isinstance(args[1], pc.KeysValues)))
+            calls.append((number, "cache" in options, isinstance(args[1], OpaqueMemory)))
 
         for number, read in enumerate(made.reads):
             read.register_forward_pre_hook(partial(look, number=number), with_kwargs=True)

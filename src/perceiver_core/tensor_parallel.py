@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from perceiver_core import checks
@@ -37,6 +38,7 @@ def tensor_parallel_plan(model: nn.Module, num_devices: int) -> dict[str, Parall
 
     Raises:
         ValueError: If `num_devices` does not divide the number of heads or of key-value heads, unless it is 1.
+        ValueError: If heads have an nn.RMSNorm, and PyTorch is too old to split it.
 
     Example:
         >>> from perceiver_core.tensor_parallel import tensor_parallel_plan
@@ -73,7 +75,13 @@ def _attention(name: str, module: MultiHeadAttention, num_devices: int) -> Itera
         yield from (("key", ColwiseParallel()), ("value", ColwiseParallel()))
     for part in ("query_norm", "key_norm"):
         split = part == "query_norm" or module.num_kv_heads > 1
-        if split and any(True for _ in getattr(module, part).parameters()):
+        norm = getattr(module, part)
+        if split and any(True for _ in norm.parameters()):
+            if isinstance(norm, nn.RMSNorm) and not hasattr(torch.ops.aten, "_fused_rms_norm"):
+                raise ValueError(
+                    f"PyTorch {torch.__version__} computes wrong gradients of a split RMSNorm, {name}.{part}; use a "
+                    "newer PyTorch, or qk_norm=nn.LayerNorm"
+                )
             yield part, SequenceParallel(sequence_dim=1, use_local_output=True)  # the axis of the heads
 
 

@@ -22,7 +22,10 @@ from tests.ecosystem.processes import run
 from tests.ecosystem.sharded import CLOSE, compare, double, loss_of, own_part, same
 from tests.integration.whole_models import DIM, MODELS, drawn, encoder, make
 
-pytestmark = pytest.mark.no_shape_checks
+pytestmark = [
+    pytest.mark.no_shape_checks,
+    pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this PyTorch has no FSDP2 on CPUs"),
+]
 
 Units = Callable[[nn.Module], list[nn.Module]]
 BLOCKS = (pc.CrossAttend, pc.SelfAttend, pc.JointAttend)

