@@ -13,6 +13,8 @@ pytestmark = [
     pytest.mark.no_shape_checks,
     pytest.mark.slow,
     pytest.mark.usefixtures("fresh"),
+    # torch's own, when it decomposes an exported program
+    pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning"),
 ]
 
 

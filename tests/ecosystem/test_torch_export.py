@@ -82,6 +82,7 @@ def test_a_strategy_that_is_set_is_kept(strategy):
     agrees(program, model, case, smallest=1)
 
 
+@pytest.mark.skipif(BEFORE_2_7, reason="torch.export.load of PyTorch 2.6 fails on some nodes of dynamic programs")
 def test_a_program_runs_in_a_process_without_this_library(tmp_path):
     case = CASES["masked image"]
     model, program = export(case)
