@@ -18,7 +18,7 @@ from perceiver_core import reads
 from tests.ecosystem.processes import run
 from tests.integration.whole_models import drawn, encoder, make
 
-pytestmark = pytest.mark.no_shape_checks
+pytestmark = [pytest.mark.no_shape_checks, pytest.mark.slow]
 
 CPU = torch.device("cpu")
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}  # float64
