@@ -29,6 +29,7 @@ from tests.integration.whole_models import MODELS, make
 
 pytestmark = [
     pytest.mark.no_shape_checks,
+    pytest.mark.slow,
     pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this PyTorch has no FSDP2 on CPUs"),
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),  # DCP's own, without a group
 ]

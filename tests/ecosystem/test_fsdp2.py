@@ -24,6 +24,7 @@ from tests.integration.whole_models import DIM, MODELS, drawn, encoder, make
 
 pytestmark = [
     pytest.mark.no_shape_checks,
+    pytest.mark.slow,
     pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this PyTorch has no FSDP2 on CPUs"),
 ]
 

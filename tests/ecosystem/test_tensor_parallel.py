@@ -23,7 +23,7 @@ from tests.ecosystem.processes import run
 from tests.ecosystem.sharded import CLOSE, double, loss_of
 from tests.integration.whole_models import DIM, MODELS, drawn
 
-pytestmark = pytest.mark.no_shape_checks
+pytestmark = [pytest.mark.no_shape_checks, pytest.mark.slow]
 
 HEADS = 4
 Made = tuple[nn.Module, Any]
