@@ -57,6 +57,7 @@ from perceiver_core.named_models import create, list_models
 from perceiver_core.parameter_groups import parameter_groups
 from perceiver_core.reads import KeysValues
 from perceiver_core.registry import register
+from perceiver_core.tensor_parallel import tensor_parallel_plan
 from perceiver_core.tokens import Tokens
 
 __version__ = "0.1.0"
@@ -113,5 +114,6 @@ __all__ = [
     "save",
     "sharing",
     "summary",
+    "tensor_parallel_plan",
     "visualize",
 ]

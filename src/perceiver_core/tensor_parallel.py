@@ -41,8 +41,7 @@ def tensor_parallel_plan(model: nn.Module, num_devices: int) -> dict[str, Parall
         ValueError: If heads have an nn.RMSNorm, and PyTorch is too old to split it.
 
     Example:
-        >>> from perceiver_core.tensor_parallel import tensor_parallel_plan
-        >>> plan = tensor_parallel_plan(pc.SelfAttend(32, num_heads=4), num_devices=2)
+        >>> plan = pc.tensor_parallel_plan(pc.SelfAttend(32, num_heads=4), num_devices=2)
         >>> sorted(plan)
         ['attention.key', 'attention.output', 'attention.query', 'attention.value', 'mlp.contract', 'mlp.expand']
 
