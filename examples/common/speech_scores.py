@@ -87,7 +87,7 @@ def draw(speech: Speech, spectrogram: Spectrogram, correct: Mapping[str, Mapping
             for seed in scores.get(name, ())
         ]
         axes.scatter(*zip(*points, strict=True), s=16, label=name)
-    axes.set_xticks(range(len(correct)), list(correct), fontsize=8)
+    axes.set_xticks(range(len(correct)), [name.replace(" ", "\n") for name in correct], fontsize=8)
     axes.set(ylim=(0, 103), ylabel="recognized, % of test recordings; one point per seed")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower left")
