@@ -260,7 +260,12 @@ def finish(run: Run, speech: Speech, correct: dict[str, dict[str, Tensor]], diff
         name: {method: [round(x, 2) for x in scores.mean(1).tolist()] for method, scores in methods.items()}
         for name, methods in correct.items()
     }
-    data = {"recordings": len(speech), "accuracy by seed": by_seed, "padded and one by one differ by": difference}
+    data = {
+        "recordings": len(speech),
+        "accuracy by seed": by_seed,
+        "largest difference between padded and one by one": difference,
+        "seconds of all trainings": round(sum(model["seconds"] for model in run.trained.values())),  # also if resumed
+    }
     return run.finish(draw(speech, LogMelFrames(), correct), tables=tables, data=data)
 
 
