@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "src" / "perceiver_core").rglob("*.py"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PYTHON = re.compile(r"^(?P<indent> *)```python\n(?P<code>.*?)^ *```$", re.DOTALL | re.MULTILINE)
-EXTRAS = {"images", "hub", "plots", "akoa", "dev", "docs"}
+EXTRAS = {"images", "hub", "plots", "akoa", "dev", "docs", "ecosystem"}
 # Names that only make sense together with another, whose example shows both.
 SHOWN_IN = {
     "perceiver_core.kernels.PartialAttention": "perceiver_core.kernels.partial_attention",
@@ -92,13 +92,13 @@ def test_the_python_of_a_page_runs_in_order(page, one_thread):
         for name, thing in list(pc.registry.names._named.items()):
             if thing.__module__.startswith("tests."):
                 del pc.registry.names._named[name], pc.registry.names._names[thing]
-        for code in blocks(page):
-            try:
+        try:
+            for code in blocks(page):
                 exec(compile(code, name_of(page), "exec"), names)
-            except ModuleNotFoundError as error:  # CI installs the extra; the core suite does not need it
-                if (error.name or "").replace("_", "-") not in {name.removesuffix("-core") for name in ECOSYSTEM}:
-                    raise
-                pytest.skip(f"{error.name} is not installed")
+        except ModuleNotFoundError as error:  # CI installs the extra; the core suite does not need it
+            if (error.name or "").replace("_", "-") not in {name.removesuffix("-core") for name in ECOSYSTEM}:
+                raise
+            pytest.skip(f"{error.name} is not installed")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
