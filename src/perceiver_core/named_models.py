@@ -1,4 +1,4 @@
-"""Models by name: the papers' models and published sizes, with new weights."""
+"""Construction of models by name: models of the papers and other published sizes, with random weights."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def create(name: str, **options: object) -> nn.Module:
-    """Build a model by name, with new weights. `list_models` lists the names.
+    """Build a model by name, with randomly initialized weights. `list_models` lists the names.
 
     Args:
         name: Name of the model.
         options: Arguments of the function that builds the model, such as `num_classes` of a classifier or `vocab_size`
-            of a language model. `num_classes` changes the head. With `num_classes=0`, a classifier returns features
-            `b d`: the input of its last linear layer.
+            of a language model. `num_classes` sets the output size of the head. With `num_classes=0`, a classifier
+            returns features `b d`, the input of its last linear layer.
 
     Raises:
-        TypeError: If the model does not have one of the options, or needs another one.
+        TypeError: If the model does not accept one of the options, or a required option is missing.
         ValueError: If there is no model with this name, or an option is invalid.
 
     Example:
-        >>> with torch.device("meta"):  # without memory
+        >>> with torch.device("meta"):  # allocates no memory
         ...     model, features = pc.create("perceiver_imagenet", num_classes=10), pc.create("hip_mini")
         >>> model.head.logits
         Linear(in_features=1024, out_features=10, bias=True)
@@ -65,7 +65,7 @@ def create(name: str, **options: object) -> nn.Module:
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Return the sorted names of the models that match a pattern with the wildcards of fnmatch.
+    """Return the sorted names of the models that match a pattern; wildcards are those of `fnmatch`.
 
     Example:
         >>> pc.list_models("*io_imagenet*")

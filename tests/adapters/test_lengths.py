@@ -197,9 +197,9 @@ def test_gradients_reach_only_what_is_within_the_lengths():
     [
         ([1.5, 2.0], TypeError, "lengths must be whole numbers; got torch.float32"),
         ([True, True], TypeError, "lengths must be whole numbers; got torch.bool"),
-        ([3], ValueError, r"lengths must be b or b 1, one row a sample of 2; got shape \(1,\)"),
-        ([[3, 4], [1, 2]], ValueError, r"lengths must be b or b 1, .* got shape \(2, 2\)"),
-        ([0, 3], ValueError, r"lengths must lie in 1 ... \[20\], the size of the batch; got \[\[0\], \[3\]\]"),
+        ([3], ValueError, r"lengths must be b or b 1 with b = 2, one row per sample; got shape \(1,\)"),
+        ([[3, 4], [1, 2]], ValueError, r"lengths must be b or b 1 .* got shape \(2, 2\)"),
+        ([0, 3], ValueError, r"lengths must lie in 1 ... \[20\], the padded size; got \[\[0\], \[3\]\]"),
         ([21, 3], ValueError, r"lengths must lie in 1 ... \[20\]"),
     ],
 )
@@ -216,7 +216,7 @@ def test_wrong_lengths_raise(lengths, error, message):
         (torch.ones(2, 3), None, ValueError, "inputs must be a list .* got one tensor"),
         ([[1, 2]], None, TypeError, "inputs must be tensors; got list"),
         ([torch.ones(2), torch.ones(2, 1)], None, ValueError, "inputs must all have the same number of axes"),
-        ([torch.ones(2, 3), torch.ones(1, 2)], None, ValueError, "inputs must differ along one axis, or pad needs"),
+        ([torch.ones(2, 3), torch.ones(1, 2)], None, ValueError, "inputs must differ along one axis only, or pass"),
         (
             [torch.ones(2, 3), torch.ones(1, 2)],
             adapters.Audio(5, positions=None, num_channels=2),
@@ -233,7 +233,7 @@ def test_what_pad_refuses(inputs, adapter, error, message):
 
 @pytest.mark.refusal
 def test_one_length_per_axis_is_required_for_images():
-    with pytest.raises(ValueError, match="lengths must be b 2, one row a sample of 2"):
+    with pytest.raises(ValueError, match="lengths must be b 2 with b = 2, one row per sample"):
         adapters.Image(3, positions=None)(torch.rand(2, 3, 5, 6), lengths=[5, 5])
 
 

@@ -1,4 +1,4 @@
-"""Inputs of unequal size: padding to a batch, and token masks from the sizes of the inputs."""
+"""Inputs of unequal size: padding them into a batch, and computing token masks from their sizes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from perceiver_core import checks
 
 Size = TypeVar("Size", int, Tensor)
 Lengths: TypeAlias = Tensor | Sequence[int] | Sequence[Sequence[int]]
-"""Sizes of the inputs before padding: integers `b`, one length per sample, or `b axes`."""
+"""Sizes of the inputs before padding: integers `b` (one per sample) or `b axes` (one per sample and axis)."""
 
 
 class VariableSize:
@@ -21,9 +21,9 @@ class VariableSize:
 
     Args:
         length_axes: Axes of the input along which its size may differ, as negative indices in ascending order.
-        stride: Number of input elements per token along each of these axes; 1 by default.
-        time_axis: Index in `length_axes` of the axis that one length per sample refers to; None if each sample needs
-            one length per axis.
+        stride: Number of input elements per token along each of these axes; empty if it is 1 along all of them.
+        time_axis: Axis to which lengths `b` (one per sample) refer, as an index in `length_axes`; None if lengths must
+            be `b axes` (one per sample and axis).
     """
 
     length_axes: tuple[int, ...] = (-1,)
@@ -37,7 +37,7 @@ class VariableSize:
     def num_tokens(self, length: Size, axis: int) -> Size:
         """Return the number of tokens along an axis (index in `length_axes`) for an input of this length.
 
-        An incomplete patch at the end is one token.
+        An incomplete patch at the end counts as one token.
         """
         return -(-length // self.stride[axis]) if self.stride else length
 
@@ -72,7 +72,7 @@ class VariableSize:
         if not (one_per_sample or one_per_axis) or batch not in (None, lengths.shape[0]):
             either = "b or " if self.time_axis is not None else ""
             raise ValueError(
-                f"lengths must be {either}b {axes}, one row a sample{'' if batch is None else f' of {batch}'}; "
+                f"lengths must be {either}b {axes}{'' if batch is None else f' with b = {batch}'}, one row per sample; "
                 f"got shape {tuple(lengths.shape)}"
             )
         full = torch.tensor(list(size), device=lengths.device)
@@ -81,7 +81,7 @@ class VariableSize:
             sizes[:, self.time_axis] = lengths
             lengths = sizes
         if not checks.is_true(lambda: ((lengths >= 1) & (lengths <= full)).all(), lengths):
-            raise ValueError(f"lengths must lie in 1 ... {list(size)}, the size of the batch; got {lengths.tolist()}")
+            raise ValueError(f"lengths must lie in 1 ... {list(size)}, the padded size; got {lengths.tolist()}")
         return lengths
 
     def _with_lengths(self, x: Tensor, mask: Tensor | None, lengths: Lengths | None) -> tuple[Tensor, Tensor | None]:
@@ -104,7 +104,7 @@ class VariableSize:
 
 
 def _box(lengths: Tensor, size: Sequence[int]) -> Tensor:
-    """Return the mask `b *size` of the elements whose index along every axis is below the sample's length."""
+    """Return the mask `b *size` of the elements whose index is below the length of the sample along every axis."""
     box = lengths.new_ones(lengths.shape[0], *[1] * len(size), dtype=torch.bool)
     for axis, (count, own) in enumerate(zip(size, lengths.unbind(1), strict=True)):
         valid = torch.arange(count, device=lengths.device) < own[:, None]
@@ -113,26 +113,27 @@ def _box(lengths: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def options(**arguments: object) -> dict[str, object]:
-    """Return the keyword arguments that are not None, for adapters that do not have all of them."""
+    """Return the arguments that are not None, because some adapters do not accept all of them."""
     return {name: argument for name, argument in arguments.items() if argument is not None}
 
 
 def pad(inputs: Sequence[Any], adapter: object = None) -> tuple[Any, Any]:
-    """Zero-pad inputs of unequal size to a batch. Return the batch and the mask of valid tokens.
+    """Stack inputs of unequal size into a zero-padded batch. Return the batch and the mask of valid tokens.
 
     Pass both to the adapter or to the model: `model(batch, mask=mask)`.
 
     Args:
         inputs: Inputs of the adapter, without the batch axis. For a multimodal adapter, a sequence of dictionaries.
-        adapter: Adapter that will receive the batch. Its patch size determines the number of tokens. None for one token
-            per element of the only axis along which the inputs differ.
+        adapter: Adapter that will receive the batch. It determines how many tokens an input has. Without an adapter,
+            inputs may differ along one axis, and the mask has one entry per element along this axis.
 
     Returns:
         The batch `b ...`, and the mask `b *grid`, True = attend. For a multimodal adapter, two dictionaries.
 
     Raises:
         TypeError: If an input is not a tensor, or the adapter does not accept inputs of unequal size.
-        ValueError: If there are no inputs, or they differ along an axis that must be the same for all.
+        ValueError: If `inputs` is empty or a single tensor, or the inputs do not have the same number of axes.
+        ValueError: If the inputs differ along an axis whose size must be equal for all inputs.
 
     Example:
         >>> positions = pc.positions.FixedGrid(pc.positions.Fourier(num_axes=1, num_bands=8), grid=(100,))
@@ -166,7 +167,7 @@ def _pad(inputs: Sequence[Shaped[Tensor, ...]], adapter: VariableSize | None) ->
     unequal = [axis - len(full) for axis, sizes in enumerate(zip(*shapes, strict=True)) if len(set(sizes)) > 1]
     if adapter is None:
         if len(unequal) > 1:
-            raise ValueError(f"inputs must differ along one axis, or pad needs the adapter; got shapes {shapes[:10]}")
+            raise ValueError(f"inputs must differ along one axis only, or pass the adapter; got shapes {shapes[:10]}")
         adapter, axes = VariableSize(), tuple(unequal) or (-len(full),)
     else:
         axes = adapter.axes_of(len(full) + 1)

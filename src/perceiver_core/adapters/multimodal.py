@@ -93,10 +93,10 @@ class Multimodal(nn.Module):
                 the modality. Any other mask is passed to the modality's adapter, and may be all False for samples
                 without the modality. The inputs of such samples are ignored, even if they are NaN.
             lengths: Mapping from modality names to the sizes of the inputs before padding, as the adapter of the
-                modality expects them. Samples without the modality may have any size.
+                modality expects them. For samples without the modality, any size from 1 to the padded size is accepted.
 
         Raises:
-            ValueError: If `inputs` is empty, or `inputs` or `mask` contains an unknown modality.
+            ValueError: If `inputs` is empty, or `inputs`, `mask` or `lengths` contains an unknown modality.
             ValueError: If the batch sizes differ, or a sample has no valid token.
             TypeError, ValueError: If an adapter raises it. The name of the modality is added to the message.
         """

@@ -32,7 +32,7 @@ def apply_linear(layer: nn.Module, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*
     """Return `layer(x)`, with oneDNN if `layer` is an unmodified `nn.Linear` and oneDNN is faster; see `uses_onednn`.
 
     The layers themselves stay `nn.Linear`, because PyTorch's quantization, opacus and other tools look for this exact
-    type. A layer that is not called by `forward` alone (see `bypass_reason`) is called as usual.
+    type. A layer with hooks or a replaced `forward` method is called as usual; see `bypass_reason`.
 
     Example:
         >>> from perceiver_core.layers.linear import apply_linear
@@ -56,7 +56,7 @@ def apply_linear(layer: nn.Module, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*
 
 
 def bypass_reason(layer: nn.Module) -> str:
-    """Return the reason why a layer must be called, or an empty string if its weights may be used directly."""
+    """Return the reason why a module must be called, or an empty string if its weights may be used without a call."""
     state = layer.__dict__
     if (
         state["_forward_hooks"]
@@ -69,7 +69,7 @@ def bypass_reason(layer: nn.Module) -> str:
 
 
 def _observes_all() -> bool:
-    """Return whether something observes the calls of all layers: a global hook, or a patch of PyTorch's classes."""
+    """Return whether a global hook, or a patched method of `nn.Linear` or `nn.Module`, observes the calls of layers."""
     hooks = (
         _modules._global_forward_hooks
         or _modules._global_forward_pre_hooks
