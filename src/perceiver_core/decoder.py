@@ -191,7 +191,7 @@ def _join(latents: Tensor, queries: Mapping[str, Tensor]) -> tuple[Tensor, list[
     for name, x in parts.items():
         if x.shape[0] not in (1, batch):
             raise ValueError(
-                f"queries[{name!r}] must have a batch of 1 or that of the latents, {batch}; got {x.shape[0]}"
+                f"queries[{name!r}] must have batch size 1 or that of the latents, {batch}; got {x.shape[0]}"
             )
     joined = torch.cat([x.expand(batch, -1, -1) for x in parts.values()], dim=1)
     return joined, [x.shape[1] for x in parts.values()]

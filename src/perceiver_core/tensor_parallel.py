@@ -77,8 +77,9 @@ def _attention(name: str, module: MultiHeadAttention, num_devices: int) -> Itera
         norm = getattr(module, part)
         if split and any(True for _ in norm.parameters()):
             if isinstance(norm, nn.RMSNorm) and not hasattr(torch.ops.aten, "_fused_rms_norm"):
+                where = f"{name}.{part}".removeprefix(".")
                 raise ValueError(
-                    f"PyTorch {torch.__version__} computes wrong gradients for a split RMSNorm ({name}.{part}); use a "
+                    f"PyTorch {torch.__version__} computes wrong gradients for a split RMSNorm ({where}); use a "
                     "newer version, or qk_norm=nn.LayerNorm"
                 )
             yield part, SequenceParallel(sequence_dim=1, use_local_output=True)  # the axis of the heads
