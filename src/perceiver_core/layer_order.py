@@ -51,6 +51,8 @@ class _Stage(NamedTuple):
 
 def _stages(module: nn.Module, is_layer: bool | None) -> list[_Stage]:
     """Return the stages of a module in execution order. `is_layer=None`: a layer, unless it contains layers itself."""
+    if not any(True for _ in module.parameters()):
+        return []  # such as the latent transformer of an encoder with depth=0
     if is_layer:
         return [_Stage(module, True)]
     inside = [stage for child, flag in _children(module) for stage in _stages(child, flag)]

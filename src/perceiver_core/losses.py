@@ -88,8 +88,11 @@ def cross_entropy(
     Reference: Devlin et al. 2019 (BERT), section 3.1; transformers also ignores -100. Label smoothing: Szegedy et al.
     2016 (Inception v3), section 7.
     """
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise TypeError(f"labels must be whole numbers; got {labels.dtype}")
+    checks.is_floating("logits", logits)
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels must be a tensor of whole numbers; got {got}")
+    labels = labels.long()  # a label of -100 has no equal in uint8
     if logits.shape[:-1] != labels.shape:
         raise ValueError(
             f"labels must have the shape of the logits without their last axis, {tuple(logits.shape[:-1])}; "
@@ -103,11 +106,11 @@ def cross_entropy(
     wide = torch.promote_types(logits.dtype, torch.float32)
     if weight is not None:
         weight = _class_weights("weight", weight, logits).to(wide)
-        if not checks.is_true(lambda: (weight[labels.long()[counted]] > 0).any(), labels):
+        if not checks.is_true(lambda: (weight[labels[counted]] > 0).any(), labels):
             raise ValueError("weight must be positive for at least one of the labels; it is 0 for all")
     return F.cross_entropy(
         logits.to(wide).flatten(0, -2),
-        labels.flatten().long(),
+        labels.flatten(),
         weight=weight,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
@@ -147,6 +150,9 @@ def binary_cross_entropy(
 
     Reference: Gemmeke et al. 2017 (AudioSet), a dataset with several labels per clip.
     """
+    checks.is_floating("logits", logits)
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"targets must be a tensor; got {type(targets).__name__}")
     if logits.shape != targets.shape:
         raise ValueError(
             f"targets must have the shape of the logits, {tuple(logits.shape)}; got {tuple(targets.shape)}"
@@ -174,7 +180,7 @@ def binary_cross_entropy(
 
 
 def _check_smoothing(label_smoothing: float) -> None:
-    if not 0.0 <= label_smoothing <= 1.0:
+    if not isinstance(label_smoothing, (int, float)) or not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must lie in [0, 1]; got {label_smoothing!r}")
 
 

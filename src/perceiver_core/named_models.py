@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import inspect
+import operator
 from collections.abc import Callable
+from typing import SupportsIndex
 
-from torch import nn
+from torch import Tensor, nn
 
 from perceiver_core.interop import presets as io_presets
 from perceiver_core.models import presets
@@ -54,14 +56,21 @@ def create(name: str, **options: object) -> nn.Module:
         >>> model.head.logits
         Linear(in_features=1024, out_features=10, bias=True)
     """
-    if name not in _MODELS:
+    if not isinstance(name, str) or name not in _MODELS:
         near = difflib.get_close_matches(str(name), _MODELS, n=3)
         raise ValueError(
             f"name must be one of list_models(); got {name!r}"
             + (f". Did you mean {' or '.join(map(repr, near))}?" if near else "")
         )
     refuse_unknown(f"create({name!r})", options, [*inspect.signature(_MODELS[name]).parameters])
-    return _MODELS[name](**options)
+    return _MODELS[name](**{option: _whole_number(option, value) for option, value in options.items()})
+
+
+def _whole_number(name: str, value: object) -> object:
+    """Convert NumPy integers. Check that a value is a whole number of at least 0."""
+    if isinstance(value, SupportsIndex) and not isinstance(value, (bool, Tensor)) and operator.index(value) >= 0:
+        return operator.index(value)
+    raise ValueError(f"{name} must be a whole number of at least 0; got {value!r:.80}")
 
 
 def list_models(pattern: str = "*") -> list[str]:

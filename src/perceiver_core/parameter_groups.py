@@ -116,6 +116,9 @@ def parameter_groups(
 
 
 def _check_numbers(weight_decay: float, layer_decay: float | None, lr: float | None) -> None:
+    for name, value in {"weight_decay": weight_decay, "layer_decay": layer_decay, "lr": lr}.items():
+        if isinstance(value, (str, bool)) or (value is None and name == "weight_decay"):
+            raise TypeError(f"{name} must be a number; got {value!r}")
     if not 0.0 <= weight_decay < math.inf:
         raise ValueError(f"weight_decay must be at least 0; got {weight_decay!r}")
     if layer_decay is not None and not 0.0 < layer_decay <= 1.0:

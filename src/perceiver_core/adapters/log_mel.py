@@ -127,6 +127,11 @@ class LogMel(GridAdapter):
         checks.positive(at_most=n_fft, win_length=win_length)
         if num_mels % tokens_per_frame:
             raise ValueError(f"tokens_per_frame must divide num_mels={num_mels}; got {tokens_per_frame}")
+        if not isinstance(sample_rate, (int, float)) or not 0 < sample_rate < math.inf:
+            raise ValueError(f"sample_rate must be a number above 0, in Hz; got {sample_rate!r}")
+        for name, function in (("frequencies", frequencies), ("window", window)):
+            if not callable(function):
+                raise TypeError(f"{name} must be a function such as adapters.htk_frequencies; got {function!r:.80}")
         f_max = sample_rate / 2 if f_max is None else f_max
         if not 0 <= f_min < f_max <= sample_rate / 2:
             raise ValueError(

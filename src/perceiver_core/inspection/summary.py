@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from perceiver_core.blocks import CrossAttend, JointAttend, SelfAttend
@@ -98,8 +99,13 @@ def summary(model: nn.Module, *inputs: object, depth: int = 2, **options: object
         encoder  Encoder         1  2 x 8 x 32       11,800     11,800  589 k
         head     Regression      1  2 x 1                97         97    128
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module; got {model!r:.80}. Build it, or use create(...)")
     model = getattr(model, "_orig_mod", model)  # unwraps a module from torch.compile
-    parts = dict(_parts(model, "", depth))
+    names: dict[nn.Module, str] = {}
+    for name, part in _parts(model, "", depth):
+        names.setdefault(part, name)
+    parts = {name: part for part, name in names.items()}
     rows = {name: PartSummary(name, type(part).__name__) for name, part in parts.items()}
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = cast(Any, _Untracked())
@@ -107,7 +113,7 @@ def summary(model: nn.Module, *inputs: object, depth: int = 2, **options: object
     with _evaluation(model), frozen_state(model), torch.random.fork_rng(devices), torch.no_grad(), ExitStack() as stack:
         for name, part in parts.items():
             stack.enter_context(_observe(part, rows[name], counter))
-        with counter:
+        with _counted_attention(model), counter:
             model(*inputs, **options)
     for path, parameter in model.named_parameters():
         for name, row in rows.items():
@@ -136,6 +142,21 @@ def _parts(module: nn.Module, name: str, depth: int) -> Iterator[tuple[str, nn.M
     if depth >= 0 and not isinstance(module, _BLOCKS):
         for child_name, child in module.named_children():
             yield from _parts(child, f"{name}.{child_name}" if name else child_name, depth)
+
+
+@contextmanager
+def _counted_attention(model: nn.Module) -> Iterator[None]:
+    """Context manager that selects attention operators whose FLOPs PyTorch counts.
+
+    PyTorch has no formula for its fused attention on a CPU, nor for the fast path of `nn.TransformerEncoder`.
+    """
+    fast, on_cpu = torch.backends.mha.get_fastpath_enabled(), all(x.device.type == "cpu" for x in model.parameters())
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextmanager

@@ -46,7 +46,7 @@ class FixedGrid(nn.Module):
         super().__init__()
         if isinstance(positions, type) or not isinstance(positions, Positions):
             raise TypeError(f"positions must have dim, num_axes and tables, as Fourier has; got {positions!r}")
-        if isinstance(grid, int) or len(grid) != positions.num_axes:
+        if not isinstance(grid, Sequence) or len(grid) != positions.num_axes:
             raise ValueError(f"grid must have one size for each of {positions.num_axes} axes; got {grid!r}")
         checks.positive(**{f"grid[{axis}]": size for axis, size in enumerate(grid) if size is not None})
         self.positions, self.grid = positions, tuple(grid)

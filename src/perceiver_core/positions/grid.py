@@ -114,18 +114,19 @@ _warned: set[str] = set()
 
 
 def _is_padded(mask: Tensor, axes: Sequence[bool]) -> bool:
-    """Return whether the valid tokens of each sample form a box that starts at index 0, and there is padding.
+    """Return whether the valid tokens of any sample form a box that starts at index 0, and the sample has padding.
 
-    Padding counts only along the axes that are True in `axes`: along one of them, a box must be smaller than the grid.
+    Padding counts only along the axes that are True in `axes`: along one of them, the box must be smaller than the
+    grid.
     """
-    box, padded = torch.ones_like(mask), False
+    box, padded = torch.ones_like(mask), mask.new_zeros(mask.shape[0])
     for axis, spanned in enumerate(axes, start=1):
         valid = mask.movedim(axis, 1).reshape(mask.shape[0], mask.shape[axis], -1).any(-1)
-        if bool((~valid[:, :-1] & valid[:, 1:]).any()):
-            return False
-        box = box & valid.reshape([size if i in (0, axis) else 1 for i, size in enumerate(mask.shape)])
-        padded = padded or (spanned and bool((valid[:, 0] & ~valid[:, -1]).any()))
-    return padded and bool((box == mask).all())
+        prefix = valid.cumprod(1).bool()  # valid up to the first invalid index
+        box = box & prefix.reshape([size if i in (0, axis) else 1 for i, size in enumerate(mask.shape)])
+        if spanned:
+            padded = padded | (valid[:, 0] & ~valid[:, -1])
+    return bool((padded & (box == mask).flatten(1).all(1)).any())
 
 
 def check_axes(grid: Sequence[int], num_axes: int) -> None:

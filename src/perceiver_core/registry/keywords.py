@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterable, Sequence
 # Names of our arguments in PyTorch, transformers, timm and other Perceiver libraries, if they are not similar to ours.
 SYNONYMS = {
     "num_classes": ("num_labels", "n_classes"),
-    "num_heads": ("nhead", "num_attention_heads", "latent_heads", "cross_heads"),
+    "num_heads": ("nhead", "num_attention_heads", "num_self_attention_heads", "latent_heads", "heads", "n_heads"),
     "dim": ("d_model", "embed_dim", "hidden_size", "d_latents", "latent_dim", "num_latent_channels"),
     "input_dim": ("kdim", "in_features", "in_dim", "input_channels", "num_input_channels"),
     "out_dim": ("output_dim", "out_features"),
     "depth": ("num_layers", "n_layers", "layers", "num_blocks", "num_self_attends_per_block"),
     "num_reads": ("num_cross_attention_layers", "num_cross_attends"),
     "num_repeats": ("num_blocks",),
+    "num_latents": ("num_queries",),
+    "dropout": ("attention_probs_dropout_prob",),
     "share": ("weight_tie_layers",),
     "num_channels": ("in_channels", "in_chans"),
 }
