@@ -165,11 +165,20 @@ def _inspect(x: Tensor, function: Callable[[], T]) -> T | None:
         return None
 
 
+def converts(layer: nn.Module) -> bool:
+    """Return whether pre-forward hooks or a replaced `forward` may convert the weights or the input of a layer."""
+    state = layer.__dict__
+    return bool(state.get("_forward_pre_hooks")) or "forward" in state
+
+
 def matches_weight(name: str, x: Tensor, layer: object) -> None:
     """Check that `x` and the weight of `layer` are on the same device and, outside autocast, have the same dtype.
 
-    The check is skipped if the weight is missing, quantized, sharded or offloaded (on the meta device).
+    The check is skipped if the layer has hooks that may convert it (see `converts`), or if its weight is missing,
+    quantized, sharded or offloaded (on the meta device).
     """
+    if isinstance(layer, nn.Module) and converts(layer):
+        return
     weight: Any = getattr(layer, "weight", layer)
     if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta or not weight.is_floating_point():
         return

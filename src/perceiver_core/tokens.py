@@ -102,7 +102,7 @@ class Tokens(_Base):
             if (
                 len(sizes) != len(grid)
                 or own_width != width
-                or any(size not in (1, full) for size, full in zip(sizes, grid, strict=True))
+                or any(size != 1 and size != full for size, full in zip(sizes, grid, strict=True))
             ):
                 raise ValueError(
                     f"each table must broadcast over the grid {tuple(grid)} and have one width; "

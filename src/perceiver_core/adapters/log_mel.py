@@ -184,6 +184,8 @@ class LogMel(GridAdapter):
         window = F.pad(self.window(self.win_length), (missing // 2, missing - missing // 2)).to(wide)
         half = self.n_fft // 2
         frames = F.pad(wide, (half, half)).unfold(-1, self.n_fft, self.hop_length)
+        if not frames.shape[0]:  # MKL has no FFT of nothing
+            return frames[..., :1].expand(-1, -1, self.num_mels).to(waveform.dtype)
         spectrum = torch.fft.rfft(frames * window)
         with checks.full_precision(waveform.device):
             power = (spectrum.real.square() + spectrum.imag.square()) @ self.filters().to(wide).mT
