@@ -215,12 +215,12 @@ class TestErrors:
             (torch.zeros(2, 5, 12).double(), ValueError, "11 features"),
             (torch.zeros(11).double(), ValueError, r"3 axes \(b q e\); got shape \(11,\)"),
             (torch.zeros(2, 2, 5, 11).double(), ValueError, r"3 axes \(b q e\)"),
-            (torch.zeros(3, 5, 11).double(), ValueError, "batch of 1 or that of the latents, 2; got 3"),
+            (torch.zeros(3, 5, 11).double(), ValueError, "batch size 1 or that of the latents, 2; got 3"),
             (torch.zeros(2, 5, 11).long(), TypeError, "floating point"),
             (torch.zeros(2, 5, 11), TypeError, "convert one"),
             ({}, ValueError, "empty dictionary"),
             ({"a": None}, TypeError, r"queries\['a'\] must be"),
-            ({"a": torch.zeros(3, 5, 11).double()}, ValueError, r"queries\['a'\] must have a batch of 1 or"),
+            ({"a": torch.zeros(3, 5, 11).double()}, ValueError, r"queries\['a'\] must have batch size 1 or"),
         ],
     )
     def test_invalid_queries_raise(self, queries, kind, message):

@@ -1,4 +1,4 @@
-"""Input checks, and helpers for autocast and export.
+"""Input checks, and helpers for autocast, torch.func, forward-mode AD and export.
 
 Unless stated otherwise, checks raise TypeError for a wrong type or dtype, and ValueError for all other errors. `name`
 is the name of the argument in error messages.
@@ -76,7 +76,7 @@ def padded_on_the_left(name: str, mask: Tensor) -> None:
 
 
 def has_shape(name: str, x: Tensor, axes: str, *, last: int | None = None) -> None:
-    """Check that `x` has one axis per name in `axes`, such as "b c h w", and that none but the batch axis "b" is empty.
+    """Check that `x` has one axis per name in `axes` ("b c h w"), and that no axis except the batch axis "b" is empty.
 
     If `last` is set, check that the last axis has size `last`.
     """
@@ -165,11 +165,20 @@ def _inspect(x: Tensor, function: Callable[[], T]) -> T | None:
         return None
 
 
+def converts(layer: nn.Module) -> bool:
+    """Return whether pre-forward hooks or a replaced `forward` may convert the weights or the input of a layer."""
+    state = layer.__dict__
+    return bool(state.get("_forward_pre_hooks")) or "forward" in state
+
+
 def matches_weight(name: str, x: Tensor, layer: object) -> None:
     """Check that `x` and the weight of `layer` are on the same device and, outside autocast, have the same dtype.
 
-    The check is skipped if the weight is missing, quantized, sharded or offloaded (on the meta device).
+    The check is skipped if the layer has hooks that may convert it (see `converts`), or if its weight is missing,
+    quantized, sharded or offloaded (on the meta device).
     """
+    if isinstance(layer, nn.Module) and converts(layer):
+        return
     weight: Any = getattr(layer, "weight", layer)
     if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta or not weight.is_floating_point():
         return
@@ -185,7 +194,7 @@ def matches_weight(name: str, x: Tensor, layer: object) -> None:
 
 
 def transformed() -> bool:
-    """Return whether torch.func transforms or forward-mode AD are active. Always False under torch.compile."""
+    """Return whether a torch.func transform or forward-mode AD is active. Always False under torch.compile."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
@@ -204,10 +213,10 @@ def needs_more_derivatives() -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_exporting() -> bool:
-    """Return whether torch.export, also within torch.onnx.export, is tracing a graph.
+    """Return whether torch.export is tracing a graph, including calls within torch.onnx.export.
 
-    The flag is read directly, because `torch.compiler.is_exporting` is missing in PyTorch 2.6 and, in some later
-    versions, also True under torch.compile. PyTorch 2.6 sets the flag in non-strict export only.
+    PyTorch's flag is read directly, because `torch.compiler.is_exporting` is missing in PyTorch 2.6 and, in some later
+    versions, also True under torch.compile. With PyTorch 2.6, the result is True in non-strict export only.
     """
     return bool(getattr(torch.compiler, "_is_exporting_flag", torch.compiler._is_compiling_flag))
 
@@ -215,7 +224,7 @@ def is_exporting() -> bool:
 def always(condition: bool | torch.SymBool) -> bool:
     """Return whether a condition on sizes holds. Under torch.export, it must hold for all values of dynamic sizes.
 
-    A plain `if` would restrict the exported program to the sizes for which the condition is as for the example inputs.
+    A plain `if` would restrict the exported program to sizes that give the same result as those of the example inputs.
     """
     if not is_exporting():
         return bool(condition)

@@ -152,18 +152,18 @@ class Decoder(nn.Module):
         checks.matches_weight("queries", queries, getattr(attention, "query", None))
         if queries.shape[0] not in (1, latents.shape[0]):
             raise ValueError(
-                f"queries must have a batch of 1 or that of the latents, {latents.shape[0]}; got {queries.shape[0]}"
+                f"queries must have batch size 1 or that of the latents, {latents.shape[0]}; got {queries.shape[0]}"
             )
         if mask is not None:
             checks.is_mask("mask", mask, (latents.shape[0], queries.shape[1]))
-        # An exported program decodes all queries at once: the number of chunks would not adapt to dynamic sizes.
+        # An exported program decodes all queries at once: a number of chunks could not depend on dynamic sizes.
         chunk_size = None if checks.is_exporting() else self.chunk_size
         if chunk_size is None or queries.shape[1] <= chunk_size or capture is not None:
             return self._decode_chunk(latents, queries, mask, capture)
         chunks = torch.split(queries, chunk_size, dim=1)
         chunk_masks = [None] * len(chunks) if mask is None else torch.split(mask, chunk_size, dim=1)
         decode: Callable[..., Tensor] = self._decode_chunk
-        if torch.is_grad_enabled() and not checks.transformed():  # torch.func does not support checkpoints
+        if torch.is_grad_enabled() and not checks.transformed():  # torch.func does not support activation checkpointing
             decode = partial(checkpoint, self._decode_chunk, use_reentrant=False)
         return torch.cat([decode(latents, *chunk) for chunk in zip(chunks, chunk_masks, strict=True)], dim=1)
 
@@ -191,7 +191,7 @@ def _join(latents: Tensor, queries: Mapping[str, Tensor]) -> tuple[Tensor, list[
     for name, x in parts.items():
         if x.shape[0] not in (1, batch):
             raise ValueError(
-                f"queries[{name!r}] must have a batch of 1 or that of the latents, {batch}; got {x.shape[0]}"
+                f"queries[{name!r}] must have batch size 1 or that of the latents, {batch}; got {x.shape[0]}"
             )
     joined = torch.cat([x.expand(batch, -1, -1) for x in parts.values()], dim=1)
     return joined, [x.shape[1] for x in parts.values()]

@@ -155,7 +155,7 @@ class Encoder(nn.Module):
                 number = self.sharing.transformers[step]
                 x = self.transformers[number](x)
                 if self.aggregates is not None:
-                    states = [*states, x]  # a new list, because a checkpoint of the module keeps its arguments
+                    states = [*states, x]  # a new list, because activation checkpointing keeps the arguments
                     x = self.aggregates[number](states)
         finally:  # also after an error, because a checkpoint keeps its arguments alive, including the caches
             for cache in caches.values():

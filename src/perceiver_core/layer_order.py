@@ -1,4 +1,4 @@
-"""Numbers of the layers of a model, in the order in which the model uses them."""
+"""Layer numbers of a model, in execution order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from perceiver_core.encoder import Encoder
 from perceiver_core.models import AllFrames, EachFrame, HierarchicalAutoencoder, PerceiverAR, Resampler
 
 _LAYERS = (CrossAttend, SelfAttend, JointAttend, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-# Parts in the order of use, of classes that register them in another order, or whose blocks may be of any class.
+# Parts in execution order, for classes that register them in another order, or whose blocks may be of any class.
 _PARTS: dict[type[nn.Module], tuple[str, ...]] = {
     PerceiverAR: ("embedding", "cross_attention", "latent_transformer", "norm", "head"),
     EachFrame: ("frame_positions", "resampler"),
@@ -25,9 +25,9 @@ _ARE_LAYERS: dict[str, bool | None] = {"cross_attention": True, "latent_transfor
 
 
 def layer_numbers(model: nn.Module) -> tuple[dict[int, int], int]:
-    """Return the layer of each parameter, keyed by its id, and the number of the last layer.
+    """Return the layer number of each parameter, keyed by `id(parameter)`, and the number of the last layer.
 
-    Layers are numbered as `parameter_groups` describes. A model without blocks has one layer, 0.
+    Layers are numbered as described in `parameter_groups`. For a model without blocks, return an empty dictionary, 0.
     """
     stages = _stages(model, is_layer=False)
     last_use = {id(stage.module): position for position, stage in enumerate(stages)}
@@ -43,14 +43,16 @@ def layer_numbers(model: nn.Module) -> tuple[dict[int, int], int]:
 
 
 class _Stage(NamedTuple):
-    """A block, or a module's own parameters outside of blocks, in the order of execution."""
+    """Block, or module whose own parameters (without those of its children) are not part of a block."""
 
     module: nn.Module
     is_layer: bool
 
 
 def _stages(module: nn.Module, is_layer: bool | None) -> list[_Stage]:
-    """Return the stages of a module. `is_layer=None` stands for a layer that may consist of layers."""
+    """Return the stages of a module in execution order. `is_layer=None`: a layer, unless it contains layers itself."""
+    if not any(True for _ in module.parameters()):
+        return []  # such as the latent transformer of an encoder with depth=0
     if is_layer:
         return [_Stage(module, True)]
     inside = [stage for child, flag in _children(module) for stage in _stages(child, flag)]
@@ -60,7 +62,7 @@ def _stages(module: nn.Module, is_layer: bool | None) -> list[_Stage]:
 
 
 def _children(module: nn.Module) -> list[tuple[nn.Module, bool | None]]:
-    """Return the children of a module in the order of use, once per use, and whether each is a layer."""
+    """Return the children of a module in execution order, once per use, each with the flag `is_layer` of `_stages`."""
     if isinstance(module, Encoder):
         parts: list[tuple[Any, bool | None]] = [(module.latent_dropout, False)]
         for read, transformer in zip(module.sharing.reads, module.sharing.transformers, strict=True):

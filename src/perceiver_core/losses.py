@@ -70,14 +70,14 @@ def cross_entropy(
     Args:
         logits: Logits, with the classes or the vocabulary in the last axis.
         labels: Class indices or token ids.
-        weight: Weight of each class, for example to balance rare classes. The mean is weighted too: the sum is divided
-            by the total weight of the labels.
+        weight: Weight of each class, for example to balance rare classes. The loss is then a weighted mean: the sum is
+            divided by the total weight of the labels.
         ignore_index: Label to ignore. In masked language modeling, it is the label of all tokens that were not masked.
-        label_smoothing: Share of each label that is distributed over all classes, in [0, 1].
+        label_smoothing: Fraction of the target probability that is spread evenly over all classes, in [0, 1].
 
     Raises:
-        TypeError: If the labels are not integers.
-        ValueError: If `labels.shape` is not `logits.shape[:-1]`, all labels are ignored, or all have the weight zero.
+        TypeError: If the labels are not integers, or `weight` is not floating point.
+        ValueError: If `labels.shape` is not `logits.shape[:-1]`, or all labels are ignored or have weight zero.
         ValueError: If a label is not a class, or `weight` or `label_smoothing` is invalid.
 
     Example:
@@ -88,8 +88,11 @@ def cross_entropy(
     Reference: Devlin et al. 2019 (BERT), section 3.1; transformers also ignores -100. Label smoothing: Szegedy et al.
     2016 (Inception v3), section 7.
     """
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise TypeError(f"labels must be whole numbers; got {labels.dtype}")
+    checks.is_floating("logits", logits)
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels must be a tensor of whole numbers; got {got}")
+    labels = labels.long()  # a label of -100 has no equal in uint8
     if logits.shape[:-1] != labels.shape:
         raise ValueError(
             f"labels must have the shape of the logits without their last axis, {tuple(logits.shape[:-1])}; "
@@ -103,11 +106,11 @@ def cross_entropy(
     wide = torch.promote_types(logits.dtype, torch.float32)
     if weight is not None:
         weight = _class_weights("weight", weight, logits).to(wide)
-        if not checks.is_true(lambda: (weight[labels.long()[counted]] > 0).any(), labels):
+        if not checks.is_true(lambda: (weight[labels[counted]] > 0).any(), labels):
             raise ValueError("weight must be positive for at least one of the labels; it is 0 for all")
     return F.cross_entropy(
         logits.to(wide).flatten(0, -2),
-        labels.flatten().long(),
+        labels.flatten(),
         weight=weight,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
@@ -122,21 +125,21 @@ def binary_cross_entropy(
     label_smoothing: float = 0.0,
     mask: Bool[Tensor, "b ... v"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Compute the mean binary cross-entropy, in nats, of classes that do not exclude each other.
+    """Compute the mean binary cross-entropy, in nats, for classes that are not mutually exclusive (multi-label).
 
     Values and gradients are those of `torch.nn.functional.binary_cross_entropy_with_logits`, computed in float32 or
     wider.
 
     Args:
         logits: Logits, with the classes in the last axis.
-        targets: True or 1 for each class that applies, False or 0 for others, or probabilities, in the shape of the
-            logits.
+        targets: Targets in the shape of the logits: True or 1 for classes that apply, False or 0 for others; or
+            probabilities.
         pos_weight: Weight of the positive targets of each class, for example to balance rare classes.
-        label_smoothing: Share of each target that is replaced by 1/2, in [0, 1].
-        mask: Mask of the known targets, True = known; None if all are known. Other targets are ignored, even NaN.
+        label_smoothing: Fraction of each target that is replaced by 1/2, in [0, 1].
+        mask: Mask of known targets, True = known; None if all are known. Unknown targets are ignored, even if NaN.
 
     Raises:
-        TypeError: If the mask is not boolean.
+        TypeError: If the mask is not boolean, or `pos_weight` is not floating point.
         ValueError: If the targets or the mask do not have the shape of the logits, or the mask is False everywhere.
         ValueError: If a target is not in [0, 1], or `pos_weight` or `label_smoothing` is invalid.
 
@@ -147,6 +150,9 @@ def binary_cross_entropy(
 
     Reference: Gemmeke et al. 2017 (AudioSet), a dataset with several labels per clip.
     """
+    checks.is_floating("logits", logits)
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"targets must be a tensor; got {type(targets).__name__}")
     if logits.shape != targets.shape:
         raise ValueError(
             f"targets must have the shape of the logits, {tuple(logits.shape)}; got {tuple(targets.shape)}"
@@ -161,7 +167,7 @@ def binary_cross_entropy(
         weight = mask.to(wide) / mask.sum()
         logits, targets = logits.where(mask, 0.0), targets.where(mask, 0.0)
     if not checks.is_true(lambda: ((targets >= 0) & (targets <= 1)).all(), targets):
-        raise ValueError("targets must lie in [0, 1]; got others")
+        raise ValueError("targets must lie in [0, 1]; got values outside this range")
     if pos_weight is not None:
         pos_weight = _class_weights("pos_weight", pos_weight, logits).to(wide)
     return F.binary_cross_entropy_with_logits(
@@ -174,7 +180,7 @@ def binary_cross_entropy(
 
 
 def _check_smoothing(label_smoothing: float) -> None:
-    if not 0.0 <= label_smoothing <= 1.0:
+    if not isinstance(label_smoothing, (int, float)) or not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must lie in [0, 1]; got {label_smoothing!r}")
 
 

@@ -136,7 +136,7 @@ class Or:
 
 
 def moved(x: T, device: torch.device | str, **options: bool) -> T:
-    """Return a mask or another object on a device, or as it is if it has no method `to` (such as the rule `Causal`)."""
+    """Move a mask or another object to a device. Objects without a method `to`, such as `Causal`, are unchanged."""
     return cast(T, cast(Any, x).to(device, **options)) if hasattr(x, "to") else x
 
 

@@ -1,13 +1,15 @@
-"""Models by name: the papers' models and published sizes, with new weights."""
+"""Construction of models by name: models of the papers and other published sizes, with random weights."""
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
 import inspect
+import operator
 from collections.abc import Callable
+from typing import SupportsIndex
 
-from torch import nn
+from torch import Tensor, nn
 
 from perceiver_core.interop import presets as io_presets
 from perceiver_core.models import presets
@@ -36,36 +38,43 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def create(name: str, **options: object) -> nn.Module:
-    """Build a model by name, with new weights. `list_models` lists the names.
+    """Build a model by name, with randomly initialized weights. `list_models` lists the names.
 
     Args:
         name: Name of the model.
         options: Arguments of the function that builds the model, such as `num_classes` of a classifier or `vocab_size`
-            of a language model. `num_classes` changes the head. With `num_classes=0`, a classifier returns features
-            `b d`: the input of its last linear layer.
+            of a language model. `num_classes` sets the output size of the head. With `num_classes=0`, a classifier
+            returns features `b d`, the input of its last linear layer.
 
     Raises:
-        TypeError: If the model does not have one of the options, or needs another one.
+        TypeError: If the model does not accept one of the options, or a required option is missing.
         ValueError: If there is no model with this name, or an option is invalid.
 
     Example:
-        >>> with torch.device("meta"):  # without memory
+        >>> with torch.device("meta"):  # allocates no memory
         ...     model, features = pc.create("perceiver_imagenet", num_classes=10), pc.create("hip_mini")
         >>> model.head.logits
         Linear(in_features=1024, out_features=10, bias=True)
     """
-    if name not in _MODELS:
+    if not isinstance(name, str) or name not in _MODELS:
         near = difflib.get_close_matches(str(name), _MODELS, n=3)
         raise ValueError(
             f"name must be one of list_models(); got {name!r}"
             + (f". Did you mean {' or '.join(map(repr, near))}?" if near else "")
         )
     refuse_unknown(f"create({name!r})", options, [*inspect.signature(_MODELS[name]).parameters])
-    return _MODELS[name](**options)
+    return _MODELS[name](**{option: _whole_number(option, value) for option, value in options.items()})
+
+
+def _whole_number(name: str, value: object) -> object:
+    """Convert NumPy integers. Check that a value is a whole number of at least 0."""
+    if isinstance(value, SupportsIndex) and not isinstance(value, (bool, Tensor)) and operator.index(value) >= 0:
+        return operator.index(value)
+    raise ValueError(f"{name} must be a whole number of at least 0; got {value!r:.80}")
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Return the sorted names of the models that match a pattern with the wildcards of fnmatch.
+    """Return the sorted names of the models that match a pattern; wildcards are those of `fnmatch`.
 
     Example:
         >>> pc.list_models("*io_imagenet*")

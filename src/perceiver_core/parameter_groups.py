@@ -1,4 +1,4 @@
-"""Parameter groups for the optimizers of PyTorch: weight decay for matrices only, and layer-wise learning rates."""
+"""Parameter groups for PyTorch optimizers: weight decay for matrices only, and layer-wise learning rates."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _VECTORS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
 
 
 def decays(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
-    """Return whether weight decay applies to a parameter: the default rule of `parameter_groups`.
+    """Return whether weight decay applies to a parameter. This is the default rule of `parameter_groups`.
 
-    It applies to the weights of torch.nn's linear, convolutional, recurrent and attention layers and their subclasses.
-    In other modules it applies to a matrix (a parameter with at least two axes longer than 1) that is called `weight`,
-    as in torch.nn, unless the module is an embedding or a norm. All other parameters are biases, gates, scales, or
-    arrays of vectors: latents, queries, position tables.
+    Weight decay applies to the weights of torch.nn's linear, convolutional, recurrent and attention layers and their
+    subclasses. In other modules, except embeddings and norms, it applies to a parameter that is named `weight` and has
+    at least two axes longer than 1. It does not apply to other parameters: biases, gates, scales, and arrays of
+    vectors, such as latents, queries and position tables.
 
     Args:
         module: Module that holds the parameter.
-        name: Name of the attribute of the module.
-        parameter: The parameter.
+        name: Name of the parameter in the module.
+        parameter: Parameter to check.
 
     Example:
         >>> encoder = pc.Encoder(10, num_latents=7, dim=32, depth=1, num_heads=4)
@@ -39,7 +39,8 @@ def decays(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
         (True, False)
     """
     if isinstance(module, _MATRICES):
-        return parameter.ndim >= 2 or name.startswith("weight")  # FSDP1 flattens weights
+        is_bias = name.startswith("bias")  # bias_k of nn.MultiheadAttention has three axes
+        return (parameter.ndim >= 2 and not is_bias) or name.startswith("weight")  # FSDP1 flattens weights
     return name == "weight" and not isinstance(module, _VECTORS) and sum(size > 1 for size in parameter.shape) >= 2
 
 
@@ -51,25 +52,26 @@ def parameter_groups(
     lr: float | None = None,
     decays: Decays = decays,
 ) -> list[dict[str, Any]]:
-    """Return parameter groups for an optimizer of PyTorch, with weight decay only for the weights of layers.
+    """Return parameter groups for a PyTorch optimizer, with weight decay only for the weights of layers.
 
     With `layer_decay`, the learning rate of layer k is `lr * layer_decay ** (last - k)`. Layers are the blocks of this
-    library (cross-attention, self-attention), counted from 1 in the order of their last use. Layer 0 is all before
-    the first block (adapter, latents), and the last layer all after the last block (norm, head). What is between two
-    blocks, such as queries, belongs to the next one.
+    library (cross-attention, self-attention) and of torch.nn, numbered from 1 in the order of their last use. Layer 0
+    contains the parameters before the first block (adapter, latents), and the last layer those after the last block
+    (norm, head). Parameters between two blocks, such as queries, belong to the layer of the second block.
 
-    A block that several steps share counts once, where it is used last: it learns as fast as a block of its own would
-    there. If the first use counted, the blocks that compute the output would learn as slowly as the first ones: in
-    the paper's sharing, all but one. A tied embedding likewise counts as head.
+    A block that is shared by several steps has a single number, that of its last use. If the number were that of the
+    first use, the blocks that compute the output would have the low learning rates of early layers: with the sharing of
+    the paper, all blocks but one. Likewise, a tied embedding belongs to the last layer, with the head.
 
     Args:
-        model: Any module, also inside a wrapper such as DistributedDataParallel, torch.compile or peft.
-        weight_decay: Weight decay of the parameters to which `decays` applies. It is 0 for all others.
-        layer_decay: Factor of the learning rate from one layer to the one before, in (0, 1]; None not to distinguish
-            layers.
-        lr: Learning rate of the last layer. If None, groups have no learning rate, but, with `layer_decay`, an entry
-            `lr_scale`. PyTorch ignores it; schedulers such as timm's multiply by it.
-        decays: Rule for weight decay; see `decays`. A parameter of several modules decays only if it does in each.
+        model: Any module, possibly wrapped, for example by DistributedDataParallel, torch.compile or PEFT.
+        weight_decay: Weight decay of the parameters for which `decays` returns True; 0 for all others.
+        layer_decay: Ratio of the learning rates of a layer and the next layer, in (0, 1]; None for the same learning
+            rate in all layers.
+        lr: Learning rate of the last layer. If None, groups have no entry `lr`. With `layer_decay`, they then have an
+            entry `lr_scale`, which PyTorch ignores, and by which schedulers such as timm's multiply the learning rate.
+        decays: Rule for weight decay; see `decays`. A shared parameter decays only if the rule returns True for every
+            module that holds it.
 
     Returns:
         List of dictionaries with the entries `params`, `name` and `weight_decay`; `lr` or `lr_scale`; and, with
@@ -114,6 +116,9 @@ def parameter_groups(
 
 
 def _check_numbers(weight_decay: float, layer_decay: float | None, lr: float | None) -> None:
+    for name, value in {"weight_decay": weight_decay, "layer_decay": layer_decay, "lr": lr}.items():
+        if isinstance(value, (str, bool)) or (value is None and name == "weight_decay"):
+            raise TypeError(f"{name} must be a number; got {value!r}")
     if not 0.0 <= weight_decay < math.inf:
         raise ValueError(f"weight_decay must be at least 0; got {weight_decay!r}")
     if layer_decay is not None and not 0.0 < layer_decay <= 1.0:
@@ -123,10 +128,10 @@ def _check_numbers(weight_decay: float, layer_decay: float | None, lr: float | N
 
 
 def _owned(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    """Yield each parameter with each module that holds it and its name there; several times if it is shared."""
+    """Yield (module, name, parameter) for each parameter. A shared parameter occurs once per module that holds it."""
     for path, module in model.named_modules():
         owner, names = module, None
-        if isinstance(module, ParametrizationList):  # of `layer.parametrizations.weight`, it is the layer's weight
+        if isinstance(module, ParametrizationList):  # `layer.parametrizations.weight` counts as `layer.weight`
             parent, _, names = path.rpartition(".")
             owner = model.get_submodule(parent.rpartition(".")[0])
         for name, parameter in module.named_parameters(recurse=False):

@@ -1,4 +1,4 @@
-"""Plan of tensor parallelism: attention heads and hidden channels of MLPs are split over devices."""
+"""Plan for tensor parallelism that splits attention heads and the hidden channels of MLPs over devices."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def tensor_parallel_plan(model: nn.Module, num_devices: int) -> dict[str, Parall
     parts are computed on every device, so each device needs the same input and the same random seed.
 
     - Attention with a single head, such as the default `CrossAttend`, cannot be split and is computed on every device.
-      If several query heads share a single key-value head, only its queries are split.
-    - An `MLP` whose number of hidden channels `num_devices` does not divide is computed on every device.
-    - Gated activations such as `GEGLU` need all hidden channels, which the devices exchange.
-    - Reads with split projections are computed by the strategy `Dense`.
-    - Captured attention weights are those of the heads of the device.
+      If all query heads share a single key-value head, only the query and output projections are split.
+    - An `MLP` is computed on every device if `num_devices` does not divide its number of hidden channels.
+    - Gated activations such as `GEGLU` need all hidden channels, so the devices exchange them.
+    - For reads with split projections, `reads.Auto` selects the strategy `Dense`. The other strategies raise an error.
+    - On each device, captured attention weights are those of the heads of this device.
 
     Args:
         model: Model, or part of one.
@@ -37,8 +37,8 @@ def tensor_parallel_plan(model: nn.Module, num_devices: int) -> dict[str, Parall
         Parallel styles, keyed by module name.
 
     Raises:
-        ValueError: If `num_devices` does not divide the number of heads or of key-value heads, unless it is 1.
-        ValueError: If heads have an nn.RMSNorm, and PyTorch is too old to split it.
+        ValueError: If the number of heads or of key-value heads is neither 1 nor a multiple of `num_devices`.
+        ValueError: If the queries or keys have an nn.RMSNorm, and this version of PyTorch cannot split it.
 
     Example:
         >>> plan = pc.tensor_parallel_plan(pc.SelfAttend(32, num_heads=4), num_devices=2)
@@ -77,9 +77,10 @@ def _attention(name: str, module: MultiHeadAttention, num_devices: int) -> Itera
         norm = getattr(module, part)
         if split and any(True for _ in norm.parameters()):
             if isinstance(norm, nn.RMSNorm) and not hasattr(torch.ops.aten, "_fused_rms_norm"):
+                where = f"{name}.{part}".removeprefix(".")
                 raise ValueError(
-                    f"PyTorch {torch.__version__} computes wrong gradients of a split RMSNorm, {name}.{part}; use a "
-                    "newer PyTorch, or qk_norm=nn.LayerNorm"
+                    f"PyTorch {torch.__version__} computes wrong gradients for a split RMSNorm ({where}); use a "
+                    "newer version, or qk_norm=nn.LayerNorm"
                 )
             yield part, SequenceParallel(sequence_dim=1, use_local_output=True)  # the axis of the heads
 
@@ -92,7 +93,7 @@ def _mlp(module: MLP, num_devices: int) -> Iterator[tuple[str, ParallelStyle]]:
         return
     if getattr(module.activation, "inputs_per_output", 1) == 1:
         yield from (("expand", ColwiseParallel()), ("contract", RowwiseParallel()))
-    else:  # a device has values without their gates, so the activation gets all channels
+    else:  # a device may have values without their gates, so the activation gets all channels
         yield "expand", ColwiseParallel(output_layouts=Replicate())
         yield "contract", RowwiseParallel(input_layouts=Replicate())
 
@@ -107,7 +108,7 @@ def _check_divides(name: str, num_devices: int, **sizes: int) -> None:
 
 
 def _sum_gradients() -> ParallelStyle:
-    """Return a style for a module that is computed on every device, and whose output only some heads use on each.
+    """Return a style for a module that runs on every device, and whose output each device uses only for its own heads.
 
     In the backward pass, the gradients of its output are summed over the devices.
     """

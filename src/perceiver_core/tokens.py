@@ -42,8 +42,8 @@ class _Fields(tuple[Any, ...]):
 if TYPE_CHECKING:
     _Base = object
 else:
-    # Backward hooks, and tools such as torchinfo, find tensors in tuples but not in other objects. The torch.compile of
-    # PyTorch 2.6 cannot construct a subclass of tuple.
+    # Backward hooks, and tools such as torchinfo, find tensors in tuples but not in other objects. Older versions of
+    # torch.compile, such as that of PyTorch 2.6, cannot construct a subclass of tuple.
     _Base = _Fields if torch.__version__ >= (2, 13) else object
 
 
@@ -102,7 +102,7 @@ class Tokens(_Base):
             if (
                 len(sizes) != len(grid)
                 or own_width != width
-                or any(size not in (1, full) for size, full in zip(sizes, grid, strict=True))
+                or any(size != 1 and size != full for size, full in zip(sizes, grid, strict=True))
             ):
                 raise ValueError(
                     f"each table must broadcast over the grid {tuple(grid)} and have one width; "
@@ -165,7 +165,7 @@ class Tokens(_Base):
 
 
 def _flatten(tokens: Tokens) -> tuple[list[Any], list[str]]:
-    """Return the fields that are not None, and their names."""
+    """Return the values of the fields that are not None, and their names."""
     names = [name for name in _Fields._fields if getattr(tokens, name) is not None]
     return [getattr(tokens, name) for name in names], names
 

@@ -173,14 +173,66 @@ def test_lengths_and_mask_are_combined():
     assert audio(torch.randn(1, 20), mask=mask, lengths=[11]).mask.tolist() == [[False, True, True, False]]
 
 
-def test_pad_without_an_adapter_masks_the_axis_that_differs():
+def test_pad_without_an_adapter_masks_the_first_axis():
     batch, mask = adapters.pad([torch.ones(3, 2), torch.ones(1, 2)])
     assert batch.sum((1, 2)).tolist() == [6, 2]
     assert mask.tolist() == [[True] * 3, [True, False, False]]
-    _, mask = adapters.pad([torch.ones(2, 3), torch.ones(2, 1)])
-    assert mask.tolist() == [[True] * 3, [True, False, False]]
     _, mask = adapters.pad([torch.ones(2, 3), torch.ones(2, 3)])
     assert mask.tolist() == [[True] * 2] * 2
+
+
+def test_pad_keeps_gradients():
+    inputs = [torch.randn(5, requires_grad=True), torch.randn(2, requires_grad=True)]
+    batch, mask = adapters.pad(inputs)
+    (batch * mask).sum().backward()
+    assert all(x.grad.eq(1).all() for x in inputs)
+
+
+def test_pad_of_modalities_that_samples_lack():
+    audio, label = adapters.Audio(7, positions=fixed(20)), adapters.OneHotLabel(5)
+    both = adapters.Multimodal({"audio": audio, "label": label, "plane": adapters.Spectrogram(positions=None)})
+    waves = [torch.randn(n) for n in (30, 9)]
+    samples = [
+        {"label": torch.tensor(3), "plane": torch.randn(2, 4)},
+        {"audio": waves[0], "label": torch.tensor(1)},
+        {"audio": waves[1], "label": torch.tensor(4)},
+    ]
+    batch, mask = adapters.pad(samples, both)
+    assert (sorted(batch), sorted(mask)) == (["audio", "label", "plane"], ["audio", "plane"])
+    assert mask["audio"].sum(1).tolist() == [0, 5, 2]
+    assert mask["plane"].flatten(1).any(1).tolist() == [True, False, False]
+    model = perceiver(both)
+    alone = [model({name: x[None] for name, x in sample.items()}) for sample in samples]
+    torch.testing.assert_close(model(batch, mask=mask), torch.cat(alone), rtol=1e-5, atol=1e-5)
+    _, mask = adapters.pad([samples[0], {"audio": waves[0]}], both)
+    assert mask["label"].tolist() == [True, False]
+
+
+def test_pad_of_an_input_per_read():
+    both = adapters.PerRead([adapters.Audio(7, positions=None), adapters.Grid(2, positions=None)])
+    inputs = [(torch.randn(20), torch.randn(3, 2)), (torch.randn(9), torch.randn(5, 2))]
+    batch, mask = adapters.pad(inputs, both)
+    assert [tuple(x.shape) for x in batch] == [(2, 20), (2, 5, 2)]
+    assert [x.sum(1).tolist() for x in mask] == [[3, 2], [3, 5]]
+    assert len(both(batch, mask=mask)) == 2
+
+
+def test_absent_samples_may_have_any_length():
+    audio = adapters.Audio(7, positions=fixed(20))
+    both = adapters.Multimodal({"audio": audio, "label": adapters.OneHotLabel(5)})
+    inputs = {"audio": torch.randn(3, 30), "label": torch.tensor([0, 1, 2])}
+    present = torch.tensor([True, False, True])
+    masks = [both(inputs, mask={"audio": present}, lengths={"audio": [9, n, 30]}).mask for n in (0, 7, 99)]
+    assert all(torch.equal(mask, masks[0]) for mask in masks)
+    assert masks[0].sum(1).tolist() == [3, 1, 6]
+
+
+def test_lengths_under_vmap():
+    audio = adapters.Audio(5, positions=None)
+    waveform, lengths = torch.randn(3, 2, 20), torch.tensor([[20, 7], [1, 5], [6, 20]])
+    masks = torch.vmap(lambda x, n: audio(x, lengths=n).mask)(waveform, lengths)
+    expected = [audio(x, lengths=n).mask for x, n in zip(waveform, lengths, strict=True)]
+    assert torch.equal(masks, torch.stack(expected))
 
 
 def test_gradients_reach_only_what_is_within_the_lengths():
@@ -197,10 +249,13 @@ def test_gradients_reach_only_what_is_within_the_lengths():
     [
         ([1.5, 2.0], TypeError, "lengths must be whole numbers; got torch.float32"),
         ([True, True], TypeError, "lengths must be whole numbers; got torch.bool"),
-        ([3], ValueError, r"lengths must be b or b 1, one row a sample of 2; got shape \(1,\)"),
-        ([[3, 4], [1, 2]], ValueError, r"lengths must be b or b 1, .* got shape \(2, 2\)"),
-        ([0, 3], ValueError, r"lengths must lie in 1 ... \[20\], the size of the batch; got \[\[0\], \[3\]\]"),
+        ([3], ValueError, r"lengths must be b or b 1 with b = 2, one row per sample; got shape \(1,\)"),
+        ([[3, 4], [1, 2]], ValueError, r"lengths must be b or b 1 .* got shape \(2, 2\)"),
+        ([0, 3], ValueError, r"lengths must lie in 1 ... \[20\], the padded size; got \[\[0\], \[3\]\]"),
         ([21, 3], ValueError, r"lengths must lie in 1 ... \[20\]"),
+        ([3, None], TypeError, r"lengths must be a tensor or list of whole numbers; got \[3, None\]"),
+        ("abc", TypeError, "lengths must be a tensor or list of whole numbers; got 'abc'"),
+        ([[1], [2, 3]], TypeError, "lengths must be a tensor or list of whole numbers"),
     ],
 )
 def test_wrong_lengths_raise(lengths, error, message):
@@ -216,7 +271,11 @@ def test_wrong_lengths_raise(lengths, error, message):
         (torch.ones(2, 3), None, ValueError, "inputs must be a list .* got one tensor"),
         ([[1, 2]], None, TypeError, "inputs must be tensors; got list"),
         ([torch.ones(2), torch.ones(2, 1)], None, ValueError, "inputs must all have the same number of axes"),
-        ([torch.ones(2, 3), torch.ones(1, 2)], None, ValueError, "inputs must differ along one axis, or pad needs"),
+        ([torch.ones(2, 3), torch.ones(1, 2)], None, ValueError, r"equal sizes along all axes but \(-2,\).* pass the"),
+        ([torch.ones(2), torch.ones(0)], None, ValueError, r"input 1 has shape \(0,\). Drop it"),
+        ([torch.ones(2), torch.ones(2).double()], None, TypeError, "inputs must have one dtype"),
+        ([{"a": torch.ones(2)}], None, TypeError, "got dict. Pass the multimodal adapter"),
+        ([torch.ones(2)], adapters.Multimodal({"a": adapters.Audio(2, positions=None)}), TypeError, "inputs must be"),
         (
             [torch.ones(2, 3), torch.ones(1, 2)],
             adapters.Audio(5, positions=None, num_channels=2),
@@ -233,7 +292,7 @@ def test_what_pad_refuses(inputs, adapter, error, message):
 
 @pytest.mark.refusal
 def test_one_length_per_axis_is_required_for_images():
-    with pytest.raises(ValueError, match="lengths must be b 2, one row a sample of 2"):
+    with pytest.raises(ValueError, match="lengths must be b 2 with b = 2, one row per sample"):
         adapters.Image(3, positions=None)(torch.rand(2, 3, 5, 6), lengths=[5, 5])
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import perceiver_core as pc
@@ -41,8 +42,9 @@ class TestWholeModels:
         assert whole.num_parameters == whole.num_trainable == sum(p.numel() for p in model.parameters())
 
     def test_flops_are_those_that_pytorch_counts(self, name):
+        """With the attention that it counts: it has no formula for the fused one on a CPU."""
         model, inputs = make(name)
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             model(inputs)
         with torch.no_grad():
             assert pc.summary(model, inputs)[0].flops == counter.get_total_flops() > 0
@@ -103,6 +105,19 @@ def test_shared_parts_have_one_row_and_all_their_calls():
     assert calls == {"encoder.reads.0": 1, "encoder.reads.1": 2, "encoder.transformers.0": 3}
     alone = by_name(perceiver(num_reads=1, depth=2), torch.rand(2, 3, 4, 5))
     assert parts["encoder.transformers.0"].flops == 3 * alone["encoder.transformers.0"].flops
+
+
+def test_a_part_that_two_parents_share_has_one_row():
+    inner = nn.Linear(3, 3)
+    parts = by_name(nn.Sequential(nn.Sequential(inner), inner), torch.zeros(2, 3))
+    assert [(name, part.num_calls, part.flops) for name, part in parts.items()][1:] == [("0", 1, 36), ("0.0", 2, 72)]
+
+
+def test_attention_of_pytorch_is_counted():
+    layer = nn.TransformerEncoderLayer(8, nhead=2, dim_feedforward=16, batch_first=True)
+    flops = by_name(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), torch.zeros(1, 5, 8))[""].flops
+    assert flops == 2 * (2 * 5 * (4 * 64 + 2 * 128) + 2 * 2 * 25 * 8)
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_tied_parameters_count_once():

@@ -317,7 +317,7 @@ class TestErrors:
             model_of().loss(ids_of(n=1))
 
     def test_a_loss_without_a_next_id_in_any_sample_raises(self):
-        message = "mask must leave at least 2 tokens, an input and a target, in a sample; all have 1"
+        message = "mask must leave at least 2 tokens, an input and a target, in one sample; all have fewer"
         for n in (2, 13):
             with pytest.raises(ValueError, match=message):
                 model_of().loss(ids_of(n=n), mask=padding(1, 1, n=n))

@@ -53,7 +53,7 @@ def test_num_class():
 def test_a_name_that_resembles_none_lists_those_accepted():
     with pytest.raises(TypeError, match=r"Level\(\) got an unexpected keyword argument 'xyz'; it accepts num_groups"):
         pc.Level(1, num_latents=3, dim=5, xyz=2)
-    with pytest.raises(TypeError, match=r"'x'; it accepts none"):
+    with pytest.raises(TypeError, match=r"'x'; it accepts no keywords"):
         pc.reads.Dense(x=1)
 
 

@@ -56,7 +56,7 @@ class Audio(GridAdapter):
         Args:
             waveform: Samples in [-1, 1].
             mask: Mask of valid patches, True = attend. It does not affect the position encodings.
-            lengths: Number of samples `b` of each waveform before padding. The samples after them are ignored.
+            lengths: Number of samples of each waveform before padding, `b`. Samples beyond it are ignored.
         """
         checks.is_floating("waveform", waveform)
         if waveform.ndim != 3 and self.num_channels == 1:
@@ -97,9 +97,9 @@ class Spectrogram(GridAdapter):
         """Convert spectrograms with any number of bins and frames to tokens.
 
         Args:
-            spectrogram: Spectrograms.
+            spectrogram: Values of the spectrograms, such as log-mel energies.
             mask: Mask of valid values, True = attend.
-            lengths: Number of frames `b` of each spectrogram before padding, or number of bins and frames `b 2`.
+            lengths: Size of each spectrogram before padding: its number of frames, `b`, or (bins, frames), `b 2`.
         """
         checks.is_floating("spectrogram", spectrogram)
         checks.has_shape("spectrogram", spectrogram, "b bins frames")

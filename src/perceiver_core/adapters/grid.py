@@ -70,6 +70,8 @@ class Grid(GridAdapter):
         super().__init__(num_channels, positions)
         self.num_channels = num_channels
 
+    time_axis = None
+
     def axes_of(self, ndim: int) -> tuple[int, ...]:
         """Return the grid axes of batches with `ndim` axes, as negative indices."""
         return tuple(range(1 - ndim, -1))

@@ -49,7 +49,7 @@ class Image(GridAdapter):
         self.num_channels, self.stem, self.stride = num_channels, layers, tuple(getattr(layers, "stride", ()))
 
     def num_tokens(self, length: Size, axis: int) -> Size:
-        """Return the number of tokens along an axis (0: rows, 1: columns) for an image of this height or width."""
+        """Return the number of rows of tokens (`axis=0`) or columns (`axis=1`) for an image of this height or width."""
         if not self.stride:
             raise ValueError(
                 "lengths need a stem with the attribute stride (rows, columns); pass a mask of tokens instead"
@@ -72,9 +72,9 @@ class Image(GridAdapter):
             mask: Mask of valid tokens (one per position of the feature map), True = attend. The pixels of masked tokens
                 are set to zero before the stem. If the stem has no attribute `stride`, it receives all pixels
                 unchanged, and even masked pixels must be finite.
-            lengths: Height and width `b 2` of each image before padding. The pixels outside are ignored. With a
-                convolutional stem such as `ConvStem`, tokens at the border of the padding differ slightly from those of
-                the image by itself.
+            lengths: Height and width of each image before padding, `b 2`. Padding pixels are ignored. With a
+                convolutional stem such as `ConvStem`, tokens next to the padding differ slightly from those of the
+                unpadded image.
         """
         checks.channels_first("images", images, "b c h w", self.num_channels)
         if (convolution := getattr(self.stem, "convolution", None)) is not None:

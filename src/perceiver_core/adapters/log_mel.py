@@ -1,4 +1,4 @@
-"""Adapter for waveforms that computes log-mel spectrograms, and the filters of the mel scale."""
+"""Adapter that computes log-mel spectrograms of waveforms, with mel scales and a window function."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from perceiver_core.tokens import Tokens
 def slaney_frequencies(f_min: float, f_max: float, count: int) -> Float[Tensor, " n"]:
     """Return `count` frequencies in Hz, from `f_min` to `f_max`, evenly spaced on Slaney's mel scale, in float64.
 
-    The scale is linear below 1 kHz and logarithmic above. It is the default of librosa.
+    The scale is linear below 1 kHz and logarithmic above. It is librosa's default.
 
     Example:
         >>> pc.adapters.slaney_frequencies(0, 6400, 4).round(decimals=1).tolist()
@@ -40,9 +40,9 @@ def slaney_frequencies(f_min: float, f_max: float, count: int) -> Float[Tensor, 
 
 @partial(register, name="adapters.htk_frequencies")
 def htk_frequencies(f_min: float, f_max: float, count: int) -> Float[Tensor, " n"]:
-    """Return `count` frequencies in Hz, from `f_min` to `f_max`, evenly spaced on the mel scale of HTK, in float64.
+    """Return `count` frequencies in Hz, from `f_min` to `f_max`, evenly spaced on HTK's mel scale, in float64.
 
-    A frequency of f Hz is at 2595 log10(1 + f / 700) mel.
+    A frequency of f Hz corresponds to 2595 log10(1 + f / 700) mel.
 
     Example:
         >>> pc.adapters.htk_frequencies(0, 6400, 4).round(decimals=1).tolist()
@@ -69,7 +69,7 @@ def hann_window(length: int) -> Float[Tensor, " n"]:
 class LogMel(GridAdapter):
     """Adapter for waveforms `b s` that computes log-mel spectrograms: one token per frame, or one per value.
 
-    The power spectrum of each frame is multiplied with triangular filters. The logarithm of the result is equal to
+    The power spectrum of each frame is multiplied by triangular filters. The logarithm of the result is equal to
     `np.log(np.maximum(librosa.feature.melspectrogram(...), floor))`. As in librosa, frames are centered on the samples
     0, hop_length, 2 hop_length, ..., and the waveform is padded with zeros at both ends.
 
@@ -81,19 +81,20 @@ class LogMel(GridAdapter):
         n_fft: FFT size, the number of samples per frame.
         hop_length: Number of samples between frames.
         win_length: Window length; `n_fft` by default. Shorter windows are padded with zeros at both ends.
-        tokens_per_frame: Number of tokens per frame: 1, or `num_mels` for one token per value. Each token consists of
-            `num_mels / tokens_per_frame` adjacent bands.
+        tokens_per_frame: Number of tokens per frame, a divisor of `num_mels`: 1 for one token per frame, `num_mels` for
+            one token per value. Each token consists of `num_mels / tokens_per_frame` adjacent bands.
         f_min: Lowest frequency in Hz.
         f_max: Highest frequency in Hz; half the sample rate by default.
-        frequencies: Function `(f_min, f_max, count) -> frequencies` that spaces the filters: `slaney_frequencies`,
-            `htk_frequencies` or a custom function.
-        area_norm: Whether all filters have the same area (`norm="slaney"` in librosa). If False, their peak is 1.
+        frequencies: Function `(f_min, f_max, count) -> frequencies` that returns the edge and center frequencies of the
+            filters: `slaney_frequencies`, `htk_frequencies` or a custom function.
+        area_norm: Whether all filters have the same area (`norm="slaney"` in librosa). If False, they all peak at 1.
         window: Function `length -> window`.
-        floor: Lower limit of the power before the logarithm.
+        floor: Lower bound of the power before the logarithm is taken.
 
     Raises:
         ValueError: If a size is below 1, or `tokens_per_frame` does not divide `num_mels`.
-        ValueError: If the frequencies are not in order, or the window is longer than the FFT.
+        ValueError: If `0 <= f_min < f_max <= sample_rate / 2` does not hold.
+        ValueError: If the window is longer than the FFT, or `floor` is not positive and finite.
 
     Example:
         >>> positions = pc.positions.FixedGrid(pc.positions.Fourier(num_axes=1, num_bands=16), grid=(200,))
@@ -126,6 +127,11 @@ class LogMel(GridAdapter):
         checks.positive(at_most=n_fft, win_length=win_length)
         if num_mels % tokens_per_frame:
             raise ValueError(f"tokens_per_frame must divide num_mels={num_mels}; got {tokens_per_frame}")
+        if not isinstance(sample_rate, (int, float)) or not 0 < sample_rate < math.inf:
+            raise ValueError(f"sample_rate must be a number above 0, in Hz; got {sample_rate!r}")
+        for name, function in (("frequencies", frequencies), ("window", window)):
+            if not callable(function):
+                raise TypeError(f"{name} must be a function such as adapters.htk_frequencies; got {function!r:.80}")
         f_max = sample_rate / 2 if f_max is None else f_max
         if not 0 <= f_min < f_max <= sample_rate / 2:
             raise ValueError(
@@ -161,7 +167,7 @@ class LogMel(GridAdapter):
         Args:
             waveform: Samples in [-1, 1].
             mask: Mask of valid tokens, `b frames` or `b bands frames`, True = attend.
-            lengths: Number of samples `b` of each waveform before padding. The samples after them are ignored.
+            lengths: Number of samples of each waveform before padding, `b`. Samples beyond it are ignored.
         """
         checks.is_floating("waveform", waveform)
         checks.has_shape("waveform", waveform, "b s")
@@ -172,19 +178,21 @@ class LogMel(GridAdapter):
         return self._tokens("waveform", content, mask)
 
     def frames(self, waveform: Float[Tensor, "b s"]) -> Float[Tensor, "b frames mels"]:
-        """Return the log-mel spectrogram of waveforms, frame by frame, computed in float32 or wider."""
+        """Return the log-mel spectrograms of waveforms, with one row per frame, computed in float32 or wider."""
         wide = waveform.to(torch.promote_types(waveform.dtype, torch.float32))
         missing = self.n_fft - self.win_length
         window = F.pad(self.window(self.win_length), (missing // 2, missing - missing // 2)).to(wide)
         half = self.n_fft // 2
         frames = F.pad(wide, (half, half)).unfold(-1, self.n_fft, self.hop_length)
+        if not frames.shape[0]:  # MKL has no FFT of nothing
+            return frames[..., :1].expand(-1, -1, self.num_mels).to(waveform.dtype)
         spectrum = torch.fft.rfft(frames * window)
         with checks.full_precision(waveform.device):
             power = (spectrum.real.square() + spectrum.imag.square()) @ self.filters().to(wide).mT
         return power.clamp_min(self.floor).log().to(waveform.dtype)
 
     def filters(self) -> Float[Tensor, "mels bins"]:
-        """Return the triangular filters in float64, one row per mel band and one column per frequency bin."""
+        """Return the triangular filters, with one row per mel band and one column per frequency bin, in float64."""
         edges = self.frequencies(self.f_min, self.f_max, self.num_mels + 2)[:, None]
         bins = torch.arange(self.n_fft // 2 + 1, dtype=torch.float64) * self.sample_rate / self.n_fft
         slopes = edges.diff(dim=0)

@@ -93,10 +93,10 @@ class Multimodal(nn.Module):
                 the modality. Any other mask is passed to the modality's adapter, and may be all False for samples
                 without the modality. The inputs of such samples are ignored, even if they are NaN.
             lengths: Mapping from modality names to the sizes of the inputs before padding, as the adapter of the
-                modality expects them. Samples without the modality may have any size.
+                modality expects them. For samples without the modality, any size from 1 to the padded size is accepted.
 
         Raises:
-            ValueError: If `inputs` is empty, or `inputs` or `mask` contains an unknown modality.
+            ValueError: If `inputs` is empty, or `inputs`, `mask` or `lengths` contains an unknown modality.
             ValueError: If the batch sizes differ, or a sample has no valid token.
             TypeError, ValueError: If an adapter raises it. The name of the modality is added to the message.
         """
@@ -141,6 +141,8 @@ class Multimodal(nn.Module):
             x = _zero_samples(x, samples, f"mask[{name!r}]", mask.shape[1:])
             # Adapters require a valid token per sample, so samples without this modality are masked after the adapter.
             passed = mask | ~_aligned(samples, mask.ndim) if mask.ndim > 1 else None
+        if lengths is not None and samples is not None:
+            lengths = _valid_lengths(lengths, samples)
         arguments = options(mask=passed, lengths=lengths)
         tokens: Tokens = modalities.call("inputs", name, self.adapters[name], x, **arguments)
         content = tokens.content.to(dtype)
@@ -185,6 +187,12 @@ class Multimodal(nn.Module):
         generator = self._draws.generator(self.generator)
         # torch.rand with a generator does not support the dynamic shapes of torch.compile.
         return torch.empty(tuple(shape), device=like.device).uniform_(generator=generator)
+
+
+def _valid_lengths(lengths: Lengths, samples: Tensor) -> Tensor:
+    """Return lengths with 1 for samples without the modality, whose lengths may be anything."""
+    own = torch.as_tensor(lengths, device=samples.device)
+    return own.where(_aligned(samples, own.ndim), torch.ones_like(own)) if own.ndim else own
 
 
 def _aligned(samples: Tensor, ndim: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 def patchify(x: Float[Tensor, "b c *axes"], patch_size: Sequence[int]) -> Float[Tensor, "b *grid p"]:
     """Cut arrays into flattened patches, after zero-padding the end of each axis to a multiple of the patch size."""
-    # torch.export needs the counts as such: it cannot see that a padded size is a multiple of the patch size.
+    # Computed without the padded sizes: torch.export cannot infer that these are multiples of the patch size.
     counts = [(size + patch - 1) // patch for size, patch in zip(x.shape[2:], patch_size, strict=True)]
     pads = [(0, n * patch - size) for n, patch, size in zip(counts, patch_size, x.shape[2:], strict=True)]
     x = F.pad(x, [pad for axis in reversed(pads) for pad in axis])

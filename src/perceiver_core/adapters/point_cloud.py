@@ -57,7 +57,7 @@ class PointCloud(VariableSize, nn.Module):
         Args:
             points: Coordinates and features of the points. To build a batch from clouds of unequal size, use `pad`.
             mask: Mask of valid points, True = attend.
-            lengths: Number of points `b` of each cloud before padding.
+            lengths: Number of points of each cloud before padding, `b`.
         """
         axes = self.positions.num_axes
         checks.is_floating("points", points)

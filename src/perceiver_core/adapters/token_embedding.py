@@ -73,7 +73,7 @@ class TokenEmbedding(VariableSize, nn.Module):
             mask: Mask of valid tokens, True = attend.
             positions: Position indices, `n` or `b n`; None to compute them (see `positions_include_padding`). Ignored
                 if the adapter has no position embedding.
-            lengths: Number of ids `b` of each sequence before padding at the end.
+            lengths: Number of ids of each sequence before padding at the end, `b`.
 
         Raises:
             ValueError: If `positions` is None and a sequence is longer than the position embedding (`length`).

@@ -66,7 +66,7 @@ class Video(GridAdapter):
         Args:
             video: Pixel values, normalized as in training (mostly to [-1, 1]).
             mask: Mask of valid patches, True = attend.
-            lengths: Number of frames `b` of each video before padding, or (frames, height, width) `b 3`.
+            lengths: Size of each video before padding: its number of frames, `b`, or (frames, height, width), `b 3`.
         """
         checks.channels_first("video", video, "b t c h w", self.num_channels, channel_axis=2)
         video, mask = self._with_lengths(video, mask, lengths)
@@ -120,7 +120,7 @@ class FramePair(GridAdapter):
         Args:
             frames: Pixel values, normalized as in training (mostly to [-1, 1]). `frames[:, 0]` is the earlier frame.
             mask: Mask of valid pixels, True = attend. Masked pixels are set to zero.
-            lengths: Height and width `b 2` of the frames of each pair before padding.
+            lengths: Height and width of each frame pair before padding, `b 2`.
         """
         checks.channels_first("frames", frames, "b t c h w", self.num_channels, channel_axis=2)
         if frames.shape[1] != 2:

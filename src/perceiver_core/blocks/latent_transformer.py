@@ -97,6 +97,6 @@ class LatentTransformer(nn.Module):
                 options["cache"] = caches[layer]
             x = self.blocks[number](x, mask=mask, **options)
             if self.aggregates is not None:
-                states = [*states, x]  # a new list, because a checkpoint of the module keeps its arguments
+                states = [*states, x]  # a new list, because activation checkpointing keeps the arguments
                 x = self.aggregates[number](states)
         return x

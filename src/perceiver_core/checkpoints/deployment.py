@@ -1,4 +1,4 @@
-"""Folders with an exported program and everything else that a process without this library needs to run it."""
+"""Deployment folders: an exported program, and everything that a process without this library needs to run it."""
 
 from __future__ import annotations
 
@@ -26,25 +26,26 @@ def save_program(
 ) -> Path:
     """Save an exported program, the configuration of its model and the preprocessing of its inputs to a folder.
 
-    `deployment.json` contains the configuration, the preprocessing and the SHA-256 digest of the program, so that a
-    reader can check that both files are of one export. The guide "Export and deploy" has such a reader, which needs
-    neither this library nor PyTorch. Both files are written under temporary names before any file is replaced.
+    `deployment.json` contains the configuration, the preprocessing and the SHA-256 digest of the program. The digest
+    shows whether both files belong to the same export. The guide "Export and deploy" contains code that checks it and
+    runs an ONNX program without this library or PyTorch. Both files are written under temporary names before any file
+    is replaced.
 
     Args:
-        program: Result of `torch.onnx.export` (written to `model.onnx`) or `torch.export.export` (`model.pt2`), or the
-            path of a program, such as the result of `torch._inductor.aoti_compile_and_package`, which is copied to
-            `model` with the suffix of the path.
+        program: Result of `torch.onnx.export` (saved as `model.onnx`) or `torch.export.export` (saved as `model.pt2`),
+            or the path of a program, such as the result of `torch._inductor.aoti_compile_and_package`. A file is copied
+            to `model`, with the same suffix.
         folder: Folder to write, created if it does not exist.
-        model: Exported model. Its configuration records which model the program computes; see `registry.to_config`.
+        model: Model that was exported. Its configuration is saved; see `registry.to_config`.
         preprocessing: Description of how to compute the program's inputs, such as image size, channel order, mean and
-            standard deviation, or a sample rate. Any names, and values that JSON can express.
+            standard deviation, or sample rate. Keys are arbitrary, and values must be serializable to JSON.
 
     Returns:
         Path of the folder.
 
     Raises:
-        TypeError: If the program is of another type.
-        ValueError: If the preprocessing is not JSON, or a class of the model is not registered.
+        TypeError: If the type of `program` is not supported.
+        ValueError: If `preprocessing` is not serializable to JSON, or a class in the model is not registered.
 
     Example:
         >>> import tempfile
@@ -61,7 +62,7 @@ def save_program(
     try:
         json.dumps(preprocessing, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"preprocessing must be JSON: {error}; got {preprocessing!r:.80}") from error
+        raise ValueError(f"preprocessing must be JSON-serializable: {error}; got {preprocessing!r:.80}") from error
     digests: dict[str, str] = {}
 
     def write_program(path: Path) -> None:

@@ -39,17 +39,17 @@ def state_tensors(model: nn.Module) -> dict[str, Tensor]:
     )
     for name, value in state.items():
         if not isinstance(value, Tensor) or nn.parameter.is_lazy(value) or value.layout is not torch.strided:
-            raise ValueError(f"{name} is not a tensor with values ({type(value).__name__}), so it is not saved{hint}")
+            raise ValueError(f"{name} is not a tensor with values ({type(value).__name__}) and cannot be saved{hint}")
         if _wraps_others(value):
             raise ValueError(
                 f"{name} is a {type(value).__name__}, a tensor that has no values itself but wraps others, so it "
-                f"is not saved{hint}"
+                f"cannot be saved{hint}"
             )
     return {name: state[name] for name, first in first_names(model).items() if name == first}
 
 
 def check_plain_weights(model: nn.Module) -> None:
-    """Check that no weight is computed from other tensors, by a parametrization, pruning, or a weight norm hook."""
+    """Check that no parametrization, pruning, weight norm or spectral norm computes a weight from other tensors."""
     for path, module in model.named_modules():
         if is_parametrized(module):
             names = ", ".join(module.parametrizations)
@@ -57,11 +57,14 @@ def check_plain_weights(model: nn.Module) -> None:
         else:
             hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _WEIGHT_HOOKS)]
             names = ", ".join(str(getattr(hook, "_tensor_name", None) or getattr(hook, "name", "")) for hook in hooks)
-            remedy = "torch.nn.utils.prune.remove(module, name) or torch.nn.utils.remove_weight_norm(module, name)"
+            remedy = (
+                "torch.nn.utils.prune.remove(module, name), torch.nn.utils.remove_weight_norm(module, name) or "
+                "torch.nn.utils.remove_spectral_norm(module, name)"
+            )
         if names:
             raise ValueError(
-                f"{path or 'the model'} computes {names} from other tensors, so it is not saved. Keep the result as a "
-                f"plain weight first: {remedy}"
+                f"{path or 'the model'} computes {names} from other tensors, so it cannot be saved. First make each of "
+                f"them a plain weight: {remedy}"
             )
 
 

@@ -95,7 +95,8 @@ def explain_reads(model: nn.Module, *inputs: object, **options: object) -> ReadE
     def explain(context: ReadContext) -> None:
         reads.append(_explanation(names.get(id(context.attention), ""), context))
 
-    with listening(explain), frozen_state(model), torch.random.fork_rng(devices=[]), torch.no_grad():
+    eager = torch.compiler.set_stance("force_eager")  # also for parts that are compiled
+    with eager, listening(explain), frozen_state(model), torch.random.fork_rng(devices=[]), torch.no_grad():
         model(*inputs, **options)
     if not reads:
         raise ValueError(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from perceiver_core.blocks import CrossAttend, JointAttend, SelfAttend
@@ -16,7 +17,7 @@ from perceiver_core.inspection.explain import frozen_state
 from perceiver_core.tokens import Tokens
 
 Shape: TypeAlias = "tuple[int, ...] | list[Shape] | dict[str, Shape] | None"
-"""Shape of a tensor or of `Tokens` (with position channels), or a list or dictionary of shapes; None for others."""
+"""Shape of a tensor or of `Tokens` (with position channels), list or dictionary of shapes, or None if unknown."""
 
 _BLOCKS = (CrossAttend, SelfAttend, JointAttend)
 
@@ -28,12 +29,12 @@ class PartSummary:
     Args:
         name: Qualified name; empty for the model itself.
         type: Name of the class.
-        num_calls: Number of calls in one forward pass; more than 1 for shared parts.
+        num_calls: Number of calls in one forward pass; more than 1 if several steps share the part.
         output: Shape of the output of the last call.
-        num_parameters: Number of parameters. Shared parameters count once, for the part that comes first.
+        num_parameters: Number of parameters. Parameters that several parts share count only in the first of them.
         num_trainable: Number of trainable parameters.
-        flops: Floating-point operations of all calls: two for each multiply-add of matrix products, convolutions and
-            attention.
+        flops: Number of floating-point operations in all calls: two per multiply-add in matrix products, convolutions
+            and attention.
 
     Example:
         >>> pc.summary(nn.Linear(3, 5), torch.randn(2, 3))[0]
@@ -63,7 +64,7 @@ class ModelSummary(tuple[PartSummary, ...]):
         rows = [("part", "class", "calls", "output", "parameters", "trainable", "FLOP"), *map(_row, self)]
         columns = []
         for number, column in enumerate(zip(*rows, strict=True)):
-            align = str.ljust if number in (0, 1, 3) else str.rjust  # names and shapes, then counts
+            align = str.ljust if number in (0, 1, 3) else str.rjust  # text columns to the left, numbers to the right
             columns.append([align(text, max(map(len, column))) for text in column])
         return "\n".join(map("  ".join, zip(*columns, strict=True)))
 
@@ -73,17 +74,19 @@ class ModelSummary(tuple[PartSummary, ...]):
 def summary(model: nn.Module, *inputs: object, depth: int = 2, **options: object) -> ModelSummary:
     """Run a model once, and report its parts with output shapes, parameters and floating-point operations.
 
-    The model runs in evaluation mode without gradients, and is left as it was: mode, buffers, random generators. FLOPs
-    are counted by PyTorch's `FlopCounterMode`. Operators that are not registered with it count as 0.
+    The model runs in evaluation mode without gradients. Afterwards, its mode and the random generators are restored.
+    FLOPs are counted by PyTorch's `FlopCounterMode`. Operators that are not registered with it count as 0.
 
     Args:
         model: Any module. A compiled model is run without torch.compile.
         inputs: Positional arguments of the model's `forward`.
-        depth: Number of levels of parts to report. The blocks (cross-attention and self-attention) are not divided.
+        depth: Number of levels of parts to report. The parts of blocks (cross-attention and self-attention) are not
+            reported.
         options: Keyword arguments of the model's `forward`.
 
     Returns:
-        One `PartSummary` per part, the model itself first, in a tuple that prints as a table.
+        One `PartSummary` per part, the model itself first, in a tuple that prints as a table. Parts below the first
+        level without parameters and FLOPs are omitted.
 
     Example:
         >>> audio = pc.adapters.Audio(patch_size=16, positions=pc.positions.LearnedGrid((9,), dim=8))
@@ -96,8 +99,13 @@ def summary(model: nn.Module, *inputs: object, depth: int = 2, **options: object
         encoder  Encoder         1  2 x 8 x 32       11,800     11,800  589 k
         head     Regression      1  2 x 1                97         97    128
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module; got {model!r:.80}. Build it, or use create(...)")
     model = getattr(model, "_orig_mod", model)  # unwraps a module from torch.compile
-    parts = dict(_parts(model, "", depth))
+    names: dict[nn.Module, str] = {}
+    for name, part in _parts(model, "", depth):
+        names.setdefault(part, name)
+    parts = {name: part for part, name in names.items()}
     rows = {name: PartSummary(name, type(part).__name__) for name, part in parts.items()}
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = cast(Any, _Untracked())
@@ -105,7 +113,7 @@ def summary(model: nn.Module, *inputs: object, depth: int = 2, **options: object
     with _evaluation(model), frozen_state(model), torch.random.fork_rng(devices), torch.no_grad(), ExitStack() as stack:
         for name, part in parts.items():
             stack.enter_context(_observe(part, rows[name], counter))
-        with counter:
+        with _counted_attention(model), counter:
             model(*inputs, **options)
     for path, parameter in model.named_parameters():
         for name, row in rows.items():
@@ -116,7 +124,7 @@ def summary(model: nn.Module, *inputs: object, depth: int = 2, **options: object
 
 
 class _Untracked:
-    """Replacement of the module tracker of `FlopCounterMode`, which fails on views of parameters without gradients."""
+    """No-op module tracker for `FlopCounterMode`. The original fails on views of parameters under torch.no_grad()."""
 
     parents = frozenset({"Global"})
     is_bw = False
@@ -127,13 +135,28 @@ class _Untracked:
 
 
 def _parts(module: nn.Module, name: str, depth: int) -> Iterator[tuple[str, nn.Module]]:
-    """Yield a module and its parts, down to `depth` levels. Containers are not parts, but their items are."""
+    """Yield a module and its parts, down to `depth` levels. Items of containers are parts; containers are not."""
     if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         yield name, module
         depth -= 1
     if depth >= 0 and not isinstance(module, _BLOCKS):
         for child_name, child in module.named_children():
             yield from _parts(child, f"{name}.{child_name}" if name else child_name, depth)
+
+
+@contextmanager
+def _counted_attention(model: nn.Module) -> Iterator[None]:
+    """Context manager that selects attention operators whose FLOPs PyTorch counts.
+
+    PyTorch has no formula for its fused attention on a CPU, nor for the fast path of `nn.TransformerEncoder`.
+    """
+    fast, on_cpu = torch.backends.mha.get_fastpath_enabled(), all(x.device.type == "cpu" for x in model.parameters())
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextmanager
@@ -158,7 +181,7 @@ def _observe(part: nn.Module, row: PartSummary, counter: FlopCounterMode) -> Ite
 
 @contextmanager
 def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Context manager that sets a model to evaluation mode, and then restores the mode of each of its modules."""
+    """Context manager that sets a model to evaluation mode, and restores the mode of each module at the end."""
     training = [part for part in model.modules() if part.training]
     try:
         model.eval()

@@ -152,7 +152,7 @@ def architecture(model: Perceiver | PerceiverIO) -> Figure:
     Modules that share weights have the same color. For a `PerceiverIO`, the queries and the decoder are drawn as well.
 
     Raises:
-        TypeError: If the model has no `Encoder`.
+        TypeError: If `model.encoder` is not an `Encoder`.
 
     Example:
         >>> with torch.device("meta"):

@@ -1,7 +1,7 @@
-"""Presets: functions that build the published Perceiver IO models, with new weights and without dropout.
+"""Presets: functions that build the published Perceiver IO models, with random weights and without dropout.
 
 `create` builds the same models by name. With `num_classes=0`, a classifier returns features instead of logits: the
-vector that the decoder computes for the query.
+output of the decoder before its last linear layer.
 
 Example:
     >>> from perceiver_core.interop import presets
@@ -24,7 +24,7 @@ _TEXT = {"d_model": 768, "num_latents": 256, "qk_channels": 256}
 
 
 def language(vocab_size: int = 262, max_length: int = 2048) -> PerceiverIO:
-    """Return the masked language model of bytes, 201 million parameters: 256 latents of width 1280, 26 blocks.
+    """Return the byte-level masked language model (201 million parameters): 256 latents of width 1280, 26 blocks.
 
     Reference: Jaegle et al. 2022 (Perceiver IO), table 1 ("Perceiver IO", UTF-8 bytes) and table 11.
     """
@@ -32,7 +32,7 @@ def language(vocab_size: int = 262, max_length: int = 2048) -> PerceiverIO:
 
 
 def language_base(vocab_size: int = 32_000, max_length: int = 512) -> PerceiverIO:
-    """Return the masked language model of SentencePiece tokens, 223 million parameters.
+    """Return the masked language model for SentencePiece tokens (223 million parameters).
 
     Reference: Jaegle et al. 2022 (Perceiver IO), table 1 ("Perceiver IO Base").
     """
@@ -40,7 +40,7 @@ def language_base(vocab_size: int = 32_000, max_length: int = 512) -> PerceiverI
 
 
 def language_large(vocab_size: int = 262, max_length: int = 2048) -> PerceiverIO:
-    """Return the large masked language model of bytes, 425 million parameters: width 1536, 40 blocks.
+    """Return the large byte-level masked language model (425 million parameters): width 1536, 40 blocks.
 
     Reference: Jaegle et al. 2022 (Perceiver IO), table 1 ("Perceiver IO++") and table 11.
     """
@@ -58,7 +58,7 @@ def text(num_classes: int = 2, vocab_size: int = 262, max_length: int = 2048) ->
 
 
 def imagenet(num_classes: int = 1000) -> PerceiverIO:
-    """Return the ImageNet classifier with 2D Fourier features, 48.4 million parameters.
+    """Return the ImageNet classifier with 2D Fourier features (48.4 million parameters).
 
     Reference: Jaegle et al. 2022 (Perceiver IO), appendix A; deepmind/vision-perceiver-fourier.
     """
@@ -66,7 +66,7 @@ def imagenet(num_classes: int = 1000) -> PerceiverIO:
 
 
 def imagenet_learned(num_classes: int = 1000) -> PerceiverIO:
-    """Return the ImageNet classifier with learned positions, 62.3 million parameters.
+    """Return the ImageNet classifier with learned positions (62.3 million parameters).
 
     Reference: Jaegle et al. 2022 (Perceiver IO), appendix A; deepmind/vision-perceiver-learned.
     """
@@ -74,7 +74,7 @@ def imagenet_learned(num_classes: int = 1000) -> PerceiverIO:
 
 
 def imagenet_conv(num_classes: int = 1000) -> PerceiverIO:
-    """Return the ImageNet classifier with a convolution and pooling before the encoder, 48.6 million parameters.
+    """Return the ImageNet classifier with a convolution and pooling before the encoder (48.6 million parameters).
 
     Reference: Jaegle et al. 2022 (Perceiver IO), appendix A; deepmind/vision-perceiver-conv.
     """
@@ -82,7 +82,7 @@ def imagenet_conv(num_classes: int = 1000) -> PerceiverIO:
 
 
 def flow() -> PerceiverIO:
-    """Return the optical flow model for frames of 368 x 496 pixels, 41 million parameters: 2048 latents, 24 blocks.
+    """Return the optical flow model for frames of 368 x 496 pixels (41 million parameters): 2048 latents, 24 blocks.
 
     Reference: Jaegle et al. 2022 (Perceiver IO), section 4.2 and table 16; deepmind/optical-flow-perceiver.
     """
@@ -93,7 +93,7 @@ def flow() -> PerceiverIO:
 def multimodal(num_classes: int = 700) -> PerceiverIO:
     """Return the autoencoder for video, audio and labels of Kinetics-700: 784 latents of width 512, 8 blocks.
 
-    The label is an input, too, so `num_classes` also changes the width of the inputs.
+    The label is also an input, so `num_classes` also changes the width of the input tokens.
 
     Reference: Jaegle et al. 2022 (Perceiver IO), section 4.3; deepmind/multimodal-perceiver.
     """

@@ -169,7 +169,7 @@ def _fourier(c: Config, *, published: int) -> positions.Fourier:
 def _classifier(
     adapter: adapters.TokenEmbedding | adapters.Image, c: Config, n: Numerics, *, residual: bool = True
 ) -> PerceiverIO:
-    """Build a classifier with one learned output query. Without classes, the decoder's vector is the output."""
+    """Build a classifier with one learned output query. If `num_labels` is 0, the decoder has no linear layer."""
     encoder = _encoder(adapter.dim, c, n)
     decoder = _decoder(encoder, encoder.dim, c["num_labels"] or None, c, n, residual=residual)
     return PerceiverIO(adapter, encoder, queries.Learned(1, encoder.dim), decoder, heads.SingleQuery())

@@ -213,7 +213,7 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _chunks(k: Tensor, size: int) -> list[slice]:
-    if checks.is_exporting():  # the number of chunks would not adapt to dynamic sizes
+    if checks.is_exporting():  # the number of chunks could not depend on dynamic sizes
         return [slice(0, k.shape[-2])]
     return [slice(start, min(start + size, k.shape[-2])) for start in range(0, k.shape[-2], size)]
 

@@ -23,7 +23,7 @@ def fastest(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropout
     On such CPUs, matrix products are several times faster in bfloat16 than in float32, but PyTorch's fused kernel is
     not. `chunked` rounds scores to bfloat16, as attention without a fused kernel does. This adds about as much error as
     rounding the queries and keys. To keep scores in float32, use `kernel=sdpa`. Under autocast to bfloat16, float32
-    inputs count as bfloat16. With dropout or under torch.compile, `sdpa` is always used. In forward-mode AD and nested
+    inputs count as bfloat16. With dropout or under torch.compile, `sdpa` is always used. For forward-mode AD and nested
     torch.func derivatives, which PyTorch's fused kernels do not support, `reference` is used.
 
     The arguments are the same as for `sdpa`.

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules import module as _modules
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -25,14 +26,11 @@ MIN_WIDTH = 16  # inner dimension and number of columns; below, oneDNN cannot fi
 MAX_DEPTH = 8  # ratio of the inner dimension to the larger outer one; above, MKL parallelizes better
 
 
-_FORWARD, _CALL = nn.Linear.forward, nn.Module.__call__
-
-
 def apply_linear(layer: nn.Module, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
     """Return `layer(x)`, with oneDNN if `layer` is an unmodified `nn.Linear` and oneDNN is faster; see `uses_onednn`.
 
     The layers themselves stay `nn.Linear`, because PyTorch's quantization, opacus and other tools look for this exact
-    type. A layer that is not called by `forward` alone (see `bypass_reason`) is called as usual.
+    type. A layer with hooks or a replaced `forward` method is called as usual; see `bypass_reason`.
 
     Example:
         >>> from perceiver_core.layers.linear import apply_linear
@@ -56,7 +54,7 @@ def apply_linear(layer: nn.Module, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*
 
 
 def bypass_reason(layer: nn.Module) -> str:
-    """Return the reason why a layer must be called, or an empty string if its weights may be used directly."""
+    """Return the reason why a module must be called, or an empty string if its weights may be used without a call."""
     state = layer.__dict__
     if (
         state["_forward_hooks"]
@@ -65,18 +63,26 @@ def bypass_reason(layer: nn.Module) -> str:
         or state["_backward_pre_hooks"]
     ):
         return "has a hook, which expects it to be called"
+    if state.get("_compiled_call_impl") is not None:
+        return "was compiled"
     return "has a forward that was replaced" if "forward" in state else ""
 
 
 def _observes_all() -> bool:
-    """Return whether something observes the calls of all layers: a global hook, or a patch of PyTorch's classes."""
+    """Return whether a global hook, or a patched method of `nn.Linear` or `nn.Module`, observes the calls of layers."""
     hooks = (
         _modules._global_forward_hooks
         or _modules._global_forward_pre_hooks
         or _modules._global_backward_hooks
         or _modules._global_backward_pre_hooks
     )
-    return bool(hooks) or nn.Linear.forward is not _FORWARD or nn.Module.__call__ is not _CALL
+    # By module names and not by identity, because a tool may have patched them before this import.
+    patched = (
+        nn.Linear.forward.__module__ != "torch.nn.modules.linear"
+        or nn.Module.__call__.__module__ != "torch.nn.modules.module"
+        or F.linear is not torch._C._nn.linear
+    )
+    return bool(hooks) or patched
 
 
 def uses_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:

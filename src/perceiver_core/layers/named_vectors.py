@@ -1,4 +1,4 @@
-"""Learned vectors by name, in a module that is called."""
+"""Module that holds learned vectors and returns them by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from perceiver_core.layers import init
 
 
 class NamedVectors(nn.Module):
-    """Learned vectors, one per name, which is also the name in the state dict.
+    """Learned vectors, one per name. The names are also the keys of the state dict.
 
     Calling the module with a name returns a vector. An `nn.ParameterDict` has the same state dict, but is never called,
     so hooks that load the weights of a module when it runs (offloading, sharding) would not load its vectors.
@@ -36,6 +36,6 @@ class NamedVectors(nn.Module):
         return parameter
 
     def forward(self, name: str) -> Float[Tensor, " width"]:
-        """Return a copy of the vector `name`: under FSDP, a parameter has no memory once its module has run."""
-        vector: Tensor = getattr(self, name)  # no parameter in a replica of DataParallel
+        """Return a copy of the vector `name`, because FSDP frees the memory of a parameter after its module has run."""
+        vector: Tensor = getattr(self, name)  # a plain tensor, not a parameter, in replicas of DataParallel
         return vector.clone()

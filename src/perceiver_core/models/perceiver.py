@@ -59,7 +59,7 @@ class Perceiver(nn.Module):
         Args:
             inputs: Input of the adapter, such as images `b c h w`, audio `b s` or points `b n f`.
             mask: Mask of valid inputs, True = attend, in the shape that the adapter expects.
-            lengths: Sizes of the inputs before padding, as the adapter expects them, such as numbers of samples `b`.
+            lengths: Sizes of the inputs before padding, as the adapter expects them, such as numbers of samples, `b`.
             capture: Container for the attention weights of the encoder read (cross-attention) with index
                 `capture.read` (default: the last). The encoder stops after this read, so the output is not the model's
                 usual output.

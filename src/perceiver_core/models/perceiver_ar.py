@@ -130,14 +130,16 @@ class PerceiverAR(nn.Module):
             num_latents: Maximum number of latents in this pass; None for the model's `num_latents`.
             generator: Random generator for prefix dropout.
             labels: Token ids to predict, usually `ids` itself; -100 for tokens that the loss ignores, such as a prompt.
-                Label i is predicted from the tokens before it, so the last token is only a label. The output is
-                the mean cross-entropy of all latents; see `loss`.
+                Label i is predicted from the tokens before position i, so the last token is not an input. The output
+                is the mean cross-entropy of all latents; see `loss`.
             step: Caches and other inputs for one step of `generate`. If set, `ids` contains only the last tokens of the
                 sequence, and only the logits at the last token are returned.
 
         Raises:
             TypeError, ValueError: If the ids or the mask are invalid; see `adapters.TokenEmbedding`.
-            TypeError, ValueError: If the labels are invalid; see `loss`.
+            TypeError: If the labels are not integers.
+            ValueError: If the labels do not have the shape of `ids`, a label is neither in the vocabulary nor -100, or
+                there are fewer than two ids per sample.
         """
         targets = None
         if labels is not None:
@@ -169,8 +171,8 @@ class PerceiverAR(nn.Module):
     ) -> Float[Tensor, ""]:
         """Return the mean cross-entropy of the next-token predictions of all latents.
 
-        This is `model(ids, labels=ids)`. Models that are wrapped, for example in DistributedDataParallel, have to be
-        called in that way, because the wrapper synchronizes only calls of the model itself.
+        This is `model(ids, labels=ids)`. If the model is wrapped, for example by DistributedDataParallel, use this form
+        instead, because the wrapper handles calls of the model, but not of its methods.
 
         Args:
             ids: Token ids, at least two per sample. The last token is only a target, not an input.
@@ -194,6 +196,9 @@ class PerceiverAR(nn.Module):
         if ids.shape[1] < 2:
             raise ValueError(f"ids must be at least 2 long, an input and a target; got {tuple(ids.shape)}")
         if labels is not ids:
+            if not isinstance(labels, Tensor):
+                raise TypeError(f"labels must be a tensor; got {type(labels).__name__}")
+            labels = labels.long()  # a label of -100 has no equal in uint8
             if labels.shape != ids.shape:
                 raise ValueError(f"labels must have the shape of ids, {tuple(ids.shape)}; got {tuple(labels.shape)}")
             checks.ids("labels", labels.masked_fill(labels == IGNORED, 0), self.vocab_size)
@@ -203,7 +208,7 @@ class PerceiverAR(nn.Module):
         checks.is_mask("mask", mask, ids.shape)
         checks.padded_on_the_left("mask", mask)
         if not checks.is_true(mask[:, -2].any, mask):
-            raise ValueError("mask must leave at least 2 tokens, an input and a target, in a sample; all have 1")
+            raise ValueError("mask must leave at least 2 tokens, an input and a target, in one sample; all have fewer")
         # A sample with one valid token has a target but no valid input. Its last padding token is unmasked, because
         # every sample needs a token to attend to, and the loss ignores the prediction.
         input_mask = torch.cat([mask[:, :-2], torch.ones_like(mask[:, :1])], 1)
@@ -231,7 +236,8 @@ class PerceiverAR(nn.Module):
 def last(x: Shaped[Tensor, "b n *d"], count: int) -> Shaped[Tensor, "b m *d"]:
     """Return the last `count` tokens, or all tokens if there are fewer.
 
-    An exported program gathers them, because a slice would restrict it to inputs longer, or not longer, than `count`.
+    An exported program gathers them by index: a slice would restrict it to inputs that are longer than `count`, or to
+    inputs that are not, depending on the example input.
     """
     if not checks.is_exporting():
         return x[:, -count:]
@@ -287,8 +293,8 @@ def next_token_loss(
 
 
 def _mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean cross-entropy over the last targets, without ignored ones; 0 if all are ignored."""
+    """Return the mean cross-entropy of the last targets. Ignored targets do not count; if all are ignored, return 0."""
     targets = targets[:, -logits.shape[1] :].flatten()
     losses = F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="none")
-    wide = losses.to(torch.promote_types(losses.dtype, torch.float32))  # a sum overflows float16
+    wide = losses.to(torch.promote_types(losses.dtype, torch.float32))  # a sum may overflow float16
     return wide.sum() / (targets != IGNORED).sum().clamp(min=1)

@@ -89,7 +89,7 @@ class PerceiverIO(nn.Module):
         Args:
             inputs: Input of the adapter.
             mask: Mask of valid inputs, True = attend, in the shape that the adapter expects.
-            lengths: Sizes of the inputs before padding, as the adapter expects them, such as numbers of samples `b`.
+            lengths: Sizes of the inputs before padding, as the adapter expects them, such as numbers of samples, `b`.
             query_inputs: Input of the query module: query indices, points or query vectors, depending on the module.
                 None for all queries. To train on a subset of the outputs, pass the indices of their queries.
             query_mask: Mask of valid queries `b q`, True = decode, or a dictionary of masks if the queries are a

@@ -51,8 +51,8 @@ def imagenet(num_classes: int = 1000) -> Perceiver:
 def small(num_classes: int = 1000) -> Perceiver:
     """Return a small Perceiver for images of 224 x 224 pixels (23 million parameters): 196 latents, 12 blocks.
 
-    The latent transformer is the transformer of DeiT-S (width 384, 6 heads, MLPs of four times the width), with one
-    latent per patch of DeiT-S. One read (cross-attention) takes in the pixels with the positions of `imagenet`. The
+    The latent transformer has the size of DeiT-S (width 384, 6 heads, MLPs of four times the width), with one latent
+    per patch of DeiT-S. A single read (cross-attention) reads the pixels, with the position encoding of `imagenet`. The
     paper has no model of this size.
 
     Reference: Touvron et al. 2021 (DeiT), table 1.
@@ -61,7 +61,7 @@ def small(num_classes: int = 1000) -> Perceiver:
 
 
 def base(num_classes: int = 1000) -> Perceiver:
-    """Return a Perceiver with the transformer of DeiT-B (92 million parameters): width 768, 12 heads; see `small`.
+    """Return a Perceiver of the size of DeiT-B (92 million parameters): width 768, 12 heads; see `small`.
 
     Reference: Touvron et al. 2021 (DeiT), table 1.
     """
@@ -194,7 +194,7 @@ def _hierarchical(
     *,
     position_dim: int,
 ) -> HierarchicalPerceiver:
-    """Build a Hierarchical Perceiver. A level is (num_groups, num_latents, dim, depth, num_heads)."""
+    """Build a Hierarchical Perceiver. Each level is (num_groups, num_latents, dim, depth, num_heads)."""
     down, up = (
         [
             Level(groups, num_latents=latents, dim=dim, depth=depth, num_heads=heads)
@@ -229,6 +229,6 @@ def _of_vit(num_classes: int, *, dim: int, num_heads: int) -> Perceiver:
 
 
 def _head(dim: int, num_classes: int) -> nn.Module:
-    """Return the paper's head, which has no norm. Without classes, it is the mean of the latents."""
+    """Return the paper's head, which has no norm. If `num_classes` is 0, it returns the mean of the latents."""
     mean = heads.LatentMean(dim, norm=nn.Identity)
     return mean if num_classes == 0 else heads.Classification(dim, num_classes, norm=nn.Identity)

@@ -1,4 +1,4 @@
-"""Position encoding with fixed units, so that padding an input does not move its tokens."""
+"""Position encoding in fixed units: padding an input does not change the positions of its tokens."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class FixedGrid(nn.Module):
 
     Args:
         positions: Position encoding to wrap, such as `positions.Fourier` or `positions.LearnedGrid`.
-        grid: Number of tokens along each axis that span the coordinates from -1 to 1, usually the size of the longest
-            input. None for an axis that the input spans.
+        grid: Number of tokens that span the coordinates from -1 to 1, one number per axis, usually the size of the
+            longest input. None for an axis along which each input spans these coordinates, whatever its size.
 
-    Inputs with more tokens than `grid` are allowed with `Fourier`, `FourierPerAxis`, `NeRF` and `Gaussian`: their
-    coordinates exceed 1. All other position encodings raise ValueError for them.
+    With `Fourier`, `FourierPerAxis`, `NeRF` and `Gaussian`, inputs may have more tokens than `grid`: the coordinates of
+    these tokens exceed 1. With all other position encodings, such inputs raise ValueError.
 
     Raises:
         TypeError: If `positions` does not implement `positions.Positions`.
@@ -46,7 +46,7 @@ class FixedGrid(nn.Module):
         super().__init__()
         if isinstance(positions, type) or not isinstance(positions, Positions):
             raise TypeError(f"positions must have dim, num_axes and tables, as Fourier has; got {positions!r}")
-        if isinstance(grid, int) or len(grid) != positions.num_axes:
+        if not isinstance(grid, Sequence) or len(grid) != positions.num_axes:
             raise ValueError(f"grid must have one size for each of {positions.num_axes} axes; got {grid!r}")
         checks.positive(**{f"grid[{axis}]": size for axis, size in enumerate(grid) if size is not None})
         self.positions, self.grid = positions, tuple(grid)
@@ -54,7 +54,7 @@ class FixedGrid(nn.Module):
 
     @property
     def spanned_axes(self) -> tuple[bool, ...]:
-        """Whether positions depend on the input size, for each axis."""
+        """One flag per axis, True if positions depend on the input size."""
         axes = spanned_axes(self.positions)
         return tuple([size is None and spanned for size, spanned in zip(self.grid, axes, strict=False)])
 
@@ -62,7 +62,7 @@ class FixedGrid(nn.Module):
         """Return the position tables for an input of size `grid`, with the dtype and device of `like`.
 
         Raises:
-            ValueError: If the input is larger than the fixed grid, and the position encoding has no positions there.
+            ValueError: If the input is larger than the fixed grid, and the wrapped encoding has no positions beyond it.
         """
         check_axes(grid, self.num_axes)
         reference = tuple([size if fixed is None else fixed for size, fixed in zip(grid, self.grid, strict=True)])
@@ -71,7 +71,7 @@ class FixedGrid(nn.Module):
         if any(size > full for size, full in zip(grid, reference, strict=True)):
             raise ValueError(
                 f"grid must be at most {reference}, the grid of FixedGrid; got {tuple(grid)}. Build both with a larger "
-                f"grid: {type(self.positions).__name__} has no positions outside"
+                f"grid: {type(self.positions).__name__} has no positions beyond it"
             )
         tables = self.positions.tables(reference, like)
         return tuple([table[tuple([slice(size) for size in grid])] for table in tables])

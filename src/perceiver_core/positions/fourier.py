@@ -43,7 +43,7 @@ class SeparableFeatures(nn.Module):
 
     @property
     def spanned_axes(self) -> tuple[bool, ...]:
-        """Whether positions depend on the input size, for each axis: always True, because the grid spans [-1, 1]."""
+        """One flag per axis, True if positions depend on the input size; always True: each grid spans [-1, 1]."""
         return (True,) * self.num_axes
 
     def tables(
@@ -104,7 +104,7 @@ class SeparableFeatures(nn.Module):
 # Limits of the table cache: number of grids, sum of a grid's axis sizes, numbers in its tables. 16 MiB in float32.
 CACHED_GRIDS, CACHED_ROWS, CACHED_NUMBERS = 64, 512, 2**16
 _cache: dict[tuple[object, ...], tuple[tuple[Tensor, int], ...]] = {}
-"""Cached tables, each with its version counter to detect in-place edits. Keyed by settings, grid, dtype and device."""
+"""Cached tables, each with its version counter to detect in-place edits. Keyed by settings, grids, dtype and device."""
 
 
 @register
@@ -248,7 +248,7 @@ class Gaussian(nn.Module):
         self.register_buffer("frequencies", torch.randn(num_axes, num_features, dtype=dtype) * scale)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gaussian:
-        # `.to()` and `.bfloat16()` call this method. Rounded frequencies would give other features, for good.
+        # `.to()` and `.bfloat16()` call this method. Rounding the frequencies would change the features permanently.
         before = self.frequencies
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         after = self.frequencies
@@ -266,7 +266,7 @@ class Gaussian(nn.Module):
 
     @property
     def spanned_axes(self) -> tuple[bool, ...]:
-        """Whether positions depend on the input size, for each axis: always True, because the grid spans [-1, 1]."""
+        """One flag per axis, True if positions depend on the input size; always True: each grid spans [-1, 1]."""
         return (True,) * self.num_axes
 
     def tables(

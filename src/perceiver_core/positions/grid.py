@@ -1,4 +1,4 @@
-"""Protocols for position features, and functions that compute grid coordinates."""
+"""Protocols for position features, grid coordinates, and a warning about positions that depend on padding."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def coordinates(
         >>> pc.positions.coordinates(5).tolist(), pc.positions.coordinates(3, reference=5).tolist()
         ([-1.0, -0.5, 0.0, 0.5, 1.0], [-1.0, -0.5, 0.0])
     """
-    # Not linspace: under torch.compile, it would specialize the graph to one size. Not max(size - 1, 1): a program
-    # exported by PyTorch 2.6 would divide by zero for one token.
+    # linspace would specialize a compiled graph to one size. With max(size - 1, 1), a program exported by PyTorch 2.6
+    # would divide by zero if there is only one token.
     indices = torch.arange(size, device=device, dtype=dtype or torch.get_default_dtype())
     last = max(reference - 1, 1) if isinstance(reference, int) else indices[-1:].clamp(min=1)
     return 2 * indices / last - 1
@@ -86,14 +86,15 @@ def grid_points(
 def spanned_axes(positions: object) -> tuple[bool, ...]:
     """Return, for each axis, whether the position of a token depends on the size of its input along this axis.
 
-    The position encodings of this package report this in `spanned_axes`. All others count as independent of the size.
+    The position encodings of this package have an attribute `spanned_axes` with this information. For all others, the
+    result is an empty tuple: their positions are assumed not to depend on the size.
     """
     axes: tuple[bool, ...] = getattr(positions, "spanned_axes", ())
     return axes
 
 
 def warn_if_padded(positions: object, mask: Tensor | None) -> None:
-    """Warn, once in a process, if a mask `b *grid` marks padding at the end of an axis whose size affects positions.
+    """Warn, once per process, if a mask `b *grid` marks padding at the end of an axis whose size affects positions.
 
     The mask is examined only on the CPU in eager mode.
     """
@@ -104,7 +105,7 @@ def warn_if_padded(positions: object, mask: Tensor | None) -> None:
     _warned.add("padding")
     warnings.warn(
         "positions span the padded input, so the position of a token changes with the padding. Wrap them in "
-        "positions.FixedGrid for positions that depend on the index of a token only",
+        "positions.FixedGrid for positions that depend only on the index of a token",
         stacklevel=4,
     )
 
@@ -113,15 +114,19 @@ _warned: set[str] = set()
 
 
 def _is_padded(mask: Tensor, axes: Sequence[bool]) -> bool:
-    """Return whether the valid tokens of each sample form a box at index 0, smaller than the grid in a marked axis."""
-    box, padded = torch.ones_like(mask), False
+    """Return whether the valid tokens of any sample form a box that starts at index 0, and the sample has padding.
+
+    Padding counts only along the axes that are True in `axes`: along one of them, the box must be smaller than the
+    grid.
+    """
+    box, padded = torch.ones_like(mask), mask.new_zeros(mask.shape[0])
     for axis, spanned in enumerate(axes, start=1):
         valid = mask.movedim(axis, 1).reshape(mask.shape[0], mask.shape[axis], -1).any(-1)
-        if bool((~valid[:, :-1] & valid[:, 1:]).any()):
-            return False
-        box = box & valid.reshape([size if i in (0, axis) else 1 for i, size in enumerate(mask.shape)])
-        padded = padded or (spanned and bool((valid[:, 0] & ~valid[:, -1]).any()))
-    return padded and bool((box == mask).all())
+        prefix = valid.cumprod(1).bool()  # valid up to the first invalid index
+        box = box & prefix.reshape([size if i in (0, axis) else 1 for i, size in enumerate(mask.shape)])
+        if spanned:
+            padded = padded | (valid[:, 0] & ~valid[:, -1])
+    return bool((padded & (box == mask).flatten(1).all(1)).any())
 
 
 def check_axes(grid: Sequence[int], num_axes: int) -> None:

@@ -130,8 +130,9 @@ class Projected(nn.Module):
 
     def forward(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "... p"], ...]:
         """Return the projected position tables. Only the first includes the bias, so their sum includes it once."""
-        weight = self.project.weight  # a quantized layer has a method instead, and takes float32
+        weight = self.project.weight  # in a quantized layer, `weight` is a method, and the input must be float32
         dtype = weight.dtype if isinstance(weight, Tensor) else torch.float32
+        dtype = like.dtype if checks.converts(self.project) else dtype  # its hooks convert the weight or the input
         first, *others = (table.to(dtype) for table in self.positions.tables(grid, like))
         projected = [apply_linear(self.project, first)]
         if others:

@@ -52,8 +52,8 @@ class Rotary(nn.Module):
     Args:
         dim: Number of channels to rotate in each head, even; None for all. The other channels are unchanged.
         base: Base of the frequencies base^-exponent. Wavelengths range from 2 pi to about 2 pi * base tokens.
-        from_end: Whether the default positions are counted from the last token: 0, -1, -2, .... If False, they are
-            counted from the first token: 0, 1, 2, .... Then padding at the end of an input does not change them.
+        from_end: Whether the default positions end at 0 for the last token: ..., -2, -1, 0. If False, they start at 0
+            for the first token, so padding at the end of an input does not change them.
         exponents: Function `(pairs, like) -> exponents` that returns the exponent of each channel pair in the dtype and
             on the device of `like`: `half_open_exponents`, `inclusive_exponents` or a custom function.
 
@@ -96,7 +96,7 @@ class Rotary(nn.Module):
 
         Args:
             heads: Queries or keys of all heads.
-            positions: Token positions, `n` or `b n`; by default consecutive integers, see `from_end`.
+            positions: Token positions, `n` or `b n`; consecutive integers by default (see `from_end`).
         """
         dim = heads.shape[-1] if self.dim is None else self.dim
         if heads.shape[-1] < dim:

@@ -12,7 +12,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from perceiver_core.positions import Positions
-from perceiver_core.positions.grid import PointFeatures, check_axes, check_takes_points, computing_dtype
+from perceiver_core.positions.grid import (
+    PointFeatures,
+    check_axes,
+    check_takes_points,
+    computing_dtype,
+    warn_if_padded,
+)
 from perceiver_core.queries.selection import check_indices
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
@@ -74,6 +80,8 @@ class Grid(nn.Module):
             raise ValueError("tokens must be Tokens, whose grid is used; or build Grid with a grid of its own")
         device = None if query_indices is None else query_indices.device
         like = tokens.content if isinstance(tokens, Tokens) else torch.empty(0, device=device)
+        if self.grid is None and isinstance(tokens, Tokens):
+            warn_if_padded(self.positions, tokens.mask)
         if query_indices is None:
             tables = self.positions.tables(grid, like)
             return sum(tables[1:], tables[0]).expand(*grid, -1).flatten(0, -2)[None]

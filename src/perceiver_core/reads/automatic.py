@@ -127,10 +127,10 @@ class Auto:
 
 
 def with_norm_output(context: ReadContext) -> Source:
-    """Return the source of a read, with the output of its norm if the norm will be called.
+    """Return the source of a read. If its strategy is `Dense`, or `Auto` selects it, include the output of the norm.
 
-    The block calls its norm early for tools that expect a module to be called by its parent, such as torchinfo and
-    `torch.export.unflatten`.
+    In this way, the block calls its norm itself. Tools such as torchinfo and `torch.export.unflatten` expect a module
+    to be called by its parent.
     """
     source = context.source
     strategy = source.strategy.choose(context).strategy if isinstance(source.strategy, Auto) else source.strategy

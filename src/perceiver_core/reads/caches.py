@@ -81,13 +81,13 @@ class SharedMemory:
 
 
 class OpaqueMemory:
-    """Keys and values that libraries do not convert when they are passed to a module.
+    """Wrapper for keys and values that libraries do not cast when it is passed to a module.
 
-    Mixed precision of FSDP casts all tensors in tuples and dataclasses among the arguments of a module. The projections
-    in a `FactoredKeysValues` have to stay in float32.
+    FSDP's mixed precision casts all tensors in tuples and dataclasses among the arguments of a module, but the
+    projections in a `FactoredKeysValues` must stay in float32.
 
     Args:
-        content: Keys and values, which the attention module obtains by `memory`.
+        content: Keys and values. The attention module obtains them by calling `memory`.
     """
 
     def __init__(self, content: Memory) -> None:
@@ -153,7 +153,7 @@ class AttentionCapture:
         torch.Size([2, 2, 2, 50])
     """
 
-    # Not a dataclass: mixed precision of FSDP copies the dataclasses among the arguments of a module.
+    # Not a dataclass, because FSDP's mixed precision copies dataclasses among the arguments of a module.
     def __init__(self, read: int = -1, queries: QueryIndices = None) -> None:
         self.read, self.queries = read, queries
         self.weights: Float[Tensor, "b h chosen n"] | None = None

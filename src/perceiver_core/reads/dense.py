@@ -159,7 +159,7 @@ def project_heads(projection: nn.Module, x: Float[Tensor, "b n c"], num_heads: i
         num_heads: Number of heads on all devices.
 
     Raises:
-        ValueError: If the output ends within a head.
+        ValueError: If the output on this device does not consist of whole heads.
     """
     out = apply_linear(projection, x)
     width = getattr(projection, "out_features", out.shape[-1])

@@ -86,7 +86,7 @@ def attend_slab(q: Tensor, memory: FactoredKeysValues) -> PartialAttention:
 
 
 def _is_large(memory: FactoredKeysValues) -> bool:
-    """Return whether the input has more tokens than fit in one slab, and is read in slabs; see `slabs.attend`."""
+    """Return whether the input has more tokens than one slab may have, so that it is read in several slabs."""
     if torch.compiler.is_compiling() or checks.transformed():
         return False
     limit = memory.tokens_per_slab * slabs.factor_for(memory.content.device)

@@ -53,8 +53,8 @@ def factor_for(device: torch.device) -> int:
 def _slabs(q: Tensor, memory: FactoredKeysValues) -> list[Slab]:
     """Split the longest grid axis into slabs.
 
-    Return a single slab for small inputs, under torch.compile, which would specialize the graph to sizes that are
-    compared, and under torch.func, which does not support recomputation in the backward pass.
+    Small inputs form a single slab. So do all inputs under torch.compile, where a comparison of sizes would specialize
+    the graph, and under torch.func and forward-mode AD, which do not support recomputation in the backward pass.
     """
     grid = memory.grid()
     if torch.compiler.is_compiling() or checks.transformed():

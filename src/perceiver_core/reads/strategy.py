@@ -86,14 +86,14 @@ class Source:
 
     Pass it to an attention module in place of the tokens. The module calls `memory` in its own forward pass, so that
     hooks and FSDP see every use of its projections. A source is a pytree node and has a method `to`, so libraries that
-    move or cast the arguments of modules convert its tensors and leave its norm alone.
+    move or cast the arguments of modules convert its tensors but not its norm.
 
     Args:
         tokens: Input of the read: `Tokens`, or a tensor of shape `b n c`.
         norm: Norm applied to the tokens before they are projected.
         strategy: Strategy that computes the keys and values.
         mask: Attention mask in addition to the tokens' own mask.
-        positions: Positions of the tokens for rotary embeddings (default: consecutive integers that end at 0).
+        positions: Positions of the tokens for rotary embeddings; None for the default of the attention's `Rotary`.
         num_queries: Total number of queries of all reads that share the keys and values, used to predict costs.
         norm_output: Output of `norm`, if the block has already called it.
 

@@ -6,16 +6,18 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 
-# Names of the same arguments in PyTorch, transformers, timm and other Perceiver libraries, if not similar to ours.
+# Names of our arguments in PyTorch, transformers, timm and other Perceiver libraries, if they are not similar to ours.
 SYNONYMS = {
     "num_classes": ("num_labels", "n_classes"),
-    "num_heads": ("nhead", "num_attention_heads", "latent_heads", "cross_heads"),
+    "num_heads": ("nhead", "num_attention_heads", "num_self_attention_heads", "latent_heads", "heads", "n_heads"),
     "dim": ("d_model", "embed_dim", "hidden_size", "d_latents", "latent_dim", "num_latent_channels"),
     "input_dim": ("kdim", "in_features", "in_dim", "input_channels", "num_input_channels"),
     "out_dim": ("output_dim", "out_features"),
     "depth": ("num_layers", "n_layers", "layers", "num_blocks", "num_self_attends_per_block"),
     "num_reads": ("num_cross_attention_layers", "num_cross_attends"),
     "num_repeats": ("num_blocks",),
+    "num_latents": ("num_queries",),
+    "dropout": ("attention_probs_dropout_prob",),
     "share": ("weight_tie_layers",),
     "num_channels": ("in_channels", "in_chans"),
 }
@@ -24,14 +26,15 @@ SYNONYMS = {
 def check_keywords(function: Callable[..., object], keywords: Iterable[str]) -> None:
     """Check that a function or class accepts these keyword arguments.
 
-    Decorated functions are not checked if the decorator accepts any keyword.
+    Functions that accept arbitrary keywords, themselves or through a decorator, are not checked.
 
     Args:
-        function: Function, or class, whose constructor is checked.
+        function: Function to check, or class whose constructor is checked.
         keywords: Names of keyword arguments.
 
     Raises:
-        TypeError: If a keyword is unknown. The message is Python's, with the nearest name if there is one.
+        TypeError: If a keyword is unknown. The message is Python's, followed by the most similar accepted name, or by
+            all accepted names if none is similar.
 
     Example:
         >>> from perceiver_core.registry.keywords import check_keywords
@@ -50,7 +53,7 @@ def check_keywords(function: Callable[..., object], keywords: Iterable[str]) -> 
 
 
 def refuse_unknown(name: str, keywords: Iterable[str], accepted: Sequence[str]) -> None:
-    """Raise a TypeError for the first keyword that is not accepted. `name` is the callable's in the message."""
+    """Raise a TypeError for the first keyword that is not accepted. `name` names the callable in the message."""
     for keyword in keywords:
         if keyword not in accepted:
             raise TypeError(f"{name} got an unexpected keyword argument {keyword!r}{_suggestion(keyword, accepted)}")
@@ -61,4 +64,4 @@ def _suggestion(keyword: str, accepted: Sequence[str]) -> str:
     near = near or difflib.get_close_matches(keyword, accepted, n=1)
     if near:
         return f". Did you mean {near[0]!r}?"
-    return f"; it accepts {', '.join(accepted)}" if accepted else "; it accepts none"
+    return f"; it accepts {', '.join(accepted)}" if accepted else "; it accepts no keywords"

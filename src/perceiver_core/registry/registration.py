@@ -104,7 +104,7 @@ def _argument_names(part: type) -> list[str]:
 def _record_arguments(part: type, names: list[str]) -> None:
     construct = cast(Callable[..., None], part.__init__)  # type: ignore[misc]
     accepted = set(names)
-    # Not of the function inside, because a decorator of a constructor may accept keywords of its own.
+    # follow_wrapped=False, because a decorator of the constructor may accept additional keywords.
     outer = inspect.signature(construct, follow_wrapped=False).parameters.values()
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in outer)
 

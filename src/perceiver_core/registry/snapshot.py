@@ -220,8 +220,8 @@ def plain(value: Any, *, mappings: bool = False) -> Any:
     are converted if they are boolean, integer, floating-point or text. Sequences of other types, such as OmegaConf's
     lists, are converted to lists if they contain only numbers, strings, None, parts, and containers of these. If
     `mappings` is True, mappings of other types are converted to dictionaries in the same way. (Constructors receive
-    mappings unconverted, because they may access keys as attributes.) OmegaConf's form of a registered dataclass is
-    converted to the dataclass. All other values are returned unchanged.
+    mappings unconverted, because they may access keys as attributes.) Mappings that OmegaConf created from a registered
+    dataclass are converted back to the dataclass. All other values are returned unchanged.
     """
     if isinstance(value, np.generic | np.ndarray):
         return _of_numpy(value)
@@ -266,7 +266,7 @@ def _of_container(value: Sequence[object] | Mapping[object, object], mappings: b
 
 
 def _dataclass_of(value: Mapping[object, object]) -> Any:
-    """Return the dataclass that OmegaConf converted to a mapping, as it does in lists, or None for other mappings."""
+    """Return the class of the dataclass object from which OmegaConf created a mapping; None for other mappings."""
     kind = getattr(vars(value).get("_metadata"), "object_type", None) if hasattr(value, "__dict__") else None
     return kind if inspect.isclass(kind) else None
 

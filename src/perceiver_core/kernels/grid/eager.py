@@ -91,7 +91,7 @@ def _apply_mask(content: Tensor, scale: Tensor, mask: Tensor | None) -> tuple[Te
 def _slabs(num_queries: int, grid: torch.Size) -> list[slice]:
     """Return slices of the first grid axis, each of size 1 or with at most `MAX_SCORES` scores per sample and head.
 
-    Return a single slice under torch.export, because the number of slices would not adapt to dynamic sizes.
+    Return a single slice under torch.export, where the number of slices cannot depend on dynamic sizes.
     """
     if checks.is_exporting():
         return [slice(0, grid[0])]

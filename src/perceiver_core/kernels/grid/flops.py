@@ -1,7 +1,8 @@
 """FLOPs of structured reads, for `torch.utils.flop_counter.FlopCounterMode` and tools that use it.
 
-As for PyTorch's own operators, only multiplications and additions of products are counted, not the softmax. For each
-pair of a query and a token, the score needs one product with the content and one term per axis, and so do the sums.
+As for PyTorch's own operators, multiplications and additions are counted, but not the softmax. For each pair of a query
+and a token, the score takes one dot product of content channels and one addition per axis. The weighted sums take as
+many operations.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Shape = Sequence[int]
 
 
 def _products(content_queries: Shape, content: Shape) -> tuple[int, int]:
-    """Return the FLOPs of all content products of one kind, and of all terms per axis of one kind."""
+    """Return the FLOPs of one dot product of content channels per pair, and of one addition per pair and axis."""
     (heads, queries, channels), (batch, _, *grid) = content_queries[1:], content
     pairs = batch * heads * queries * prod(grid)
     return 2 * pairs * channels, pairs * len(grid)
@@ -27,16 +28,16 @@ def _products(content_queries: Shape, content: Shape) -> tuple[int, int]:
 
 @register_flop_formula(torch.ops.perceiver_core.read_grid)  # type: ignore[untyped-decorator, unused-ignore]
 def forward_flops(content_queries: Shape, axis_queries: Shape, content: Shape, *_: Any, **__: Any) -> int:
-    """Return the FLOPs of `read_grid`: scores, and sums of contents and weights."""
+    """Return the FLOPs of `read_grid`: scores, weighted sums of the content, and marginals of the weights."""
     by_content, by_axes = _products(content_queries, content)
     return 2 * (by_content + by_axes)
 
 
 @register_flop_formula(torch.ops.perceiver_core.read_grid_backward)  # type: ignore[untyped-decorator, unused-ignore]
 def backward_flops(content_queries: Shape, axis_queries: Shape, content: Shape, *others: Any, **_: Any) -> int:
-    """Return the FLOPs of the backward pass: scores again, their gradients, and the gradients of the inputs.
+    """Return the FLOPs of the backward pass: recomputed scores, their gradients, and the gradients of the inputs.
 
-    The content has two gradients, as a factor of the scores and as a term of the sums.
+    The gradient of the content has two parts: one from the scores and one from the weighted sums.
     """
     by_content, by_axes = _products(content_queries, content)
     needs_token_gradients = others[-1]

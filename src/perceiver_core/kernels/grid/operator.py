@@ -15,8 +15,8 @@ i_axis(m) is the position of token m along the axis.
 
 Three backends compute the same result: compiled C++ code on CPUs (`cpp`), Triton kernels on CUDA (`triton`), and plain
 PyTorch elsewhere (`eager`). The C++ code takes about as long as one exponential per query and token. A custom operator
-calls the backends, so that torch.compile and torch.export see a single node; ONNX graphs contain `eager` instead. The
-backward pass recomputes the softmax weights, so that no tensor of size queries x tokens is saved.
+calls the backends, so that torch.compile and torch.export see a single node. ONNX graphs contain the operators of
+`eager` instead. The backward pass recomputes the softmax weights, so that no tensor of size queries x tokens is saved.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def read_grid(
 def missing_kernel(device: torch.device, channels: int) -> str:
     """Return the reason why no compiled kernel supports a device and number of content channels, or "" if one does.
 
-    On the CPU, the first call compiles or loads the kernel. Exported programs, which may run elsewhere, have no kernel.
+    On the CPU, the first call compiles or loads the kernel. Under torch.export, no kernel is supported, because the
+    exported program may run on another machine.
     """
     if checks.is_exporting():
         return "an exported program needs PyTorch's own operators"
