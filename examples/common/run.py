@@ -32,16 +32,29 @@ class Run:
         name: Name of the module in `examples`.
         description: Text of `--help`; the docstring of the module.
         arguments: Command-line arguments; None takes those of the process.
+        options: Settings of further options for `add_argument`, by name, such as `{"--data": {"type": Path}}`.
     """
 
-    def __init__(self, name: str, description: str | None, arguments: Sequence[str] | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        description: str | None,
+        arguments: Sequence[str] | None,
+        *,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
         parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--seed", type=int, default=0, help="seed of weights and training; data has its own seeds")
         parser.add_argument("--toy", action="store_true", help="train for a few steps only, to check that it runs")
         parser.add_argument("--out", type=Path, default=Path("runs") / name, help="folder of result and figure")
-        options = parser.parse_args(arguments)
-        self.name, self.seed, self.toy, self.out = name, options.seed, options.toy, options.out
-        flags = [*(["--seed", str(self.seed)] if self.seed else []), *(["--toy"] if self.toy else [])]
+        for option, settings in (options or {}).items():
+            parser.add_argument(option, **settings)
+        self.options = given = parser.parse_args(arguments)
+        self.name, self.seed, self.toy, self.out = name, given.seed, given.toy, given.out
+        values = {option: getattr(given, option.strip("-")) for option in options or {}}
+        changed = {x: value for x, value in values.items() if value not in (parser.get_default(x.strip("-")), True)}
+        flags = [part for option in changed.items() for part in map(str, option)]  # without switches such as --resume
+        flags += [*(["--seed", str(self.seed)] if self.seed else []), *(["--toy"] if self.toy else [])]
         self.command = shlex.join(["python", "-m", f"examples.{name}", *flags, "--out", self.out.as_posix()])
         self.start, self.trained = time.perf_counter(), {}
         torch.manual_seed(self.seed)

@@ -14,7 +14,13 @@ pytestmark = pytest.mark.no_shape_checks
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "examples.md").read_text()
-KEPT = sorted((ROOT / "examples" / "results").glob("*/result.json"))
+RESULTS = ROOT / "examples" / "results"
+KEPT = sorted(RESULTS.glob("**/result.json"))
+
+
+def name(path):
+    """The folder of a result: the name of its script, and of the data if there are several."""
+    return path.parent.relative_to(RESULTS).as_posix()
 
 
 def rows(result):
@@ -24,22 +30,24 @@ def rows(result):
 
 def test_there_is_a_result_for_each_script():
     scripts = {path.stem for path in (ROOT / "examples").glob("[!_]*.py")} - {"digits"}  # whose figures are its own
-    assert {path.parent.name for path in KEPT} == scripts
+    assert {name(path).split("/")[0] for path in KEPT} == scripts
 
 
-@pytest.mark.parametrize("path", KEPT, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", KEPT, ids=name)
 def test_stored_results_are_complete_runs(path):
-    result, name = json.loads(path.read_text()), path.parent.name
+    result, folder = json.loads(path.read_text()), name(path)
+    script, *data = folder.split("/")
     assert not result["toy"]
-    assert result["command"] == f"python -m examples.{name} --out examples/results/{name}"
+    options = f" --data {data[0]}.zip --seeds 5" if data else ""
+    assert result["command"] == f"python -m examples.{script}{options} --out examples/results/{folder}"
     assert result["command"] in PAGE
     assert all(model["steps"] == model["of"] for model in result["trained"].values())
     assert path.with_name("figure.png").read_bytes().startswith(b"\x89PNG")
-    assert f"../examples/results/{name}/figure.png" in PAGE
+    assert f"../examples/results/{folder}/figure.png" in PAGE
 
 
-@pytest.mark.parametrize("path", KEPT, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", KEPT, ids=name)
 def test_the_page_shows_the_results(path):
     shown = re.findall(r"^\| (.*?) +\| +(-?[\d.]+) \| +(-?[\d.]+) to +(-?[\d.]+) \|$", PAGE, re.MULTILINE)
-    for name, row in rows(json.loads(path.read_text())):
-        assert (name, *(scores.format_number(row[key]) for key in ("mean", "low", "high"))) in shown
+    for title, row in rows(json.loads(path.read_text())):
+        assert (title, *(scores.format_number(row[key]) for key in ("mean", "low", "high"))) in shown
