@@ -73,7 +73,13 @@ def group() -> tuple[nn.Module, Any]:
     return pc.GroupedRead(9, pc.Level(2, num_latents=3, dim=DIM, depth=1, num_heads=2)), drawn(2, 7, 9)
 
 
-EXTRA = {"video": video, "spectrogram": spectrogram, "grid": grid, "joint": joint, "group": group}
+def log_mel() -> tuple[nn.Module, Any]:
+    fixed = positions.FixedGrid(positions.Fourier(1, num_bands=3), (9,))
+    adapter = adapters.LogMel(8000, positions=fixed, num_mels=6, n_fft=32, hop_length=16)
+    return pc.Perceiver(adapter, encoder(adapter.dim), heads.Identity()), drawn(2, 100)
+
+
+EXTRA = {"video": video, "log_mel": log_mel, "spectrogram": spectrogram, "grid": grid, "joint": joint, "group": group}
 
 
 def model_of(name: str) -> tuple[nn.Module, Any]:

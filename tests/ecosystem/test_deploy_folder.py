@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import perceiver_core as pc
-from examples.run_program import read_folder, read_image
+from examples.deploy.run_program import read_folder, read_image
 from tests.ecosystem.export_cases import CASES, built, drawn, image, perceiver, varying
 
 pytestmark = [
@@ -22,7 +22,7 @@ pytestmark = [
     # torch's own, when it decomposes an exported program
     pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning"),
 ]
-SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "run_program.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "deploy" / "run_program.py"
 PREPROCESSING = {
     "mode": "RGB",
     "size": [7, 11],

@@ -2,11 +2,12 @@
 
 It needs NumPy, Pillow and onnxruntime, but neither perceiver-core nor PyTorch.
 
-python examples/run_program.py FOLDER IMAGE ...
+python examples/deploy/run_program.py FOLDER IMAGE ...
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import sys
@@ -46,9 +47,12 @@ def read_image(path: Path, preprocessing: dict[str, Any]) -> np.ndarray:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the class of each image."""
-    folder, *images = map(Path, sys.argv[1:] if argv is None else argv)
-    session, preprocessing = read_folder(folder)
-    for path in images:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder with model.onnx and deployment.json")
+    parser.add_argument("images", type=Path, nargs="+", help="image files")
+    options = parser.parse_args(argv)
+    session, preprocessing = read_folder(options.folder)
+    for path in options.images:
         (logits,) = session.run(None, {session.get_inputs()[0].name: read_image(path, preprocessing)})
         print(path.name, preprocessing["classes"][int(logits[0].argmax())])
     return 0
