@@ -55,7 +55,7 @@ class Image(GridAdapter):
                 "lengths need a stem with the attribute stride (rows, columns); pass a mask of tokens instead"
             )
         if isinstance(self.stem, SymmetricPadConvStem):
-            return (-(-length // 2) - 1) // 2
+            return ((length + 1) // 2 - 1) // 2
         return super().num_tokens(length, axis)
 
     def forward(
@@ -97,7 +97,7 @@ class Image(GridAdapter):
                 not stride
                 or mask.ndim != 3
                 or 0 in mask.shape[1:]
-                or -(-size // stride) - mask.shape[axis] not in (0, 1)
+                or (size + stride - 1) // stride - mask.shape[axis] not in (0, 1)
             ):
                 return None  # `_tokens` raises an error if the mask has the wrong shape
             tokens = torch.arange(size, device=mask.device) // stride
