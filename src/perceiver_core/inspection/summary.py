@@ -94,9 +94,9 @@ def summary(model: nn.Module, *inputs: object, depth: int = 2, **options: object
         >>> model = pc.Perceiver(audio, encoder, pc.heads.Regression(encoder.dim))
         >>> pc.summary(model, torch.randn(2, 999), depth=1)
         part     class       calls  output       parameters  trainable   FLOP
-        (model)  Perceiver       1  2 x 1            11,969     11,969  589 k
+        (model)  Perceiver       1  2 x 1            11,969     11,969  703 k
         adapter  Audio           1  2 x 63 x 24          72         72      0
-        encoder  Encoder         1  2 x 8 x 32       11,800     11,800  589 k
+        encoder  Encoder         1  2 x 8 x 32       11,800     11,800  702 k
         head     Regression      1  2 x 1                97         97    128
     """
     if not isinstance(model, nn.Module):
