@@ -162,7 +162,7 @@ class TestNumberOfClasses:
     def test_multimodal_models_need_classes(self):
         with pytest.raises(ValueError, match="num_labels as a whole number from 1"):
             on_no_device("perceiver_io_multimodal", num_classes=0)
-        with pytest.raises(ValueError, match="num_classes must be a whole number of at least 1; got -1"):
+        with pytest.raises(ValueError, match="num_classes must be a whole number of at least 0; got -1"):
             on_no_device("perceiver_imagenet", num_classes=-1)
 
 

@@ -198,7 +198,8 @@ class PerceiverAR(nn.Module):
         if labels is not ids:
             if not isinstance(labels, Tensor):
                 raise TypeError(f"labels must be a tensor; got {type(labels).__name__}")
-            labels = labels.long()  # a label of -100 has no equal in uint8
+            if not labels.is_floating_point() and labels.dtype != torch.bool:
+                labels = labels.long()  # a label of -100 has no equal in uint8
             if labels.shape != ids.shape:
                 raise ValueError(f"labels must have the shape of ids, {tuple(ids.shape)}; got {tuple(labels.shape)}")
             checks.ids("labels", labels.masked_fill(labels == IGNORED, 0), self.vocab_size)
