@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, SupportsIndex, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import TransformType
@@ -262,8 +263,10 @@ def positive(*, at_most: int | None = None, **sizes: int) -> None:
 
 
 def _is_integer(size: object) -> bool:
+    if isinstance(size, (bool, np.bool_)):
+        return False
     if isinstance(size, int):
-        return not isinstance(size, bool)
+        return True
     try:
         return isinstance(size, SupportsIndex) and not isinstance(size, Tensor) and operator.index(size) is not None
     except TypeError:

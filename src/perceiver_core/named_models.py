@@ -9,6 +9,7 @@ import operator
 from collections.abc import Callable
 from typing import SupportsIndex
 
+import numpy as np
 from torch import Tensor, nn
 
 from perceiver_core.interop import presets as io_presets
@@ -68,7 +69,11 @@ def create(name: str, **options: object) -> nn.Module:
 
 def _whole_number(name: str, value: object) -> object:
     """Convert NumPy integers. Check that a value is a whole number of at least 0."""
-    if isinstance(value, SupportsIndex) and not isinstance(value, (bool, Tensor)) and operator.index(value) >= 0:
+    if (
+        isinstance(value, SupportsIndex)
+        and not isinstance(value, (bool, np.bool_, Tensor))
+        and operator.index(value) >= 0
+    ):
         return operator.index(value)
     raise ValueError(f"{name} must be a whole number of at least 0; got {value!r:.80}")
 
