@@ -16,10 +16,10 @@ from perceiver_core.blocks.gates import Residual
 from perceiver_core.blocks.mlp import MLP
 from perceiver_core.blocks.multi_head_attention import MultiHeadAttention
 from perceiver_core.masks import Mask
-from perceiver_core.reads import Auto, Memory, ReadContext, Source, Strategy, check_strategy
+from perceiver_core.reads import Auto, ReadContext, Source, Strategy, check_strategy
 from perceiver_core.reads.automatic import with_norm_output
 from perceiver_core.reads.caches import AttentionCapture, Cache
-from perceiver_core.reads.strategy import Attention
+from perceiver_core.reads.strategy import Attention, AttentionInput
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
@@ -89,7 +89,7 @@ class CrossAttend(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "#b m d"],
-        tokens: Tokens | Float[Tensor, "b n c"] | Memory,
+        tokens: Tokens | Float[Tensor, "b n c"] | AttentionInput,
         *,
         mask: Mask | None = None,
         positions: Shaped[Tensor, "*#b m"] | None = None,
