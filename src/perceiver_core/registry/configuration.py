@@ -162,7 +162,7 @@ def _make(thing: Callable[..., object], arguments: dict[str, object], at: str, *
     try:
         return thing(**arguments)
     except Exception as error:  # any type, because the arguments in a file may be arbitrary
-        why = str(error) or type(error).__name__
+        why = str(error).partition("\nException raised from")[0] or type(error).__name__  # without frames of C++
         raise ValueError(
             f"{at or 'the model'}: {_names[thing]} cannot be built from its configuration: {why}"
         ) from error
