@@ -42,10 +42,17 @@ def ids(name: str, x: Tensor, vocab_size: int) -> None:
             f"{name} must be a torch.Tensor; got {type(x).__name__}. Convert it: torch.as_tensor(...) of numbers, "
             "adapters.Bytes.encode(...) of texts"
         )
-    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-        raise TypeError(f"{name} must be whole numbers; got {x.dtype}. Convert it: {name}.long()")
+    whole_numbers(name, x)
     has_shape(name, x, "b n")
     below(name, x, vocab_size)
+
+
+def whole_numbers(name: str, x: object) -> Tensor:
+    """Check that `x` is an integer tensor, and return it as int64."""
+    if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name} must be whole numbers; got {got}. Convert it: {name}.long()")
+    return x.long()
 
 
 def below(name: str, x: Tensor, count: int) -> None:

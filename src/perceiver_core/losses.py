@@ -89,10 +89,7 @@ def cross_entropy(
     2016 (Inception v3), section 7.
     """
     checks.is_floating("logits", logits)
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
-        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels must be a tensor of whole numbers; got {got}")
-    labels = labels.long()  # a label of -100 has no equal in uint8
+    labels = checks.whole_numbers("labels", labels)  # -100 cannot be represented in uint8
     if logits.shape[:-1] != labels.shape:
         raise ValueError(
             f"labels must have the shape of the logits without their last axis, {tuple(logits.shape[:-1])}; "

@@ -73,8 +73,8 @@ class Image(GridAdapter):
                 are set to zero before the stem. If the stem has no attribute `stride`, it receives all pixels
                 unchanged, and even masked pixels must be finite.
             lengths: Height and width of each image before padding, `b 2`. Padding pixels are ignored. With a
-                convolutional stem such as `ConvStem`, tokens next to the padding differ slightly from those of the
-                unpadded image.
+                convolutional stem such as `ConvStem`, tokens differ from those of the unpadded image: those next to the
+                padding, or all if both sizes have different remainders modulo 4.
         """
         checks.channels_first("images", images, "b c h w", self.num_channels)
         if (convolution := getattr(self.stem, "convolution", None)) is not None:

@@ -58,17 +58,17 @@ class VariableSize:
             >>> pc.adapters.Audio(patch_size=16, positions=None).token_mask([20, 33], size=[48]).int().tolist()
             [[1, 1, 0], [1, 1, 1]]
         """
-        valid = self._checked(lengths, size, None)
-        axes = range(len(size))
-        tokens = [self.num_tokens(length, axis) for length, axis in zip(valid.unbind(1), axes, strict=True)]
+        return self._token_mask(self._checked(lengths, size, None), size)
+
+    def _token_mask(self, lengths: Tensor, size: Sequence[int]) -> Tensor:
+        """Return the mask of valid tokens for checked lengths `b axes`."""
+        tokens = [self.num_tokens(length, axis) for axis, length in enumerate(lengths.unbind(1))]
         return _box(torch.stack(tokens, dim=1), [self.num_tokens(length, axis) for axis, length in enumerate(size)])
 
     def _checked(self, given: Lengths, size: Sequence[int], batch: int | None) -> Tensor:
         """Check lengths, and return them as a tensor `b axes`."""
         lengths = given if isinstance(given, Tensor) else _as_tensor(given)
-        if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
-            raise TypeError(f"lengths must be whole numbers; got {lengths.dtype}. Convert them: lengths.long()")
-        lengths, axes = lengths.long(), len(size)
+        lengths, axes = checks.whole_numbers("lengths", lengths), len(size)
         time_axis = 0 if axes == 1 else self.time_axis
         one_per_sample = lengths.ndim == 1 and time_axis is not None
         one_per_axis = lengths.ndim == 2 and lengths.shape[1] == axes
@@ -98,7 +98,7 @@ class VariableSize:
         lengths = self._checked(lengths, size, x.shape[0]).to(x.device)
         shape = [x.shape[0]] + [x.shape[axis] if axis - x.ndim in axes else 1 for axis in range(1, x.ndim)]
         x = x.masked_fill(~_box(lengths, size).reshape(shape), 0)
-        valid = self.token_mask(lengths, size)
+        valid = self._token_mask(lengths, size)
         if mask is not None:
             checks.is_mask("mask", mask, valid.shape)
             valid = valid & mask

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from einops import rearrange
@@ -150,9 +149,9 @@ class LogMel(GridAdapter):
         """Return the number of frames of a waveform with `length` samples."""
         return (length - self.n_fft % 2) // self.hop_length + 1
 
-    def token_mask(self, lengths: Lengths, size: Any) -> Bool[Tensor, "b ..."]:
-        """Return the mask of valid tokens, `b frames` or `b bands frames`, for waveforms of these lengths."""
-        frames = super().token_mask(lengths, size)
+    def _token_mask(self, lengths: Tensor, size: Sequence[int]) -> Tensor:
+        """Return the mask of valid tokens, `b frames` or `b bands frames`."""
+        frames = super()._token_mask(lengths, size)
         return frames if self.tokens_per_frame == 1 else frames.unsqueeze(1).repeat(1, self.tokens_per_frame, 1)
 
     def forward(

@@ -196,10 +196,7 @@ class PerceiverAR(nn.Module):
         if ids.shape[1] < 2:
             raise ValueError(f"ids must be at least 2 long, an input and a target; got {tuple(ids.shape)}")
         if labels is not ids:
-            if not isinstance(labels, Tensor):
-                raise TypeError(f"labels must be a tensor; got {type(labels).__name__}")
-            if not labels.is_floating_point() and labels.dtype != torch.bool:
-                labels = labels.long()  # a label of -100 has no equal in uint8
+            labels = checks.whole_numbers("labels", labels)  # -100 cannot be represented in uint8
             if labels.shape != ids.shape:
                 raise ValueError(f"labels must have the shape of ids, {tuple(ids.shape)}; got {tuple(labels.shape)}")
             checks.ids("labels", labels.masked_fill(labels == IGNORED, 0), self.vocab_size)

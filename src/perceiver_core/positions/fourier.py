@@ -32,6 +32,7 @@ class SeparableFeatures(nn.Module):
         super().__init__()
         _check_sizes(num_axes, num_bands=num_bands)
         self.num_axes, self.num_bands = num_axes, num_bands
+        self.spanned_axes = (True,) * num_axes
 
     def forward(self, points: Float[Tensor, "*b axes"]) -> Float[Tensor, "*b dim"]:
         """Return the features of points with coordinates in [-1, 1].
@@ -40,11 +41,6 @@ class SeparableFeatures(nn.Module):
         """
         axes = [self._features(x, axis) for axis, x in enumerate(_widened(points, self.num_axes).unbind(-1))]
         return torch.cat([part for group in zip(*axes, strict=True) for part in group], dim=-1).to(points.dtype)
-
-    @property
-    def spanned_axes(self) -> tuple[bool, ...]:
-        """One flag per axis, True if positions depend on the input size; always True: each grid spans [-1, 1]."""
-        return (True,) * self.num_axes
 
     def tables(
         self, grid: Sequence[int], like: Tensor, *, reference: Sequence[int] | None = None
@@ -244,6 +240,7 @@ class Gaussian(nn.Module):
         super().__init__()
         _check_sizes(num_axes, num_features=num_features)
         self.num_axes, self.dim = num_axes, 2 * num_features
+        self.spanned_axes = (True,) * num_axes
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         self.register_buffer("frequencies", torch.randn(num_axes, num_features, dtype=dtype) * scale)
 
@@ -263,11 +260,6 @@ class Gaussian(nn.Module):
         # A sum of products, because autocast would compute a matrix product in half precision.
         angles = 2 * math.pi * (wide[..., None] * self.frequencies.to(wide)).sum(-2)
         return torch.cat([angles.cos(), angles.sin()], dim=-1).to(points.dtype)
-
-    @property
-    def spanned_axes(self) -> tuple[bool, ...]:
-        """One flag per axis, True if positions depend on the input size; always True: each grid spans [-1, 1]."""
-        return (True,) * self.num_axes
 
     def tables(
         self, grid: Sequence[int], like: Tensor, *, reference: Sequence[int] | None = None

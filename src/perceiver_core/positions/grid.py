@@ -100,7 +100,7 @@ def warn_if_padded(positions: object, mask: Tensor | None) -> None:
     """
     if mask is None or "padding" in _warned or not any(axes := spanned_axes(positions)):
         return
-    if checks.is_true(lambda: torch.tensor(not _is_padded(mask, axes)), mask):
+    if checks.is_true(lambda: not _is_padded(mask, axes), mask):
         return
     _warned.add("padding")
     warnings.warn(
