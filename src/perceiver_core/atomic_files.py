@@ -1,0 +1,115 @@
+"""Atomic writing of files. All files of this library, its examples and its benchmarks are written by this function."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+# Text (written as UTF-8 with "\n" as line ends), bytes, or a function that writes a file to the path that it is passed.
+Content: TypeAlias = str | bytes | Callable[[Path], object]
+
+_REMEDIES = {
+    errno.ENOSPC: "Free space on the disk and write it again",
+    errno.EDQUOT: "Free space in your quota and write it again",
+    errno.EFBIG: "Raise the limit of the file size (ulimit -f) and write it again",
+    errno.EROFS: "Choose a folder on a file system that is writable",
+    errno.EACCES: "Choose a folder that you may write to",
+    errno.EPERM: "Choose a folder that you may write to",
+}
+_PROBE = b"\0" * 2**20
+
+
+def write_atomically(files: Mapping[Path, Content]) -> None:
+    """Write files such that each path has either its old or its new content, at any moment and after any crash.
+
+    Each file is written under a temporary name in the same folder and flushed to the disk. When all of them are
+    complete, they are renamed in the order of `files`, and each rename is flushed before the next one. After an error,
+    the temporary files are removed.
+
+    Args:
+        files: Content of each file. Folders must exist.
+
+    Raises:
+        OSError: If a file cannot be written, for example because the disk is full or the folder is read-only. Files
+            that existed are unchanged. Errors of libraries that write to a full disk are converted to OSError.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "result.txt"
+        ...     write_atomically({path: "97 %"})
+        ...     path.read_text()
+        '97 %'
+    """
+    written = {path: path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial") for path in files}
+    try:
+        for path, temporary in written.items():
+            try:
+                _write(temporary, files[path])
+            except Exception as error:
+                if (reason := _os_error(error, temporary)) is None:
+                    raise
+                raise _explained(reason, path) from error
+        for path, temporary in written.items():
+            os.replace(temporary, path)
+            _flush_folder(path.parent)
+    finally:
+        for temporary in written.values():
+            temporary.unlink(missing_ok=True)
+
+
+def _write(path: Path, content: Content) -> None:
+    """Write a new file and flush it to the disk. Its permissions follow the user's umask."""
+    path.touch(exist_ok=False)
+    mode = path.stat().st_mode
+    if callable(content):
+        content(path)
+    else:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    path.chmod(mode)  # some libraries replace the file by one that only its owner may read
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    """Flush renames in a folder to the disk, on systems where a folder can be opened."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot flush folders
+            raise
+    finally:
+        os.close(handle)
+
+
+def _os_error(error: Exception, temporary: Path) -> OSError | None:
+    """Return the reason why the system did not write a file, or None if the system is not the reason.
+
+    Some libraries raise errors of their own types that do not contain the reason. Whether more can be written to the
+    file is therefore tried.
+    """
+    if isinstance(error, OSError):
+        return error
+    try:
+        with temporary.open("ab") as file:
+            file.write(_PROBE)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as reason:
+        return reason
+    return None
+
+
+def _explained(reason: OSError, path: Path) -> OSError:
+    """Return an error of the same type that also states what is unchanged and how to go on."""
+    if reason.errno not in _REMEDIES:
+        return reason
+    text = f"{os.strerror(reason.errno)}: {path} was not written, and existing files are unchanged"
+    return type(reason)(reason.errno, f"{text}. {_REMEDIES[reason.errno]}")
