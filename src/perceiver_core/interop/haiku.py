@@ -21,8 +21,10 @@ from perceiver_core.interop.published_weights import HAIKU_DECODERS, POSITIONS, 
 from perceiver_core.interop.transformers_config import Config
 from perceiver_core.interop.weight_files import safe_pickle
 from perceiver_core.interop.weight_files.array_header import ArrayHeader
+from perceiver_core.interop.weight_files.error_messages import errors_with_path, printable_errors
 from perceiver_core.interop.weight_files.npz import open_npz
-from perceiver_core.interop.weight_files.state_dict_files import check_floats, errors_with_path
+from perceiver_core.interop.weight_files.weight_checks import check_floats
+from perceiver_core.interop.weight_files.zip_archive import is_zip
 from perceiver_core.models import PerceiverIO
 from perceiver_core.registry import Json
 
@@ -44,6 +46,7 @@ DESCRIPTIVE |= {"transformers_version", "torch_dtype", "dtype", "_name_or_path"}
 TRAINING_STATE = re.compile(r"/~/(mean|var)_ema/(hidden|counter)$")  # internals of running statistics
 
 
+@printable_errors()
 def load_haiku(path: str | PathLike[str], *, numerics: Numerics = DEEPMIND_NUMERICS, **config: Json) -> PerceiverIO:
     """Load a Perceiver IO model from Haiku parameters saved by DeepMind's code.
 
@@ -67,6 +70,7 @@ def load_haiku(path: str | PathLike[str], *, numerics: Numerics = DEEPMIND_NUMER
         TypeError: If `config` contains an unknown option.
         ValueError: If the file does not contain Haiku parameters of a published architecture.
         ValueError: If the parameters do not match `config`.
+        ValueError: If the parameters do not have the same floating-point dtype, or are not finite.
 
     Example:
         >>> model = pc.interop.load_haiku("imagenet_fourier_position_encoding.pystate")  # doctest: +SKIP
@@ -110,7 +114,7 @@ def _open_parameters(path: Path) -> Iterator[dict[str, ArrayHeader]]:
         start = file.read(6)
     if start == b"\x93NUMPY":
         raise ValueError(f"{path} holds a single array; give an .npz of all, named scope/parameter")
-    if start[:2] == b"PK":  # a zip file, as safe_pickle would reject a pickle that starts with P
+    if is_zip(path):  # a zip file, as safe_pickle would reject a pickle that starts with P
         with open_npz(path) as arrays:
             yield arrays
     else:

@@ -31,7 +31,9 @@ from perceiver_core.checkpoints.state import assign
 from perceiver_core.decoder import Decoder
 from perceiver_core.encoder import Encoder
 from perceiver_core.interop.checked_arguments import CheckedArguments
+from perceiver_core.interop.weight_files.error_messages import printable_errors
 from perceiver_core.interop.weight_files.state_dict_files import read_state_dict
+from perceiver_core.interop.weight_files.weight_checks import check_finite, check_floats
 from perceiver_core.interop.weight_mapping import Entry, WeightMapping, rearranged, renamed
 from perceiver_core.kernels import inverted
 from perceiver_core.models import Perceiver, PerceiverIO
@@ -82,6 +84,7 @@ RESIDUAL = WeightMapping(
 )
 
 
+@printable_errors()
 def load_perceiver_pytorch(
     state_dict: Mapping[str, Tensor] | str | os.PathLike[str], **arguments: Json
 ) -> Perceiver | PerceiverIO:
@@ -109,6 +112,7 @@ def load_perceiver_pytorch(
         ValueError: If an argument is not valid, does not match the weights, or is required but missing.
         ValueError: If `inverted_cross_attn` is not the same for all layers.
         ValueError: If weights are missing, are unexpected, or have the wrong shape.
+        ValueError: If the weights do not have the same floating-point dtype, or are not finite.
 
     Example:
         >>> # the weights of Perceiver(depth=1, self_per_cross_attn=0, final_classifier_head=False, ...)
@@ -137,6 +141,8 @@ def load_perceiver_pytorch(
             f"perceiver_pytorch.{layout.model} takes no {unknown}; it takes {sorted(ARGUMENTS[layout.model])}"
         )
     checks.probability(**{name: rate for name, rate in arguments.items() if "dropout" in name})
+    check_floats(weights)
+    check_finite(weights)
     checked = CheckedArguments(weights, arguments)
     with torch.device("meta"):
         model, mapping = (_perceiver if layout.model == "Perceiver" else _perceiver_io)(checked, layout)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from perceiver_core.checkpoints.state import assign, state_tensors
 from perceiver_core.interop import transformers_config as configs
 from perceiver_core.interop.transformers_config import Config
+from perceiver_core.interop.weight_files.weight_checks import check_finite
 from perceiver_core.interop.weight_mapping import (
     TRANSPOSED,
     UNCHANGED,
@@ -105,10 +106,12 @@ def load_weights(
         read: Function that reads the other project's weights from the file.
 
     Raises:
-        ValueError: If the headers do not match the model.
+        ValueError: If the headers do not match the model, or a weight is not finite.
     """
     mapping.check(headers, like=state_tensors(model))
-    assign(model, {name: tensor.contiguous() for name, tensor in mapping.load(read()).items()})
+    weights = read()
+    check_finite(weights)
+    assign(model, {name: tensor.contiguous() for name, tensor in mapping.load(weights).items()})
     model.eval()
 
 

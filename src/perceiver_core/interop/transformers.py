@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from perceiver_core import registry
-from perceiver_core.checkpoints.folder import CONFIG, WEIGHTS, write_atomically
+from perceiver_core.atomic_files import write_atomically
+from perceiver_core.checkpoints.folder import CONFIG, WEIGHTS
 from perceiver_core.checkpoints.state import (
     check_values,
     model_differences,
@@ -24,10 +25,12 @@ from perceiver_core.interop.published_models import TRANSFORMERS_NUMERICS, Numer
 from perceiver_core.interop.published_weights import from_transformers, load_weights
 from perceiver_core.interop.transformers_config import Config
 from perceiver_core.interop.weight_files import state_dict_files as files
-from perceiver_core.interop.weight_files.state_dict_files import FLOATS, errors_with_path
+from perceiver_core.interop.weight_files.error_messages import errors_with_path, printable_errors
+from perceiver_core.interop.weight_files.weight_checks import FLOATS, check_floats
 from perceiver_core.models import PerceiverIO
 
 
+@printable_errors()
 def load_transformers(
     name_or_folder: str | PathLike[str], *, numerics: Numerics = TRANSFORMERS_NUMERICS
 ) -> PerceiverIO:
@@ -49,7 +52,8 @@ def load_transformers(
         FileNotFoundError: If the folder does not exist, or if one of its files is missing.
         FileNotFoundError: If the model is on the Hugging Face Hub and huggingface_hub is not installed.
         ValueError: If the architecture is not one of the seven published ones.
-        ValueError: If the weights do not match the configuration.
+        ValueError: If a file is damaged, or the weights do not match the configuration.
+        ValueError: If the weights do not have the same floating-point dtype, or are not finite.
 
     Example:
         >>> model = pc.interop.load_transformers("deepmind/vision-perceiver-fourier")  # doctest: +SKIP
@@ -64,7 +68,7 @@ def load_transformers(
             raise ValueError(f"{CONFIG} has num_self_attends_per_block={depth}; there are {number} weights")
         mapping = from_transformers(config, transposed_stem=numerics.transposed_stem)
         mapping.check(weights.headers)
-        files.check_floats(weights.headers)
+        check_floats(weights.headers)
     with errors_with_path(folder / CONFIG), torch.device("meta"):
         model = build(config, numerics)
     with errors_with_path(weights.path):
@@ -72,6 +76,7 @@ def load_transformers(
     return model
 
 
+@printable_errors()
 def save_transformers(
     model: nn.Module,
     folder: str | PathLike[str],

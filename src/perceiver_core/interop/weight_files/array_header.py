@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -49,12 +48,3 @@ def checked_shape(shape: object) -> tuple[int, ...]:
     if not isinstance(shape, tuple) or len(shape) > 16 or not all(type(n) is int and 0 <= n < 2**40 for n in shape):
         raise ValueError("the shape of an array must be whole numbers, 16 at most, none of them negative")
     return shape
-
-
-@contextmanager
-def errors_of(subject: str) -> Iterator[None]:
-    """Context manager that converts any exception to a ValueError whose message begins with `subject`."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"{subject}: {error}") from error

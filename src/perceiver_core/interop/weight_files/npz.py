@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,22 +15,13 @@ from perceiver_core.interop.weight_files.array_header import (
     Array,
     ArrayHeader,
     checked_shape,
-    errors_of,
     number_dtype,
 )
+from perceiver_core.interop.weight_files.error_messages import errors_of
+from perceiver_core.interop.weight_files.zip_archive import BoundedFile, open_archive
 
-LARGEST_DIRECTORY = 4 * 2**20  # bytes, enough for some 60 thousand arrays
 LARGEST_RATIO = 16  # array bytes per file byte; compressed weights reach about 2
 DAMAGED = "{} is not a whole .npz of NumPy's"
-
-
-class _BoundedFile(io.FileIO):
-    """File that limits the size of each read, so that a malicious zip directory cannot exhaust memory."""
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is not None and size > LARGEST_DIRECTORY:
-            raise ValueError(f"its directory, or a piece of it, has {size} bytes")
-        return super().read(-1 if size is None else size)
 
 
 @contextmanager
@@ -46,18 +36,16 @@ def open_npz(path: Path) -> Iterator[dict[str, ArrayHeader]]:
     """
     size, total = path.stat().st_size, 0
     headers: dict[str, ArrayHeader] = {}
-    with _BoundedFile(path) as file:
+    with BoundedFile(path) as file:
         with errors_of(DAMAGED.format(path)):
-            archive = zipfile.ZipFile(file)  # not closed: it holds no resource but `file`
+            archive = open_archive(file)
             for member in archive.infolist():
                 name = member.filename[:LONGEST_NAME]
                 compression_known = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
                 if name != member.filename or not name.endswith(".npy") or not compression_known:
                     raise ValueError(f"it holds {name}, which is no array of NumPy's as numpy.savez writes them")
-                if (key := name.removesuffix(".npy")) in headers:
-                    raise ValueError(f"it holds {key} twice")
                 with errors_of(name):
-                    headers[key] = _read_header(path, archive, member)
+                    headers[name.removesuffix(".npy")] = _read_header(path, archive, member)
                 total += member.file_size
                 if total > LARGEST_RATIO * size:
                     raise ValueError(f"its arrays take more than {LARGEST_RATIO} times the {size} bytes of the file")

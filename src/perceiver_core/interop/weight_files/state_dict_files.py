@@ -5,25 +5,23 @@ No code in the files is executed. Files whose tensors have more bytes than the f
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from perceiver_core.checkpoints import hub
 from perceiver_core.checkpoints.folder import CONFIG, LARGEST_CONFIG, WEIGHTS, parse_json, read_at_most
 from perceiver_core.checkpoints.state import specs_in
+from perceiver_core.interop.weight_files.torch_archive import read_archive
 from perceiver_core.registry import Json
 
 BINARY, INDEX = "pytorch_model.bin", ".index.json"
 LARGEST_INDEX = 2**24  # bytes
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class StateDictFile(NamedTuple):
@@ -135,49 +133,9 @@ def read_state_dict(source: Mapping[str, Tensor] | str | PathLike[str]) -> dict[
 
 
 def _open_binary(path: Path) -> StateDictFile:
-    size = path.stat().st_size
-    try:
-        _check_archive(path, size)
-        content = torch.load(path, map_location="cpu", weights_only=True)  # executes no code
-    except Exception as error:  # of many types; PyTorch's messages are hidden, since they suggest weights_only=False
-        raise ValueError(
-            f"{path} is not a whole file of tensors alone ({type(error).__name__}), so it was not read. Copy it again, "
-            f"or get a copy saved as {WEIGHTS}"
-        ) from None
-    if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
-        raise ValueError(f"{path} must hold a dictionary of tensors by name; got {type(content).__name__}")
-    for name, value in content.items():
-        if problem := _problem(value, size):
-            raise ValueError(f"{path} must hold dense tensors with their values; {name} {problem}")
-    if sum(tensor.numel() * tensor.element_size() for tensor in content.values()) > size:
-        raise ValueError(f"{path} holds tensors that share values, and is smaller than they are; write each on its own")
+    content = read_archive(path)
     headers = {name: torch.empty_like(tensor, device="meta") for name, tensor in content.items()}
     return StateDictFile(path, headers, lambda: {name: tensor.clone() for name, tensor in content.items()})
-
-
-def _check_archive(path: Path, size: int) -> None:
-    """Check that a zip archive is uncompressed and its contents are at most `size` bytes. Skip other file formats."""
-    with path.open("rb") as file:
-        if file.read(2) != b"PK":
-            return
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or sum(e.file_size for e in entries) > size:
-        raise ValueError("PyTorch compresses nothing")
-
-
-def _problem(value: object, size: int) -> str:
-    """Return "" if `value` is a dense CPU tensor that fits in `size` bytes, or a description of the problem."""
-    if type(value) not in (Tensor, nn.Parameter) or not isinstance(value, Tensor):
-        return f"is a {type(value).__name__}"
-    if value.layout is not torch.strided or value.is_quantized:
-        return f"has the layout {value.layout}" if not value.is_quantized else "is quantized"
-    if value.device.type != "cpu":
-        return f"is on the device {value.device}"
-    dense = value.is_contiguous() or (value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last))
-    if not dense or value.untyped_storage().nbytes() > size:
-        return f"has strides {value.stride()} for its shape {tuple(value.shape)}, in a file of {size} bytes"
-    return ""
 
 
 def _open_shards(index: Path, end: str, opener: Callable[[Path], StateDictFile]) -> StateDictFile:
@@ -200,26 +158,3 @@ def _open_shards(index: Path, end: str, opener: Callable[[Path], StateDictFile])
             raise ValueError(f"{shard.path} must hold what {index.name} says; it also holds {unexpected[:5]}")
     headers = {name: header for shard in shards.values() for name, header in shard.headers.items()}
     return StateDictFile(index, headers, lambda: {k: v for shard in shards.values() for k, v in shard.read().items()})
-
-
-def check_floats(tensors: Mapping[str, Tensor]) -> None:
-    """Check that all tensors but the counters of batch norms (`num_batches_tracked`) have one dtype of `FLOATS`."""
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("_tracked")}
-    first = next(iter(tensors), "")
-    for name, tensor in tensors.items():
-        if tensor.dtype not in FLOATS:
-            raise ValueError(f"{name} must be of a floating point dtype, one of {FLOATS}; got {tensor.dtype}")
-        if tensor.dtype != tensors[first].dtype:
-            raise ValueError(
-                f"{name} must be of the dtype of the other weights, {tensors[first].dtype} ({first}); got "
-                f"{tensor.dtype}. Convert them to one"
-            )
-
-
-@contextmanager
-def errors_with_path(path: Path) -> Iterator[None]:
-    """Context manager that adds a file path to the message of a ValueError that does not contain it."""
-    try:
-        yield
-    except ValueError as error:
-        raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from error
