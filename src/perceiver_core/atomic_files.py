@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
@@ -20,6 +21,7 @@ _REMEDIES = {
     errno.EACCES: "Choose a folder that you may write to",
     errno.EPERM: "Choose a folder that you may write to",
 }
+PARTIAL = r"[0-9a-f]{16}\.partial"  # regular expression of the end of temporary names
 _PROBE = b"\0" * 2**20
 
 
@@ -35,7 +37,8 @@ def write_atomically(files: Mapping[Path, Content]) -> None:
 
     Raises:
         OSError: If a file cannot be written, for example because the disk is full or the folder is read-only. Files
-            that existed are unchanged. Errors of libraries that write to a full disk are converted to OSError.
+            that existed are unchanged. If the content is written by a library that raises other errors on a full
+            disk, these are replaced by OSError.
 
     Example:
         >>> import tempfile
@@ -45,21 +48,38 @@ def write_atomically(files: Mapping[Path, Content]) -> None:
         ...     path.read_text()
         '97 %'
     """
-    written = {path: path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial") for path in files}
+    with staged(files) as temporary_paths:
+        for path, temporary in temporary_paths.items():
+            rename(temporary, path)
+
+
+@contextmanager
+def staged(files: Mapping[Path, Content]) -> Iterator[dict[Path, Path]]:
+    """Context manager that writes files under temporary names and returns the temporary path of each.
+
+    The files are complete and flushed to the disk. Those that have not been renamed on exit are removed.
+
+    Args:
+        files: Content of each file. Folders must exist.
+
+    Raises:
+        OSError: As in `write_atomically`.
+    """
+    temporary_paths = {path: path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial") for path in files}
     try:
-        for path, temporary in written.items():
-            try:
+        for path, temporary in temporary_paths.items():
+            with _explained_errors(path, temporary):
                 _write(temporary, files[path])
-            except Exception as error:
-                if (reason := _os_error(error, temporary)) is None:
-                    raise
-                raise _explained(reason, path) from error
-        for path, temporary in written.items():
-            os.replace(temporary, path)
-            _flush_folder(path.parent)
+        yield temporary_paths
     finally:
-        for temporary in written.values():
+        for temporary in temporary_paths.values():
             temporary.unlink(missing_ok=True)
+
+
+def rename(old: Path, new: Path) -> None:
+    """Rename a file within its folder and flush the folder to the disk. An existing file is replaced."""
+    os.replace(old, new)
+    _flush_folder(new.parent)
 
 
 def _write(path: Path, content: Content) -> None:
@@ -107,9 +127,14 @@ def _os_error(error: Exception, temporary: Path) -> OSError | None:
     return None
 
 
-def _explained(reason: OSError, path: Path) -> OSError:
-    """Return an error of the same type that also states what is unchanged and how to go on."""
-    if reason.errno not in _REMEDIES:
-        return reason
-    text = f"{os.strerror(reason.errno)}: {path} was not written, and existing files are unchanged"
-    return type(reason)(reason.errno, f"{text}. {_REMEDIES[reason.errno]}")
+@contextmanager
+def _explained_errors(path: Path, temporary: Path) -> Iterator[None]:
+    """Context manager that adds to errors of the system what is unchanged and how to go on."""
+    try:
+        yield
+    except Exception as error:
+        reason = _os_error(error, temporary)
+        if reason is None or reason.errno not in _REMEDIES:
+            raise
+        text = f"{os.strerror(reason.errno)}: {path} was not written, and existing files are unchanged"
+        raise type(reason)(reason.errno, f"{text}. {_REMEDIES[reason.errno]}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from perceiver_core import registry
-from perceiver_core.checkpoints.folder import write_atomically
+from perceiver_core.checkpoints.bound_files import write_pair
 from perceiver_core.checkpoints.save_load import unwrapped
 
 PROGRAM, DEPLOYMENT = "model", "deployment.json"
@@ -63,18 +62,14 @@ def save_program(
         json.dumps(preprocessing, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"preprocessing must be JSON-serializable: {error}; got {preprocessing!r:.80}") from error
-    digests: dict[str, str] = {}
+    name = PROGRAM + suffix
 
-    def write_program(path: Path) -> None:
-        write(path)
-        digests[PROGRAM + suffix] = _sha256(path)
-
-    def write_deployment(path: Path) -> None:
-        text = json.dumps({**content, "sha256": digests, "preprocessing": preprocessing}, indent=2, allow_nan=False)
-        path.write_text(text + "\n")
+    def describe(digest: str) -> str:
+        entries = {**content, "sha256": {name: digest}, "preprocessing": preprocessing}
+        return json.dumps(entries, indent=2, allow_nan=False) + "\n"
 
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically({folder / (PROGRAM + suffix): write_program, folder / DEPLOYMENT: write_deployment})
+    write_pair(folder / name, write, folder / DEPLOYMENT, describe)
     return folder
 
 
@@ -94,11 +89,3 @@ def _writer(program: Any) -> tuple[str, Callable[[Path], object]]:
 def _write_exported(program: torch.export.ExportedProgram, path: Path) -> None:
     with path.open("wb") as file:  # torch.export.save warns about paths that do not end in .pt2
         torch.export.save(program, file)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -1,12 +1,13 @@
-"""Format of saved models: a folder with weights in `model.safetensors` and constructor calls in `config.json`."""
+"""Format of saved models: a folder with weights in `model.safetensors` and constructor calls in `config.json`.
+
+`config.json` contains the SHA-256 digest of `model.safetensors`, so that weights of another save are rejected.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import secrets
-from collections.abc import Callable
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,24 @@ from perceiver_core import registry
 FORMAT = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 LARGEST_CONFIG = 2**20  # bytes
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
-def parse_config(text: str | bytes, source: str) -> registry.Json:
-    """Parse the text of a `config.json` and return the model configuration.
+def config_text(model: registry.Json, digest: str) -> str:
+    """Return the text of a `config.json`.
+
+    Args:
+        model: Configuration of the model; see `registry.to_config`.
+        digest: SHA-256 digest of the weights file in hexadecimal digits.
+    """
+    content = {"library": "perceiver_core", "format": FORMAT, "sha256": {WEIGHTS: digest}, "model": model}
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+
+
+def parse_config(text: str | bytes, source: str) -> tuple[registry.Json, str | None]:
+    """Parse the text of a `config.json`. Return the model configuration and the digest of the weights file.
+
+    The digest is None if the file was written before digests were introduced.
 
     Args:
         text: Text of the file.
@@ -41,7 +56,13 @@ def parse_config(text: str | bytes, source: str) -> registry.Json:
             f"{source} has format {written!r:.40}; this version reads {FORMAT}. "
             "Update perceiver-core if the file is newer, or save it again with the version that wrote it"
         )
-    return config["model"]
+    if "sha256" not in config:
+        return config["model"], None
+    digests = config["sha256"]
+    digest = digests.get(WEIGHTS) if isinstance(digests, dict) else None
+    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+        raise ValueError(f"{source} must have the SHA-256 digest of {WEIGHTS} in 'sha256'. Copy it again")
+    return config["model"], digest
 
 
 def parse_json(text: str | bytes, source: str, *, largest: int = LARGEST_CONFIG, **hooks: Any) -> registry.Json:
@@ -82,24 +103,3 @@ def _finite(number: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{number:.40} is not a finite number")
     return value
-
-
-def write_atomically(files: dict[Path, Callable[[Path], object]]) -> None:
-    """Write all files under temporary names, then rename them. Temporary files are removed even after an error.
-
-    `files` maps the final path of each file to a function `path -> object` that writes the file to a temporary path.
-    """
-    written = {path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial"): path for path in files}
-    try:
-        for temporary, path in written.items():
-            temporary.touch()
-            mode = temporary.stat().st_mode  # follows the user's umask, unlike files created by save_file
-            files[path](temporary)
-            temporary.chmod(mode)
-            with temporary.open("r+b") as file:
-                os.fsync(file.fileno())
-        for temporary, path in written.items():
-            os.replace(temporary, path)
-    finally:
-        for temporary in written:
-            temporary.unlink(missing_ok=True)

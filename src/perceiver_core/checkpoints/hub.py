@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from perceiver_core.atomic_files import write_atomically
 from perceiver_core.checkpoints.card import card
 from perceiver_core.checkpoints.folder import CONFIG, WEIGHTS
 from perceiver_core.checkpoints.save_load import load, save
@@ -45,7 +46,7 @@ def save_pretrained(model: nn.Module, folder: str | PathLike[str]) -> Path:
     """
     folder = save(model, folder)
     if not (folder / CARD).exists():
-        (folder / CARD).write_text(card(model, f"path/to/{folder.resolve().name}"), encoding="utf-8")
+        write_atomically({folder / CARD: card(model, f"path/to/{folder.resolve().name}")})
     return folder
 
 
@@ -136,7 +137,7 @@ def push_to_hub(
         if revision is not None and not create_pr:
             api.create_branch(name, branch=revision, exist_ok=True)
         if not api.file_exists(name, CARD, revision=revision):
-            (Path(folder) / CARD).write_text(card(model, name), encoding="utf-8")
+            write_atomically({Path(folder) / CARD: card(model, name)})
         commit = api.upload_folder(
             repo_id=name, folder_path=folder, commit_message=message, revision=revision, create_pr=create_pr
         )

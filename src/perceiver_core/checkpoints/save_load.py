@@ -8,9 +8,7 @@ Therefore, every saved model can be loaded.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from perceiver_core import registry
-from perceiver_core.checkpoints.folder import CONFIG, FORMAT, WEIGHTS, parse_config, read_at_most, write_atomically
+from perceiver_core.checkpoints.bound_files import read_pair, write_pair
+from perceiver_core.checkpoints.folder import CONFIG, WEIGHTS, config_text, parse_config
 from perceiver_core.checkpoints.state import (
     assign,
     check_plain_weights,
@@ -37,9 +36,10 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     """Save a model to a folder.
 
     The folder contains the weights (`model.safetensors`) and the constructor calls that build the model
-    (`config.json`). Both files are written under temporary names before any existing file is replaced. A tensor with
-    several names (tied weights, or a module used twice) is written once. Nothing is written if the model cannot be
-    saved.
+    (`config.json`), including the SHA-256 digest of the weights file. If the folder already contains a model, it is
+    replaced atomically: at any moment, and after any crash, `load` returns either the old or the new model. A tensor
+    with several names (tied weights, or a module used twice) is written once. Nothing is written if the model cannot
+    be saved.
 
     Args:
         model: Model built from registered classes (see `register`), such as all models of this library. Modules that
@@ -55,6 +55,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         ValueError: If a class is not registered, or the model has changes that its constructor calls do not describe.
         ValueError: If a tensor has no values (for example, on the meta device), or distinct tensors share memory. Tied
             weights must be the same nn.Parameter.
+        OSError: If a file cannot be written, for example because the disk is full. Existing files are unchanged.
 
     Example:
         >>> import tempfile, torch
@@ -75,9 +76,10 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
             )
     check_plain_weights(model)
     tensors = state_tensors(model)  # checked first: wrappers of tensors, such as fully_shard, may also change classes
-    config = {"library": "perceiver_core", "format": FORMAT, "model": registry.to_config(model)}
-    text = json.dumps(config, indent=2, allow_nan=False) + "\n"
-    built = _build_without_values(parse_config(text, f"the {CONFIG} of {type(model).__name__}"), len(tensors))
+    config = registry.to_config(model)
+    text = config_text(config, digest="0" * 64)  # the digest is not known yet
+    read_back, _ = parse_config(text, f"the {CONFIG} of {type(model).__name__}")
+    built = _build_without_values(read_back, len(tensors))
     different = model_differences(built, model)
     different = different or spec_differences(tensor_specs(state_tensors(built)), tensor_specs(tensors))
     if different:
@@ -88,12 +90,12 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     check_values(tensors)
     values = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    files: dict[Path, Callable[[Path], object]] = {
-        folder / WEIGHTS: lambda path: save_file(values, path, metadata={"format": "pt"})
-    }
-    if not (folder / CONFIG).is_file() or (folder / CONFIG).read_bytes() != text.encode():
-        files[folder / CONFIG] = lambda path: path.write_bytes(text.encode())
-    write_atomically(files)
+    write_pair(
+        folder / WEIGHTS,
+        lambda path: save_file(values, path, metadata={"format": "pt"}),
+        folder / CONFIG,
+        lambda digest: config_text(config, digest),
+    )
     return folder
 
 
@@ -124,7 +126,7 @@ def load(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") 
 
     Raises:
         FileNotFoundError: If the folder or one of its files does not exist.
-        ValueError: If a file is damaged or has a different format version.
+        ValueError: If a file is damaged or has a different format version, or the two files are from different saves.
         ValueError: If a class is not registered, or the configuration and the weights do not match.
 
     Example:
@@ -137,21 +139,27 @@ def load(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") 
         torch.Size([2, 3, 8])
     """
     folder, device = Path(folder), torch.device(device)
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} does not exist; give load the folder that save wrote")
-    config = parse_config(read_at_most(folder / CONFIG), f"{folder / CONFIG}")
+    return read_pair(
+        folder / WEIGHTS,
+        folder / CONFIG,
+        lambda text: parse_config(text, f"{folder / CONFIG}"),
+        lambda config, weights: _load(config, weights, device),
+    )
+
+
+def _load(config: registry.Json, weights: Path, device: torch.device) -> nn.Module:
+    """Build a model from its configuration, in evaluation mode, and load its weights."""
     try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
+        with safe_open(weights, framework="pt") as file:
             specs = specs_in(file)
             model = _build_without_values(config, len(specs))
             different = spec_differences(tensor_specs(state_tensors(model)), specs)
             if different:
-                raise ValueError(f"{folder / WEIGHTS} does not fit {CONFIG}: {different}. Copy both from one save")
+                raise ValueError(f"{weights} does not fit {CONFIG}: {different}. Copy both from one save")
             # Copied, because these tensors are views of the file, which may be overwritten.
             assign(model, {name: file.get_tensor(name).to(device, copy=True) for name in specs})
     except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is not a whole safetensors file: {error}. Copy it again") from error
+        raise ValueError(f"{weights} is not a whole safetensors file: {error}. Copy it again") from error
     return model.eval()
 
 
