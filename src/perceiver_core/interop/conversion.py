@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
@@ -18,6 +17,7 @@ from typing import NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from perceiver_core.atomic_files import rename, write_atomically
 from perceiver_core.checkpoints import hub
 from perceiver_core.checkpoints.card import card
 from perceiver_core.checkpoints.folder import CONFIG
@@ -28,7 +28,9 @@ from perceiver_core.interop.perceiver_pytorch import layout_of, load_perceiver_p
 from perceiver_core.interop.published_models import DEEPMIND_NUMERICS, TRANSFORMERS_NUMERICS
 from perceiver_core.interop.transformers import load_transformers, save_transformers
 from perceiver_core.interop.transformers_config import Config, read_config
+from perceiver_core.interop.weight_files.error_messages import errors_of, printable_errors
 from perceiver_core.interop.weight_files.state_dict_files import fetch
+from perceiver_core.interop.weight_files.zip_archive import BoundedFile, is_zip, open_archive
 
 FORMATS = ("perceiver-core", "transformers", "haiku", "perceiver-pytorch")
 TARGETS = ("perceiver-core", "transformers")
@@ -47,6 +49,7 @@ class _Plan(NamedTuple):
     check: bool
 
 
+@printable_errors()
 def convert(
     source: str | PathLike[str],
     destination: str | PathLike[str],
@@ -140,11 +143,12 @@ def detect_format(path: Path) -> str:
         start = file.read(1)
     if start == b"\x80" or path.suffix in (".pystate", ".pkl", ".pickle"):
         return "haiku"  # pickles of protocols 0 and 1 have no signature, so their file name decides
-    if not zipfile.is_zipfile(path):
+    if not is_zip(path):
         return _safetensors_format(path)
-    with zipfile.ZipFile(path) as archive:
-        if all(name.endswith(".npy") for name in archive.namelist()):
-            return "haiku"
+    with BoundedFile(path) as file, errors_of(f"{path} is not a whole zip archive"):
+        names = open_archive(file).namelist()
+    if all(name.endswith(".npy") for name in names):
+        return "haiku"
     raise ValueError(
         f"{path} is a zip file, but not one of NumPy's arrays. If PyTorch wrote it, read it by torch.load with "
         "weights_only=True, and write its state dict by safetensors.torch.save_file"
@@ -247,7 +251,7 @@ def _write(model: nn.Module, config: Config, plan: _Plan, folder: Path, name: st
         numerics = NUMERICS[plan.numerics]
         return load_transformers(save_transformers(model, folder, config=config, numerics=numerics), numerics=numerics)
     written: nn.Module = load(save(model, folder))
-    (folder / hub.CARD).write_text(card(written, name), encoding="utf-8")
+    write_atomically({folder / hub.CARD: card(written, name)})
     return written
 
 
@@ -263,7 +267,8 @@ def _difference(plan: _Plan, folder: Path, model: nn.Module, written: nn.Module)
 def _all_or_nothing(destination: Path) -> Iterator[Path]:
     """Context manager that yields a temporary folder and renames it to `destination` on exit.
 
-    If an error occurs, or if the caller deletes the temporary folder, nothing is written to `destination`.
+    If an error occurs, or if the caller deletes the temporary folder, nothing is written to `destination`. After a
+    crash, `destination` is as before or complete, and the temporary folder may be left over.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
     folder = destination.with_name(f"{destination.name}.{secrets.token_hex(8)}.partial")
@@ -271,8 +276,8 @@ def _all_or_nothing(destination: Path) -> Iterator[Path]:
     try:
         yield folder
         if folder.exists():
-            if destination.exists():
+            if os.name == "nt" and destination.exists():  # other systems replace an empty folder
                 destination.rmdir()
-            folder.replace(destination)
+            rename(folder, destination)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
