@@ -6,16 +6,16 @@ r"""Classification of knee images as left or right with a trained model, for fil
 
 A verdict whose probability is below the threshold is `abstain`. If file names have the form of AKOA, slices are grouped
 into volumes, each with a verdict from its mean logit. The side in a file name is printed beside the verdict but never
-used. The exit code is 1 if a file could not be read, and 2 if nothing could be done.
+used. The exit code is 1 if a file could not be read, and 2 if nothing could be done. Names of files are printed with
+escapes for all characters but printable ASCII; the table has the true names.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import struct
+import re
 import sys
-import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,30 +23,34 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+if not __package__:  # run by its path, not with `python -m`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+if __name__ == "__main__":
+    from examples.common.command import exit_on_signals
+
+    exit_on_signals()
+
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-if not __package__:  # run by its path, not with `python -m`
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from examples.akoa.dataset.datamodule import read_image
+from examples.akoa.dataset import tables
 from examples.akoa.dataset.file_names import is_system_file, list_files, parse_name
-from examples.akoa.dataset.labels import write_table
+from examples.akoa.dataset.images import UnreadableImageError, read_image
 from examples.akoa.evaluation import plots
 from examples.akoa.evaluation.inference import attention_maps, predict
 from examples.akoa.evaluation.predictions import probability
 from examples.akoa.training.run_record import trained_size
+from examples.common.command import run_command
+from examples.common.terminal import printable
 from perceiver_core import load
+from perceiver_core.atomic_files import write_atomically
 
 WEIGHTS = Path(__file__).parent / "weights"
 HEADER = ("file", "verdict", "probability_right", "map")
 _BATCH = 256
-# Exceptions of Pillow for damaged files, beside those that `read_image` converts to ValueError.
-_BROKEN = (ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 GrayImage = UInt8[np.ndarray, "h w"]
 
@@ -85,16 +89,13 @@ class VolumeVerdict:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Returns 0: done, 1: files were skipped, 2: an error, 130: interrupted."""
-    args = _parser().parse_args(argv)
-    try:
-        return _run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written but maps", file=sys.stderr)
-        return 130
+    """Run the command and return its exit code."""
+    return run_command(lambda: execute(argv), "nothing was written but maps; run the same command again")
+
+
+def execute(argv: Sequence[str] | None = None) -> int:
+    """Classify what the command line names. Returns 0, or 1 if files were skipped."""
+    return _run(_parser().parse_args(argv))
 
 
 def find_images(paths: Iterable[Path]) -> list[Path]:
@@ -110,7 +111,7 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
         if path.is_dir():
             names = [n for n in list_files(path) if n.lower().endswith(".png") and not is_system_file(n)]
             files = [path / name for name in names]
-        elif path.exists():
+        elif os.path.lexists(path):  # also links to nothing, which are reported as skipped files
             files = [path]
         else:
             raise FileNotFoundError(f"{path} does not exist; give PNG files, or folders with them")
@@ -210,6 +211,8 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError(f"threshold is {args.threshold:g}, need a probability from 0.5 to 1")
     if args.out is not None and (args.out.is_dir() or not args.out.parent.is_dir()):
         raise ValueError(f"out: {str(args.out)!r} is not a file in an existing folder")
+    if args.out is not None and args.out.suffix.lower() == ".png":
+        raise ValueError(f"out: {str(args.out)!r} is the name of an image, need one of a table, such as results.csv")
     files = find_images(args.paths)
     model = load_weights(args.weights)
     if args.weights == WEIGHTS:
@@ -226,14 +229,14 @@ def _run(args: argparse.Namespace) -> int:
     skipped = [item for item in done if isinstance(item, SkippedFile)]
     lines = [verdict.line(args.threshold) for verdict in verdicts]
     if args.out is not None:
-        write_table(args.out, HEADER, lines)
-        print(f"wrote {args.out}: {len(lines):,} verdicts")
+        write_atomically({args.out: tables.to_csv(HEADER, lines)})
+        print(f"wrote {printable(args.out)}: {len(lines):,} verdicts")
     else:
         for file, side, p, _ in lines:
-            print(f"{side:8} p(right) {float(p):.3f}  {_printable(file)}")
+            print(f"{side:8} p(right) {float(p):.3f}  {printable(file)}")
     _print_volumes(group_by_volume(verdicts), args.threshold)
     for item in skipped:
-        print(f"skipped {_printable(item.file)}: {_printable(item.reason)}", file=sys.stderr)
+        print(f"skipped {printable(item.file)}: {printable(item.reason)}", file=sys.stderr)
     if skipped:
         print(f"{len(skipped)} of {len(files)} files were skipped", file=sys.stderr)
     return 1 if skipped else 0
@@ -253,24 +256,18 @@ def _read_image(file: Path, *, size: tuple[int, int]) -> GrayImage | SkippedFile
     """Read an image, or return the reason why it cannot be read."""
     try:
         return read_image(file, size)
-    except _BROKEN as error:
-        # The advice of `read_image` is about labels.csv; only the reason applies here.
-        return SkippedFile(file, str(error.__cause__ or error))
+    except UnreadableImageError as error:
+        return SkippedFile(file, error.reason)
 
 
 def _draw(model: nn.Module, file: Path, image: GrayImage, logit: float, maps: Path, number: int) -> Path:
     """Write the attention map of an image and return its path."""
     side, p = decide(logit, 0.5)
     shares = attention_maps(model, torch.tensor(image)[None])[0]
-    # Numbered, since files of several folders may have the same name.
-    path = maps / f"{number:05}_{file.stem}.png"
+    # Numbered, since files of several folders may have the same name. Other systems may not allow all characters.
+    path = maps / f"{number:05}_{re.sub(r'[^A-Za-z0-9_.-]', '_', file.stem)[:100]}.png"
     plots.save(plots.single_map(image, shares, f"{side}, p(right) = {p:.3f}"), path)
     return path
-
-
-def _printable(text: object) -> str:
-    """Escape characters that the terminal may not be able to print, which would raise an error."""
-    return str(text).encode("ascii", "backslashreplace").decode()
 
 
 if __name__ == "__main__":

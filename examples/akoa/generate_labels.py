@@ -15,40 +15,31 @@ and trains on the rest.
 """
 
 import argparse
-import io
 import os
-import struct
 import sys
-import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path, PurePosixPath
+
+if not __package__:  # run by its path, not with `python -m`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+if __name__ == "__main__":
+    from examples.common.command import exit_on_signals
+
+    exit_on_signals()
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
 
-if not __package__:  # run by its path, not with `python -m`
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from examples.akoa.dataset import file_names, labels, near_duplicates, splits
+from examples.akoa.dataset import file_names, images, labels, near_duplicates, splits, tables
 from examples.akoa.dataset.file_names import PROBLEM_KINDS, ImageFile, Problem
 from examples.akoa.dataset.labels import Row
-
-# End of every PNG file. Pillow does not require it, but a file truncated there may lack rows.
-_IEND = b"\x00\x00\x00\x00IEND\xaeB`\x82"
-# Exceptions of Pillow for damaged files; any other exception is a bug and must not be hidden.
-_BROKEN = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+from examples.common.command import run_command
+from examples.common.terminal import printable
+from perceiver_core.atomic_files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -67,6 +58,11 @@ class Options:
         """Path of the list of problems: labels.problems.csv beside labels.csv."""
         return self.out.with_name(f"{self.out.stem}.problems.csv")
 
+    @property
+    def previous(self) -> Path:
+        """Path that an earlier labels.csv is kept at."""
+        return self.out.with_name(f"{self.out.name}.previous")
+
 
 @dataclass(frozen=True)
 class Scan:
@@ -79,15 +75,13 @@ class Scan:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Returns 0: written, 1: problems, 2: wrong arguments, 130: interrupted."""
-    try:
-        return generate(read_options(argv))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: labels were not written", file=sys.stderr)
-        return 130
+    """Run the command and return its exit code."""
+    return run_command(lambda: execute(argv), "labels were not written; run the same command again")
+
+
+def execute(argv: Sequence[str] | None = None) -> int:
+    """Write labels.csv as the command line states. Returns 0, or 1 if problems prevent it."""
+    return generate(read_options(argv))
 
 
 def read_options(argv: Sequence[str] | None) -> Options:
@@ -116,6 +110,8 @@ def read_options(argv: Sequence[str] | None) -> Options:
     splits.split_sizes(sys.maxsize, share)
     if args.out.is_dir() or not os.access(args.out.parent, os.W_OK):
         raise ValueError(f"out: {str(args.out)!r} is not a file in a folder that can be written to")
+    if args.out.suffix.lower() == ".png":
+        raise ValueError(f"out: {str(args.out)!r} is the name of an image, need one of a table, such as labels.csv")
     allow = frozenset(PROBLEM_KINDS if "all" in args.allow else args.allow)
     return Options(args.data, args.out, share, args.seed, allow, args.examples)
 
@@ -148,14 +144,43 @@ def generate(options: Options) -> int:
         problems += near_duplicates.find_near_duplicates(rows, _in_order(rows, scan))
     print(summarize(kept, rows, ignored, scan.sizes))
     print(describe_problems(problems, options))
+    stopped = not rows or any(problem.kind not in options.allow for problem in problems)
+    kept_as = write_results(options, problems, None if stopped else rows)
+    out = printable(options.out)
+    print(
+        f"\n{out} was not written; all problems are in {printable(options.problems)}"
+        if stopped
+        else f"\nwrote {out}: {len(rows):,} images"
+    )
+    if kept_as is not None:
+        print(f"the labels of an earlier run are now {printable(kept_as)}")
+    return int(stopped)
+
+
+def write_results(options: Options, problems: Sequence[Problem], rows: Sequence[Row] | None) -> Path | None:
+    """Write the list of problems, and labels.csv unless `rows` is None.
+
+    An earlier labels.csv is renamed first. At no moment, and after no crash, is it beside the problems of another run.
+
+    Returns:
+        New name of the earlier labels.csv, if there was one with another content.
+    """
     lines = (astuple(problem) for problem in problems)
-    labels.write_table(options.problems, ("kind", "image", "other", "detail"), lines)
-    if not rows or any(problem.kind not in options.allow for problem in problems):
-        print(f"\n{options.out} was not written; all problems are in {options.problems}")
-        return 1
-    labels.write_labels(options.out, rows)
-    print(f"\nwrote {options.out}: {len(rows):,} images")
-    return 0
+    content = {options.problems: tables.to_csv(("kind", "image", "other", "detail"), lines)}
+    if rows is not None:
+        content[options.out] = labels.to_csv(rows)
+    old_labels, old_problems = _content(options.out), _content(options.problems)
+    if old_labels in (None, content.get(options.out)):
+        write_atomically(content)
+        return None
+    options.out.replace(options.previous)
+    try:
+        write_atomically(content)
+    except BaseException:
+        if _content(options.problems) == old_problems:  # nothing was written
+            options.previous.replace(options.out)
+        raise
+    return options.previous
 
 
 def scan_images(root: Path, files: Sequence[ImageFile]) -> Scan:
@@ -167,8 +192,8 @@ def scan_images(root: Path, files: Sequence[ImageFile]) -> Scan:
     for file in tqdm(files, desc="decoding", unit="image", disable=None):
         try:
             thumbnail, size = read_thumbnail(root / file.path)
-        except ValueError as error:
-            problems.append(Problem("unreadable", file.path, "", str(error)))
+        except images.UnreadableImageError as error:
+            problems.append(Problem("unreadable", file.path, "", error.reason))
             continue
         thumbnails[len(readable)] = thumbnail
         readable.append(file)
@@ -177,22 +202,14 @@ def scan_images(root: Path, files: Sequence[ImageFile]) -> Scan:
 
 
 def read_thumbnail(path: Path) -> tuple[UInt8[np.ndarray, "h w"], str]:
-    """Decode a whole image, and return a gray thumbnail of the size `THUMBNAIL_SIZE` and the original size as text.
+    """Decode an image, and return a gray thumbnail of the size `THUMBNAIL_SIZE` and the original size as text.
 
     Raises:
-        ValueError: The file is truncated, damaged, or not a PNG file.
+        UnreadableImageError: As in `images.read_gray`.
     """
-    try:
-        data = path.read_bytes()
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-            height, width = near_duplicates.THUMBNAIL_SIZE
-            gray = image.convert("L").resize((width, height), Image.Resampling.BOX)
-            size = f"{image.width}x{image.height}"
-    except _BROKEN as error:
-        raise ValueError(f"{type(error).__name__}: {error}") from error
-    if _IEND not in data:
-        raise ValueError("the file is truncated: its last chunk (IEND) is missing")
-    return np.asarray(gray), size
+    gray = images.read_gray(path)
+    height, width = near_duplicates.THUMBNAIL_SIZE
+    return np.asarray(gray.resize((width, height), Image.Resampling.BOX)), f"{gray.width}x{gray.height}"
 
 
 def summarize(files: Sequence[ImageFile], rows: Sequence[Row], ignored: Sequence[str], sizes: Counter[str]) -> str:
@@ -201,7 +218,7 @@ def summarize(files: Sequence[ImageFile], rows: Sequence[Row], ignored: Sequence
     gaps = Counter("n_de3d1" if file.name.underscore else "nde3d1" for file in files)
     slices = Counter(Counter(file.volume for file in files).values())
     lines = [
-        f"ignored     {_counts(Counter(map(_file_category, ignored)))}",
+        f"ignored     {printable(_counts(Counter(map(_file_category, ignored))))}",
         f"size        {_counts(sizes)}",
         f"spelling    {_counts(spellings)}",
         f"visit       {_counts(gaps)}",
@@ -213,7 +230,7 @@ def summarize(files: Sequence[ImageFile], rows: Sequence[Row], ignored: Sequence
     parts = [*labels.SPLITS, *sorted({row.split for row in rows} - set(labels.SPLITS))]
     rows_by_part = {part: [row for row in rows if row.split == part] for part in parts}
     lines += [_split_line(part, inside) for part, inside in rows_by_part.items() if inside]
-    return _printable("\n".join([*lines, *([_split_line("all", rows)] if rows else [])]))
+    return "\n".join([*lines, *([_split_line("all", rows)] if rows else [])])
 
 
 def describe_problems(problems: Sequence[Problem], options: Options) -> str:
@@ -227,23 +244,27 @@ def describe_problems(problems: Sequence[Problem], options: Options) -> str:
         lines.append(f"\n{len(matching):,} {kind}{allowed}")
         for problem in matching[: options.examples]:
             other = f" and {problem.other}" if problem.other else ""
-            lines.append(f"    {problem.image}{other}: {problem.detail}")
+            lines.append(printable(f"    {problem.image}{other}: {problem.detail}"))
         if len(matching) > options.examples:
-            lines.append(f"    ... all {len(matching):,} in {options.problems}")
+            lines.append(f"    ... all {len(matching):,} in {printable(options.problems)}")
         lines.append(f"  to fix:   {remedy.fix}")
         lines.append(f"  to allow: --allow {kind}; then {remedy.allowed}")
-    return _printable("\n".join(lines))
+    return "\n".join(lines)
 
 
 def _without_outputs(paths: Sequence[str], options: Options) -> list[str]:
     """Leave out files that an earlier run has written into the data folder."""
-    outputs = {options.out.resolve(), options.problems.resolve()}
+    outputs = {path.resolve() for path in (options.out, options.problems, options.previous)}
     names = {output.name for output in outputs}
     return [
         path
         for path in paths
         if PurePosixPath(path).name not in names or (options.data / path).resolve() not in outputs
     ]
+
+
+def _content(path: Path) -> str | None:
+    return path.read_bytes().decode("utf-8", "replace") if path.is_file() else None
 
 
 def _check_patients(files: Sequence[ImageFile], options: Options, problems: Sequence[Problem]) -> None:
@@ -259,11 +280,6 @@ def _in_order(rows: Sequence[Row], scan: Scan) -> UInt8[np.ndarray, "n h w"]:
     """Thumbnails in the order of the rows."""
     position = {file.path: i for i, file in enumerate(scan.files)}
     return scan.thumbnails[[position[row.image] for row in rows]]
-
-
-def _printable(text: str) -> str:
-    """Escape characters that the terminal may not be able to print, which would raise an error."""
-    return text.encode("ascii", "backslashreplace").decode()
 
 
 def _file_category(path: str) -> str:

@@ -16,16 +16,3 @@ def printable(text: object) -> str:
         'knee\\x1b[2J.png'
     """
     return "".join(c if " " <= c <= "~" else ascii(c)[1:-1] for c in str(text))
-
-
-def printable_lines(text: object) -> str:
-    r"""Escape a message of several lines, and indent all but the first, so that none looks like another message.
-
-    Example:
-        >>> print(printable_lines("not written\nbecause:\n  the disk is full"))
-        not written
-          because:
-          the disk is full
-    """
-    first, *others = str(text).split("\n")
-    return "\n".join([printable(first), *(f"  {printable(line.lstrip())}" for line in others)])

@@ -11,7 +11,7 @@ from PIL import Image
 
 import perceiver_core as pc
 from examples.akoa import driver
-from examples.akoa.dataset.datamodule import read_image
+from examples.akoa.dataset.images import read_image
 from examples.akoa.driver import Verdict, decide, find_images, group_by_volume, main
 from examples.akoa.evaluation.inference import predict
 from examples.akoa.model import knee_model

@@ -216,7 +216,7 @@ def test_an_image_cut_short_is_unreadable(tmp_path: Path, cut: int) -> None:
 def test_a_file_that_is_no_png_is_unreadable(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(b"")
-    with pytest.raises(ValueError, match="UnidentifiedImageError"):
+    with pytest.raises(ValueError, match="it is not a PNG file"):
         generate_labels.read_thumbnail(path)
 
 

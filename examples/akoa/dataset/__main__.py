@@ -11,16 +11,21 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+if not __package__:  # run by its path, not with `python -m`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+if __name__ == "__main__":
+    from examples.common.command import exit_on_signals
+
+    exit_on_signals()
+
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-if not __package__:  # run by its path, not with `python -m`
-    sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-
 from examples.akoa.dataset.augmentation import augment, seeded_generator
 from examples.akoa.dataset.datamodule import KneeDataModule, to_model_input
 from examples.akoa.model import knee_model
+from examples.common.command import run_command
 
 
 def measure(knees: KneeDataModule, num_batches: int) -> tuple[float, float]:
@@ -42,8 +47,18 @@ def measure(knees: KneeDataModule, num_batches: int) -> tuple[float, float]:
     return float(np.median(input_times)), float(np.median(train_times))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line; see the docstring of the module."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run_command(lambda: execute(argv))
+
+
+def execute(argv: Sequence[str] | None = None) -> None:
+    """Measure what the command line states, and print the times.
+
+    Raises:
+        OSError: A file cannot be read.
+        ValueError: The labels or the images are invalid.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m examples.akoa.dataset", description="Measure the share of a training step that the input takes."
     )
@@ -54,13 +69,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--fold", type=int, help="run of the cross-validation, if the labels are split into folds")
     parser.add_argument("--batches", type=int, default=40, help="number of batches to time (%(default)s)")
     args = parser.parse_args(argv)
-    try:
-        size = (args.size[0], args.size[-1])
-        knees = KneeDataModule(labels=args.labels, data=args.data, size=size, batch=args.batch, fold=args.fold)
-        start = time.perf_counter()
-        knees.setup()
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    if min(args.batch, args.batches) < 1:
+        parser.error("--batch and --batches must be 1 or more")
+    size = (args.size[0], args.size[-1])
+    knees = KneeDataModule(labels=args.labels, data=args.data, size=size, batch=args.batch, fold=args.fold)
+    start = time.perf_counter()
+    knees.setup()
     seconds = time.perf_counter() - start
     input_time, train_time = measure(knees, args.batches)
     print(f"decoded {len(knees.rows):,} images in {seconds:.1f} s ({len(knees.rows) / seconds:,.0f} per second)")
@@ -69,4 +83,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

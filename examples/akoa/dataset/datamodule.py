@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from lightning.pytorch import LightningDataModule
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from tqdm import tqdm
 
 from examples.akoa.dataset.augmentation import augment, seeded_generator
+from examples.akoa.dataset.images import UnreadableImageError, read_image
 from examples.akoa.dataset.labels import SPLITS, Row, audit_split, read_labels
 from examples.akoa.dataset.splits import as_fold
 
@@ -56,23 +56,6 @@ def to_model_input(images: UInt8[Tensor, "b h w"]) -> Float[Tensor, "b 1 h w"]:
     return images.unsqueeze(1).float() / 127.5 - 1
 
 
-def read_image(path: Path, size: tuple[int, int]) -> UInt8[np.ndarray, "h w"]:
-    """Read a PNG file in gray levels, reduced to `size` (height, width) without aliasing.
-
-    Raises:
-        ValueError: The file does not exist, is truncated, or is not a PNG file.
-    """
-    try:
-        with Image.open(path, formats=["PNG"]) as file:
-            gray = file.convert("L").resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(
-            f"image {str(path)!r} cannot be read: {error}; write labels.csv again with generate_labels, "
-            "which leaves such files out"
-        ) from error
-    return np.asarray(gray)
-
-
 def read_images(
     folder: Path, rows: Sequence[Row], size: tuple[int, int], *, progress: bool = True
 ) -> UInt8[Tensor, "n h w"]:
@@ -84,11 +67,16 @@ def read_images(
         ValueError: An image cannot be read.
     """
     images = np.empty((len(rows), *size), np.uint8)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        decoded = pool.map(lambda row: read_image(folder / row.image, size), rows)
-        bar = tqdm(decoded, "decoding", len(rows), unit="image", disable=None if progress else True)
-        for i, image in enumerate(bar):
-            images[i] = image
+    try:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            decoded = pool.map(lambda row: read_image(folder / row.image, size), rows)
+            bar = tqdm(decoded, "decoding", len(rows), unit="image", disable=None if progress else True)
+            for i, image in enumerate(bar):
+                images[i] = image
+    except UnreadableImageError as error:
+        raise ValueError(
+            f"{error}; or write labels.csv again with generate_labels --allow unreadable, which leaves such files out"
+        ) from error
     return torch.from_numpy(images)
 
 

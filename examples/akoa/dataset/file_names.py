@@ -18,8 +18,8 @@ NAME_FORMAT = "OAI<7 digits>_BaseLine_<n>[_]de3d1_SAG_3D_DESS_WE_<SIDE>.nii.gz_<
 
 # ASCII, because without it "ignore case" also lets the long s and the Kelvin sign pass for s and k.
 _NAME = re.compile(
-    r"OAI(?P<patient>[0-9]{7})_BaseLine_(?P<visit>[0-9]+)(?P<gap>_?)de3d1_SAG_3D_DESS_WE_"
-    r"(?P<side>LEFT|L_E_F_T|RIGHT|R_I_G_H_T)\.nii\.gz_(?P<slice>[0-9]+)\.png",
+    r"OAI(?P<patient>[0-9]{7})_BaseLine_(?P<visit>[0-9]{1,9})(?P<gap>_?)de3d1_SAG_3D_DESS_WE_"
+    r"(?P<side>LEFT|L_E_F_T|RIGHT|R_I_G_H_T)\.nii\.gz_(?P<slice>[0-9]{1,9})\.png",
     re.IGNORECASE | re.ASCII,
 )
 _SYSTEM_FILES = frozenset({"thumbs.db", ".ds_store", "desktop.ini"})
@@ -101,6 +101,11 @@ def parse_name(name: str) -> FileName:
     )
 
 
+def folder_sides(path: str) -> set[str]:
+    """Sides among the names of the folders of a path, such as `Left/` and `RIGHT/`."""
+    return {part.lower() for part in PurePosixPath(path).parts[:-1]} & set(SIDES)
+
+
 def is_system_file(path: str) -> bool:
     """True for files that an operating system adds (Thumbs.db, .DS_Store, ._*), which are not data."""
     name = PurePosixPath(path).name
@@ -116,7 +121,9 @@ def is_candidate(path: str) -> bool:
 def list_files(root: Path) -> list[str]:
     """List the POSIX paths of all files under `root`, relative to it, sorted by code point.
 
-    Upper case thus comes before lower case on every system. Linked folders are followed, each real folder once.
+    Upper case thus comes before lower case on every system. Links are followed, also out of the folder, and each real
+    folder is visited once. Pipes, sockets, devices, links to nothing and folders with the name of a PNG file are listed
+    too: they cannot be read, and whoever reads them reports it.
 
     Raises:
         FileNotFoundError: `root` is not a folder.
@@ -133,6 +140,7 @@ def list_files(root: Path) -> list[str]:
             continue
         visited.add(real)
         subfolders.sort()  # of a folder linked twice, the same name is met first on every system
+        files += [name for name in subfolders if name.lower().endswith(".png")]
         paths += [(Path(folder) / name).relative_to(root).as_posix() for name in files]
     return sorted(paths)
 
@@ -150,7 +158,7 @@ def classify_files(paths: Iterable[str]) -> tuple[list[ImageFile], list[str], li
         except ValueError as error:
             problems.append(Problem("unparsed", path, "", str(error)))
             continue
-        folders = {part.lower() for part in PurePosixPath(path).parts[:-1]} & set(SIDES)
+        folders = folder_sides(path)
         if folders - {file.name.side}:
             detail = f"folder {'/'.join(sorted(folders))}, name {file.name.spelling}"
             problems.append(Problem("disagreeing", path, "", detail))
@@ -175,14 +183,15 @@ def check_path(image: str) -> None:
     """Check the path of an image.
 
     Raises:
-        ValueError: The path leaves the data folder on some system, or cannot be printed.
+        ValueError: The path leaves the data folder on some system, cannot be printed, or is not in its shortest form,
+            so that two paths could be the same file.
     """
     # A backslash and a drive are parts of a path on Windows only.
     outside = image.startswith("/") or ".." in image.split("/") or "\\" in image or image[1:2] == ":"
-    if not image or outside or not image.isprintable():
+    if outside or not image.isprintable() or str(PurePosixPath(image)) != image or image == ".":
         raise ValueError(
             f"image is {image!r}, need a POSIX path inside the data folder, "
-            "without '..', backslash, drive or control characters"
+            "without '.', '..', '//', backslash, drive or control characters"
         )
 
 

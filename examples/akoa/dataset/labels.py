@@ -4,19 +4,26 @@ The split is over patients: all knees of all visits of a patient are in the same
 `split` column contains `fold0` to `fold<K-1>`; see `examples.akoa.dataset.splits.as_fold`.
 """
 
-import csv
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from examples.akoa.dataset.file_names import SIDES, check_path
+from examples.akoa.dataset import tables
+from examples.akoa.dataset.file_names import SIDES, check_path, folder_sides, parse_name
+from perceiver_core.atomic_files import write_atomically
 
 SPLITS = ("train", "val", "test")
 
-_SPLIT = re.compile(r"train|val|test|fold(?:0|[1-9][0-9]*)")
+_NUMBER = re.compile("[0-9]{1,9}"), "a whole number of at most 9 digits"
+_FORMS = {
+    "patient": (re.compile("[0-9]{7}"), "7 digits"),
+    "visit": _NUMBER,
+    "side": (re.compile("|".join(SIDES)), " or ".join(SIDES)),
+    "slice": _NUMBER,
+    "split": (re.compile("train|val|test|fold(?:0|[1-9][0-9]{0,8})"), "train, val, test or fold<i>"),
+}
 
 
 @dataclass(frozen=True)
@@ -77,58 +84,43 @@ def read_labels(path: str | Path) -> list[Row]:
     """Read labels.csv.
 
     Raises:
-        FileNotFoundError: The file does not exist.
-        ValueError: The file is empty, lacks a column, or contains an invalid value; the message names the line.
+        OSError: The file does not exist or cannot be read.
+        ValueError: The file is not a table in CSV format, or contains an invalid value, an image twice, or an image
+            whose name or folder contradicts its labels; the message names the file and the line.
     """
-    with Path(path).open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        columns = reader.fieldnames or ()
-        missing = [column for column in HEADER if column not in columns]
-        if columns and missing:
-            raise ValueError(f"{path}: column {missing[0]!r} is missing, need {','.join(HEADER)}")
-        rows = [_read_row(line, f"{path}, line {reader.line_num}") for line in reader]
+    rows: list[Row] = []
+    lines: dict[str, int] = {}
+    for number, values in tables.read_table(Path(path), HEADER):
+        try:
+            row = _to_row(values)
+            if row.image in lines:
+                raise ValueError(f"image {row.image!r} occurs twice, first in line {lines[row.image]}; remove one line")
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+        lines[row.image] = number
+        rows.append(row)
     if not rows:
         raise ValueError(f"{path}: the file is empty; write it with examples.akoa.generate_labels")
     return rows
 
 
+def to_csv(rows: Iterable[Row]) -> str:
+    """Return the text of labels.csv."""
+    return tables.to_csv(HEADER, (astuple(row) for row in rows))
+
+
 def write_labels(path: Path, rows: Iterable[Row]) -> None:
     """Write labels.csv completely or not at all, with the same bytes on every system."""
-    write_table(path, HEADER, (astuple(row) for row in rows))
+    write_atomically({path: to_csv(rows)})
 
 
-def write_table(path: Path, header: Sequence[str], lines: Iterable[Sequence[object]]) -> None:
-    r"""Write a CSV file (UTF-8, `\n`) to a temporary file in the same folder, then rename it."""
-    # Not with tempfile, whose files only their owner can read.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        # Only the table of problems can contain names that are not valid text; there an escape suffices.
-        with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(header)
-            writer.writerows(lines)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _read_row(line: Mapping[str, str | None], where: str) -> Row:
-    values = {column: line[column] or "" for column in HEADER}
-    try:
-        check_path(values["image"])
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-    checks = {
-        "patient": (re.fullmatch("[0-9]{7}", values["patient"]), "7 digits"),
-        "visit": (re.fullmatch("[0-9]+", values["visit"]), "a whole number"),
-        "side": (values["side"] in SIDES, "left or right"),
-        "slice": (re.fullmatch("[0-9]+", values["slice"]), "a whole number"),
-        "split": (_SPLIT.fullmatch(values["split"]), "train, val, test or fold<i>"),
-    }
-    for column, (valid, expected) in checks.items():
-        if not valid:
-            raise ValueError(f"{where}: {column} is {values[column]!r}, need {expected}")
-    return Row(
+def _to_row(values: Mapping[str, str]) -> Row:
+    """Convert the values of a line, and check that the path of the image does not contradict them."""
+    check_path(values["image"])
+    for column, (form, expected) in _FORMS.items():
+        if not form.fullmatch(values[column]):
+            raise ValueError(f"{column} is {values[column]!r}, need {expected}")
+    row = Row(
         image=values["image"],
         patient=values["patient"],
         visit=int(values["visit"]),
@@ -136,3 +128,19 @@ def _read_row(line: Mapping[str, str | None], where: str) -> Row:
         slice=int(values["slice"]),
         split=values["split"],
     )
+    _check_against_path(row)
+    return row
+
+
+def _check_against_path(row: Row) -> None:
+    """Check that the folder and the name of an image, if it has the form of AKOA, agree with the other columns."""
+    for side in folder_sides(row.image) - {row.side}:
+        raise ValueError(f"side is {row.side!r}, but the folder of {row.image!r} is {side!r}; correct one of them")
+    try:
+        name = parse_name(PurePosixPath(row.image).name)
+    except ValueError:  # the labels of another data set
+        return
+    for column in ("patient", "visit", "side", "slice"):
+        actual, expected = getattr(row, column), getattr(name, column)
+        if actual != expected:
+            raise ValueError(f"{column} is {actual!r}, but {expected!r} in the name {row.image!r}; correct one of them")

@@ -100,8 +100,8 @@ def _split(content: memoryview) -> Iterator[Chunk]:
         data = content[start + 8 : end - 4]
         if zlib.crc32(content[start + 4 : end - 4]) != int.from_bytes(content[end - 4 : end], "big"):
             raise ValueError(f"it is damaged: the checksum of its chunk {name!r} is wrong; {_COPY}")
-        if name == b"IHDR":
-            _check_size(data)
+        if start == len(SIGNATURE):
+            _check_size(name, data)
         yield Chunk(name, data, content[start:end])
         if name == b"IEND":
             return
@@ -111,9 +111,9 @@ def _split(content: memoryview) -> Iterator[Chunk]:
     raise ValueError(f"it is truncated: its last chunk (IEND) is missing; {_COPY}")
 
 
-def _check_size(header: memoryview) -> None:
-    if len(header) != struct.calcsize(">2I5B"):
-        raise ValueError(f"it is damaged: its header has a wrong length; {_COPY}")
+def _check_size(name: bytes, header: memoryview) -> None:
+    if name != b"IHDR" or len(header) != struct.calcsize(">2I5B"):
+        raise ValueError(f"it is damaged: its header is missing or has a wrong length; {_COPY}")
     width, height = struct.unpack_from(">2I", header)
     if width * height == 0:
         raise ValueError(f"it has {width} x {height} pixels, need at least one; {_COPY}")

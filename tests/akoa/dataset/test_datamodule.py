@@ -8,17 +8,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from examples.akoa.dataset.datamodule import (
     ImageDataset,
     KneeDataModule,
     ShardSampler,
     Split,
-    read_image,
     read_images,
     to_model_input,
 )
+from examples.akoa.dataset.images import read_image
 from examples.akoa.dataset.labels import Row, write_labels
+from examples.akoa.driver import Verdict, classify
+from examples.akoa.generate_labels import read_thumbnail
 
 pytestmark = pytest.mark.no_shape_checks
 
@@ -85,12 +88,31 @@ def test_images_come_in_the_order_of_the_rows(folder):
 @pytest.mark.refusal
 @pytest.mark.parametrize("content", [None, b"", b"no PNG", "half"])
 def test_errors_name_an_unreadable_image(folder, tmp_path, content):
-    path = tmp_path / "bad.png"
+    labels = write_knees(tmp_path, patients=4, slices=1)
+    path = next(tmp_path.glob("*.png"))
+    whole = path.read_bytes()
+    path.unlink()
     if content is not None:
-        whole = next(folder.glob("*.png")).read_bytes()
         path.write_bytes(whole[: len(whole) // 2] if content == "half" else content)
-    with pytest.raises(ValueError, match=r"bad\.png.*generate_labels"):
-        read_image(path, (13, 11))
+    knees = KneeDataModule(labels=labels, data=tmp_path, size=7, progress=False)
+    with pytest.raises(
+        ValueError, match=rf"{path.name}' cannot be read: .*; or write labels.csv again with generate_labels"
+    ):
+        knees.setup()
+
+
+def test_the_audit_training_and_the_driver_read_the_same_image(tmp_path):
+    """16 bits were once clipped to two gray levels."""
+    levels = np.random.default_rng(3).integers(0, 65_536, (41, 43)).astype(np.uint16)
+    Image.fromarray(levels).save(tmp_path / "16.png")
+    Image.fromarray((levels >> 8).astype(np.uint8)).save(tmp_path / "8.png")
+    for read in (lambda path: read_image(path, (13, 11)), lambda path: read_thumbnail(path)[0]):
+        assert np.array_equal(read(tmp_path / "16.png"), read(tmp_path / "8.png"))
+    row = Row("16.png", "9000001", 3, "left", 0, "train")
+    image = read_images(tmp_path, [row], (13, 11), progress=False)[0]
+    assert np.array_equal(image, read_image(tmp_path / "8.png", (13, 11)))
+    (skipped_or_verdict,) = classify(nn.Flatten(), [tmp_path / "16.png"], (1, 1))
+    assert isinstance(skipped_or_verdict, Verdict)
 
 
 def test_inputs_lie_between_minus_one_and_one():

@@ -202,7 +202,11 @@ REFUSED = {
     "depth": (gray(FULL, head=header(WIDTH, HEIGHT, 3)), "header is invalid or of an unknown format"),
     "color type": (gray(FULL, head=header(WIDTH, HEIGHT, 8, 5)), "header is invalid or of an unknown format"),
     "interlace": (gray(FULL, head=header(WIDTH, HEIGHT, 8, 0, 2)), "header is invalid or of an unknown format"),
-    "short header": (gray(FULL, head=header(WIDTH, HEIGHT)[:9]), "header has a wrong length"),
+    "short header": (gray(FULL, head=header(WIDTH, HEIGHT)[:9]), "header is missing or has a wrong length"),
+    "chunk before the header": (
+        join([(b"eXIf", png_files.exif(1)), *png_files.split(gray(FULL))]),
+        "header is missing",
+    ),
     "two headers": (gray(FULL, before=[(b"IHDR", header(WIDTH, HEIGHT))]), "incomplete or out of order"),
     "two palettes": (gray(FULL, head=PALETTE_HEAD, before=[COLORS, COLORS]), "incomplete or out of order"),
     "no palette": (gray(FULL, head=PALETTE_HEAD), "palette is missing or invalid"),
@@ -225,7 +229,7 @@ REFUSED = {
     "exif": (gray(FULL, before=[(b"eXIf", b"text")]), "Exif data are invalid.*remove them"),
     "short exif": (gray(FULL, before=[(b"eXIf", png_files.exif(3)[:20])]), "Exif data are invalid"),
     "animation": (gray(FULL, before=[(b"acTL", struct.pack(">2I", 2, 0))]), "it is an animation; save the frame"),
-    "many chunks": (png_files.SIGNATURE + chunk(b"aaaa") * 50_001, "more than 50,000 chunks"),
+    "many chunks": (gray()[:33] + chunk(b"aaaa") * 50_000, "more than 50,000 chunks"),
 }
 
 
