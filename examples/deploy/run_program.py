@@ -24,16 +24,28 @@ def read_folder(folder: Path) -> tuple[onnxruntime.InferenceSession, dict[str, A
     """Read the program and the preprocessing.
 
     Raises:
-        ValueError: The program and deployment.json are not of one export.
+        FileNotFoundError: A file does not exist.
+        ValueError: The program and deployment.json are not of one export, or deployment.json is damaged.
     """
-    deployment = json.loads((folder / "deployment.json").read_text())
-    ((name, digest),) = deployment["sha256"].items()
-    program = (folder / name).read_bytes()
+    path = folder / "deployment.json"
+    try:
+        deployment = json.loads(_read(path))
+        ((name, digest),) = deployment["sha256"].items()
+        preprocessing = deployment["preprocessing"]
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not as save_program wrote it ({error!r:.200}); copy it again") from error
+    program = _read(folder / Path(name).name)
     if hashlib.sha256(program).hexdigest() != digest:
         raise ValueError(
             f"{folder / name} is not the program that deployment.json describes; copy both from one export"
         )
-    return onnxruntime.InferenceSession(program), deployment["preprocessing"]
+    return onnxruntime.InferenceSession(program), preprocessing
+
+
+def _read(path: Path) -> bytes:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give the folder that save_program wrote")
+    return path.read_bytes()
 
 
 def read_image(path: Path, preprocessing: dict[str, Any]) -> np.ndarray:

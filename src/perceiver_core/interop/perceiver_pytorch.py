@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Container, Mapping
+from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +33,7 @@ from perceiver_core.checkpoints.state import assign
 from perceiver_core.decoder import Decoder
 from perceiver_core.encoder import Encoder
 from perceiver_core.interop.checked_arguments import CheckedArguments
-from perceiver_core.interop.weight_files.error_messages import printable_errors
+from perceiver_core.interop.weight_files.error_messages import errors_with_path, printable_errors
 from perceiver_core.interop.weight_files.state_dict_files import read_state_dict
 from perceiver_core.interop.weight_files.weight_checks import check_finite, check_floats
 from perceiver_core.interop.weight_mapping import Entry, WeightMapping, rearranged, renamed
@@ -130,6 +132,12 @@ def load_perceiver_pytorch(
     Reference: lucidrains/perceiver-pytorch 0.11.0, `perceiver_pytorch.py` and `perceiver_io.py`.
     """
     weights = read_state_dict(state_dict)
+    source = errors_with_path(Path(state_dict)) if isinstance(state_dict, (str, os.PathLike)) else nullcontext()
+    with source:
+        return _load(weights, arguments)
+
+
+def _load(weights: dict[str, Tensor], arguments: Mapping[str, Json]) -> Perceiver | PerceiverIO:
     layout = layout_of(weights)
     if layout is None:
         raise ValueError(

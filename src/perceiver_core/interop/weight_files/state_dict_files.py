@@ -75,7 +75,7 @@ def open_folder(folder: Path) -> StateDictFile:
         if (folder / f"{name}{INDEX}").is_file():
             return _open_shards(folder / f"{name}{INDEX}", name.rpartition(".")[2], opener)
     raise FileNotFoundError(
-        f"{folder} must hold {WEIGHTS} or {BINARY}, or the {INDEX[1:]} of one of them; there is none"
+        f"{folder} must hold {WEIGHTS} or {BINARY}, or {WEIGHTS}{INDEX} or {BINARY}{INDEX}; there is none"
     )
 
 
@@ -140,7 +140,8 @@ def _open_binary(path: Path) -> StateDictFile:
 
 def _open_shards(index: Path, end: str, opener: Callable[[Path], StateDictFile]) -> StateDictFile:
     """Open weights in several files (shards). `end` is their file extension, and `opener` opens one of them."""
-    weight_map = read_json(index, LARGEST_INDEX).get("weight_map")
+    content = read_json(index, LARGEST_INDEX)
+    weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise ValueError(f"{index} must hold a weight_map from each tensor's name to its file's")
     files = sorted(set(weight_map.values()))
@@ -157,4 +158,17 @@ def _open_shards(index: Path, end: str, opener: Callable[[Path], StateDictFile])
         if unexpected := sorted(shard.headers.keys() - expected):
             raise ValueError(f"{shard.path} must hold what {index.name} says; it also holds {unexpected[:5]}")
     headers = {name: header for shard in shards.values() for name, header in shard.headers.items()}
+    _check_total_size(index, content.get("metadata"), headers)
     return StateDictFile(index, headers, lambda: {k: v for shard in shards.values() for k, v in shard.read().items()})
+
+
+def _check_total_size(index: Path, metadata: object, headers: Mapping[str, Tensor]) -> None:
+    """Check the number of bytes of all tensors that an index states, if it does. Tied tensors may count once."""
+    stated = metadata.get("total_size") if isinstance(metadata, dict) else None
+    each = {id(header): header.nbytes for header in headers.values()}
+    sizes = sum(header.nbytes for header in headers.values()), sum(each.values())
+    if isinstance(stated, (int, float)) and stated not in sizes:
+        raise ValueError(
+            f"{index} must be of the same model as its shards; it states a total_size of {stated!r:.40} bytes, and the "
+            f"shards have {sizes[0]}. Copy all files from one folder"
+        )

@@ -75,6 +75,16 @@ def verify_checksums(archive: zipfile.ZipFile) -> None:
             raise ValueError(f"{entry.filename} is damaged ({size} bytes instead of {entry.file_size})")
 
 
+def verify_archive(path: Path) -> None:
+    """Check that a file is a zip archive that every reader reads alike, and verify its checksums.
+
+    Raises:
+        ValueError: If the file is damaged, or is not such an archive.
+    """
+    with BoundedFile(path) as file:
+        verify_checksums(open_archive(file))
+
+
 def is_zip(path: Path) -> bool:
     """Return whether a file begins like a zip archive."""
     with path.open("rb") as file:
