@@ -1,4 +1,8 @@
-"""Command line: `python -m benchmarks [names] [--toy] [--device cuda] [--only text] [--seconds n] [--out folder]`."""
+"""Command line: `python -m benchmarks [names] [--toy] [--device cuda] [--only text] [--seconds n] [--out folder]`.
+
+The exit code is 0 if all was measured, 1 if something could not be, 2 for invalid arguments or files, and 130 or 143
+after an interruption; what was measured is written.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +11,25 @@ import importlib.util
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import torch
-
 if not __package__:  # run by its path, not with `python -m`
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    from examples.common.command import exit_on_signals
+
+    exit_on_signals()
+
+import torch
 
 from benchmarks import attention, choice, compilation, generation, machine, measurement, models, read, report, scaling
 from benchmarks.comparison import Setting
+from examples.common.command import run_command
+from examples.common.output_folder import output_folder
 
 
 class Benchmark(NamedTuple):
@@ -44,7 +55,16 @@ RESULTS = Path(__file__).parent / "results"
 
 def main() -> None:
     """Run the benchmarks that the command line names; failures are reported at the end, after all is written."""
-    options, failed = _options(), []
+    options = _options()
+    with output_folder(options.out):
+        failed = run(options)
+    if failed:
+        sys.exit("\n".join(["could not be measured:", *failed]))
+
+
+def run(options: argparse.Namespace) -> list[str]:
+    """Run the benchmarks, print and write their results, and return what could not be measured."""
+    failed = []
     described = machine.description(options.device)
     ceilings = machine.ceilings(options.device, toy=options.toy)
     print(", ".join(f"{name} {value}" for name, value in described.items()))
@@ -60,8 +80,7 @@ def main() -> None:
             draw = getattr(benchmark.module, "plot", partial(report.bars, title=benchmark.module.TITLE))
             draw(rows, path.with_suffix(".png"))
         failed += [f"{name}: {text}" for text in report.failures(rows)]
-    if failed:
-        sys.exit("\n".join(["could not be measured:", *failed]))
+    return failed
 
 
 def measure(benchmark: Benchmark, path: Path, content: dict[str, Any], options: argparse.Namespace) -> None:
@@ -70,20 +89,26 @@ def measure(benchmark: Benchmark, path: Path, content: dict[str, Any], options: 
     setting = Setting(options.toy, options.device, options.only, time.monotonic() + seconds)
     try:
         with measurement.time_limit(seconds):
-            for found in benchmark.module.run(setting):
+            for found in _results(benchmark, setting):
                 content["notes" if isinstance(found, str) else "rows"].append(found)
-                print(found if isinstance(found, str) else report.line(found), flush=True)
                 report.save(path, content)
+                print(found if isinstance(found, str) else report.line(found), flush=True)
     except measurement.OutOfTimeError:
         content["notes"].append(f"did not end within {seconds:.0f} s; the comparison that was under way is missing")
     except KeyboardInterrupt:
         content["notes"].append("interrupted; the comparison that was under way is missing")
         raise
-    except Exception as error:
-        traceback.print_exc()
-        content["rows"].append({"candidate": "all", "note": report.FAILED + report.describe_error(error)})
     finally:
         report.save(path, content)
+
+
+def _results(benchmark: Benchmark, setting: Setting) -> Iterator[report.Row | str]:
+    """Yield the rows and notes of a benchmark, and a row that names the error if it fails."""
+    try:
+        yield from benchmark.module.run(setting)
+    except Exception as error:
+        traceback.print_exc()
+        yield {"candidate": "all", "note": report.FAILED + report.describe_error(error)}
 
 
 def _options() -> argparse.Namespace:
@@ -111,4 +136,4 @@ def _options() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, "the results so far are written; run the same command again"))

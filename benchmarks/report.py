@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from perceiver_core.atomic_files import write_atomically
+
 Row: TypeAlias = dict[str, Any]
 
 FAILED, REFUSED, LEFT_OUT = "failed: ", "refused: ", "left out: "  # how notes begin
@@ -61,7 +63,7 @@ def text(value: object) -> str:
 def save(path: Path, content: Mapping[str, Any]) -> None:
     """Write results as JSON; the folder is made if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    write_atomically({path: json.dumps(content, indent=1) + "\n"})
 
 
 def bars(rows: Sequence[Row], path: Path, *, title: str, measures: Mapping[str, str] = BARS) -> None:
@@ -86,7 +88,7 @@ def bars(rows: Sequence[Row], path: Path, *, title: str, measures: Mapping[str, 
     middles = [statistics.mean(h for h, label in zip(heights, labels, strict=True) if label == each) for each in groups]
     axes[0][0].set_yticks(middles, groups, fontsize=8)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
-    figure.savefig(path, dpi=150)
+    write_atomically({path: lambda temporary: figure.savefig(temporary, dpi=150, format="png")})
 
 
 def curves(
@@ -112,7 +114,7 @@ def curves(
             axis.set(xlabel=f"n, number of {along}", ylabel=f"{measure}, {column}")
             axis.grid(alpha=0.3)
             axis.legend(fontsize=7)
-    figure.savefig(path, dpi=150)
+    write_atomically({path: lambda temporary: figure.savefig(temporary, dpi=150, format="png")})
 
 
 def _logarithmic(axis: Any, which: str, values: Sequence[float], *, room: float) -> None:

@@ -19,15 +19,19 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+if not __package__:  # run by its path, not with `python -m`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    from examples.common.command import exit_on_signals
+
+    exit_on_signals()
+
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import perceiver_core as pc
-
-if not __package__:  # run by its path, not with `python -m`
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from examples.common.command import run_command
 from examples.common.run import Result, Run
 from examples.common.scores import compare, markdown_table
 
@@ -119,4 +123,4 @@ def main(arguments: Sequence[str] | None = None) -> Result:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -15,11 +15,19 @@ Reference: Jaegle et al. 2021 (Perceiver), section 4.1 and table 2, makes this c
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
+if not __package__:  # run by its path, not with `python -m`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    from examples.common.command import exit_on_signals
+
+    exit_on_signals()
 
 import torch
 from matplotlib.figure import Figure
@@ -28,6 +36,10 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import perceiver_core as pc
+from examples.common.command import run_command
+from examples.common.output_folder import output_folder
+from examples.common.run import seed
+from perceiver_core.atomic_files import write_atomically
 
 NUM_TRAIN = 1437  # of 1,797 images; the last 360, by other writers, are the test
 SIDE = 8
@@ -148,7 +160,7 @@ def draw(model: nn.Module, digit: Tensor, order: Tensor, path: Path) -> None:
         axes.set_title(title, fontsize=9)
         axes.axis("off")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    write_atomically({path: lambda temporary: figure.savefig(temporary, dpi=150, format="png")})
 
 
 def table(accuracies: dict[str, float]) -> str:
@@ -160,11 +172,16 @@ def table(accuracies: dict[str, float]) -> str:
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     """Train both models, print the table of accuracies and save the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--toy", action="store_true", help="train for two epochs, to check that it runs")
     parser.add_argument("--out", type=Path, default=Path("runs/digits"), help="folder of the figure")
     options = parser.parse_args(arguments)
+    with output_folder(options.out):
+        return run(options)
 
+
+def run(options: argparse.Namespace) -> dict[str, float]:
+    """Train both models with the options of the command line, and return the accuracies of all."""
     train_set, test_set = load()
     in_order = torch.arange(SIDE * SIDE)
     shuffled = torch.randperm(SIDE * SIDE, generator=torch.Generator().manual_seed(options.seed))
@@ -181,4 +198,4 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

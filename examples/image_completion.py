@@ -23,6 +23,13 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+if not __package__:  # run by its path, not with `python -m`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    from examples.common.command import exit_on_signals
+
+    exit_on_signals()
+
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -30,10 +37,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import perceiver_core as pc
-
-if not __package__:  # run by its path, not with `python -m`
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from examples.common.command import run_command
 from examples.common.run import Result, Run
 from examples.common.scores import compare, markdown_table
 
@@ -282,4 +286,4 @@ def main(arguments: Sequence[str] | None = None) -> Result:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

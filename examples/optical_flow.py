@@ -22,6 +22,13 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+if not __package__:  # run by its path, not with `python -m`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    from examples.common.command import exit_on_signals
+
+    exit_on_signals()
+
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -29,10 +36,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 import perceiver_core as pc
-
-if not __package__:  # run by its path, not with `python -m`
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from examples.common.command import run_command
 from examples.common.run import Result, Run
 from examples.common.scores import compare, markdown_table
 
@@ -269,10 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> Result:
     run = Run("optical_flow", __doc__, arguments)
     rng = Generator().manual_seed(TRAIN)
     train = make_pairs(random_textures(2 if run.toy else 60, rng), rng)
-    settings = {
-        method: tune(method, candidates[:1] if run.toy else candidates, train)
-        for method, candidates in SETTINGS.items()
-    }
+    settings = {name: tune(name, tried[:1] if run.toy else tried, train) for name, tried in SETTINGS.items()}
     print(settings)
     model = run.train("Perceiver IO", build(), partial(loss, rng=rng), steps=3 if run.toy else STEPS, lr=2e-3)
     rng = Generator().manual_seed(TEST)
@@ -284,9 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> Result:
         "iterative Lucas-Kanade": lambda frames: classical_flow(frames, "ilk", **settings["ilk"]),
         "Perceiver IO": partial(predict, model),
     }
-    predicted = {
-        test_name: {name: method(test.frames) for name, method in methods.items()} for test_name, test in tests.items()
-    }
+    predicted = {name: {each: flow(test.frames) for each, flow in methods.items()} for name, test in tests.items()}
     tables = {}
     for test_name, test in tests.items():
         scores = {name: mean_errors(flow, test.flow) for name, flow in predicted[test_name].items()}
@@ -297,4 +296,4 @@ def main(arguments: Sequence[str] | None = None) -> Result:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -26,15 +26,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # run by its path, not with `python -m`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    from examples.common.command import exit_on_signals
+
+    exit_on_signals()
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import perceiver_core as pc
-
-if not __package__:  # run by its path, not with `python -m`
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from examples.common.command import run_command
 from examples.common.run import Result, Run
 from examples.common.scores import compare, interval, markdown_table
 from examples.common.speech import RATE, Speech, Split, generate, read, splits
@@ -270,4 +274,4 @@ def finish(run: Run, speech: Speech, correct: dict[str, dict[str, Tensor]], diff
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, "the same command with --resume continues"))

@@ -17,10 +17,18 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
+if not __package__:  # run by its path, not with `python -m`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    from examples.common.command import exit_on_signals
+
+    exit_on_signals()
+
 import torch
 from torch import Tensor, nn
 
 import perceiver_core as pc
+from examples.common.command import run_command
 
 ROOT = Path(pc.__file__).parent
 COMPREHENSIONS = ("<listcomp>", "<genexpr>", "<dictcomp>", "<setcomp>", "<lambda>")
@@ -85,4 +93,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

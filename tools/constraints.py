@@ -6,15 +6,27 @@ the lines of the other range: run it once under Python 3.10 and once under a new
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
+from collections.abc import Sequence
 from importlib.metadata import distribution
 from pathlib import Path
+
+if not __package__:  # run by its path, not with `python -m`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    from examples.common.command import exit_on_signals
+
+    exit_on_signals()
 
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+from examples.common.command import run_command
+from perceiver_core.atomic_files import write_atomically
 
 UNPINNED = {"triton"}  # each build of PyTorch for CUDA asks for the one that it was made with
 FILE = Path(__file__).resolve().parents[1] / "constraints.txt"
@@ -70,8 +82,16 @@ def write(pins: dict[str, dict[str, str]]) -> str:
     return HEADER + "\n".join(lines) + "\n"
 
 
-if __name__ == "__main__":
-    all_pins = read(FILE)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Renew the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=FILE, help="file to renew (default: constraints.txt)")
+    options = parser.parse_args(arguments)
+    all_pins = read(options.out)
     all_pins["older" if sys.version_info < (3, 11) else "newer"] = installed("perceiver-core", EXTRAS)
-    FILE.write_text(write(all_pins))
-    print(f"{FILE.name}: {len(all_pins['newer'])} packages")
+    write_atomically({options.out: write(all_pins)})
+    print(f"{options.out.name}: {len(all_pins['newer'])} packages")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

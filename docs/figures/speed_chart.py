@@ -6,12 +6,15 @@ of the candidate on the same processor.
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import NamedTuple
 
 from matplotlib import pyplot as plt
 from matplotlib.patches import Patch
+
+from perceiver_core.atomic_files import write_atomically
 
 FOLDER = Path(__file__).parent
 AVX512, AVX2, RIVAL = "#1f5fbf", "#7fb0ea", "#b9b9b9"
@@ -140,4 +143,6 @@ def draw() -> plt.Figure:
 
 
 if __name__ == "__main__":
-    draw().savefig(FOLDER / "speed_chart.png", dpi=120)
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    chart = draw()
+    write_atomically({FOLDER / "speed_chart.png": lambda path: chart.savefig(path, dpi=120, format="png")})

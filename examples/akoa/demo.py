@@ -4,7 +4,10 @@
     python -m examples.akoa.demo --toy                    # less than a minute; the results are meaningless
 
 The steps are: draw a phantom of 101 patients (data/phantom), write its labels, train, evaluate the test set once, and
-classify a few held-out images with the driver. Finished steps are not repeated.
+classify a few held-out images with the driver. Finished steps are not repeated: after an interruption, the same command
+continues.
+
+The exit code is that of the step that failed, 0 if none did, and 130 or 143 after an interruption.
 """
 
 from __future__ import annotations
@@ -18,10 +21,15 @@ from pathlib import Path
 
 if not __package__:  # run by its path, not with `python -m`
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+if __name__ == "__main__":
+    from examples.common.command import exit_on_signals
+
+    exit_on_signals()
 
 from examples.akoa import driver, generate_labels, train
 from examples.akoa.dataset.labels import read_labels
 from examples.akoa.phantom import dataset as phantom
+from examples.common.command import run_command
 
 # The phantom contains one truncated file; any other problem must stop the demo.
 _EXPECTED_PROBLEM = "unreadable"
@@ -42,7 +50,12 @@ TOY = Scale("phantom-toy", patients=10, slices=8, training=("--epochs", "2", "--
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Returns 0, or the exit code of the step that failed."""
+    """Run the command and return its exit code."""
+    return run_command(lambda: execute(argv))
+
+
+def execute(argv: Sequence[str] | None = None) -> int:
+    """Run all steps. Returns 0, or the exit code of the step that failed."""
     parser = argparse.ArgumentParser(prog="python -m examples.akoa.demo", description="Phantom to report.")
     parser.add_argument("--out", type=Path, help="folder of the run (runs/akoa; runs/akoa-toy with --toy)")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the phantoms (%(default)s)")
@@ -52,11 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     scale = TOY if args.toy else FULL
     out = args.out or Path("runs", "akoa-toy" if args.toy else "akoa")
     start = time.perf_counter()
-    try:
-        code = demo(scale, args.data / scale.name, out, args.seed)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    code = demo(scale, args.data / scale.name, out, args.seed)
     print(f"{'failed' if code else 'done'} after {time.perf_counter() - start:.0f} s")
     return code
 
@@ -74,16 +83,15 @@ def demo(scale: Scale, folder: Path, out: Path, seed: int) -> int:
     print_heading(f"2  labels, split by patient, in {labels}")
     if written or not labels.exists():
         arguments = ["--data", str(images), "--out", str(labels), "--seed", str(seed), "--allow", _EXPECTED_PROBLEM]
-        if code := generate_labels.main(arguments):
+        if code := generate_labels.execute(arguments):
             return code
     else:
         print("complete already")
     print_heading(f"3  training, and one evaluation of the test set, in {out}")
     arguments = ["--data", str(images), "--labels", str(labels), "--out", str(out), "--seed", str(seed)]
-    if code := train.main([*arguments, *scale.training, *(["--resume"] if (out / "run.json").exists() else [])]):
-        return code
+    train.execute([*arguments, *scale.training, "--resume"])
     print_heading("4  the driver, on images of held-out patients")
-    if code := driver.main([*map(str, _held_out(labels, images)), "--weights", str(out / "weights")]):
+    if code := driver.execute([*map(str, _held_out(labels, images)), "--weights", str(out / "weights")]):
         return code
     print_heading(f"images    {images}\nmodel     {out / 'weights'}\nreport    {out / 'report.md'}")
     return 0

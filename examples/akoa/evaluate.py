@@ -4,41 +4,61 @@
 
 Training evaluates the test set once. This command evaluates it again, with the weights in the folder of the run.
 report.json counts these looks at the test set, and `--again` is required if the folder has a report: if choices follow
-a look, the test set is no longer independent of them.
+a look, the test set is no longer independent of them. If a command was interrupted while it drew the report of a look,
+the report is finished without another look.
+
+The exit code is 0 if the report was written, 2 for invalid arguments or files, and 130 or 143 after an interruption.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+if not __package__:  # run by its path, not with `python -m`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+if __name__ == "__main__":
+    from examples.common.command import exit_on_signals
+
+    exit_on_signals()
+
 import numpy as np
 from torch import nn
 
-if not __package__:  # run by its path, not with `python -m`
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from examples.akoa.dataset.datamodule import KneeDataModule, Split
 from examples.akoa.dataset.labels import SPLITS, Row, find_leaks
-from examples.akoa.evaluation import baselines, metrics, predictions
+from examples.akoa.evaluation import baselines, metrics
 from examples.akoa.evaluation.analysis import border_test, mirror_test, score_test_set
 from examples.akoa.evaluation.baselines import LinearModel, border_only
 from examples.akoa.evaluation.cross_validation import count_data
-from examples.akoa.evaluation.figures import draw_figures, read_history
+from examples.akoa.evaluation.figures import figure_names, read_history
 from examples.akoa.evaluation.inference import predict
 from examples.akoa.evaluation.metrics import Report
 from examples.akoa.evaluation.predictions import LINEAR, LINEAR_MIRRORED, MAJORITY, MODELS, PERCEIVER
-from examples.akoa.evaluation.report import format_estimate, markdown
-from examples.akoa.training.run_record import WEIGHTS, check_rows, read_record, trained_size
+from examples.akoa.evaluation.report import format_estimate
+from examples.akoa.evaluation.results import (
+    check_look,
+    count_looks,
+    has_unfinished_report,
+    write_look,
+    write_presentation,
+)
+from examples.akoa.training.run_record import (
+    WEIGHTS,
+    check_rows,
+    check_weights,
+    read_record,
+    trained_size,
+    weights_digest,
+)
+from examples.common.command import run_command
+from examples.common.output_folder import output_folder
+from examples.common.terminal import printable
 from perceiver_core import load
-
-REPORT = "report.json"
 
 
 def evaluate_run(
@@ -57,7 +77,7 @@ def evaluate_run(
         model: Module from images `b 1 h w` to one logit each, positive for right.
         splits: Splits `train` (which fits the baselines), `val` (which selects their penalty) and `test`.
         out: Folder of the run, created if necessary.
-        history: Path of metrics.csv of Lightning's CSVLogger, for the training curves; None for no curves.
+        history: Path of history.csv, for the training curves; None for no curves.
         seed: Seed of the bootstrap.
         command: Command that reproduces the report, which quotes it; None for the command of this module.
         progress: Show progress bars.
@@ -92,17 +112,13 @@ def evaluate_run(
         "mirror": mirror_test(model, splits["test"], logits["test"][PERCEIVER], weights),
         "border": border_test(model, linear_models, splits, logits["test"], weights),
         "linear": {name: fit.describe() for name, fit in linear_models.items()},
+        "plots": {name: f"{name}.png" for name in figure_names(model, epochs)},
+        "weights_sha256": weights_digest(model),
     }
     out.mkdir(parents=True, exist_ok=True)
-    # Written before the figures, so that the look is counted even if drawing them fails.
-    report["plots"] = {}
-    write_text(out / REPORT, to_json(report))
     both = {name: np.concatenate([logits["val"][name], logits["test"][name]]) for name in MODELS}
-    predictions.write_predictions(out / "predictions.csv", rows["val"] + rows["test"], both)
-    report["plots"] = draw_figures(out, model, splits["test"], logits["test"][PERCEIVER], report, epochs)
-    write_text(out / REPORT, to_json(report))
-    write_text(out / "report.md", markdown(report))
-    return report
+    write_look(out, report, rows["val"] + rows["test"], both)
+    return write_presentation(out, model, splits["test"], epochs)
 
 
 def check_splits(splits: Mapping[str, Split]) -> None:
@@ -123,24 +139,6 @@ def check_splits(splits: Mapping[str, Split]) -> None:
             f"splits: {leaks} patients are in two splits ({shown}), so the test would not "
             "be independent of training; split by patient with examples.akoa.generate_labels"
         )
-
-
-def count_looks(out: Path) -> int:
-    """Number of evaluations of the test set that report.json in the folder of a run records.
-
-    Raises:
-        ValueError: report.json exists, but does not contain the number.
-    """
-    path = out / REPORT
-    if not path.exists():
-        return 0
-    try:
-        looks = json.loads(path.read_text(encoding="utf-8"))["test_looked_at"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: cannot be read, so looks cannot be counted; move it") from error
-    if not isinstance(looks, int):
-        raise ValueError(f"{path}: test_looked_at is {looks!r}, need a whole number")
-    return looks
 
 
 def fit_baselines(splits: Mapping[str, Split], *, progress: bool = False) -> dict[str, LinearModel]:
@@ -185,23 +183,12 @@ def describe_data(splits: Mapping[str, Split]) -> Report:
     }
 
 
-def to_json(report: Report) -> str:
-    """Text of report.json."""
-    return json.dumps(report, indent=2, allow_nan=False) + "\n"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file completely or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Returns 0: written, 2: wrong arguments or a broken run, 130: interrupted."""
+    """Run the command and return its exit code."""
+    return run_command(lambda: _run(_parse(argv)))
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m examples.akoa.evaluate",
         description="Evaluate the weights of a run on its test set; evaluations are counted.",
@@ -217,39 +204,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add("--seed", type=int, default=0, help="seed of the bootstrap (%(default)s)")
     add("--again", action="store_true", help="evaluate a test set again")
-    args = parser.parse_args(argv)
-    try:
+    return parser.parse_args(argv)
+
+
+def _run(args: argparse.Namespace) -> None:
+    if not (args.run / WEIGHTS).is_dir():
+        raise ValueError(f"{args.run} contains no folder {WEIGHTS}/; give the folder of a finished training")
+    with output_folder(args.run):
         report = _evaluate_folder(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     accuracy = report["models"][PERCEIVER]["slice"]["accuracy"]
     print(f"accuracy of test slices: {format_estimate(accuracy)}; the report is {args.run / 'report.md'}")
-    return 0
 
 
 def _evaluate_folder(args: argparse.Namespace) -> Report:
-    looks = count_looks(args.run)
-    if looks and not args.again:
+    model = load(args.run / WEIGHTS)
+    check_weights(args.run, model)
+    looks, unfinished = count_looks(args.run), has_unfinished_report(args.run, model)
+    if looks and not unfinished and not args.again:
+        check_look(args.run, model)
         raise ValueError(
             f"the test set of {args.run} was looked at before ({looks} so far); read {args.run / 'report.md'}, "
             "or evaluate it again with --again, which is counted"
         )
-    model = load(args.run / WEIGHTS)
     size = trained_size(args.run / WEIGHTS, model)
     fold = read_record(args.run).get("fold") if args.fold is None else args.fold
     knees = KneeDataModule(data=args.data, labels=args.labels, size=size, fold=fold, augment=False)
     check_rows(args.run, knees.rows)
-    splits = {part: knees.split(part) for part in SPLITS}
-    history = args.run / "history.csv"
+    history = args.run / "history.csv" if (args.run / "history.csv").exists() else None
+    if unfinished:
+        print(f"{args.run}: finishing the report of an interrupted command, without another look at the test set")
+        return write_presentation(args.run, model, knees.split("test"), history and read_history(history))
     return evaluate_run(
         model,
-        splits,
+        {part: knees.split(part) for part in SPLITS},
         args.run,
-        history=history if history.exists() else None,
+        history=history,
         seed=args.seed,
         command=evaluation_command(args.run, args.data, args.labels, fold),
         progress=True,
@@ -260,7 +249,7 @@ def evaluation_command(run: Path, data: Path, labels: Path, fold: int | None = N
     """Command that evaluates a run again."""
     parts = ["--run", str(run), "--data", str(data), "--labels", str(labels)]
     parts += [] if fold is None else ["--fold", str(fold)]
-    return f"python -m examples.akoa.evaluate {shlex.join(parts)} --again"
+    return printable(f"python -m examples.akoa.evaluate {shlex.join(parts)} --again")
 
 
 if __name__ == "__main__":

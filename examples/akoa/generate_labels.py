@@ -34,7 +34,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from examples.akoa.dataset import file_names, images, labels, near_duplicates, splits, tables
+from examples.akoa.dataset import audit_texts, file_names, images, labels, near_duplicates, splits, tables
 from examples.akoa.dataset.file_names import PROBLEM_KINDS, ImageFile, Problem
 from examples.akoa.dataset.labels import Row
 from examples.common.command import run_command
@@ -142,8 +142,8 @@ def generate(options: Options) -> int:
         labels.audit_split(rows)
         print(f"comparing {len(rows):,} images with each other", file=sys.stderr)
         problems += near_duplicates.find_near_duplicates(rows, _in_order(rows, scan))
-    print(summarize(kept, rows, ignored, scan.sizes))
-    print(describe_problems(problems, options))
+    print(audit_texts.summarize(kept, rows, ignored, scan.sizes))
+    print(_describe(problems, options))
     stopped = not rows or any(problem.kind not in options.allow for problem in problems)
     kept_as = write_results(options, problems, None if stopped else rows)
     out = printable(options.out)
@@ -212,44 +212,8 @@ def read_thumbnail(path: Path) -> tuple[UInt8[np.ndarray, "h w"], str]:
     return np.asarray(gray.resize((width, height), Image.Resampling.BOX)), f"{gray.width}x{gray.height}"
 
 
-def summarize(files: Sequence[ImageFile], rows: Sequence[Row], ignored: Sequence[str], sizes: Counter[str]) -> str:
-    """Text on the contents of the folder and its split; counts are of images that are used."""
-    spellings = Counter(file.name.spelling for file in files)
-    gaps = Counter("n_de3d1" if file.name.underscore else "nde3d1" for file in files)
-    slices = Counter(Counter(file.volume for file in files).values())
-    lines = [
-        f"ignored     {printable(_counts(Counter(map(_file_category, ignored))))}",
-        f"size        {_counts(sizes)}",
-        f"spelling    {_counts(spellings)}",
-        f"visit       {_counts(gaps)}",
-        f"side        {_counts(Counter(file.name.side for file in files))}",
-        "slices      " + (", ".join(f"{k} in {n:,} volumes" for k, n in sorted(slices.items()))),
-        "",
-        f"{'split':8} {'patients':>9} {'volumes':>9} {'images':>9} {'right':>8}",
-    ]
-    parts = [*labels.SPLITS, *sorted({row.split for row in rows} - set(labels.SPLITS))]
-    rows_by_part = {part: [row for row in rows if row.split == part] for part in parts}
-    lines += [_split_line(part, inside) for part, inside in rows_by_part.items() if inside]
-    return "\n".join([*lines, *([_split_line("all", rows)] if rows else [])])
-
-
-def describe_problems(problems: Sequence[Problem], options: Options) -> str:
-    """Text on the problems by kind: their number, some examples, and the ways to fix or to allow them."""
-    lines = [] if problems else ["no problems found"]
-    for kind, remedy in PROBLEM_KINDS.items():
-        matching = [problem for problem in problems if problem.kind == kind]
-        if not matching:
-            continue
-        allowed = " (allowed)" if kind in options.allow else ""
-        lines.append(f"\n{len(matching):,} {kind}{allowed}")
-        for problem in matching[: options.examples]:
-            other = f" and {problem.other}" if problem.other else ""
-            lines.append(printable(f"    {problem.image}{other}: {problem.detail}"))
-        if len(matching) > options.examples:
-            lines.append(f"    ... all {len(matching):,} in {printable(options.problems)}")
-        lines.append(f"  to fix:   {remedy.fix}")
-        lines.append(f"  to allow: --allow {kind}; then {remedy.allowed}")
-    return "\n".join(lines)
+def _describe(problems: Sequence[Problem], options: Options) -> str:
+    return audit_texts.describe_problems(problems, options.allow, options.examples, options.problems)
 
 
 def _without_outputs(paths: Sequence[str], options: Options) -> list[str]:
@@ -272,7 +236,7 @@ def _check_patients(files: Sequence[ImageFile], options: Options, problems: Sequ
     try:
         splits.split_sizes(len({file.name.patient for file in files}), options.shares)
     except ValueError as error:
-        details = f"\n{describe_problems(problems, options)}" if problems else ""
+        details = f"\n{_describe(problems, options)}" if problems else ""
         raise ValueError(f"{error}{details}") from error
 
 
@@ -280,27 +244,6 @@ def _in_order(rows: Sequence[Row], scan: Scan) -> UInt8[np.ndarray, "n h w"]:
     """Thumbnails in the order of the rows."""
     position = {file.path: i for i, file in enumerate(scan.files)}
     return scan.thumbnails[[position[row.image] for row in rows]]
-
-
-def _file_category(path: str) -> str:
-    """Category of an ignored file for the summary: system files by name, all others by extension."""
-    name = PurePosixPath(path).name
-    if name.startswith("._"):  # macOS adds one of these to every file of a ZIP
-        return "._*"
-    return name if file_names.is_system_file(path) else PurePosixPath(name).suffix.lower() or "no extension"
-
-
-def _counts(counts: Counter[str]) -> str:
-    """Counts as text, sorted by key."""
-    return ", ".join(f"{key} {n:,}" for key, n in sorted(counts.items())) or "none"
-
-
-def _split_line(name: str, rows: Sequence[Row]) -> str:
-    """Line of the table of the split."""
-    patients = len({row.patient for row in rows})
-    volumes = len({(row.patient, row.visit, row.side) for row in rows})
-    right = sum(row.side == "right" for row in rows) / len(rows)
-    return f"{name:8} {patients:9,} {volumes:9,} {len(rows):9,} {right:8.1%}"
 
 
 if __name__ == "__main__":

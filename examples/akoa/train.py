@@ -4,9 +4,16 @@
     python -m examples.akoa.train --data data/AKOA_Analysis --labels folds.csv --out runs/folds --folds 5
     torchrun --nproc-per-node 2 -m examples.akoa.train --data ... --labels ... --out ...
 
-The folder of a run contains run.json (its options), checkpoints/ (best by validation loss, and last), logs/ and
-tensorboard/, history.csv, weights/ (the model, for `perceiver_core.load`), and report.json with report.md and figures.
-Ctrl-C leaves the checkpoint of the last finished epoch, and the same command with --resume continues from it exactly.
+The folder of a run contains run.json (its options), checkpoints/ (best by validation loss, and last), tensorboard/,
+history.csv, weights/ (the model, for `perceiver_core.load`), and report.json with report.md and figures. One command at
+a time works in it.
+
+The same command with --resume continues a run that ended at any moment, even if it was killed: from the last finished
+epoch, and with the same results as those of a run that was not interrupted. A test set that was looked at is not looked
+at again: an unfinished report is drawn from the stored predictions.
+
+The exit code is 0 if all is done, 2 for invalid arguments, data or files, and 130 or 143 after an interruption by
+Ctrl-C or SIGTERM. With torchrun, it is that of torchrun.
 """
 
 from __future__ import annotations
@@ -14,51 +21,72 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+if not __package__:  # run by its path, not with `python -m`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+if __name__ == "__main__":
+    from examples.common.command import exit_on_signals
+
+    exit_on_signals()
+
 import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities import rank_zero_only
 
 import perceiver_core as pc
-
-if not __package__:  # run by its path, not with `python -m`
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from examples.akoa import evaluate
 from examples.akoa.dataset.datamodule import KneeDataModule
 from examples.akoa.dataset.labels import SPLITS
+from examples.akoa.evaluation import results
 from examples.akoa.evaluation.cross_validation import summarize_folds
+from examples.akoa.evaluation.figures import read_history
 from examples.akoa.evaluation.metrics import Report
 from examples.akoa.evaluation.report import folds_markdown
 from examples.akoa.model import knee_model
 from examples.akoa.training.laterality import AtomicCheckpointIO, Laterality
-from examples.akoa.training.run_record import RECORD, WEIGHTS, read_record, rows_digest
-from examples.akoa.training.trainer import TrainingOptions, gather_history, make_trainer, silence_warnings
+from examples.akoa.training.run_record import (
+    RECORD,
+    WEIGHTS,
+    check_weights,
+    read_record,
+    rows_digest,
+    weights_digest,
+    write_record,
+)
+from examples.akoa.training.trainer import CHECKPOINTS, HISTORY, TrainingOptions, make_trainer, silence_warnings
+from examples.common.command import run_command
+from examples.common.output_folder import output_folder
+from examples.common.terminal import printable
+from perceiver_core.atomic_files import write_atomically
 
 # Options that may differ when a run is resumed, since the result does not depend on them.
 _FREE_OPTIONS = ("data", "labels", "out", "resume", "accelerator", "folds")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Returns 0: done, 2: wrong arguments or data, 130: interrupted (1 while training)."""
+    """Run the command and return its exit code."""
+    return run_command(lambda: execute(argv), "the same command with --resume continues")
+
+
+def execute(argv: Sequence[str] | None = None) -> None:
+    """Train and evaluate as the command line states.
+
+    Raises:
+        OSError: A file cannot be read or written.
+        ValueError: The data, the labels or the folder of the run are invalid.
+    """
     options = read_options(argv)
-    try:
-        if options.folds is None:
-            run(options, _make_knees(options), options.out)
-        else:
-            run_folds(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command with --resume continues", file=sys.stderr)
-        return 130
-    return 0
+    if options.folds is None:
+        run(options, _make_knees(options), options.out)
+        return
+    with output_folder(options.out):
+        run_folds(options)
 
 
 def read_options(argv: Sequence[str] | None) -> TrainingOptions:
@@ -106,13 +134,37 @@ def run(options: TrainingOptions, knees: KneeDataModule, out: Path) -> Report | 
     Raises:
         ValueError: The folder contains another run.
     """
-    if _first_rank():
+    if not _first_rank():
+        _train(options, knees, out)
+        return None
+    with output_folder(out, CHECKPOINTS, WEIGHTS):
         _record_options(out, options, knees)
-    if options.resume and evaluate.count_looks(out) and (out / WEIGHTS).exists():
-        if not _first_rank():
-            return None
-        print(f"{out}: complete already; its test set is not looked at again. The report is {out / 'report.md'}")
-        return _report(out)
+        if options.resume and results.is_complete(out):
+            _check_results(out)
+            print(f"{out}: complete already; its test set is not looked at again. The report is {out / results.TEXT}")
+            return results.read_report(out)
+        return finish(_train(options, knees, out), knees, out, options)
+
+
+def finish(module: Laterality, knees: KneeDataModule, out: Path, options: TrainingOptions) -> Report:
+    """Save the best weights as a model, and evaluate the test set; a look that was counted is not repeated."""
+    best = AtomicCheckpointIO().load_checkpoint(out / CHECKPOINTS / "best.ckpt", map_location="cpu")
+    module.cpu().load_state_dict(best["state_dict"])
+    model = module.model.eval()
+    pc.save(model, out / WEIGHTS)
+    write_record(out, {**read_record(out), "weights_sha256": weights_digest(model)})
+    history = out / HISTORY
+    if results.count_looks(out):
+        print(f"{out}: the test set was looked at before and is not again; its report is drawn")
+        return results.write_presentation(out, model, knees.split("test"), read_history(history))
+    splits = {name: knees.split(name) for name in SPLITS}
+    paths = ["--data", str(options.data), "--labels", str(options.labels), "--out", str(options.out)]
+    command = printable(f"python -m examples.akoa.train {shlex.join(paths)}")
+    return evaluate.evaluate_run(model, splits, out, history=history, seed=options.seed, command=command)
+
+
+def _train(options: TrainingOptions, knees: KneeDataModule, out: Path) -> Laterality:
+    """Train, from the last checkpoint if there is one."""
     seed_everything(options.seed, verbose=False)
     module = Laterality(
         knee_model(options.size),
@@ -120,30 +172,20 @@ def run(options: TrainingOptions, knees: KneeDataModule, out: Path) -> Report | 
         weight_decay=options.weight_decay,
         label_smoothing=options.label_smoothing,
     )
-    last = out / "checkpoints" / "last.ckpt"
+    last = out / CHECKPOINTS / "last.ckpt"
     with warnings.catch_warnings():
         silence_warnings()
         trainer = make_trainer(options, out)
-        try:
-            trainer.fit(module, knees, ckpt_path=str(last) if options.resume and last.exists() else None)
-        except SystemExit:
-            print(f"stopped; the same command with --resume continues from {last}", file=sys.stderr)
-            raise
-    return finish(module, knees, out, options) if trainer.is_global_zero else None
+        trainer.fit(module, knees, ckpt_path=str(last) if options.resume and last.exists() else None)
+    return module
 
 
-def finish(module: Laterality, knees: KneeDataModule, out: Path, options: TrainingOptions) -> Report:
-    """Save the best weights as a model, gather the history, and evaluate the test set unless that was done."""
-    best = AtomicCheckpointIO().load_checkpoint(out / "checkpoints" / "best.ckpt", map_location="cpu")
-    module.cpu().load_state_dict(best["state_dict"])
-    pc.save(module.model, out / WEIGHTS)
-    history = gather_history(out)
-    if evaluate.count_looks(out):
-        print(f"{out}: the test set was evaluated before and is not again; see {out / 'report.json'}")
-        return _report(out)
-    splits = {name: knees.split(name) for name in SPLITS}
-    command = f"python -m examples.akoa.train --data {options.data} --labels {options.labels} --out {options.out}"
-    return evaluate.evaluate_run(module.model.eval(), splits, out, history=history, seed=options.seed, command=command)
+def _check_results(out: Path) -> None:
+    """Check that the files of a complete run belong together, unless an older version wrote them."""
+    if "weights_sha256" in results.read_report(out):
+        model = pc.load(out / WEIGHTS)
+        check_weights(out, model)
+        results.check_look(out, model)
 
 
 def run_folds(options: TrainingOptions) -> Report:
@@ -163,9 +205,9 @@ def run_folds(options: TrainingOptions) -> Report:
     for i, folder in enumerate(folders):
         print(f"fold {i} of {folds}", flush=True)
         reports.append(run(options, knees.with_fold(i), folder) or {})
-    summary = summarize_folds(reports, [folder / "predictions.csv" for folder in folders], options.seed)
-    _write(options.out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    _write(options.out / "summary.md", folds_markdown(summary))
+    summary = summarize_folds(reports, [folder / results.PREDICTIONS for folder in folders], options.seed)
+    text = json.dumps(summary, indent=2) + "\n"
+    write_atomically({options.out / "summary.json": text, options.out / "summary.md": folds_markdown(summary)})
     print(f"the summary is {options.out / 'summary.md'}")
     return summary
 
@@ -190,8 +232,7 @@ def _record_options(out: Path, options: TrainingOptions, knees: KneeDataModule) 
     expected = json.loads(json.dumps({**used, "rows": rows_digest(knees.rows)}))
     record = out / RECORD
     if not record.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        _write(record, json.dumps(expected, indent=2) + "\n")
+        write_record(out, expected)
         return
     if not options.resume:
         raise ValueError(f"{out} contains a run already; continue it (--resume), or choose another folder (--out)")
@@ -206,16 +247,6 @@ def _record_options(out: Path, options: TrainingOptions, knees: KneeDataModule) 
 
 def _first_rank() -> bool:
     return int(getattr(rank_zero_only, "rank", 0)) == 0
-
-
-def _report(out: Path) -> Report:
-    return json.loads((out / "report.json").read_text(encoding="utf-8"))
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(partial, path)
 
 
 if __name__ == "__main__":

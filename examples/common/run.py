@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from examples.common.output_folder import output_folder
 from examples.common.scores import Rows
+from perceiver_core.atomic_files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,11 +30,17 @@ Result = dict[str, Any]
 class Run:
     """One run of an example: its options, its start time and its trained models.
 
+    The folder of the results is created and locked, so that a folder that cannot be used is reported before the run.
+
     Args:
         name: Name of the module in `examples`.
         description: Text of `--help`; the docstring of the module.
         arguments: Command-line arguments; None takes those of the process.
         options: Settings of further options for `add_argument`, by name, such as `{"--data": {"type": Path}}`.
+
+    Raises:
+        OSError: The folder cannot be created or written to.
+        ValueError: Another command works in the folder.
     """
 
     def __init__(
@@ -44,7 +52,7 @@ class Run:
         options: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument("--seed", type=int, default=0, help="seed of weights and training; data has its own seeds")
+        parser.add_argument("--seed", type=seed, default=0, help="seed of weights and training; data has its own seeds")
         parser.add_argument("--toy", action="store_true", help="train for a few steps only, to check that it runs")
         parser.add_argument("--out", type=Path, default=Path("runs") / name, help="folder of result and figure")
         for option, settings in (options or {}).items():
@@ -56,6 +64,8 @@ class Run:
         flags = [part for option in changed.items() for part in map(str, option)]  # without switches such as --resume
         flags += [*(["--seed", str(self.seed)] if self.seed else []), *(["--toy"] if self.toy else [])]
         self.command = shlex.join(["python", "-m", f"examples.{name}", *flags, "--out", self.out.as_posix()])
+        self._folder = ExitStack()  # locked until `finish`, or the end of the process
+        self._folder.enter_context(output_folder(self.out))
         self.start, self.trained = time.perf_counter(), {}
         torch.manual_seed(self.seed)
 
@@ -71,8 +81,6 @@ class Run:
     ) -> nn.Module:
         """Train with AdamW and a one-cycle schedule, and return a running average of the weights.
 
-        Control-C ends training early; the run continues with the weights reached so far.
-
         Args:
             name: Name of the model in progress lines and in the result.
             model: Model to train in place.
@@ -87,26 +95,22 @@ class Run:
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=0.1)
-        start, done, recent = time.perf_counter(), 0, []
-        try:
-            for step in range(1, steps + 1):
-                value = loss(model)
-                optimizer.zero_grad()
-                value.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                schedule.step()
-                average.update_parameters(model)
-                done = step
-                recent.append(value.item())
-                if step % max(1, steps // 20) == 0:
-                    elapsed, mean = time.perf_counter() - start, sum(recent) / len(recent)
-                    print(f"{name}: step {step} of {steps}, loss {mean:.4f}, {elapsed:.0f} s", flush=True)
-                    recent = []
-        except KeyboardInterrupt:
-            print(f"{name}: stopped after step {done} of {steps}")
+        start, recent = time.perf_counter(), []
+        for step in range(1, steps + 1):
+            value = loss(model)
+            optimizer.zero_grad()
+            value.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            average.update_parameters(model)
+            recent.append(value.item())
+            if step % max(1, steps // 20) == 0:
+                elapsed, mean = time.perf_counter() - start, sum(recent) / len(recent)
+                print(f"{name}: step {step} of {steps}, loss {mean:.4f}, {elapsed:.0f} s", flush=True)
+                recent = []
         seconds, size = time.perf_counter() - start, sum(p.numel() for p in model.parameters())
-        self.trained[name] = {"steps": done, "of": steps, "seconds": round(seconds, 1), "parameters": size}
+        self.trained[name] = {"steps": steps, "of": steps, "seconds": round(seconds, 1), "parameters": size}
         return average.module.eval()
 
     def finish(self, figure: Figure, *, tables: Mapping[str, Rows], **extra: object) -> Result:
@@ -130,21 +134,22 @@ class Run:
             **extra,
             "tables": tables,
         }
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.out / "figure.png", lambda path: figure.savefig(path, dpi=110, format="png"))
-        write_atomic(self.out / "result.json", lambda path: path.write_text(json.dumps(result, indent=2) + "\n"))
+        write_atomically(
+            {
+                self.out / "figure.png": lambda path: figure.savefig(path, dpi=110, format="png"),
+                self.out / "result.json": json.dumps(result, indent=2) + "\n",
+            }
+        )
+        self._folder.close()
         print(f"result and figure: {self.out}")
         return result
 
 
-def write_atomic(path: Path, save: Callable[[Path], object]) -> None:
-    """Write a file completely or not at all: to a temporary file in the same folder, then renamed."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        save(part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+def seed(text: str) -> int:
+    """Parse a seed of the command line: a whole number from 0 to 2^32 - 1, which all generators take."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to {2**32 - 1}; got {text!r}")
+    return int(text)
 
 
 def machine() -> dict[str, str | int]:

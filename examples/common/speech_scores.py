@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from examples.common.run import write_atomic
 from examples.common.speech import RATE, WORDS, Speech, Split
+from perceiver_core.atomic_files import write_atomically
 
 Spectrogram = Callable[[Tensor, Tensor], Tensor]
 """Function from waveforms `b samples` and their lengths to spectrograms `b frames bands`."""
@@ -25,8 +25,7 @@ def resumed(path: Path, resume: bool, compute: Callable[[], dict[str, Any]]) -> 
     """Compute a result and store it in a file. With `resume`, a result that an earlier run has stored is kept."""
     if not resume or not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(compute())
-        write_atomic(path, lambda part: part.write_text(text))
+        write_atomically({path: json.dumps(compute())})
     stored: dict[str, Any] = json.loads(path.read_text())
     return stored
 

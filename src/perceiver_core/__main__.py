@@ -1,9 +1,15 @@
-"""Command-line interface, `python -m perceiver_core`, with the commands `costs` and `convert`."""
+"""Command-line interface, `python -m perceiver_core`, with the commands `costs` and `convert`.
+
+The exit code is 0 after success, 1 if `convert --check` finds a difference, 2 for invalid arguments and input, and 130
+or 143 after an interruption by Ctrl-C or SIGTERM.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -47,6 +53,10 @@ def _costs(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     device = options.device.split(":")[0]
     if device not in DEFAULTS or (device == "cuda" and not torch.cuda.is_available()):
         parser.error(f"--device must be cpu, or cuda where PyTorch finds a GPU; got {options.device}")
+    try:
+        torch.empty(0, device=options.device)
+    except RuntimeError as error:
+        parser.error(f"--device {options.device}: {str(error).splitlines()[0]}")
     found = calibrate(device=options.device)
     print(f"{'':16} {'measured':>10} {'in use':>10}")  # noqa: T201 (command-line output)
     for name, value in asdict(found).items():
@@ -83,5 +93,32 @@ def _convert(parser: argparse.ArgumentParser, options: argparse.Namespace) -> No
     print(f"written: {options.destination}")  # noqa: T201
 
 
+def _exit_code() -> int:
+    """Run `main` and return the exit code: 0, or 130 and 143 after Ctrl-C and SIGTERM, or 141 if stdout was closed."""
+    received: list[int] = []
+
+    def interrupt(number: int, _: object) -> None:
+        received.append(number)
+        if len(received) > 1:
+            os._exit(128 + number)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
+    try:
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written; run the same command again", file=sys.stderr)  # noqa: T201
+        return 128 + (received or [signal.SIGINT])[0]
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it again when it ends
+        return 128 + 13  # SIGPIPE
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(_exit_code())

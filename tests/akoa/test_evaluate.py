@@ -1,6 +1,7 @@
 """Evaluation of a run: no leakage, complete reports, repeated evaluations."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from examples.akoa import evaluate
 from examples.akoa.dataset.datamodule import Split
 from examples.akoa.dataset.labels import write_labels
 from examples.akoa.evaluate import evaluate_run
-from examples.akoa.evaluation import analysis, figures, metrics, plots, predictions, report
+from examples.akoa.evaluation import analysis, figures, metrics, plots, predictions, report, results
 from examples.akoa.evaluation.inference import predict
 from examples.akoa.training import run_record
 from tests.akoa.evaluation_cases import HEIGHT, PATIENTS, WIDTH, Bright, row
@@ -101,6 +102,7 @@ def test_report_holds_everything(saved_report: Mapping[str, Any], run: Path) -> 
     assert {
         "data", "command", "test_looked_at", "seed", "draws", "parameters", "models", "difference", "confusion",
         "calibration", "abstention", "slices", "suspects", "validation", "mirror", "border", "linear", "plots",
+        "weights_sha256", "predictions_sha256",
     } == set(saved_report)  # fmt: skip
     assert list(saved_report["models"]) == ["perceiver", "linear", "linear_mirrored", "majority"]
     assert saved_report["data"]["kind"] == "phantom"
@@ -183,10 +185,11 @@ def test_repeated_evaluations_are_counted(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(evaluate, "draw_figures", lambda *_: {})  # plotting takes seconds and is tested above
+    monkeypatch.setattr(results, "draw_figures", lambda *_: {})  # plotting takes seconds and is tested above
     write_data(tmp_path, splits, tmp_path / "labels.csv")
     command = ["--run", str(run), "--data", str(tmp_path), "--labels", str(tmp_path / "labels.csv")]
-    before = (run / "report.json").read_text(encoding="utf-8")
+    texts = {name: (run / name).read_text(encoding="utf-8") for name in ("report.json", "report.md")}
+    before = texts["report.json"]
     assert evaluate.main(command) == 2
     assert "was looked at before (1 so far)" in capsys.readouterr().err
     assert (run / "report.json").read_text(encoding="utf-8") == before
@@ -198,7 +201,8 @@ def test_repeated_evaluations_are_counted(
         assert actual["command"] == evaluate.evaluation_command(run, tmp_path, tmp_path / "labels.csv")
         assert "looked at **2 times**" in (run / "report.md").read_text(encoding="utf-8")
     finally:
-        (run / "report.json").write_text(before, encoding="utf-8")
+        for name, text in texts.items():
+            (run / name).write_text(text, encoding="utf-8")
 
 
 @pytest.mark.refusal
@@ -214,10 +218,58 @@ def test_labels_of_another_split_raise(run: Path, splits: dict[str, Split], tmp_
 
 @pytest.mark.refusal
 def test_an_unreadable_report_raises(tmp_path: Path) -> None:
-    assert evaluate.count_looks(tmp_path) == 0
+    assert results.count_looks(tmp_path) == 0
     (tmp_path / "report.json").write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match="looks cannot be counted"):
-        evaluate.count_looks(tmp_path)
+        results.count_looks(tmp_path)
     (tmp_path / "report.json").write_text('{"test_looked_at": "once"}', encoding="utf-8")
     with pytest.raises(ValueError, match="need a whole number"):
-        evaluate.count_looks(tmp_path)
+        results.count_looks(tmp_path)
+
+
+def test_an_interrupted_report_is_finished_without_another_look(
+    run: Path,
+    splits: dict[str, Split],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def files() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+
+    before = files()
+    (run / "report.md").unlink()
+    (run / "slices.png").unlink()
+    write_data(tmp_path, splits, tmp_path / "labels.csv")
+    monkeypatch.setattr(evaluate, "all_logits", None)  # nothing is predicted again
+    command = ["--run", str(run), "--data", str(tmp_path), "--labels", str(tmp_path / "labels.csv"), "--again"]
+    assert evaluate.main(command) == 0
+    assert "without another look" in capsys.readouterr().out
+    assert files() == before
+
+
+@pytest.mark.refusal
+def test_files_of_several_evaluations_are_refused(run: Path, model: pc.Perceiver, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    results.check_look(copy, model)
+    with pytest.raises(ValueError, match="is of other weights than those in"):
+        results.check_look(copy, Bright())
+    (copy / "predictions.csv").write_text((copy / "predictions.csv").read_text() + "\n")
+    with pytest.raises(ValueError, match=r"is of other predictions than those in .* evaluate again"):
+        results.check_look(copy, model)
+    old = json.loads((copy / "report.json").read_text())
+    del old["predictions_sha256"]
+    (copy / "report.json").write_text(json.dumps(old))
+    with pytest.raises(ValueError, match="contains no digest of predictions"):
+        results.check_look(copy)
+
+
+@pytest.mark.refusal
+def test_weights_of_another_run_are_refused(run: Path, model: pc.Perceiver, tmp_path: Path) -> None:
+    """Patients of the test set may have been trained on."""
+    run_record.write_record(tmp_path, {"weights_sha256": run_record.weights_digest(model)})
+    run_record.check_weights(tmp_path, model)
+    with pytest.raises(ValueError, match="are not the weights with which the training of this run ended"):
+        run_record.check_weights(tmp_path, Bright())
+    run_record.check_weights(run, Bright())  # an older run.json has no digest

@@ -1,9 +1,9 @@
-"""Figures of a report: selection of the images they show, and their files."""
+"""Figures of a report, and selection of the images that they show."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,45 +24,50 @@ _NUM_COLUMNS = 3  # images in each row of the attention figure
 _GALLERY_SIZE = 12
 
 
+def figure_names(model: nn.Module, epochs: Sequence[Mapping[str, float]] | None) -> list[str]:
+    """Names of the figures of a report.
+
+    Models without a Perceiver, such as convolutional ones, have no attention maps.
+
+    Args:
+        model: Evaluated model.
+        epochs: Metrics of each epoch; None or empty for no training curves.
+    """
+    has_maps = any(isinstance(module, Perceiver) for module in model.modules())
+    names = ["confusion", "calibration", "abstention", "slices", "errors"]
+    return [*names, *(["attention"] if has_maps else []), *(["curves"] if epochs else [])]
+
+
 def draw_figures(
-    out: Path,
     model: nn.Module,
     test: Split,
     logits: np.ndarray,
     report: Report,
     epochs: Sequence[Mapping[str, float]] | None,
-) -> dict[str, str]:
-    """Write the figures and return the file name of each.
+) -> dict[str, Figure]:
+    """Draw the figures that a report lists as its plots.
 
     Args:
-        out: Folder of the files.
         model: Evaluated model.
         test: Test split.
         logits: Logits of the model for the test split.
         report: Content of report.json.
-        epochs: Metrics of each epoch for the training curves; None for no curves.
+        epochs: Metrics of each epoch for the training curves.
     """
     sample = predictions.by_slice(test.rows, logits)
     levels = {"slice": sample, "volume": predictions.by_volume(test.rows, logits)}
-    error = report["models"][PERCEIVER]["slice"]["ece"]
-    figures = {
-        "confusion": plots.confusion({level: np.array(table) for level, table in report["confusion"].items()}),
-        "calibration": plots.reliability(report["calibration"], error),
-        "abstention": plots.abstention(
-            {level: metrics.coverage_curve(s) for level, s in levels.items()},
-            report["abstention"]["slice"],
+    drawers: dict[str, Callable[[], Figure]] = {
+        "confusion": lambda: plots.confusion({level: np.array(table) for level, table in report["confusion"].items()}),
+        "calibration": lambda: plots.reliability(report["calibration"], report["models"][PERCEIVER]["slice"]["ece"]),
+        "abstention": lambda: plots.abstention(
+            {level: metrics.coverage_curve(s) for level, s in levels.items()}, report["abstention"]["slice"]
         ),
-        "slices": plots.errors_by_slice(report["slices"]),
-        "errors": draw_gallery(test, sample),
+        "slices": lambda: plots.errors_by_slice(report["slices"]),
+        "errors": lambda: draw_gallery(test, sample),
+        "attention": lambda: draw_attention(model, test, sample),
+        "curves": lambda: plots.curves(epochs or ()),
     }
-    # Models without a Perceiver, such as convolutional ones, can be evaluated too; they have no maps.
-    if any(isinstance(module, Perceiver) for module in model.modules()):
-        figures["attention"] = draw_attention(model, test, sample)
-    if epochs:
-        figures["curves"] = plots.curves(epochs)
-    for name, figure in figures.items():
-        plots.save(figure, out / f"{name}.png")
-    return {name: f"{name}.png" for name in figures}
+    return {name: drawers[name]() for name in report["plots"]}
 
 
 def draw_attention(model: nn.Module, test: Split, sample: predictions.Sample) -> Figure:
@@ -99,7 +104,7 @@ def draw_gallery(test: Split, sample: predictions.Sample) -> Figure:
 
 
 def read_history(path: Path) -> list[dict[str, float]]:
-    """Read Lightning's metrics.csv as one mapping per epoch; each of its rows fills some columns only.
+    """Read history.csv as one mapping per epoch; a row may fill some columns only.
 
     Raises:
         FileNotFoundError: The file does not exist.

@@ -7,6 +7,7 @@ their dashes or markers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from examples.akoa.dataset.labels import Row
 from examples.akoa.evaluation.metrics import Estimate, Report
+from perceiver_core.atomic_files import write_atomically
 
 BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#6E6E6E"
 _DPI = 110
@@ -27,9 +29,14 @@ _COLOR_MAP = "magma"
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG."""
+    """Write a figure as a PNG file, completely or not at all."""
+    write_atomically({path: partial(write_png, figure)})
+
+
+def write_png(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG to a path with any suffix."""
     FigureCanvasAgg(figure)  # set explicitly, so that neither a display nor the global backend matters
-    figure.savefig(path, dpi=_DPI)
+    figure.savefig(path, dpi=_DPI, format="png")
 
 
 def curves(history: Sequence[Mapping[str, float]]) -> Figure:

@@ -8,6 +8,7 @@ are not.
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float64, Integer
 
-from examples.akoa.dataset.labels import HEADER, Row, write_table
+from examples.akoa.dataset.labels import HEADER, Row
 
 PERCEIVER = "perceiver"
 LINEAR = "linear"
@@ -97,13 +98,12 @@ def patients_correct(sample: Sample) -> Bool[np.ndarray, " patients"]:
     return wrong == 0
 
 
-def write_predictions(path: Path, rows: Sequence[Row], logits: Mapping[str, Float64[np.ndarray, " n"]]) -> None:
-    """Write predictions.csv completely or not at all.
+def to_csv(rows: Sequence[Row], logits: Mapping[str, Float64[np.ndarray, " n"]]) -> str:
+    """Return the text of predictions.csv.
 
     The columns are those of labels.csv, then logit and probability of the Perceiver, then the logit of each baseline.
 
     Args:
-        path: File to write.
         rows: Labels of n images.
         logits: Logits of each of `MODELS`.
     """
@@ -114,15 +114,16 @@ def write_predictions(path: Path, rows: Sequence[Row], logits: Mapping[str, Floa
         probability(logits[PERCEIVER]),
         *(logits[name] for name in others),
     ]
-    lines = (
-        [*asdict(row).values(), *(f"{value:.9g}" for value in values)]
-        for row, *values in zip(rows, *columns, strict=True)
-    )
-    write_table(path, header, lines)
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(header)
+    for row, *values in zip(rows, *columns, strict=True):
+        writer.writerow([*asdict(row).values(), *(f"{value:.9g}" for value in values)])
+    return file.getvalue()
 
 
 def read_predictions(path: Path) -> tuple[list[Row], dict[str, Float64[np.ndarray, " n"]]]:
-    """Read the rows and logits that `write_predictions` wrote.
+    """Read the rows and logits of a file with the text of `to_csv`.
 
     Raises:
         FileNotFoundError: The file does not exist.

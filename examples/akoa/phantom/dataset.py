@@ -5,6 +5,9 @@ draws the images. The spelling of the side in a file name is assigned at random,
 and of the visit, so a spelling does not tell the difficulty of an image.
 
     python -m examples.akoa.phantom --out data/phantom --patients 101 --seed 0 --layout flat
+
+The exit code is 0 if the phantom is complete, 2 for invalid arguments or files, and 130 or 143 after an interruption;
+the same command continues.
 """
 
 from __future__ import annotations
@@ -14,7 +17,6 @@ import dataclasses
 import functools
 import io
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,9 @@ from tqdm import tqdm
 
 from examples.akoa.phantom.anatomy import Knee, Side, Visit, sample_knee, sample_other_knee, sample_visit
 from examples.akoa.phantom.rendering import GrayImage, render
+from examples.common.command import run_command
+from examples.common.output_folder import output_folder
+from perceiver_core.atomic_files import write_atomically
 
 Layout = Literal["flat", "nested", "sides"]
 
@@ -121,13 +126,6 @@ def _folders(layout: Layout) -> dict[Side, Path]:
     return {"left": folder, "right": folder}
 
 
-def _write_atomic(path: Path, content: bytes) -> None:
-    """Write a file completely or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, path)
-
-
 def _png(image: GrayImage) -> bytes:
     """Encode an image as a PNG file with three equal channels."""
     buffer = io.BytesIO()
@@ -167,8 +165,16 @@ def _check(patients: int, slices: int, seed: int, layout: str) -> None:
 
 
 def _existing_files(out: Path) -> set[Path]:
-    """Files below the image folder, relative to `out`, without partially written ones."""
-    return {p.relative_to(out) for p in (out / FOLDER).rglob("*") if p.is_file() and p.suffix != ".part"}
+    """Files below the image folder, relative to `out`."""
+    return {path.relative_to(out) for path in (out / FOLDER).rglob("*") if path.is_file()}
+
+
+def _manifest_contains(manifest: Path, record: dict[str, object]) -> bool:
+    """Whether the manifest exists and has this content."""
+    try:
+        return bool(json.loads(manifest.read_text(encoding="utf-8")) == record)
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def write(
@@ -199,37 +205,55 @@ def write(
         Number of files written; 0 if `out` contained this phantom already.
 
     Raises:
-        ValueError: An argument is out of range, or `out` contains files that are not of this phantom.
+        OSError: A file cannot be written.
+        ValueError: An argument is out of range, `out` contains files that are not of this phantom, or another command
+            works in `out`.
     """
     _check(patients, slices, seed, layout)
-    volumes = plan(patients, seed)
-    files = dict(_files(volumes, slices, layout))
-    record = {
+    files = dict(_files(plan(patients, seed), slices, layout))
+    record: dict[str, object] = {
         "version": VERSION,
         "patients": patients,
         "slices": slices,
         "seed": seed,
         "layout": layout,
     }
+    folders = [folder.as_posix() for folder in set(_folders(layout).values())]
+    with output_folder(out, *folders):
+        return _write(out, files, record, progress=progress)
+
+
+def _write(out: Path, files: dict[Path, Callable[[], bytes]], record: dict[str, object], *, progress: bool) -> int:
+    """Write the files, then the manifest, unless `out` contains them already. Returns the number of files written."""
     manifest, existing = out / MANIFEST, _existing_files(out)
     if foreign := sorted(existing - set(files)):
         raise ValueError(
             f"out={out}: contains {len(foreign)} files that are not of this phantom, such as "
             f"{foreign[0]}; choose another folder, or delete the old phantom"
         )
-    if manifest.exists() and json.loads(manifest.read_text()) == record and existing == set(files):
+    if existing == set(files) and _manifest_contains(manifest, record):
         return 0
     manifest.unlink(missing_ok=True)
-    for folder in set(_folders(layout).values()):
+    for folder in {path.parent for path in files}:
         (out / folder).mkdir(parents=True, exist_ok=True)
     for path, content in tqdm(files.items(), desc="phantom", unit="file", disable=not progress):
-        _write_atomic(out / path, content())
-    _write_atomic(manifest, (json.dumps(record, indent=2) + "\n").encode())
+        write_atomically({out / path: content()})
+    write_atomically({manifest: json.dumps(record, indent=2) + "\n"})
     return len(files)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; see the docstring of the module."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run_command(lambda: execute(arguments))
+
+
+def execute(arguments: Sequence[str] | None = None) -> None:
+    """Write the phantom that the command line describes.
+
+    Raises:
+        OSError: A file cannot be written.
+        ValueError: As in `write`.
+    """
     parser = argparse.ArgumentParser(description="Write a phantom of the AKOA knee images.")
     parser.add_argument("--out", type=Path, required=True, help="folder that will contain AKOA_Analysis/")
     parser.add_argument("--patients", type=int, default=101)
@@ -237,9 +261,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layout", choices=get_args(Layout), default="flat")
     options = vars(parser.parse_args(arguments))
-    try:
-        written = write(progress=True, **options)
-    except ValueError as error:
-        parser.error(str(error))
+    written = write(progress=True, **options)
     done = f"wrote {written} files" if written else "already complete, nothing to do"
     print(f"{options['out']}: {done}")

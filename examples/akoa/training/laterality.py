@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryAccuracy
+
+from perceiver_core.atomic_files import write_atomically
+from perceiver_core.interop.weight_files.zip_archive import verify_archive
 
 WARM_UP = 0.1  # share of all steps
 
@@ -142,18 +145,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, object], path: str | os.PathLike[str], storage_options: object | None = None
     ) -> None:
-        """Write a temporary file beside `path`, then rename it."""
+        """Write a checkpoint completely or not at all; its folder is created."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".partial")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, target)
-        finally:
-            Path(name).unlink(missing_ok=True)
+        write_atomically({target: partial(_write_checkpoint, checkpoint)})
 
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any | None = None, weights_only: bool | None = True
@@ -164,10 +159,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             FileNotFoundError: The file does not exist.
             ValueError: The file is damaged, or contains anything else.
         """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no checkpoint {path}")
         try:
+            verify_archive(Path(path))  # torch.load ignores the checksums in the file
             checkpoint: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
-        except FileNotFoundError:
-            raise
         except Exception as error:
             raise ValueError(f"{path} cannot be loaded as a checkpoint: {error}") from error
         return checkpoint
+
+
+def _write_checkpoint(checkpoint: dict[str, object], path: Path) -> None:
+    with path.open("wb") as file:  # with a path instead, the temporary name would be part of the content
+        torch.save(checkpoint, file)

@@ -9,17 +9,21 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from examples.akoa.dataset.labels import Row
 from examples.akoa.evaluation.inference import image_size
+from perceiver_core.atomic_files import write_atomically
 
 WEIGHTS = "weights"
 RECORD = "run.json"
 
 
 def read_record(run: Path) -> dict[str, Any]:
-    """Read run.json: the options of the run, and a digest of its rows; empty if the folder has none.
+    """Read run.json; empty if the folder has none.
+
+    It contains the options of the run and a digest of its rows, and after the training also a digest of the weights.
 
     Raises:
         ValueError: run.json is damaged.
@@ -34,6 +38,11 @@ def read_record(run: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"{path}: is no record of a run")
     return record
+
+
+def write_record(run: Path, record: dict[str, Any]) -> None:
+    """Write run.json."""
+    write_atomically({run / RECORD: json.dumps(record, indent=2) + "\n"})
 
 
 def trained_size(weights: Path, model: nn.Module) -> tuple[int, int]:
@@ -62,6 +71,31 @@ def check_rows(run: Path, rows: Sequence[Row]) -> None:
             f"labels: are not those that {run} was trained with, so their test patients may be ones that it was "
             "trained on; give the same file and fold"
         )
+
+
+def check_weights(run: Path, model: nn.Module) -> None:
+    """Check that weights are those with which the training of a run ended.
+
+    A run whose training was interrupted before run.json was completed, or that an older version wrote, is not checked.
+
+    Raises:
+        ValueError: The weights are those of another run.
+    """
+    recorded = read_record(run).get("weights_sha256", "")
+    if recorded and recorded != weights_digest(model):
+        raise ValueError(
+            f"{run / WEIGHTS}: are not the weights with which the training of this run ended, so patients of its test "
+            "may be ones that they were trained on; put the weights back, or evaluate them in the folder of their run"
+        )
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of the names, types, shapes and values of all parameters and buffers of a model."""
+    digest = sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def rows_digest(rows: Sequence[Row]) -> str:

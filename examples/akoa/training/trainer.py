@@ -1,8 +1,7 @@
-"""Configuration of Lightning's Trainer: options, callbacks, loggers, and the history of a run."""
+"""Configuration of Lightning's Trainer: options, callbacks and logger."""
 
 from __future__ import annotations
 
-import csv
 import logging
 import os
 import sys
@@ -11,13 +10,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import rank_zero_only
 
+from examples.akoa.training.callbacks import Continuation, EpochPrinter, EventLog, History
 from examples.akoa.training.laterality import AtomicCheckpointIO, weight_averaging
+
+CHECKPOINTS, HISTORY = "checkpoints", "history.csv"
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,14 @@ class TrainingOptions:
 
 
 def make_trainer(options: TrainingOptions, out: Path) -> Trainer:
-    """Build a trainer that keeps the best and the last checkpoint, and logs as CSV and for TensorBoard."""
+    """Build a trainer that keeps the best and the last checkpoint, the history, and logs for TensorBoard."""
     num_ranks = int(os.environ.get("WORLD_SIZE", options.devices))
     interactive = sys.stderr.isatty()
-    keep = partial(ModelCheckpoint, out / "checkpoints", enable_version_counter=False)
+    checkpoints = out / CHECKPOINTS
+    keep = partial(ModelCheckpoint, checkpoints, enable_version_counter=False)
     callbacks: list[Callback] = [
+        Continuation(checkpoints),
+        History(out / HISTORY),
         weight_averaging(),
         EarlyStopping("val_loss", patience=options.patience),
         LearningRateMonitor("step"),
@@ -72,48 +75,12 @@ def make_trainer(options: TrainingOptions, out: Path) -> Trainer:
         use_distributed_sampler=False,  # KneeDataModule has its own, without repetition in validation
         num_sanity_val_steps=0,
         log_every_n_steps=10,
-        logger=[CSVLogger(out, "logs"), TensorBoardLogger(out, "tensorboard", "")],
+        logger=EventLog(out / "tensorboard"),
         callbacks=callbacks,
         plugins=[AtomicCheckpointIO()],
         enable_progress_bar=interactive,
         enable_model_summary=False,
     )
-
-
-class EpochPrinter(Callback):
-    """Callback that prints a line per epoch, in place of a progress bar."""
-
-    @rank_zero_only
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the logged metrics."""
-        metrics = trainer.callback_metrics
-        names = ("train_loss", "val_loss", "val_accuracy")
-        values = ", ".join(f"{name} {float(metrics[name]):.4f}" for name in names if name in metrics)
-        print(f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}: {values}", flush=True)
-
-
-def gather_history(out: Path) -> Path:
-    """Write history.csv of all sessions of a run; epochs that a resumed session repeats come later.
-
-    Lightning's logger would start over, and delete the metrics of the first session.
-
-    Returns:
-        Path of history.csv.
-    """
-    lines: list[dict[str, str]] = []
-    sessions = sorted((out / "logs").glob("version_*/metrics.csv"), key=lambda p: int(p.parent.name[8:]))
-    for path in sessions:
-        with path.open(encoding="utf-8", newline="") as file:
-            lines += csv.DictReader(file)
-    names = list(dict.fromkeys(name for line in lines for name in line))
-    target = out / "history.csv"
-    partial = target.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(lines)
-    os.replace(partial, target)
-    return target
 
 
 def silence_warnings() -> None:
