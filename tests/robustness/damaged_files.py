@@ -81,7 +81,7 @@ def damage(name: str, folder: Path, rng: random.Random) -> tuple[str, Path, bool
     names = []
     for _ in range(rng.choice((1, 1, 1, 2))):
         change = rng.choice(damaged_changes.CHANGES.get(path.suffix, damaged_changes.BYTES))
-        with contextlib.suppress(ValueError):  # of a JSON text that is damaged already
+        with contextlib.suppress(ValueError, RecursionError):  # of a JSON text that is damaged already
             changed = change(changed, other.read_bytes(), rng)
         names.append(change.__name__)
     path.write_bytes(changed)

@@ -30,6 +30,18 @@ class CheckedArguments:
         """Return the value that the caller passed for an argument, or `default`. The value is not checked."""
         return self.arguments.get(name, default)
 
+    def same_for_all_layers(self, name: str) -> bool:
+        """Return an argument that is a bool, or one bool for each layer, as one bool. It defaults to False.
+
+        Raises:
+            ValueError: If the argument is not the same for all layers.
+        """
+        given = self.get(name, False)
+        values = {*given} if isinstance(given, (tuple, list)) else {given}
+        if values not in ({True}, {False}):
+            raise ValueError(f"{name} must be True or False, the same for all layers; got {given!r}")
+        return values == {True}
+
     def agreed(self, name: str, actual: T, key: str) -> T:
         """Return `actual`, after checking that the caller did not pass a different value for the argument `name`.
 

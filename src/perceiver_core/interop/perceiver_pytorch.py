@@ -9,9 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Container, Mapping
-from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -132,12 +130,11 @@ def load_perceiver_pytorch(
     Reference: lucidrains/perceiver-pytorch 0.11.0, `perceiver_pytorch.py` and `perceiver_io.py`.
     """
     weights = read_state_dict(state_dict)
-    source = errors_with_path(Path(state_dict)) if isinstance(state_dict, (str, os.PathLike)) else nullcontext()
-    with source:
+    with errors_with_path(state_dict):
         return _load(weights, arguments)
 
 
-def _load(weights: dict[str, Tensor], arguments: Mapping[str, Json]) -> Perceiver | PerceiverIO:
+def _load(weights: Mapping[str, Tensor], arguments: Mapping[str, Json]) -> Perceiver | PerceiverIO:
     layout = layout_of(weights)
     if layout is None:
         raise ValueError(
@@ -216,7 +213,7 @@ def _encoder(
     checked: CheckedArguments, layout: Layout, transformer: partial[LatentTransformer], **arguments: Any
 ) -> Encoder:
     """Build the encoder. `arguments` are `Encoder` arguments that differ between `Perceiver` and `PerceiverIO`."""
-    kernel = {"kernel": inverted} if _is_inverted(checked) else {}
+    kernel = {"kernel": inverted} if checked.same_for_all_layers("inverted_cross_attn") else {}
     cross_heads, cross_dim = checked.heads("cross", f"{layout.read.format(0)}.fn.to_q.weight", 1)
     key = f"{layout.self_attend.format(0, 0)}.0.fn.to_q.weight"
     heads, dim = checked.heads("latent", key, 8) if key in checked.weights else (1, 1)
@@ -243,15 +240,6 @@ def _attention(checked: CheckedArguments, qk_dim: int, **kernel: Any) -> partial
 
 def _mlp(checked: CheckedArguments) -> partial[MLP]:
     return partial(MLP, widening_factor=4, activation=GEGLU(), dropout=checked.get("ff_dropout", 0.0))
-
-
-def _is_inverted(checked: CheckedArguments) -> bool:
-    """Return the argument `inverted_cross_attn` as one bool, after checking that it is the same for all layers."""
-    given = checked.get("inverted_cross_attn", False)
-    values = {*given} if isinstance(given, (tuple, list)) else {given}
-    if values not in ({True}, {False}):
-        raise ValueError(f"inverted_cross_attn must be True or False, the same for all layers; got {given!r}")
-    return values == {True}
 
 
 def _attention_residual(checked: CheckedArguments) -> partial[AttentionResidual] | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from perceiver_core import registry
 from perceiver_core.atomic_files import write_atomically
@@ -28,6 +30,9 @@ from perceiver_core.interop.weight_files import state_dict_files as files
 from perceiver_core.interop.weight_files.error_messages import errors_with_path, printable_errors
 from perceiver_core.interop.weight_files.weight_checks import FLOATS, check_floats
 from perceiver_core.models import PerceiverIO
+
+DIGEST = "perceiver_core_sha256"  # key in the metadata of the weights
+TRAINING_ONLY = "attention_probs_dropout_prob"
 
 
 @printable_errors()
@@ -71,8 +76,19 @@ def load_transformers(
         check_floats(weights.headers)
     with errors_with_path(folder / CONFIG), torch.device("meta"):
         model = build(config, numerics)
+
+    def read() -> dict[str, Tensor]:
+        tensors = weights.read()
+        if weights.metadata.get(DIGEST, "") not in ("", _digest(config, tensors)):
+            raise ValueError(
+                f"it is damaged, or {CONFIG} is not the one that save_transformers wrote with it. Copy both files from "
+                "one folder, or save the model again. If you changed one of them on purpose, write the weights again "
+                "by safetensors.torch.save_file"
+            )
+        return tensors
+
     with errors_with_path(weights.path):
-        load_weights(model, mapping, weights.headers, weights.read)
+        load_weights(model, mapping, weights.headers, read)
     return model
 
 
@@ -91,7 +107,7 @@ def save_transformers(
     Args:
         model: Model from `load_transformers` or `load_haiku`, possibly trained further.
         folder: Folder to write to, created if it does not exist. Existing files are replaced only after both new files
-            are complete.
+            are complete. A digest in the weights shows whether both files are of one save, for example after a crash.
         config: Configuration of the original model: a dictionary, a configuration object of transformers, or the path
             of `config.json` or its folder. The activation and the dtype are set to those of the model.
         numerics: Numerics that the model was loaded with.
@@ -131,6 +147,7 @@ def save_transformers(
     theirs = from_transformers(entries, transposed_stem=numerics.transposed_stem).save(state)
     theirs = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in theirs.items()}
     written = _expressed(entries, numerics) | {"dtype": str(dtypes.pop()).removeprefix("torch.")}
+    metadata = {"format": "pt", DIGEST: _digest(configs.complete(written), theirs)}
     try:
         text = json.dumps(written, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
@@ -138,11 +155,25 @@ def save_transformers(
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(
         {
-            folder / WEIGHTS: lambda path: save_file(theirs, path, {"format": "pt"}),
-            folder / CONFIG: lambda path: path.write_text(text, encoding="utf-8"),
+            folder / WEIGHTS: lambda path: save_file(theirs, path, metadata),
+            folder / CONFIG: text,
         }
     )
     return folder
+
+
+def _digest(config: Config, tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 digest of the weights, and of the entries of a complete configuration that outputs depend on.
+
+    `save_transformers` writes it into the metadata of the weights. It shows whether both files are of one save and
+    undamaged. Files of transformers do not have it.
+    """
+    entries = {name: config[name] for name in ("architectures", *configs.DEFAULTS) if name != TRAINING_ONLY}
+    digest = hashlib.sha256(json.dumps(entries, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _check_described(model: nn.Module, config: Config, numerics: Numerics) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from os import PathLike
 
 LONGEST_MESSAGE = 1500  # characters; files may contain names of any length
 _TYPES = (FileNotFoundError, OSError, ImportError, TypeError, ValueError)  # not their subclasses in other libraries
@@ -20,12 +20,17 @@ def errors_of(subject: str) -> Iterator[None]:
 
 
 @contextmanager
-def errors_with_path(path: Path) -> Iterator[None]:
-    """Context manager that adds a file path to the message of a ValueError that does not contain it."""
+def errors_with_path(source: object) -> Iterator[None]:
+    """Context manager that adds a path to the message of a ValueError that does not contain it.
+
+    It has no effect if `source` is not a path but, for example, a state dict.
+    """
     try:
         yield
     except ValueError as error:
-        raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from error
+        if not isinstance(source, (str, PathLike)) or str(source) in str(error):
+            raise
+        raise ValueError(f"{source}: {error}") from error
 
 
 @contextmanager

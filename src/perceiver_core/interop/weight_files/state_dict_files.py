@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -25,11 +26,12 @@ LARGEST_INDEX = 2**24  # bytes
 
 
 class StateDictFile(NamedTuple):
-    """Path of a state dict, the headers of its tensors, and a function that reads the tensors."""
+    """Path of a state dict, the headers of its tensors, a function that reads the tensors, and its metadata."""
 
     path: Path  # path of the weight file, or of the index if there are shards
     headers: dict[str, Tensor]  # meta tensors with the shapes and dtypes of the weights, keyed by name
     read: Callable[[], dict[str, Tensor]]
+    metadata: Mapping[str, str] = MappingProxyType({})  # of a single safetensors file
 
 
 def fetch(name_or_folder: str | PathLike[str]) -> Path:
@@ -89,8 +91,9 @@ def open_safetensors(path: Path) -> StateDictFile:
         with safe_open(path, framework="pt") as file:
             specs = specs_in(file)
             headers = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in specs.items()}
+            metadata = file.metadata() or {}
             # safetensors' save_model stores a tied tensor once; the metadata maps its other names to the stored one.
-            tied = {name: kept for name, kept in (file.metadata() or {}).items() if kept in headers}
+            tied = {name: kept for name, kept in metadata.items() if kept in headers}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}. Copy it again") from error
     headers |= {name: headers[kept] for name, kept in tied.items()}
@@ -100,7 +103,7 @@ def open_safetensors(path: Path) -> StateDictFile:
             tensors = {name: file.get_tensor(name).clone() for name in specs}
         return tensors | {name: tensors[kept] for name, kept in tied.items()}
 
-    return StateDictFile(path, headers, read)
+    return StateDictFile(path, headers, read, metadata)
 
 
 def read_state_dict(source: Mapping[str, Tensor] | str | PathLike[str]) -> dict[str, Tensor]:
@@ -158,8 +161,12 @@ def _open_shards(index: Path, end: str, opener: Callable[[Path], StateDictFile])
         if unexpected := sorted(shard.headers.keys() - expected):
             raise ValueError(f"{shard.path} must hold what {index.name} says; it also holds {unexpected[:5]}")
     headers = {name: header for shard in shards.values() for name, header in shard.headers.items()}
-    _check_total_size(index, content.get("metadata"), headers)
-    return StateDictFile(index, headers, lambda: {k: v for shard in shards.values() for k, v in shard.read().items()})
+
+    def read() -> dict[str, Tensor]:
+        _check_total_size(index, content.get("metadata"), headers)  # late, as errors that name a weight say more
+        return {name: tensor for shard in shards.values() for name, tensor in shard.read().items()}
+
+    return StateDictFile(index, headers, read)
 
 
 def _check_total_size(index: Path, metadata: object, headers: Mapping[str, Tensor]) -> None:
