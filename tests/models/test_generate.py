@@ -108,6 +108,22 @@ class TestCache:
         pc.generate(model, ids_of(), max_new_tokens=9, num_initial_latents=2)
         assert block_inputs == query_inputs == [2, 1, 1, 1, 2, 1, 1, 1, 2]
 
+    def test_the_cache_has_no_effect_where_positions_include_padding(self):
+        torch.manual_seed(0)
+        where = pc.positions.LearnedEmbedding(13, dim=8)
+        embedding = pc.adapters.TokenEmbedding(11, dim=8, positions=where, positions_include_padding=True)
+        model = pc.PerceiverAR(embedding, num_latents=5, depth=1, num_heads=2).double().eval()
+        prompt, mask = torch.randint(11, (2, 7)), torch.arange(7) >= torch.tensor([[2], [5]])
+        logits = {True: [], False: []}
+        for cached, each in logits.items():
+
+            def sampler(scores, generator, each=each):
+                each.append(scores)
+                return torch.full((2,), len(each) % 11)
+
+            pc.generate(model, prompt, mask=mask, max_new_tokens=9, sampler=sampler, use_cache=cached)
+        torch.testing.assert_close(logits[True], logits[False], rtol=0, atol=1e-12)
+
 
 def continued(model, ids, steps, *, context, start, mask=None):
     """Returns the most likely ids if the model sees only the last tokens at each step."""

@@ -359,3 +359,9 @@ class TestErrors:
     def test_more_tokens_than_positions_raise(self):
         with pytest.raises(ValueError, match="ids must be at most 101 long, the number of positions; got 102"):
             model_of(**POSITIONS["learned"])(ids_of(n=102))
+
+    def test_rotary_positions_from_the_start_are_refused_in_cross_attention(self):
+        rotary = pc.positions.Rotary(from_end=False)
+        read = partial(pc.CrossAttend, attention=partial(pc.MultiHeadAttention, rotary=rotary))
+        with pytest.raises(ValueError, match=r"cross_attention must have Rotary\(from_end=True\)"):
+            pc.PerceiverAR(pc.adapters.TokenEmbedding(11, dim=8), num_latents=5, cross_attention=read)

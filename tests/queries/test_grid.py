@@ -53,6 +53,13 @@ class TestGrid:
         assert Grid((5,), fourier(1))(tokens, query_indices=torch.tensor([2])).dtype == torch.float64
         assert Grid((5,), fourier(1), endpoint=False)(tokens, query_indices=torch.tensor([2])).dtype == torch.float64
 
+    @pytest.mark.parametrize("endpoint", [True, False])
+    def test_queries_take_the_dtype_of_a_plain_tensor_and_of_the_first_of_several_inputs(self, endpoint):
+        source, x = Grid((5,), fourier(1), endpoint=endpoint), torch.zeros(1, 5, 3, dtype=torch.float64)
+        for tokens in (x, [x, x.float()], [Tokens(x)]):
+            for selected in (None, torch.tensor([2])):
+                assert source(tokens, query_indices=selected).dtype == torch.float64
+
     def test_gradients_reach_a_learned_grid(self):
         where = LearnedGrid((5, 7), dim=3)
         Grid((5, 7), where)(query_indices=torch.tensor([[8, 8, 34]])).sum().backward()

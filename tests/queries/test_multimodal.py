@@ -41,6 +41,16 @@ class TestMultimodal:
         with pytest.raises(ValueError, match=r"query_indices must leave some.*;.* all of \['label', 'places'\]"):
             source(query_indices={"places": empty, "label": empty})
 
+    def test_a_batch_of_no_samples_keeps_all_modalities(self):
+        source = Multimodal({"vectors": queries.External(4), "places": Grid((5,), fourier(1))})
+        given = {"vectors": torch.zeros(0, 3, 4), "places": torch.zeros(0, 2).long()}
+        assert {name: tuple(x.shape[:2]) for name, x in source(query_indices=given).items()} == {
+            "vectors": (0, 3),
+            "places": (0, 2),
+        }
+        given = {"vectors": torch.zeros(2, 0, 4)}
+        assert list(source(query_indices=given)) == ["places"]
+
     def test_queries_named_like_a_modality_use_its_tokens(self):
         picture, text = Tokens(drawn(2, 5, 7, 3)), Tokens(drawn(2, 9, 4))
         both = Tokens(drawn(2, 44, 6), modalities={"picture": picture, "text": text, "sound": None})

@@ -183,13 +183,13 @@ class _Sequence:
         """Return two kinds of positions of the last `count` tokens: for position embeddings and for rotary embeddings.
 
         Returns:
-            Indices for position embeddings, `count` or `b count`: 0 for the first valid token of each sample.
+            Indices for position embeddings, `count` or `b count`, computed as `TokenEmbedding` does.
             Positions for rotary embeddings, `count`: 0 for the last prompt token, negative for the tokens before it.
         """
-        n = self.ids.shape[1]
-        last = torch.arange(n - count, n, device=self.ids.device)
-        valid = last if self.mask is None else (self.mask.long().cumsum(1) - 1).clamp(min=0)[:, -count:]
-        return valid, last - (self.prompt_length - 1)  # 0 at the last token of the prompt until a token is dropped
+        last = torch.arange(self.ids.shape[1], device=self.ids.device)[-count:]
+        mask = None if getattr(self.model.embedding, "positions_include_padding", False) else self.mask
+        indices = last if mask is None else (mask.long().cumsum(1) - 1).clamp(min=0)[:, -count:]
+        return indices, last - (self.prompt_length - 1)  # 0 at the last token of the prompt until a token is dropped
 
     def attention_mask(self, num_queries: int, num_keys: int) -> masks.Mask | None:
         """Return the mask for attention from the last `num_queries` tokens to the last `num_keys` tokens."""

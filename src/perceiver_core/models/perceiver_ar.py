@@ -74,7 +74,7 @@ class PerceiverAR(nn.Module):
 
     Raises:
         TypeError: If `embedding` lacks an attribute that the head needs.
-        ValueError: If a size is below 1, or `prefix_dropout` is outside [0, 1).
+        ValueError: If a size or `prefix_dropout` is out of range, or `cross_attention` has `Rotary(from_end=False)`.
 
     Example:
         >>> embedding = pc.adapters.TokenEmbedding(vocab_size=256, dim=32)
@@ -107,6 +107,9 @@ class PerceiverAR(nn.Module):
         self.head = build(head, embedding)  # raises if the embedding has no dim or vocab_size
         self.dim, self.vocab_size = cast(TokenEmbedding, embedding).dim, cast(TokenEmbedding, embedding).vocab_size
         self.cross_attention = build(cross_attention, self.dim, self.dim)
+        rotary = getattr(getattr(self.cross_attention, "attention", None), "rotary", None)
+        if not getattr(rotary, "from_end", True):
+            raise ValueError("cross_attention must have Rotary(from_end=True), as its queries are the last tokens")
         self.latent_transformer = build(latent_transformer, self.dim, depth=depth, num_heads=num_heads)
         self.norm = build(norm, self.dim)
         self._draws = RepeatableDraws()
@@ -144,9 +147,8 @@ class PerceiverAR(nn.Module):
         targets = None
         if labels is not None:
             ids, mask, targets = self._inputs_and_targets(ids, mask, labels)
-        if num_latents is not None:
-            checks.positive(num_latents=num_latents)
         m = self.num_latents if num_latents is None else num_latents
+        checks.positive(num_latents=m)
         options = {} if step is None else {"positions": step.indices}
         x = self.embedding(ids, mask=mask, **options).materialize()  # zero at masked tokens
         if step is not None:

@@ -61,7 +61,7 @@ class Grid(nn.Module):
         return self.grid or (tokens.grid if isinstance(tokens, Tokens) else None)
 
     def forward(
-        self, tokens: Tokens | None = None, query_indices: Int[Tensor, "*b q"] | None = None
+        self, tokens: Tokens | Tensor | Sequence[Tokens] | None = None, query_indices: Int[Tensor, "*b q"] | None = None
     ) -> Float[Tensor, "#b q e"]:
         """Return the position encoding of all grid points, or only of selected points.
 
@@ -79,7 +79,8 @@ class Grid(nn.Module):
         if grid is None:
             raise ValueError("tokens must be Tokens, whose grid is used; or build Grid with a grid of its own")
         device = None if query_indices is None else query_indices.device
-        like = tokens.content if isinstance(tokens, Tokens) else torch.empty(0, device=device)
+        like = _content(tokens)
+        like = torch.empty(0, device=device) if like is None else like
         if self.grid is None and isinstance(tokens, Tokens):
             warn_if_padded(self.positions, tokens.mask)
         if query_indices is None:
@@ -95,6 +96,15 @@ class Grid(nn.Module):
             points = [2 * index.to(dtype) / size - 1 for index, size in zip(indices, grid, strict=True)]
             features = cast(PointFeatures, self.positions)(torch.stack(points, dim=-1)).to(like.dtype)
         return features[None] if query_indices.ndim == 1 else features
+
+
+def _content(tokens: object) -> Tensor | None:
+    """Return the content of the input tokens, of the first of several inputs; None if there are none."""
+    if isinstance(tokens, Tokens):
+        return tokens.content
+    if isinstance(tokens, (list, tuple)) and tokens:
+        return _content(tokens[0])
+    return tokens if isinstance(tokens, Tensor) and tokens.is_floating_point() else None
 
 
 def _rows(table: Tensor, indices: list[Tensor]) -> Tensor:

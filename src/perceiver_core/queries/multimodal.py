@@ -108,5 +108,8 @@ def _tokens_of(name: str, tokens: object) -> object:
     return present.get(name, tokens)
 
 
-def _is_empty(indices: object) -> bool:
-    return indices.numel() == 0 if isinstance(indices, Tensor) else isinstance(indices, (list, tuple)) and not indices
+def _is_empty(selected: object) -> bool:
+    """Return whether a list has no items, or whether indices `*b q`, points or vectors `*b q e` have no queries."""
+    if not isinstance(selected, Tensor):
+        return isinstance(selected, (list, tuple)) and not selected
+    return selected.shape[-2 if selected.is_floating_point() and selected.ndim > 1 else -1 :].numel() == 0
