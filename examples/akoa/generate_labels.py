@@ -8,7 +8,7 @@ decoded and audited first; other files are ignored and counted by extension. All
 `labels.problems.csv` beside labels.csv, and any problem stops the run with exit code 1 and without labels.csv, until it
 is fixed or its kind is allowed (`--allow`). Files that are unparsed, unreadable or disagreeing are then left out, as
 are the second and later of duplicates; near-duplicates and contradicting images are kept. Invalid arguments give exit
-code 2.
+code 2. An earlier labels.csv with another content is kept as `labels.csv.previous`.
 
 With `--folds K`, the split column contains fold0 to fold<K-1>. Run i tests on fold i, validates on fold i+1 (modulo K)
 and trains on the rest.

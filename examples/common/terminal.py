@@ -16,3 +16,13 @@ def printable(text: object) -> str:
         'knee\\x1b[2J.png'
     """
     return "".join(c if " " <= c <= "~" else ascii(c)[1:-1] for c in str(text))
+
+
+def quoted(text: str, max_length: int = 300) -> str:
+    """Return text in quotation marks for the message of an error, escaped and shortened.
+
+    Example:
+        >>> quoted("a long name", max_length=6)
+        "'a long...'"
+    """
+    return printable(repr(text if len(text) <= max_length else f"{text[:max_length]}..."))

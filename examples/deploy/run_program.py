@@ -10,14 +10,18 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import struct
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
+
+_TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 def read_folder(folder: Path) -> tuple[onnxruntime.InferenceSession, dict[str, Any]]:
@@ -49,12 +53,38 @@ def _read(path: Path) -> bytes:
 
 
 def read_image(path: Path, preprocessing: dict[str, Any]) -> np.ndarray:
-    """Read an image, and resize and normalize it as in training. Return an array `1 c h w`."""
+    """Read an image, and resize and normalize it as in training. Return an array `1 c h w`.
+
+    The image is read as a viewer shows it: rotated as its Exif data demand, transparent pixels in front of black,
+    16-bit samples reduced to their upper 8 bits, and only the first frame of an animation.
+
+    Raises:
+        ValueError: The file is not an image, is damaged, or has so many pixels that Pillow warns of them.
+    """
     height, width = preprocessing["size"]
-    with Image.open(path) as image:
-        pixels = np.asarray(image.convert(preprocessing["mode"]).resize((width, height)), np.float32) / 255
-    normalized = (np.atleast_3d(pixels) - preprocessing["mean"]) / preprocessing["std"]
+    try:
+        if not path.is_file():  # a pipe would block
+            raise OSError("it does not exist or is not a regular file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                resized = _as_shown(image).convert(preprocessing["mode"]).resize((width, height))
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, *_TOO_LARGE) as error:
+        raise ValueError(f"image {str(path)!r} cannot be read: {error}") from error
+    normalized = (np.atleast_3d(np.asarray(resized, np.float32) / 255) - preprocessing["mean"]) / preprocessing["std"]
     return normalized.transpose(2, 0, 1)[None].astype(np.float32)
+
+
+def _as_shown(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):  # gray levels that `convert` clips at 255
+        low, high = image.getextrema()
+        if image.mode == "F" or low < 0 or high >= 2**16:
+            raise ValueError("its gray levels are not from 0 to 65,535; save it with 8 or 16 bits")
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        return Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
+    return image
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     session, preprocessing = read_folder(options.folder)
     for path in options.images:
         (logits,) = session.run(None, {session.get_inputs()[0].name: read_image(path, preprocessing)})
-        print(path.name, preprocessing["classes"][int(logits[0].argmax())])
+        name = ascii(path.name)[1:-1]  # without control characters, which could change the output
+        print(name, preprocessing["classes"][int(logits[0].argmax())])
     return 0
 
 

@@ -1,6 +1,7 @@
 """The driver: any files as input, one prediction each, and no silent omissions."""
 
 import csv
+import os
 from pathlib import Path
 
 import numpy as np
@@ -191,3 +192,59 @@ def test_results_are_written_atomically(knees: Path, weights: Path, monkeypatch:
     monkeypatch.setattr(driver, "predict", interrupt)
     assert main([str(knees), "--weights", str(weights), "--out", str(out)]) == 130
     assert out.read_text(encoding="utf-8") == "of yesterday"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such files on Windows")
+def test_special_files_are_skipped_and_do_not_block(
+    knees: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(knees / "pipe.png")
+    (knees / "circle.png").symlink_to("circle.png")
+    (knees / "folder.png").mkdir()
+    (knees / "device.png").symlink_to("/dev/zero")
+    (knees / "loop").symlink_to(knees, target_is_directory=True)
+    assert main([str(knees), str(knees / "dangling.png"), "--weights", str(weights)]) == 2
+    assert "dangling.png does not exist" in capsys.readouterr().err
+    (knees / "dangling.png").symlink_to("nowhere.png")
+    assert main([str(knees), str(knees / "dangling.png"), "--weights", str(weights)]) == 1
+    shown = capsys.readouterr()
+    assert shown.out.count("p(right) 0.") == 4
+    for name, reason in (
+        ("pipe", "it is a pipe"),
+        ("circle", "symbolic links"),
+        ("folder", "it is a folder"),
+        ("device", "it is a device"),
+        ("dangling", "No such file"),
+    ):
+        assert any(f"{name}.png: " in line and reason in line for line in shown.err.splitlines())
+    assert "5 of 9 files were skipped" in shown.err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such names on Windows")
+def test_names_cannot_forge_verdicts(knees: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = (knees / NAME.format("RIGHT", 0)).read_bytes()
+    folder = knees.parent / "odd\x1b[2J\nleft     p(right) 0.001  a"
+    folder.mkdir()
+    names = ["a\nright    p(right) 1.000  b.png", "\x9b2J\r\u202egnp.png", '=1+1,"x".png', "c\r.png"]
+    for name in names:
+        (folder / name).write_bytes(picture)
+    (folder / "broken\n\x1b[1A.png").write_bytes(b"")
+    (folder / os.fsdecode(b"\xff.png")).write_bytes(picture)
+    out = knees.parent / "results.csv"
+    arguments = [str(folder), "--weights", str(weights)]
+    assert main(arguments) == main([*arguments, "--out", str(out), "--maps", str(knees.parent / "maps")]) == 1
+    assert main([f"{folder}nowhere", "--weights", str(weights)]) == 2
+    shown = "".join(capsys.readouterr())
+    assert set(shown) <= {"\n", *map(chr, range(32, 127))}
+    assert sum(line.startswith(("left", "right")) for line in shown.splitlines()) == 5
+    lines = {Path(line["file"]).name: line for line in read_results(out)}
+    assert set(lines) == {*names, r"\udcff.png"}
+    assert all(Path(line["map"]).is_file() for line in lines.values())
+
+
+def test_results_do_not_replace_an_image(knees: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = knees / NAME.format("RIGHT", 0)
+    picture = path.read_bytes()
+    assert main([str(knees), "--weights", str(weights), "--out", str(path)]) == 2
+    assert "is the name of an image" in capsys.readouterr().err
+    assert path.read_bytes() == picture

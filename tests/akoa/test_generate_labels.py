@@ -1,5 +1,6 @@
 """The command that writes labels.csv or reports the problems of a folder."""
 
+import contextlib
 import csv
 import io
 import os
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from examples.akoa import generate_labels
-from examples.akoa.dataset import file_names, near_duplicates
+from examples.akoa.dataset import audit_texts, file_names, near_duplicates
 from examples.akoa.dataset import labels as lb
 from examples.akoa.dataset.labels import Row
 from examples.akoa.generate_labels import main
@@ -148,7 +149,7 @@ def test_ignored_files_are_counted_by_extension(folder: Folder, capsys: pytest.C
 
 
 def test_an_unprintable_name_does_not_stop_the_report() -> None:
-    text = generate_labels.summarize([], [], ["a.\udcff"], Counter())
+    text = audit_texts.summarize([], [], ["a.\udcff"], Counter())
     assert "ignored     .\\udcff 1\n" in text
 
 
@@ -158,7 +159,7 @@ def test_the_manifest_of_the_phantom_is_no_problem(tmp_path: Path, capsys: pytes
     code, rows, problems = run(out, "--allow", "unreadable")
     assert (code, [problem["kind"] for problem in problems]) == (0, ["unreadable"])
     assert len({row.patient for row in rows}) == 7
-    assert "ignored     .json 1, Thumbs.db 1\n" in capsys.readouterr().out
+    assert "ignored     .json 1, .lock 1, Thumbs.db 1\n" in capsys.readouterr().out
 
 
 def test_folds_are_written(folder: Folder) -> None:
@@ -238,6 +239,7 @@ def test_labels_inside_the_data_folder_are_not_data(folder: Folder, capsys: pyte
         (["--folds", "6"], "got 5 patients, too few for 6 parts"),
         (["--out", "missing/labels.csv"], "is not a file in a folder that can be written to"),
         (["--out", "."], "is not a file in a folder that can be written to"),
+        (["--out", "knee.PNG"], "is the name of an image"),
     ],
 )
 def test_invalid_arguments_are_reported_before_any_work(
@@ -277,3 +279,114 @@ def test_an_interrupt_leaves_no_files(folder: Folder, monkeypatch: pytest.Monkey
     monkeypatch.setattr(generate_labels, "read_thumbnail", interrupted)
     assert main(["--data", str(data), "--out", str(data.parent / "labels.csv")]) == 130
     assert [path.name for path in data.parent.iterdir()] == ["data"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such files on Windows")
+def test_special_files_are_problems_and_do_not_block(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+    data = folder(knees(5))
+    pipe, circle, other = (file_name(n, 60, "RIGHT", 0) for n in range(3))
+    os.mkfifo(data / pipe)
+    (data / circle).symlink_to(circle)
+    (data / other).mkdir()
+    (data / "pipe.png").symlink_to(data / pipe)
+    os.mkfifo(data / "pipe.txt")
+    (data / "loop").symlink_to(data, target_is_directory=True)
+    code, rows, problems = run(data, "--allow", "all")
+    assert (code, len(rows)) == (0, len(knees(5)))
+    details = {problem["image"]: problem["detail"] for problem in problems if problem["kind"] == "unreadable"}
+    assert set(details) == {pipe, circle, other}
+    assert "it is a pipe" in details[pipe]
+    assert "it is a folder" in details[other]
+    assert "ignored     .txt 1\n" in capsys.readouterr().out
+
+
+def test_a_file_that_vanishes_is_a_problem(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = folder(knees(5))
+    names = sorted(knees(5))
+    read = generate_labels.read_thumbnail
+
+    def vanish(path: Path) -> object:
+        (data / names[-1]).unlink(missing_ok=True)
+        return read(path)
+
+    monkeypatch.setattr(generate_labels, "read_thumbnail", vanish)
+    code, rows, problems = run(data, "--allow", "unreadable")
+    assert (code, [problem["image"] for problem in problems]) == (0, names[-1:])
+    assert [row.image for row in rows] == names[:-1]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such names on Windows")
+def test_names_cannot_forge_lines(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["OAI\nno problems found.png", "OAI\x1b[2J\x9b1A\r.png", "OAI\u202egnp\u200b.png", "a.\x1b]0;b\x07"]
+    data = folder({**knees(5), **dict.fromkeys(names, b"")})
+    (data / os.fsdecode(b"OAI\xff.png")).write_bytes(b"")
+    _, _, problems = run(data)
+    shown = "".join(capsys.readouterr())
+    assert set("".join(map(chr, range(32))) + "\x7f\x9b\u202e\u200b\udcff") & set(shown) <= {"\n"}
+    assert not any(line.startswith("no problems") for line in shown.splitlines())
+    assert r"OAI\nno problems found.png" in shown
+    assert {problem["image"] for problem in problems} == {*names[:3], r"OAI\udcff.png"}
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("labels*"))}
+
+
+@pytest.mark.parametrize("allowed", [[], ["--allow", "unparsed"]])
+@pytest.mark.parametrize("number", range(3))
+def test_labels_are_never_beside_problems_of_another_run(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, number: int, allowed: list[str]
+) -> None:
+    """The run is killed at each of its renames."""
+    data = folder(knees(5))
+    assert run(data)[0] == 0
+    before = files_of(data.parent)
+    (data / "OAI_what.png").write_bytes(b"")
+    (data / sorted(knees(5))[0]).unlink()
+    replace, renamed = os.replace, []
+
+    def killed(source: Path, target: Path) -> None:
+        if len(renamed) == number:
+            raise SystemExit
+        renamed.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    monkeypatch.setattr(Path, "replace", lambda path, target: killed(path, target))
+    with contextlib.suppress(SystemExit):
+        main(["--data", str(data), "--out", str(data.parent / "labels.csv"), *allowed])
+    after = files_of(data.parent)
+    if after["labels.problems.csv"] == before["labels.problems.csv"]:
+        assert after.get("labels.csv") in (None, before["labels.csv"])
+    else:
+        assert after.get("labels.csv") != before["labels.csv"]
+    assert before["labels.csv"] in after.values()
+
+
+def test_earlier_labels_are_kept(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+    data = folder(knees(5))
+    run(data)
+    first = files_of(data.parent)
+    run(data)
+    assert files_of(data.parent) == first
+    run(data, "--seed", "1")
+    second = files_of(data.parent)
+    assert second["labels.csv.previous"] == first["labels.csv"] != second["labels.csv"]
+    (data / "OAI_what.png").write_bytes(b"")
+    code, rows, _ = run(data)
+    assert (code, rows) == (1, [])
+    assert files_of(data.parent)["labels.csv.previous"] == second["labels.csv"]
+    assert "the labels of an earlier run are now" in capsys.readouterr().out
+
+
+def test_a_failed_write_changes_nothing(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = folder(knees(5))
+    run(data)
+    before = files_of(data.parent)
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main(["--data", str(data), "--out", str(data.parent / "labels.csv"), "--seed", "1"]) == 2
+    assert files_of(data.parent) == before

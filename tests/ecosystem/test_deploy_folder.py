@@ -115,3 +115,25 @@ def test_nothing_is_written_after_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         pc.checkpoints.save_program(program, tmp_path / "new", model=model, preprocessing={})
     assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_images_are_read_as_a_viewer_shows_them(tmp_path):
+    preprocessing = {"mode": "L", "size": [9, 5], "mean": 0, "std": 1}
+    levels = np.random.default_rng(1).integers(0, 256, (9, 5)).astype(np.uint8)
+    alpha = Image.fromarray(levels)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    images = {
+        "16-bit": (Image.fromarray(levels.astype(np.uint16) * 257), {}, levels),
+        "alpha": (Image.merge("LA", [Image.new("L", (5, 9), 255), alpha]), {}, levels),
+        "palette": (Image.fromarray(levels % 2 * 255).convert("P"), {"transparency": 255}, levels * 0),
+        "rotated": (Image.fromarray(levels), {"exif": exif}, levels[::-1, ::-1]),
+    }
+    for name, (saved, options, expected) in images.items():
+        saved.save(tmp_path / f"{name}.png", **options)
+        actual = read_image(tmp_path / f"{name}.png", preprocessing)[0, 0] * 255
+        np.testing.assert_allclose(actual, expected, atol=1.01, err_msg=name)
+    (tmp_path / "text.png").write_text("no image")
+    for name in ("text.png", "missing.png"):
+        with pytest.raises(ValueError, match=f"{name}' cannot be read"):
+            read_image(tmp_path / name, preprocessing)

@@ -52,6 +52,8 @@ def run_case(seed: int, folder: Path) -> str:
         assert damages, f"undamaged labels are refused: {error}"
         assert not isinstance(error, UnicodeError | csv.Error), repr(error)
         assert NAME in str(error), str(error)
+        assert str(error).isprintable(), str(error)[:1000]
+        assert len(str(error)) < 2000, str(error)[:1000]
         assert ", line " in str(error) or "is empty" in str(error), str(error)
         return "refused"
     if not damages:

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from examples.common.terminal import quoted
+
 SIDES = ("left", "right")
 NAME_FORMAT = "OAI<7 digits>_BaseLine_<n>[_]de3d1_SAG_3D_DESS_WE_<SIDE>.nii.gz_<k>.png"
 
@@ -22,7 +24,7 @@ _NAME = re.compile(
     r"(?P<side>LEFT|L_E_F_T|RIGHT|R_I_G_H_T)\.nii\.gz_(?P<slice>[0-9]{1,9})\.png",
     re.IGNORECASE | re.ASCII,
 )
-_SYSTEM_FILES = frozenset({"thumbs.db", ".ds_store", "desktop.ini"})
+_SYSTEM_FILES = frozenset({"thumbs.db", ".ds_store", "desktop.ini", ".lock"})  # the last one is of these commands
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def parse_name(name: str) -> FileName:
     """
     match = _NAME.fullmatch(name)
     if match is None:
-        raise ValueError(f"name {name!r} is not of the form {NAME_FORMAT} with SIDE left or right")
+        raise ValueError(f"name {quoted(name)} is not of the form {NAME_FORMAT} with SIDE left or right")
     return FileName(
         patient=match["patient"],
         visit=int(match["visit"]),
@@ -190,7 +192,7 @@ def check_path(image: str) -> None:
     outside = image.startswith("/") or ".." in image.split("/") or "\\" in image or image[1:2] == ":"
     if outside or not image.isprintable() or str(PurePosixPath(image)) != image or image == ".":
         raise ValueError(
-            f"image is {image!r}, need a POSIX path inside the data folder, "
+            f"image is {quoted(image)}, need a POSIX path inside the data folder, "
             "without '.', '..', '//', backslash, drive or control characters"
         )
 

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from examples.akoa.dataset import tables
 from examples.akoa.dataset.file_names import SIDES, check_path, folder_sides, parse_name
+from examples.common.terminal import quoted
 from perceiver_core.atomic_files import write_atomically
 
 SPLITS = ("train", "val", "test")
@@ -94,7 +95,9 @@ def read_labels(path: str | Path) -> list[Row]:
         try:
             row = _to_row(values)
             if row.image in lines:
-                raise ValueError(f"image {row.image!r} occurs twice, first in line {lines[row.image]}; remove one line")
+                raise ValueError(
+                    f"image {quoted(row.image)} occurs twice, first in line {lines[row.image]}; remove one line"
+                )
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
         lines[row.image] = number
@@ -119,7 +122,7 @@ def _to_row(values: Mapping[str, str]) -> Row:
     check_path(values["image"])
     for column, (form, expected) in _FORMS.items():
         if not form.fullmatch(values[column]):
-            raise ValueError(f"{column} is {values[column]!r}, need {expected}")
+            raise ValueError(f"{column} is {quoted(values[column])}, need {expected}")
     row = Row(
         image=values["image"],
         patient=values["patient"],
@@ -135,7 +138,9 @@ def _to_row(values: Mapping[str, str]) -> Row:
 def _check_against_path(row: Row) -> None:
     """Check that the folder and the name of an image, if it has the form of AKOA, agree with the other columns."""
     for side in folder_sides(row.image) - {row.side}:
-        raise ValueError(f"side is {row.side!r}, but the folder of {row.image!r} is {side!r}; correct one of them")
+        raise ValueError(
+            f"side is {row.side!r}, but the folder of {quoted(row.image)} is {side!r}; correct one of them"
+        )
     try:
         name = parse_name(PurePosixPath(row.image).name)
     except ValueError:  # the labels of another data set
@@ -143,4 +148,6 @@ def _check_against_path(row: Row) -> None:
     for column in ("patient", "visit", "side", "slice"):
         actual, expected = getattr(row, column), getattr(name, column)
         if actual != expected:
-            raise ValueError(f"{column} is {actual!r}, but {expected!r} in the name {row.image!r}; correct one of them")
+            raise ValueError(
+                f"{column} is {actual!r}, but {expected!r} in the name {quoted(row.image)}; correct one of them"
+            )
