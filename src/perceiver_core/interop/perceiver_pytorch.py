@@ -146,12 +146,13 @@ def _load(weights: Mapping[str, Tensor], arguments: Mapping[str, Json]) -> Perce
             f"perceiver_pytorch.{layout.model} takes no {unknown}; it takes {sorted(ARGUMENTS[layout.model])}"
         )
     checks.probability(**{name: rate for name, rate in arguments.items() if "dropout" in name})
-    check_floats(weights)
     check_finite(weights)
     checked = CheckedArguments(weights, arguments)
     with torch.device("meta"):
         model, mapping = (_perceiver if layout.model == "Perceiver" else _perceiver_io)(checked, layout)
-    assign(model, mapping.load(checked.weights, like=model.state_dict()))
+    translated = mapping.load(checked.weights, like=model.state_dict())
+    check_floats(checked.weights)
+    assign(model, translated)
     return model.eval()
 
 
