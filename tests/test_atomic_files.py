@@ -74,9 +74,7 @@ def test_staged_files_that_are_not_renamed_are_removed(tmp_path):
     ],
 )
 @pytest.mark.parametrize("where", ["touch", "write", "flush"])
-def test_errors_of_the_system_say_what_is_unchanged_and_how_to_go_on(
-    number, kind, advice, where, tmp_path, monkeypatch
-):
+def test_errors_of_the_system_say_how_to_go_on(number, kind, advice, where, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("old")
 
     def fail(*args, **kwargs):
@@ -101,7 +99,7 @@ def test_an_error_of_a_library_on_a_full_disk_names_the_disk(tmp_path):
     old_handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, old_limit[1]))
     try:
-        with pytest.raises(OSError, match="not written, and existing files are unchanged. Raise the limit of the file"):
+        with pytest.raises(OSError, match=r"existing files are unchanged\. Raise the limit"):
             write_atomically({tmp_path / "file": lambda path: torch.save(torch.zeros(10**5), path)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old_limit)

@@ -27,23 +27,31 @@ _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 def read_folder(folder: Path) -> tuple[onnxruntime.InferenceSession, dict[str, Any]]:
     """Read the program and the preprocessing.
 
+    A folder that is written again holds the new program under a name with its digest, until the program is renamed.
+
     Raises:
         FileNotFoundError: A file does not exist.
         ValueError: The program and deployment.json are not of one export, or deployment.json is damaged.
     """
-    path = folder / "deployment.json"
+    text = b""
+    while text != (text := _read(folder / "deployment.json")):  # read again if it was replaced in the meantime
+        name, digest, preprocessing = _parse(folder / "deployment.json", text)
+        for path in (folder / f"{name}.{digest[:16]}", folder / name):
+            program = path.read_bytes() if path.is_file() else b""
+            if hashlib.sha256(program).hexdigest() == digest:
+                return onnxruntime.InferenceSession(program), preprocessing
+    _read(folder / name)
+    raise ValueError(f"{folder / name} is not the program that deployment.json describes; copy both from one export")
+
+
+def _parse(path: Path, text: bytes) -> tuple[str, str, dict[str, Any]]:
+    """Return the name and the digest of the program, and the preprocessing."""
     try:
-        deployment = json.loads(_read(path))
+        deployment = json.loads(text)
         ((name, digest),) = deployment["sha256"].items()
-        preprocessing = deployment["preprocessing"]
+        return Path(name).name, f"{digest}", deployment["preprocessing"]
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not as save_program wrote it ({error!r:.200}); copy it again") from error
-    program = _read(folder / Path(name).name)
-    if hashlib.sha256(program).hexdigest() != digest:
-        raise ValueError(
-            f"{folder / name} is not the program that deployment.json describes; copy both from one export"
-        )
-    return onnxruntime.InferenceSession(program), preprocessing
 
 
 def _read(path: Path) -> bytes:

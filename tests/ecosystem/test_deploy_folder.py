@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -91,6 +92,17 @@ def test_a_program_of_another_export_is_refused(deployed, tmp_path):
         file.write(b"\0")
     with pytest.raises(ValueError, match=r"is not the program that deployment\.json describes"):
         read_folder(tmp_path)
+
+
+def test_a_program_that_is_not_renamed_yet_is_found(deployed, tmp_path):
+    """This is the state of a folder whose program is being replaced."""
+    _, folder = deployed
+    (tmp_path / "deployment.json").write_bytes((folder / "deployment.json").read_bytes())
+    program = (folder / "model.onnx").read_bytes()
+    (tmp_path / f"model.onnx.{hashlib.sha256(program).hexdigest()[:16]}").write_bytes(program)
+    (tmp_path / "model.onnx").write_text("old")
+    session, _ = read_folder(tmp_path)
+    assert session.get_inputs()[0].name == "inputs"
 
 
 def test_exported_programs_and_files_are_saved_too(tmp_path):
