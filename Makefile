@@ -6,13 +6,14 @@ RUN    := $(VENV)/bin/python
 AKOA   ?=
 TESTS  ?=
 BENCH  ?=
+FUZZ   ?=
 # CONSTRAINTS=/dev/null installs the newest release of everything, PyTorch included.
 CONSTRAINTS ?= constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help akoa test lint docs bench gpu clean constraints
+.PHONY: help akoa test lint docs bench fuzz gpu clean constraints
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | awk -F ':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -47,6 +48,10 @@ docs: $(VENV)/.installed-dev $(VENV)/.installed-docs $(VENV)/.installed-ecosyste
 
 bench: $(VENV)/.installed-dev ## measure for 40 minutes at most, results in benchmarks/results (BENCH="--toy" for a trial run)
 	$(RUN) -m benchmarks $(BENCH)
+
+fuzz: export OMP_NUM_THREADS := 1
+fuzz: $(VENV)/.installed-dev $(VENV)/.installed-akoa ## run thousands of random cases, or continue with them; logs in runs/fuzz (FUZZ="compositions --seed 7")
+	$(RUN) -m tests.robustness.fuzzing $(FUZZ)
 
 # Where there is a GPU there is mostly a PyTorch for it as well, so no .venv is made: PYTHON is the one that has it.
 gpu: export PYTHONPATH := src
