@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from perceiver_core.atomic_files import staged, write_atomically
+from perceiver_core.atomic_files import make_folder, staged, write_atomically
 from tests.checkpoints.folders import contents
 
 pytestmark = pytest.mark.no_shape_checks
@@ -112,3 +112,14 @@ def test_an_error_of_the_writer_is_raised_as_it_is(tmp_path):
     with pytest.raises(KeyError, match="mine"):
         write_atomically({tmp_path / "file": lambda path: {}["mine"]})
     assert contents(tmp_path) == {}
+
+
+@pytest.mark.refusal
+def test_a_folder_that_cannot_be_created_says_how_to_go_on(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    make_folder(tmp_path / "a" / "b")
+    monkeypatch.setattr(Path, "mkdir", fail)
+    with pytest.raises(OSError, match=r"c was not written, .* Choose a folder on a file system that is writable"):
+        make_folder(tmp_path / "c")

@@ -53,6 +53,16 @@ def write_atomically(files: Mapping[Path, Content]) -> None:
             rename(temporary, path)
 
 
+def make_folder(folder: Path) -> None:
+    """Create a folder and its parents unless they exist.
+
+    Raises:
+        OSError: If a folder cannot be created, for example because its parent is read-only.
+    """
+    with _explained_errors(folder, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 @contextmanager
 def staged(files: Mapping[Path, Content]) -> Iterator[dict[Path, Path]]:
     """Context manager that writes files under temporary names and returns the temporary path of each.
@@ -117,6 +127,8 @@ def _os_error(error: Exception, temporary: Path) -> OSError | None:
     """
     if isinstance(error, OSError):
         return error
+    if not temporary.exists():
+        return None
     try:
         with temporary.open("ab") as file:
             file.write(_PROBE)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from perceiver_core import registry
+from perceiver_core.atomic_files import make_folder
 from perceiver_core.checkpoints.bound_files import write_pair
 from perceiver_core.checkpoints.save_load import unwrapped
 
@@ -68,7 +69,7 @@ def save_program(
         entries = {**content, "sha256": {name: digest}, "preprocessing": preprocessing}
         return json.dumps(entries, indent=2, allow_nan=False) + "\n"
 
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_pair(folder / name, write, folder / DEPLOYMENT, describe)
     return folder
 

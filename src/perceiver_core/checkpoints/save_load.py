@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from perceiver_core import registry
+from perceiver_core.atomic_files import make_folder
 from perceiver_core.checkpoints.bound_files import read_pair, write_pair
 from perceiver_core.checkpoints.folder import CONFIG, WEIGHTS, config_text, parse_config
 from perceiver_core.checkpoints.state import (
@@ -89,7 +90,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         )
     check_values(tensors)
     values = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_pair(
         folder / WEIGHTS,
         lambda path: save_file(values, path, metadata={"format": "pt"}),
