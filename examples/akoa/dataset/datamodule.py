@@ -153,7 +153,10 @@ class KneeDataModule(LightningDataModule):
         self.data, self.batch, self.augment, self.seed = data, batch, augment, seed
         self.progress = progress
         self.all_rows = read_labels(labels)
-        self.rows = _choose_fold(self.all_rows, fold)
+        try:
+            self.rows = _choose_fold(self.all_rows, fold)
+        except ValueError as error:
+            raise ValueError(f"{labels}: {error}") from error
         self.images: Tensor | None = None
 
     def prepare_data(self) -> None:

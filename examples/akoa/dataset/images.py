@@ -57,7 +57,7 @@ def read_image(path: Path, size: tuple[int, int]) -> UInt8[np.ndarray, "h w"]:
 def read_gray(path: Path) -> Image.Image:
     """Read a PNG file as an image of Pillow's mode `L`.
 
-    Up to 16 bytes of memory are used for a pixel.
+    It takes up to 10 bytes of memory for each pixel, and twice the size of the file.
 
     Raises:
         UnreadableImageError: The file does not exist, is no regular file, is damaged, is not a PNG file, is an
