@@ -228,6 +228,20 @@ def test_arguments_of_a_wrong_type_or_size(path, value, broken):
             assert loaded.state_dict().keys() == small().state_dict().keys()
 
 
+@pytest.mark.parametrize("key", ["\x1b[2J", "\u202e", "\n", "x" * 10**5], ids=["escape", "bidi", "line", "long"])
+def test_names_in_a_file_do_not_reach_the_terminal_as_they_are(key, broken):
+    for value in ({"part": key}, {"name": key}, {"dict": {key: {"part": "none"}}}, key, [key]):
+        for model in (
+            described(lambda m, value=value: m["encoder"].update({key: value})),
+            described(lambda m, value=value: m["encoder"].update(dim=value)),
+        ):
+            write(broken, model)
+            with pytest.raises(ValueError, match=".") as caught:
+                pc.load(broken)
+            assert str(caught.value).isprintable()
+            assert len(str(caught.value)) < 2000
+
+
 BIG = 10**12
 GREEDY = {
     "latents": lambda m: m["encoder"].update(num_latents=BIG),

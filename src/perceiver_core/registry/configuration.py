@@ -16,6 +16,7 @@ from perceiver_core.registry.names import TAGS, Json, _external, _named, _names,
 from perceiver_core.registry.snapshot import Node, Refusal, Thing, snapshot
 
 _budget = threading.local()
+_LONGEST_KEY, _LONGEST_REASON = 200, 1000  # characters in error messages
 
 
 def to_config(value: object) -> Json:
@@ -164,7 +165,8 @@ def _make(thing: Callable[..., object], arguments: dict[str, object], at: str, *
     except Exception as error:  # any type, because the arguments in a file may be arbitrary
         why = str(error).partition("\nException raised from")[0] or type(error).__name__  # without frames of C++
         raise ValueError(
-            f"{at or 'the model'}: {_names[thing]} cannot be built from its configuration: {why}"
+            f"{at or 'the model'}: {_names[thing]} cannot be built from its configuration: "
+            f"{_shortened(why, _LONGEST_REASON)}"
         ) from error
 
 
@@ -204,5 +206,13 @@ def _count(*_: object) -> None:
 
 
 def _join(at: str, key: object) -> str:
-    """Append `key` to the path `at`. For example, "adapter" and "positions" become "adapter.positions"."""
-    return f"{at}.{key}" if at else f"{key}"
+    """Append `key` to the path `at`. For example, "adapter" and "positions" become "adapter.positions".
+
+    Paths are parts of error messages. A key from a file may be long, or contain control characters of terminals.
+    """
+    name = _shortened(str(key) if str(key).isprintable() else ascii(key), _LONGEST_KEY)
+    return f"{at}.{name}" if at else name
+
+
+def _shortened(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[: longest // 2]}...{text[-longest // 2 :]}"
