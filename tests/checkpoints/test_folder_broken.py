@@ -236,7 +236,7 @@ def test_names_in_a_file_do_not_reach_the_terminal_as_they_are(key, broken):
             described(lambda m, value=value: m["encoder"].update(dim=value)),
         ):
             write(broken, model)
-            with pytest.raises(ValueError, match=".") as caught:
+            with pytest.raises(ValueError, match=r".") as caught:
                 pc.load(broken)
             assert str(caught.value).isprintable()
             assert len(str(caught.value)) < 2000
