@@ -40,7 +40,8 @@ def read_folder(folder: Path) -> tuple[onnxruntime.InferenceSession, dict[str, A
             program = path.read_bytes() if path.is_file() else b""
             if hashlib.sha256(program).hexdigest() == digest:
                 return onnxruntime.InferenceSession(program), preprocessing
-    _read(folder / name)
+    if not (folder / name).is_file():
+        raise FileNotFoundError(f"{folder / 'deployment.json'} describes {name}, which does not exist; copy it, too")
     raise ValueError(f"{folder / name} is not the program that deployment.json describes; copy both from one export")
 
 
@@ -49,6 +50,8 @@ def _parse(path: Path, text: bytes) -> tuple[str, str, dict[str, Any]]:
     try:
         deployment = json.loads(text)
         ((name, digest),) = deployment["sha256"].items()
+        if not name.isprintable() or len(name) > 200:
+            raise ValueError("the name of the program is not one of save_program")
         return Path(name).name, f"{digest}", deployment["preprocessing"]
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not as save_program wrote it ({error!r:.200}); copy it again") from error

@@ -28,7 +28,7 @@ OTHERS = ("tests.robustness.damaged_pictures", "tests.robustness.damaged_labels"
 SHARE_OF_OTHERS = 0.25
 # What messages contain instead of the name of a file: errors of a configuration name the part, and those of the library
 # are not shown, since it is compiled again.
-PARTS = {"own": ("the model", "adapter", "encoder", "head"), "library": ("",)}
+PARTS = {"own": ("the model", "adapter", "encoder", "head", "must hold"), "library": ("",)}
 # Words in messages of errors that would be due to the limit of memory rather than to the content of a file.
 OUT_OF_MEMORY = ("allocate", "out of memory", "bad_alloc", "MemoryError")
 
