@@ -52,7 +52,7 @@ _REMEDIES = {
     errno.EEXIST: "A file is there already, where a folder is expected. Choose another path, or move the file",
     errno.ENOTDIR: "A part of the path is a file, where a folder is expected. Choose another path",
     errno.EISDIR: "This is a folder, where a file is expected. Choose another path",
-    errno.ENOENT: "It does not exist. Check the path",
+    errno.ENOENT: "Check the path",
 }
 # The command can continue when the user has mended these.
 _MENDED_OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)

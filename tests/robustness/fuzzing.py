@@ -29,6 +29,7 @@ from typing import NamedTuple
 FUZZERS = {
     "compositions": ("tests.robustness.compositions", 10_000),
     "damaged_files": ("tests.robustness.damaged_files", 5_000),
+    "kills": ("tests.robustness.kills", 1_000),
 }
 ESCAPE = "escape"
 TIME_LIMIT = 120.0  # seconds for one case
