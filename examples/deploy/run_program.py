@@ -33,7 +33,7 @@ def read_folder(folder: Path) -> tuple[onnxruntime.InferenceSession, dict[str, A
         FileNotFoundError: A file does not exist.
         ValueError: The program and deployment.json are not of one export, or deployment.json is damaged.
     """
-    text = b""
+    text: bytes | None = None
     while text != (text := _read(folder / "deployment.json")):  # read again if it was replaced in the meantime
         name, digest, preprocessing = _parse(folder / "deployment.json", text)
         for path in (folder / f"{name}.{digest[:16]}", folder / name):
