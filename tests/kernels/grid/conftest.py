@@ -9,6 +9,9 @@ import pytest
 
 from perceiver_core.kernels.grid import cpp_library
 from tests.kernels.grid.backends import use_backend
+from tests.kernels.grid.compiled import built, cache, compilations, copies, script
+
+__all__ = ["backend", "built", "cache", "compilations", "copies", "script"]
 
 TRITON_MARKS = [
     pytest.mark.triton,

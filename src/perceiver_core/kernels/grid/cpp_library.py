@@ -1,8 +1,7 @@
 """Shared library that is compiled from the C++ source in `cpp/` at the first use on a machine.
 
 The compiler is `$CXX`, c++, g++ or clang++, whichever is found first. Compilation takes a few seconds. The library is
-stored in the user's cache folder, so that other processes load it in milliseconds. The file name contains a hash of
-source, compiler, flags and processor features, so that machines with different processors can share the folder.
+stored in the user's cache folder, so that other processes load it in milliseconds; see `cpp_cache`.
 torch.utils.cpp_extension is not used, because it needs ninja and takes half a minute to compile PyTorch's headers. The
 source does not include these headers.
 """
@@ -10,10 +9,7 @@ source does not include these headers.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
-import shutil
-import subprocess
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -23,9 +19,11 @@ from pathlib import Path
 
 import torch
 
+from perceiver_core.kernels.grid import cpp_cache, cpp_compiler
 from perceiver_core.kernels.grid.interface import GridFallbackWarning
 
 SOURCE = Path(__file__).parent / "cpp" / "reads.cpp"
+VERSION = 1  # version of the functions' arguments and results; equals `read_grid_version` in `cpp/reads.cpp`
 FLAGS = (
     *("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fvisibility=hidden"),
     *("-fno-math-errno", "-fno-trapping-math"),  # without these two flags, loops are not vectorized
@@ -36,16 +34,18 @@ TARGETS = ("-march=native", "-mcpu=native", "")
 VARIANTS = [f"{target} {threads}".split() for threads in ("-fopenmp", "") for target in TARGETS]
 NUM_POINTERS = {"forward": 10, "backward": 15}  # pointer arguments of functions in `cpp/reads.cpp`
 
+Functions = dict[tuple[str, torch.dtype], Callable[..., int]]
+
 
 @cache
-def functions() -> dict[tuple[str, torch.dtype], Callable[..., None]]:
+def functions() -> Functions:
     """Return a dictionary of the library's functions, keyed by name and dtype, such as ("forward", torch.float32).
 
     The first call compiles or loads the library. If this fails, it emits a warning, and the dictionary is empty.
     """
     try:
-        library = _load()
-    except (OSError, subprocess.SubprocessError) as error:
+        return _load()
+    except (OSError, RuntimeError) as error:  # RuntimeError: no thread could be started
         warnings.warn(
             f"structured reads need a C++17 compiler (GCC or Clang): {error}\nReads use other strategies or plain "
             "PyTorch: slower, with equal results. Install one (Debian: apt install g++; macOS: xcode-select "
@@ -54,80 +54,80 @@ def functions() -> dict[tuple[str, torch.dtype], Callable[..., None]]:
             stacklevel=2,
         )
         return {}
-    found: dict[tuple[str, torch.dtype], Callable[..., None]] = {}
-    for name, num_pointers in NUM_POINTERS.items():
-        for dtype in (torch.float32, torch.float64):
-            function = getattr(library, f"{name}_{str(dtype).removeprefix('torch.')}")
-            function.argtypes = [ctypes.c_int64] * 6 + [ctypes.c_void_p] * num_pointers + [ctypes.c_int64] * 2
-            function.restype = None
-            found[name, dtype] = function
-    return found
 
 
-def _load() -> ctypes.CDLL:
-    compiler, folder = _compiler(), _cache_folder()
-    path = None if folder is None else folder / f"read_grid-{_fingerprint(compiler)}.so"
-    if path is not None and path.exists():
-        with suppress(OSError):  # a damaged file, a file of another system, or a noexec file system
-            return ctypes.CDLL(str(path))
-    return _compile(compiler, path)
+def _load() -> Functions:
+    """Load the library from the cache folder, or compile it and store it there."""
+    compiler, folder = cpp_compiler.find_compiler(), cpp_cache.cache_folder()
+    sources = [path.read_text() for path in sorted(SOURCE.parent.glob("[!.]*.[hc]*")) if path.is_file()]
+    parts = [*sources, *FLAGS, *(" ".join(flags) for flags in VARIANTS)]
+    name = f"read_grid-{VERSION}-{cpp_compiler.fingerprint(compiler, TARGETS, parts)}"
+    for path in cpp_cache.stored(folder, name):
+        with suppress(OSError):  # a damaged file, or a file of another system
+            return _functions(_library(cpp_cache.read(path), path))
+    content, functions = _compile(compiler, folder)
+    if folder is not None:
+        cpp_cache.store(folder, name, content)
+    return functions
 
 
-def _compile(compiler: str, path: Path | None) -> ctypes.CDLL:
-    """Compile and load the library, and store it at `path`. If `path` is None, the library is not stored.
+def _compile(compiler: list[str], folder: Path | None) -> tuple[bytes, Functions]:
+    """Compile and load the library. Return the content of its file and its functions."""
+    with _scratch_folder(folder) as scratch:
+        for i, flags in enumerate(VARIANTS):
+            output = Path(scratch) / f"read_grid-{i}.so"
+            try:
+                cpp_compiler.run([*compiler, *FLAGS, *flags, str(SOURCE), "-o", str(output)], 120, folder=scratch)
+                output.chmod(0o600)
+                content = cpp_cache.read_private_file(output)
+                return content, _functions(_library(content, output))
+            except TimeoutError:
+                raise
+            except OSError as error:
+                problem = error
+    raise OSError(f"{' '.join(compiler)} could not compile {SOURCE.name}:\n{problem}")
 
-    The file is moved to `path` atomically, because several processes may compile the library at the same time.
+
+def _scratch_folder(alternative: Path | None) -> tempfile.TemporaryDirectory[str]:
+    """Return a new folder for temporary files: in the system's one, or in the alternative if that one is full."""
+    for parent in (None, alternative):
+        with suppress(OSError):
+            scratch = tempfile.TemporaryDirectory(prefix="tmp-", dir=parent)
+            (Path(scratch.name) / "probe").write_bytes(bytes(2**22))
+            (Path(scratch.name) / "probe").unlink()
+            return scratch
+    raise OSError("no folder for temporary files is writable and has 4 MB of free space")
+
+
+def _library(content: bytes, path: Path) -> ctypes.CDLL:
+    """Load a library from memory, or from the file with the same content if the system has no files in memory.
+
+    A process that has loaded a file is killed if the file is truncated. Memory can also be executed where files in the
+    folder cannot. The descriptor stays open, because a process does not load a second library with the same name.
     """
-    for flags in VARIANTS:
-        with tempfile.TemporaryDirectory(prefix="tmp-", dir=None if path is None else path.parent) as scratch:
-            output = Path(scratch) / "read_grid.so"
-            command = [compiler, *FLAGS, *flags, str(SOURCE), "-o", str(output)]
-            run = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
-            problem = run.stderr
-            if run.returncode == 0:
-                try:
-                    library = ctypes.CDLL(str(output))
-                except OSError as error:
-                    problem = str(error)
-                    continue
-                if path is not None:
-                    output.chmod(0o700)
-                    output.replace(path)
-                return library
-    raise OSError(f"{compiler} could not compile {SOURCE.name}:\n{problem[-2000:]}")
+    if hasattr(os, "memfd_create"):
+        with suppress(OSError):
+            handle = os.memfd_create("read_grid")
+            with os.fdopen(handle, "wb", closefd=False) as file:
+                file.write(content)
+            return ctypes.CDLL(f"/proc/self/fd/{handle}")
+    return ctypes.CDLL(str(path))
 
 
-def _fingerprint(compiler: str) -> str:
-    """Return a hash of everything that the library depends on: source, compiler, flags and processor features."""
-    for target in TARGETS:
-        command = [compiler, *target.split(), "-dM", "-E", "-x", "c++", os.devnull]
-        macros = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
-        if macros.returncode == 0:
-            break
-    files = (path.read_text() for path in sorted(SOURCE.parent.glob("[!.]*.[hc]*")) if path.is_file())
-    parts = [*files, compiler, *FLAGS, *(" ".join(flags) for flags in VARIANTS), macros.stdout]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-
-
-def _compiler() -> str:
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        if name and (path := shutil.which(name)):
-            return path
-    raise FileNotFoundError("no C++ compiler found (tried $CXX, c++, g++, clang++)")
-
-
-def _cache_folder() -> Path | None:
-    """Return the cache folder, or None if it cannot be used.
-
-    Libraries in the folder are executed, so the folder is used only if no other user can write to it.
-    """
-    if not hasattr(os, "getuid"):
-        return None
+def _functions(library: ctypes.CDLL) -> Functions:
+    """Return the functions of a library. Raise OSError if one is missing, or if the library has another version."""
+    functions: Functions = {}
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "perceiver-core"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
-    except (OSError, RuntimeError):  # `Path.home` raises RuntimeError if the user has no home folder
-        return None
-    private = status.st_uid == os.getuid() and not status.st_mode & 0o022
-    return folder if private and os.access(folder, os.W_OK) else None
+        version_of = library.read_grid_version
+        version_of.restype = ctypes.c_int64
+        if (version := version_of()) != VERSION:
+            raise OSError(f"the library has version {version} instead of {VERSION}")
+        for name, num_pointers in NUM_POINTERS.items():
+            for dtype in (torch.float32, torch.float64):
+                function = getattr(library, f"{name}_{str(dtype).removeprefix('torch.')}")
+                function.argtypes = [ctypes.c_int64] * 6 + [ctypes.c_void_p] * num_pointers + [ctypes.c_int64] * 2
+                function.restype = ctypes.c_int64
+                functions[name, dtype] = function
+    except AttributeError as error:
+        raise OSError(f"the library is incomplete: {error}") from error
+    return functions
