@@ -25,10 +25,10 @@ from tests.kernels.grid.cases import formula, normal, outputs_and_gradients, ran
 from tests.robustness.rounding import CONSTANT, LANES, Path, Terms, bounds, unit, weights_and_errors
 from tests.robustness.test_error_bounds import TIGHT
 
-TRITON = pytest.param("triton", marks=[pytest.mark.triton, pytest.mark.interpreted])
+TRITON = pytest.param("triton", marks=[pytest.mark.triton, pytest.mark.interpreted(dtype=[torch.float32])])
 SINGLE = Path(*[torch.float32] * 4)
 BACKENDS = ("cpp", "eager", "slabs", TRITON)
-GRIDS = {"triton": ((5, 17),)}  # interpreted, which is slow
+GRIDS = {"triton": ((2, 5),)}  # interpreted, which is slow
 NAMES = ("content", "marginals", "lse", "d content_queries", "d axis_queries", "d content", "d scale")
 
 
