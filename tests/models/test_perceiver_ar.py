@@ -365,3 +365,12 @@ class TestErrors:
         read = partial(pc.CrossAttend, attention=partial(pc.MultiHeadAttention, rotary=rotary))
         with pytest.raises(ValueError, match=r"cross_attention must have Rotary\(from_end=True\)"):
             pc.PerceiverAR(pc.adapters.TokenEmbedding(11, dim=8), num_latents=5, cross_attention=read)
+
+    @pytest.mark.parametrize("name", ["cross_attention", "latent_transformer"])
+    @pytest.mark.parametrize("kernel", [pc.kernels.inverted, partial(pc.kernels.inverted, dropout=0.0)])
+    def test_kernels_in_which_queries_compete_are_refused(self, name, kernel):
+        attention = partial(pc.MultiHeadAttention, kernel=kernel)
+        block = partial(pc.LatentTransformer, block=partial(pc.SelfAttend, attention=attention))
+        factory = partial(pc.CrossAttend, attention=attention) if name == "cross_attention" else block
+        with pytest.raises(ValueError, match=f"{name} must have a kernel with a softmax over the keys.*inverted"):
+            pc.PerceiverAR(pc.adapters.TokenEmbedding(11, dim=8), num_latents=5, **{name: factory})

@@ -18,6 +18,7 @@ from perceiver_core.blocks.factory import build
 from perceiver_core.heads import TiedLogits
 from perceiver_core.layers.random_draws import RepeatableDraws
 from perceiver_core.masks import Mask
+from perceiver_core.models.causality import check_causal
 from perceiver_core.positions import Rotary
 from perceiver_core.registry import register
 
@@ -74,7 +75,8 @@ class PerceiverAR(nn.Module):
 
     Raises:
         TypeError: If `embedding` lacks an attribute that the head needs.
-        ValueError: If a size or `prefix_dropout` is out of range, or `cross_attention` has `Rotary(from_end=False)`.
+        ValueError: If a size or `prefix_dropout` is out of range.
+        ValueError: If `cross_attention` has `Rotary(from_end=False)`, or a kernel is not causal (`kernels.inverted`).
 
     Example:
         >>> embedding = pc.adapters.TokenEmbedding(vocab_size=256, dim=32)
@@ -107,10 +109,8 @@ class PerceiverAR(nn.Module):
         self.head = build(head, embedding)  # raises if the embedding has no dim or vocab_size
         self.dim, self.vocab_size = cast(TokenEmbedding, embedding).dim, cast(TokenEmbedding, embedding).vocab_size
         self.cross_attention = build(cross_attention, self.dim, self.dim)
-        rotary = getattr(getattr(self.cross_attention, "attention", None), "rotary", None)
-        if not getattr(rotary, "from_end", True):
-            raise ValueError("cross_attention must have Rotary(from_end=True), as its queries are the last tokens")
         self.latent_transformer = build(latent_transformer, self.dim, depth=depth, num_heads=num_heads)
+        check_causal(cross_attention=self.cross_attention, latent_transformer=self.latent_transformer)
         self.norm = build(norm, self.dim)
         self._draws = RepeatableDraws()
 
