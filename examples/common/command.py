@@ -180,7 +180,8 @@ def _guarded(command: Callable[[], object], signals: _Signals) -> int:
     except Exception as error:
         if signals.received:  # an error that followed the signal, such as of processes that wait for each other
             return _interrupted(signals.received, signals.go_on)
-        if isinstance(error, BrokenPipeError) and _flushed(0):
+        if isinstance(error, BrokenPipeError):
+            _flushed(0)
             say(f"interrupted: the output was closed; {signals.go_on}")
             return 128 + _PIPE
         if not isinstance(error, (OSError, ValueError)):

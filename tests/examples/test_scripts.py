@@ -1,4 +1,4 @@
-"""Scripts run by their path, from any folder."""
+"""Commands run by their path, from any folder, and explain their options."""
 
 from __future__ import annotations
 
@@ -12,38 +12,47 @@ import pytest
 pytestmark = pytest.mark.no_shape_checks
 
 ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("examples", "benchmarks", "tools", "docs", "src")
 SCRIPTS = sorted(
     path
-    for folder in ("examples", "benchmarks")
+    for folder in FOLDERS
     for path in (ROOT / folder).rglob("*.py")
-    if '__name__ == "__main__"' in path.read_text()
+    if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
 )
 # Runs all scripts in one process, which imports PyTorch once. `runpy` does not set the path as `python <script>` does.
 RUN_ALL = """
 import contextlib, io, json, runpy, sys
 results, path = {}, sys.path[1:]
 for script in sys.argv[1:]:
-    for name in [name for name in sys.modules if name.split(".")[0] in ("examples", "benchmarks")]:
-        del sys.modules[name]
-    sys.path[:], sys.argv = [script.rpartition("/")[0], *path], [script, "--help"]
-    try:
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            runpy.run_path(script, run_name="__main__")
-    except SystemExit as end:
-        results[script] = printed.getvalue()[:6] if end.code in (0, None) else f"exit code {end.code}"
-    except Exception as error:
-        results[script] = repr(error)
+    for option in ("--help", "--no-such-option"):
+        for name in [name for name in sys.modules if name.split(".")[0] in ("examples", "benchmarks")]:
+            del sys.modules[name]
+        sys.path[:], sys.argv = [script.rpartition("/")[0], *path], [script, option]
+        code, output, errors = None, io.StringIO(), io.StringIO()
+        try:
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+                runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+        except Exception as error:
+            code = repr(error)
+        results.setdefault(script, []).append([code, output.getvalue()[:6], errors.getvalue()[:6]])
 print(json.dumps(results))
 """
 
 
 @pytest.mark.slow
-def test_every_script_runs_by_its_path_from_another_folder(tmp_path: Path) -> None:
+def test_every_command_runs_by_its_path_from_another_folder(tmp_path: Path) -> None:
+    """With --help and with an unknown option, nothing is done, and the exit code is 0 or 2."""
     names = [path.as_posix() for path in SCRIPTS]
-    assert len(names) > 15
+    assert len(names) > 20
+    figures = {path: path.stat().st_mtime_ns for path in [ROOT / "constraints.txt", *(ROOT / "docs").rglob("*.png")]}
     ran = subprocess.run([sys.executable, "-c", RUN_ALL, *names], cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    assert json.loads(ran.stdout.splitlines()[-1]) == dict.fromkeys(names, "usage:")
+    results = json.loads(ran.stdout.splitlines()[-1])
+    assert results == dict.fromkeys(names, [[0, "usage:", ""], [2, "", "usage:"]])
+    assert {path: path.stat().st_mtime_ns for path in figures} == figures
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_script_runs_from_another_folder(tmp_path: Path) -> None:
