@@ -28,6 +28,7 @@ from tests.robustness.test_error_bounds import TIGHT
 TRITON = pytest.param("triton", marks=[pytest.mark.triton, pytest.mark.interpreted(dtype=[torch.float32])])
 SINGLE = Path(*[torch.float32] * 4)
 BACKENDS = ("cpp", "eager", "slabs", TRITON)
+CASES = ((0.01, False), (30.0, True), (1000.0, False))  # magnitude of the queries, and whether tokens are masked
 GRIDS = {"triton": ((2, 5),)}  # interpreted, which is slow
 NAMES = ("content", "marginals", "lse", "d content_queries", "d axis_queries", "d content", "d scale")
 
@@ -110,7 +111,7 @@ def test_errors_of_a_structured_read_are_within_their_bounds(backend, dtype):
     worst = dict.fromkeys(NAMES, 0.0)
     with use_backend(backend):
         for grid in GRIDS.get(backend, ((1,), (499,), (19, 23), (5, 3, 11))):
-            for magnitude, masked in ((0.01, False), (30.0, True), (1000.0, False)):
+            for magnitude, masked in ((30.0, True),) if backend == "triton" else CASES:
                 mask = random_mask(2, *grid) | (torch.arange(grid[-1]) == 0) if masked else None
                 inputs = grid_inputs(grid, magnitude, dtype)
                 for name, ratio in grid_ratios(inputs, Path(*[dtype] * 4), mask).items():
