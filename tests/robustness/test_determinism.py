@@ -15,6 +15,8 @@ from torch import Tensor
 
 from tests.robustness.repeated import CASES, EQUAL, ROUNDING
 
+pytestmark = pytest.mark.no_shape_checks  # shapes are checked by the tests of each part
+
 ROOT = Path(__file__).parents[2]
 OTHER = "from tests.robustness.test_determinism import digest; print(digest('training'))"
 
@@ -63,7 +65,6 @@ def test_results_that_depend_on_the_number_of_threads_differ_by_rounding(name):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * max(1e-3, float(a.abs().max())))
 
 
-@pytest.mark.no_shape_checks
 def test_results_repeat_in_another_process():
     run = subprocess.run([sys.executable, "-c", OTHER], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == digest("training")

@@ -20,6 +20,8 @@ from perceiver_core import kernels, masks
 from perceiver_core.kernels import add_zero_attn, chunked, fastest, inverted, partial_attention, reference, sdpa
 from tests.robustness.rounding import Bounds, Path, Terms, bounds, unit, weights_and_errors
 
+pytestmark = pytest.mark.no_shape_checks  # shapes are checked by the tests of each part
+
 TIGHT = 0.01
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 both = pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)

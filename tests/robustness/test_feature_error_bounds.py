@@ -13,6 +13,8 @@ from perceiver_core import positions
 from tests.robustness.rounding import CONSTANT, smallest, unit
 from tests.robustness.test_error_bounds import TIGHT, wide
 
+pytestmark = pytest.mark.no_shape_checks  # shapes are checked by the tests of each part
+
 HALF = (torch.bfloat16, torch.float16)
 RESOLUTIONS = (16, 1024, 100_000)
 

@@ -17,6 +17,8 @@ from perceiver_core import masks
 from perceiver_core.kernels import chunked
 from tests.robustness.rounding import CONSTANT, LANES
 
+pytestmark = pytest.mark.no_shape_checks  # shapes are checked by the tests of each part
+
 CHUNK = 4096  # keys in a chunk of `kernels.chunked`
 TILE = 256  # tokens in a tile of the compiled loop
 SLAB = 2**20  # tokens in a slab of a read in factored form
