@@ -236,20 +236,47 @@ def test_folds_are_trained_and_pooled(tmp_path, capsys):
     assert "3 folds, pooled" in (out / "summary.md").read_text()
 
 
+def start(folder: Path, out: Path, *more: str, torchrun: bool) -> "subprocess.Popen[str]":
+    """A training with two ranks."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if torchrun else []
+    devices = [] if torchrun else ["--devices", "2"]
+    command = [sys.executable, *launcher, "-m", "examples.akoa.train", *arguments(folder, out, *devices, *more)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=out.parent, env=environment, text=True, **pipes)
+
+
+def finished(process: "subprocess.Popen[str]") -> str:
+    output, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors[-3000:]
+    return output
+
+
+def children(process: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("launch", ["torchrun", "devices"])
-def test_two_ranks_train_on_shares(folder, tmp_path, launch):
-    """As many steps as one rank with twice the batch takes, and one report."""
-    if launch == "torchrun":
-        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-        more: list[str] = []
-    else:
-        start, more = ["-m"], ["--devices", "2"]
-    out = tmp_path / "run"
-    command = [sys.executable, *start, "examples.akoa.train", *arguments(folder, out, "--epochs", "2", *more)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert last(out)["global_step"] == 2 * 2  # 9 pictures a rank, in 7 and 2
-    assert json.loads((out / "report.json").read_text())["test_looked_at"] == 1
-    assert pc.load(out / "weights")(torch.zeros(1, 1, 16, 12)).shape == (1, 1)
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in /proc")
+def test_two_ranks_train_on_shares_and_resume_after_a_signal_and_after_the_death_of_a_rank(folder, tmp_path):
+    """As many steps as one rank with twice the batch takes, and one report, with Lightning's launcher and torchrun."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    finished(start(folder, whole, "--epochs", "6", torchrun=False))
+    assert last(whole)["global_step"] == 6 * 2  # 9 pictures a rank, in 7 and 2
+    assert json.loads((whole / "report.json").read_text())["test_looked_at"] == 1
+    assert pc.load(whole / "weights")(torch.zeros(1, 1, 16, 12)).shape == (1, 1)
+    for epoch in ("epoch 1", "epoch 3"):
+        process = start(folder, cut, "--epochs", "6", "--resume", torchrun=True)
+        assert process.stdout is not None
+        assert any(line.startswith(epoch) for line in process.stdout)
+        if epoch == "epoch 1":
+            process.terminate()
+        else:
+            os.kill(children(process.pid)[-1], signal.SIGKILL)
+        process.communicate(timeout=120)
+        assert process.returncode != 0
+        assert not (cut / "report.json").exists()
+    assert "epoch 1 of 6" not in finished(start(folder, cut, "--epochs", "6", "--resume", torchrun=True))
+    same_training(last(whole), last(cut))
+    for name in ("predictions.csv", "history.csv", "slices.png", "weights/model.safetensors"):
+        assert (whole / name).read_bytes() == (cut / name).read_bytes(), name

@@ -17,7 +17,7 @@ SCRIPTS = sorted(
     path
     for folder in FOLDERS
     for path in (ROOT / folder).rglob("*.py")
-    if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
+    if '\nif __name__ == "__main__":' in path.read_text(encoding="utf-8")
 )
 # Runs all scripts in one process, which imports PyTorch once. `runpy` does not set the path as `python <script>` does.
 RUN_ALL = """
@@ -50,7 +50,7 @@ def test_every_command_runs_by_its_path_from_another_folder(tmp_path: Path) -> N
     ran = subprocess.run([sys.executable, "-c", RUN_ALL, *names], cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     results = json.loads(ran.stdout.splitlines()[-1])
-    assert results == dict.fromkeys(names, [[0, "usage:", ""], [2, "", "usage:"]])
+    assert results == {name: [[0, "usage:", ""], [2, "", "usage:"]] for name in names}
     assert {path: path.stat().st_mtime_ns for path in figures} == figures
     assert not list(tmp_path.iterdir())
 

@@ -329,3 +329,19 @@ def test_a_folder_that_cannot_be_written_to_is_reported(
         f"error: Permission denied: {tmp_path / 'run'}. Choose a path that you have access to; then the same command "
         "with --resume continues\n"
     )
+
+
+# The library's commands
+
+
+@posix
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_commands_of_the_library_have_the_same_codes(number: signal.Signals, code: int) -> None:
+    script = """
+        from perceiver_core import __main__ as commands
+        commands.main = wait
+        sys.exit(commands._exit_code())
+    """
+    line = "interrupted: nothing was written; run the same command again\n"
+    assert signaled(script, number) == (code, line)

@@ -72,8 +72,15 @@ class Laterality(LightningModule):
         self.log("train_accuracy", self.train_accuracy, on_step=False, on_epoch=True)
         return losses.mean()
 
+    def on_validation_start(self) -> None:
+        """Average the statistics of batch norm over ranks, since checkpoints contain only those of the first rank."""
+        self._average_buffers()
+
     def on_validation_epoch_start(self) -> None:
-        """Average the statistics of batch norm over ranks."""
+        """Average the statistics again: weight averaging has exchanged the weights, and its copy of the statistics."""
+        self._average_buffers()
+
+    def _average_buffers(self) -> None:
         for buffer in self.model.buffers():
             if buffer.is_floating_point() and self.trainer.world_size > 1:
                 buffer.copy_(self.trainer.strategy.reduce(buffer.clone(), reduce_op="mean"))
