@@ -171,11 +171,24 @@ def test_a_changed_bit_is_refused_wherever_it_is(saved, tmp_path):
 @pytest.mark.parametrize(
     "digests", [None, [], "", {}, {"model.safetensors": 3}, {"model.safetensors": "ab"}, {"other": "0" * 64}], ids=repr
 )
-def test_a_digest_that_is_none(digests, broken):
+def test_digests_of_other_types_are_refused(digests, broken):
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps({**config, "sha256": digests}))
     with pytest.raises(ValueError, match=r"must have the SHA-256 digest of model\.safetensors in 'sha256'"):
         pc.load(broken)
+
+
+@pytest.mark.refusal
+def test_a_changed_configuration_is_refused_wherever_it_is(broken):
+    """White space and the order of keys do not matter."""
+    config = (broken / "config.json").read_text()
+    for old, new in (('"max_resolution": 7', '"max_resolution": 3'), ('"num_heads": 7', '"num_heads": 1')):
+        assert old in config
+        (broken / "config.json").write_text(config.replace(old, new))
+        with pytest.raises(ValueError, match=r"config\.json was changed after it was saved: its entry 'model'"):
+            pc.load(broken)
+    (broken / "config.json").write_text(json.dumps(json.loads(config), sort_keys=True))
+    pc.load(broken)
 
 
 def test_a_folder_without_a_digest_loads(broken):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import stat
 from pathlib import Path
@@ -22,7 +23,9 @@ pytestmark = pytest.mark.no_shape_checks
 def test_the_configuration_reads_well(tmp_path):
     pc.save(small(), tmp_path)
     digest = hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
-    entry = f'  "format": 1,\n  "sha256": {{\n    "model.safetensors": "{digest}"\n  }},\n'
+    model = json.dumps(json.loads(CONFIG_OF_SMALL)["model"], sort_keys=True)
+    of_model = hashlib.sha256(model.encode()).hexdigest()
+    entry = f'  "format": 1,\n  "sha256": {{\n    "model.safetensors": "{digest}",\n    "model": "{of_model}"\n  }},\n'
     assert (tmp_path / "config.json").read_text() == CONFIG_OF_SMALL.replace('  "format": 1,\n', entry)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 

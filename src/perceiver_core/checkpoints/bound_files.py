@@ -72,11 +72,11 @@ def read_pair(
         FileNotFoundError: If one of the files does not exist.
         ValueError: If the data file is not the one that the JSON file describes.
     """
+    failed: object = ()
     for _ in range(ATTEMPTS):
-        text, path = b"", data
+        version = _version(description)
         try:
-            text = _read(description)
-            content, digest = parse(text)
+            content, digest = parse(_read(description))
             path = _current_path(data, digest)
             result = load(content, path)
             if digest is not None and sha256(path) != digest:
@@ -84,11 +84,12 @@ def read_pair(
                     f"{data} is not the file that {description.name} describes: its SHA-256 digest differs. Copy both "
                     "from one save. To change a model, load it, change it in Python and save it again"
                 )
-        except (OSError, ValueError):
-            if _replaced(data, description, text, path):
-                continue
-            raise
-        if not _replaced(data, description, text, path):
+        except Exception:  # safe_open raises errors of several types
+            if failed == version:
+                raise
+            failed = version  # a writer may have replaced the files in the meantime, so they are read once more
+            continue
+        if _version(description) == version:
             return result
     raise OSError(f"{description} and {data.name} are replaced faster than they can be read; load them again later")
 
@@ -117,11 +118,13 @@ def _current_path(data: Path, digest: str | None) -> Path:
     return data
 
 
-def _replaced(data: Path, description: Path, text: bytes, path: Path) -> bool:
-    """Return whether a writer has replaced the JSON file, or has renamed the data file at `path`, since the reading."""
-    if not description.is_file():
-        return False
-    return read_at_most(description) != text or (path != data and not path.exists())
+def _version(path: Path) -> tuple[int, int, int] | None:
+    """Return numbers that change if a file is replaced, even by one with the same content, or None without a file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def _path_until_renamed(data: Path, digest: str) -> Path:

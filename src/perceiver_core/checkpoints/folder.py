@@ -1,10 +1,12 @@
 """Format of saved models: a folder with weights in `model.safetensors` and constructor calls in `config.json`.
 
-`config.json` contains the SHA-256 digest of `model.safetensors`, so that weights of another save are rejected.
+`config.json` contains the SHA-256 digests of `model.safetensors` and of the configuration itself, so that damaged files
+and weights of another save are rejected.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -27,7 +29,8 @@ def config_text(model: registry.Json, digest: str) -> str:
         model: Configuration of the model; see `registry.to_config`.
         digest: SHA-256 digest of the weights file in hexadecimal digits.
     """
-    content = {"library": "perceiver_core", "format": FORMAT, "sha256": {WEIGHTS: digest}, "model": model}
+    digests = {WEIGHTS: digest, "model": _digest(model)}
+    content = {"library": "perceiver_core", "format": FORMAT, "sha256": digests, "model": model}
     return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
@@ -42,7 +45,7 @@ def parse_config(text: str | bytes, source: str) -> tuple[registry.Json, str | N
 
     Raises:
         ValueError: If the text is too long or is not valid JSON in UTF-8.
-        ValueError: If the text was not written by `save`, or has a different format version.
+        ValueError: If the text was not written by `save`, was changed afterwards, or has a different format version.
     """
     config = parse_json(text, source, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
     if not isinstance(config, dict) or config.get("library") != "perceiver_core" or "model" not in config:
@@ -58,11 +61,20 @@ def parse_config(text: str | bytes, source: str) -> tuple[registry.Json, str | N
         )
     if "sha256" not in config:
         return config["model"], None
-    digests = config["sha256"]
-    digest = digests.get(WEIGHTS) if isinstance(digests, dict) else None
-    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+    digests = config["sha256"] if isinstance(config["sha256"], dict) else {}
+    if not _DIGEST.fullmatch(str(digests.get(WEIGHTS))):
         raise ValueError(f"{source} must have the SHA-256 digest of {WEIGHTS} in 'sha256'. Copy it again")
-    return config["model"], digest
+    if digests.get("model") != _digest(config["model"]):
+        raise ValueError(
+            f"{source} was changed after it was saved: its entry 'model' does not have the digest in 'sha256'. Copy it "
+            "again. To change a model, load it, change it in Python and save it again"
+        )
+    return config["model"], digests[WEIGHTS]
+
+
+def _digest(model: registry.Json) -> str:
+    """Return the digest of a configuration. It does not depend on white space or on the order of keys."""
+    return hashlib.sha256(json.dumps(model, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def parse_json(text: str | bytes, source: str, *, largest: int = LARGEST_CONFIG, **hooks: Any) -> registry.Json:

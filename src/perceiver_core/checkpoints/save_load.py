@@ -144,16 +144,19 @@ def load(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") 
         folder / WEIGHTS,
         folder / CONFIG,
         lambda text: parse_config(text, f"{folder / CONFIG}"),
-        lambda config, weights: _load(config, weights, device),
+        lambda config, weights: _load(config, folder / CONFIG, weights, device),
     )
 
 
-def _load(config: registry.Json, weights: Path, device: torch.device) -> nn.Module:
-    """Build a model from its configuration, in evaluation mode, and load its weights."""
+def _load(config: registry.Json, source: Path, weights: Path, device: torch.device) -> nn.Module:
+    """Build a model from its configuration in the file `source`, in evaluation mode, and load its weights."""
     try:
         with safe_open(weights, framework="pt") as file:
             specs = specs_in(file)
-            model = _build_without_values(config, len(specs))
+            try:
+                model = _build_without_values(config, len(specs))
+            except ValueError as error:
+                raise ValueError(f"{source}: {error}") from error
             different = spec_differences(tensor_specs(state_tensors(model)), specs)
             if different:
                 raise ValueError(f"{weights} does not fit {CONFIG}: {different}. Copy both from one save")
