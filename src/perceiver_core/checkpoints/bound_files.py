@@ -85,9 +85,9 @@ def read_pair(
                     "from one save. To change a model, load it, change it in Python and save it again"
                 )
         except Exception:  # safe_open raises errors of several types
-            if failed == version:
+            if failed == version == _version(description):
                 raise
-            failed = version  # a writer may have replaced the files in the meantime, so they are read once more
+            failed = version  # a writer may have renamed a file in the meantime, so they are read once more
             continue
         if _version(description) == version:
             return result
