@@ -7,6 +7,7 @@ from functools import partial
 from itertools import accumulate
 from typing import Any
 
+import torch
 from torch import nn
 
 import perceiver_core as pc
@@ -36,7 +37,7 @@ def draw_attention(draw: Draw, num_heads: int, *, causal: bool = False, rotary: 
     if draw.flag(0.3):
         options["num_kv_heads"] = draw.choice(*(n for n in range(1, num_heads + 1) if num_heads % n == 0))
     if draw.flag(0.2):
-        options["qk_norm"] = draw.choice(nn.RMSNorm, nn.LayerNorm)
+        options["qk_norm"] = draw.choice(rms_norm(draw), nn.LayerNorm)
     if draw.flag(0.3):
         options["kernel"] = draw_kernel(draw, causal=causal)
     if draw.flag(0.1) and options.get("kernel", kernels.fastest) in (kernels.fastest, kernels.sdpa, kernels.reference):
@@ -83,7 +84,12 @@ def draw_mlp(draw: Draw) -> Any:
 
 
 def draw_norm(draw: Draw) -> Any:
-    return draw.choice(nn.LayerNorm, nn.RMSNorm, nn.Identity, partial(nn.LayerNorm, eps=1e-3))
+    return draw.choice(nn.LayerNorm, rms_norm(draw), nn.Identity, partial(nn.LayerNorm, eps=1e-3))
+
+
+def rms_norm(draw: Draw) -> Any:
+    """Return a factory of an RMSNorm. Its default eps depends on the dtype, so that results of dtypes would differ."""
+    return nn.RMSNorm if draw.dtype == torch.float64 else partial(nn.RMSNorm, eps=1e-3)
 
 
 def draw_gate(draw: Draw) -> Any:

@@ -162,7 +162,7 @@ def invalid_value(draw: Draw, name: str, value: Any) -> Any:
             None, (), [*value, *value], 1.5, "ab", [None] * len(value), [0] * len(value), [1.5] * len(value)
         )
     if callable(value):
-        return draw.choice("module", 3, (), nn.Identity())
+        return draw.choice("module", 3, (), *[nn.Identity()] * (name != "kernel"))
     return draw.choice("x", 3, 1.5, (), object())
 
 

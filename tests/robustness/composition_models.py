@@ -18,6 +18,7 @@ from tests.robustness import composition_inputs as inputs
 from tests.robustness import composition_outputs as outputs
 from tests.robustness.composition_draws import Draw
 from tests.robustness.composition_inputs import Source
+from tests.robustness.composition_positions import draw_positions
 
 
 @dataclass
@@ -170,7 +171,7 @@ def resampler(draw: Draw) -> Case:
 def hierarchical(draw: Draw) -> Case:
     grid = (draw.size(1, 10),) if draw.flag(0.6) else (draw.size(1, 4), draw.size(1, 4))
     n, width = int(torch.tensor(grid).prod()), draw.size(1, 5)
-    where = inputs.draw_positions(draw, len(grid), grid, depth=1)
+    where = draw_positions(draw, len(grid), grid, depth=1)
     count = draw.size(1, 3)
     sizes = [(draw.choice(4, 3, 2, 1), draw.size(1, 3)) for _ in range(count)]
 

@@ -13,7 +13,8 @@ import perceiver_core as pc
 from perceiver_core import adapters, heads, queries
 from tests.robustness.composition_blocks import draw_cross_attention, draw_norm
 from tests.robustness.composition_draws import Draw, shown
-from tests.robustness.composition_inputs import Source, draw_point_features, draw_positions
+from tests.robustness.composition_inputs import Source
+from tests.robustness.composition_positions import draw_point_features, draw_positions
 
 
 class Asked(NamedTuple):
@@ -118,7 +119,7 @@ def draw_decoder(draw: Draw, dim: int, query_dim: int) -> pc.Decoder:
 def draw_query_head(draw: Draw, dim: int, asked: Asked) -> tuple[nn.Module, tuple[int, ...]]:
     """Draw a head for decoder outputs of width `dim`. Return it and the shape of its output without the batch axis."""
     q = asked.count
-    kinds = ["identity", "linear", "wave"] + ["single"] * (q == 1) + ["grid"] * 2 + ["patches"] * 2
+    kinds = ["identity", "linear", "wave"] + ["single"] * 4 * (q == 1) + ["grid"] * 2 + ["patches"] * 2
     kind = draw.choice(*kinds)
     if kind == "wave":
         patch, channels = draw.size(1, 3), draw.size(1, 2)

@@ -6,7 +6,6 @@ import random
 from types import ModuleType
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +16,7 @@ from tests.robustness import composition_models
 from tests.robustness.composition_draws import Draw
 from tests.robustness.composition_functions import run_function
 from tests.robustness.composition_generation import generated
-from tests.robustness.compositions import FUNCTION_SHARE, Escape, run, run_case
+from tests.robustness.compositions import Escape, run, run_case
 
 CASES, BLOCK = 300, 25
 
@@ -39,7 +38,7 @@ def test_compositions_are_equal_on_all_paths_or_refused(start, tmp_path):
     assert sum(outcome.startswith("equal") for outcome in outcomes) > BLOCK / 3
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(source=st.randoms(use_true_random=False))
 def test_valid_compositions_are_equal_on_all_paths(source, tmp_path_factory):
     """Hypothesis draws the choices, so that it can look for a simpler composition that fails."""
@@ -59,7 +58,7 @@ def test_every_public_part_is_drawn(tmp_path):
     missing -= NOT_DRAWN
     for seed in range(CASES):
         draw = Draw(random.Random(seed), invalid=False)
-        if draw.flag(FUNCTION_SHARE):
+        if draw.flag():
             run_function(draw, tmp_path)
         else:
             case = composition_models.draw_case(draw)
@@ -102,12 +101,8 @@ def _factored(monkeypatch):
 
 
 def _cached(monkeypatch):
-    def wrong(self, later):
-        return KeysValues(
-            *(torch.cat([new, old], 2) for old, new in ((self.keys, later.keys), (self.values, later.values)))
-        )
-
-    monkeypatch.setattr(KeysValues, "append", wrong)
+    append = KeysValues.append
+    monkeypatch.setattr(KeysValues, "append", lambda self, later: append(self, later._replace(keys=later.keys * 1.01)))
 
 
 def _unchecked(monkeypatch):
@@ -116,15 +111,11 @@ def _unchecked(monkeypatch):
 
 @pytest.mark.refusal
 @pytest.mark.parametrize(
-    "plant, invalid, message",
-    [
-        (_factored, False, "AssertionError.*off by"),
-        (_cached, False, "AssertionError.*logits"),
-        (_unchecked, True, "Error: "),
-    ],
+    "plant, first, message",  # the search starts at a seed that found the error when the test was written
+    [(_factored, 33, "AssertionError: .*off by"), (_cached, 28, "AssertionError: logits"), (_unchecked, 17, "invalid")],
 )
-def test_a_planted_error_escapes(plant, invalid, message, monkeypatch, tmp_path):
+def test_a_planted_error_escapes(plant, first, message, monkeypatch, tmp_path):
     plant(monkeypatch)
     with pytest.raises(Escape, match=message):
-        for seed in range(CASES):
-            run(Draw(random.Random(seed), invalid=invalid), _folder(tmp_path, seed))
+        for seed in range(first, first + CASES):
+            run(Draw(random.Random(seed), invalid=plant is _unchecked), _folder(tmp_path, seed))
