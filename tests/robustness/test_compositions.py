@@ -112,7 +112,7 @@ def _unchecked(monkeypatch):
 @pytest.mark.refusal
 @pytest.mark.parametrize(
     "plant, first, message",  # the search starts at a seed that found the error when the test was written
-    [(_factored, 33, "AssertionError: .*off by"), (_cached, 28, "AssertionError: logits"), (_unchecked, 17, "invalid")],
+    [(_factored, 9, "AssertionError: .*off by"), (_cached, 28, "AssertionError: logits"), (_unchecked, 17, "invalid")],
 )
 def test_a_planted_error_escapes(plant, first, message, monkeypatch, tmp_path):
     plant(monkeypatch)
