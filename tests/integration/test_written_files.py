@@ -19,12 +19,13 @@ SOURCES = [
 ]
 WRITERS = {"write_text", "write_bytes", "savefig", "save_file", "save_model", "tofile", "savetxt", "savez"}
 MODULE_WRITERS = {"torch.save", "np.save", "os.replace", "os.rename", "shutil.copy", "shutil.move"}
-# Functions that write to the path of a temporary file, which `write_atomically` passes them, and two exceptions.
+# Functions that write to the path of a temporary file, which `write_atomically` passes them, and exceptions.
 WRITE_TO_A_TEMPORARY_PATH = {
     "src/perceiver_core/checkpoints/deployment.py": {"_write_exported"},
     "examples/akoa/training/laterality.py": {"_write_checkpoint"},
     "examples/akoa/evaluation/plots.py": {"write_png"},
     "examples/akoa/training/callbacks.py": {"_append"},  # the log of TensorBoard
+    "src/perceiver_core/kernels/grid/cpp_library.py": {"_scratch_folder", "_library"},  # a trial; a file in memory
     "benchmarks/measurement.py": {"_measured"},  # a setting of the system, below /proc
 }
 
