@@ -18,6 +18,8 @@ from perceiver_core.reads.machine import SHORT_ROW, Cost, Machine
 from perceiver_core.reads.strategy import ReadContext, Sizes
 from perceiver_core.registry import register
 
+BLOCK = 2**14  # positions of an axis whose products with marginals are summed at once
+
 
 @partial(register, name="reads.Structured")
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def attend_slab(q: Tensor, memory: FactoredKeysValues) -> PartialAttention:
             memory.mask,
         )
         output = read.content @ values.content.mT
-        output = output + read.marginals @ torch.cat(memory.project_tables(values), dim=1) + values.constant
+        output = output + _product(read.marginals, torch.cat(memory.project_tables(values), dim=1)) + values.constant
         # The constant term of the keys is the same for all scores of a query. It changes only their log-sum-exp.
         shift = scaled @ keys.constant.mT
         output = output + 0.0 * shift  # so that the gradient of `shift` is zero instead of None
@@ -92,3 +94,11 @@ def attend_slab(q: Tensor, memory: FactoredKeysValues) -> PartialAttention:
             empty = (read.lse == -torch.inf).unsqueeze(-1)
             output, shift = output.masked_fill(empty, 0.0), shift.masked_fill(empty, 0.0)
         return PartialAttention(output, read.lse + shift.squeeze(-1))
+
+
+def _product(marginals: Tensor, tables: Tensor) -> Tensor:
+    """Return `marginals @ tables`. A long axis is summed in blocks, whose rounding errors do not add up."""
+    if checks.is_exporting() or marginals.shape[-1] <= BLOCK:
+        return marginals @ tables
+    blocks = zip(marginals.split(BLOCK, dim=-1), tables.split(BLOCK, dim=-2), strict=True)
+    return torch.stack([part @ table for part, table in blocks]).sum(0)
