@@ -9,13 +9,23 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+
+if not __package__:  # run by its path, not with `python -m`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    from examples.common.command import exit_on_signals
+
+    exit_on_signals()
 
 import torch
 from torch import Tensor, nn
 
 import perceiver_core as pc
+from examples.common.command import run_command
 from perceiver_core import kernels, reads
 
 STRATEGIES: dict[str, tuple[reads.Strategy, Callable[..., Tensor]]] = {
@@ -82,6 +92,8 @@ def main() -> None:
     counts = [10**power for power in range(3, 8)]
     parser.add_argument("--tokens", type=int, nargs="+", default=counts, help="numbers of tokens (%(default)s)")
     options = parser.parse_args()
+    if min(options.tokens) < 2:
+        parser.error("--tokens must be 2 or more")
     print(f"| grid | tokens | {' | '.join(STRATEGIES)} |\n|---|---|{'---|' * len(STRATEGIES)}")
     for num_tokens in options.tokens:
         for name, grid in grids(num_tokens).items():
@@ -92,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import struct
 import sys
 import warnings
@@ -99,7 +100,29 @@ def _as_shown(image: Image.Image) -> Image.Image:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the class of each image."""
+    """Print the class of each image. Returns the exit code: 0: done, 2: refused, 130: interrupted."""
+    try:
+        classify(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as in `... | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (OSError, ValueError) as error:
+        print(f"error: {ascii(str(error))[1:-1]}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again", file=sys.stderr)
+        return 130
+    return 0
+
+
+def classify(argv: Sequence[str] | None = None) -> None:
+    """Print the class of each image that the command line names.
+
+    Raises:
+        OSError: A file cannot be read.
+        ValueError: A file is damaged.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder with model.onnx and deployment.json")
     parser.add_argument("images", type=Path, nargs="+", help="image files")
@@ -109,7 +132,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         (logits,) = session.run(None, {session.get_inputs()[0].name: read_image(path, preprocessing)})
         name = ascii(path.name)[1:-1]  # without control characters, which could change the output
         print(name, preprocessing["classes"][int(logits[0].argmax())])
-    return 0
 
 
 if __name__ == "__main__":
