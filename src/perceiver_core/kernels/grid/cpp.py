@@ -11,16 +11,20 @@ from torch import Tensor
 from perceiver_core.kernels.grid import cpp_library
 from perceiver_core.kernels.grid.interface import GridGradients, GridInputs, GridOutputs, Upstream
 
-_is_forked = False
+_has_started_threads = False
 
 
-def _note_fork() -> None:
-    global _is_forked
-    _is_forked = True
+def _use_one_thread() -> None:
+    """Limit PyTorch to one thread in a forked process if its parent has used several.
+
+    The threads of OpenMP do not exist in the child. Parallel operators, those of PyTorch too, would wait for them forever.
+    """
+    if _has_started_threads:
+        torch.set_num_threads(1)
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_note_fork)
+    os.register_at_fork(after_in_child=_use_one_thread)
 
 
 def forward(inputs: GridInputs) -> GridOutputs:
@@ -53,13 +57,15 @@ def backward(inputs: GridInputs, upstream: Upstream, needs_token_gradients: bool
 
 
 def _call(name: str, inputs: GridInputs, others: tuple[Tensor, ...]) -> None:
-    """Call a function of the library. OpenMP is not used in a forked process, where its threads no longer exist."""
-    content_queries, content = inputs.content_queries, inputs.content
+    """Call a function of the library."""
+    global _has_started_threads
+    content_queries, content, threads = inputs.content_queries, inputs.content, torch.get_num_threads()
+    _has_started_threads |= threads > 1
     function = cpp_library.functions()[name, content.dtype]
     pointers = (None if x is None else x.data_ptr() for x in (*inputs, *others))  # 0 (null) for empty tensors
     axes = array("q", content.shape[2:])  # int64_t; the variable keeps the buffer alive during the call
     sizes = content.shape[0], *content_queries.shape, content.ndim - 2, axes.buffer_info()[0]
-    if num_bytes := function(*sizes, *pointers, torch.get_num_threads(), not _is_forked):
+    if num_bytes := function(*sizes, *pointers, threads):
         raise MemoryError(
             f"the {name} pass of a structured read over {tuple(content.shape[2:])} tokens could not allocate "
             f"{num_bytes / 1e6:.1f} MB of working memory. Free memory (smaller batches, fewer processes), or raise the "

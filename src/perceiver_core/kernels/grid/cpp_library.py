@@ -125,7 +125,7 @@ def _functions(library: ctypes.CDLL) -> Functions:
         for name, num_pointers in NUM_POINTERS.items():
             for dtype in (torch.float32, torch.float64):
                 function = getattr(library, f"{name}_{str(dtype).removeprefix('torch.')}")
-                function.argtypes = [ctypes.c_int64] * 6 + [ctypes.c_void_p] * num_pointers + [ctypes.c_int64] * 2
+                function.argtypes = [ctypes.c_int64] * 6 + [ctypes.c_void_p] * num_pointers + [ctypes.c_int64]
                 function.restype = ctypes.c_int64
                 functions[name, dtype] = function
     except AttributeError as error:

@@ -12,8 +12,10 @@ of their sizes, because the numbers for all positions along all axes are concate
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -93,3 +95,10 @@ def over_grid(tables: Sequence[Tensor]) -> list[Tensor]:
         table.reshape(*table.shape[:-1], *(table.shape[-1] if i == axis else 1 for i in range(len(tables))))
         for axis, table in enumerate(tables)
     ]
+
+
+def row_dots(x: Float[Tensor, "*rows n"], y: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows"]:
+    """Compute dot products along the last axis, part by part, so that the product of large tensors is not stored."""
+    size = x.shape[-1] if torch.compiler.is_compiling() else max(1, 2**22 // max(1, prod(x.shape[:-1])))
+    parts = zip(x.split(size, -1), y.split(size, -1), strict=True)
+    return torch.stack([(a * b).sum(-1) for a, b in parts]).sum(0)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from perceiver_core import checks
 from perceiver_core.kernels.grid import cpp, cpp_library, eager, triton
-from perceiver_core.kernels.grid.interface import Backend, GridGradients, GridInputs, Upstream
+from perceiver_core.kernels.grid.interface import Backend, GridGradients, GridInputs, Upstream, row_dots
 
 LN2 = math.log(2)
 
@@ -176,7 +176,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, d_read: Tensor, d_marginals: Tensor, d_lse: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     *inputs, read, marginals, base, total = ctx.saved_tensors
     # d_score = p (d_p - sum(p d_p) + d_lse), and sum(p d_p) is the sum of the outputs times their gradients.
-    offset = d_lse - (d_read * read).sum(-1) - (d_marginals * marginals).sum(-1)
+    offset = d_lse - row_dots(d_read, read) - row_dots(d_marginals, marginals)
     needs_token_gradients = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
     compute: Any = _read_grid_backward if torch.compiler.is_compiling() else _ReadGridBackward.apply
     gradients = GridGradients(*compute(*inputs, base, total, d_read, d_marginals, offset, needs_token_gradients))

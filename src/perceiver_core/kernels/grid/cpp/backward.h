@@ -177,9 +177,15 @@ template <class T> void merge_copies(const Copies<T>& copies, int64_t from, int6
 
 // Returns 0, or the number of bytes that could not be allocated.
 template <class T>
-int64_t backward(const Inputs<T>& in, const Upstream<T>& upstream, const Gradients<T>& out, Threads threads) {
+int64_t backward(const Inputs<T>& in, const Upstream<T>& upstream, const Gradients<T>& out, int64_t threads) {
   const int64_t rows = in.heads * in.queries, all_blocks = in.heads * in.blocks;
-  if (!in.batch || !rows) return 0;
+  if (!in.batch || !rows) {
+    std::fill_n(out.content_queries, in.query_batch * rows * in.channels, T(0));
+    std::fill_n(out.axis_queries, in.query_batch * rows * in.axis_positions, T(0));
+    if (out.content) std::fill_n(out.content, in.batch * in.channels * in.tokens, T(0));
+    if (out.scale) std::fill_n(out.scale, in.batch * in.tokens, T(0));
+    return 0;
+  }
   const Plan<T> plan(in);
   const int64_t copied_rows = std::min(plan.blocks * BLOCK, rows);
   const bool copies_content = plan.content_copies != in.query_batch, copies_axes = plan.axis_copies != in.query_batch;

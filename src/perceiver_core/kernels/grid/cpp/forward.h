@@ -139,7 +139,7 @@ template <class T> struct Forward {
 
 // Computes the results of each split, which is a range of tiles.
 template <class T>
-int64_t forward_splits(const Inputs<T>& in, const Outputs<T>& out, int64_t splits, Threads threads) {
+int64_t forward_splits(const Inputs<T>& in, const Outputs<T>& out, int64_t splits, int64_t threads) {
   const auto work = [&](Forward<T>& pass, int64_t task) {
     const int64_t row = task / in.blocks, first = task % in.blocks * BLOCK;  // row: index over batch x splits x heads
     const int64_t split = row / in.heads % splits, batch = row / in.heads / splits;
@@ -173,7 +173,7 @@ void merge_splits(const Inputs<T>& in, const Outputs<T>& parts, int64_t part, in
 
 // Returns 0, or the number of bytes that could not be allocated. With few queries, the grid is split into parts that are
 // processed in parallel. A grid with a single axis is not split, because its marginals are as large as the scores.
-template <class T> int64_t forward(const Inputs<T>& in, const Outputs<T>& out, Threads threads) {
+template <class T> int64_t forward(const Inputs<T>& in, const Outputs<T>& out, int64_t threads) {
   const int64_t rows = in.batch * in.heads * in.queries, numbers = in.channels + in.axis_positions;
   if (!rows) return 0;
   const int64_t most = in.axes == 1 ? 1 : MAX_RESULT_BYTES / (rows * numbers * int64_t(sizeof(T)));

@@ -1,10 +1,10 @@
-// Memory that is allocated without exceptions, because an exception must not leave a thread or the library.
+// Memory that is allocated without exceptions: the first exception of a thread allocates memory itself, and ends the
+// process if there is none.
 
 #pragma once
 
 #include <cstdint>
-#include <memory>
-#include <new>
+#include <cstdlib>
 
 // Number of bytes that a set of buffers needs, and whether all of them could be allocated.
 struct Memory {
@@ -14,20 +14,25 @@ struct Memory {
 
 // Array of fixed size, not initialized, that begins at a cache line.
 template <class T> class Buffer {
-  static constexpr std::align_val_t ALIGNMENT{64};
-  struct Delete {
-    void operator()(T* values) const { ::operator delete[](values, ALIGNMENT); }
-  };
-  std::unique_ptr<T[], Delete> values;
+  static constexpr uintptr_t ALIGNMENT = 64;
+  void* allocated = nullptr;
+  T* values = nullptr;
 
  public:
-  Buffer(Memory& memory, int64_t size)
-      : values(static_cast<T*>(::operator new[](size * sizeof(T), ALIGNMENT, std::nothrow))) {
-    memory.bytes += size * int64_t(sizeof(T));
-    memory.enough &= values != nullptr;
+  Buffer(Memory& memory, int64_t size) {
+    if (size <= 0) return;
+    const int64_t bytes = size * int64_t(sizeof(T));
+    allocated = malloc(size_t(bytes) + ALIGNMENT);
+    values = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(allocated) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+    memory.bytes += bytes;
+    memory.enough &= allocated != nullptr;
   }
-  T* data() { return values.get(); }
-  const T* data() const { return values.get(); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { free(allocated); }
+
+  T* data() { return values; }
+  const T* data() const { return values; }
   T& operator[](int64_t i) { return values[i]; }
   const T& operator[](int64_t i) const { return values[i]; }
 };

@@ -25,22 +25,22 @@ EXPORTED int64_t read_grid_version() { return 1; }
   EXPORTED int64_t forward_##NAME(                                                                                     \
       int64_t batch, int64_t query_batch, int64_t heads, int64_t queries, int64_t channels, int64_t axes,              \
       const int64_t* grid, const T* content_queries, const T* axis_queries, const T* content, const T* scale,          \
-      const uint8_t* mask, T* read, T* marginals, T* base, T* total, int64_t threads, int64_t may_use_openmp) {        \
+      const uint8_t* mask, T* read, T* marginals, T* base, T* total, int64_t threads) {                                \
     Inputs<T> in{batch, query_batch, heads, queries, channels, axes, grid, content_queries, axis_queries, content,     \
                  scale, mask};                                                                                         \
     in.derive_sizes();                                                                                                 \
-    return forward<T>(in, {read, marginals, base, total}, {threads, may_use_openmp != 0});                             \
+    return forward<T>(in, {read, marginals, base, total}, threads);                                                    \
   }                                                                                                                    \
   EXPORTED int64_t backward_##NAME(                                                                                    \
       int64_t batch, int64_t query_batch, int64_t heads, int64_t queries, int64_t channels, int64_t axes,              \
       const int64_t* grid, const T* content_queries, const T* axis_queries, const T* content, const T* scale,          \
       const uint8_t* mask, const T* base, const T* total, const T* d_read, const T* d_marginals, const T* offset,      \
-      T* d_content_queries, T* d_axis_queries, T* d_content, T* d_scale, int64_t threads, int64_t may_use_openmp) {    \
+      T* d_content_queries, T* d_axis_queries, T* d_content, T* d_scale, int64_t threads) {                            \
     Inputs<T> in{batch, query_batch, heads, queries, channels, axes, grid, content_queries, axis_queries, content,     \
                  scale, mask};                                                                                         \
     in.derive_sizes();                                                                                                 \
     return backward<T>(in, {base, total, d_read, d_marginals, offset},                                                 \
-                       {d_content_queries, d_axis_queries, d_content, d_scale}, {threads, may_use_openmp != 0});       \
+                       {d_content_queries, d_axis_queries, d_content, d_scale}, threads);                              \
   }
 
 FUNCTIONS(float, float32)
