@@ -104,8 +104,8 @@ def block_options(draw: Draw) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if draw.flag():
         options["mlp"] = draw_mlp(draw)
-    if draw.flag(0.3):
-        options["norm"] = draw_norm(draw)
+    if draw.flag(0.3):  # not nn.Identity: without norms, values may grow beyond all bounds
+        options["norm"] = draw.choice(nn.LayerNorm, rms_norm(draw), partial(nn.LayerNorm, eps=1e-3))
     if draw.flag(0.15):
         options["dropout"] = 0.2
     return options
@@ -121,6 +121,8 @@ def draw_cross_attention(draw: Draw, *, rotary: bool = False, decoder: bool = Fa
     options = block_options(draw) | gate_options(draw)
     if draw.flag(0.1):
         options["mlp"] = None
+    if draw.flag(0.05):
+        options["norm"] = nn.Identity
     embedding = draw_rotary(draw, from_end=causal) if rotary else None
     options["attention"] = draw_attention(draw, heads, causal=causal, rotary=embedding)
     if draw.flag(0.2) and not decoder:

@@ -90,8 +90,8 @@ def kernel(draw: Draw, folder: Path) -> str:
     expected = _with_gradients(plain.get(name, kernels.reference), converted(given, torch.float64), mask)
     _, options = draw._recorded(kernels.reference, (), dict(zip("qkv", given, strict=True), mask=mask))
     actual = _with_gradients(functions[name], [options["q"], options["k"], options["v"]], options["mask"])
-    if not all(isinstance(options[name], Tensor) and options[name].isfinite().all() for name in "qkv"):
-        return f"equal: kernel {name}"  # kernels do not check values
+    if draw.invalid is not None:
+        return f"equal: kernel {name}"  # kernels do not check values, and accept other shapes
     for part, (a, x) in enumerate(zip(actual, expected, strict=True)):
         near(a, x, 8 * torch.finfo(draw.dtype).eps, f"kernel {name}, result {part}")
     weights = kernels.kernel_attention_map(kernels.reference, given[0], given[1], mask=mask)

@@ -107,8 +107,8 @@ def refuses(error: Exception, draw: Draw) -> bool:
     text = str(error)
     invalid: Invalid = draw.invalid
     later = draw.names if draw.calls and not draw.calls[-1].startswith(f"{invalid.call}(") else ()
-    if invalid.call.endswith(".forward"):
-        later = draw.names
+    if invalid.call.endswith(".forward") or invalid.call == "reference":
+        later = (*draw.names, "queries", "keys", "values")  # of two tensors that do not fit, either may be named
     return any(re.search(rf"\b{re.escape(name)}\b", text) for name in (invalid.name, *later))
 
 
