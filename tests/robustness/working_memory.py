@@ -42,7 +42,7 @@ def main(num_tokens: int) -> None:
     for name, (grid, batch, heads, queries, channels) in sizes.items():
         leading = 1, heads, queries
         shapes = (*leading, channels), (*leading, sum(grid)), (batch, channels, *grid), (batch, *grid)
-        inputs = GridInputs(*(torch.zeros(shape).normal_() for shape in shapes), None)
+        inputs = GridInputs._make([*(torch.zeros(shape).normal_() for shape in shapes), None])
         print(f"{name}, forward: {measure(lambda: cpp.forward(inputs))}", flush=True)  # noqa: B023
         outputs = cpp.forward(inputs)
         upstream = Upstream(outputs.base, outputs.total, outputs.content, outputs.marginals, outputs.base)

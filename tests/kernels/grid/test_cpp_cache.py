@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from perceiver_core.kernels.grid import cpp_cache, cpp_library
+from perceiver_core.kernels.grid import GridFallbackWarning, cpp_cache, cpp_library
 from tests.kernels.grid.compiled import file_names, is_loaded, needs_compiler
 
 pytestmark = needs_compiler
@@ -158,12 +158,33 @@ def test_a_folder_that_is_full_is_not_needed(
 
 
 @pytest.mark.usefixtures("copies")
-@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="the system loads files only")
-def test_a_full_folder_for_temporary_files_is_replaced_by_the_cache_folder(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("problem", ["missing", "full"])
+def test_a_folder_for_temporary_files_that_cannot_be_used_is_replaced_by_the_cache_folder(
+    problem: str, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    temporary = tmp_path / "temporary"
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    if problem == "full":
+        temporary.mkdir()
+        original = Path.write_bytes
+
+        def write_bytes(path: Path, data: bytes) -> int:
+            if temporary in path.parents:
+                raise OSError(28, "No space left on device")
+            return original(path, data)
+
+        monkeypatch.setattr(Path, "write_bytes", write_bytes)
     assert is_loaded() and file_names(cache) == ["library"]
+    assert problem == "missing" or list(temporary.iterdir()) == []
+
+
+def test_without_any_folder_for_temporary_files_a_warning_says_so(
+    copies: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cache.parent.write_text("a file instead of the folder")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    with pytest.warns(GridFallbackWarning, match="no folder for temporary files is writable"):
+        assert copies.exists() and not is_loaded()
 
 
 @pytest.mark.usefixtures("copies")

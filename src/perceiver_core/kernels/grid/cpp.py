@@ -17,7 +17,8 @@ _has_started_threads = False
 def _use_one_thread() -> None:
     """Limit PyTorch to one thread in a forked process if its parent has used several.
 
-    The threads of OpenMP do not exist in the child. Parallel operators, those of PyTorch too, would wait for them forever.
+    The threads of OpenMP do not exist in the child. Parallel operators, also those of PyTorch, would wait for them
+    forever.
     """
     if _has_started_threads:
         torch.set_num_threads(1)

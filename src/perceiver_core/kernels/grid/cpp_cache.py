@@ -1,7 +1,7 @@
 """Compiled libraries in the user's cache folder.
 
 The name of a file ends in the SHA-256 digest of its content. Files are created by renaming, so that a file is complete
-as soon as it exists, and a file that was changed afterwards does not fit its name. Libraries that other versions of
+as soon as it exists, and a file that was changed afterwards does not match its name. Libraries that other versions of
 this package, other compilers or other processors use have other names. They are kept, because the folder may be shared
 by several machines; each has about 0.2 MB. All files can be deleted at any time.
 """
@@ -49,7 +49,7 @@ def read(path: Path) -> bytes:
     """Return the content of a library in the cache folder.
 
     Raises:
-        OSError: If the file does not fit the digest in its name, is not a regular file, is too large, or belongs to or
+        OSError: If the file does not match the digest in its name, is not a regular file, is too large, or belongs to or
             can be written by another user.
     """
     content = read_private_file(path)
@@ -72,7 +72,7 @@ def read_private_file(path: Path) -> bytes:
 
 
 def store(folder: Path, name: str, content: bytes) -> None:
-    """Store a library, and delete those with the same name that are damaged. Without effect if the disk is full."""
+    """Store a library, and delete damaged files with the same name. Has no effect if the disk is full."""
     path = folder / f"{name}-{hashlib.sha256(content).hexdigest()}.so"
     with suppress(OSError):
         for other in stored(folder, name):

@@ -1,4 +1,4 @@
-"""The machine's C++ compiler: finding it, identifying it, and running it such that it can neither hang nor flood."""
+"""Functions that find, identify and run the machine's C++ compiler, with limits on its time and output."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from contextlib import suppress
 from threading import Thread
 from typing import IO
 
-MAX_OUTPUT = 2**20  # bytes that are kept of what the compiler prints
+MAX_OUTPUT = 2**20  # bytes of the compiler's output that are kept
 
 
 def find_compiler() -> list[str]:
@@ -50,12 +50,12 @@ def fingerprint(compiler: Sequence[str], targets: Iterable[str], parts: Iterable
 
 
 def run(command: Sequence[str], timeout: float, stderr: int = subprocess.STDOUT, folder: str | None = None) -> str:
-    """Run a compiler, and return the start of what it prints.
+    """Run a compiler, and return its output up to `MAX_OUTPUT` bytes.
 
     Args:
         command: Program and arguments.
         timeout: Seconds after which the program and all processes that it started are killed.
-        stderr: Where its error messages go. By default, they are part of the result.
+        stderr: Destination of its error messages, as in `subprocess`. By default, they are part of the result.
         folder: Folder for its temporary files.
 
     Raises:

@@ -93,7 +93,11 @@ def _scratch_folder(alternative: Path | None) -> tempfile.TemporaryDirectory[str
     for parent in (None, alternative):
         with suppress(OSError):
             scratch = tempfile.TemporaryDirectory(prefix="tmp-", dir=parent)
-            (Path(scratch.name) / "probe").write_bytes(bytes(2**22))
+            try:
+                (Path(scratch.name) / "probe").write_bytes(bytes(2**22))
+            except OSError:
+                scratch.cleanup()
+                continue
             (Path(scratch.name) / "probe").unlink()
             return scratch
     raise OSError("no folder for temporary files is writable and has 4 MB of free space")

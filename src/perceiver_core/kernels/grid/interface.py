@@ -100,5 +100,5 @@ def over_grid(tables: Sequence[Tensor]) -> list[Tensor]:
 def row_dots(x: Float[Tensor, "*rows n"], y: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows"]:
     """Compute dot products along the last axis, part by part, so that the product of large tensors is not stored."""
     size = x.shape[-1] if torch.compiler.is_compiling() else max(1, 2**22 // max(1, prod(x.shape[:-1])))
-    parts = zip(x.split(size, -1), y.split(size, -1), strict=True)
+    parts = zip(torch.split(x, size, -1), torch.split(y, size, -1), strict=True)
     return torch.stack([(a * b).sum(-1) for a, b in parts]).sum(0)
