@@ -329,7 +329,7 @@ class TestOptimizers:
     ("options", "message"),
     [
         ({"weight_decay": -0.1}, "weight_decay must be at least 0; got -0.1"),
-        ({"weight_decay": float("nan")}, "weight_decay must be at least 0; got nan"),
+        ({"weight_decay": float("nan")}, "weight_decay must be a finite number; got nan"),
         ({"layer_decay": 0.0}, r"layer_decay must lie in \(0, 1\]; got 0.0"),
         ({"layer_decay": 1.1}, r"layer_decay must lie in \(0, 1\]; got 1.1"),
         ({"lr": -1.0}, "lr must be at least 0; got -1.0"),

@@ -171,7 +171,7 @@ def test_empty_content_raises(shape: tuple[int, ...]) -> None:
 )
 def test_tables_that_do_not_broadcast_or_differ_in_width_raise(shapes: list[tuple[int, ...]]) -> None:
     with pytest.raises(
-        ValueError, match=r"each table must broadcast over the grid \(5, 7\) and have one width; got sh"
+        ValueError, match=r"position_tables must each broadcast over the grid \(5, 7\) and have one width; got sh"
     ):
         Tokens(draw(B, *GRID, C), position_tables=tuple(torch.zeros(shape) for shape in shapes))
 

@@ -11,12 +11,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from perceiver_core.allocator import return_freed_memory
+from perceiver_core.argument_errors import checked
 from perceiver_core.blocks import CrossAttend, JointAttend, SelfAttend
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
 
 
+@checked
 def checkpoint_activations(model: M, blocks: tuple[type[nn.Module], ...] = (CrossAttend, SelfAttend, JointAttend)) -> M:
     """Make the blocks of a model recompute their activations in the backward pass, to save memory.
 
@@ -41,7 +43,7 @@ def checkpoint_activations(model: M, blocks: tuple[type[nn.Module], ...] = (Cros
     Reference: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost".
     """
     for module in model.modules():
-        if isinstance(module, blocks) and "forward" not in vars(module):
+        if isinstance(module, tuple(blocks)) and "forward" not in vars(module):
             module.forward = partial(_checkpointed, module.forward)
     if any(parameter.device.type == "cpu" for parameter in model.parameters()):
         return_freed_memory()

@@ -191,13 +191,19 @@ def matches_weight(name: str, x: Tensor, layer: object) -> None:
     if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta or not weight.is_floating_point():
         return
     if x.device != weight.device:
-        raise ValueError(
-            f"{name} is on {x.device}, the model on {weight.device}; move one: {name}.to({str(weight.device)!r})"
-        )
+        same_device(name, x, weight)
     if x.dtype != weight.dtype and not (autocasting(x.device) and torch.float64 not in (x.dtype, weight.dtype)):
         raise TypeError(
             f"{name} is {x.dtype}, the model {weight.dtype}; "
             f"convert one ({name}.to({weight.dtype})), or use torch.autocast"
+        )
+
+
+def same_device(name: str, x: Tensor, weight: Tensor) -> None:
+    """Check that `x` is on the device of a weight of the model, unless the weight is offloaded (on the meta device)."""
+    if x.device != weight.device and not weight.is_meta:
+        raise ValueError(
+            f"{name} is on {x.device}, the model on {weight.device}; move one: {name}.to({str(weight.device)!r})"
         )
 
 
@@ -263,17 +269,18 @@ def positive(*, at_most: int | None = None, **sizes: int) -> None:
     NumPy integers and other objects with an `__index__` method count as integers. Booleans and tensors do not.
     """
     for name, size in sizes.items():
-        if not _is_integer(size) or size < 1:
+        if not is_integer(size) or size < 1:
             raise ValueError(f"{name} must be a whole number of at least 1; got {size!r}")
+        if size >= 2**31:
+            raise ValueError(f"{name} must be below 2**31; got {size!r:.60}")
         if at_most is not None and size > at_most:
             raise ValueError(f"{name} must be at most {at_most}; got {size}")
 
 
-def _is_integer(size: object) -> bool:
-    if isinstance(size, (bool, np.bool_)):
-        return False
-    if isinstance(size, int):
-        return True
+def is_integer(size: object) -> bool:
+    """Return whether a value is a whole number: an object with `__index__`, but neither a boolean nor a tensor."""
+    if isinstance(size, (int, np.bool_)):
+        return isinstance(size, int) and not isinstance(size, bool)
     try:
         return isinstance(size, SupportsIndex) and not isinstance(size, Tensor) and operator.index(size) is not None
     except TypeError:
@@ -281,8 +288,8 @@ def _is_integer(size: object) -> bool:
 
 
 def part_of(n: int, share: float) -> int:
-    """Return `n * share`, rounded down. A floating-point result just below an integer is rounded up to it."""
-    return int(n * share + 1e-9)  # 10 * (1 - 0.8) is 1.9999999999999996
+    """Return `n * share`, rounded down, but up if it is just below an integer: 10 * (1 - 0.8) is 1.9999999999999996."""
+    return int(n * share + 1e-9)
 
 
 def probability(**rates: float) -> None:

@@ -66,12 +66,11 @@ class Decoder(nn.Module):
         chunk_size: int | None = None,
     ) -> None:
         super().__init__()
-        checks.positive(dim=dim, query_dim=query_dim)
-        if chunk_size is not None:
-            checks.positive(chunk_size=chunk_size)
+        options = {"out_dim": out_dim, "chunk_size": chunk_size}
+        checks.positive(dim=dim, query_dim=query_dim, **{k: size for k, size in options.items() if size is not None})
         self.dim, self.query_dim, self.chunk_size = dim, query_dim, chunk_size
         self.out_dim = query_dim if out_dim is None else out_dim
-        self.cross_attention = build(cross_attention, query_dim, dim, num_heads=num_heads)
+        self.cross_attention = build("cross_attention", cross_attention, query_dim, dim, num_heads=num_heads)
         self.output = nn.Identity() if out_dim is None else init.linear(query_dim, out_dim)
         if chunk_size is not None and _queries_compete(self.cross_attention):
             raise ValueError(f"chunk_size must be None where queries compete for tokens; got {chunk_size}")
@@ -150,6 +149,7 @@ class Decoder(nn.Module):
         checks.has_shape("queries", queries, "b q e", last=self.query_dim)
         attention = getattr(self.cross_attention, "attention", None)
         checks.matches_weight("queries", queries, getattr(attention, "query", None))
+        checks.matches_weight("latents", latents, getattr(attention, "key", None))
         if queries.shape[0] not in (1, latents.shape[0]):
             raise ValueError(
                 f"queries must have batch size 1 or that of the latents, {latents.shape[0]}; got {queries.shape[0]}"

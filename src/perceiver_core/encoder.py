@@ -8,7 +8,7 @@ from typing import TypeAlias
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from perceiver_core import checks, sharing
+from perceiver_core import argument_types, checks, sharing
 from perceiver_core.blocks import CrossAttend, LatentTransformer
 from perceiver_core.blocks.attention_residual import Aggregate
 from perceiver_core.blocks.factory import build
@@ -88,16 +88,15 @@ class Encoder(nn.Module):
         widths = _read_widths(input_dim, self.sharing)
         self.latents = init.embedding(num_latents, dim)
         self.latent_dropout = nn.Identity() if latent_dropout is None else latent_dropout
-        if not isinstance(self.latent_dropout, nn.Module):
-            raise TypeError(f"latent_dropout must be a module such as DropLatents(0.1); got {latent_dropout!r}")
-        self.reads = nn.ModuleList(build(cross_attention, dim, width) for width in widths)
+        self.reads = nn.ModuleList(build("cross_attention", cross_attention, dim, width) for width in widths)
         num_transformers = len(set(self.sharing.transformers))
         self.transformers = nn.ModuleList(
-            build(latent_transformer, dim, depth=depth, num_heads=num_heads) for _ in range(num_transformers)
+            build("latent_transformer", latent_transformer, dim, depth=depth, num_heads=num_heads)
+            for _ in range(num_transformers)
         )
         self.aggregates = None
         if aggregate is not None:
-            self.aggregates = nn.ModuleList(build(aggregate, dim) for _ in range(num_transformers))
+            self.aggregates = nn.ModuleList(build("aggregate", aggregate, dim) for _ in range(num_transformers))
 
     def forward(
         self,
@@ -123,7 +122,7 @@ class Encoder(nn.Module):
         # One (weight index, input index) per step. Inputs that are the same object have the same index.
         first = [min(i for i, other in enumerate(given) if other is x) for x in given]
         keys = [(number, first[step % len(given)]) for step, number in enumerate(self.sharing.reads)]
-        captured = -1 if capture is None else _index(capture.read, len(keys))
+        captured = -1 if capture is None else argument_types.index("read", capture.read, len(keys))
         caches: dict[tuple[int, int], SharedMemory] = {}  # memories that several reads share
         # Batch size 1 until the first read. A copy, because hooks of FlopCounterMode fail on views of parameters.
         x: Tensor = self.latent_dropout(self.latents.unsqueeze(0).clone())
@@ -211,17 +210,14 @@ class Encoder(nn.Module):
         return given
 
 
-def _index(read: int, num_reads: int) -> int:
-    if not -num_reads <= read < num_reads:
-        raise ValueError(f"read must lie in {-num_reads} ... {num_reads - 1}; got {read}")
-    return read % num_reads
-
-
 def _sharing(share: bool | sharing.Scheme, num_reads: int) -> sharing.Sharing:
     scheme = {True: sharing.paper, False: sharing.none}[share] if isinstance(share, bool) else share
-    if not callable(scheme):
-        raise TypeError(f"share must be True, False or a function such as sharing.all_; got {share!r}")
-    plan = scheme(num_reads)
+    try:
+        plan = scheme(num_reads)
+    except TypeError as error:
+        raise TypeError(f"share must be a function of the number of steps, such as sharing.all_: {error}") from error
+    if not isinstance(plan, sharing.Sharing):
+        raise TypeError(f"share must return a sharing.Sharing, as sharing.all_ does; it returned {plan!r:.80}")
     if plan.steps != num_reads:
         raise ValueError(f"share must plan num_reads={num_reads} steps; it planned {plan.steps}")
     return plan

@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perceiver_core import checks
+from perceiver_core.argument_errors import explained
 
 Flow: TypeAlias = Float[Tensor, "b 2 h w"] | Float[Tensor, "b q 2"]
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
+@explained
 def end_point_error(
     flow: Flow, target: Flow, mask: Bool[Tensor, "b h w"] | Bool[Tensor, "b q"] | None = None
 ) -> Float[Tensor, ""]:
@@ -55,6 +57,7 @@ def end_point_error(
     return errors.mean() if mask is None else errors.sum() / mask.sum()
 
 
+@explained
 def cross_entropy(
     logits: Float[Tensor, "b ... v"],
     labels: Int[Tensor, "b ..."],
@@ -106,7 +109,7 @@ def cross_entropy(
         if not checks.is_true(lambda: (weight[labels[counted]] > 0).any(), labels):
             raise ValueError("weight must be positive for at least one of the labels; it is 0 for all")
     return F.cross_entropy(
-        logits.to(wide).flatten(0, -2),
+        logits.where(counted.unsqueeze(-1), 0.0).to(wide).flatten(0, -2),
         labels.flatten(),
         weight=weight,
         ignore_index=ignore_index,
@@ -114,6 +117,7 @@ def cross_entropy(
     )
 
 
+@explained
 def binary_cross_entropy(
     logits: Float[Tensor, "b ... v"],
     targets: Shaped[Tensor, "b ... v"],
@@ -188,11 +192,14 @@ def _class_weights(name: str, weight: Tensor, logits: Tensor) -> Tensor:
         raise ValueError(f"{name} must have shape {tuple(logits.shape[-1:])}, one per class; got {tuple(weight.shape)}")
     if weight.device != logits.device:
         raise ValueError(f"{name} must be on the device of the logits, {logits.device}; it is on {weight.device}")
+    if weight.requires_grad:
+        raise ValueError(f"{name} must not require a gradient; pass {name}.detach()")
     if not checks.is_true(lambda: (weight.isfinite() & (weight >= 0)).all(), weight):
         raise ValueError(f"{name} must be finite and not negative; got {weight!r:.80}")
     return weight
 
 
+@explained
 def weighted(
     outputs: Mapping[str, Tensor],
     targets: Mapping[str, Tensor],

@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from perceiver_core import checks
+from perceiver_core import argument_types, checks
+from perceiver_core.argument_errors import explained
 
 T = TypeVar("T")
 Rule: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -42,6 +43,7 @@ class Padding:
     def __post_init__(self) -> None:
         _check_axes("keys", self.keys)
 
+    @explained
     def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, "b 1 1 #k"]:
         """Return the mask for queries and keys at these positions."""
         return block(self.keys[:, None, None, :], queries, keys)
@@ -64,6 +66,7 @@ class Queries:
     def __post_init__(self) -> None:
         _check_axes("queries", self.queries)
 
+    @explained
     def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, "b 1 #q 1"]:
         """Return the mask for queries and keys at these positions."""
         return block(self.queries[:, None, :, None], queries, keys)
@@ -82,6 +85,7 @@ class Causal:
         [[1, 1, 0], [1, 1, 1]]
     """
 
+    @explained
     def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, "q k"]:
         """Return the mask for queries and keys at these positions."""
         return keys[None, :] <= queries[:, None]
@@ -99,6 +103,10 @@ class Window:
     before: int
     after: int
 
+    def __post_init__(self) -> None:
+        argument_types.check_fields(self)
+
+    @explained
     def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, "q k"]:
         """Return the mask for queries and keys at these positions."""
         ahead = keys[None, :] - queries[:, None]
@@ -111,6 +119,7 @@ class And:
 
     masks: tuple[Mask, ...]
 
+    @explained
     def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, " ..."]:
         """Return the mask for queries and keys at these positions."""
         return reduce(operator.and_, [block(mask, queries, keys) for mask in self.masks])
@@ -126,6 +135,7 @@ class Or:
 
     masks: tuple[Mask, ...]
 
+    @explained
     def __call__(self, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bool[Tensor, " ..."]:
         """Return the mask for queries and keys at these positions."""
         return reduce(operator.or_, [block(mask, queries, keys) for mask in self.masks])
@@ -190,12 +200,14 @@ def block(mask: Mask, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bo
     return mask[..., rows[:, None], columns]
 
 
+@explained
 def materialize(mask: Mask, *, queries: int, keys: int, device: torch.device | None = None) -> Bool[Tensor, " ..."]:
     """Return a mask as a boolean tensor that broadcasts to `b h q k`, for these numbers of queries and keys.
 
     Raises:
         TypeError: If the mask is not boolean.
     """
+    checks.positive(queries=queries, keys=keys)
     if not isinstance(mask, Tensor):
         return block(mask, positions(queries, device), positions(keys, device))
     checks.is_mask("mask", mask)
@@ -259,6 +271,7 @@ def from_token_mask(mask: Mask | None) -> Mask | None:
     """
     if not isinstance(mask, Tensor) or mask.ndim == 4:
         return mask
+    checks.is_mask("mask", mask)
     if mask.ndim != 2:
         raise ValueError(f"mask must be b n (valid tokens) or b h q k; got shape {tuple(mask.shape)}")
     return Padding(mask)

@@ -12,6 +12,7 @@ from typing import SupportsIndex
 import numpy as np
 from torch import Tensor, nn
 
+from perceiver_core.argument_errors import checked
 from perceiver_core.interop import presets as io_presets
 from perceiver_core.models import presets
 from perceiver_core.registry.keywords import refuse_unknown
@@ -78,6 +79,7 @@ def _whole_number(name: str, value: object) -> object:
     raise ValueError(f"{name} must be a whole number of at least 0; got {value!r:.80}")
 
 
+@checked
 def list_models(pattern: str = "*") -> list[str]:
     """Return the sorted names of the models that match a pattern; wildcards are those of `fnmatch`.
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 
+from perceiver_core.argument_errors import checked
 from perceiver_core.layer_order import layer_numbers
 
 Decays: TypeAlias = Callable[[nn.Module, str, nn.Parameter], bool]
@@ -44,6 +45,7 @@ def decays(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
     return name == "weight" and not isinstance(module, _VECTORS) and sum(size > 1 for size in parameter.shape) >= 2
 
 
+@checked
 def parameter_groups(
     model: nn.Module,
     *,

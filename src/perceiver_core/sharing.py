@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 from torch import nn
 
-from perceiver_core import checks
+from perceiver_core import argument_types, checks
 from perceiver_core.registry import register
 
 
@@ -41,6 +41,7 @@ class Sharing:
     transformers: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        argument_types.check_fields(self)
         if len(self.reads) != len(self.transformers):
             raise ValueError(f"reads and transformers must be of one length; got {self.reads} and {self.transformers}")
         for name, indices in (("reads", self.reads), ("transformers", self.transformers)):
@@ -75,6 +76,7 @@ class Shared:
 
 
 Scheme: TypeAlias = Callable[[int], Sharing]
+argument_types.describe(Scheme, "a function such as sharing.all_")
 _check = partial(checks.positive, at_most=10_000)
 
 

@@ -9,12 +9,14 @@ import torch
 from torch import nn
 
 from perceiver_core import checks
+from perceiver_core.argument_errors import checked
 from perceiver_core.blocks import MLP, MultiHeadAttention
 
 if TYPE_CHECKING:
     from torch.distributed.tensor.parallel import ParallelStyle
 
 
+@checked
 def tensor_parallel_plan(model: nn.Module, num_devices: int) -> dict[str, ParallelStyle]:
     """Return a plan for `torch.distributed.tensor.parallel.parallelize_module`.
 

@@ -89,13 +89,24 @@ class Tokens(_Base):
             raise ValueError(f"content must have at least 3 axes (b *grid c); got shape {tuple(content.shape)}")
         if 0 in content.shape[1:]:
             checks.not_empty("content", content)
-        if self.position_tables:
+        if type(self.position_tables) is not tuple or self.position_tables:
             self._check_tables()
         if self.mask is not None:
             checks.is_mask("mask", self.mask, content.shape[:-1])
+            if self.mask.device != content.device:
+                raise ValueError(f"mask is on {self.mask.device}, content on {content.device}; move one")
 
     def _check_tables(self) -> None:
-        grid = self.content.shape[1:-1]
+        if not isinstance(self.position_tables, (tuple, list)):
+            raise TypeError(f"position_tables must be a tuple of tensors; got {type(self.position_tables).__name__}")
+        grid, device = self.content.shape[1:-1], self.content.device
+        for table in self.position_tables:
+            if not isinstance(table, Tensor) or not table.ndim:
+                raise TypeError(f"position_tables must be tensors *g p; got {table!r:.80}")
+            if table.device != device:
+                raise ValueError(f"position_tables must be on {device}, as the content; got a table on {table.device}")
+        if not self.position_tables:
+            return
         width = self.position_tables[0].shape[-1]
         for table in self.position_tables:
             *sizes, own_width = table.shape
@@ -105,7 +116,7 @@ class Tokens(_Base):
                 or any(size != 1 and size != full for size, full in zip(sizes, grid, strict=True))
             ):
                 raise ValueError(
-                    f"each table must broadcast over the grid {tuple(grid)} and have one width; "
+                    f"position_tables must each broadcast over the grid {tuple(grid)} and have one width; "
                     f"got shapes {[tuple(t.shape) for t in self.position_tables]}"
                 )
 

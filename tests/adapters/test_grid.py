@@ -39,9 +39,9 @@ def test_a_mask_over_the_grid():
 
 @pytest.mark.refusal
 def test_invalid_arrays_raise():
-    with pytest.raises(ValueError, match=r"array must be b \*grid c with 2 grid axes; got shape \(2, 5, 7\)"):
+    with pytest.raises(ValueError, match=r"x must be b \*grid c with 2 grid axes; got shape \(2, 5, 7\)"):
         Grid(7, positions=positions.NeRF(num_axes=2))(torch.rand(2, 5, 7))
-    with pytest.raises(ValueError, match=r"array must be b \*grid c with 1 grid axes; got shape \(2, 7\)"):
+    with pytest.raises(ValueError, match=r"x must be b \*grid c with 1 grid axes; got shape \(2, 7\)"):
         Grid(7, positions=None)(torch.rand(2, 7))
-    with pytest.raises(ValueError, match="array must have 7 channels in axis 2; got 3"):
+    with pytest.raises(ValueError, match="x must have 7 channels in axis 2; got 3"):
         Grid(7, positions=None)(torch.rand(2, 5, 3))

@@ -105,5 +105,5 @@ def test_masked_pixels_affect_neither_tokens_nor_gradients(stem, value):
 @pytest.mark.refusal
 @pytest.mark.parametrize("positions", [pc.positions.Fourier, pc.positions.Rotary(8), "fourier"])
 def test_objects_other_than_positions_raise(positions: object) -> None:
-    with pytest.raises(TypeError, match=r"must have dim, num_axes and tables, as positions.Fourier\(num_axes=2\) has"):
+    with pytest.raises(TypeError, match=r"with dim, num_axes and tables, such as positions.Fourier\(num_axes=2\)"):
         adapters.Image(num_channels=3, positions=positions)

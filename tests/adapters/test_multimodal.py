@@ -341,9 +341,9 @@ def test_dictionaries_of_other_objects_raise():
     for make, argument in (
         (Multimodal, "adapters"), (pc.queries.Multimodal, "sources"), (pc.heads.Multimodal, "heads"),
     ):  # fmt: skip
-        with pytest.raises(TypeError, match=f"{argument} must be a dictionary by modality; got list"):
+        with pytest.raises(TypeError, match=f"{argument} must be a dictionary whose values are each a module"):
             make([OneHotLabel(3)])
-        with pytest.raises(TypeError, match=rf"{argument}\['a'\] must be a module; got type. Build it first"):
+        with pytest.raises(TypeError, match=rf"{argument}\['a'\] must be a module; got the class .*Build it first"):
             make({"a": OneHotLabel})
         with pytest.raises(TypeError, match=f"{argument} must have strings as keys; got 3"):
             make({3: OneHotLabel(3)})
@@ -385,7 +385,7 @@ class TestErrors:
                 {"set": torch.zeros(2, 3, 5)}, {"set": torch.ones(3, 3).bool()},
                 ValueError, r"mask\['set'\] must have shape \(2, 3\)",
             ),
-            ({"set": torch.zeros(2, 3, 4)}, None, ValueError, r"inputs\['set'\]: array must have 5 channels"),
+            ({"set": torch.zeros(2, 3, 4)}, None, ValueError, r"inputs\['set'\]: x must have 5 channels"),
             ({"label": [1, 2]}, None, TypeError, r"inputs\['label'\]: labels must be a torch.Tensor; got list"),
         ],
     )  # fmt: skip

@@ -54,5 +54,5 @@ def test_an_encoder_reads_one_input_per_read():
 def test_invalid_arguments_raise():
     with pytest.raises(ValueError, match="inputs must be 2, one per adapter; got 1"):
         both()((torch.rand(2, 3, 7, 5),))
-    with pytest.raises(ValueError, match="masks must be 2, one per adapter; got 1"):
+    with pytest.raises(ValueError, match="mask must be 2, one per adapter; got 1"):
         both()((torch.rand(2, 3, 7, 5), torch.rand(2, 23)), mask=[None])

@@ -47,9 +47,9 @@ class TestPatches:
 
     @pytest.mark.refusal
     def test_invalid_arguments_raise(self):
-        with pytest.raises(ValueError, match="height must be a whole number of at least 1; got 0"):
+        with pytest.raises(ValueError, match=r"patch_size\[0\] must be a whole number of at least 1; got 0"):
             Patches(3, patch_size=0)
-        with pytest.raises(ValueError, match=r"width must be a whole number of at least 1; got 2\.0"):
+        with pytest.raises(ValueError, match=r"patch_size\[1\] must be a whole number; got 2\.0"):
             Patches(3, patch_size=(2, 2.0))
         with pytest.raises(ValueError, match=r"size must be one number, or \(height, width\); got \(2, 3, 5\)"):
             Patches(3, patch_size=(2, 3, 5))

@@ -28,9 +28,7 @@ MASKS = {"left": [0, 0, 1, 1, 1], "right": [1, 1, 1, 0, 0], "gap": [1, 0, 1, 0, 
     ],
 )
 def test_positions_without_indices_raise(where):
-    with pytest.raises(
-        TypeError, match=r"positions must be a module from indices to vectors, as positions\.LearnedEmbedding"
-    ):
+    with pytest.raises(TypeError, match="positions must be a module"):
         TokenEmbedding(11, 6, positions=where)
 
 
@@ -125,7 +123,7 @@ def test_a_missing_text_is_masked():
 @pytest.mark.parametrize(
     ("texts", "options", "kind", "message"),
     [
-        ([b"bytes"], {}, TypeError, "texts must be strings; got bytes"),
+        ([b"bytes"], {}, TypeError, r"texts\[0\] must be a string; got b'bytes'"),
         ([""], {}, ValueError, "texts must have a character at least, or add_special_tokens=True"),
         ([], {"add_special_tokens": True}, ValueError, "texts must have a character at least"),
         (["a"], {"max_length": 0}, ValueError, "max_length must be a whole number of at least 1"),

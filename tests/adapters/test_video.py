@@ -81,7 +81,7 @@ def test_invalid_videos_raise(films, kind, message):
 def test_invalid_settings_raise():
     with pytest.raises(ValueError, match=r"patch_size must be \(frames, rows, columns\); got \(4, 4\)"):
         Video(positions=None, patch_size=(4, 4))
-    with pytest.raises(ValueError, match="rows must be a whole number of at least 1; got 0"):
+    with pytest.raises(ValueError, match=r"patch_size\[1\] must be a whole number of at least 1; got 0"):
         Video(positions=None, patch_size=(1, 0, 4))
     with pytest.raises(ValueError, match="positions of Video must have 3 axes; got 2"):
         Video(positions=pc.positions.Fourier(num_axes=2, num_bands=2, max_resolution=7))

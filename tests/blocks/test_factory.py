@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import perceiver_core as pc
-from perceiver_core.blocks.factory import build
+from perceiver_core.blocks.factory import call
 from perceiver_core.kernels import reference
 from perceiver_core.models import perceiver_ar
 from perceiver_core.positions import Rotary
@@ -245,7 +245,7 @@ def test_positions_of_modules_in_a_factory(wrapped: bool) -> None:
     module = nn.PReLU()
     held = Shared(module) if wrapped else module
     factory = partial(collect, held, [held, (held,)], key={"a": held, "b": 3}, text="x")
-    args, kwargs = build(factory, 7, width=11)
+    args, kwargs = call("part", factory, 7, width=11)
     first, [second, (third,)], last = args
     fourth = kwargs["key"]["a"]
     copies = (first, second, third, fourth)
@@ -260,17 +260,17 @@ def test_factories_inside_a_factory_keep_what_they_share(wrapped: bool) -> None:
     """A shared module stays wrapped until the factory that takes it is called."""
     module = nn.PReLU()
     inner = partial(collect, part=Shared(module) if wrapped else module)
-    _, kwargs = build(partial(collect, block=partial(collect, part=inner)))
+    _, kwargs = call("part", partial(collect, block=partial(collect, part=inner)))
     middle = kwargs["block"]
-    parts = [build(build(middle)[1]["part"])[1]["part"] for _ in range(2)]
+    parts = [call("part", call("part", middle)[1]["part"])[1]["part"] for _ in range(2)]
     assert all((part is module) is wrapped for part in parts)
     assert (parts[0] is parts[1]) is wrapped
 
 
 def test_functions_and_classes_are_called_as_they_are() -> None:
-    assert build(collect, 3, width=5) == ((3,), {"width": 5})
+    assert call("part", collect, 3, width=5) == ((3,), {"width": 5})
     kernel = LearnedKernel()
-    assert build(lambda width: kernel, 3) is kernel  # a function decides for itself
+    assert call("part", lambda width: kernel, 3) is kernel  # a function decides for itself
 
 
 @pytest.mark.parametrize("width", [3, 5])
@@ -284,11 +284,11 @@ def test_the_factory_is_unchanged(width: int) -> None:
 
 @pytest.mark.refusal
 def test_a_built_module_is_no_factory() -> None:
-    with pytest.raises(TypeError, match=r"a factory must be a class.*got a built CrossAttend"):
+    with pytest.raises(TypeError, match=r"cross_attention must be a factory of modules.*got a built CrossAttend"):
         pc.Encoder(10, num_latents=3, dim=8, num_heads=2, cross_attention=pc.CrossAttend(8, 10))
 
 
 @pytest.mark.refusal
 def test_latent_dropout_is_a_module() -> None:
-    with pytest.raises(TypeError, match=r"latent_dropout must be a module such as DropLatents\(0\.1\); got 0\.1"):
+    with pytest.raises(TypeError, match=r"latent_dropout must be a module or None; got 0.1"):
         pc.Encoder(10, num_latents=3, dim=8, num_heads=2, latent_dropout=0.1)

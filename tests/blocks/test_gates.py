@@ -145,5 +145,5 @@ def test_a_block_with_both_gates_closed_is_the_identity():
 @pytest.mark.refusal
 @pytest.mark.parametrize("residual", ["gate", GRUGate(13)])
 def test_invalid_residuals_raise(residual):
-    with pytest.raises(TypeError, match="residual must be True, False or a factory `dim -> gate`"):
+    with pytest.raises(TypeError, match="residual must be True, False or a factory of modules"):
         CrossAttend(13, 10, residual=residual)

@@ -205,7 +205,7 @@ def is_own(thing: type) -> bool:
 
 @pytest.mark.parametrize("number", [torch.tensor(3), torch.tensor(3.0), np.float32(3.5), np.array([3])], ids=repr)
 def test_other_numbers_are_refused_as_sizes(number: Any) -> None:
-    with pytest.raises(ValueError, match="must be a whole number of at least 1"):
+    with pytest.raises(ValueError, match="must be a whole number"):
         pc.MLP(number)
 
 

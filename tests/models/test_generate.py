@@ -366,10 +366,10 @@ class TestErrors:
             (
                 {"sampler": sampling.Sample},
                 TypeError,
-                r"sampler must be a function of logits.*; got the class Sample\. Build it: Sample\(\)",
+                r"sampler must be a function of logits.*; got the class Sample",
             ),
             ({"sampler": "greedy"}, TypeError, "sampler must be a function of logits and a generator.*; got 'greedy'"),
-            ({"sampler": None}, TypeError, "sampler must be a function of logits and a generator.*; got NoneType"),
+            ({"sampler": None}, TypeError, "sampler must be a function of logits and a generator.*; got None"),
             ({"generator": 3}, TypeError, r"generator must be a torch\.Generator; got 3"),
         ],
     )
@@ -387,7 +387,7 @@ class TestErrors:
             (lambda x, _: x.argmax(), ValueError, r"one id per sample, shape \(2,\); got \(\)"),
             (lambda x, _: x.amax(-1), TypeError, r"integer ids; got torch\.float64"),
             (lambda x, _: x[:, 0] > 0, TypeError, r"integer ids; got torch\.bool"),
-            (lambda x, _: x.argmax(-1).tolist(), TypeError, r"a torch\.Tensor of ids; got list"),
+            (lambda x, _: x.argmax(-1).tolist(), TypeError, r"a torch\.Tensor of ids; got \[8, 9\]"),
         ],
     )
     def test_invalid_results_of_the_sampler_raise(self, choose, error, message):
@@ -402,11 +402,11 @@ class TestErrors:
     def test_objects_other_than_models_raise(self):
         linear = nn.Linear(28, 19).eval()
         for model, message in (
-            (linear, "got Linear without vocab_size, num_latents, embedding, latent_transformer"),
-            (pc.PerceiverAR, "got the class PerceiverAR without vocab_size"),
-            ("model", "got 'model' without vocab_size"),
+            (linear, "vocab_size, num_latents, embedding, latent_transformer.*; got a built Linear"),
+            (pc.PerceiverAR, "vocab_size.*; got the class PerceiverAR"),
+            ("model", "vocab_size.*; got 'model'"),
         ):
-            with pytest.raises(TypeError, match=f"model must be a PerceiverAR, or have its attributes; {message}"):
+            with pytest.raises(TypeError, match=f"model must be a PerceiverAR, or have its attributes {message}"):
                 pc.generate(model, ids_of(), max_new_tokens=3)
 
     def test_training_mode_raises(self):

@@ -258,7 +258,7 @@ class TestErrors:
             perceiver(decoder_levels=[*DECODE, DECODE[0]])
         with pytest.raises(ValueError, match=r"decoder_levels\[1\] must have .* opposite level, 5 x 3; got 5 x 7"):
             perceiver(decoder_levels=[DECODE[0], Level(5, num_latents=7, dim=8)])
-        with pytest.raises(TypeError, match=r"positions must be an object such as positions\.Learned"):
+        with pytest.raises(TypeError, match="positions must be an object with dim, num_axes and tables"):
             perceiver(positions=None)
 
     def test_invalid_inputs_raise(self):

@@ -64,7 +64,7 @@ def test_parts_of_different_widths_raise():
         Perceiver(adapters.Grid(1, positions=None), whole.encoder, whole.head)
     with pytest.raises(ValueError, match="head must accept the output width of encoder, 14; got 13"):
         Perceiver(whole.adapter, whole.encoder, heads.Regression(13))
-    with pytest.raises(TypeError, match="head must be a module; got type"):
+    with pytest.raises(TypeError, match="head must be a module; got the class Identity"):
         Perceiver(whole.adapter, whole.encoder, heads.Identity)
 
 
@@ -78,7 +78,7 @@ def test_parts_of_different_widths_raise_at_construction() -> None:
         pc.Perceiver(grid, encoder, pc.heads.Identity())
     with pytest.raises(ValueError, match="head must accept the output width of encoder, 14; got 13"):
         pc.Perceiver(nn.Identity(), encoder, pc.heads.Regression(13))
-    with pytest.raises(TypeError, match="head must be a module; got type"):
+    with pytest.raises(TypeError, match="head must be a module; got the class Identity"):
         pc.Perceiver(nn.Identity(), encoder, pc.heads.Identity)
 
 

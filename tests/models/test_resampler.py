@@ -176,7 +176,7 @@ class TestFrames:
 
     @pytest.mark.refusal
     def test_invalid_frames_raise(self):
-        with pytest.raises(TypeError, match="frame_positions must be positions such as"):
+        with pytest.raises(TypeError, match="frame_positions must be an object with dim, num_axes and tables"):
             EachFrame(resampler(), frame_positions=positions.LearnedEmbedding)
         with pytest.raises(
             ValueError, match=r"frame_positions must have one axis and the width of the features, 11, .* 13 wide"

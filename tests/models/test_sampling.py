@@ -72,10 +72,10 @@ class TestSampling:
         [
             (
                 {"temperature": 0.0},
-                r"temperature must be above 0 and finite; got 0\.0\. For the most likely id use greedy",
+                r"temperature must be above 0; got 0\.0\. For the most likely id use greedy",
             ),
-            ({"temperature": -1.0}, r"temperature must be above 0 and finite; got -1\.0"),
-            ({"temperature": float("nan")}, r"temperature must be above 0 and finite; got nan"),
+            ({"temperature": -1.0}, r"temperature must be above 0; got -1\.0"),
+            ({"temperature": float("nan")}, r"temperature must be a finite number; got nan"),
             ({"top_p": 0.0}, r"top_p must lie in \(0, 1\]; got 0\.0"),
             ({"top_p": 1.1}, r"top_p must lie in \(0, 1\]; got 1\.1"),
             ({"top_k": 0}, "top_k must be a whole number of at least 1; got 0"),

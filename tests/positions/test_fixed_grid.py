@@ -116,12 +116,17 @@ def test_sizes_stay_dynamic_when_compiled():
 @pytest.mark.parametrize(
     ("inner", "grid", "error", "message"),
     [
-        (positions.Fourier, (5,), TypeError, "positions must have dim, num_axes and tables"),
-        (positions.Rotary(), (5,), TypeError, "positions must have dim, num_axes and tables"),
+        (positions.Fourier, (5,), TypeError, "positions must be an object with dim, num_axes and tables"),
+        (positions.Rotary(), (5,), TypeError, "positions must be an object with dim, num_axes and tables"),
         (positions.Fourier(2), (5,), ValueError, r"grid must have one size for each of 2 axes; got \(5,\)"),
-        (positions.Fourier(1), 5, ValueError, "grid must have one size for each of 1 axes; got 5"),
+        (
+            positions.Fourier(1),
+            5,
+            TypeError,
+            "grid must be a sequence whose items are each a whole number or None; got 5",
+        ),
         (positions.Fourier(2), (5, 0), ValueError, r"grid\[1\] must be a whole number of at least 1; got 0"),
-        (positions.Fourier(1), (2.5,), ValueError, r"grid\[0\] must be a whole number of at least 1; got 2.5"),
+        (positions.Fourier(1), (2.5,), ValueError, r"grid\[0\] must be a whole number or None; got 2.5"),
     ],
 )
 def test_what_is_refused(inner, grid, error, message):

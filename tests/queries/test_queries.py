@@ -70,7 +70,9 @@ def test_invalid_query_inputs_raise(source, at, kind, message):
 def test_invalid_settings_raise():
     with pytest.raises(ValueError, match="grid must have 2 axes of at least one token"):
         Grid((5,), fourier(2))
-    with pytest.raises(TypeError, match="positions must have dim and num_axes and take points"):
+    with pytest.raises(
+        TypeError, match=r"positions must (be positions with|have) dim and num_axes (that|and) take points"
+    ):
         Coordinates(nn.Identity())
     with pytest.raises(TypeError, match=r"take points, as .*; got LearnedGrid"):
         Coordinates(LearnedGrid((5,), 3))
@@ -82,7 +84,9 @@ def test_invalid_settings_raise():
         FromInputs(3)(torch.zeros(2, 5, 4))
     with pytest.raises(ValueError, match="sources must hold a source of queries at least"):
         Multimodal({})
-    with pytest.raises(TypeError, match="positions must have dim and num_axes and take points"):
+    with pytest.raises(
+        TypeError, match=r"positions must (be positions with|have) dim and num_axes (that|and) take points"
+    ):
         Grid((5,), LearnedGrid((5,), 3), endpoint=False)
 
 

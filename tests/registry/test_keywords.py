@@ -11,7 +11,7 @@ import pytest
 from torch import nn
 
 import perceiver_core as pc
-from perceiver_core.blocks.factory import build
+from perceiver_core.blocks.factory import call
 from perceiver_core.registry.keywords import SYNONYMS, check_keywords
 from perceiver_core.registry.names import _external, _names
 from tests.registered import restored
@@ -97,7 +97,7 @@ class TestFactories:
         with refused("epsilon", "eps"):
             small(cross_attention=partial(pc.CrossAttend, norm=partial(Norm, epsilon=0.1)))
         with refused("epsilons", "epsilon"):
-            build(partial(norm, epsilons=1), 3)
+            call("part", partial(norm, epsilons=1), 3)
 
     def test_a_partial_of_a_kernel(self):
         with refused("chunk", "chunk_size"):
@@ -113,9 +113,15 @@ class TestErrorsOfTheConstructorItself:
     @pytest.mark.parametrize("error", [TypeError("own, got an unexpected keyword argument 'heads'"), KeyError("heads")])
     def test_they_pass_through(self, error):
         registered = pc.register(type("Raises", (self.Raises,), {}), name="Raises")
-        for make in (partial(registered, 3), partial(self.Raises, 3), lambda: build(partial(self.Raises, dim=3))):
+        for make in (
+            partial(registered, 3),
+            partial(self.Raises, 3),
+            lambda: call("part", partial(self.Raises, dim=3)),
+        ):
             with pytest.raises(type(error)) as caught:
-                make(error=error) if isinstance(make, partial) else build(partial(self.Raises, dim=3, error=error))
+                make(error=error) if isinstance(make, partial) else call(
+                    "part", partial(self.Raises, dim=3, error=error)
+                )
             assert caught.value is error
             assert caught.value.__cause__ is None
 
@@ -135,7 +141,7 @@ class TestErrorsOfTheConstructorItself:
                 self.dim = dim
 
         assert pc.register(Labeled)(dim=3, label="a").label == "a"
-        assert build(partial(Labeled, label="b"), 3).label == "b"
+        assert call("part", partial(Labeled, label="b"), 3).label == "b"
 
 
 def test_positional_arguments_and_missing_ones_have_pythons_errors():

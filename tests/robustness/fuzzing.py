@@ -21,12 +21,14 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import NamedTuple
 
 # Module of each fuzzer, which has a function `run_case(seed, folder) -> outcome`, and its number of cases.
 FUZZERS = {
+    "arguments": ("tests.robustness.arguments", 31_000),
     "compositions": ("tests.robustness.compositions", 10_000),
     "damaged_files": ("tests.robustness.damaged_files", 5_000),
     "kills": ("tests.robustness.kills", 1_000),
@@ -74,7 +76,9 @@ def run(module: str, seeds: range, log: Path, workers: int) -> Counter[str]:
     with log.open("a", encoding="utf-8") as file:
         for seed, outcome, details in outcomes_of(module, [seed for seed in seeds if seed not in logged], workers):
             outcomes[outcome] += 1
-            file.write(json.dumps({"seed": seed, "outcome": outcome, **({"details": details} if details else {})}) + "\n")
+            file.write(
+                json.dumps({"seed": seed, "outcome": outcome, **({"details": details} if details else {})}) + "\n"
+            )
             file.flush()
             if outcome.startswith(ESCAPE):
                 print(f"{module}, seed {seed}: {outcome}\n{details}", flush=True)
@@ -86,10 +90,8 @@ def run(module: str, seeds: range, log: Path, workers: int) -> Counter[str]:
 def _entries(log: Path) -> Iterator[dict[str, object]]:
     """Parse the lines of a log. The last line may be incomplete if the run was killed."""
     for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
-        try:
+        with suppress(ValueError):
             yield json.loads(line)
-        except ValueError:
-            continue
 
 
 def outcomes_of(module: str, seeds: list[int], num_workers: int) -> Iterator[tuple[int, str, str]]:

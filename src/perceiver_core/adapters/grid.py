@@ -90,10 +90,10 @@ class Grid(GridAdapter):
             mask: Mask of valid grid points, True = attend.
             lengths: Size of each array before padding: `b axes`, or `b` if there is one axis.
         """
-        checks.is_floating("array", x)
+        checks.is_floating("x", x)
         axes = 1 if self.positions is None else self.positions.num_axes
         if x.ndim != axes + 2 and (self.positions is not None or x.ndim < 3):
-            raise ValueError(f"array must be b *grid c with {axes} grid axes; got shape {tuple(x.shape)}")
-        checks.not_empty("array", x)
-        checks.has_channels("array", x, x.ndim - 1, self.num_channels)
-        return self._tokens("array", *self._with_lengths(x, mask, lengths))
+            raise ValueError(f"x must be b *grid c with {axes} grid axes; got shape {tuple(x.shape)}")
+        checks.not_empty("x", x)
+        checks.has_channels("x", x, x.ndim - 1, self.num_channels)
+        return self._tokens("x", *self._with_lengths(x, mask, lengths))

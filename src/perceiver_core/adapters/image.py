@@ -44,7 +44,7 @@ class Image(GridAdapter):
         self, num_channels: int = 3, *, positions: Positions | None, stem: Callable[[int], nn.Module] = Pixels
     ) -> None:
         checks.positive(num_channels=num_channels)
-        layers = build(stem, num_channels)
+        layers = build("stem", stem, num_channels)
         super().__init__(cast(Any, layers).dim, positions, num_axes=2)
         self.num_channels, self.stem, self.stride = num_channels, layers, tuple(getattr(layers, "stride", ()))
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from perceiver_core import checks, modalities
+from perceiver_core.argument_errors import checked, explained
 
 Size = TypeVar("Size", int, Tensor)
 Lengths: TypeAlias = Tensor | Sequence[int] | Sequence[Sequence[int]]
@@ -43,6 +44,7 @@ class VariableSize:
         """
         return (length + self.stride[axis] - 1) // self.stride[axis] if self.stride else length
 
+    @checked
     def token_mask(self, lengths: Lengths, size: Sequence[int]) -> Bool[Tensor, "b ..."]:
         """Return the mask of valid tokens for a batch of padded inputs.
 
@@ -127,6 +129,7 @@ def options(**arguments: object) -> dict[str, object]:
     return {name: argument for name, argument in arguments.items() if argument is not None}
 
 
+@explained
 def pad(inputs: Sequence[Any], adapter: object = None) -> tuple[Any, Any]:
     """Stack inputs of unequal size into a zero-padded batch. Return the batch and the mask of valid tokens.
 

@@ -15,12 +15,14 @@ from torch.nn import functional as F
 from perceiver_core import checks
 from perceiver_core.adapters.grid import GridAdapter
 from perceiver_core.adapters.lengths import Lengths, Size
+from perceiver_core.argument_errors import checked
 from perceiver_core.positions import Positions
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
 
 @partial(register, name="adapters.slaney_frequencies")
+@checked
 def slaney_frequencies(f_min: float, f_max: float, count: int) -> Float[Tensor, " n"]:
     """Return `count` frequencies in Hz, from `f_min` to `f_max`, evenly spaced on Slaney's mel scale, in float64.
 
@@ -32,12 +34,14 @@ def slaney_frequencies(f_min: float, f_max: float, count: int) -> Float[Tensor, 
 
     Reference: Slaney 1998 (Auditory Toolbox); librosa, `mel_frequencies(htk=False)`.
     """
+    _check_frequencies(f_min, f_max, count)
     low, high = (hz * 3 / 200 if hz < 1000 else 15 + 27 * math.log(hz / 1000) / math.log(6.4) for hz in (f_min, f_max))
     mels = torch.linspace(low, high, count, dtype=torch.float64)
     return torch.where(mels < 15, mels * 200 / 3, 1000 * 6.4 ** ((mels - 15) / 27))
 
 
 @partial(register, name="adapters.htk_frequencies")
+@checked
 def htk_frequencies(f_min: float, f_max: float, count: int) -> Float[Tensor, " n"]:
     """Return `count` frequencies in Hz, from `f_min` to `f_max`, evenly spaced on HTK's mel scale, in float64.
 
@@ -49,11 +53,19 @@ def htk_frequencies(f_min: float, f_max: float, count: int) -> Float[Tensor, " n
 
     Reference: Young et al. 2006 (The HTK Book), equation 5.13; librosa, `mel_frequencies(htk=True)`.
     """
+    _check_frequencies(f_min, f_max, count)
     low, high = (2595 * math.log10(1 + hz / 700) for hz in (f_min, f_max))
     return 700 * (10 ** (torch.linspace(low, high, count, dtype=torch.float64) / 2595) - 1)
 
 
+def _check_frequencies(f_min: float, f_max: float, count: int) -> None:
+    checks.positive(count=count)
+    if min(f_min, f_max) < 0:
+        raise ValueError(f"f_min and f_max must be at least 0; got {f_min} and {f_max}")
+
+
 @partial(register, name="adapters.hann_window")
+@checked
 def hann_window(length: int) -> Float[Tensor, " n"]:
     """Return a periodic Hann window in float64.
 
@@ -61,6 +73,7 @@ def hann_window(length: int) -> Float[Tensor, " n"]:
         >>> pc.adapters.hann_window(4).round(decimals=3).tolist()
         [0.0, 0.5, 1.0, 0.5]
     """
+    checks.positive(length=length)
     return torch.hann_window(length, dtype=torch.float64)
 
 
@@ -171,18 +184,31 @@ class LogMel(GridAdapter):
         checks.is_floating("waveform", waveform)
         checks.has_shape("waveform", waveform, "b s")
         waveform, mask = self._with_lengths(waveform, mask, lengths)
-        content = self.frames(waveform)
+        frame_mask = None
+        if mask is not None:
+            frames = self.num_tokens(waveform.shape[1], 0)
+            bands = () if self.tokens_per_frame == 1 else (self.tokens_per_frame,)
+            checks.is_mask("mask", mask, (waveform.shape[0], *bands, frames))
+            frame_mask = mask.any(1) if bands else mask
+        content = self.frames(waveform, mask=frame_mask)
         if self.tokens_per_frame > 1:
             content = rearrange(content, "b frames (bands c) -> b bands frames c", bands=self.tokens_per_frame)
         return self._tokens("waveform", content, mask)
 
-    def frames(self, waveform: Float[Tensor, "b s"]) -> Float[Tensor, "b frames mels"]:
-        """Return the log-mel spectrograms of waveforms, with one row per frame, computed in float32 or wider."""
+    def frames(
+        self, waveform: Float[Tensor, "b s"], *, mask: Bool[Tensor, "b frames"] | None = None
+    ) -> Float[Tensor, "b frames mels"]:
+        """Return the log-mel spectrograms of waveforms, with one row per frame, computed in float32 or wider.
+
+        Frames where `mask` is False are computed from zeros.
+        """
         wide = waveform.to(torch.promote_types(waveform.dtype, torch.float32))
         missing = self.n_fft - self.win_length
         window = F.pad(self.window(self.win_length), (missing // 2, missing - missing // 2)).to(wide)
         half = self.n_fft // 2
         frames = F.pad(wide, (half, half)).unfold(-1, self.n_fft, self.hop_length)
+        if mask is not None:
+            frames = frames.masked_fill(~mask.unsqueeze(-1), 0.0)
         if not frames.shape[0]:  # MKL has no FFT of nothing
             return frames[..., :1].expand(-1, -1, self.num_mels).to(waveform.dtype)
         spectrum = torch.fft.rfft(frames * window)

@@ -53,7 +53,7 @@ class PerRead(nn.Module):
         """
         none = [None] * len(self.adapters)
         masks, sizes = (none if x is None else x for x in (mask, lengths))
-        for name, values in (("inputs", inputs), ("masks", masks), ("lengths", sizes)):
+        for name, values in (("inputs", inputs), ("mask", masks), ("lengths", sizes)):
             if isinstance(values, Tensor) or len(values) != len(self.adapters):
                 got = "one tensor" if isinstance(values, Tensor) else len(values)
                 raise ValueError(f"{name} must be {len(self.adapters)}, one per adapter; got {got}")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from perceiver_core import checks
 from perceiver_core.adapters.lengths import Lengths, VariableSize, pad
+from perceiver_core.argument_errors import checked
 from perceiver_core.positions.grid import PointFeatures, check_takes_points
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
@@ -65,11 +66,13 @@ class PointCloud(VariableSize, nn.Module):
         points, mask = self._with_lengths(points, mask, lengths)
         if mask is not None:
             checks.is_mask("mask", mask, points.shape[:-1])
+            points = points.masked_fill(~mask.unsqueeze(-1), 0.0)  # the features of NaN have NaN as gradient
         checks.values("points", points, mask)
         features = self.positions(points[..., :axes]).to(points.dtype)
         return Tokens(torch.cat([points[..., axes:], features], dim=-1), mask=mask)
 
 
+@checked
 def pad_point_clouds(clouds: Sequence[Float[Tensor, "_ f"]]) -> tuple[Float[Tensor, "b n f"], Bool[Tensor, "b n"]]:
     """Zero-pad point clouds to the size of the largest. Return the batch `b n f` and the mask `b n` of valid points.
 

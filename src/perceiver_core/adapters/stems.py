@@ -59,7 +59,7 @@ class Patches(nn.Module):
         sides = [patch_size, patch_size] if isinstance(patch_size, int) else list(patch_size)
         if len(sides) != 2:
             raise ValueError(f"patch_size must be one number, or (height, width); got {patch_size!r}")
-        checks.positive(num_channels=num_channels, height=sides[0], width=sides[1])
+        checks.positive(num_channels=num_channels, **{f"patch_size[{i}]": side for i, side in enumerate(sides)})
         self.dim, self.stride = num_channels * sides[0] * sides[1], (sides[0], sides[1])
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b p rows columns"]:

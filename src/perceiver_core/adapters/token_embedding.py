@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from perceiver_core import checks
 from perceiver_core.adapters.lengths import Lengths, VariableSize
+from perceiver_core.argument_errors import checked, explained
 from perceiver_core.layers import init
 from perceiver_core.positions.grid import is_called_with
 from perceiver_core.registry import register
@@ -80,6 +81,7 @@ class TokenEmbedding(VariableSize, nn.Module):
             ValueError: If an id is out of range or a sample has no valid token (checked on the CPU in eager mode only).
         """
         checks.ids("ids", ids, self.vocab_size)
+        checks.same_device("ids", ids, self.vectors)
         ids, mask = self._with_lengths(ids, mask, lengths)
         if mask is not None:
             checks.is_mask("mask", mask, ids.shape)
@@ -129,6 +131,7 @@ class Bytes(TokenEmbedding):
         )
 
     @classmethod
+    @checked
     def encode(
         cls,
         texts: str | Sequence[str],
@@ -170,6 +173,7 @@ class Bytes(TokenEmbedding):
         return ids, ids != cls.PAD
 
     @classmethod
+    @explained
     def decode(cls, ids: Int[Tensor, "b n"] | Int[Tensor, " n"]) -> list[str]:
         """Decode ids to strings, one per row. Skip special tokens, and replace invalid UTF-8 with U+FFFD."""
         ids = ids[None] if isinstance(ids, Tensor) and ids.ndim == 1 else ids

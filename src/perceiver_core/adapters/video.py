@@ -49,7 +49,7 @@ class Video(GridAdapter):
     ) -> None:
         if len(patch_size) != 3:
             raise ValueError(f"patch_size must be (frames, rows, columns); got {patch_size!r}")
-        checks.positive(num_channels=num_channels, frames=patch_size[0], rows=patch_size[1], columns=patch_size[2])
+        checks.positive(num_channels=num_channels, **{f"patch_size[{i}]": size for i, size in enumerate(patch_size)})
         super().__init__(num_channels * prod(patch_size), positions, num_axes=3)
         self.num_channels, self.patch_size = num_channels, tuple(patch_size)
         self.stride = self.patch_size

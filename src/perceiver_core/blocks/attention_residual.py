@@ -51,6 +51,8 @@ class AttentionResidual(nn.Module):
 
     def forward(self, arrays: Sequence[Float[Tensor, "#b m d"]]) -> Float[Tensor, "b m d"]:
         """Return the weighted mean of the tensors, each broadcast to the shape of the last one."""
+        if not arrays:
+            raise ValueError("arrays must hold at least one tensor; got none")
         stacked = torch.stack([x.expand_as(arrays[-1]) for x in arrays], dim=-2)
         weights = self.expand(self.project(self.norm(stacked))).softmax(-2)
         return (weights * stacked).sum(-2)

@@ -9,12 +9,13 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from perceiver_core import checks
+from perceiver_core import checks, masks
 from perceiver_core.blocks import gates
 from perceiver_core.blocks.factory import build, takes_argument
 from perceiver_core.blocks.gates import Residual
 from perceiver_core.blocks.mlp import MLP
 from perceiver_core.blocks.multi_head_attention import MultiHeadAttention
+from perceiver_core.masked_values import finite_where_masked, without_masked_tokens
 from perceiver_core.masks import Mask
 from perceiver_core.reads import Auto, ReadContext, Source, Strategy, check_strategy
 from perceiver_core.reads.automatic import with_norm_output
@@ -78,12 +79,12 @@ class CrossAttend(nn.Module):
         check_strategy(strategy)
         checks.probability(dropout=dropout)
         self.dim, self.input_dim, self.strategy = dim, input_dim, strategy
-        self.residual = gates.from_option(residual, dim)
-        self.mlp_residual = True if mlp is None else gates.from_option(mlp_residual, dim)
-        self.query_norm, self.input_norm = build(norm, dim), build(norm, input_dim)
-        self.attention = build(attention, dim, input_dim, num_heads=num_heads)
-        self.mlp_norm = None if mlp is None else build(norm, dim)
-        self.mlp = None if mlp is None else build(mlp, dim)
+        self.residual = gates.from_option("residual", residual, dim)
+        self.mlp_residual = True if mlp is None else gates.from_option("mlp_residual", mlp_residual, dim)
+        self.query_norm, self.input_norm = build("norm", norm, dim), build("norm", norm, input_dim)
+        self.attention = build("attention", attention, dim, input_dim, num_heads=num_heads)
+        self.mlp_norm = None if mlp is None else build("norm", norm, dim)
+        self.mlp = None if mlp is None else build("mlp", mlp, dim)
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -116,6 +117,7 @@ class CrossAttend(nn.Module):
             ValueError: If the tokens have the wrong width, rank or device.
         """
         options: dict[str, object] = {} if positions is None else {"positions": positions}
+        x = x if mask is None else finite_where_masked(x, mask, masks.Queries)
         if capture is not None:
             options["capture"] = capture
             if isinstance(tokens, (Tokens, Tensor)):
@@ -125,6 +127,7 @@ class CrossAttend(nn.Module):
             self._check(tokens)
             grows = cache is not None and cache.appends  # if True, the mask covers the cached keys too
             num_queries = x.shape[1] if cache is None or cache.num_queries is None else cache.num_queries
+            tokens = tokens if mask is None else without_masked_tokens(tokens, mask, x.shape[1])
             token_mask, mask = (None, mask) if grows else (mask, None)
             source = Source(tokens, self.input_norm, self.strategy, token_mask, token_positions, num_queries)
             if torch.compiler.is_compiling() or self.input_norm._forward_hooks:

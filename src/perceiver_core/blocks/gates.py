@@ -75,13 +75,9 @@ class TanhGate(nn.Module):
         return x + self.gate.tanh() * output
 
 
-def from_option(residual: Residual, dim: int) -> bool | nn.Module:
-    """Return `residual` if it is True or False, else build the gate from the factory."""
-    if isinstance(residual, bool):
-        return residual
-    if isinstance(residual, nn.Module) or not callable(residual):
-        raise TypeError(f"residual must be True, False or a factory `dim -> gate` such as GRUGate; got {residual!r}")
-    return build(residual, dim)
+def from_option(name: str, residual: Residual, dim: int) -> bool | nn.Module:
+    """Return `residual` if it is True or False, else build the gate. `name` is the name of the argument."""
+    return residual if isinstance(residual, bool) else build(name, residual, dim)
 
 
 def combine(residual: bool | nn.Module, x: Float[Tensor, "#b m d"], output: Float[Tensor, "b m d"]) -> Tensor:

@@ -96,11 +96,14 @@ class GroupedRead(nn.Module):
         latent_transformer: Callable[..., nn.Module] = LATENT_TRANSFORMER,
     ) -> None:
         super().__init__()
+        checks.positive(input_dim=input_dim, **({} if skip_dim is None else {"skip_dim": skip_dim}))
         self.input_dim, self.dim, self.level = input_dim, level.dim, level
         self.latents = init.embedding(level.num_groups, level.num_latents, level.dim)
         self.skip = nn.Identity() if skip_dim in (None, level.dim) else init.linear(skip_dim, level.dim)
-        self.cross_attention = build(cross_attention, level.dim, input_dim)
-        self.latent_transformer = build(latent_transformer, level.dim, depth=level.depth, num_heads=level.num_heads)
+        self.cross_attention = build("cross_attention", cross_attention, level.dim, input_dim)
+        self.latent_transformer = build(
+            "latent_transformer", latent_transformer, level.dim, depth=level.depth, num_heads=level.num_heads
+        )
 
     def forward(
         self,

@@ -53,9 +53,9 @@ class JointAttend(nn.Module):
         checks.positive(dim=dim)
         checks.probability(dropout=dropout)
         self.dim = dim
-        self.norm, self.input_norm = build(norm, dim), build(norm, dim)
-        self.attention = build(attention, dim, num_heads=num_heads)
-        self.mlp_norm, self.mlp = build(norm, dim), build(mlp, dim)
+        self.norm, self.input_norm = build("norm", norm, dim), build("norm", norm, dim)
+        self.attention = build("attention", attention, dim, num_heads=num_heads)
+        self.mlp_norm, self.mlp = build("norm", norm, dim), build("mlp", mlp, dim)
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -74,6 +74,9 @@ class JointAttend(nn.Module):
             mask: Key-padding mask, True for valid tokens.
             capture: Container that stores the attention weights over the n tokens, followed by the m latents.
         """
+        if mask is not None:
+            checks.is_mask("mask", mask, tokens.shape[:-1])
+            tokens = tokens.masked_fill(~mask.unsqueeze(-1), 0.0)
         normed = self.norm(x)
         inputs = torch.cat([self.input_norm(tokens), normed.expand(tokens.shape[0], -1, -1)], 1)
         valid = None if mask is None else masks.Padding(F.pad(mask, (0, x.shape[1]), value=True))

@@ -58,8 +58,10 @@ class LatentTransformer(nn.Module):
         self.num_repeats = num_repeats
         if not 0 <= depth <= 10_000:
             raise ValueError(f"depth must lie in 0 ... 10,000; got {depth}")
-        self.blocks = nn.ModuleList(build(block, dim, num_heads=num_heads) for _ in range(depth))
-        self.aggregates = None if aggregate is None else nn.ModuleList(build(aggregate, dim) for _ in range(depth))
+        self.blocks = nn.ModuleList(build("block", block, dim, num_heads=num_heads) for _ in range(depth))
+        self.aggregates = (
+            None if aggregate is None else nn.ModuleList(build("aggregate", aggregate, dim) for _ in range(depth))
+        )
 
     @property
     def num_layers(self) -> int:
@@ -91,6 +93,8 @@ class LatentTransformer(nn.Module):
             >>> torch.testing.assert_close(torch.cat([first, last], 1), transformer(x, mask=pc.masks.Causal()))
         """
         options: dict[str, object] = {} if positions is None else {"positions": positions}
+        if caches is not None and len(caches) != self.num_layers:
+            raise ValueError(f"caches must be one for each of {self.num_layers} layers; got {len(caches)}")
         states = [x]
         for layer, number in enumerate(list(range(len(self.blocks))) * self.num_repeats):
             if caches is not None:

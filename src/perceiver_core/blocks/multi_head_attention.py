@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from perceiver_core.blocks.factory import build, takes_argument
 from perceiver_core.kernels import fastest
 from perceiver_core.layers import init
 from perceiver_core.layers.linear import apply_linear
+from perceiver_core.masked_values import finite_where_masked, without_masked_tokens
 from perceiver_core.masks import Mask
 from perceiver_core.reads.caches import AttentionCapture, Cache
 from perceiver_core.reads.dense import project, project_heads, rotate
@@ -101,7 +103,7 @@ class MultiHeadAttention(nn.Module):
         self.key = init.linear(input_dim, num_kv_heads * head_dim, bias=bias)
         self.value = init.linear(input_dim, num_kv_heads * value_dim, bias=bias)
         self.output = init.linear(v_dim, out_dim, bias=out_bias)
-        self.query_norm, self.key_norm = build(qk_norm, head_dim), build(qk_norm, head_dim)
+        self.query_norm, self.key_norm = build("qk_norm", qk_norm, head_dim), build("qk_norm", qk_norm, head_dim)
         self.rotary = nn.Identity() if rotary is None else rotary
 
     def forward(
@@ -126,6 +128,12 @@ class MultiHeadAttention(nn.Module):
             capture: Container that stores the attention weights; see `reads.AttentionCapture`.
         """
         memory: Memory
+        if mask is not None:
+            if isinstance(inputs, Tensor):
+                inputs = cast(Tensor, without_masked_tokens(inputs, mask, x.shape[1]))
+            elif inputs is None:
+                x = finite_where_masked(x, mask, masks.Padding)
+            mask = masks.from_token_mask(mask)
         if inputs is None:
             memory = project(self, x, positions)
         elif isinstance(inputs, Tensor):
@@ -136,8 +144,6 @@ class MultiHeadAttention(nn.Module):
             memory = cache.update(memory)
         q = self.query_norm(project_heads(self.query, x, self.num_heads))
         q = self.rotary(q) if positions is None else rotate(self.rotary, q, positions)
-        if mask is not None:
-            mask = masks.from_token_mask(mask)
         if capture is not None:
             capture.weights = memory.attention_map(q, self.kernel, mask=mask, queries=capture.queries)
         out = memory.attend(q, self.kernel, mask=mask, dropout=self.dropout if self.training else 0.0)

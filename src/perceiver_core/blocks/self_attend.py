@@ -7,12 +7,13 @@ from collections.abc import Callable
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from perceiver_core import checks
+from perceiver_core import checks, masks
 from perceiver_core.blocks import gates
 from perceiver_core.blocks.factory import build
 from perceiver_core.blocks.gates import Residual
 from perceiver_core.blocks.mlp import MLP
 from perceiver_core.blocks.multi_head_attention import MultiHeadAttention
+from perceiver_core.masked_values import finite_where_masked
 from perceiver_core.masks import Mask
 from perceiver_core.reads.caches import Cache
 from perceiver_core.registry import register
@@ -56,9 +57,12 @@ class SelfAttend(nn.Module):
         super().__init__()
         checks.positive(dim=dim)
         checks.probability(dropout=dropout)
-        self.residual, self.mlp_residual = gates.from_option(residual, dim), gates.from_option(mlp_residual, dim)
-        self.norm, self.attention = build(norm, dim), build(attention, dim, num_heads=num_heads)
-        self.mlp_norm, self.mlp = build(norm, dim), build(mlp, dim)
+        self.residual, self.mlp_residual = (
+            gates.from_option("residual", residual, dim),
+            gates.from_option("mlp_residual", mlp_residual, dim),
+        )
+        self.norm, self.attention = build("norm", norm, dim), build("attention", attention, dim, num_heads=num_heads)
+        self.mlp_norm, self.mlp = build("norm", norm, dim), build("mlp", mlp, dim)
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -79,6 +83,8 @@ class SelfAttend(nn.Module):
                 values of `x` are appended. With a causal mask, a sequence can then be split over several calls
                 without changing the result. With rotary embeddings, this requires explicit `positions`.
         """
+        if mask is not None:
+            x = finite_where_masked(x, mask, masks.Padding)
         options: dict[str, object] = {} if positions is None else {"positions": positions}
         if cache is not None:
             options["cache"] = cache

@@ -34,7 +34,7 @@ class LatentMean(nn.Module):
         checks.positive(dim=dim)
         checks.probability(dropout=dropout)
         self.dim = dim
-        self.norm, self.dropout = build(norm, dim), nn.Dropout(dropout)
+        self.norm, self.dropout = build("norm", norm, dim), nn.Dropout(dropout)
 
     def forward(self, latents: Float[Tensor, "b m d"]) -> Tensor:
         """Return the mean of the latents after norm and dropout."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from perceiver_core import checks
+from perceiver_core.argument_errors import checked
 from perceiver_core.kernels import fastest, sdpa
 from perceiver_core.kernels.sdpa import kernel_for
 from perceiver_core.reads import Auto, Cost, Decision, Dense, Factored, ReadContext, Sizes, Strategy, Structured
@@ -58,6 +59,7 @@ class ReadExplanations(tuple[ReadExplanation, ...]):
     __repr__ = __str__
 
 
+@checked
 def explain_reads(model: nn.Module, *inputs: object, **options: object) -> ReadExplanations:
     """Run a model once, and report the strategy of each read (cross-attention), with predicted costs and reasons.
 

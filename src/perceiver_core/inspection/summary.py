@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from perceiver_core.argument_errors import checked
 from perceiver_core.blocks import CrossAttend, JointAttend, SelfAttend
 from perceiver_core.inspection.explain import frozen_state
 from perceiver_core.tokens import Tokens
@@ -71,6 +72,7 @@ class ModelSummary(tuple[PartSummary, ...]):
     __repr__ = __str__
 
 
+@checked
 def summary(model: nn.Module, *inputs: object, depth: int = 2, **options: object) -> ModelSummary:
     """Run a model once, and report its parts with output shapes, parameters and floating-point operations.
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perceiver_core import checks
+from perceiver_core.argument_errors import checked, explained
 from perceiver_core.encoder import Encoder
 from perceiver_core.models import Perceiver, PerceiverIO
 from perceiver_core.positions import Positions
@@ -32,6 +33,7 @@ _COLORS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#0072B2", "#D
 
 
 @torch.no_grad()
+@checked
 def attention_map(
     model: Perceiver,
     inputs: object,
@@ -75,6 +77,7 @@ def attention_map(
     return weights if capture.grid is None else weights.reshape(*weights.shape[:-1], *capture.grid)
 
 
+@explained
 def overlay(
     image: Float[Tensor, "c h w"], weights: Float[Tensor, "rows columns"], *, strength: float = 0.6
 ) -> UInt8[np.ndarray, "h w 3"]:
@@ -107,6 +110,7 @@ def overlay(
     return (((1 - strength) * base + strength * heat) * 255).round().astype(np.uint8)
 
 
+@checked
 def position_features(positions: Positions, grid: Sequence[int], *, columns: int = 8, limit: int = 64) -> Figure:
     """Plot position features as one image per feature (2-D grid), or as a single image of all features (1-D grid).
 
@@ -127,6 +131,7 @@ def position_features(positions: Positions, grid: Sequence[int], *, columns: int
     """
     if len(grid) not in (1, 2):
         raise ValueError(f"grid must have one or two axes; got {tuple(grid)}")
+    checks.positive(columns=columns, limit=limit)
     tokens = Tokens(torch.zeros(1, *grid, 1), positions.tables(grid, like=torch.zeros(())))
     values = cast(Tensor, tokens.positions()).detach().numpy()
     selected = np.linspace(0, positions.dim - 1, min(limit, positions.dim)).round().astype(int)
@@ -146,6 +151,7 @@ def position_features(positions: Positions, grid: Sequence[int], *, columns: int
     return figure
 
 
+@explained
 def architecture(model: Perceiver | PerceiverIO) -> Figure:
     """Draw the reads (cross-attentions) and latent transformers of a Perceiver in execution order.
 

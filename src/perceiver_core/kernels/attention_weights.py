@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from perceiver_core.argument_errors import explained
 from perceiver_core.kernels.chunked import chunked
 from perceiver_core.kernels.fastest import fastest
-from perceiver_core.kernels.reference import Keys, Queries, QueryIndices, attention_map, reference
+from perceiver_core.kernels.reference import Keys, Queries, QueryIndices, attention_map, query_rows, reference
 from perceiver_core.kernels.sdpa import sdpa
 from perceiver_core.masks import Mask
 
@@ -25,6 +26,7 @@ def unwrapped(kernel: object) -> object:
     return kernel
 
 
+@explained
 def kernel_attention_map(
     kernel: Callable[..., Tensor],
     q: Queries,
@@ -58,7 +60,7 @@ def kernel_attention_map(
     """
     if unwrapped(kernel) in SOFTMAX:
         return attention_map(q, k, mask=mask, queries=queries)
-    rows = slice(None) if queries is None else torch.as_tensor(queries, device=q.device).reshape(-1)
+    rows = slice(None) if queries is None else query_rows(queries, q)
     keys = torch.arange(k.shape[-2], device=k.device)
     weights = []
     for start in range(0, k.shape[-2], block):

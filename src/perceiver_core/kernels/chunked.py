@@ -19,7 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from perceiver_core import checks, masks
+from perceiver_core.argument_errors import explained
 from perceiver_core.kernels.reference import Keys, Outputs, Queries, Values
+from perceiver_core.masked_values import attended_keys, may_spread
 from perceiver_core.masks import Mask, Rule
 from perceiver_core.registry import register
 
@@ -32,6 +34,7 @@ class PartialAttention(NamedTuple):
 
 
 @register
+@explained
 def chunked(
     q: Queries,
     k: Keys,
@@ -61,6 +64,7 @@ def chunked(
     return part.output
 
 
+@explained
 def partial_attention(
     q: Queries,
     k: Keys,
@@ -90,11 +94,29 @@ def partial_attention(
     if mask is not None:
         masks.check_broadcast(mask, q, k)
     rules, tensors = masks.split(mask)
+    if mask is not None:
+        q, k, v = _without_masked(q, k, v, mask, tensors, chunk_size)
     matmul_dtype = q.dtype if half_precision_matmul else torch.promote_types(q.dtype, torch.float32)
     attend: Callable[..., tuple[Tensor, Tensor]] = _PartialAttention.apply
     return PartialAttention(*attend(q, k, v, rules, (chunk_size, matmul_dtype), *tensors))
 
 
+def _without_masked(
+    q: Queries, k: Keys, v: Values, mask: Mask, tensors: tuple[Tensor, ...], chunk_size: int
+) -> tuple[Queries, Keys, Values]:
+    """Return queries, keys and values with zeros where the mask permits no attention, without forming a rule's mask."""
+    if not any(map(may_spread, (q, k, v))):
+        return q, k, v
+    for part in tensors:
+        if part.ndim > 1 and part.shape[-2] != 1:
+            q = q.masked_fill(~part.any(-1, keepdim=True), 0.0)
+    keys = attended_keys(mask, q.shape[-2], k.shape[-2], q.device, block_size=chunk_size)
+    if keys is not None:
+        k, v = (x.masked_fill(~keys.unsqueeze(-1), 0.0) for x in (k, v))
+    return q, k, v
+
+
+@explained
 def merge(*parts: PartialAttention) -> PartialAttention:
     """Merge attention results over disjoint subsets of the keys into the result over all these keys.
 
@@ -224,7 +246,11 @@ def _scores(queries: Tensor, keys: Tensor, parts: tuple[Mask, ...], chunk: slice
     `chunk` is the slice of the `num_keys` keys that `keys` contains. Each mask in `parts` covers all `num_keys` keys.
     """
     scores = (queries @ keys.mT).to(torch.promote_types(queries.dtype, torch.float32))
-    rows, columns = masks.positions(queries.shape[-2], queries.device), masks.positions(num_keys, keys.device)[chunk]
+    if not parts:
+        return scores
+    # Positions are counted from the end of the keys; see `masks.positions`. Those of other chunks are not formed.
+    rows = masks.positions(queries.shape[-2], queries.device)
+    columns = torch.arange(chunk.start - num_keys, chunk.stop - num_keys, device=keys.device)
     for mask in parts:
         scores = scores.masked_fill(~masks.block(mask, rows, columns), -torch.inf)
     return scores

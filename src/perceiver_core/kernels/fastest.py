@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from perceiver_core import checks
+from perceiver_core.argument_errors import explained
 from perceiver_core.kernels.chunked import chunked
 from perceiver_core.kernels.reference import Keys, Outputs, Queries, Values, reference
 from perceiver_core.kernels.sdpa import sdpa
@@ -17,6 +18,7 @@ MIN_MULTIPLICATIONS = 2**25  # with fewer multiplications in q @ k.mT, `sdpa` ha
 
 
 @register
+@explained
 def fastest(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropout: float = 0.0) -> Outputs:
     """Compute attention with `chunked` for large bfloat16 inputs on CPUs with bfloat16 instructions, else `sdpa`.
 

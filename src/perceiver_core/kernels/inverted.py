@@ -11,12 +11,15 @@ import torch
 from torch.nn import functional as F
 
 from perceiver_core import masks
+from perceiver_core.argument_errors import explained
 from perceiver_core.kernels.reference import Keys, Outputs, Queries, Values
+from perceiver_core.masked_values import without_masked
 from perceiver_core.masks import Mask
 from perceiver_core.registry import register
 
 
 @register
+@explained
 def inverted(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropout: float = 0.0) -> Outputs:
     """Compute attention with a softmax over the queries, so that queries compete for each key.
 
@@ -34,14 +37,17 @@ def inverted(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropou
     Reference: Wu et al. 2023, "Inverted-Attention Transformers can Learn Object Representations: Insights from Slot
     Attention"; Locatello et al. 2020 (Slot Attention), equations 1 and 2.
     """
+    if mask is not None:
+        masks.check_broadcast(mask, q, k)
+        allowed = masks.materialize(mask, queries=q.shape[-2], keys=k.shape[-2], device=q.device)
+        allowed = allowed[(None,) * (2 - allowed.ndim)]
+        q, k, v = without_masked(q, k, v, allowed)
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = ((q.to(wide) * q.shape[-1] ** -0.5) @ k.to(wide).mT).to(wide)
     if mask is None:
         weights = scores.log_softmax(-2).softmax(-1)
     else:
-        masks.check_broadcast(mask, q, k)
-        masked = ~masks.materialize(mask, queries=q.shape[-2], keys=k.shape[-2], device=q.device)
-        lowest = torch.finfo(wide).min
+        masked, lowest = ~allowed, torch.finfo(wide).min
         shares = scores.masked_fill(masked, lowest).log_softmax(-2).masked_fill(masked, lowest)
         weights = shares.softmax(-1).masked_fill(masked, 0.0)
     return F.dropout(weights, dropout).to(v.dtype) @ v

@@ -16,7 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from perceiver_core import masks
+from perceiver_core import checks, masks
+from perceiver_core.argument_errors import explained
+from perceiver_core.masked_values import without_masked
 from perceiver_core.masks import Mask
 from perceiver_core.registry import register
 
@@ -28,6 +30,7 @@ QueryIndices: TypeAlias = int | Sequence[int] | Int[Tensor, " chosen"] | None
 
 
 @register
+@explained
 def reference(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropout: float = 0.0) -> Outputs:
     """Compute softmax attention with the plain formula, which stores all q x k weights and is twice differentiable.
 
@@ -45,9 +48,15 @@ def reference(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropo
 
     Reference: Vaswani et al. 2017, equation 1.
     """
+    if mask is not None:
+        masks.check_broadcast(mask, q, k)
+        mask = masks.materialize(mask, queries=q.shape[-2], keys=k.shape[-2], device=q.device)
+        mask = mask[(None,) * (2 - mask.ndim)]
+        v = v.masked_fill(~mask.any(-2).unsqueeze(-1), 0.0)
     return F.dropout(attention_map(q, k, mask=mask), dropout).to(v.dtype) @ v
 
 
+@explained
 def attention_map(
     q: Queries, k: Keys, *, mask: Mask | None = None, queries: QueryIndices = None
 ) -> Float[Tensor, "b h chosen k"]:
@@ -72,13 +81,34 @@ def attention_map(
         masks.check_broadcast(mask, q, k)
     rows = masks.positions(q.shape[-2], q.device)
     if queries is not None:
-        selected = torch.as_tensor(queries, device=q.device).reshape(-1)
+        selected = query_rows(queries, q)
         q, rows = q[..., selected, :], rows[selected]
+    if mask is not None:
+        allowed = masks.block(mask, rows, masks.positions(k.shape[-2], k.device))
+        q, k, _ = without_masked(q, k, k, allowed)
     wide = torch.promote_types(q.dtype, torch.float32)
     # Scaled before the product, which may overflow in half precision. Autocast computes the product in half precision
     # even though both factors are float32.
     scores = ((q.to(wide) * q.shape[-1] ** -0.5) @ k.to(wide).mT).to(wide)
     if mask is None:
         return scores.softmax(-1)
-    masked = ~masks.block(mask, rows, masks.positions(k.shape[-2], k.device))
-    return scores.masked_fill(masked, torch.finfo(wide).min).softmax(-1).masked_fill(masked, 0.0)
+    return scores.masked_fill(~allowed, torch.finfo(wide).min).softmax(-1).masked_fill(~allowed, 0.0)
+
+
+def query_rows(queries: QueryIndices, q: Float[Tensor, "b h q d"]) -> Int[Tensor, " chosen"]:
+    """Check indices of queries, of which negative ones count from the last, and return them as a tensor.
+
+    Raises:
+        TypeError: If `queries` is not an integer, a sequence of integers or an integer tensor.
+        ValueError: If an index is out of range, or there is none.
+    """
+    try:
+        rows = torch.as_tensor(queries, device=q.device).reshape(-1)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(f"queries must be indices, or None for all; got {queries!r:.80}") from error
+    if not rows.numel():
+        raise ValueError(f"queries must have at least one index; got {queries!r:.80}")
+    rows, count = checks.whole_numbers("queries", rows), q.shape[-2]
+    if not checks.is_true(lambda: ((rows >= -count) & (rows < count)).all(), rows):
+        raise ValueError(f"queries must lie in {-count} ... {count - 1}; got {rows.tolist()!r:.80}")
+    return rows

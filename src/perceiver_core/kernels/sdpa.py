@@ -18,13 +18,16 @@ import torch
 from torch.nn import functional as F
 
 from perceiver_core import checks, masks
+from perceiver_core.argument_errors import explained
 from perceiver_core.kernels import varlen
 from perceiver_core.kernels.reference import Keys, Outputs, Queries, Values
+from perceiver_core.masked_values import without_masked
 from perceiver_core.masks import Mask
 from perceiver_core.registry import register
 
 
 @register
+@explained
 def sdpa(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropout: float = 0.0) -> Outputs:
     """Compute attention with PyTorch's fused kernels. The arguments are the same as for `reference`.
 
@@ -51,11 +54,12 @@ def sdpa(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropout: f
         if (valid := varlen.valid_keys(mask)) is not None:
             return varlen.attend(q, k, v, valid, scale=scale)[..., :value_width]
     allowed = masks.materialize(mask, queries=q.shape[-2], keys=k.shape[-2], device=q.device)
+    allowed = allowed[(None,) * (4 - allowed.ndim)]
+    q, k, v = without_masked(q, k, v, allowed)
     attends = allowed.any(-1, keepdim=True)
     # Kernels differ for queries whose keys are all masked. These queries attend to all keys here, and their output is
     # set to zero afterwards.
-    allowed = (allowed | ~attends)[(None,) * (4 - allowed.ndim)]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout, scale=scale)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed | ~attends, dropout_p=dropout, scale=scale)
     return out[..., :value_width].masked_fill(~attends, 0.0)
 
 

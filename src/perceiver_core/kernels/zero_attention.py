@@ -11,13 +11,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perceiver_core import masks
+from perceiver_core.argument_errors import explained
 from perceiver_core.kernels.fastest import fastest
 from perceiver_core.kernels.reference import Keys, Outputs, Queries, Values
+from perceiver_core.masked_values import without_masked
 from perceiver_core.masks import Mask
 from perceiver_core.registry import register
 
 
 @register
+@explained
 def add_zero_attn(
     q: Queries,
     k: Keys,
@@ -50,5 +53,6 @@ def add_zero_attn(
     if mask is not None:
         masks.check_broadcast(mask, q, k)
         allowed = masks.materialize(mask, queries=q.shape[-2], keys=k.shape[-2], device=q.device)
+        q, k, v = without_masked(q, k, v, allowed[(None,) * (2 - allowed.ndim)])
         mask = F.pad(allowed.expand(*allowed.shape[:-1], k.shape[-2]), (1, 0), value=True)
     return kernel(q, F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0)), mask=mask, **options)

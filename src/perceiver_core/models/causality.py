@@ -21,7 +21,7 @@ def check_causal(**parts: nn.Module) -> None:
             if getattr(kernel, "competes", False):
                 raise ValueError(
                     f"{name} must have a kernel with a softmax over the keys, such as kernels.fastest; "
-                    f"got {kernel.__name__}, with which a token depends on later tokens"
+                    f"got {getattr(kernel, '__name__', kernel)}, with which a token depends on later tokens"
                 )
             rotary = getattr(module, "rotary", None)
             if name == "cross_attention" and not getattr(rotary, "from_end", True):

@@ -20,12 +20,15 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from perceiver_core import checks, masks
+from perceiver_core.argument_errors import explained
+from perceiver_core.argument_types import shown
 from perceiver_core.blocks import LatentTransformer
 from perceiver_core.models.perceiver_ar import DecodingStep, PerceiverAR, causal
 from perceiver_core.models.sampling import Sampler, greedy
 from perceiver_core.reads import KeysValuesCache
 
 
+@explained
 def generate(  # noqa: PLR0913 (options of generation)
     model: PerceiverAR,
     prompt: Shaped[Tensor, "b n"],
@@ -92,6 +95,7 @@ def generate(  # noqa: PLR0913 (options of generation)
     return torch.stack(list(tokens), dim=1)
 
 
+@explained
 def stream(  # noqa: PLR0913 (options of generation)
     model: PerceiverAR,
     prompt: Shaped[Tensor, "b n"],
@@ -214,7 +218,7 @@ def _sampled(
     for number, next_logits in enumerate(logits, 1):
         sampled = sampler(next_logits, generator)
         if not isinstance(sampled, Tensor):
-            raise TypeError(f"sampler must return a torch.Tensor of ids; got {_name(sampled)}")
+            raise TypeError(f"sampler must return a torch.Tensor of ids; got {shown(sampled)}")
         if sampled.is_floating_point() or sampled.is_complex() or sampled.dtype == torch.bool:
             raise TypeError(f"sampler must return integer ids; got {sampled.dtype}")
         if sampled.shape != ids.shape:
@@ -271,15 +275,14 @@ def _check_parts(model: PerceiverAR, sampler: Sampler, generator: torch.Generato
     required = ("vocab_size", "num_latents", "embedding", "latent_transformer", "training")
     if missing := [name for name in required if not hasattr(model, name)]:
         raise TypeError(
-            f"model must be a PerceiverAR, or have its attributes; got {_name(model)} without {', '.join(missing)}"
+            f"model must be a PerceiverAR, or have its attributes {', '.join(missing)}; got {shown(model)}"
         )
     if model.training:
         raise ValueError("model must be in evaluation mode, without dropout; call model.eval()")
     if isinstance(sampler, type) or not callable(sampler):
-        hint = f". Build it: {sampler.__name__}()" if isinstance(sampler, type) else ""
         raise TypeError(
             "sampler must be a function of logits and a generator, such as sampling.greedy or sampling.Sample(); "
-            f"got {_name(sampler)}{hint}"
+            f"got {shown(sampler)}"
         )
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator; got {generator!r}. Build one: torch.Generator()")
@@ -287,14 +290,10 @@ def _check_parts(model: PerceiverAR, sampler: Sampler, generator: torch.Generato
 
 def _checked_stop_ids(stop_ids: int | Collection[int], vocab_size: int) -> tuple[int, ...]:
     """Check that the stop ids are in the vocabulary, and return them as a tuple."""
-    if isinstance(stop_ids, str) or not isinstance(stop_ids, (int, Iterable)):
+    if isinstance(stop_ids, str) or not isinstance(stop_ids, (int, Iterable)) or getattr(stop_ids, "ndim", 1) == 0:
         raise TypeError(f"stop_ids must be an id or a collection of ids; got {stop_ids!r}")
     ids = (stop_ids,) if isinstance(stop_ids, int) else tuple(stop_ids)
     for number in ids:
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < vocab_size:
             raise ValueError(f"stop_ids must be ids of the vocabulary, 0 ... {vocab_size - 1}; got {number!r}")
     return ids
-
-
-def _name(x: object) -> str:
-    return f"the class {x.__name__}" if isinstance(x, type) else repr(x) if isinstance(x, str) else type(x).__name__

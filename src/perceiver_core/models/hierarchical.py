@@ -163,9 +163,11 @@ class HierarchicalAutoencoder(nn.Module):
         cross_attention: Callable[..., nn.Module] = CrossAttend,
     ) -> None:
         super().__init__()
+        if output_dim is not None:
+            checks.positive(output_dim=output_dim)
         self.perceiver = perceiver
         width = perceiver.positions.dim
-        self.cross_attention = build(cross_attention, width, perceiver.dim, residual=False)
+        self.cross_attention = build("cross_attention", cross_attention, width, perceiver.dim, residual=False)
         self.output = init.linear(width, perceiver.input_dim if output_dim is None else output_dim)
 
     def forward(

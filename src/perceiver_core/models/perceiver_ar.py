@@ -106,13 +106,13 @@ class PerceiverAR(nn.Module):
         checks.positive(num_latents=num_latents, num_heads=num_heads)
         checks.probability(prefix_dropout=prefix_dropout)
         self.embedding, self.num_latents, self.prefix_dropout = embedding, num_latents, prefix_dropout
-        self.head = build(head, embedding)  # raises if the embedding has no dim or vocab_size
+        self.head = build("head", head, embedding)  # raises if the embedding has no dim or vocab_size
         self.dim, self.vocab_size = cast(TokenEmbedding, embedding).dim, cast(TokenEmbedding, embedding).vocab_size
-        self.cross_attention = build(cross_attention, self.dim, self.dim)
-        self.latent_transformer = build(latent_transformer, self.dim, depth=depth, num_heads=num_heads)
+        self.cross_attention = build("cross_attention", cross_attention, self.dim, self.dim)
+        sizes = {"depth": depth, "num_heads": num_heads}
+        self.latent_transformer = build("latent_transformer", latent_transformer, self.dim, **sizes)
         check_causal(cross_attention=self.cross_attention, latent_transformer=self.latent_transformer)
-        self.norm = build(norm, self.dim)
-        self._draws = RepeatableDraws()
+        self.norm, self._draws = build("norm", norm, self.dim), RepeatableDraws()
 
     def forward(
         self,

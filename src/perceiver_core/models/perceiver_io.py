@@ -119,6 +119,6 @@ def _built(head: nn.Module | Callable[[nn.Module], nn.Module], adapter: nn.Modul
         if sum(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters) != 1:
             raise TypeError(f"{expected}, which takes other arguments. Build it first")
     try:
-        return build(head, adapter)
+        return build("head", head, adapter)
     except TypeError as error:
         raise TypeError(f"{expected}: {error}") from error

@@ -18,7 +18,8 @@ from functools import partial
 
 from torch import nn
 
-from perceiver_core import adapters, heads, positions
+from perceiver_core import adapters, checks, heads, positions
+from perceiver_core.argument_errors import checked
 from perceiver_core.blocks import (
     MLP,
     CrossAttend,
@@ -37,6 +38,7 @@ from perceiver_core.models.perceiver_ar import PerceiverAR
 from perceiver_core.models.resampler import Resampler
 
 
+@checked
 def imagenet(num_classes: int = 1000) -> Perceiver:
     """Return the ImageNet Perceiver: 224 x 224 pixels, 64 Fourier bands, 512 latents, 8 reads (cross-attentions).
 
@@ -48,6 +50,7 @@ def imagenet(num_classes: int = 1000) -> Perceiver:
     return _perceiver(adapters.Image(num_channels=3, positions=fourier), num_classes, num_reads=8)
 
 
+@checked
 def small(num_classes: int = 1000) -> Perceiver:
     """Return a small Perceiver for images of 224 x 224 pixels (23 million parameters): 196 latents, 12 blocks.
 
@@ -60,6 +63,7 @@ def small(num_classes: int = 1000) -> Perceiver:
     return _of_vit(num_classes, dim=384, num_heads=6)
 
 
+@checked
 def base(num_classes: int = 1000) -> Perceiver:
     """Return a Perceiver of the size of DeiT-B (92 million parameters): width 768, 12 heads; see `small`.
 
@@ -68,6 +72,7 @@ def base(num_classes: int = 1000) -> Perceiver:
     return _of_vit(num_classes, dim=768, num_heads=12)
 
 
+@checked
 def audioset(num_classes: int = 527) -> Perceiver:
     """Return the AudioSet Perceiver: 1.28 s of raw audio at 48 kHz (61,440 samples in 480 patches), 192 Fourier bands.
 
@@ -79,6 +84,7 @@ def audioset(num_classes: int = 527) -> Perceiver:
     return _perceiver(adapters.Audio(patch_size=128, positions=fourier), num_classes, num_reads=8)
 
 
+@checked
 def modelnet40(num_classes: int = 40) -> Perceiver:
     """Return the ModelNet40 Perceiver: point clouds of about 2,000 points, 64 Fourier bands, 2 cross-attentions.
 
@@ -90,6 +96,7 @@ def modelnet40(num_classes: int = 40) -> Perceiver:
     return _perceiver(adapters.PointCloud(positions=fourier), num_classes, num_reads=2)
 
 
+@checked
 def perceiver_ar(
     vocab_size: int, *, context_length: int = 8192, num_latents: int = 1024, depth: int = 12
 ) -> PerceiverAR:
@@ -109,6 +116,7 @@ def perceiver_ar(
 
     Reference: google-research/perceiver-ar, perceiver_ar/experiment.py, `get_config`.
     """
+    checks.positive(context_length=context_length)
     rotary = positions.Rotary(32, base=context_length, exponents=positions.inclusive_exponents)
     attention = partial(MultiHeadAttention, rotary=rotary)
     mlp = partial(MLP, widening_factor=4, activation=SquaredReLU())
@@ -124,6 +132,7 @@ def perceiver_ar(
     )
 
 
+@checked
 def idefics2_resampler(input_dim: int = 1152, dim: int = 4096, *, hidden_dim: int = 14_336) -> Resampler:
     """Return the connector of Idefics2-8b: a gated MLP to the width of the text model, then a 3-layer resampler.
 
@@ -148,6 +157,7 @@ def idefics2_resampler(input_dim: int = 1152, dim: int = 4096, *, hidden_dim: in
     )
 
 
+@checked
 def hip16(input_dim: int = 3, num_tokens: int = 224 * 224) -> HierarchicalPerceiver:
     """Return HiP-16: levels with 16, 4, 1 and 1 groups, then decoder levels with 1, 4 and 16 groups.
 
@@ -165,6 +175,7 @@ def hip16(input_dim: int = 3, num_tokens: int = 224 * 224) -> HierarchicalPercei
     return _hierarchical(input_dim, num_tokens, levels, decoder_levels, position_dim=32)
 
 
+@checked
 def hip256(input_dim: int = 3, num_tokens: int = 224 * 224) -> HierarchicalPerceiver:
     """Return HiP-256: levels with 256, 64, 16, 4, 1 and 1 groups, then decoder levels back to 256 groups.
 
@@ -177,6 +188,7 @@ def hip256(input_dim: int = 3, num_tokens: int = 224 * 224) -> HierarchicalPerce
     return _hierarchical(input_dim, num_tokens, levels, decoder_levels, position_dim=16)
 
 
+@checked
 def hip_mini(input_dim: int = 3, num_tokens: int = 224 * 224) -> HierarchicalPerceiver:
     """Return HiP-Mini: levels with 16 and 1 groups, then a decoder level with 16 groups.
 
@@ -195,6 +207,7 @@ def _hierarchical(
     position_dim: int,
 ) -> HierarchicalPerceiver:
     """Build a Hierarchical Perceiver. Each level is (num_groups, num_latents, dim, depth, num_heads)."""
+    checks.positive(num_tokens=num_tokens)
     down, up = (
         [
             Level(groups, num_latents=latents, dim=dim, depth=depth, num_heads=heads)

@@ -14,7 +14,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from perceiver_core import checks
+from perceiver_core import argument_types, checks
 from perceiver_core.blocks import MLP, JointAttend, MultiHeadAttention, SquaredReLU
 from perceiver_core.blocks.factory import build
 from perceiver_core.kernels.reference import QueryIndices
@@ -85,9 +85,9 @@ class Resampler(nn.Module):
             projection = nn.Identity if dim == input_dim else init.linear
         self.input_dim, self.dim = input_dim, dim
         self.latents = init.embedding(num_latents, dim)
-        self.projection = build(projection, input_dim, dim)
-        self.layers = nn.ModuleList(build(block, dim, num_heads=num_heads) for _ in range(depth))
-        self.norm = build(norm, dim)
+        self.projection = build("projection", projection, input_dim, dim)
+        self.layers = nn.ModuleList(build("block", block, dim, num_heads=num_heads) for _ in range(depth))
+        self.norm = build("norm", norm, dim)
 
     def forward(
         self,
@@ -123,7 +123,7 @@ class Resampler(nn.Module):
         features = apply_linear(self.projection, features)
         # Batch size 1 until the first layer. A copy, because hooks of FlopCounterMode fail on views of parameters.
         x = self.latents.unsqueeze(0).clone()
-        captured = None if capture is None else range(len(self.layers))[capture.read]
+        captured = None if capture is None else argument_types.index("read", capture.read, len(self.layers))
         for number, layer in enumerate(self.layers):
             options = {"capture": capture} if number == captured else {}
             x = layer(x, features, mask=mask, **options)
@@ -151,10 +151,7 @@ class Resampler(nn.Module):
         Raises:
             ValueError: If `layer` is out of range.
         """
-        depth = len(self.layers)
-        if not -depth <= layer < depth:
-            raise ValueError(f"layer must lie in {-depth} ... {depth - 1}; got {layer}")
-        capture = AttentionCapture(layer, queries)
+        capture = AttentionCapture(argument_types.index("layer", layer, len(self.layers)), queries)
         self(features, mask=mask, capture=capture)
         return capture.result()
 

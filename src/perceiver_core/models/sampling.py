@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
 from typing import TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from perceiver_core import checks
+from perceiver_core import argument_types, checks
+from perceiver_core.argument_errors import explained
 
 Sampler: TypeAlias = Callable[[Tensor, torch.Generator | None], Tensor]
 
 
+@explained
 def greedy(logits: Float[Tensor, "b v"], generator: torch.Generator | None = None) -> Int[Tensor, " b"]:
     """Return the most likely token id of each sample, `b`. The generator is not used.
 
@@ -54,22 +55,22 @@ class Sample:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, value in (("temperature", self.temperature), ("top_p", self.top_p)):
-            if not isinstance(value, Real):
-                raise TypeError(f"{name} must be a number; got {value!r}")
-        if not 0 < self.temperature < float("inf"):
+        argument_types.check_fields(self)
+        if not self.temperature > 0:
             raise ValueError(
-                f"temperature must be above 0 and finite; got {self.temperature!r}. For the most likely id use greedy"
+                f"temperature must be above 0; got {self.temperature!r}. For the most likely id use greedy"
             )
         if self.top_k is not None:
             checks.positive(top_k=self.top_k)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1]; got {self.top_p!r}")
 
+    @explained
     def __call__(self, logits: Float[Tensor, "b v"], generator: torch.Generator | None = None) -> Int[Tensor, " b"]:
         """Draw one token id per sample."""
         return torch.multinomial(self.probabilities(logits), 1, generator=generator).squeeze(-1)
 
+    @explained
     def probabilities(self, logits: Float[Tensor, "b v"]) -> Float[Tensor, "b v"]:
         """Return the probability of each token id, with temperature, top-k and top-p applied.
 

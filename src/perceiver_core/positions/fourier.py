@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from perceiver_core import checks
+from perceiver_core.argument_errors import explained
 from perceiver_core.positions.grid import check_axes, computing_dtype, coordinates, grid_points
 from perceiver_core.registry import register
 
@@ -34,6 +35,7 @@ class SeparableFeatures(nn.Module):
         self.num_axes, self.num_bands = num_axes, num_bands
         self.spanned_axes = (True,) * num_axes
 
+    @explained
     def forward(self, points: Float[Tensor, "*b axes"]) -> Float[Tensor, "*b dim"]:
         """Return the features of points with coordinates in [-1, 1].
 
@@ -42,6 +44,7 @@ class SeparableFeatures(nn.Module):
         axes = [self._features(x, axis) for axis, x in enumerate(_widened(points, self.num_axes).unbind(-1))]
         return torch.cat([part for group in zip(*axes, strict=True) for part in group], dim=-1).to(points.dtype)
 
+    @explained
     def tables(
         self, grid: Sequence[int], like: Tensor, *, reference: Sequence[int] | None = None
     ) -> tuple[Float[Tensor, "... p"], ...]:

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from perceiver_core import checks
+from perceiver_core import argument_types, checks
+from perceiver_core.argument_errors import explained
 
 
 @runtime_checkable
@@ -48,6 +49,11 @@ class PointFeatures(Protocol):
         """Return the features of the points."""
 
 
+argument_types.describe(Positions, "an object with dim, num_axes and tables, such as positions.Fourier(num_axes=2)")
+argument_types.describe(PointFeatures, "positions with dim and num_axes that take points, such as positions.Fourier(3)")
+
+
+@explained
 def coordinates(
     size: int, device: torch.device | None = None, dtype: torch.dtype | None = None, *, reference: int | None = None
 ) -> Float[Tensor, " n"]:
@@ -67,6 +73,7 @@ def coordinates(
     return 2 * indices / last - 1
 
 
+@explained
 def grid_points(
     grid: Sequence[int], like: Tensor, *, reference: Sequence[int] | None = None
 ) -> Float[Tensor, "*grid axes"]:

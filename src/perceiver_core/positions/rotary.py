@@ -10,10 +10,12 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from perceiver_core import checks
+from perceiver_core.argument_errors import explained
 from perceiver_core.registry import register
 
 
 @partial(register, name="positions.half_open_exponents")
+@explained
 def half_open_exponents(pairs: int, like: Tensor) -> Float[Tensor, " pairs"]:
     """Return the `Rotary` exponents 0, 1 / pairs, ..., (pairs - 1) / pairs, as in most language models.
 
@@ -27,6 +29,7 @@ def half_open_exponents(pairs: int, like: Tensor) -> Float[Tensor, " pairs"]:
 
 
 @partial(register, name="positions.inclusive_exponents")
+@explained
 def inclusive_exponents(pairs: int, like: Tensor) -> Float[Tensor, " pairs"]:
     """Return evenly spaced `Rotary` exponents from 0 to 1, endpoints included, as in Perceiver AR.
 

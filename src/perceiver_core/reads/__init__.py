@@ -17,6 +17,7 @@ model.
 
 from torch import nn
 
+from perceiver_core.argument_errors import checked
 from perceiver_core.reads.automatic import Auto, Decision, check_strategy
 from perceiver_core.reads.axes import merged_axes
 from perceiver_core.reads.caches import AttentionCapture, KeysValuesCache, SharedMemory
@@ -52,6 +53,7 @@ __all__ = [
 ]
 
 
+@checked
 def set_strategy(module: nn.Module, strategy: Strategy) -> None:
     """Set the strategy of all reads in a module. A strategy affects time and memory, but not the result.
 

@@ -8,9 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from perceiver_core.argument_errors import explained
 from perceiver_core.tokens import Tokens
 
 
+@explained
 def merged_axes(tokens: Tokens) -> tuple[int, ...]:
     """Return the grid size after merging axes that share a position table.
 

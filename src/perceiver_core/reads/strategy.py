@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import register_pytree_node
 
-from perceiver_core import checks, masks
+from perceiver_core import argument_types, checks, masks
 from perceiver_core.kernels.reference import QueryIndices
 from perceiver_core.masks import Mask
 from perceiver_core.reads.axes import merged_axes
@@ -285,6 +285,9 @@ class Strategy(Protocol):
     def prepare(self, context: ReadContext) -> Memory:
         """Compute the keys and values (`Memory`) of a read. `why_not(context)` must return an empty string."""
         ...
+
+
+argument_types.describe(Strategy, "an object such as reads.Dense() or reads.Auto()")
 
 
 def unable(strategy: Strategy, reason: str) -> ValueError:

@@ -9,6 +9,8 @@ from typing import TypeVar, cast
 
 from torch import nn
 
+from perceiver_core import argument_types
+from perceiver_core.argument_errors import explained
 from perceiver_core.registry.keywords import refuse_unknown
 from perceiver_core.registry.names import TAGS, _external, _named, _names, _replaced, label
 from perceiver_core.registry.snapshot import RECORD, Attribute, Node, Record, each_partial_once, leaves, plain, snapshot
@@ -26,7 +28,7 @@ def register(thing: T, *, name: str | None = None) -> T:
     such as lambdas, raise an error only in `save`.
 
     NumPy numbers and containers of configuration libraries are converted to Python's built-in types before the
-    constructor is called.
+    constructor is called. The arguments of this library's own classes are checked against their annotations.
 
     Arguments are saved by name. Therefore, a constructor may take `**kwargs`, but no `*args` or positional-only
     arguments. A new definition with the same module and qualified name replaces the earlier definition, for example
@@ -52,6 +54,8 @@ def register(thing: T, *, name: str | None = None) -> T:
     """
     if not inspect.isclass(thing) and not inspect.isroutine(thing):
         raise ValueError(f"register takes a class or a function; got {thing!r}. Register its class instead")
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"name must be a string; got {name!r:.80}")
     name = name or thing.__qualname__
     if "<lambda>" in name:
         raise ValueError(f"{label(thing)} has no name of its own; write a function, or register(..., name='...')")
@@ -104,8 +108,11 @@ def _argument_names(part: type) -> list[str]:
 def _record_arguments(part: type, names: list[str]) -> None:
     construct = cast(Callable[..., None], part.__init__)  # type: ignore[misc]
     accepted = set(names)
+    checks_types = part.__module__.partition(".")[0] == __name__.partition(".")[0]
+    hints = functools.cache(lambda: argument_types.hints_of(construct) if checks_types else {})
     # follow_wrapped=False, because a decorator of the constructor may accept additional keywords.
     outer = inspect.signature(construct, follow_wrapped=False).parameters.values()
+    num_positional = sum(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in outer) - 1  # but self
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in outer)
 
     @functools.wraps(construct)
@@ -114,10 +121,12 @@ def _record_arguments(part: type, names: list[str]) -> None:
             refuse_unknown(f"{part.__qualname__}()", kwargs, names)
         args = tuple(plain(value) for value in args)
         kwargs = {name: plain(value) for name, value in kwargs.items()}
+        given = dict(zip(names, args, strict=False)) | kwargs  # the call below rejects surplus or unknown arguments
+        if len(args) <= num_positional:
+            argument_types.check(given, hints())
         if type(self) is not part:  # a subclass calls its parent's constructor
             construct(self, *args, **kwargs)
             return
-        given = dict(zip(names, args, strict=False)) | kwargs  # the call below rejects surplus or unknown arguments
         # Copied before the call, because it may modify lists. The paths of modules are known only after the call.
         copies = {name: _copied(given[name]) for name in dict.fromkeys([*names, *given]) if name in given}
         with each_partial_once():
@@ -125,6 +134,9 @@ def _record_arguments(part: type, names: list[str]) -> None:
             self.__dict__[RECORD] = Record({name: _recorded(self, name, value) for name, value in copies.items()})
 
     part.__init__ = recording  # type: ignore[misc]
+    for name, method in list(vars(part).items()) if checks_types and issubclass(part, nn.Module) else ():
+        if inspect.isfunction(method) and not name.startswith("_"):
+            setattr(part, name, explained(method))
 
 
 def _copied(value: object) -> object:

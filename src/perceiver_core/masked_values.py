@@ -1,0 +1,137 @@
+"""Zeros in place of masked values, so that NaN and infinity at masked positions affect neither outputs nor gradients.
+
+A weight of zero is not enough: zero times NaN is NaN, in the output and in the gradient of every weight that a masked
+value was multiplied with. Without a mask, no function of this module does any work. On the CPU in eager mode, values
+are inspected first, and inputs of ordinary numbers are returned without a copy.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from operator import and_, or_
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from perceiver_core import checks, masks
+from perceiver_core.masks import Mask
+from perceiver_core.tokens import Tokens
+
+LARGEST = 1e9  # magnitude up to which values are multiplied and normalized without overflow in float32
+
+Queries: TypeAlias = Float[Tensor, "b h q d"]
+Keys: TypeAlias = Float[Tensor, "b h k d"]
+Values: TypeAlias = Float[Tensor, "b h k e"]
+
+
+def attended_keys(
+    mask: Mask | None, num_queries: int, num_keys: int, device: torch.device, *, block_size: int = 4096
+) -> Bool[Tensor, "... k"] | None:
+    """Return a mask that is False at keys to which no query attends, as `k`, `h k` or `b h k`; None if there are none.
+
+    For an intersection of masks, the keys are those to which a query attends according to each mask by itself.
+
+    Args:
+        mask: Attention mask.
+        num_queries: Number of queries.
+        num_keys: Number of keys.
+        device: Device on which a rule is evaluated.
+        block_size: Number of keys for which a rule is evaluated at a time.
+    """
+    if mask is None or isinstance(mask, (masks.Causal, masks.Queries)):  # the last query attends to all keys
+        return None
+    if isinstance(mask, masks.Padding):
+        return mask.keys[:, None]
+    if isinstance(mask, masks.And):
+        known = [
+            x
+            for part in mask.masks
+            if (x := attended_keys(part, num_queries, num_keys, device, block_size=block_size)) is not None
+        ]
+        return reduce(and_, known) if known else None
+    if isinstance(mask, masks.Or):
+        parts = [attended_keys(part, num_queries, num_keys, device, block_size=block_size) for part in mask.masks]
+        return None if any(x is None for x in parts) else reduce(or_, parts)
+    if isinstance(mask, Tensor):
+        return None if not mask.ndim or mask.shape[-1] == 1 else mask[(None,) * (2 - mask.ndim)].any(-2)
+    rows, columns = masks.positions(num_queries, device), masks.positions(num_keys, device)
+    if torch.compiler.is_compiling():  # a graph must not depend on the number of blocks
+        return masks.block(mask, rows, columns).any(-2)
+    blocks = [masks.block(mask, rows, keys).any(-2) for keys in torch.split(columns, block_size)]
+    return torch.cat(blocks, dim=-1)
+
+
+def without_masked_tokens(
+    tokens: Tokens | Float[Tensor, "b n c"], mask: Mask, num_queries: int
+) -> Tokens | Float[Tensor, "b n c"]:
+    """Return the tokens with zeros in place of those to which no query attends.
+
+    Args:
+        tokens: `Tokens`, of which only the content is changed, or a tensor.
+        mask: Key-padding mask `b n`, attention mask `b h q k`, or a rule.
+        num_queries: Number of queries of the mask.
+    """
+    content = tokens.content if isinstance(tokens, Tokens) else tokens
+    if not may_spread(content):
+        return tokens
+    grid = content.shape[1:-1]
+    keys = attended_keys(masks.from_token_mask(mask), num_queries, grid.numel(), content.device)
+    if keys is None:
+        return tokens
+    while keys.ndim > 2:  # over the heads
+        keys = keys.any(1)
+    keys = keys[None] if keys.ndim == 1 else keys
+    if content.shape[0] == 1:
+        keys = keys.any(0, keepdim=True)
+    if keys.shape[0] not in (1, content.shape[0]) or keys.shape[1] not in (1, grid.numel()):
+        return tokens  # the attention raises an error that names the mask
+    valid = keys.expand(-1, grid.numel()).reshape(-1, *grid, 1)
+    if valid.device != content.device:
+        return tokens
+    content = content.masked_fill(~valid, 0.0)
+    if not isinstance(tokens, Tokens):
+        return content
+    return Tokens(content, tokens.position_tables, tokens.mask, tokens.modalities)
+
+
+def finite_where_masked(x: Float[Tensor, "b n c"], mask: Mask, axis: type) -> Float[Tensor, "b n c"]:
+    """Return `x` with zeros in place of NaN and infinity in masked rows, whose finite values are kept.
+
+    Args:
+        x: Vectors that are queries, and also keys in self-attention.
+        mask: Key-padding mask `b n` or another attention mask, of which only parts of the type `axis` are considered.
+        axis: `masks.Padding` for vectors of self-attention, `masks.Queries` for queries of cross-attention.
+    """
+    rule = masks.from_token_mask(mask)
+    for part in rule.masks if isinstance(rule, masks.And) else (rule,):
+        if not isinstance(part, axis) or not isinstance(part, (masks.Padding, masks.Queries)):
+            continue
+        valid = part.keys if isinstance(part, masks.Padding) else part.queries
+        valid = valid[:, -x.shape[1] :]  # the mask may also cover cached keys
+        fits = valid.shape[1] in (1, x.shape[1]) and valid.shape[0] in (1, x.shape[0]) and valid.device == x.device
+        if fits and may_spread(x):
+            x = x.where(valid.unsqueeze(-1), x.nan_to_num(0.0, 0.0, 0.0))
+    return x
+
+
+def without_masked(q: Queries, k: Keys, v: Values, allowed: Bool[Tensor, "... q k"]) -> tuple[Queries, Keys, Values]:
+    """Return queries, keys and values with zeros where `allowed` permits no attention to or from them."""
+    if not any(map(may_spread, (q, k, v))):
+        return q, k, v
+    attends, attended = allowed.any(-1, keepdim=True), allowed.any(-2).unsqueeze(-1)
+    return q.masked_fill(~attends, 0.0), k.masked_fill(~attended, 0.0), v.masked_fill(~attended, 0.0)
+
+
+def may_spread(x: Tensor) -> bool:
+    """Return whether `x` contains NaN, infinity, or numbers so large that their products could overflow.
+
+    The values are inspected only on the CPU in eager mode. Otherwise, return True.
+    """
+
+    def is_extreme() -> bool:
+        lowest, highest = x.detach().aminmax()
+        return not (lowest.item() >= -LARGEST and highest.item() <= LARGEST)  # also True for NaN
+
+    return bool(x.numel()) and checks.is_true(is_extreme, x)
