@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,29 @@ def test_exported_programs_and_files_are_saved_too(tmp_path):
     torch.testing.assert_close(torch.export.load(folder / "model.pt2").module()(x), model(x), rtol=1e-5, atol=1e-5)
     copied = pc.checkpoints.save_program(folder / "model.pt2", tmp_path / "two", model=model, preprocessing={})
     assert (copied / "deployment.json").read_text() == (folder / "deployment.json").read_text()
+
+
+@pytest.mark.refusal
+def test_a_full_disk_does_not_end_the_process(tmp_path):
+    """PyTorch's writer would, when it is destroyed. A limit of the file size stands for the disk."""
+    script = f"""
+        import gc, resource, signal, torch, perceiver_core as pc
+        audio = pc.adapters.Audio(patch_size=4, positions=None)
+        model = pc.Perceiver(audio, pc.Encoder(audio.dim, num_latents=3, dim=8), pc.heads.Identity()).eval()
+        program = torch.export.export(model, (torch.zeros(2, 99),))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+        try:
+            pc.checkpoints.save_program(program, {str(tmp_path)!r}, model=model, preprocessing={{}})
+        except OSError as error:
+            print(error)
+        gc.collect()
+    """
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "model.pt2 was not written, and existing files are unchanged. Raise the limit" in done.stdout
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_written_after_an_error(tmp_path):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import nn
@@ -89,4 +90,44 @@ def _writer(program: Any) -> tuple[str, Callable[[Path], object]]:
 
 def _write_exported(program: torch.export.ExportedProgram, path: Path) -> None:
     with path.open("wb") as file:  # torch.export.save warns about paths that do not end in .pt2
-        torch.export.save(program, file)
+        deferred = _DeferredErrors(file)
+        torch.export.save(program, deferred)  # type: ignore[arg-type]  # stubs of io and typing differ
+        deferred.check()
+
+
+class _DeferredErrors(io.RawIOBase):
+    """File whose `write` never fails: the first error is raised by `check`, and everything after it is discarded.
+
+    If a write fails, such as on a full disk, PyTorch's archive writer tries to complete the file when it is destroyed,
+    and ends the process when that fails, too.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write data unless an earlier write has failed. Returns the number of bytes of the data."""
+        if self._error is None:
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self._error = error
+        return memoryview(data).nbytes
+
+    def writable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return True, since PyTorch warns about files that are not seekable."""
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Do nothing. PyTorch seeks only when the file is complete."""
+        return offset
+
+    def check(self) -> None:
+        """Raise the error of the first write that failed, if there is one."""
+        if self._error is not None:
+            raise self._error
