@@ -97,8 +97,8 @@ def attend_slab(q: Tensor, memory: FactoredKeysValues) -> PartialAttention:
 
 
 def _product(marginals: Tensor, tables: Tensor) -> Tensor:
-    """Return `marginals @ tables`. A long axis is summed in blocks, whose rounding errors do not add up."""
+    """Return `marginals @ tables`. Long axes are summed in blocks to reduce rounding errors."""
     if checks.is_exporting() or marginals.shape[-1] <= BLOCK:
         return marginals @ tables
-    blocks = zip(marginals.split(BLOCK, dim=-1), tables.split(BLOCK, dim=-2), strict=True)
+    blocks = zip(torch.split(marginals, BLOCK, -1), torch.split(tables, BLOCK, -2), strict=True)
     return torch.stack([part @ table for part, table in blocks]).sum(0)
