@@ -57,7 +57,7 @@ class Draw:
         return self.random.randint(low, high)
 
     def width(self, high: int) -> int:
-        """Draw the width of vectors. The norm of a single channel hides all errors, or is mostly rounding errors."""
+        """Draw a vector width. In low precision it is at least 2: a norm of one channel hides or amplifies errors."""
         return 1 if self.flag(0.15) and self.dtype == torch.float64 else self.random.randint(2, high)
 
     def tensor(self, *shape: int) -> Tensor:
@@ -135,7 +135,7 @@ def shown(value: object) -> str:
 
 
 def invalid_value(draw: Draw, name: str, value: Any) -> Any:
-    """Return a value that the argument does not accept, or seldom accepts."""
+    """Return a value that is invalid for most arguments of this type."""
     if isinstance(value, Tensor):
         return invalid_tensor(draw, value)
     if isinstance(value, bool):
@@ -167,7 +167,7 @@ def invalid_value(draw: Draw, name: str, value: Any) -> Any:
 
 
 def invalid_tensor(draw: Draw, x: Tensor) -> Any:
-    """Return something else than a valid tensor: another type, dtype, shape, device or value."""
+    """Return an invalid replacement of a tensor: another type, dtype, shape, device or value."""
     options: list[Any] = [x.tolist(), "x", x[None], x.to(torch.complex64), x[..., None], x.to("meta")]
     if x.ndim:
         options += [x[..., :0], x.sum(0) if x.dtype != torch.bool else x.any(0), torch.cat([x, x], -1)]

@@ -23,7 +23,7 @@ from tests.robustness.composition_positions import draw_positions
 
 @dataclass
 class Case:
-    """Model, the arguments of its forward call, and what is known of its output.
+    """Model, the arguments of its forward call, and the expected shape of its output.
 
     `shape` is the shape of the output without the batch axis, by modality if there are several; None if it is not
     known. `names` are the arguments of the parts that the model calls, which its errors may name.
@@ -141,14 +141,14 @@ def perceiver_ar(draw: Draw) -> Case:
 
 
 def resampler(draw: Draw) -> Case:
-    width, n, num_heads = draw.size(1, 6), draw.size(1, 8), draw.size(1, 3)
+    width, n, num_heads = draw.width(6), draw.size(1, 8), draw.size(1, 3)
     options: dict[str, Any] = {}
     if draw.flag():
         attention = blocks.draw_attention(draw, num_heads)
         options["block"] = draw.later(pc.JointAttend, attention=attention, **blocks.block_options(draw))
     else:
         width = width * num_heads
-    dim = draw.choice(None, draw.size(1, 6)) if "block" in options else draw.choice(None, num_heads * draw.size(1, 3))
+    dim = draw.choice(None, draw.width(6)) if "block" in options else draw.choice(None, num_heads * draw.size(1, 3))
     m = draw.size(1, 5)
     model = draw.make(
         pc.Resampler, width, num_latents=m, dim=dim, depth=draw.size(1, 3), num_heads=num_heads, **options

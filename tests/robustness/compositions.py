@@ -24,7 +24,7 @@ from torch import nn
 
 from perceiver_core import registry
 from perceiver_core.checkpoints.card import as_calls
-from tests.robustness.composition_checks import CHECKS, shape_and_values
+from tests.robustness.composition_checks import CHECKS, is_garbage, shape_and_values
 from tests.robustness.composition_draws import Draw, Invalid
 from tests.robustness.composition_functions import run_function
 from tests.robustness.composition_generation import generated
@@ -51,7 +51,7 @@ def run_case(seed: int, folder: Path) -> str:
 
 
 def run(draw: Draw, folder: Path, name: str = "") -> str:
-    """Run a case with the choices of `draw`. `name` says in the message of an escape which case it was."""
+    """Run a case with the choices of `draw`. `name` identifies the case in the message of an escape."""
     case: list[Case] = []
     torch.manual_seed(draw.generator.initial_seed())
     try:
@@ -80,6 +80,8 @@ def _outcome(draw: Draw, folder: Path, drawn: list[Case]) -> str:
     case.inputs = args[0]
     draw.names += names_of(case.model)
     shape_and_values(draw, case, folder)
+    if is_garbage(draw, case):
+        return "equal: NaN"
     if hasattr(case.model, "num_latents") and "labels" not in case.options and draw.flag(GENERATION_SHARE):
         generated(draw, case, folder)
         return "equal: generation"
