@@ -6,8 +6,8 @@ r"""Classification of knee images as left or right with a trained model, for fil
 
 A verdict whose probability is below the threshold is `abstain`. If file names have the form of AKOA, slices are grouped
 into volumes, each with a verdict from its mean logit. The side in a file name is printed beside the verdict but never
-used. The exit code is 1 if a file could not be read, and 2 if nothing could be done. Names of files are printed with
-escapes for all characters but printable ASCII; the table has the true names.
+used. The exit code is 1 if a file could not be read, and 2 if no file was classified. In printed file names, all
+characters except printable ASCII are escaped; the table contains the real names.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def execute(argv: Sequence[str] | None = None) -> int:
-    """Classify what the command line names. Returns 0, or 1 if files were skipped."""
+    """Classify the files and folders on the command line. Returns 0, or 1 if files were skipped."""
     return _run(_parser().parse_args(argv))
 
 
@@ -111,7 +111,7 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
         if path.is_dir():
             names = [n for n in list_files(path) if n.lower().endswith(".png") and not is_system_file(n)]
             files = [path / name for name in names]
-        elif os.path.lexists(path):  # also links to nothing, which are reported as skipped files
+        elif os.path.lexists(path):  # also broken links, which are reported as skipped files
             files = [path]
         else:
             raise FileNotFoundError(f"{path} does not exist; give PNG files, or folders with them")

@@ -3,9 +3,9 @@
     python -m examples.akoa.evaluate --run runs/akoa --data data/phantom --labels labels.csv --again
 
 Training evaluates the test set once. This command evaluates it again, with the weights in the folder of the run.
-report.json counts these looks at the test set, and `--again` is required if the folder has a report: if choices follow
-a look, the test set is no longer independent of them. If a command was interrupted while it drew the report of a look,
-the report is finished without another look.
+report.json counts these evaluations (looks at the test set), and `--again` is required if the folder has a report:
+results are biased if choices were based on an earlier look. If a command was interrupted while it wrote the report of a
+look, the report is finished without another look.
 
 The exit code is 0 if the report was written, 2 for invalid arguments or files, and 130 or 143 after an interruption.
 """

@@ -6,8 +6,8 @@
 The folder may be flat, nested or divided into left/ and right/. Every PNG file, and every file with OAI in its name, is
 decoded and audited first; other files are ignored and counted by extension. All problems are listed in
 `labels.problems.csv` beside labels.csv, and any problem stops the run with exit code 1 and without labels.csv, until it
-is fixed or its kind is allowed (`--allow`). Files that are unparsed, unreadable or disagreeing are then left out, as
-are the second and later of duplicates; near-duplicates and contradicting images are kept. Invalid arguments give exit
+is fixed or its kind is allowed (`--allow`). Of the allowed kinds, unparsed, unreadable and disagreeing files are left
+out, and all but the first of duplicates; near-duplicates and contradicting images are kept. Invalid arguments give exit
 code 2. An earlier labels.csv with another content is kept as `labels.csv.previous`.
 
 With `--folds K`, the split column contains fold0 to fold<K-1>. Run i tests on fold i, validates on fold i+1 (modulo K)
@@ -60,7 +60,7 @@ class Options:
 
     @property
     def previous(self) -> Path:
-        """Path that an earlier labels.csv is kept at."""
+        """Path to which an earlier labels.csv is renamed."""
         return self.out.with_name(f"{self.out.name}.previous")
 
 
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def execute(argv: Sequence[str] | None = None) -> int:
-    """Write labels.csv as the command line states. Returns 0, or 1 if problems prevent it."""
+    """Write labels.csv as configured on the command line. Returns 0, or 1 if problems prevent it."""
     return generate(read_options(argv))
 
 
@@ -160,7 +160,7 @@ def generate(options: Options) -> int:
 def write_results(options: Options, problems: Sequence[Problem], rows: Sequence[Row] | None) -> Path | None:
     """Write the list of problems, and labels.csv unless `rows` is None.
 
-    An earlier labels.csv is renamed first. At no moment, and after no crash, is it beside the problems of another run.
+    An earlier labels.csv is renamed first, so that even a crash never leaves it beside the problems of another run.
 
     Returns:
         New name of the earlier labels.csv, if there was one with another content.

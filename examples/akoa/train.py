@@ -8,9 +8,9 @@ The folder of a run contains run.json (its options), checkpoints/ (best by valid
 history.csv, weights/ (the model, for `perceiver_core.load`), and report.json with report.md and figures. One command at
 a time works in it.
 
-The same command with --resume continues a run that ended at any moment, even if it was killed: from the last finished
-epoch, and with the same results as those of a run that was not interrupted. A test set that was looked at is not looked
-at again: an unfinished report is drawn from the stored predictions.
+The same command with --resume continues an interrupted run, even one that was killed, from the last finished epoch. The
+results are the same as without the interruption. The test set is evaluated only once: if only the report is unfinished,
+it is made from the stored predictions.
 
 The exit code is 0 if all is done, 2 for invalid arguments, data or files, and 130 or 143 after an interruption by
 Ctrl-C or SIGTERM. With torchrun, it is that of torchrun.
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def execute(argv: Sequence[str] | None = None) -> None:
-    """Train and evaluate as the command line states.
+    """Train and evaluate as configured on the command line.
 
     Raises:
         OSError: A file cannot be read or written.
@@ -147,7 +147,7 @@ def run(options: TrainingOptions, knees: KneeDataModule, out: Path) -> Report | 
 
 
 def finish(module: Laterality, knees: KneeDataModule, out: Path, options: TrainingOptions) -> Report:
-    """Save the best weights as a model, and evaluate the test set; a look that was counted is not repeated."""
+    """Save the best weights as a model, and evaluate the test set unless report.json already counts a look."""
     best = AtomicCheckpointIO().load_checkpoint(out / CHECKPOINTS / "best.ckpt", map_location="cpu")
     module.cpu().load_state_dict(best["state_dict"])
     model = module.model.eval()

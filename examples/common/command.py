@@ -3,10 +3,10 @@
 | exit code | meaning |
 |---|---|
 | 0 | done |
-| 1 | done in part, such as with files that were skipped, or an error of the program itself, with its traceback |
+| 1 | done in part (for example, files were skipped), or an error of the program itself, with its traceback |
 | 2 | refused: invalid arguments or input, or files that cannot be read or written |
 | 130, 143 | interrupted by Ctrl-C, or by SIGTERM |
-| 141 | the reader of the output has ended, as in `command | head -1` |
+| 141 | stdout was closed by its reader, as in `command | head -1` |
 
 A refusal is one line on stderr that begins with `error: `, and an interruption one that begins with `interrupted: ` and
 states how to continue. This module imports only the standard library, so that a command can handle signals before it
@@ -54,18 +54,19 @@ _REMEDIES = {
     errno.EISDIR: "This is a folder, where a file is expected. Choose another path",
     errno.ENOENT: "Check the path",
 }
-# The command can continue when the user has mended these.
+# Errors after which the same command can continue, once the user has removed their cause.
 _MENDED_OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 class _Signals:
-    """Handlers of signals while a command runs.
+    """Signal handlers of a running command.
 
-    The first signal raises KeyboardInterrupt, so that files are closed and processes ended. The process ends at the
-    second one, or if it still runs 20 seconds later. Nothing is lost then, since all files are written atomically.
+    The first signal raises KeyboardInterrupt, so that the command closes its files and ends its processes. If a second
+    signal arrives, or the process still runs after 20 seconds, it exits at once. No file is damaged, since all files
+    are written atomically.
 
     Args:
-        go_on: How to continue after an interruption.
+        go_on: Text that states how to continue after an interruption.
     """
 
     def __init__(self, go_on: str) -> None:
@@ -75,7 +76,7 @@ class _Signals:
         self._deadline: threading.Timer | None = None
 
     def install(self) -> None:
-        """Handle signals that are not ignored; outside the main thread, this is impossible and does nothing."""
+        """Install handlers of all signals that are not ignored. Has no effect outside the main thread."""
         if threading.current_thread() is threading.main_thread():
             for number in _HANDLED:
                 if signal.getsignal(number) is not signal.SIG_IGN:
@@ -83,7 +84,7 @@ class _Signals:
                     self._previous.setdefault(number, previous)
 
     def restore(self) -> None:
-        """Restore the handlers from before."""
+        """Restore the previous handlers."""
         if self._deadline is not None:
             self._deadline.cancel()
         for number, previous in self._previous.items():
@@ -110,14 +111,14 @@ _running: _Signals | None = None
 
 
 def exit_on_signals() -> None:
-    """End the process at a signal, with one line. For the time in which the modules of a command are imported."""
+    """Install handlers that print one line and end the process. They are used while a command imports its modules."""
     for number in _HANDLED:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda received, _: _exit(received, RUN_AGAIN))
 
 
 def handle_signals() -> None:
-    """Install the handlers of the running command again, after a library has replaced them."""
+    """Reinstall the handlers of the running command after a library has replaced them."""
     if _running is not None:
         _running.install()
 
@@ -125,11 +126,11 @@ def handle_signals() -> None:
 def run_command(command: Callable[[], object], go_on: str = RUN_AGAIN) -> int:
     """Run a command and return its exit code.
 
-    A command that is run by another one only runs: the outer one handles signals and errors.
+    Within another command, only the outer one handles signals and errors.
 
     Args:
         command: Function that does the work. An integer that it returns is the exit code.
-        go_on: How to continue after an interruption, as in "the same command with --resume continues".
+        go_on: Text that states how to continue after an interruption: "the same command with --resume continues".
 
     Raises:
         SystemExit: Raised by the command, such as by argparse after `--help` or for an unknown option.
@@ -149,7 +150,7 @@ def run_command(command: Callable[[], object], go_on: str = RUN_AGAIN) -> int:
 
 
 def describe(error: BaseException) -> str:
-    """Describe an error in one line; for errors of the system, with what to do."""
+    """Return a description of an error in one line. For errors of the system, it includes a remedy."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror
@@ -165,7 +166,7 @@ def say(text: str) -> None:
 
 
 def _guarded(command: Callable[[], object], signals: _Signals) -> int:
-    """Run a command. Errors and interruptions are reported."""
+    """Run a command, print errors and interruptions on stderr, and return the exit code."""
     try:
         code = _code(command())
     except KeyboardInterrupt:
@@ -178,7 +179,7 @@ def _guarded(command: Callable[[], object], signals: _Signals) -> int:
             return code
         raise
     except Exception as error:
-        if signals.received:  # an error that followed the signal, such as of processes that wait for each other
+        if signals.received:  # an error that the signal has caused, for example in another process
             return _interrupted(signals.received, signals.go_on)
         if isinstance(error, BrokenPipeError):
             _flushed(0)
@@ -208,7 +209,7 @@ def _exit(number: int, go_on: str) -> None:
 
 
 def _flushed(code: int) -> int:
-    """Flush stdout, which fails if its reader has ended or its disk is full. Python would print a traceback later."""
+    """Flush stdout and return the exit code. If stdout is closed or full, Python would print a traceback at exit."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError) as error:

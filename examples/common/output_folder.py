@@ -1,4 +1,4 @@
-"""Folders that a command writes to: one command at a time, without files that killed commands have left."""
+"""Lock of the folder that a command writes to, and removal of temporary files of killed commands."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def output_folder(folder: Path, *subfolders: str) -> Iterator[None]:
             stack.enter_context(FileLock(folder / LOCK, timeout=0))
         except Timeout:
             raise ValueError(
-                f"{folder}: another command works in this folder at the moment; wait for its end, or choose another "
+                f"{folder}: another command works in this folder at the moment; wait until it ends, or choose another "
                 "folder"
             ) from None
         for place in (folder, *(folder / name for name in subfolders)):

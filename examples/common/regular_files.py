@@ -1,4 +1,4 @@
-"""Reading of files that are named by others: never blocks on special files, and never reads more than a limit."""
+"""Reading of files at untrusted paths, without blocking on special files and with a limit on their size."""
 
 from __future__ import annotations
 

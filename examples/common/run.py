@@ -146,7 +146,7 @@ class Run:
 
 
 def seed(text: str) -> int:
-    """Parse a seed of the command line: a whole number from 0 to 2^32 - 1, which all generators take."""
+    """Parse a seed of the command line: a whole number from 0 to 2^32 - 1, which all random generators accept."""
     if not text.isdecimal() or int(text) >= 2**32:
         raise argparse.ArgumentTypeError(f"must be a whole number from 0 to {2**32 - 1}; got {text!r}")
     return int(text)

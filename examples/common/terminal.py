@@ -2,7 +2,7 @@
 
 
 def printable(text: object) -> str:
-    r"""Escape all characters except those of printable ASCII, as `\n`, `\x1b` or `\u202e`.
+    r"""Escape all characters except printable ASCII, as `\n`, `\x1b` or `\u202e`.
 
     Names of files may contain line breaks, escape sequences of terminals, and characters that are invisible or change
     the direction of writing. Unescaped, a name could look like a line of the output, or erase other lines. Backslashes
@@ -19,7 +19,7 @@ def printable(text: object) -> str:
 
 
 def quoted(text: str, max_length: int = 300) -> str:
-    """Return text in quotation marks for the message of an error, escaped and shortened.
+    """Return text in quotation marks for an error message, escaped and shortened.
 
     Example:
         >>> quoted("a long name", max_length=6)

@@ -28,7 +28,7 @@ _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 def read_folder(folder: Path) -> tuple[onnxruntime.InferenceSession, dict[str, Any]]:
     """Read the program and the preprocessing.
 
-    A folder that is written again holds the new program under a name with its digest, until the program is renamed.
+    While `save_program` replaces a folder, the name of the new program contains its digest, until it is renamed.
 
     Raises:
         FileNotFoundError: A file does not exist.
@@ -52,7 +52,7 @@ def _parse(path: Path, text: bytes) -> tuple[str, str, dict[str, Any]]:
         deployment = json.loads(text)
         ((name, digest),) = deployment["sha256"].items()
         if not name.isprintable() or len(name) > 200:
-            raise ValueError("the name of the program is not one of save_program")
+            raise ValueError("the name of the program is not one that save_program writes")
         return Path(name).name, f"{digest}", deployment["preprocessing"]
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not as save_program wrote it ({error!r:.200}); copy it again") from error
@@ -60,18 +60,18 @@ def _parse(path: Path, text: bytes) -> tuple[str, str, dict[str, Any]]:
 
 def _read(path: Path) -> bytes:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give the folder that save_program wrote")
+        raise FileNotFoundError(f"{path} does not exist; pass the folder that save_program wrote")
     return path.read_bytes()
 
 
 def read_image(path: Path, preprocessing: dict[str, Any]) -> np.ndarray:
     """Read an image, and resize and normalize it as in training. Return an array `1 c h w`.
 
-    The image is read as a viewer shows it: rotated as its Exif data demand, transparent pixels in front of black,
-    16-bit samples reduced to their upper 8 bits, and only the first frame of an animation.
+    The image is read as a viewer shows it: rotated according to its Exif data, with transparent pixels on a black
+    background, 16-bit samples reduced to their upper 8 bits, and only the first frame of an animation.
 
     Raises:
-        ValueError: The file is not an image, is damaged, or has so many pixels that Pillow warns of them.
+        ValueError: The file is not an image, is damaged, or has more pixels than Pillow's limit.
     """
     height, width = preprocessing["size"]
     try:
@@ -100,7 +100,7 @@ def _as_shown(image: Image.Image) -> Image.Image:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the class of each image. Returns the exit code: 0: done, 2: refused, 130: interrupted."""
+    """Print the class of each image. Return 0, or 2 if refused, 130 if interrupted, 141 if stdout was closed."""
     try:
         classify(argv)
         sys.stdout.flush()
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def classify(argv: Sequence[str] | None = None) -> None:
-    """Print the class of each image that the command line names.
+    """Print the class of each image on the command line.
 
     Raises:
         OSError: A file cannot be read.

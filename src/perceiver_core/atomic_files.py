@@ -1,4 +1,4 @@
-"""Atomic writing of files. All files of this library, its examples and its benchmarks are written by this function."""
+"""Atomic writing of files. This library, its examples and its benchmarks write all files with these functions."""
 
 from __future__ import annotations
 
@@ -122,8 +122,8 @@ def _flush_folder(folder: Path) -> None:
 def _os_error(error: Exception, temporary: Path) -> OSError | None:
     """Return the reason why the system did not write a file, or None if the system is not the reason.
 
-    Some libraries raise errors of their own types that do not contain the reason. Whether more can be written to the
-    file is therefore tried.
+    Some libraries raise errors of their own types that do not contain the reason. For these, the reason is the error
+    of another write to the same file, if it fails.
     """
     if isinstance(error, OSError):
         return error
@@ -141,7 +141,7 @@ def _os_error(error: Exception, temporary: Path) -> OSError | None:
 
 @contextmanager
 def _explained_errors(path: Path, temporary: Path) -> Iterator[None]:
-    """Context manager that adds to errors of the system what is unchanged and how to go on."""
+    """Context manager that extends errors of the system by the state of the files and a remedy."""
     try:
         yield
     except Exception as error:

@@ -161,7 +161,7 @@ def test_many_images_keep_their_order(knees: Path, model: pc.Perceiver, monkeypa
         (["{empty}"], "no PNG files below"),
         (["{knees}", "--threshold", "0.4"], "from 0.5 to 1"),
         (["{knees}", "--weights", "{missing}"], "train first"),
-        (["{knees}", "--weights", "{empty}"], "give load the folder that save wrote"),
+        (["{knees}", "--weights", "{empty}"], "pass the folder that save wrote"),
         (["{knees}", "--out", "{missing}/results.csv"], "not a file in an existing folder"),
     ],
 )

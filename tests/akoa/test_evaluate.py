@@ -270,6 +270,6 @@ def test_weights_of_another_run_are_refused(run: Path, model: pc.Perceiver, tmp_
     """Patients of the test set may have been trained on."""
     run_record.write_record(tmp_path, {"weights_sha256": run_record.weights_digest(model)})
     run_record.check_weights(tmp_path, model)
-    with pytest.raises(ValueError, match="are not the weights with which the training of this run ended"):
+    with pytest.raises(ValueError, match="are not the weights that the training of this run has saved"):
         run_record.check_weights(tmp_path, Bright())
     run_record.check_weights(run, Bright())  # an older run.json has no digest

@@ -63,7 +63,7 @@ def test_files_of_several_runs_do_not_ship(tmp_path: Path) -> None:
         ship.ship(run, tmp_path / "to")
     (run / "weights").rename(run / "moved")
     (other / "weights").rename(run / "weights")
-    with pytest.raises(ValueError, match="are not the weights with which the training of this run ended"):
+    with pytest.raises(ValueError, match="are not the weights that the training of this run has saved"):
         ship.ship(run, tmp_path / "to")
     assert not (tmp_path / "to").exists()
 

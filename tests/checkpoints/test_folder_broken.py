@@ -33,9 +33,7 @@ def assert_refused(path, message, error=ValueError):
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    assert_refused(
-        tmp_path / "new", "config.json does not exist; give load the folder that save wrote", FileNotFoundError
-    )
+    assert_refused(tmp_path / "new", "config.json does not exist; pass the folder that save wrote", FileNotFoundError)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
@@ -89,7 +87,7 @@ BROKEN_WEIGHTS = {
 def test_broken_weights(change, broken):
     weights = broken / "model.safetensors"
     weights.write_bytes(change(weights.read_bytes()))
-    assert_refused(broken, r"model\.safetensors is not a whole safetensors file: .*Copy it again")
+    assert_refused(broken, r"model\.safetensors is not a complete safetensors file: .*Copy it again")
 
 
 OTHER_WEIGHTS = {

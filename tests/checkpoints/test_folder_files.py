@@ -112,6 +112,6 @@ def test_a_file_in_the_place_of_the_folder(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(FileExistsError, match="file"):
         pc.save(small(), tmp_path / "file")
-    with pytest.raises(FileNotFoundError, match="give load the folder that save wrote"):
+    with pytest.raises(FileNotFoundError, match="pass the folder that save wrote"):
         pc.load(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"

@@ -436,5 +436,5 @@ class TestRefusals:
         with pytest.raises(FileNotFoundError, match=r"nowhere\.safetensors does not exist"):
             load_perceiver_pytorch(tmp_path / "nowhere.safetensors")
         (tmp_path / "model.pt").write_bytes(b"PK something")
-        with pytest.raises(ValueError, match=r"model.pt is not a whole safetensors file.* weights_only=True"):
+        with pytest.raises(ValueError, match=r"model.pt is not a complete safetensors file.* weights_only=True"):
             load_perceiver_pytorch(tmp_path / "model.pt")

@@ -19,7 +19,7 @@ CANDIDATES = (reads.Dense(), reads.Factored(), reads.Structured())
 
 
 def draw_plan(draw: Draw, steps: int) -> Any:
-    """Draw a sharing scheme, or a plan of its own for this number of steps."""
+    """Draw a sharing scheme, or a random plan for this number of steps."""
     if draw.flag(0.8):
         return draw.choice(True, False, sharing.all_, sharing.none, sharing.all_but_first, sharing.paper)
     indices = [tuple(accumulate((draw.choice(0, 0, 1) for _ in range(steps - 1)), initial=0)) for _ in range(2)]
@@ -29,7 +29,7 @@ def draw_plan(draw: Draw, steps: int) -> Any:
 
 
 def draw_attention(draw: Draw, num_heads: int, *, causal: bool = False, rotary: Any = None) -> Any:
-    """Draw a factory of attention with this number of heads; its heads have an even width if they are rotated."""
+    """Draw a factory of attention with this number of heads. With rotary embeddings, heads have an even width."""
     options: dict[str, Any] = {} if rotary is None else {"rotary": rotary}
     options["qk_dim"] = num_heads * draw.size(1, 3) * (1 if rotary is None else 2)
     if draw.flag():
@@ -49,7 +49,7 @@ def draw_attention(draw: Draw, num_heads: int, *, causal: bool = False, rotary: 
 
 
 def draw_kernel(draw: Draw, *, causal: bool) -> Any:
-    """Draw a kernel. With the kernel `inverted`, queries depend on later queries, so that it is not causal."""
+    """Draw a kernel. `inverted` is excluded if it has to be causal: its queries depend on later queries."""
     kernel = draw.choice(*(kernel for kernel in KERNELS if not causal or kernel is not kernels.inverted))
     draw.used.add(f"{kernel.__module__}.{kernel.__qualname__}")
     if kernel is kernels.chunked:
@@ -60,7 +60,7 @@ def draw_kernel(draw: Draw, *, causal: bool) -> Any:
 
 
 def draw_rotary(draw: Draw, *, from_end: bool) -> Any:
-    """Draw a rotary embedding for heads of an even width. `from_end` asks for positions that end at 0."""
+    """Draw a rotary embedding for heads of an even width. If `from_end` is False, it is drawn as well."""
     exponents = draw.choice(positions.half_open_exponents, positions.inclusive_exponents)
     draw.used.add(f"{exponents.__module__}.{exponents.__qualname__}")
     dim, base, from_end = draw.choice(None, 2), draw.choice(10.0, 10_000), from_end or draw.flag()
@@ -88,7 +88,7 @@ def draw_norm(draw: Draw) -> Any:
 
 
 def rms_norm(draw: Draw) -> Any:
-    """Return a factory of an RMSNorm. Its default eps depends on the dtype, so that results of dtypes would differ."""
+    """Return a factory of an RMSNorm with a fixed eps. The default depends on the dtype, which would affect results."""
     return nn.RMSNorm if draw.dtype == torch.float64 else partial(nn.RMSNorm, eps=1e-3)
 
 
@@ -100,7 +100,7 @@ def draw_gate(draw: Draw) -> Any:
 
 
 def block_options(draw: Draw) -> dict[str, Any]:
-    """Draw the options that all blocks have: MLP, norm and dropout."""
+    """Draw the options of all blocks: MLP, norm and dropout."""
     options: dict[str, Any] = {}
     if draw.flag():
         options["mlp"] = draw_mlp(draw)

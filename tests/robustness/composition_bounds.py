@@ -1,4 +1,4 @@
-"""Runs of a composition, and bounds of rounding errors, estimated by perturbing weights and inputs in float64."""
+"""Runs of a composition, and bounds on rounding errors, estimated by perturbing weights and inputs in float64."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ FACTORS = {torch.float64: 1024.0, torch.float32: 512.0, torch.bfloat16: 32.0}
 
 
 class Reference(NamedTuple):
-    """Results in float64, and a bound of the error of each."""
+    """Results in float64, and a bound on the error of each."""
 
     expected: list[Tensor]
     bounds: list[float]
 
 
 def run(case: Case, model: nn.Module, inputs: Any, options: dict[str, Any], *, gradients: bool = False) -> list[Tensor]:
-    """Return the outputs of a model, and, if asked for, the gradients of its parameters and floating-point inputs.
+    """Return the outputs of a model, and with `gradients` those of its parameters and floating-point inputs.
 
     Random numbers are the same in each run.
     """
@@ -54,13 +54,13 @@ def run(case: Case, model: nn.Module, inputs: Any, options: dict[str, Any], *, g
 
 
 def weights(x: Tensor) -> Tensor:
-    """Return fixed weights of an output, so that no gradients cancel. They are exact in all dtypes."""
+    """Return fixed loss weights of an output, so that gradients do not cancel. They are exact in all dtypes."""
     return (torch.arange(x.numel()) % 7 - 2.5).reshape(x.shape).to(x.dtype)
 
 
 @contextmanager
 def in_float64(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Convert a model to float64, and back at the end, which loses nothing."""
+    """Context manager that converts a model to float64, and back without loss."""
     model.double()
     try:
         yield
@@ -70,7 +70,7 @@ def in_float64(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def perturbed(model: nn.Module, epsilon: float) -> Iterator[None]:
-    """Change all parameters and buffers by up to this relative error, and restore them at the end."""
+    """Context manager that changes all parameters and buffers by up to a relative error."""
     values = [x for x in (*model.parameters(), *model.buffers()) if x.is_floating_point()]
     before = [x.detach().clone() for x in values]
     with torch.no_grad():
@@ -91,7 +91,7 @@ def noisy(x: Any, epsilon: float) -> Any:
 
 
 def reference(case: Case, dtype: torch.dtype, *, gradients: bool = False, autocast: bool = False) -> Reference:
-    """Return outputs and gradients in float64, and a bound for each of the error of a computation in a dtype.
+    """Return outputs and gradients in float64, and a bound on the error of each if it is computed in a dtype.
 
     The bound is a factor times the change under a perturbation of weights and inputs by the rounding error,
     plus the rounding error of the result itself.

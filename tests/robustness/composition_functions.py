@@ -107,7 +107,7 @@ USED = {
 
 
 def draw_mask(draw: Draw, b: int, h: int, q: int, k: int) -> Any:
-    """Draw an attention mask: a rule, a tensor that broadcasts, or a combination; a query may be left without keys."""
+    """Draw an attention mask: a rule, a tensor that broadcasts, or a combination; queries may have no key."""
     kind = draw.choice("none", "tensor", "padding", "queries", "causal", "and", "or", "empty")
     tensor = draw.tensor(draw.choice(1, b), draw.choice(1, h), draw.choice(1, q), draw.choice(1, k)) > -0.3
     rules = {
@@ -144,7 +144,7 @@ def _with_gradients(function: Any, given: list[Any], mask: Any) -> list[Tensor]:
 
 
 def padded(draw: Draw, folder: Path) -> str:
-    """Compare a padded batch with its inputs one by one, where positions do not depend on the padding."""
+    """Check the grid and the mask of a padded batch against the tokens of its shorter input by itself."""
     draw.batch = 1
     source = draw.choice(audio, video, point_cloud, token_ids)(draw)
     adapter = source.adapter
@@ -165,8 +165,8 @@ def padded(draw: Draw, folder: Path) -> str:
     return "equal: padded"
 
 
-def places(draw: Draw, folder: Path) -> str:
-    """Compare the coordinates of grid points with those along each axis."""
+def point_coordinates(draw: Draw, folder: Path) -> str:
+    """Compare the coordinates of grid points with the coordinates along each axis."""
     grid = tuple(draw.size(1, 4) for _ in range(draw.choice(1, 2, 3)))
     points = pc.positions.grid_points(grid, torch.zeros((), dtype=torch.float64))
     for axis, n in enumerate(grid):
@@ -176,7 +176,7 @@ def places(draw: Draw, folder: Path) -> str:
     return "equal: positions"
 
 
-FUNCTIONS = (loss, loss, loss, loss, kernel, kernel, kernel, kernel, kernel, kernel, padded, padded, places)
+FUNCTIONS = (loss, loss, loss, loss, kernel, kernel, kernel, kernel, kernel, kernel, padded, padded, point_coordinates)
 
 
 def run_function(draw: Draw, folder: Path) -> str:

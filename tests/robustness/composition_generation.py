@@ -1,4 +1,4 @@
-"""Random generations with Perceiver AR: with caches and without, and as a stream."""
+"""Random sequences generated with Perceiver AR, with and without caches."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def generated(draw: Draw, case: Case, folder: Path) -> bool:
     for cached in (False, True):
 
         def forced(scores: Tensor, generator: torch.Generator | None, cached: bool = cached) -> Tensor:
-            """Record the logits. With caches, repeat the ids that were chosen without: rounding may change a choice."""
+            """Record the logits. With caches, reuse the ids sampled without them, as rounding could change the ids."""
             logits[cached].append(scores)
             step = len(logits[True]) - 1
             return ids[False][:, step] if cached and step < ids[False].shape[1] else sampler(scores, generator)

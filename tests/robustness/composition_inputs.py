@@ -32,7 +32,7 @@ class Source(NamedTuple):
 
 
 def expand(mask: Tensor, grid_axes: Sequence[int], stride: Sequence[int], like: Tensor) -> Tensor:
-    """Expand a token mask `b *grid` to the elements of an input, whose axes `grid_axes` have these strides."""
+    """Expand a token mask `b *grid` to the elements of an input. Tokens have these strides along `grid_axes`."""
     for axis, (own, step) in enumerate(zip(grid_axes, stride, strict=True), start=1):
         mask = mask.repeat_interleave(step, dim=axis).narrow(axis, 0, like.shape[own])
     shape = [like.shape[0]] + [like.shape[a] if a - like.ndim in grid_axes else 1 for a in range(1, like.ndim)]
@@ -60,7 +60,7 @@ def _spoiler(adapter: Any, stride: Sequence[int]) -> Callable[[Any, dict[str, An
 def _options(
     draw: Draw, adapter: Any, sizes: Sequence[int], grid: Sequence[int], *, shortest: int = 1
 ) -> dict[str, Any]:
-    """Draw a mask, lengths or neither. Shorter inputs than `shortest` have no tokens."""
+    """Draw a mask, lengths or neither. Lengths are at least `shortest`: shorter inputs have no tokens."""
     options: dict[str, Any] = {}
     if draw.flag(0.25) and draw.batch:
         lengths = torch.tensor([[draw.random.randint(shortest, size) for size in sizes] for _ in range(draw.batch)])
@@ -269,7 +269,7 @@ def plain(draw: Draw) -> Source:
 
 
 def draw_source(draw: Draw, *, simple: bool = False) -> Source:
-    """Draw an adapter with an input; a simple one has a single input and is not wrapped."""
+    """Draw an adapter with an input. A simple adapter has a single input and is not wrapped by another one."""
     if simple or draw.flag(0.65):
         return draw.choice(*SIMPLE)(draw)
     return draw.choice(dropped, multimodal, multimodal, per_read, plain)(draw)

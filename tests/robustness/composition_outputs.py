@@ -17,8 +17,8 @@ from tests.robustness.composition_inputs import Source
 from tests.robustness.composition_positions import draw_point_features, draw_positions
 
 
-class Asked(NamedTuple):
-    """Query module, its argument `query_inputs`, the number of queries, and their grid if all of it is decoded."""
+class DrawnQueries(NamedTuple):
+    """Query module, its argument `query_inputs`, the number of queries, and their grid if they cover all of it."""
 
     module: nn.Module
     inputs: Any
@@ -34,30 +34,30 @@ def _indices(draw: Draw, count: int) -> Any:
     return torch.randint(count, shape, generator=draw.generator)
 
 
-def _selected(module: nn.Module, indices: Any, count: int, grid: tuple[int, ...] | None = None) -> Asked:
+def _selected(module: nn.Module, indices: Any, count: int, grid: tuple[int, ...] | None = None) -> DrawnQueries:
     if indices is None:
-        return Asked(module, None, count, grid)
-    return Asked(module, indices, indices.shape[-1])
+        return DrawnQueries(module, None, count, grid)
+    return DrawnQueries(module, indices, indices.shape[-1])
 
 
-def external(draw: Draw, source: Source) -> Asked:
+def external(draw: Draw, source: Source) -> DrawnQueries:
     dim, q = draw.width(6), draw.size(1, 6)
     x = draw.tensor(q, dim) if draw.flag() else draw.tensor(draw.batch, q, dim)
-    return Asked(draw.make(queries.External, dim), x, q)
+    return DrawnQueries(draw.make(queries.External, dim), x, q)
 
 
-def coordinates(draw: Draw, source: Source) -> Asked:
+def coordinates(draw: Draw, source: Source) -> DrawnQueries:
     axes, q = draw.choice(1, 2, 3), draw.size(1, 6)
     x = draw.tensor(q, axes) if draw.flag() else draw.tensor(draw.batch, q, axes)
-    return Asked(draw.make(queries.Coordinates, draw_point_features(draw, axes)), x, q)
+    return DrawnQueries(draw.make(queries.Coordinates, draw_point_features(draw, axes)), x, q)
 
 
-def learned(draw: Draw, source: Source) -> Asked:
+def learned(draw: Draw, source: Source) -> DrawnQueries:
     q = draw.size(1, 6)
     return _selected(draw.make(queries.Learned, q, draw.width(6)), _indices(draw, q), q)
 
 
-def grid(draw: Draw, source: Source) -> Asked:
+def grid(draw: Draw, source: Source) -> DrawnQueries:
     own = source.grid is None or not _keeps_grid(source) or draw.flag()
     size = tuple(draw.size(1, 4) for _ in range(draw.choice(1, 2, 3))) if own else source.grid
     assert size is not None
@@ -67,7 +67,7 @@ def grid(draw: Draw, source: Source) -> Asked:
     return _selected(module, _indices(draw, prod(size)), prod(size), size)
 
 
-def from_inputs(draw: Draw, source: Source) -> Asked:
+def from_inputs(draw: Draw, source: Source) -> DrawnQueries:
     if source.grid is None or not _keeps_grid(source):
         return learned(draw, source)
     module = draw.make(queries.FromInputs, width(source))
@@ -76,7 +76,7 @@ def from_inputs(draw: Draw, source: Source) -> Asked:
 
 
 def _keeps_grid(source: Source) -> bool:
-    """Return whether the tokens have the grid `source.grid` in training too, and are `Tokens`."""
+    """Return whether the encoder gets `Tokens` with the grid `source.grid`, in training too."""
     if isinstance(source.adapter, (adapters.DropTokens, adapters.PerRead)):
         return False
     return not (type(source.adapter) is nn.Identity and isinstance(source.inputs, torch.Tensor))
@@ -92,13 +92,13 @@ def width(source: Source) -> Any:
 SIMPLE = (external, coordinates, learned, grid, grid, from_inputs)
 
 
-def multimodal(draw: Draw, source: Source) -> tuple[nn.Module, Any, dict[str, Asked]]:
+def multimodal(draw: Draw, source: Source) -> tuple[nn.Module, Any, dict[str, DrawnQueries]]:
     names = draw.random.sample(["flow", "wave", "class"], draw.choice(1, 2, 3))
     nowhere = source._replace(grid=None)
     each = {name: draw.choice(external, coordinates, learned, grid)(draw, nowhere) for name in names}
-    sources = {name: asked.module for name, asked in each.items()}
+    sources = {name: drawn.module for name, drawn in each.items()}
     module = draw.make(queries.Multimodal, sources, min_modality_channels=draw.size(1, 3))
-    inputs = {name: asked.inputs for name, asked in each.items() if asked.inputs is not None}
+    inputs = {name: drawn.inputs for name, drawn in each.items() if drawn.inputs is not None}
     return module, inputs or None, each
 
 
@@ -116,9 +116,9 @@ def draw_decoder(draw: Draw, dim: int, query_dim: int) -> pc.Decoder:
     )
 
 
-def draw_query_head(draw: Draw, dim: int, asked: Asked) -> tuple[nn.Module, tuple[int, ...]]:
+def draw_query_head(draw: Draw, dim: int, drawn: DrawnQueries) -> tuple[nn.Module, tuple[int, ...]]:
     """Draw a head for decoder outputs of width `dim`. Return it and the shape of its output without the batch axis."""
-    q = asked.count
+    q = drawn.count
     kinds = ["identity", "linear", "wave"] + ["single"] * 4 * (q == 1) + ["grid"] * 2 + ["patches"] * 2
     kind = draw.choice(*kinds)
     if kind == "wave":
@@ -127,21 +127,21 @@ def draw_query_head(draw: Draw, dim: int, asked: Asked) -> tuple[nn.Module, tupl
         return head, (q * patch,) if channels == 1 else (channels, q * patch)
     if kind == "single":
         return draw.make(heads.SingleQuery, draw.make(heads.Linear, dim, 3)), (3,)
-    all_decoded = asked.inputs is None or isinstance(asked.module, (queries.External, queries.Coordinates))
+    all_decoded = drawn.inputs is None or isinstance(drawn.module, (queries.External, queries.Coordinates))
     if kind == "grid":
-        size = asked.grid or (q,)
+        size = drawn.grid or (q,)
         inner = draw.make(heads.Linear, dim, draw.size(1, 3)) if draw.flag() else None
         channels = dim if inner is None else inner.values.out_features
         axis = draw.choice(-1, *range(1, len(size) + 2))
-        own = size if asked.grid is None or draw.flag() else None
+        own = size if drawn.grid is None or draw.flag() else None
         head = draw.make(heads.Grid, own, head=inner, scale=draw.choice(1.0, 0.01), channel_axis=axis)
         shape = [*size]
         shape.insert(len(size) if axis == -1 else axis - 1, channels)
-        return head, tuple(shape) if asked.inputs is None else (q, channels)
-    if kind == "patches" and asked.grid is not None and len(asked.grid) in (2, 3) and all_decoded:
-        patch, channels = [draw.size(1, 3) for _ in asked.grid], draw.size(1, 2)
-        head = draw.make(heads.Unpatchify, dim, grid=asked.grid, patch_size=patch, num_channels=channels)
-        full = [n * p for n, p in zip(asked.grid, patch, strict=True)]
+        return head, tuple(shape) if drawn.inputs is None else (q, channels)
+    if kind == "patches" and drawn.grid is not None and len(drawn.grid) in (2, 3) and all_decoded:
+        patch, channels = [draw.size(1, 3) for _ in drawn.grid], draw.size(1, 2)
+        head = draw.make(heads.Unpatchify, dim, grid=drawn.grid, patch_size=patch, num_channels=channels)
+        full = [n * p for n, p in zip(drawn.grid, patch, strict=True)]
         return head, (*full[:-2], channels, *full[-2:])
     if kind == "linear":
         return draw.make(heads.Linear, dim, 3), (q, 3)

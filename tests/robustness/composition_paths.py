@@ -1,4 +1,4 @@
-"""Choice of the path on which a model computes: the strategy of its reads and the kernel of its attention."""
+"""Computation paths of a model: the strategy of its reads and the kernel of its attention."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PATH = ("strategy", "kernel")  # attributes that affect how a result is computed
 
 @dataclass(frozen=True)
 class Preferred:
-    """Strategy that computes all reads that another strategy supports with it, and the others with `Dense`."""
+    """Strategy that uses another strategy for the reads that it supports, and `Dense` for all others."""
 
     strategy: Any
 
@@ -33,7 +33,7 @@ class Preferred:
 
 @contextmanager
 def path(model: nn.Module, strategy: Any, kernel: Any) -> Iterator[None]:
-    """Set the strategy of all reads, and the kernel of all softmax attention, and restore them at the end."""
+    """Context manager that sets the strategy of all reads and the kernel of all softmax attention."""
     before = [(part, name, vars(part)[name]) for part in model.modules() for name in PATH if name in vars(part)]
     for part, name, own in before:
         if name == "strategy":

@@ -1,4 +1,4 @@
-"""Damages of files: bytes, zip archives, JSON texts, and what stands in the place of a file."""
+"""Damage to files: changed bytes, zip archives and JSON texts, and replaced files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def truncated(data: bytes, other: bytes, rng: random.Random) -> bytes:
 
 
 def extended(data: bytes, other: bytes, rng: random.Random) -> bytes:
-    """Return the data with bytes before or after them."""
+    """Return the data with bytes prepended or appended."""
     more = rng.choice((b"\0", b"\0" * rng.randrange(1, 5000), rng.randbytes(rng.randrange(1, 300)), other, data))
     return more + data if rng.random() < 0.3 else data + more
 
@@ -182,7 +182,7 @@ CHANGES: dict[str, tuple[Change, ...]] = {
 
 
 def replaced(path: Path, rng: random.Random) -> str:
-    """Put something else in the place of a file. Return what it is."""
+    """Remove a file, or replace it by a folder, pipe, link or device. Return which of these was done."""
     kind = rng.choice(("nothing", "folder", "pipe", "link to itself", "broken link", "device"))
     path.unlink()
     if kind == "folder":
@@ -195,7 +195,7 @@ def replaced(path: Path, rng: random.Random) -> str:
 
 
 class Unseekable(io.RawIOBase):
-    """Stream such as a pipe, to which zipfile writes sizes and checksums behind the data."""
+    """Stream without seek, such as a pipe. zipfile writes sizes and checksums after the data to it."""
 
     def __init__(self, target: io.BytesIO) -> None:
         self.target = target

@@ -1,7 +1,7 @@
-"""Random cases of damaged files: a damaged file is refused in words, or what is read is the same in each bit.
+"""Random cases of damaged files: each raises an error that names a file, or gives bit-identical content.
 
-Formats whose files have no checksum (safetensors files and configurations of other libraries, pickles) cannot notice
-all damages. For these, other values are an accepted outcome, counted as "not noticeable".
+Not all damage can be detected in formats without checksums (safetensors files and configurations of other libraries,
+pickles). For these, other values are an accepted outcome, counted as "not noticeable".
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OUT_OF_MEMORY = ("allocate", "out of memory", "bad_alloc", "MemoryError")
 
 
 class Late(BaseException):
-    """Raised in a case that takes too long. Not an Exception, so that no reader takes it for damage."""
+    """Raised if a case exceeds the time limit. Not an Exception, so that no reader reports it as damage."""
 
 
 def run_case(seed: int, folder: Path) -> str:
@@ -94,8 +94,8 @@ def outcome(name: str, folder: Path, path: Path, *, noticeable: bool) -> str:
     """Read the files in a folder.
 
     Raises:
-        AssertionError: If other values than those of the undamaged files are read although they have a checksum, or if
-            an error does not name a file in printable words.
+        AssertionError: If different values are read although `noticeable` is true, or if the message of an error does
+            not name a file or is not printable.
     """
     expected, read = base(name).content, SOURCES[name].read  # before the limits, since libraries are imported here
     start = time.perf_counter()
@@ -124,7 +124,7 @@ def check_message(text: str, names: list[str]) -> None:
 
 @contextlib.contextmanager
 def limited_memory() -> Iterator[None]:
-    """Context manager that limits the memory of this process to what it has and `LARGEST_MEMORY`, on Linux."""
+    """Context manager that limits further memory of this process to `LARGEST_MEMORY` bytes, on Linux."""
     status = Path("/proc/self/statm")
     if not status.exists():
         yield
@@ -140,7 +140,7 @@ def limited_memory() -> Iterator[None]:
 
 @contextlib.contextmanager
 def limited_time() -> Iterator[None]:
-    """Context manager that raises `Late` after `LONGEST_TIME` seconds in the main thread, also if a pipe is opened."""
+    """Context manager that raises `Late` after `LONGEST_TIME` seconds in the main thread, even while it waits."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

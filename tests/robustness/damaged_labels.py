@@ -76,7 +76,7 @@ def undamaged(rng: np.random.Generator) -> list[Row]:
 
 
 def _check(rows: list[Row]) -> None:
-    """Check that rows are what training relies on."""
+    """Check the properties of rows that training relies on."""
     assert rows
     assert len({row.image for row in rows}) == len(rows)
     for row in rows:
@@ -122,7 +122,7 @@ def _encode(content: bytes, rng: np.random.Generator) -> bytes:
 
 
 def _edit_lines(content: bytes, rng: np.random.Generator) -> bytes:
-    """Duplicate, remove, empty or repeat lines, or change their ends."""
+    """Duplicate, remove, empty or repeat lines, or change line ends."""
     lines = content.split(b"\n")
     at = int(rng.integers(len(lines)))
     edit = rng.integers(5)

@@ -42,7 +42,7 @@ class Source(NamedTuple):
 
 
 class Base(NamedTuple):
-    """Folders with two models of the same shapes and other values, and the content of the first one."""
+    """Folders of two models with equal shapes and different values, and the content of the first one."""
 
     folder: Path
     other: Path
@@ -51,7 +51,7 @@ class Base(NamedTuple):
 
 @cache
 def base(name: str) -> Base:
-    """Write the files of a format, at the first call in this process, and read them."""
+    """Write the files of a format once per process, and read them."""
     source, root = SOURCES[name], Path(_root().name) / name
     for seed, folder in enumerate(("first", "second")):
         (root / folder).mkdir(parents=True)
@@ -65,7 +65,7 @@ def _root() -> tempfile.TemporaryDirectory[str]:
 
 
 def is_equal(one: Any, other: Any) -> bool:
-    """Return whether two contents are the same in each bit."""
+    """Return whether two contents are bit-identical."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         bits = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)]
         return (one.shape, one.dtype) == (other.shape, other.dtype) and torch.equal(*bits)
@@ -234,7 +234,7 @@ def _write_library(folder: Path, seed: int) -> None:
 
 
 def _read_library(folder: Path) -> Content:
-    """Read the cached library that is used, or fail like the caller, which compiles it again."""
+    """Read the cached library. Errors are those after which the library is compiled again."""
     if not (paths := cpp_cache.stored(folder, "library")):
         raise FileNotFoundError(f"there is no library-*.so in {folder}")
     return {"library": cpp_cache.read(paths[0])}

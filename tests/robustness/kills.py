@@ -1,4 +1,4 @@
-"""Trainings that are killed at any moment, and resumed: the end is that of a training that is not interrupted.
+"""Trainings that are killed at any moment and resumed must end with the files of an uninterrupted training.
 
     python -m tests.robustness.kills --kills 20                # random moments, several in each training
     python -m tests.robustness.fuzzing kills                   # first every access to a file with every fault
@@ -55,7 +55,7 @@ FAULTS = {
 
 
 class Fault(NamedTuple):
-    """What happens to a child, and when: at the access to a file with this number, or after this time."""
+    """Fault in a child process, at its access number `access` to a file or after `seconds`."""
 
     name: str = ""
     access: int | None = None
@@ -84,7 +84,7 @@ class Reference(NamedTuple):
 def run_case(seed: int, folder: Path) -> str:
     """Kill a training, resume it and compare its files with those of the reference.
 
-    The first seeds have one fault, each at every access to a file. Later ones have several random faults.
+    The first seeds cover every fault at every access to a file, one per seed. Later seeds have several random faults.
     """
     del folder  # the folder is part of the report, and therefore the same for all trainings
     names = list(FAULTS)
@@ -96,7 +96,7 @@ def run_case(seed: int, folder: Path) -> str:
 
 
 def random_faults(rng: random.Random, count: int, names: Sequence[str]) -> list[Fault]:
-    """Draw the faults of some children. A later child has less to do."""
+    """Draw one fault per child, early in its work, since a resumed training has less left to do."""
     expected = reference()
     return [
         Fault(rng.choice(names), access=rng.randint(1, expected.accesses // 3))
@@ -110,7 +110,7 @@ def run_with_faults(faults: Sequence[Fault]) -> int:
     """Run a training with one fault in each of its processes, then finish it. Returns the number of faults.
 
     Raises:
-        AssertionError: A process ended otherwise, or the files at the end differ from those of the reference.
+        AssertionError: A process ended with another exit code or message, or the final files differ from the reference.
     """
     expected, run, number = reference(), data_folder() / "run", 0
     shutil.rmtree(run, ignore_errors=True)

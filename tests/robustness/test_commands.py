@@ -85,7 +85,7 @@ def start(script: str) -> subprocess.Popen[str]:
 
 
 def signaled(script: str, *signals: signal.Signals) -> tuple[int, str]:
-    """Exit code and stderr of a script that gets a signal each time it prints "ready"."""
+    """Return exit code and stderr of a script that gets a signal each time it prints "ready"."""
     process = start(script)
     assert process.stdout is not None
     for number in signals:
@@ -220,7 +220,7 @@ HELP = "import argparse; sys.argv[1:] = ['--help']; sys.exit(run_command(argpars
 
 
 def printed_to(output: int, script: str, unbuffered: str) -> tuple[int, str]:
-    """Exit code and stderr of a script with this stdout."""
+    """Return exit code and stderr of a script with this stdout."""
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     command = [sys.executable, "-c", PRELUDE + script]
     done = subprocess.run(

@@ -38,7 +38,7 @@ def result(name: str, threads: int, *, deterministic: bool = False) -> list[Tens
 
 
 def digest(name: str) -> str:
-    """Returns a hash of the result of a computation with one thread."""
+    """Return a hash of the result of a computation with one thread."""
     return hashlib.sha256(b"".join(x.numpy().tobytes() for x in result(name, 1))).hexdigest()
 
 
@@ -48,7 +48,7 @@ def are_equal(first: list[Tensor], second: list[Tensor]) -> bool:
 
 @pytest.mark.parametrize("name", CASES)
 def test_results_repeat_with_the_same_number_of_threads(name):
-    """Deterministic algorithms of PyTorch neither fail nor change a result."""
+    """The second run uses deterministic algorithms, which neither raise an error nor change a result."""
     once, again = result(name, 2), result(name, 2, deterministic=True)
     assert are_equal(once, again)
 
@@ -60,7 +60,7 @@ def test_results_do_not_depend_on_the_number_of_threads(name):
 
 @pytest.mark.parametrize("name", ROUNDING)
 def test_results_that_depend_on_the_number_of_threads_differ_by_rounding(name):
-    """Only by the order in which PyTorch's matrix products add: at most 1e-5 of the largest number of a tensor."""
+    """PyTorch's matrix products add in another order. The limit is 1e-5 of the largest value of a tensor."""
     for a, b in zip(result(name, 1), result(name, 2), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * max(1e-3, float(a.abs().max())))
 

@@ -1,4 +1,4 @@
-"""Rounding errors of every kernel and read, in every dtype, are within bounds that grow as theory says, and near them.
+"""Rounding errors of every kernel in every dtype are within theoretical bounds, and the bounds are not too loose.
 
 The bounds are first-order, for each number of an output or a gradient; `rounding` has the formulas. A test computes the
 largest ratio of a measured error to its bound, over inputs of various sizes and magnitudes. The ratio must be at most
@@ -33,7 +33,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def plain(dtype: torch.dtype) -> Path:
-    """Computes in float32 or wider, and rounds weights before they are multiplied with values."""
+    """Return the path of kernels that compute in float32 or wider, and round weights to the dtype of the values."""
     return Path(wide(dtype), dtype, wide(dtype), dtype)
 
 
@@ -42,7 +42,7 @@ def in_chunks(dtype: torch.dtype) -> Path:
 
 
 def in_half(dtype: torch.dtype) -> Path:
-    """Rounds scores as well."""
+    """Return the path of kernels that round scores and weights to the dtype of the inputs."""
     return Path(dtype, dtype, wide(dtype), dtype)
 
 
@@ -66,7 +66,7 @@ class Case(NamedTuple):
     magnitude: float
 
     def draw(self, dtype: torch.dtype, queries: int = 5) -> list[Tensor]:
-        """Returns queries, keys, values and the gradient of the output, rounded to `dtype`."""
+        """Return queries, keys, values and the gradient of the output, rounded to `dtype`."""
         generator = torch.Generator().manual_seed(self.keys + self.width)
         shapes = (queries, self.width), (self.keys, self.width), (self.keys, 11), (queries, 11)
         q, k, v, g = (torch.randn(1, 2, *shape, generator=generator, dtype=torch.float64) for shape in shapes)
@@ -94,7 +94,7 @@ def with_gradients(function: Callable[..., Tensor], inputs: list[Tensor], gradie
 
 
 def ratios(actual: list[Tensor], expected: list[Tensor], limits: Bounds | list[Tensor]) -> dict[str, float]:
-    """Returns the largest ratio of the errors to their bounds, for the output and each gradient."""
+    """Return the largest ratio of the errors to their bounds, for the output and each gradient."""
     pairs = zip(Bounds._fields, actual, expected, limits, strict=True)
     found = {}
     for name, a, e, limit in pairs:
@@ -181,7 +181,7 @@ def test_errors_of_weights_and_of_their_logarithm_are_within_their_bounds(dtype)
 
 @all_dtypes
 def test_errors_of_inverted_attention_are_within_their_bounds(dtype):
-    """The logarithm of the share of a query is the score of a second softmax, with an error of its own."""
+    """Log-probabilities of the softmax over queries are the scores of a second one, and have their own error."""
 
     def found() -> Iterator[dict[str, float]]:
         for case in CASES:

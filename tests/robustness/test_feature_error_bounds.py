@@ -1,4 +1,4 @@
-"""Rounding errors of position features and losses are within bounds that grow as theory says, and near them."""
+"""Rounding errors of position features and losses are within theoretical bounds, which are not too loose."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RESOLUTIONS = (16, 1024, 100_000)
 
 
 def features(resolution: int) -> dict[str, nn.Module]:
-    """Returns modules, whose highest angle is about pi / 2 * resolution for coordinates in [-1, 1]."""
+    """Return modules whose highest angle is about pi / 2 * resolution for coordinates in [-1, 1]."""
     num_octaves = round(math.log2(resolution))
     torch.manual_seed(0)
     return {
@@ -39,7 +39,7 @@ def in_float64(module: nn.Module, points: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", features(16))
 @pytest.mark.parametrize("dtype", (torch.float32, *HALF), ids=str)
 def test_errors_of_features_grow_with_the_frequency(name, resolution, dtype):
-    """The error of an angle is u times the angle, of at most pi f, and that of a feature is not above it.
+    """Rounding an angle of up to pi f has an error of up to u pi f, and the error of its sine is not larger.
 
     Modules in half precision compute in float32, so that only the result is rounded to 16 bits.
     """
@@ -55,7 +55,7 @@ def test_errors_of_features_grow_with_the_frequency(name, resolution, dtype):
 
 @pytest.mark.parametrize("name", ("Fourier", "FourierPerAxis", "NeRF"))
 def test_errors_of_tables_grow_with_the_frequency(name):
-    """Coordinates of a grid are rounded as well, by u."""
+    """Besides angles, the coordinates of the grid are rounded."""
     for resolution in RESOLUTIONS:
         like = torch.zeros((), dtype=torch.float32)
         actual = features(resolution)[name].tables((31, 997), like)
@@ -89,7 +89,7 @@ def loss_inputs(name: str, dtype: torch.dtype, size: float) -> tuple[Tensor, Ten
 def test_errors_of_losses_do_not_grow_with_the_unit_roundoff_of_their_inputs(name, dtype):
     """Losses compute in float32: the error is at most u (c + log n) times the largest input, the loss and 1.
 
-    PyTorch sums means by pairs. Gradients are rounded to the dtype of the inputs.
+    PyTorch computes means by pairwise summation. Gradients are rounded to the dtype of the inputs.
     """
     loss, found, gradients = getattr(pc.losses, name), [], []
     for size in (0.01, 1.0, 300.0):

@@ -1,4 +1,4 @@
-"""A training that is killed and resumed ends in the same files as one that is not interrupted."""
+"""A training that is killed and resumed ends with the same files as an uninterrupted one."""
 
 from __future__ import annotations
 

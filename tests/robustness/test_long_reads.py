@@ -25,7 +25,7 @@ SLAB = 2**20  # tokens in a slab of a read in factored form
 
 
 def in_order(num_tokens: int, longest_axis: int) -> float:
-    """Sums of PyTorch's kernels: the terms are added one after the other, except for a few partial sums."""
+    """Return the growth for PyTorch's kernels, which add terms one after the other in a few partial sums."""
     return num_tokens / LANES
 
 
@@ -34,7 +34,7 @@ def in_blocks(num_tokens: int, longest_axis: int) -> float:
 
 
 def in_tiles(num_tokens: int, longest_axis: int) -> float:
-    """Sums of tiles, and a product of the sums at each position of an axis with its table of values."""
+    """Return the growth for sums of tiles, followed by a product with the table of values of an axis."""
     return TILE / LANES + num_tokens / TILE + min(longest_axis, SLAB) / LANES
 
 
@@ -47,7 +47,7 @@ LAWS: dict[str, Callable[[int, int], float]] = {
 
 
 def limit(name: str, num_tokens: int, longest_axis: int) -> float:
-    """Returns the bound in units of the unit roundoff. The sums of weights and of values are wrong by as much each."""
+    """Return the bound in units of the unit roundoff. The sums of weights and of values both have this error."""
     return 2 * (2 * CONSTANT + LAWS[name](num_tokens, longest_axis))
 
 
@@ -64,7 +64,7 @@ def test_errors_grow_as_the_order_of_sums_implies(num_tokens, names):
 
 
 def one_by_one(q: Tensor, k: Tensor, v: Tensor, *, mask: masks.Mask | None = None) -> Tensor:
-    """Computes attention with sums of one term after the other, which NumPy's `cumsum` forms."""
+    """Compute attention with sums that add one term after the other, by NumPy's `cumsum`."""
     weights = (q @ k.mT * q.shape[-1] ** -0.5).exp()
     sums = [np.cumsum((weights[0, h, :, :, None] * v[0, h]).numpy(), axis=1)[:, -1] for h in range(q.shape[1])]
     total = np.cumsum(weights[0].numpy(), axis=-1)[..., -1:]

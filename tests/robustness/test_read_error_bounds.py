@@ -1,4 +1,4 @@
-"""Rounding errors of every backend of structured reads and of every read strategy are within first-order bounds.
+"""Rounding errors of structured reads, in all backends, and of all read strategies are within first-order bounds.
 
 A structured read is softmax attention whose keys and values are both `scale * [content, indicators of the positions]`,
 so the bounds of `rounding` apply to it. The bounds of a whole read follow from sums of absolute values: of the tokens
@@ -36,7 +36,7 @@ NAMES = ("content", "marginals", "lse", "d content_queries", "d axis_queries", "
 
 
 def triton_problem() -> str:
-    """Returns why Triton cannot be tested, or an empty string if it can."""
+    """Return why Triton cannot be tested, or an empty string if it can."""
     pytest.importorskip("triton")
     from tests.kernels.grid.triton_probe import why_triton_fails
 
@@ -55,7 +55,7 @@ def grid_inputs(grid: tuple[int, ...], magnitude: float, dtype: torch.dtype) -> 
 
 
 def as_attention(inputs: list[Tensor]) -> Terms:
-    """Returns queries, keys and values of attention that is the same as a structured read, in float64."""
+    """Return queries, keys and values of attention that equals a structured read, in float64."""
     content_queries, axis_queries, content, scale = (x.double() for x in inputs)
     batch, grid = content.shape[0], content.shape[2:]
     indices = torch.meshgrid(*(torch.arange(size) for size in grid), indexing="ij")
@@ -67,7 +67,7 @@ def as_attention(inputs: list[Tensor]) -> Terms:
 
 
 def grid_limits(inputs: list[Tensor], path: Path, mask: Tensor | None) -> list[Tensor]:
-    """Returns the bounds of all outputs and gradients of `outputs_and_gradients`."""
+    """Return the bounds of all outputs and gradients of `outputs_and_gradients`."""
     attention, channels = as_attention(inputs), inputs[0].shape[-1]
     allowed = None if mask is None else mask.flatten(1)[:, None, None]
     shape = (*attention.q.shape[:3], channels), (*attention.q.shape[:3], inputs[1].shape[-1]), attention.q.shape[:3]
@@ -123,13 +123,13 @@ def test_errors_of_a_structured_read_are_within_their_bounds(backend, dtype):
 
 
 def short_power(x: Tensor) -> Tensor:
-    """Returns 2^x from a polynomial of degree 4 instead of 6, as in cpp/vectors.h, in place."""
+    """Return 2^x from a polynomial of degree 4 instead of 6, as in cpp/vectors.h, in place."""
     rest = (x - x.round()) * math.log(2)
     return x.copy_(sum(rest**n / math.factorial(n) for n in range(5)) * torch.exp2(x.round()))
 
 
 def evenly_spaced_scores() -> list[Tensor]:
-    """Returns inputs whose scores cover a unit of the logarithm to base 2, where a polynomial has its largest error."""
+    """Return inputs whose scores evenly cover an interval of length log 2, the period of the polynomial's error."""
     axis_queries = torch.linspace(-0.7, 0, 13).expand(1, 2, 5, 13)
     return [torch.zeros(1, 2, 5, 3), axis_queries, torch.ones(2, 3, 13), torch.ones(2, 13)]
 
@@ -175,7 +175,7 @@ STRATEGIES = {"dense": reads.Dense(), "factored": reads.Factored(), "structured"
 
 
 class Read(NamedTuple):
-    """Attention of latents to tokens on a grid, in float64, with contents of a mean and a standard deviation."""
+    """Attention of latents to tokens on a grid, in float64. Contents have a given mean and standard deviation."""
 
     attention: pc.MultiHeadAttention
     norm: nn.Module
@@ -183,7 +183,7 @@ class Read(NamedTuple):
     tokens: pc.Tokens
 
     def output(self, strategy: reads.Strategy, dtype: torch.dtype) -> list[Tensor]:
-        """Returns the output, and the gradients of latents, content and weights, computed in `dtype`.
+        """Return the output, and the gradients of latents, content and weights, computed in `dtype`.
 
         The bias of the keys is left out: its gradient is zero.
         """
@@ -198,7 +198,7 @@ class Read(NamedTuple):
 
     @torch.no_grad()
     def limit(self, dtype: torch.dtype) -> float:
-        """Returns the bound of errors relative to the largest number of an output or a gradient."""
+        """Return the bound of errors relative to the largest number of an output or a gradient."""
         tokens = self.tokens.materialize()
         ratio = (tokens.mean(-1).abs() / (tokens.var(-1, unbiased=False) + self.norm.eps).sqrt()).max()
         q, k = (

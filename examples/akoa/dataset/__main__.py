@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def execute(argv: Sequence[str] | None = None) -> None:
-    """Measure what the command line states, and print the times.
+    """Run the measurements that are configured on the command line, and print the times.
 
     Raises:
         OSError: A file cannot be read.

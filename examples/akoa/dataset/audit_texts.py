@@ -1,4 +1,4 @@
-"""Texts of the audit of a folder: its contents, their split and the problems. Names of files are escaped."""
+"""Text output of the audit of a folder: its contents, their split and the problems. File names are escaped."""
 
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -11,7 +11,7 @@ from examples.common.terminal import printable
 
 
 def summarize(files: Sequence[ImageFile], rows: Sequence[Row], ignored: Sequence[str], sizes: Counter[str]) -> str:
-    """Text on the contents of the folder and its split; counts are of images that are used."""
+    """Return a summary of the folder and its split. It counts only images that are used."""
     spellings = Counter(file.name.spelling for file in files)
     gaps = Counter("n_de3d1" if file.name.underscore else "nde3d1" for file in files)
     slices = Counter(Counter(file.volume for file in files).values())
@@ -32,7 +32,7 @@ def summarize(files: Sequence[ImageFile], rows: Sequence[Row], ignored: Sequence
 
 
 def describe_problems(problems: Sequence[Problem], allowed: Collection[str], num_examples: int, table: Path) -> str:
-    """Text on the problems by kind: their number, some examples, and the ways to fix or to allow them.
+    """Return a description of the problems of each kind: their number, examples, and how to fix or allow them.
 
     Args:
         problems: All problems.
@@ -65,12 +65,12 @@ def _file_category(path: str) -> str:
 
 
 def _counts(counts: Counter[str]) -> str:
-    """Counts as text, sorted by key."""
+    """Return counts as text, sorted by key."""
     return ", ".join(f"{key} {n:,}" for key, n in sorted(counts.items())) or "none"
 
 
 def _split_line(name: str, rows: Sequence[Row]) -> str:
-    """Line of the table of the split."""
+    """Return a line of the table of the split."""
     patients = len({row.patient for row in rows})
     volumes = len({(row.patient, row.visit, row.side) for row in rows})
     right = sum(row.side == "right" for row in rows) / len(rows)

@@ -124,7 +124,7 @@ def list_files(root: Path) -> list[str]:
     """List the POSIX paths of all files under `root`, relative to it, sorted by code point.
 
     Upper case thus comes before lower case on every system. Links are followed, also out of the folder, and each real
-    folder is visited once. Pipes, sockets, devices, links to nothing and folders with the name of a PNG file are listed
+    folder is visited once. Pipes, sockets, devices, broken links and folders with the name of a PNG file are listed
     too: they cannot be read, and whoever reads them reports it.
 
     Raises:

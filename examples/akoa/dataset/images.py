@@ -1,4 +1,4 @@
-"""Reading of PNG files as 8-bit gray images, as an image viewer shows them in front of black.
+"""Reading of PNG files as 8-bit gray images, as an image viewer shows them on a black background.
 
 All images of this application are read by `read_gray`: those of the audit, of training and of the driver. It accepts
 every PNG file that is complete and undamaged, and refuses all others with an error that names the file.
@@ -57,7 +57,7 @@ def read_image(path: Path, size: tuple[int, int]) -> UInt8[np.ndarray, "h w"]:
 def read_gray(path: Path) -> Image.Image:
     """Read a PNG file as an image of Pillow's mode `L`.
 
-    It takes up to 10 bytes of memory for each pixel, and twice the size of the file.
+    It uses up to 10 bytes of memory per pixel, and twice the size of the file.
 
     Raises:
         UnreadableImageError: The file does not exist, is no regular file, is damaged, is not a PNG file, is an
@@ -75,7 +75,7 @@ def read_gray(path: Path) -> Image.Image:
 
 
 def _decode(header: Header, chunks: Sequence[Chunk]) -> Image.Image:
-    """Decode an image as 8-bit gray in front of black."""
+    """Decode an image as 8-bit gray on a black background."""
     parts = (chunk.whole for chunk in chunks if chunk.name != b"eXIf")
     try:
         with Image.open(io.BytesIO(b"".join([png_chunks.SIGNATURE, *parts])), formats=["PNG"]) as image:
@@ -113,7 +113,7 @@ def _to_gray(image: Image.Image) -> Image.Image:
 
 
 def _orientation(exif: bytes) -> int:
-    """Orientation in Exif data, from 1 (as stored) to 8; 1 if they do not contain it."""
+    """Return the orientation in Exif data, from 1 (as stored) to 8; 1 if it is missing."""
     exif = exif.removeprefix(b"Exif\0\0")
     if not exif:
         return 1

@@ -136,7 +136,7 @@ def _to_row(values: Mapping[str, str]) -> Row:
 
 
 def _check_against_path(row: Row) -> None:
-    """Check that the folder and the name of an image, if it has the form of AKOA, agree with the other columns."""
+    """Check that the folder of an image, and its name if it has the AKOA format, agree with the other columns."""
     for side in folder_sides(row.image) - {row.side}:
         raise ValueError(
             f"side is {row.side!r}, but the folder of {quoted(row.image)} is {side!r}; correct one of them"

@@ -1,7 +1,7 @@
 """Reading and verification of the chunks of PNG files, before their pixels are decoded.
 
 Pillow does not verify the checksums of pixel data, and leaves rows black if the compressed data end early. This module
-verifies both, and checks the size of an image before any memory is taken for its pixels.
+verifies both, and checks the size of an image before memory for its pixels is allocated.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _COPY = "copy it again from its source"
 
 
 class Chunk(NamedTuple):
-    """Part of a PNG file: its name, its content, and all its bytes with length, name and checksum."""
+    """Part of a PNG file: its name, its content, and all its bytes, including length, name and checksum."""
 
     name: bytes
     data: memoryview
@@ -81,7 +81,7 @@ def read_chunks(path: Path) -> tuple[Header, list[Chunk]]:
 
 
 def find(chunks: Sequence[Chunk], name: bytes) -> bytes:
-    """Content of a chunk, or no bytes if there is none of this name."""
+    """Return the content of the chunk with this name, or no bytes if there is none."""
     return next((bytes(chunk.data) for chunk in chunks if chunk.name == name), b"")
 
 

@@ -1,6 +1,6 @@
 """Tables in CSV format: UTF-8, a header, and values in quotation marks where they contain commas or line breaks.
 
-Text is written as it is, so that programs get the true names of files. A name may therefore begin with `=`, which
+Text is written unchanged, so that programs get the real names of files. A name may therefore begin with `=`, which
 spreadsheets interpret as a formula, or contain escape sequences of terminals: import such a table as text.
 """
 
@@ -55,7 +55,7 @@ def to_csv(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
 
 
 class _Lines:
-    """File that collects lines."""
+    """File-like object that collects lines in a list."""
 
     def __init__(self, lines: list[str]) -> None:
         self.write = lines.append
@@ -100,7 +100,7 @@ def _read_text(path: Path) -> str:
 
 
 def _line_of(before: bytes) -> int:
-    """Number of the line that follows some content, whose lines end in CR, LF or both."""
+    """Return the number of the line that follows `before`, whose lines end in CR, LF or CRLF."""
     return 1 + before.count(b"\n") + before.count(b"\r") - before.count(b"\r\n")
 
 
@@ -108,5 +108,5 @@ def _check_header(header: Sequence[str], columns: Sequence[str], where: str) -> 
     needed = ",".join(columns)
     for column in columns:
         if header.count(column) != 1:
-            problem = "missing" if column not in header else "there more than once"
+            problem = "missing" if column not in header else "duplicated"
             raise ValueError(f"{where}: column {column!r} is {problem}, need {needed}")

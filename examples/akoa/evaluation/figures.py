@@ -104,7 +104,7 @@ def draw_gallery(test: Split, sample: predictions.Sample) -> Figure:
 
 
 def read_history(path: Path) -> list[dict[str, float]]:
-    """Read history.csv as one mapping per epoch; a row may fill some columns only.
+    """Read history.csv as one mapping per epoch. Rows may have empty columns.
 
     Raises:
         FileNotFoundError: The file does not exist.

@@ -29,12 +29,12 @@ _COLOR_MAP = "magma"
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as a PNG file, completely or not at all."""
+    """Write a figure to a PNG file atomically."""
     write_atomically({path: partial(write_png, figure)})
 
 
 def write_png(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG to a path with any suffix."""
+    """Write a figure in PNG format, whatever the suffix of the path."""
     FigureCanvasAgg(figure)  # set explicitly, so that neither a display nor the global backend matters
     figure.savefig(path, dpi=_DPI, format="png")
 

@@ -1,8 +1,8 @@
-"""Files of an evaluation, which are bound together: report.json and predictions.csv, then figures and report.md.
+"""Files of an evaluation, bound to each other by digests: report.json, predictions.csv, figures and report.md.
 
 Each evaluation is a look at the test set. It is counted in report.json, which is written together with predictions.csv
-and contains the digests of the predictions and the weights. Everything else is drawn from these two files, so that a
-command that is interrupted while it draws is finished without another look.
+and contains the digests of the predictions and the weights. All other files are made from these two, so that a command
+that is interrupted afterwards is finished without another look.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ REPORT, TEXT, PREDICTIONS = "report.json", "report.md", "predictions.csv"
 
 
 def count_looks(out: Path) -> int:
-    """Number of evaluations of the test set that report.json in the folder of a run records.
+    """Return the number of evaluations of the test set that report.json in the folder of a run records.
 
     Raises:
         ValueError: report.json exists, but does not contain the number.
@@ -48,18 +48,18 @@ def count_looks(out: Path) -> int:
 
 
 def write_look(out: Path, report: Report, rows: Sequence[Row], logits: Mapping[str, np.ndarray]) -> None:
-    """Write predictions.csv, then report.json, to which the digest of the predictions is added."""
+    """Add the digest of the predictions to the report, and write predictions.csv, then report.json."""
     text = predictions.to_csv(rows, logits)
     report["predictions_sha256"] = sha256(text.encode()).hexdigest()
     write_atomically({out / PREDICTIONS: text, out / REPORT: to_json(report)})
 
 
 def check_look(out: Path, model: nn.Module | None = None) -> None:
-    """Check that predictions.csv, and the weights of a model, are those of report.json.
+    """Check predictions.csv, and the weights of a model, against the digests in report.json.
 
     Raises:
         FileNotFoundError: A file does not exist.
-        ValueError: The files are of several evaluations, or report.json has no digests.
+        ValueError: The files are from different evaluations, or report.json has no digests.
     """
     report = read_report(out)
     digests = {PREDICTIONS: sha256((out / PREDICTIONS).read_bytes()).hexdigest()}
@@ -75,7 +75,7 @@ def check_look(out: Path, model: nn.Module | None = None) -> None:
 
 
 def is_complete(out: Path) -> bool:
-    """Whether report.md, which is written last, is that of report.json."""
+    """Return whether report.md, which is written last, matches report.json."""
     text = out / TEXT
     if not count_looks(out) or not text.exists():
         return False
@@ -86,7 +86,7 @@ def is_complete(out: Path) -> bool:
 
 
 def has_unfinished_report(out: Path, model: nn.Module) -> bool:
-    """Whether a look is counted, and its report was not finished but can be, with the weights and the predictions."""
+    """Return whether the report of the last look is unfinished, and the files to finish it exist and match."""
     if not count_looks(out) or is_complete(out):
         return False
     try:
@@ -112,7 +112,7 @@ def write_presentation(
 
     Raises:
         FileNotFoundError: A file does not exist.
-        ValueError: The files, the model or the test split are not those of one evaluation.
+        ValueError: The files, the model and the test split are not from the same evaluation.
     """
     check_look(out, model)
     report = read_report(out)
@@ -136,5 +136,5 @@ def read_report(out: Path) -> Report:
 
 
 def to_json(report: Report) -> str:
-    """Text of report.json."""
+    """Return the text of report.json."""
     return json.dumps(report, indent=2, allow_nan=False) + "\n"

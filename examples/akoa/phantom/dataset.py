@@ -2,7 +2,7 @@
 
 The phantom has patients, visits, and files whose names, folders and defects are those of the real data; `rendering`
 draws the images. The spelling of the side in a file name is assigned at random, independent of the shape of the knee
-and of the visit, so a spelling does not tell the difficulty of an image.
+and of the visit, so it reveals nothing about the difficulty of an image.
 
     python -m examples.akoa.phantom --out data/phantom --patients 101 --seed 0 --layout flat
 
@@ -165,12 +165,12 @@ def _check(patients: int, slices: int, seed: int, layout: str) -> None:
 
 
 def _existing_files(out: Path) -> set[Path]:
-    """Files below the image folder, relative to `out`."""
+    """Return the files below the image folder, relative to `out`."""
     return {path.relative_to(out) for path in (out / FOLDER).rglob("*") if path.is_file()}
 
 
 def _manifest_contains(manifest: Path, record: dict[str, object]) -> bool:
-    """Whether the manifest exists and has this content."""
+    """Return whether the manifest exists and has this content."""
     try:
         return bool(json.loads(manifest.read_text(encoding="utf-8")) == record)
     except (FileNotFoundError, ValueError):

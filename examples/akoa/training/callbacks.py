@@ -1,4 +1,4 @@
-"""Callbacks and the logger of a training, which continue exactly after an interruption at any moment."""
+"""Callbacks and logger of a training, with which a resumed training gives the same results as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _METRICS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
 
 
 class History(Callback):
-    """Metrics of each finished epoch, which are written to a CSV file and are part of every checkpoint.
+    """Callback that writes the metrics of each epoch to a CSV file, and stores them in every checkpoint.
 
-    The checkpoint of an epoch contains the metrics of exactly the epochs that it has seen, so that a training that is
-    killed and resumed has the same history as one that is not.
+    A checkpoint contains the metrics of all epochs up to its own, so that a training that is killed and resumed has the
+    same history as an uninterrupted one.
 
     Args:
         path: Path of the CSV file.
@@ -44,7 +44,7 @@ class History(Callback):
         self._write(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the file, which may be older than the checkpoint that the training continued from."""
+        """Write the file again: it may be older than the checkpoint from which the training continued."""
         self._write(trainer)
 
     def state_dict(self) -> dict[str, Any]:
@@ -66,9 +66,9 @@ class History(Callback):
 
 
 class Continuation(Callback):
-    """What Lightning does not restore: the end of a training that has stopped early, and folders that have moved.
+    """Callback that restores state that Lightning does not: early stopping, and paths in a run folder that has moved.
 
-    It also installs the command's handlers of signals again, which Lightning replaces by some that end with code 0.
+    It also reinstalls the command's signal handlers, which Lightning replaces by handlers that exit with code 0.
 
     Args:
         checkpoints: Folder of the checkpoints.
@@ -78,7 +78,7 @@ class Continuation(Callback):
         self.checkpoints = checkpoints
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Update the paths of checkpoints. For other paths, Lightning would forget the best loss so far."""
+        """Update the paths of checkpoints. Otherwise, Lightning would discard the best loss so far."""
         folder = Path(os.path.realpath(self.checkpoints))
 
         def moved(path: str) -> str:
@@ -92,7 +92,7 @@ class Continuation(Callback):
                     state[name] = moved(state[name])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop before the first step if early stopping had ended the training already."""
+        """Stop before the first step if early stopping had already ended the training."""
         command.handle_signals()
         stopping = trainer.early_stopping_callback
         if stopping is not None and (stopping.wait_count >= stopping.patience or stopping.stopped_epoch):
@@ -114,9 +114,9 @@ class EpochPrinter(Callback):
 class EventLog(Logger):
     """Logger that appends metrics to an event file of TensorBoard.
 
-    A log is the only file that is appended to. If it cannot be written, such as on a full disk, a warning is printed
-    and the training continues: everything that a result depends on is in the checkpoints. (Lightning's own logger
-    writes in a thread, whose errors it reports at a later step, as those of a metric.)
+    The log is the only file that is appended to. If it cannot be written, for example because the disk is full, a
+    warning is printed and the training continues, since results depend on checkpoints only. (Lightning's own logger
+    writes in a thread. It raises errors of the file later, when the next metric is logged.)
 
     Args:
         folder: Folder of the file, created with the first metrics.

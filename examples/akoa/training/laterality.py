@@ -152,7 +152,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, object], path: str | os.PathLike[str], storage_options: object | None = None
     ) -> None:
-        """Write a checkpoint completely or not at all; its folder is created."""
+        """Write a checkpoint atomically. Its folder is created if necessary."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomically({target: partial(_write_checkpoint, checkpoint)})

@@ -21,7 +21,7 @@ RECORD = "run.json"
 
 
 def read_record(run: Path) -> dict[str, Any]:
-    """Read run.json; empty if the folder has none.
+    """Read run.json. The result is empty if the folder has none.
 
     It contains the options of the run and a digest of its rows, and after the training also a digest of the weights.
 
@@ -68,13 +68,13 @@ def check_rows(run: Path, rows: Sequence[Row]) -> None:
         raise ValueError(f"{run / RECORD}: does not say which rows the run used, so its test set is unknown")
     if recorded != rows_digest(rows):
         raise ValueError(
-            f"labels: are not those that {run} was trained with, so their test patients may be ones that it was "
-            "trained on; give the same file and fold"
+            f"labels: are not those that {run} was trained with, so it may have been trained on their test patients; "
+            "pass the same file and fold"
         )
 
 
 def check_weights(run: Path, model: nn.Module) -> None:
-    """Check that weights are those with which the training of a run ended.
+    """Check that weights are those that the training of a run has saved.
 
     A run whose training was interrupted before run.json was completed, or that an older version wrote, is not checked.
 
@@ -84,13 +84,13 @@ def check_weights(run: Path, model: nn.Module) -> None:
     recorded = read_record(run).get("weights_sha256", "")
     if recorded and recorded != weights_digest(model):
         raise ValueError(
-            f"{run / WEIGHTS}: are not the weights with which the training of this run ended, so patients of its test "
-            "may be ones that they were trained on; put the weights back, or evaluate them in the folder of their run"
+            f"{run / WEIGHTS}: are not the weights that the training of this run has saved, so they may have been "
+            "trained on its test patients; put the saved weights back, or evaluate these in the folder of their own run"
         )
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of the names, types, shapes and values of all parameters and buffers of a model."""
+    """Return the SHA-256 digest of the names, types, shapes and values of all parameters and buffers of a model."""
     digest = sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -65,8 +65,8 @@ def read_pair(
         data: Path of the data file.
         description: Path of the JSON file, in the same folder.
         parse: Function that returns the content of the JSON file and the digest in it, None for files without digest.
-        load: Function that returns the result. Its arguments are the content of the JSON file, and the path at which
-            the data file is at the moment.
+        load: Function that returns the result. Its arguments are the content of the JSON file and the current path
+            of the data file.
 
     Raises:
         FileNotFoundError: If one of the files does not exist.
@@ -105,16 +105,16 @@ def sha256(path: Path) -> str:
 
 def _read(description: Path) -> bytes:
     if not description.is_file():
-        raise FileNotFoundError(f"{description} does not exist; give load the folder that save wrote")
+        raise FileNotFoundError(f"{description} does not exist; pass the folder that save wrote")
     return read_at_most(description)
 
 
 def _current_path(data: Path, digest: str | None) -> Path:
-    """Return the path at which a data file is at the moment."""
+    """Return the current path of a data file."""
     if digest is not None and (new := _path_until_renamed(data, digest)).is_file():
         return new
     if not data.is_file():
-        raise FileNotFoundError(f"{data} does not exist; give load the folder that save wrote")
+        raise FileNotFoundError(f"{data} does not exist; pass the folder that save wrote")
     return data
 
 

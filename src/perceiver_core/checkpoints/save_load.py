@@ -163,7 +163,7 @@ def _load(config: registry.Json, source: Path, weights: Path, device: torch.devi
             # Copied, because these tensors are views of the file, which may be overwritten.
             assign(model, {name: file.get_tensor(name).to(device, copy=True) for name in specs})
     except SafetensorError as error:
-        raise ValueError(f"{weights} is not a whole safetensors file: {error}. Copy it again") from error
+        raise ValueError(f"{weights} is not a complete safetensors file: {error}. Copy it again") from error
     return model.eval()
 
 

@@ -145,7 +145,7 @@ def detect_format(path: Path) -> str:
         return "haiku"  # pickles of protocols 0 and 1 have no signature, so their file name decides
     if not is_zip(path):
         return _safetensors_format(path)
-    with BoundedFile(path) as file, errors_of(f"{path} is not a whole zip archive"):
+    with BoundedFile(path) as file, errors_of(f"{path} is not a complete zip archive"):
         names = open_archive(file).namelist()
     if all(name.endswith(".npy") for name in names):
         return "haiku"

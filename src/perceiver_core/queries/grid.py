@@ -99,7 +99,7 @@ class Grid(nn.Module):
 
 
 def _content(tokens: object) -> Tensor | None:
-    """Return the content of the input tokens, of the first of several inputs; None if there are none."""
+    """Return the content of the input tokens (of the first input if there are several), or None without inputs."""
     if isinstance(tokens, Tokens):
         return tokens.content
     if isinstance(tokens, (list, tuple)) and tokens:

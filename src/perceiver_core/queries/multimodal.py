@@ -109,7 +109,7 @@ def _tokens_of(name: str, tokens: object) -> object:
 
 
 def _is_empty(selected: object) -> bool:
-    """Return whether a list has no items, or whether indices `*b q`, points or vectors `*b q e` have no queries."""
+    """Return whether query inputs are empty: a list without items, or `*b q` or `*b q e` with q = 0."""
     if not isinstance(selected, Tensor):
         return isinstance(selected, (list, tuple)) and not selected
     return selected.shape[-2 if selected.is_floating_point() and selected.ndim > 1 else -1 :].numel() == 0

@@ -208,7 +208,8 @@ def _count(*_: object) -> None:
 def _join(at: str, key: object) -> str:
     """Append `key` to the path `at`. For example, "adapter" and "positions" become "adapter.positions".
 
-    Paths are parts of error messages. A key from a file may be long, or contain control characters of terminals.
+    Paths appear in error messages, so keys are escaped and shortened: in a file, they may be long or contain control
+    characters.
     """
     name = _shortened(str(key) if str(key).isprintable() else ascii(key), _LONGEST_KEY)
     return f"{at}.{name}" if at else name

@@ -92,7 +92,7 @@ def test_labels_are_read_as_written(tmp_path: Path) -> None:
         (f"b/{KNEE},1000002,3,left,7,test", "patient is '1000002', but '1000001' in the name 'b/OAI"),
         (f"{KNEE},1000001,4,left,7,test", "visit is 4, but 3 in the name .*; correct one of them"),
         (f"{KNEE},1000001,3,left,8,test", "slice is 8, but 7 in the name"),
-        ("image,patient,visit,side,slice,split,side\n", "column 'side' is there more than once"),
+        ("image,patient,visit,side,slice,split,side\n", "column 'side' is duplicated"),
         ("image;patient;visit;side;slice;split\n", "column 'image' is missing"),
         ("{},9000099,one,left,0,test", "visit is 'one'"),
         ("{},99,1,left,0,test", "patient is '99', need 7 digits"),

@@ -66,10 +66,10 @@ def objects(path: Path) -> None:
 
 
 WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
-    "truncated": (cut, "is not a whole .npz"),
+    "truncated": (cut, "is not a complete .npz file"),
     "empty": (lambda path: path.write_bytes(b"") and None, "it has 0"),
     "no arrays": (lambda path: np.savez(path), "it lacks"),
-    "the start alone": (lambda path: path.write_bytes(b"PK\x03\x04") and None, "is not a whole .npz"),
+    "the start alone": (lambda path: path.write_bytes(b"PK\x03\x04") and None, "is not a complete .npz file"),
     "a single array": (array, r"holds a single array; give an .npz of all"),
     "a pickle": (lambda path: path.write_bytes(b"\x80\x04]\x94.") and None, "must hold a dictionary"),
     "something else": (lambda path: zipped(path, ("a/data.pkl", b"x")), "it holds a/data.pkl, which is no array"),
@@ -78,10 +78,13 @@ WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
         "as numpy.savez writes them",
     ),
     "a name without end": (lambda path: zipped(path, ("a" * 2000 + ".npy", b"x")), "as numpy.savez writes them"),
-    "no header": (lambda path: zipped(path, ("a.npy", b"x")), "not a whole .npz"),
-    "a header that is none": (lambda path: zipped(path, ("a.npy", header("(1,)", "<f4").replace(b"{", b"("))), "whole"),
-    "a header that executes": (member("print(3)", "<f4"), "whole .npz"),
-    "a header nested deep": (member("(" + "-" * 9000 + "1,)", "<f4"), "whole .npz"),
+    "no header": (lambda path: zipped(path, ("a.npy", b"x")), "not a complete .npz file"),
+    "a header that is none": (
+        lambda path: zipped(path, ("a.npy", header("(1,)", "<f4").replace(b"{", b"("))),
+        "complete",
+    ),
+    "a header that executes": (member("print(3)", "<f4"), "complete .npz file"),
+    "a header nested deep": (member("(" + "-" * 9000 + "1,)", "<f4"), "complete .npz file"),
     "a header of another version": (member("(1,)", "<f4", bytes(4), version=b"\x02\x00"), "version 1.0"),
     "2e12 values": (member("(2000000000000,)", "<f8", b"abc"), "whole numbers"),
     "3e8 values": (member("(300000000,)", "<f8", b"abc"), "has 131 bytes; its shape .* take 2400000128"),
@@ -120,7 +123,7 @@ def test_damage_is_found_when_an_array_is_read(tmp_path: Path) -> None:
     overwritten(tmp_path / "it.npz")
     with (
         npz.open_npz(tmp_path / "it.npz") as arrays,
-        pytest.raises(ValueError, match=r"it\.npz is not a whole .npz.*CRC"),
+        pytest.raises(ValueError, match=r"it\.npz is not a complete .npz file.*CRC"),
     ):
         arrays[NAME].read()
 

@@ -1,4 +1,4 @@
-"""Context managers that complete the messages of errors: what was read, and names without control characters."""
+"""Context managers that add the path of the file to error messages, and escape control characters in them."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def errors_with_path(source: object) -> Iterator[None]:
 def printable_errors() -> Iterator[None]:
     """Context manager that escapes control characters in error messages and shortens long messages.
 
-    Messages quote names of files and tensors, which other people have chosen. Printed as they are, they could clear a
-    terminal or imitate its output. A changed message replaces the error and its causes by one error of the same type.
+    Messages quote names of files and tensors, which may be untrusted. Unescaped, they could clear a terminal or imitate
+    its output. A changed message replaces the error and its causes by one error of the same type.
     """
     try:
         yield

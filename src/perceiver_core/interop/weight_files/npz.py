@@ -21,7 +21,7 @@ from perceiver_core.interop.weight_files.error_messages import errors_of
 from perceiver_core.interop.weight_files.zip_archive import BoundedFile, open_archive
 
 LARGEST_RATIO = 16  # array bytes per file byte; compressed weights reach about 2
-DAMAGED = "{} is not a whole .npz of NumPy's"
+DAMAGED = "{} is not a complete .npz file of NumPy"
 
 
 @contextmanager

@@ -95,7 +95,7 @@ def open_safetensors(path: Path) -> StateDictFile:
             # safetensors' save_model stores a tied tensor once; the metadata maps its other names to the stored one.
             tied = {name: kept for name, kept in metadata.items() if kept in headers}
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}. Copy it again") from error
+        raise ValueError(f"{path} is not a complete safetensors file: {error}. Copy it again") from error
     headers |= {name: headers[kept] for name, kept in tied.items()}
 
     def read() -> dict[str, Tensor]:
@@ -163,19 +163,19 @@ def _open_shards(index: Path, end: str, opener: Callable[[Path], StateDictFile])
     headers = {name: header for shard in shards.values() for name, header in shard.headers.items()}
 
     def read() -> dict[str, Tensor]:
-        _check_total_size(index, content.get("metadata"), headers)  # late, as errors that name a weight say more
+        _check_total_size(index, content.get("metadata"), headers)  # last: errors that name a weight say more
         return {name: tensor for shard in shards.values() for name, tensor in shard.read().items()}
 
     return StateDictFile(index, headers, read)
 
 
 def _check_total_size(index: Path, metadata: object, headers: Mapping[str, Tensor]) -> None:
-    """Check the number of bytes of all tensors that an index states, if it does. Tied tensors may count once."""
+    """Check the total size in an index, if any, against that of all tensors. Tied tensors may be counted once."""
     stated = metadata.get("total_size") if isinstance(metadata, dict) else None
     each = {id(header): header.nbytes for header in headers.values()}
     sizes = sum(header.nbytes for header in headers.values()), sum(each.values())
     if isinstance(stated, (int, float)) and stated not in sizes:
         raise ValueError(
-            f"{index} must be of the same model as its shards; it states a total_size of {stated!r:.40} bytes, and the "
-            f"shards have {sizes[0]}. Copy all files from one folder"
+            f"{index} must be of the same model as its shards; its total_size is {stated!r:.40} bytes, but the shards "
+            f"have {sizes[0]}. Copy all files from one folder"
         )

@@ -25,7 +25,7 @@ def read_archive(path: Path) -> dict[str, Tensor]:
     size = path.stat().st_size
     if not is_zip(path):
         raise ValueError(
-            f"{path} is not a whole file of tensors alone: it is no zip archive, which torch.save writes since PyTorch "
+            f"{path} is not a complete file of tensors only: it is no zip archive, as torch.save writes since PyTorch "
             f"1.6. Older files have no checksums, so damage would not be noticed. {_REMEDY}, or if it is that old and "
             "you trust it, write it again: torch.save(torch.load(path, weights_only=True), path)"
         )
@@ -38,19 +38,19 @@ def read_archive(path: Path) -> dict[str, Tensor]:
                 whole.seek(0)
                 content = torch.load(whole, map_location="cpu", weights_only=True)  # executes no code
         except ValueError as error:
-            raise ValueError(f"{path} is not a whole file of tensors alone: {error}. {_REMEDY}") from error
+            raise ValueError(f"{path} is not a complete file of tensors only: {error}. {_REMEDY}") from error
         except Exception as error:  # of many types; PyTorch's messages are hidden, since they suggest unsafe loading
             raise ValueError(
-                f"{path} is not a whole file of tensors alone ({type(error).__name__}), so it was not read. {_REMEDY}"
+                f"{path} is not a complete file of tensors only ({type(error).__name__}), so it was not read. {_REMEDY}"
             ) from None
     _check_content(path, content, size, Counter(entry.file_size for entry in archive.infolist()))
     return dict(content)
 
 
 def _check_entries(archive: zipfile.ZipFile) -> None:
-    """Check that PyTorch reads each entry as it is stored: uncompressed, and with a name that no other entry has.
+    """Check that all entries are uncompressed and have unique names, as PyTorch's reader assumes.
 
-    PyTorch's reader ignores case in names.
+    It ignores case in names.
     """
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
         raise ValueError("its entries are compressed, which PyTorch does not do")
@@ -66,10 +66,10 @@ def _check_content(path: Path, content: object, size: int, entries: Counter[int]
         if problem := _problem(value, size):
             raise ValueError(f"{path} must hold dense tensors with their values; {name} {problem}")
     if sum(tensor.numel() * tensor.element_size() for tensor in content.values()) > size:
-        raise ValueError(f"{path} holds tensors that share values, and is smaller than they are; write each on its own")
+        raise ValueError(f"{path} is smaller than its tensors, since they share memory; save a clone of each instead")
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in content.values()}
     if Counter(storages.values()) - entries:
-        raise ValueError(f"{path} states other sizes of tensors than the entries with their values have. {_REMEDY}")
+        raise ValueError(f"{path} contains tensors whose sizes differ from those of its entries. {_REMEDY}")
 
 
 def _problem(value: object, size: int) -> str:

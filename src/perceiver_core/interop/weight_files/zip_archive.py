@@ -1,8 +1,8 @@
-"""Zip archives that every reader reads alike, with verified checksums.
+"""Zip archives that all readers interpret in the same way, with verified checksums.
 
 The format allows bytes before, between and after the entries, several directories, and headers of entries that
-contradict the directory. Readers differ in what they make of these, and PyTorch's verifies no checksum. Only archives
-without them are read: entries follow each other from the first byte on, then the directory, then its end record.
+contradict the directory. Readers interpret these differently, and PyTorch's reader verifies no checksums. Therefore,
+only plain archives are read: entries that follow each other from the first byte on, the directory, and its end record.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def verify_checksums(archive: zipfile.ZipFile) -> None:
 
 
 def verify_archive(path: Path) -> None:
-    """Check that a file is a zip archive that every reader reads alike, and verify its checksums.
+    """Check that a file is a zip archive that all readers interpret in the same way, and verify its checksums.
 
     Raises:
         ValueError: If the file is damaged, or is not such an archive.
@@ -92,7 +92,7 @@ def is_zip(path: Path) -> bool:
 
 
 def _check_end(file: BoundedFile, archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo]) -> None:
-    """Check that the archive ends with the directory and its end record, and that both of its forms are the same."""
+    """Check that the archive ends with the directory and its end record, and that its 64-bit form, if any, agrees."""
     end, directory = os.fstat(file.fileno()).st_size, archive.start_dir
     length = sum(_DIRECTORY_ENTRY + len(_encoded_name(e)) + len(e.extra) + len(e.comment) for e in entries)
     expected = (0, 0, len(entries), len(entries), length, directory)

@@ -49,8 +49,8 @@ def read(path: Path) -> bytes:
     """Return the content of a library in the cache folder.
 
     Raises:
-        OSError: If the file does not match the digest in its name, is not a regular file, is too large, or belongs to or
-            can be written by another user.
+        OSError: If the file does not match the digest in its name, is not a regular file, is too large, belongs to
+            another user, or can be written by one.
     """
     content = read_private_file(path)
     if path.stem.rpartition("-")[2] != hashlib.sha256(content).hexdigest():
