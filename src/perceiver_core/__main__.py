@@ -13,18 +13,28 @@ import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
 from perceiver_core.interop.conversion import FORMATS, NUMERICS, TARGETS, TOLERANCE, convert
+from perceiver_core.interop.weight_files.error_messages import printable
 from perceiver_core.reads.calibration import calibrate
 from perceiver_core.reads.machine import DEFAULTS
 from perceiver_core.registry import Json
 
 
+class _Parser(argparse.ArgumentParser):
+    """Parser whose errors contain no control characters, such as those of an unknown argument."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print an error and exit with code 2."""
+        super().error(printable(message))
+
+
 def main() -> None:
     """Parse the command line and run the selected command."""
-    parser = argparse.ArgumentParser(prog="python -m perceiver_core", description="Commands of perceiver-core.")
+    parser = _Parser(prog="python -m perceiver_core", description="Commands of perceiver-core.")
     commands = parser.add_subparsers(dest="command", required=True)
     costs = commands.add_parser("costs", help="measure the cost model of reads on this machine, in a minute")
     costs.add_argument("--device", default="cpu", help="cpu or a CUDA GPU (default: %(default)s)")
@@ -90,7 +100,7 @@ def _convert(parser: argparse.ArgumentParser, options: argparse.Namespace) -> No
         print(f"largest difference from the original: {difference:.3g} standard deviations of its output")  # noqa: T201
         if not difference <= TOLERANCE:
             sys.exit(f"that is above {TOLERANCE:g}, so nothing was written")
-    print(f"written: {options.destination}")  # noqa: T201
+    print(f"written: {printable(str(options.destination))}")  # noqa: T201
 
 
 def _exit_code() -> int:
@@ -110,7 +120,8 @@ def _exit_code() -> int:
         try:
             main()
         finally:
-            sys.stdout.flush()
+            if sys.stdout is not None:  # None if it was closed before Python started
+                sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted: nothing was written; run the same command again", file=sys.stderr)  # noqa: T201
         return 128 + (received or [signal.SIGINT])[0]
