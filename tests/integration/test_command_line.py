@@ -13,7 +13,9 @@ pytestmark = pytest.mark.no_shape_checks
 
 
 @pytest.mark.refusal
-def test_errors_contain_no_control_characters(monkeypatch, capsys):
+def test_errors_contain_no_control_characters(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", ["perceiver_core", "costs", "--\x1b[2J\nwritten: x"])
     with pytest.raises(SystemExit, match="2"):
         main()
@@ -21,7 +23,7 @@ def test_errors_contain_no_control_characters(monkeypatch, capsys):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell of POSIX")
-def test_stdout_may_be_closed():
+def test_stdout_may_be_closed() -> None:
     command = ["sh", "-c", 'exec "$0" -m perceiver_core costs --device none >&-', sys.executable]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
