@@ -234,3 +234,11 @@ def test_parts_and_kernels_of_a_user_come_back(tmp_path):
         pc.CrossAttend, attention=attends, mlp=partial(pc.MLP, activation=Learner())))  # fmt: skip
     again = assert_comes_back(model, SOUND, tmp_path)
     assert again.encoder.reads[0].attention.kernel is second_kernel
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_modules_without_weights_follow_the_dtype(dtype, tmp_path):
+    model = perceiver(adapters.OneHotLabel(11)).to(dtype)
+    again = pc.load(pc.save(model, tmp_path))
+    labels = torch.tensor([3, 7])
+    assert torch.equal(again(labels), model.eval()(labels))

@@ -164,6 +164,8 @@ def _load(config: registry.Json, source: Path, weights: Path, device: torch.devi
             assign(model, {name: file.get_tensor(name).to(device, copy=True) for name in specs})
     except SafetensorError as error:
         raise ValueError(f"{weights} is not a complete safetensors file: {error}. Copy it again") from error
+    if len(dtypes := {parameter.dtype for parameter in model.parameters()}) == 1:
+        model.to(dtypes.pop())  # for modules that have no weights but follow the dtype, such as `adapters.OneHotLabel`
     return model.eval()
 
 
