@@ -1,6 +1,6 @@
 """Checks of arguments against the type annotations of a function.
 
-The annotations are the only description of the accepted types. Numbers must also be finite and fit into memory sizes:
+The annotations are the only description of the accepted types. Numbers must also be finite and of plausible size:
 an `int` is a whole number below 2**31, and a `float` is a real number that is neither NaN nor infinite. Ranges are
 checked by the functions themselves (see `checks`).
 """
@@ -26,11 +26,11 @@ LARGEST = 2**31 - 1  # of whole numbers: a tensor of more rows would not fit int
 
 
 class RefusedError(Exception):
-    """Reason why a value is refused, as an error that names the argument.
+    """Raised internally for a refused value. It contains the error to raise, which names the argument.
 
     Args:
         error: Error to raise.
-        is_type: Whether the value as a whole has another type. If False, an item is refused, or the range of a number.
+        is_type: True if the value has the wrong type. False if an item of it is refused, or a number is out of range.
     """
 
     def __init__(self, error: Exception, *, is_type: bool = False) -> None:
@@ -68,7 +68,7 @@ def check(arguments: Mapping[str, object], hints: Mapping[str, Any]) -> None:
 
     Raises:
         TypeError: If an argument has another type.
-        ValueError: If a number is not whole where an `int` is annotated, NaN, infinite, or a whole number of 2**31.
+        ValueError: If a number is not whole where an `int` is annotated, or is NaN, infinite, or at least 2**31.
     """
     for name, value in arguments.items():
         if name in hints and (refused := _error(name, value, hints[name])) is not None:
@@ -189,7 +189,7 @@ def is_array_hint(hint: Any) -> bool:
 
 
 def _check_array(name: str, value: object, hint: Any) -> None:
-    """Check the kind of dtype and the number of axes of a tensor. Sizes are not checked."""
+    """Check that a tensor has a dtype of the right kind and the right number of axes. Sizes are not checked."""
     if not isinstance(value, Tensor):
         raise RefusedError(TypeError(f"{name} must be a torch.Tensor; got {shown(value)}"), is_type=True)
     dtype = str(value.dtype).removeprefix("torch.")

@@ -288,7 +288,7 @@ def is_integer(size: object) -> bool:
 
 
 def part_of(n: int, share: float) -> int:
-    """Return `n * share`, rounded down, but up if it is just below an integer: 10 * (1 - 0.8) is 1.9999999999999996."""
+    """Return `n * share` rounded down, up to rounding errors: 2 for 10 * (1 - 0.8), which is 1.9999999999999996."""
     return int(n * share + 1e-9)
 
 

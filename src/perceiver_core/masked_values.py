@@ -29,7 +29,7 @@ Values: TypeAlias = Float[Tensor, "b h k e"]
 def attended_keys(
     mask: Mask | None, num_queries: int, num_keys: int, device: torch.device, *, block_size: int = 4096
 ) -> Bool[Tensor, "... k"] | None:
-    """Return a mask that is False at keys to which no query attends, as `k`, `h k` or `b h k`; None if there are none.
+    """Return a mask `k`, `h k` or `b h k` that is False at keys to which no query attends, or None for no such keys.
 
     For an intersection of masks, the keys are those to which a query attends according to each mask by itself.
 
@@ -66,7 +66,7 @@ def attended_keys(
 def without_masked_tokens(
     tokens: Tokens | Float[Tensor, "b n c"], mask: Mask, num_queries: int
 ) -> Tokens | Float[Tensor, "b n c"]:
-    """Return the tokens with zeros in place of those to which no query attends.
+    """Return the tokens, with zeros for tokens to which no query attends.
 
     Args:
         tokens: `Tokens`, of which only the content is changed, or a tensor.
@@ -97,7 +97,7 @@ def without_masked_tokens(
 
 
 def finite_where_masked(x: Float[Tensor, "b n c"], mask: Mask, axis: type) -> Float[Tensor, "b n c"]:
-    """Return `x` with zeros in place of NaN and infinity in masked rows, whose finite values are kept.
+    """Return `x`, with zeros for NaN and infinity in masked rows. Finite values are kept.
 
     Args:
         x: Vectors that are queries, and also keys in self-attention.
@@ -117,7 +117,7 @@ def finite_where_masked(x: Float[Tensor, "b n c"], mask: Mask, axis: type) -> Fl
 
 
 def without_masked(q: Queries, k: Keys, v: Values, allowed: Bool[Tensor, "... q k"]) -> tuple[Queries, Keys, Values]:
-    """Return queries, keys and values with zeros where `allowed` permits no attention to or from them."""
+    """Return queries, keys and values, with zeros for those that `allowed` excludes from all attention."""
     if not any(map(may_spread, (q, k, v))):
         return q, k, v
     attends, attended = allowed.any(-1, keepdim=True), allowed.any(-2).unsqueeze(-1)

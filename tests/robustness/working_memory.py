@@ -1,8 +1,8 @@
-"""Measures the working memory of compiled reads: the peak of the resident memory beyond inputs and outputs.
+"""Measurement of the working memory of compiled reads: peak resident memory minus inputs and outputs.
 
     MALLOC_MMAP_THRESHOLD_=16384 python -m tests.robustness.working_memory <number of tokens>
 
-Prints one line for each grid and pass: its name, and the bytes of working memory. The grids have the number of tokens.
+Prints one line for each grid and pass: its name, and the bytes of working memory. Each grid has this number of tokens.
 The variable makes glibc return memory that is freed, so that outputs do not reuse memory that was counted before.
 """
 

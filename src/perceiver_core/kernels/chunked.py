@@ -104,7 +104,7 @@ def partial_attention(
 def _without_masked(
     q: Queries, k: Keys, v: Values, mask: Mask, tensors: tuple[Tensor, ...], chunk_size: int
 ) -> tuple[Queries, Keys, Values]:
-    """Return queries, keys and values with zeros where the mask permits no attention, without forming a rule's mask."""
+    """Return queries, keys and values, with zeros for those that the mask excludes. Rules are not expanded."""
     if not any(map(may_spread, (q, k, v))):
         return q, k, v
     for part in tensors:

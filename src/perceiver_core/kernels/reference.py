@@ -96,7 +96,7 @@ def attention_map(
 
 
 def query_rows(queries: QueryIndices, q: Float[Tensor, "b h q d"]) -> Int[Tensor, " chosen"]:
-    """Check indices of queries, of which negative ones count from the last, and return them as a tensor.
+    """Check query indices, which may be negative, and return them as a tensor.
 
     Raises:
         TypeError: If `queries` is not an integer, a sequence of integers or an integer tensor.
