@@ -1,4 +1,4 @@
-"""The compiled reads: working memory that is bounded, and an error if there is none.
+"""The compiled reads: bounded working memory, and an error if it cannot be allocated.
 
 The variable READ_TOKENS is the number of tokens for which the working memory is measured, for example 10000000.
 """
@@ -18,7 +18,7 @@ from perceiver_core.kernels.grid import cpp_library, read_grid
 from tests.kernels.grid.compiled import COMPILER
 
 ROOT = Path(__file__).parents[2]
-TOKENS = os.environ.get("READ_TOKENS", "1000000")
+TOKENS = os.environ.get("READ_TOKENS", "300000")
 pytestmark = [
     pytest.mark.no_shape_checks,
     pytest.mark.skipif(COMPILER is None, reason="no compiler"),
@@ -27,7 +27,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="m
 
 
 def run(*command: str, **environment: str) -> list[str]:
-    """Returns the lines that a Python process prints."""
+    """Return the lines that a Python process prints."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "src")])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "2", **environment}
     result = subprocess.run(

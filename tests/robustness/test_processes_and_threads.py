@@ -1,4 +1,4 @@
-"""Compiled reads in processes: first use by several at once, after fork and after spawn, without a home."""
+"""Compiled reads in several processes: simultaneous first use, after fork and spawn, without a home folder."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def codes(children):
 
 
 def run(code: str, **environment: str) -> None:
-    """Runs code in a new process and checks that it ends, without an error."""
+    """Run code in a new process, and check that it ends without an error."""
     environment = {**os.environ, "OMP_NUM_THREADS": "2", **environment}
     command = [sys.executable, "-W", "ignore:.*fork:DeprecationWarning", "-c", READ + code]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, start_new_session=True) as process:
@@ -63,56 +63,55 @@ def run(code: str, **environment: str) -> None:
     assert process.returncode == 0, problem.decode()
 
 
-def test_eight_processes_at_first_use(built: Path, script: Callable[[str], Path], tmp_path: Path) -> None:
-    """Each compiles before the others are done, in two halves, and none loads half a library."""
+def test_first_use_by_eight_processes_and_without_a_home(
+    built: Path, script: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Each of the eight compiles before the others are done, in two halves, and none loads half a library."""
     wait = 'while [ $(ls "$(dirname "$0")"/*.started | wc -l) -lt 8 ]; do sleep 0.05; done'
     path = script(
         f'[ -z "$OUT" ] && exit; touch "$(dirname "$0")/$$.started"; head -c 9999 {built} >"$OUT"; {wait}; '
         f'cp {built} "$OUT"'
     )
-    check = "def check():\n    read()\n    assert cpp_library.functions()\n"
+    (tmp_path / "file").touch()
     run(
-        check + "warnings.simplefilter('error'); assert codes([in_child(check) for _ in range(8)]) == [0] * 8",
+        f"""
+warnings.simplefilter("error")
+
+def check(environment):
+    os.environ.update(environment)
+    read()
+    assert cpp_library.functions()
+
+assert codes([in_child(lambda: check({{}})) for _ in range(8)]) == [0] * 8
+homes = {{"HOME": "/proc"}}, {{"HOME": {str(tmp_path / "file")!r}}}
+assert codes([in_child(lambda: check({{"XDG_CACHE_HOME": "", **home}})) for home in homes]) == [0, 0]
+""",
         CXX=str(path),
         XDG_CACHE_HOME=str(tmp_path / "cache"),
     )
-    assert len(list(tmp_path.glob("*.started"))) == 8
+    assert len(list(tmp_path.glob("*.started"))) == 8 + 2
     assert file_names(tmp_path / "cache" / "perceiver-core") == ["library"]
 
 
-def test_a_process_that_is_forked_after_reads_in_several_threads() -> None:
-    """The threads of OpenMP do not exist in the child: it would wait for them forever."""
+def test_forked_processes_neither_hang_nor_differ() -> None:
+    """The threads of OpenMP do not exist in a child of a process that has used them: it would wait for them forever."""
     run(
         """
-torch.set_num_threads(4)
-expected = read()
-
-def check():
-    assert torch.get_num_threads() == 1
-    assert all(torch.equal(a, e) for a, e in zip(read(), expected, strict=True))
-    torch.ones(2**22).exp_().log2_()  # operators of PyTorch
-    assert codes([in_child(read)]) == [0]  # a child of the child
-
-assert codes([in_child(check) for _ in range(2)]) == [0, 0]
-assert torch.get_num_threads() == 4
-assert all(torch.equal(a, e) for a, e in zip(read(), expected, strict=True))
-""",
-    )
-
-
-def test_a_process_that_is_forked_before_reads_uses_all_threads() -> None:
-    run(
-        """
-torch.set_num_threads(4)
-
-def check():
-    assert torch.get_num_threads() == 4
+def check(threads):
+    assert torch.get_num_threads() == threads
     several = read()
+    torch.ones(2**20).exp_().log2_()  # operators of PyTorch
     torch.set_num_threads(1)
     assert all(torch.equal(a, e) for a, e in zip(several, read(), strict=True))
+    assert codes([in_child(read)]) == [0]  # a child of the child
 
-assert codes([in_child(check) for _ in range(2)]) == [0, 0]
-""",
+torch.set_num_threads(4)
+assert codes([in_child(lambda: check(4)) for _ in range(2)]) == [0, 0]
+expected = read()
+assert codes([in_child(lambda: check(1)) for _ in range(2)]) == [0, 0]
+assert torch.get_num_threads() == 4
+assert all(torch.equal(a, e) for a, e in zip(read(), expected, strict=True))
+"""
     )
 
 
@@ -127,12 +126,3 @@ def test_a_spawned_process_reads_what_its_parent_reads() -> None:
 def spawned(inputs: list[list[float]]) -> list[object]:
     outputs = read_grid(*(torch.tensor(x) for x in inputs))
     return [[x.tolist() for x in outputs], bool(cpp_library.functions())]
-
-
-@pytest.mark.parametrize("home", ["/proc", "/nonexistent/home", ""])
-def test_a_home_that_cannot_be_written_to(home: str, built: Path, script: Callable[[str], Path]) -> None:
-    if not home and os.access("/.cache", os.F_OK):
-        pytest.skip("there is a folder /.cache")
-    path = script(f'[ -z "$OUT" ] || cp {built} "$OUT"')
-    where = {"HOME": home, "XDG_CACHE_HOME": ""} if home != "/nonexistent/home" else {"XDG_CACHE_HOME": "/proc/none"}
-    run("warnings.simplefilter('error'); read(); assert cpp_library.functions()", CXX=str(path), **where)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from perceiver_core.kernels.grid import cpp_compiler, cpp_library
+from perceiver_core.kernels.grid import cpp_cache, cpp_compiler, cpp_library
 
 COMPILER = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
 needs_compiler = [
@@ -20,9 +20,10 @@ needs_compiler = [
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Library that is compiled once for all tests that need any."""
-    path = tmp_path_factory.mktemp("built") / "read_grid.so"
-    path.write_bytes(cpp_library._compile([str(COMPILER)], None)[0])
+    """Copy of the library in the user's cache folder, compiled if there is none."""
+    path, compiler = tmp_path_factory.mktemp("built") / "read_grid.so", [str(COMPILER)]
+    stored = cpp_cache.stored(cpp_cache.cache_folder(), cpp_library._name(compiler))
+    path.write_bytes(cpp_cache.read(stored[0]) if stored else cpp_library._compile(compiler, None)[0])
     return path
 
 

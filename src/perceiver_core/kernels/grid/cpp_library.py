@@ -59,9 +59,7 @@ def functions() -> Functions:
 def _load() -> Functions:
     """Load the library from the cache folder, or compile it and store it there."""
     compiler, folder = cpp_compiler.find_compiler(), cpp_cache.cache_folder()
-    sources = [path.read_text() for path in sorted(SOURCE.parent.glob("[!.]*.[hc]*")) if path.is_file()]
-    parts = [*sources, *FLAGS, *(" ".join(flags) for flags in VARIANTS)]
-    name = f"read_grid-{VERSION}-{cpp_compiler.fingerprint(compiler, TARGETS, parts)}"
+    name = _name(compiler)
     for path in cpp_cache.stored(folder, name):
         with suppress(OSError):  # a damaged file, or a file of another system
             return _functions(_library(cpp_cache.read(path), path))
@@ -69,6 +67,13 @@ def _load() -> Functions:
     if folder is not None:
         cpp_cache.store(folder, name, content)
     return functions
+
+
+def _name(compiler: list[str]) -> str:
+    """Return a name for everything that the library depends on: source, compiler, flags and processor features."""
+    sources = [path.read_text() for path in sorted(SOURCE.parent.glob("[!.]*.[hc]*")) if path.is_file()]
+    parts = [*sources, *FLAGS, *(" ".join(flags) for flags in VARIANTS)]
+    return f"read_grid-{VERSION}-{cpp_compiler.fingerprint(compiler, TARGETS, parts)}"
 
 
 def _compile(compiler: list[str], folder: Path | None) -> tuple[bytes, Functions]:
@@ -89,7 +94,7 @@ def _compile(compiler: list[str], folder: Path | None) -> tuple[bytes, Functions
 
 
 def _scratch_folder(alternative: Path | None) -> tempfile.TemporaryDirectory[str]:
-    """Return a new folder for temporary files: in the system's one, or in the alternative if that one is full."""
+    """Return a new temporary folder: in the system's temporary folder, or in `alternative` if that is full."""
     for parent in (None, alternative):
         with suppress(OSError):
             scratch = tempfile.TemporaryDirectory(prefix="tmp-", dir=parent)
@@ -104,10 +109,11 @@ def _scratch_folder(alternative: Path | None) -> tempfile.TemporaryDirectory[str
 
 
 def _library(content: bytes, path: Path) -> ctypes.CDLL:
-    """Load a library from memory, or from the file with the same content if the system has no files in memory.
+    """Load a library from a file in memory, or from the file at `path` if the system has no files in memory.
 
-    A process that has loaded a file is killed if the file is truncated. Memory can also be executed where files in the
-    folder cannot. The descriptor stays open, because a process does not load a second library with the same name.
+    If a library is loaded from a file on disk, the process is killed when the file is truncated, and loading fails in
+    folders that are mounted with `noexec`. The descriptor of the file in memory stays open: its number is part of the
+    path, and a process loads no second library from the same path.
     """
     if hasattr(os, "memfd_create"):
         with suppress(OSError):
