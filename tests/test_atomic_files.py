@@ -123,3 +123,29 @@ def test_a_folder_that_cannot_be_created_says_how_to_go_on(tmp_path, monkeypatch
     monkeypatch.setattr(Path, "mkdir", fail)
     with pytest.raises(OSError, match=r"c was not written, .* Choose a folder on a file system that is writable"):
         make_folder(tmp_path / "c")
+
+
+@pytest.mark.refusal
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
+def test_only_regular_files_are_replaced(make, tmp_path):
+    make(tmp_path / "a")
+    before = (tmp_path / "a").stat().st_ino
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    for name in ("a", "b"):
+        with pytest.raises(OSError, match=f"{name} is not a regular file, such as a folder, pipe or device"):
+            write_atomically({tmp_path / name: "x"})
+    assert (tmp_path / "a").stat().st_ino == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+@pytest.mark.refusal
+def test_a_reason_is_not_hidden_by_an_error_while_temporary_files_are_removed(tmp_path, monkeypatch):
+    """On a read-only file system, the removal of a missing file fails as well."""
+
+    def fail(*args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "temporary")
+
+    monkeypatch.setattr(Path, "touch", fail)
+    monkeypatch.setattr(Path, "unlink", fail)
+    with pytest.raises(OSError, match="file was not written, and existing files are unchanged"):
+        write_atomically({tmp_path / "file": "x"})

@@ -210,6 +210,8 @@ def _exit(number: int, go_on: str) -> None:
 
 def _flushed(code: int) -> int:
     """Flush stdout and return the exit code. If stdout is closed or full, Python would print a traceback at exit."""
+    if sys.stdout is None:  # closed before the command started, as by `>&-`
+        return code
     try:
         sys.stdout.flush()
     except (OSError, ValueError) as error:

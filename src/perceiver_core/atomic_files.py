@@ -6,7 +6,7 @@ import errno
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeAlias
 
@@ -75,6 +75,9 @@ def staged(files: Mapping[Path, Content]) -> Iterator[dict[Path, Path]]:
     Raises:
         OSError: As in `write_atomically`.
     """
+    for path in files:
+        if path.exists() and not path.is_file():  # a rename would replace even a device, such as /dev/null
+            raise OSError(f"{path} is not a regular file, such as a folder, pipe or device. Choose another path")
     temporary_paths = {path: path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial") for path in files}
     try:
         for path, temporary in temporary_paths.items():
@@ -83,7 +86,8 @@ def staged(files: Mapping[Path, Content]) -> Iterator[dict[Path, Path]]:
         yield temporary_paths
     finally:
         for temporary in temporary_paths.values():
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # on a read-only file system, also for a missing file; it would hide the reason
+                temporary.unlink(missing_ok=True)
 
 
 def rename(old: Path, new: Path) -> None:
