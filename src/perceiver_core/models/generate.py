@@ -274,9 +274,7 @@ def _check_parts(model: PerceiverAR, sampler: Sampler, generator: torch.Generato
     """Check that `model` is a `PerceiverAR` in evaluation mode, and check the types of `sampler` and `generator`."""
     required = ("vocab_size", "num_latents", "embedding", "latent_transformer", "training")
     if missing := [name for name in required if not hasattr(model, name)]:
-        raise TypeError(
-            f"model must be a PerceiverAR, or have its attributes {', '.join(missing)}; got {shown(model)}"
-        )
+        raise TypeError(f"model must be a PerceiverAR, or have its attributes {', '.join(missing)}; got {shown(model)}")
     if model.training:
         raise ValueError("model must be in evaluation mode, without dropout; call model.eval()")
     if isinstance(sampler, type) or not callable(sampler):
