@@ -173,3 +173,81 @@ def test_images_are_read_as_a_viewer_shows_them(tmp_path):
     for name in ("text.png", "missing.png"):
         with pytest.raises(ValueError, match=f"{name}' cannot be read"):
             read_image(tmp_path / name, preprocessing)
+
+
+def run(folder: Path, *arguments: str) -> tuple[int, list[str], list[str]]:
+    """Return the exit code and the lines of stdout and stderr."""
+    command = [sys.executable, str(SCRIPT), str(folder), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout.splitlines(), done.stderr.splitlines()
+
+
+def copied(source: Path, folder: Path, program: bytes | None = None, **preprocessing: object) -> Path:
+    """Copy a folder with another program or other preprocessing, as save_program would have written it."""
+    folder.mkdir()
+    program = (source / "model.onnx").read_bytes() if program is None else program
+    (folder / "model.onnx").write_bytes(program)
+    deployment = json.loads((source / "deployment.json").read_text())
+    deployment["sha256"] = {"model.onnx": hashlib.sha256(program).hexdigest()}
+    deployment["preprocessing"] = {k: v for k, v in {**PREPROCESSING, **preprocessing}.items() if v is not None}
+    (folder / "deployment.json").write_text(json.dumps(deployment))
+    return folder
+
+
+@pytest.mark.refusal
+@pytest.mark.parametrize(
+    "changed",
+    [
+        dict.fromkeys(PREPROCESSING),
+        {**dict.fromkeys(PREPROCESSING), "sample_rate": 16_000},
+        *({key: None} for key in PREPROCESSING),
+        *({key: value} for key in PREPROCESSING for value in (["a", 1], "ab", {}, [], True, [[7], 11], float("nan"))),
+        {"mode": "P"},
+        {"size": [7, 0]},
+        {"size": [7, 10**9]},
+        {"mean": ["a"]},
+        {"mean": [0.5, 0.5]},
+        {"std": 0},
+        {"std": [1, 1, float("inf")]},
+    ],
+    ids=str,
+)
+def test_other_preprocessing_is_refused(deployed, tmp_path, changed):
+    with pytest.raises(ValueError, match=r"deployment\.json: preprocessing must have mode"):
+        read_folder(copied(deployed[1], tmp_path / "copy", **changed))
+
+
+@pytest.mark.refusal
+@pytest.mark.parametrize(
+    ("program", "changed", "expected"),
+    [
+        (b"no program", {}, "is no program of onnxruntime"),
+        (None, {"classes": ["ant", "bee"]}, "preprocessing has 2 classes, but the program computes (1, 5)"),
+        (None, {"mode": "L", "mean": 0, "std": 1}, "the program cannot be run on image"),
+    ],
+)
+def test_refusals_are_one_line(deployed, picture, tmp_path, program, changed, expected):
+    code, output, (line,) = run(copied(deployed[1], tmp_path / "copy", program, **changed), str(picture))
+    assert (code, output) == (2, [])
+    assert line.startswith("error: ")
+    assert expected in line
+
+
+def test_printed_text_contains_no_control_characters(deployed, picture, tmp_path):
+    folder = copied(deployed[1], tmp_path / "copy", classes=["a\x1b[2J\nfake"] * 5)
+    assert run(folder, str(picture)) == (0, [r"picture.png a\x1b[2J\nfake"], [])
+    assert run(folder, str(picture), "--\x1b[2J")[::2] == (
+        2,
+        [r"error: unknown arguments --\x1b[2J; pass a folder and image files"],
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell of POSIX")
+def test_stdout_may_be_closed(deployed, picture):
+    for redirection, code in ((">&-", 0), (">/dev/full", 2)):
+        if Path("/dev/full").exists() or code == 0:
+            command = f'"$0" "$@" {redirection}'
+            arguments = ["sh", "-c", command, sys.executable, str(SCRIPT), str(deployed[1]), str(picture)]
+            done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+            assert done.returncode == code, done.stderr
+            assert len(done.stderr.splitlines()) == (code > 0)
