@@ -108,6 +108,25 @@ def test_bfloat16_uses_chunked_on_processors_with_bfloat16_units(
     assert module.uses_chunks(inputs[0], K) == units
 
 
+@every_mask
+@pytest.mark.parametrize(
+    "dtype, kernel", [(torch.float64, "sdpa"), (torch.float32, "chunked"), (torch.float16, "chunked")], ids=str
+)
+def test_long_inputs_use_chunked(
+    dtype: torch.dtype, kernel: str, mask: Mask | None, taken: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's fused kernel adds the blocks of keys one after the other, and so their rounding errors."""
+    inputs = qkv(dtype)
+    monkeypatch.setattr(module, "LONG", K - 1)
+    monkeypatch.setattr(module, "LONG_CHUNK_SIZE", 5)
+    found = fastest(*inputs, mask=mask)
+    assert taken == [kernel]
+    torch.testing.assert_close(found, sdpa(*inputs, mask=mask), rtol=2e-3, atol=2e-3)
+    monkeypatch.setattr(module, "LONG", K)
+    fastest(*inputs, mask=mask)
+    assert taken == [kernel, "sdpa"]
+
+
 @pytest.mark.usefixtures("units")
 def test_dropout_uses_sdpa(taken: list[str]) -> None:
     inputs = qkv(torch.bfloat16)
