@@ -28,8 +28,9 @@ import torch
 
 from benchmarks import attention, choice, compilation, generation, machine, measurement, models, read, report, scaling
 from benchmarks.comparison import Setting
-from examples.common.command import run_command
+from examples.common.command import ArgumentParser, run_command
 from examples.common.output_folder import output_folder
+from examples.common.terminal import printable
 
 
 class Benchmark(NamedTuple):
@@ -75,7 +76,7 @@ def run(options: argparse.Namespace) -> list[str]:
         content = {"benchmark": name, "machine": described, "ceilings": ceilings, "rows": rows, "notes": []}
         path, benchmark = options.out / f"{name}.json", BENCHMARKS[name]
         measure(benchmark, path, content, options)
-        print("", report.table(rows), "", *content["notes"], f"\nwritten to {path}\n", sep="\n", flush=True)
+        print("", report.table(rows), "", *content["notes"], f"\nwritten to {printable(path)}\n", sep="\n", flush=True)
         if importlib.util.find_spec("matplotlib"):
             draw = getattr(benchmark.module, "plot", partial(report.bars, title=benchmark.module.TITLE))
             draw(rows, path.with_suffix(".png"))
@@ -116,7 +117,7 @@ def _options() -> argparse.Namespace:
         f"  {name:<10} {each.cpu:5.0f} s {each.cuda:5.0f} s  {(each.module.__doc__ or '').splitlines()[0]}"
         for name, each in BENCHMARKS.items()
     ]
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m benchmarks",
         epilog="\n".join(["benchmarks, and the time that each may take on a CPU and on a GPU:", *listed]),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -7,7 +7,6 @@ roundoff of float32, as a row of the table in docs/concepts/numerics.md for each
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 from collections.abc import Callable
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import perceiver_core as pc
-from examples.common.command import run_command
+from examples.common.command import ArgumentParser, run_command
 from perceiver_core import kernels, reads
 
 STRATEGIES: dict[str, tuple[reads.Strategy, Callable[..., Tensor]]] = {
@@ -88,7 +87,7 @@ def error(name: str, read: nn.Module, x: Tensor, tokens: pc.Tokens, expected: tu
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.rounding", description="Rounding errors of reads.")
+    parser = ArgumentParser(prog="python -m benchmarks.rounding", description="Rounding errors of reads.")
     counts = [10**power for power in range(3, 8)]
     parser.add_argument("--tokens", type=int, nargs="+", default=counts, help="numbers of tokens (%(default)s)")
     options = parser.parse_args()

@@ -36,9 +36,10 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import perceiver_core as pc
-from examples.common.command import run_command
+from examples.common.command import ArgumentParser, run_command
 from examples.common.output_folder import output_folder
 from examples.common.run import seed
+from examples.common.terminal import printable
 from perceiver_core.atomic_files import write_atomically
 
 NUM_TRAIN = 1437  # of 1,797 images; the last 360, by other writers, are the test
@@ -171,7 +172,7 @@ def table(accuracies: dict[str, float]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     """Train both models, print the table of accuracies and save the figure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--toy", action="store_true", help="train for two epochs, to check that it runs")
     parser.add_argument("--out", type=Path, default=Path("runs/digits"), help="folder of the figure")
@@ -193,7 +194,7 @@ def run(options: argparse.Namespace) -> dict[str, float]:
         print(f"{name}: trained in {time.perf_counter() - start:.0f} s")
     print(table(accuracies))
     draw(model, test_set.images[0], shuffled, options.out / "digits.png")
-    print(f"figure: {options.out / 'digits.png'}")
+    print(f"figure: {printable(options.out / 'digits.png')}")
     return accuracies
 
 

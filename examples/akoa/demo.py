@@ -12,7 +12,6 @@ The exit code is that of the step that failed, 0 if none did, and 130 or 143 aft
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -29,7 +28,8 @@ if __name__ == "__main__":
 from examples.akoa import driver, generate_labels, train
 from examples.akoa.dataset.labels import read_labels
 from examples.akoa.phantom import dataset as phantom
-from examples.common.command import run_command
+from examples.common.command import ArgumentParser, run_command
+from examples.common.terminal import printable
 
 # The phantom contains one truncated file; any other problem must stop the demo.
 _EXPECTED_PROBLEM = "unreadable"
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def execute(argv: Sequence[str] | None = None) -> int:
     """Run all steps. Returns 0, or the exit code of the step that failed."""
-    parser = argparse.ArgumentParser(prog="python -m examples.akoa.demo", description="Phantom to report.")
+    parser = ArgumentParser(prog="python -m examples.akoa.demo", description="Phantom to report.")
     parser.add_argument("--out", type=Path, help="folder of the run (runs/akoa; runs/akoa-toy with --toy)")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the phantoms (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the phantom, split and training (%(default)s)")
@@ -93,13 +93,14 @@ def demo(scale: Scale, folder: Path, out: Path, seed: int) -> int:
     print_heading("4  the driver, on images of held-out patients")
     if code := driver.execute([*map(str, _held_out(labels, images)), "--weights", str(out / "weights")]):
         return code
-    print_heading(f"images    {images}\nmodel     {out / 'weights'}\nreport    {out / 'report.md'}")
+    print_heading(f"images    {images}")
+    print(f"model     {printable(out / 'weights')}\nreport    {printable(out / 'report.md')}")
     return 0
 
 
 def print_heading(text: str) -> None:
-    """Print a heading, without buffering."""
-    print(f"\n{text}", flush=True)
+    """Print a heading, escaped and without buffering."""
+    print(f"\n{printable(text)}", flush=True)
 
 
 def _held_out(labels: Path, images: Path, num_knees: int = 4) -> list[Path]:

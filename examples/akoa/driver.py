@@ -43,7 +43,7 @@ from examples.akoa.evaluation import plots
 from examples.akoa.evaluation.inference import attention_maps, predict
 from examples.akoa.evaluation.predictions import probability
 from examples.akoa.training.run_record import trained_size
-from examples.common.command import run_command
+from examples.common.command import ArgumentParser, run_command
 from examples.common.terminal import printable
 from perceiver_core import load
 from perceiver_core.atomic_files import write_atomically
@@ -193,9 +193,7 @@ def group_by_volume(verdicts: Iterable[Verdict]) -> list[VolumeVerdict]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.akoa.driver", description="Classify knee images as left or right."
-    )
+    parser = ArgumentParser(prog="python -m examples.akoa.driver", description="Classify knee images as left or right.")
     add = parser.add_argument
     add("paths", type=Path, nargs="+", metavar="PATH", help="PNG files, or folders with them")
     add("--weights", type=Path, default=WEIGHTS, help="folder of a trained model (default: the shipped one)")

@@ -55,7 +55,7 @@ from examples.akoa.training.run_record import (
     trained_size,
     weights_digest,
 )
-from examples.common.command import run_command
+from examples.common.command import ArgumentParser, run_command
 from examples.common.output_folder import output_folder
 from examples.common.terminal import printable
 from perceiver_core import load
@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m examples.akoa.evaluate",
         description="Evaluate the weights of a run on its test set; evaluations are counted.",
     )
@@ -213,7 +213,7 @@ def _run(args: argparse.Namespace) -> None:
     with output_folder(args.run):
         report = _evaluate_folder(args)
     accuracy = report["models"][PERCEIVER]["slice"]["accuracy"]
-    print(f"accuracy of test slices: {format_estimate(accuracy)}; the report is {args.run / 'report.md'}")
+    print(f"accuracy of test slices: {format_estimate(accuracy)}; the report is {printable(args.run / 'report.md')}")
 
 
 def _evaluate_folder(args: argparse.Namespace) -> Report:
@@ -232,7 +232,7 @@ def _evaluate_folder(args: argparse.Namespace) -> Report:
     check_rows(args.run, knees.rows)
     history = args.run / "history.csv" if (args.run / "history.csv").exists() else None
     if unfinished:
-        print(f"{args.run}: finishing the report of an interrupted command, without another look at the test set")
+        print(f"{printable(args.run)}: finishing the report of an interrupted command, without another look")
         return write_presentation(args.run, model, knees.split("test"), history and read_history(history))
     return evaluate_run(
         model,

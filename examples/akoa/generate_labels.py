@@ -14,7 +14,6 @@ With `--folds K`, the split column contains fold0 to fold<K-1>. Run i tests on f
 and trains on the rest.
 """
 
-import argparse
 import os
 import sys
 from collections import Counter
@@ -37,7 +36,7 @@ from tqdm import tqdm
 from examples.akoa.dataset import audit_texts, file_names, images, labels, near_duplicates, splits, tables
 from examples.akoa.dataset.file_names import PROBLEM_KINDS, ImageFile, Problem
 from examples.akoa.dataset.labels import Row
-from examples.common.command import run_command
+from examples.common.command import ArgumentParser, run_command
 from examples.common.terminal import printable
 from perceiver_core.atomic_files import write_atomically
 
@@ -90,7 +89,7 @@ def read_options(argv: Sequence[str] | None) -> Options:
     Raises:
         ValueError: Fractions or folds are impossible, or the output is not a file in a writable folder.
     """
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m examples.akoa.generate_labels",
         description="Write labels.csv for a folder of AKOA knees, split by patient, and audit it.",
     )

@@ -7,7 +7,6 @@ The exit code is 0 if all was copied, 2 if there is nothing to copy, and 130 or 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,8 +22,9 @@ from examples.akoa.driver import WEIGHTS
 from examples.akoa.evaluation import results
 from examples.akoa.training.run_record import RECORD, check_weights
 from examples.akoa.training.run_record import WEIGHTS as TRAINED
-from examples.common.command import run_command
+from examples.common.command import ArgumentParser, run_command
 from examples.common.output_folder import output_folder
+from examples.common.terminal import printable
 from perceiver_core import load, save
 from perceiver_core.atomic_files import write_atomically
 
@@ -66,14 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m examples.akoa.ship", description="Copy the results of a run to the folder that ships."
     )
     parser.add_argument("--run", type=Path, default=Path("runs/akoa"), help="folder of the run (%(default)s)")
     parser.add_argument("--to", type=Path, default=WEIGHTS, help="folder that ships (%(default)s)")
     args = parser.parse_args(argv)
     for path in ship(args.run, args.to):
-        print(path)
+        print(printable(path))
 
 
 if __name__ == "__main__":

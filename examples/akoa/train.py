@@ -18,7 +18,6 @@ Ctrl-C or SIGTERM. With torchrun, it is that of torchrun.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
@@ -60,7 +59,7 @@ from examples.akoa.training.run_record import (
     write_record,
 )
 from examples.akoa.training.trainer import CHECKPOINTS, HISTORY, TrainingOptions, make_trainer, silence_warnings
-from examples.common.command import run_command
+from examples.common.command import ArgumentParser, run_command
 from examples.common.output_folder import output_folder
 from examples.common.terminal import printable
 from perceiver_core.atomic_files import write_atomically
@@ -91,7 +90,7 @@ def execute(argv: Sequence[str] | None = None) -> None:
 
 def read_options(argv: Sequence[str] | None) -> TrainingOptions:
     """Parse the command line; exits with code 2 for invalid arguments."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m examples.akoa.train", description="Train the knee model, then evaluate the test set once."
     )
     add = parser.add_argument
@@ -141,7 +140,7 @@ def run(options: TrainingOptions, knees: KneeDataModule, out: Path) -> Report | 
         _record_options(out, options, knees)
         if options.resume and results.is_complete(out):
             _check_results(out)
-            print(f"{out}: complete already; its test set is not looked at again. The report is {out / results.TEXT}")
+            print(f"{printable(out)}: complete already; its test set is not looked at again, see {results.TEXT}")
             return results.read_report(out)
         return finish(_train(options, knees, out), knees, out, options)
 
@@ -155,7 +154,7 @@ def finish(module: Laterality, knees: KneeDataModule, out: Path, options: Traini
     write_record(out, {**read_record(out), "weights_sha256": weights_digest(model)})
     history = out / HISTORY
     if results.count_looks(out):
-        print(f"{out}: the test set was looked at before and is not again; its report is drawn")
+        print(f"{printable(out)}: the test set was looked at before and is not again; its report is drawn")
         return results.write_presentation(out, model, knees.split("test"), read_history(history))
     splits = {name: knees.split(name) for name in SPLITS}
     paths = ["--data", str(options.data), "--labels", str(options.labels), "--out", str(options.out)]
@@ -208,7 +207,7 @@ def run_folds(options: TrainingOptions) -> Report:
     summary = summarize_folds(reports, [folder / results.PREDICTIONS for folder in folders], options.seed)
     text = json.dumps(summary, indent=2) + "\n"
     write_atomically({options.out / "summary.json": text, options.out / "summary.md": folds_markdown(summary)})
-    print(f"the summary is {options.out / 'summary.md'}")
+    print(f"the summary is {printable(options.out / 'summary.md')}")
     return summary
 
 

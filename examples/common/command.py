@@ -25,6 +25,7 @@ imports anything that takes time:
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 import signal
@@ -33,6 +34,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
+from typing import NoReturn
 
 from examples.common.terminal import printable
 
@@ -56,6 +58,14 @@ _REMEDIES = {
 }
 # Errors after which the same command can continue, once the user has removed their cause.
 _MENDED_OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Parser whose errors contain no control characters, such as those of an unknown argument."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print an error and exit with code 2."""
+        super().error(printable(message))
 
 
 class _Signals:

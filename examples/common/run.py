@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from examples.common.command import ArgumentParser
 from examples.common.output_folder import output_folder
 from examples.common.scores import Rows
+from examples.common.terminal import printable
 from perceiver_core.atomic_files import write_atomically
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ class Run:
         *,
         options: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
-        parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser = ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--seed", type=seed, default=0, help="seed of weights and training; data has its own seeds")
         parser.add_argument("--toy", action="store_true", help="train for a few steps only, to check that it runs")
         parser.add_argument("--out", type=Path, default=Path("runs") / name, help="folder of result and figure")
@@ -141,7 +143,7 @@ class Run:
             }
         )
         self._folder.close()
-        print(f"result and figure: {self.out}")
+        print(f"result and figure: {printable(self.out)}")
         return result
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from examples.common.command import describe, run_command
+from examples.common.command import ArgumentParser, describe, run_command
 from examples.common.output_folder import LOCK, output_folder
 
 pytestmark = pytest.mark.no_shape_checks
@@ -198,6 +198,26 @@ def raises(error: BaseException) -> Callable[[], None]:
 def test_refused_input_is_one_line(error: Exception, line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(raises(error), "go on") == 2
     assert capsys.readouterr().err == f"error: {line}\n"
+
+
+@pytest.mark.refusal
+def test_unknown_arguments_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--f\x1b[2J\noo"], ["\u202e"]):
+        with pytest.raises(SystemExit, match="2"):
+            ArgumentParser(prog="x").parse_args(arguments)
+    shown = capsys.readouterr().err
+    assert set(shown) <= {"\n", *map(chr, range(32, 127))}
+    assert len(shown.splitlines()) == 4
+    assert r"x: error: unrecognized arguments: --f\x1b[2J\noo" in shown
+
+
+def test_all_commands_use_this_parser() -> None:
+    """Except the one that is copied without this repository."""
+    files = [path for folder in ("examples", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    own = {
+        path.relative_to(ROOT).as_posix() for path in files if " argparse.ArgumentParser(" in path.read_text("utf-8")
+    }
+    assert own == {"examples/deploy/run_program.py"}
 
 
 @pytest.mark.refusal

@@ -5,7 +5,6 @@ python -m examples.akoa.dataset --data data/AKOA_Analysis --labels labels.csv
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from torch.nn import functional as F
 from examples.akoa.dataset.augmentation import augment, seeded_generator
 from examples.akoa.dataset.datamodule import KneeDataModule, to_model_input
 from examples.akoa.model import knee_model
-from examples.common.command import run_command
+from examples.common.command import ArgumentParser, run_command
 
 
 def measure(knees: KneeDataModule, num_batches: int) -> tuple[float, float]:
@@ -59,7 +58,7 @@ def execute(argv: Sequence[str] | None = None) -> None:
         OSError: A file cannot be read.
         ValueError: The labels or the images are invalid.
     """
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m examples.akoa.dataset", description="Measure the share of a training step that the input takes."
     )
     parser.add_argument("--data", type=Path, required=True, help="folder with the PNG files")

@@ -12,7 +12,6 @@ the same command continues.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import io
@@ -28,8 +27,9 @@ from tqdm import tqdm
 
 from examples.akoa.phantom.anatomy import Knee, Side, Visit, sample_knee, sample_other_knee, sample_visit
 from examples.akoa.phantom.rendering import GrayImage, render
-from examples.common.command import run_command
+from examples.common.command import ArgumentParser, run_command
 from examples.common.output_folder import output_folder
+from examples.common.terminal import printable
 from perceiver_core.atomic_files import write_atomically
 
 Layout = Literal["flat", "nested", "sides"]
@@ -254,7 +254,7 @@ def execute(arguments: Sequence[str] | None = None) -> None:
         OSError: A file cannot be written.
         ValueError: As in `write`.
     """
-    parser = argparse.ArgumentParser(description="Write a phantom of the AKOA knee images.")
+    parser = ArgumentParser(description="Write a phantom of the AKOA knee images.")
     parser.add_argument("--out", type=Path, required=True, help="folder that will contain AKOA_Analysis/")
     parser.add_argument("--patients", type=int, default=101)
     parser.add_argument("--slices", type=int, default=SLICES, help="slices of each volume")
@@ -263,4 +263,4 @@ def execute(arguments: Sequence[str] | None = None) -> None:
     options = vars(parser.parse_args(arguments))
     written = write(progress=True, **options)
     done = f"wrote {written} files" if written else "already complete, nothing to do"
-    print(f"{options['out']}: {done}")
+    print(f"{printable(options['out'])}: {done}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -234,3 +235,12 @@ def test_invalid_arguments_are_named(tmp_path: Path, arguments: dict[str, int], 
 def test_the_command_line_reports_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--out", str(tmp_path), "--patients", "-3"]) == 2
     assert capsys.readouterr().err == "error: patients=-3: expected 1 or more\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such names on Windows")
+def test_the_printed_folder_is_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "a\x1b[2J\nfake"
+    for done in ("wrote ", "already complete"):
+        main(["--out", str(folder), "--patients", "4", "--slices", "1"])
+        (line,) = capsys.readouterr().out.splitlines()
+        assert rf"a\x1b[2J\nfake: {done}" in line
