@@ -7,7 +7,9 @@ are inspected first, and inputs of ordinary numbers are returned without a copy.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import reduce
+from math import prod
 from operator import and_, or_
 from typing import TypeAlias
 
@@ -77,19 +79,18 @@ def without_masked_tokens(
     if not may_spread(content):
         return tokens
     grid = content.shape[1:-1]
-    keys = attended_keys(masks.from_token_mask(mask), num_queries, grid.numel(), content.device)
+    num_tokens = prod(grid)
+    keys = attended_keys(masks.from_token_mask(mask), num_queries, num_tokens, content.device)
     if keys is None:
         return tokens
     while keys.ndim > 2:  # over the heads
         keys = keys.any(1)
     keys = keys[None] if keys.ndim == 1 else keys
-    if content.shape[0] == 1:
+    if checks.always(content.shape[0] == 1):
         keys = keys.any(0, keepdim=True)
-    if keys.shape[0] not in (1, content.shape[0]) or keys.shape[1] not in (1, grid.numel()):
+    if not _fits(keys, (content.shape[0], num_tokens), content.device):
         return tokens  # the attention raises an error that names the mask
-    valid = keys.expand(-1, grid.numel()).reshape(-1, *grid, 1)
-    if valid.device != content.device:
-        return tokens
+    valid = keys.expand(-1, num_tokens).reshape(-1, *grid, 1)
     content = content.masked_fill(~valid, 0.0)
     if not isinstance(tokens, Tokens):
         return content
@@ -109,11 +110,16 @@ def finite_where_masked(x: Float[Tensor, "b n c"], mask: Mask, axis: type) -> Fl
         if not isinstance(part, axis) or not isinstance(part, (masks.Padding, masks.Queries)):
             continue
         valid = part.keys if isinstance(part, masks.Padding) else part.queries
-        valid = valid[:, -x.shape[1] :]  # the mask may also cover cached keys
-        fits = valid.shape[1] in (1, x.shape[1]) and valid.shape[0] in (1, x.shape[0]) and valid.device == x.device
-        if fits and may_spread(x):
+        if _fits(valid, x.shape[:2], x.device) and may_spread(x):
             x = x.where(valid.unsqueeze(-1), x.nan_to_num(0.0, 0.0, 0.0))
     return x
+
+
+def _fits(valid: Bool[Tensor, "b n"], shape: Sequence[int], device: torch.device) -> bool:
+    """Return whether a mask broadcasts to a shape. Assumed by torch.compile and export, whose sizes may be dynamic."""
+    if torch.compiler.is_compiling():
+        return True
+    return valid.device == device and all(size in (1, full) for size, full in zip(valid.shape, shape, strict=True))
 
 
 def without_masked(q: Queries, k: Keys, v: Values, allowed: Bool[Tensor, "... q k"]) -> tuple[Queries, Keys, Values]:
@@ -134,4 +140,4 @@ def may_spread(x: Tensor) -> bool:
         lowest, highest = x.detach().aminmax()
         return not (lowest.item() >= -LARGEST and highest.item() <= LARGEST)  # also True for NaN
 
-    return bool(x.numel()) and checks.is_true(is_extreme, x)
+    return torch.compiler.is_compiling() or (bool(x.numel()) and checks.is_true(is_extreme, x))

@@ -207,7 +207,6 @@ def materialize(mask: Mask, *, queries: int, keys: int, device: torch.device | N
     Raises:
         TypeError: If the mask is not boolean.
     """
-    checks.positive(queries=queries, keys=keys)
     if not isinstance(mask, Tensor):
         return block(mask, positions(queries, device), positions(keys, device))
     checks.is_mask("mask", mask)

@@ -131,7 +131,7 @@ class MultiHeadAttention(nn.Module):
         if mask is not None:
             if isinstance(inputs, Tensor):
                 inputs = cast(Tensor, without_masked_tokens(inputs, mask, x.shape[1]))
-            elif inputs is None:
+            elif inputs is None and cache is None:
                 x = finite_where_masked(x, mask, masks.Padding)
             mask = masks.from_token_mask(mask)
         if inputs is None:

@@ -83,7 +83,7 @@ class SelfAttend(nn.Module):
                 values of `x` are appended. With a causal mask, a sequence can then be split over several calls
                 without changing the result. With rotary embeddings, this requires explicit `positions`.
         """
-        if mask is not None:
+        if mask is not None and cache is None:
             x = finite_where_masked(x, mask, masks.Padding)
         options: dict[str, object] = {} if positions is None else {"positions": positions}
         if cache is not None:
