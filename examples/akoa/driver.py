@@ -39,11 +39,13 @@ from tqdm import tqdm
 from examples.akoa.dataset import tables
 from examples.akoa.dataset.file_names import is_system_file, list_files, parse_name
 from examples.akoa.dataset.images import UnreadableImageError, read_image
+from examples.akoa.dataset.size_option import SizeAction
 from examples.akoa.evaluation import plots
 from examples.akoa.evaluation.inference import attention_maps, predict
 from examples.akoa.evaluation.predictions import probability
 from examples.akoa.training.run_record import trained_size
 from examples.common.command import ArgumentParser, run_command
+from examples.common.output_folder import check_output_file
 from examples.common.terminal import printable
 from perceiver_core import load
 from perceiver_core.atomic_files import write_atomically
@@ -198,7 +200,8 @@ def _parser() -> argparse.ArgumentParser:
     add("paths", type=Path, nargs="+", metavar="PATH", help="PNG files, or folders with them")
     add("--weights", type=Path, default=WEIGHTS, help="folder of a trained model (default: the shipped one)")
     add("--threshold", type=float, default=0.5, help="abstain below this probability (%(default)s)")
-    add("--size", type=int, nargs="+", help="pixels: one number, or height width (default: that of the weights)")
+    size_help = "pixels: one number, or height width (default: that of the weights)"
+    add("--size", type=int, nargs="+", action=SizeAction, help=size_help)
     add("--out", type=Path, metavar="CSV", help="file for the verdicts, which are printed otherwise")
     add("--maps", type=Path, metavar="DIR", help="folder for an attention map of each image")
     return parser
@@ -207,10 +210,12 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> int:
     if not 0.5 <= args.threshold <= 1:
         raise ValueError(f"threshold is {args.threshold:g}, need a probability from 0.5 to 1")
-    if args.out is not None and (args.out.is_dir() or not args.out.parent.is_dir()):
-        raise ValueError(f"out: {str(args.out)!r} is not a file in an existing folder")
-    if args.out is not None and args.out.suffix.lower() == ".png":
-        raise ValueError(f"out: {str(args.out)!r} is the name of an image, need one of a table, such as results.csv")
+    if args.out is not None:
+        check_output_file(args.out, "out")
+        if args.out.suffix.lower() == ".png":
+            raise ValueError(
+                f"out: {str(args.out)!r} is the name of an image, need one of a table, such as results.csv"
+            )
     files = find_images(args.paths)
     model = load_weights(args.weights)
     if args.weights == WEIGHTS:
@@ -218,9 +223,10 @@ def _run(args: argparse.Namespace) -> int:
             "these weights were trained on a generated phantom; their verdicts on real knees are meaningless",
             file=sys.stderr,
         )
-    size = (args.size[0], args.size[-1]) if args.size else trained_size(args.weights, model)
+    size = args.size or trained_size(args.weights, model)
     if args.maps is not None:
         args.maps.mkdir(parents=True, exist_ok=True)
+        check_output_file(args.maps / "map.png", "maps")
     results = classify(model, files, size, args.maps)
     done = list(tqdm(results, "classifying", len(files), unit="image", disable=None))
     verdicts = [item for item in done if isinstance(item, Verdict)]

@@ -14,7 +14,6 @@ With `--folds K`, the split column contains fold0 to fold<K-1>. Run i tests on f
 and trains on the rest.
 """
 
-import os
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -37,6 +36,7 @@ from examples.akoa.dataset import audit_texts, file_names, images, labels, near_
 from examples.akoa.dataset.file_names import PROBLEM_KINDS, ImageFile, Problem
 from examples.akoa.dataset.labels import Row
 from examples.common.command import ArgumentParser, run_command
+from examples.common.output_folder import check_output_file
 from examples.common.terminal import printable
 from perceiver_core.atomic_files import write_atomically
 
@@ -107,12 +107,14 @@ def read_options(argv: Sequence[str] | None) -> Options:
     args = parser.parse_args(argv)
     share = splits.three_way(args.fractions) if args.folds is None else splits.k_fold(args.folds)
     splits.split_sizes(sys.maxsize, share)
-    if args.out.is_dir() or not os.access(args.out.parent, os.W_OK):
-        raise ValueError(f"out: {str(args.out)!r} is not a file in a folder that can be written to")
+    check_output_file(args.out, "out")
     if args.out.suffix.lower() == ".png":
         raise ValueError(f"out: {str(args.out)!r} is the name of an image, need one of a table, such as labels.csv")
     allow = frozenset(PROBLEM_KINDS if "all" in args.allow else args.allow)
-    return Options(args.data, args.out, share, args.seed, allow, args.examples)
+    options = Options(args.data, args.out, share, args.seed, allow, args.examples)
+    for path in (options.problems, options.previous):
+        check_output_file(path, "out")
+    return options
 
 
 def generate(options: Options) -> int:

@@ -42,6 +42,7 @@ import perceiver_core as pc
 from examples.akoa import evaluate
 from examples.akoa.dataset.datamodule import KneeDataModule
 from examples.akoa.dataset.labels import SPLITS
+from examples.akoa.dataset.size_option import SizeAction
 from examples.akoa.evaluation import results
 from examples.akoa.evaluation.cross_validation import summarize_folds
 from examples.akoa.evaluation.figures import read_history
@@ -103,7 +104,8 @@ def read_options(argv: Sequence[str] | None) -> TrainingOptions:
     add("--weight-decay", type=float, default=0.05, help="weight decay of matrices (%(default)s)")
     add("--label-smoothing", type=float, default=0.0, help="label smoothing (%(default)s)")
     add("--seed", type=int, default=0, help="seed of weights, order, augmentation, bootstrap (%(default)s)")
-    add("--size", type=int, nargs="+", default=[64], metavar="PIXELS", help="one number, or height width (64)")
+    size_help = "one number, or height width (64)"
+    add("--size", type=int, nargs="+", action=SizeAction, default=(64, 64), metavar="PIXELS", help=size_help)
     add("--patience", type=int, default=8, help="stop after so many epochs without improvement (%(default)s)")
     add("--limit-batches", type=int, help="maximal number of batches of a training epoch, for trials")
     add("--no-augment", dest="augment", action="store_false", help="do not augment images")
@@ -115,13 +117,11 @@ def read_options(argv: Sequence[str] | None) -> TrainingOptions:
     folds.add_argument("--fold", type=int, metavar="I", help="train one run of a cross-validation")
     folds.add_argument("--folds", type=int, metavar="K", help="train all K runs and summarize them")
     args = parser.parse_args(argv)
-    if len(args.size) > 2:
-        parser.error("argument --size: one number, or height and width")
     if min(args.epochs, args.batch, args.devices, args.patience) < 1 or args.seed < 0:
         parser.error("--epochs, --batch, --devices and --patience must be 1 or more, --seed 0 or more")
     if args.folds is not None and int(os.environ.get("WORLD_SIZE", args.devices)) > 1:
         parser.error("--folds runs on one device; run the folds one by one with --fold")
-    return TrainingOptions(**{**vars(args), "size": (args.size[0], args.size[-1])})
+    return TrainingOptions(**vars(args))
 
 
 def run(options: TrainingOptions, knees: KneeDataModule, out: Path) -> Report | None:

@@ -1,7 +1,8 @@
-"""Lock of the folder that a command writes to, and removal of temporary files of killed commands."""
+"""Checks and locks of the folders that commands write to, and removal of temporary files of killed commands."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -38,6 +39,25 @@ def output_folder(folder: Path, *subfolders: str) -> Iterator[None]:
         for place in (folder, *(folder / name for name in subfolders)):
             remove_temporary_files(place)
         yield
+
+
+def check_output_file(path: Path, argument: str) -> None:
+    """Check that a file can be written, before the work for it begins.
+
+    Args:
+        path: File that will be written.
+        argument: Name of the argument, for the error.
+
+    Raises:
+        ValueError: Its folder does not exist or cannot be written to, or the path is a folder, a pipe or a device.
+    """
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{argument}: {str(path)!r} is not a file in a folder that can be written to; choose an existing folder "
+            "that you may write to"
+        )
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{argument}: {str(path)!r} is not a regular file; choose another path")
 
 
 def remove_temporary_files(folder: Path) -> None:

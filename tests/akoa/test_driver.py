@@ -11,7 +11,8 @@ from matplotlib.image import imread
 from PIL import Image
 
 import perceiver_core as pc
-from examples.akoa import driver
+from examples.akoa import driver, train
+from examples.akoa.dataset import __main__ as measurement
 from examples.akoa.dataset.images import read_image
 from examples.akoa.driver import Verdict, decide, find_images, group_by_volume, main
 from examples.akoa.evaluation.inference import predict
@@ -162,7 +163,9 @@ def test_many_images_keep_their_order(knees: Path, model: pc.Perceiver, monkeypa
         (["{knees}", "--threshold", "0.4"], "from 0.5 to 1"),
         (["{knees}", "--weights", "{missing}"], "train first"),
         (["{knees}", "--weights", "{empty}"], "pass the folder that save wrote"),
-        (["{knees}", "--out", "{missing}/results.csv"], "not a file in an existing folder"),
+        (["{knees}", "--out", "{missing}/results.csv"], "is not a file in a folder that can be written to"),
+        (["{knees}", "--out", "{empty}"], "is not a regular file"),
+        (["{knees}", "--out", os.devnull], "is not a regular file"),
     ],
 )
 def test_invalid_arguments_are_reported(
@@ -180,6 +183,32 @@ def test_invalid_arguments_are_reported(
         given += ["--weights", str(weights)]
     assert main(given) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.refusal
+@pytest.mark.parametrize("option", ["--out", "--maps"])
+def test_a_folder_that_cannot_be_written_to_is_reported_first(
+    option: str, knees: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(driver, "classify", None)
+    assert main([str(knees), "--weights", str(weights), option, str(knees.parent / "new")]) == 2
+    assert f"error: {option[2:]}: " in (text := capsys.readouterr().err)
+    assert "in a folder that can be written to" in text
+
+
+@pytest.mark.refusal
+@pytest.mark.parametrize("size", ["0", "7 -1", "1 2 3", "1000000"])
+@pytest.mark.parametrize(
+    "command", ["driver . --weights nowhere", "dataset --data . --labels x", "train --data . --labels x"]
+)
+def test_sizes_are_checked_first(size: str, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    name, *arguments = [*command.split(), "--size", *size.split()]
+    commands = {"driver": driver.main, "dataset": measurement.main, "train": train.main}
+    with pytest.raises(SystemExit, match="2"):
+        commands[name](arguments)
+    message = f"argument --size: must be one number, or height and width, from 1 to 4,096 pixels; got {size}\n"
+    assert capsys.readouterr().err.endswith(message)
 
 
 def test_results_are_written_atomically(knees: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -238,7 +238,7 @@ def test_labels_inside_the_data_folder_are_not_data(folder: Folder, capsys: pyte
         (["--folds", "2"], "at least 3"),
         (["--folds", "6"], "got 5 patients, too few for 6 parts"),
         (["--out", "missing/labels.csv"], "is not a file in a folder that can be written to"),
-        (["--out", "."], "is not a file in a folder that can be written to"),
+        (["--out", "."], "is not a regular file"),
         (["--out", "knee.PNG"], "is the name of an image"),
     ],
 )

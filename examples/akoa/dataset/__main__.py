@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from examples.akoa.dataset.augmentation import augment, seeded_generator
 from examples.akoa.dataset.datamodule import KneeDataModule, to_model_input
+from examples.akoa.dataset.size_option import SizeAction
 from examples.akoa.model import knee_model
 from examples.common.command import ArgumentParser, run_command
 
@@ -63,15 +64,16 @@ def execute(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--data", type=Path, required=True, help="folder with the PNG files")
     parser.add_argument("--labels", type=Path, required=True, help="labels.csv of generate_labels")
-    parser.add_argument("--size", type=int, nargs="+", default=[64], help="pixels: one number, or height width")
+    parser.add_argument(
+        "--size", type=int, nargs="+", action=SizeAction, default=(64, 64), help="one number, or height width"
+    )
     parser.add_argument("--batch", type=int, default=64, help="images per batch (%(default)s)")
     parser.add_argument("--fold", type=int, help="run of the cross-validation, if the labels are split into folds")
     parser.add_argument("--batches", type=int, default=40, help="number of batches to time (%(default)s)")
     args = parser.parse_args(argv)
     if min(args.batch, args.batches) < 1:
         parser.error("--batch and --batches must be 1 or more")
-    size = (args.size[0], args.size[-1])
-    knees = KneeDataModule(labels=args.labels, data=args.data, size=size, batch=args.batch, fold=args.fold)
+    knees = KneeDataModule(labels=args.labels, data=args.data, size=args.size, batch=args.batch, fold=args.fold)
     start = time.perf_counter()
     knees.setup()
     seconds = time.perf_counter() - start

@@ -24,6 +24,7 @@ _NAME = re.compile(
     r"(?P<side>LEFT|L_E_F_T|RIGHT|R_I_G_H_T)\.nii\.gz_(?P<slice>[0-9]{1,9})\.png",
     re.IGNORECASE | re.ASCII,
 )
+_SIDE_WORD = re.compile(r"(?<![a-z])(?:LEFT|L_E_F_T|RIGHT|R_I_G_H_T)(?![a-z])", re.IGNORECASE | re.ASCII)
 _SYSTEM_FILES = frozenset({"thumbs.db", ".ds_store", "desktop.ini", ".lock"})  # the last one is of these commands
 
 
@@ -106,6 +107,16 @@ def parse_name(name: str) -> FileName:
 def folder_sides(path: str) -> set[str]:
     """Sides among the names of the folders of a path, such as `Left/` and `RIGHT/`."""
     return {part.lower() for part in PurePosixPath(path).parts[:-1]} & set(SIDES)
+
+
+def name_sides(path: str) -> set[str]:
+    """Sides that the file name of a path contains as words, such as `_RIGHT.` and `_R_I_G_H_T.`.
+
+    Example:
+        >>> name_sides("right/knee-L_E_F_T (1).png")
+        {'left'}
+    """
+    return {word.replace("_", "").lower() for word in _SIDE_WORD.findall(PurePosixPath(path).name)}
 
 
 def is_system_file(path: str) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path, PurePosixPath
 
 from examples.akoa.dataset import tables
-from examples.akoa.dataset.file_names import SIDES, check_path, folder_sides, parse_name
+from examples.akoa.dataset.file_names import SIDES, check_path, folder_sides, name_sides, parse_name
 from examples.common.terminal import quoted
 from perceiver_core.atomic_files import write_atomically
 
@@ -86,24 +86,32 @@ def read_labels(path: str | Path) -> list[Row]:
 
     Raises:
         OSError: The file does not exist or cannot be read.
-        ValueError: The file is not a table in CSV format, or contains an invalid value, an image twice, or an image
-            whose name or folder contradicts its labels; the message names the file and the line.
+        ValueError: The file is not a table in CSV format, or contains an invalid value, an image or a slice
+            twice, or an image whose name or folder contradicts its labels; the message names the file and the line.
     """
     rows: list[Row] = []
-    lines: dict[str, int] = {}
+    lines: dict[str | tuple[str, int, str, int], int] = {}
     for number, values in tables.read_table(Path(path), HEADER):
         try:
             row = _to_row(values)
+            identity = row.patient, row.visit, row.side, row.slice
             if row.image in lines:
                 raise ValueError(
                     f"image {quoted(row.image)} occurs twice, first in line {lines[row.image]}; remove one line"
                 )
+            if identity in lines:
+                raise ValueError(
+                    f"image {quoted(row.image)} has the patient, visit, side and slice of line {lines[identity]}; "
+                    "remove one line"
+                )
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
-        lines[row.image] = number
+        lines[row.image] = lines[identity] = number
         rows.append(row)
     if not rows:
-        raise ValueError(f"{path}: the file is empty; write it with examples.akoa.generate_labels")
+        raise ValueError(
+            f"{path}: the file is empty, or contains no images; write it with examples.akoa.generate_labels"
+        )
     return rows
 
 
@@ -144,6 +152,10 @@ def _check_against_path(row: Row) -> None:
     try:
         name = parse_name(PurePosixPath(row.image).name)
     except ValueError:  # the labels of another data set
+        for side in name_sides(row.image) - {row.side}:
+            raise ValueError(
+                f"side is {row.side!r}, but {side!r} in the name {quoted(row.image)}; correct one of them"
+            ) from None
         return
     for column in ("patient", "visit", "side", "slice"):
         actual, expected = getattr(row, column), getattr(name, column)

@@ -73,6 +73,7 @@ def test_labels_are_read_as_written(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("", "is empty"),
+        ("\n\n\n", "is empty"),
         ("image,patient,visit,side,slice,split\n", "is empty"),
         ("image,patient,visit,slice,split\na.png,9000099,1,0,test\n", "column 'side' is missing"),
         ("{},9000099,1,Right,0,test", "side is 'Right', need left or right"),
@@ -84,6 +85,12 @@ def test_labels_are_read_as_written(tmp_path: Path) -> None:
         ("{},٩٠٠٠٠٩٩,1,left,0,test", "patient is '.*', need 7 digits"),
         ("{},9000099,1,left,0,fold01", "split is 'fold01'"),
         ("{},9000099,1,left,0,test\n{},9000099,1,left,0,test", "line 3: image 'a.png' occurs twice, first in line 2"),
+        (
+            "{},9000099,1,left,0,test\nb/{},9000099,1,left,0,test",
+            "line 3: image 'b/a.png' has the patient.* of line 2;",
+        ),
+        ("a_RIGHT.nii.gz_1 (1).png,9000099,1,left,0,test", "side is 'left', but 'right' in the name 'a_RIGHT"),
+        (f"Copy of {KNEE},1000001,3,right,7,test", "side is 'right', but 'left' in the name 'Copy of"),
         ("./a.png,9000099,1,left,0,test", "without '.'"),
         ("b//a.png,9000099,1,left,0,test", "'//'"),
         ("b/,9000099,1,left,0,test", "image is 'b/'"),
@@ -107,7 +114,7 @@ def test_labels_are_read_as_written(tmp_path: Path) -> None:
 )
 def test_invalid_labels_raise(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "labels.csv"
-    header = "" if not text or text.startswith("image") else ",".join(lb.HEADER) + "\n"
+    header = "" if not text.strip() or text.startswith(("image,", "image;")) else ",".join(lb.HEADER) + "\n"
     path.write_text(header + text.replace("{}", "a.png"), encoding="utf-8")
     if "empty" not in message and "column" not in message:
         message = rf"labels\.csv, line [23]: .*{message.removeprefix('line 2: ').removeprefix('line 3: ')}"
