@@ -271,7 +271,7 @@ def positive(*, at_most: int | None = None, **sizes: int) -> None:
     for name, size in sizes.items():
         if not is_integer(size) or size < 1:
             raise ValueError(f"{name} must be a whole number of at least 1; got {size!r}")
-        if size >= 2**31:
+        if operator.index(size) >= 2**31:
             raise ValueError(f"{name} must be below 2**31; got {size!r:.60}")
         if at_most is not None and size > at_most:
             raise ValueError(f"{name} must be at most {at_most}; got {size}")
