@@ -100,14 +100,14 @@ def query_rows(queries: QueryIndices, q: Float[Tensor, "b h q d"]) -> Int[Tensor
 
     Raises:
         TypeError: If `queries` is not an integer, a sequence of integers or an integer tensor.
-        ValueError: If an index is out of range, or there is none.
+        ValueError: If an index is out of range.
     """
     try:
         rows = torch.as_tensor(queries, device=q.device).reshape(-1)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise TypeError(f"queries must be indices, or None for all; got {queries!r:.80}") from error
     if not rows.numel():
-        raise ValueError(f"queries must have at least one index; got {queries!r:.80}")
+        return rows.long()
     rows, count = checks.whole_numbers("queries", rows), q.shape[-2]
     if not checks.is_true(lambda: ((rows >= -count) & (rows < count)).all(), rows):
         raise ValueError(f"queries must lie in {-count} ... {count - 1}; got {rows.tolist()!r:.80}")
