@@ -122,8 +122,11 @@ def _fits(valid: Bool[Tensor, "b n"], shape: Sequence[int], device: torch.device
     return valid.device == device and all(size in (1, full) for size, full in zip(valid.shape, shape, strict=True))
 
 
-def without_masked(q: Queries, k: Keys, v: Values, allowed: Bool[Tensor, "... #q #k"]) -> tuple[Queries, Keys, Values]:
-    """Return queries, keys and values, with zeros for those that `allowed` excludes from all attention."""
+def without_masked(q: Queries, k: Keys, v: Values, allowed: Bool[Tensor, "... r c"]) -> tuple[Queries, Keys, Values]:
+    """Return queries, keys and values, with zeros for those that `allowed` excludes from all attention.
+
+    `allowed` broadcasts to `b h q k`.
+    """
     if not any(map(may_spread, (q, k, v))):
         return q, k, v
     attends, attended = allowed.any(-1, keepdim=True), allowed.any(-2).unsqueeze(-1)
