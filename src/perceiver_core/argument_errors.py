@@ -47,10 +47,11 @@ def explained(function: Callable[P, T]) -> Callable[P, T]:
     Errors that name an argument, and errors that no argument explains, are raised unchanged.
 
     Example:
-        >>> pc.MLP(8)(torch.randn(2, 3, 7))
-        Traceback (most recent call last):
-        ...
-        ValueError: x does not fit MLP.forward: got shape (2, 3, 7) of torch.float32 on cpu; mat1 and mat2 shapes ...
+        >>> try:
+        ...     pc.MLP(8)(torch.randn(2, 3, 7))
+        ... except ValueError as error:
+        ...     print(str(error).partition(".")[0], "...")
+        arguments do not fit MLP ...
     """
 
     @functools.wraps(function)
