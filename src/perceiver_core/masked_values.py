@@ -122,13 +122,14 @@ def _fits(valid: Bool[Tensor, "b n"], shape: Sequence[int], device: torch.device
     return valid.device == device and all(size in (1, full) for size, full in zip(valid.shape, shape, strict=True))
 
 
-def without_masked(q: Queries, k: Keys, v: Values, allowed: Bool[Tensor, "... r c"]) -> tuple[Queries, Keys, Values]:
+def without_masked(q: Queries, k: Keys, v: Values, allowed: Bool[Tensor, "..."]) -> tuple[Queries, Keys, Values]:
     """Return queries, keys and values, with zeros for those that `allowed` excludes from all attention.
 
     `allowed` broadcasts to `b h q k`.
     """
     if not any(map(may_spread, (q, k, v))):
         return q, k, v
+    allowed = allowed[(None,) * (2 - allowed.ndim)]
     attends, attended = allowed.any(-1, keepdim=True), allowed.any(-2).unsqueeze(-1)
     return q.masked_fill(~attends, 0.0), k.masked_fill(~attended, 0.0), v.masked_fill(~attended, 0.0)
 
