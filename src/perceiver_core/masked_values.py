@@ -122,7 +122,7 @@ def _fits(valid: Bool[Tensor, "b n"], shape: Sequence[int], device: torch.device
     return valid.device == device and all(size in (1, full) for size, full in zip(valid.shape, shape, strict=True))
 
 
-def without_masked(q: Queries, k: Keys, v: Values, allowed: Bool[Tensor, "..."]) -> tuple[Queries, Keys, Values]:
+def without_masked(q: Queries, k: Keys, v: Values, allowed: Bool[Tensor, "*shape"]) -> tuple[Queries, Keys, Values]:
     """Return queries, keys and values, with zeros for those that `allowed` excludes from all attention.
 
     `allowed` broadcasts to `b h q k`.
