@@ -18,6 +18,7 @@ from typing import Any, ParamSpec, TypeVar, cast, get_args, get_origin
 import einops
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from perceiver_core import argument_types
 from perceiver_core.argument_types import check, hints_of, is_array_hint, shown
@@ -56,7 +57,7 @@ def explained(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def explaining(*args: P.args, **kwargs: P.kwargs) -> T:
-        if torch.compiler.is_dynamo_compiling():
+        if is_dynamo_compiling():
             return function(*args, **kwargs)
         try:
             return function(*args, **kwargs)
