@@ -32,6 +32,12 @@ def is_floating(name: str, x: object) -> None:
         )
 
 
+def are_floating(**tensors: Tensor) -> None:
+    """Check that each argument is a floating-point tensor, for functions that would round or cut other values."""
+    for name, x in tensors.items():
+        is_floating(name, x)
+
+
 def ids(name: str, x: Tensor, vocab_size: int) -> None:
     """Check that `x` is an integer tensor `b n` with values in 0 ... vocab_size - 1.
 

@@ -51,6 +51,15 @@ def test_every_kernel_equals_the_formula_under_every_mask(
 
 
 @kernels
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.bool])
+def test_values_that_are_not_floating_point_are_refused(kernel: Kernel, name: str, dtype: torch.dtype) -> None:
+    inputs = dict(zip("qkv", qkv(e=D), strict=True))
+    with pytest.raises((TypeError, ValueError), match=rf"\b{name}\b"):
+        kernel(**{**inputs, name: inputs[name].to(dtype)})
+
+
+@kernels
 @pytest.mark.parametrize("shape", list(broadcastable_shapes()), ids=str)
 def test_a_tensor_mask_broadcasts_from_any_shape(kernel: Kernel, shape: tuple[int, ...]) -> None:
     mask = bools(*shape, seed=sum(shape))

@@ -125,6 +125,11 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "a stem larger than its image": (
         lambda: IMAGE(stem=partial(adapters.SymmetricPadConvStem, dim=4))(torch.rand(1, 3, 1, 1)), r"\bimages\b|\bx\b",
     ),
+    "an image shorter than its stem": (
+        lambda: IMAGE(stem=partial(adapters.SymmetricPadConvStem, dim=4))(torch.rand(1, 3, 9, 9), lengths=[[2, 9]]),
+        "lengths must be long enough",
+    ),
+    "a module as kernel": (lambda: pc.MultiHeadAttention(8, kernel=nn.Identity()), "kernel must"),
     "a negative width": (lambda: pc.Decoder(8, query_dim=6, out_dim=-1), "out_dim must"),
     "a width as text": (lambda: pc.Decoder(8, query_dim=6, out_dim="3"), "out_dim must"),
     "an index too large": (lambda: encoder().attention_map(torch.rand(1, 4, 5), queries=99), "queries must lie"),

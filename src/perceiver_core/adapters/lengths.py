@@ -101,6 +101,8 @@ class VariableSize:
         shape = [x.shape[0]] + [x.shape[axis] if axis - x.ndim in axes else 1 for axis in range(1, x.ndim)]
         x = x.masked_fill(~_box(lengths, size).reshape(shape), 0)
         valid = self._token_mask(lengths, size)
+        if not checks.is_true(lambda: valid.flatten(1).any(1).all(), valid):
+            raise ValueError(f"lengths must be long enough for one token in each sample; got {lengths.tolist()}")
         if mask is not None:
             checks.is_mask("mask", mask, valid.shape)
             valid = valid & mask

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import cast
@@ -163,8 +164,10 @@ def _check_heads(num_heads: int, **widths: int) -> None:
 
 def _check_dropout(dropout: float, kernel: Callable[..., Tensor]) -> None:
     checks.probability(dropout=dropout)
+    function = kernel.forward if isinstance(kernel, nn.Module) else kernel
     try:
-        takes_dropout = takes_argument(kernel, "dropout")
+        takes_dropout = takes_argument(function, "dropout")
+        inspect.signature(function).bind("q", "k", "v", mask=None)
     except (TypeError, ValueError) as error:
         if isinstance(kernel, partial):
             check_keywords(kernel.func, kernel.keywords)

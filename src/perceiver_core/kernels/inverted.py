@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from perceiver_core import masks
+from perceiver_core import checks, masks
 from perceiver_core.argument_errors import explained
 from perceiver_core.kernels.reference import Keys, Outputs, Queries, Values
 from perceiver_core.masked_values import without_masked
@@ -37,6 +37,7 @@ def inverted(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropou
     Reference: Wu et al. 2023, "Inverted-Attention Transformers can Learn Object Representations: Insights from Slot
     Attention"; Locatello et al. 2020 (Slot Attention), equations 1 and 2.
     """
+    checks.are_floating(q=q, k=k, v=v)
     if mask is not None:
         masks.check_broadcast(mask, q, k)
         allowed = masks.materialize(mask, queries=q.shape[-2], keys=k.shape[-2], device=q.device)

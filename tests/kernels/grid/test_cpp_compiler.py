@@ -103,9 +103,7 @@ def test_a_compiler_that_hangs_is_tried_once(cache: Path, script: Script, monkey
 
 
 def test_a_server_that_the_compiler_starts_is_not_waited_for(script: Script) -> None:
-    start = time.monotonic()
-    assert cpp_compiler.run([str(script("sleep 20 & echo done"))], 60) == "done\n"
-    assert time.monotonic() - start < 15
+    assert cpp_compiler.run([str(script("sleep 60 & echo done"))], 30) == "done\n"  # it would fail after 30 seconds
 
 
 def test_output_without_end_is_cut(script: Script) -> None:
