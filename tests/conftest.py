@@ -1,8 +1,12 @@
-"""Selection of the Triton cases that run without a GPU, where Triton kernels are interpreted, which is slow."""
+"""Selection of the Triton cases that run without a GPU, where Triton kernels are interpreted, which is slow.
+
+Commands that tests start can be interrupted, also if the tests themselves run in the background.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +15,9 @@ import torch
 INTERPRETED = not torch.cuda.is_available()
 if INTERPRETED:
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when kernels are imported
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts commands in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -197,7 +197,7 @@ def block(mask: Mask, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bo
     mask = mask[(None,) * (2 - mask.ndim)]
     rows = queries if mask.shape[-2] != 1 else queries.new_zeros(1)
     columns = keys if mask.shape[-1] != 1 else keys.new_zeros(1)
-    return mask[..., rows[:, None], columns]
+    return mask[..., rows.long()[:, None], columns.long()]  # a tensor of uint8 would be taken for a mask
 
 
 @explained
