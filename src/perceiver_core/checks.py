@@ -32,10 +32,12 @@ def is_floating(name: str, x: object) -> None:
         )
 
 
-def are_floating(**tensors: Tensor) -> None:
-    """Check that each argument is a floating-point tensor, for functions that would round or cut other values."""
+def attention_inputs(**tensors: Tensor) -> None:
+    """Check that each argument is a floating-point tensor with the axes (batch, head, token, channel)."""
     for name, x in tensors.items():
-        is_floating(name, x)
+        if not (isinstance(x, Tensor) and x.ndim == 4 and x.is_floating_point()):
+            is_floating(name, x)
+            raise ValueError(f"{name} must have the axes (batch, head, token, channel); got shape {tuple(x.shape)}")
 
 
 def ids(name: str, x: Tensor, vocab_size: int) -> None:

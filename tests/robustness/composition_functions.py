@@ -160,7 +160,7 @@ def padded(draw: Draw, folder: Path) -> str:
     batch, mask = draw.make(adapters.pad, [x, shorter], adapter)
     adapter.to(draw.dtype)
     whole, alone = adapter(batch, mask=mask), adapter(shorter[None])
-    assert tuple(mask.shape) == (2, *whole.grid), f"mask {tuple(mask.shape)} for a grid {whole.grid}"
+    assert tuple(mask.shape) == (batch.shape[0], *whole.grid), f"mask {tuple(mask.shape)} for a grid {whole.grid}"
     assert int(mask[1].sum()) == alone.num_tokens, f"{int(mask[1].sum())} valid tokens, {alone.num_tokens} alone"
     return "equal: padded"
 

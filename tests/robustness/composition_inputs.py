@@ -141,7 +141,7 @@ def log_mel(draw: Draw) -> Source:
         window=adapters.hann_window,
         floor=draw.choice(1e-3, 1e-6),
     )
-    draw.used.update(f"{f.__module__}.{f.__qualname__}" for f in (adapter.frequencies, adapter.window))
+    draw.used.update(f"{f.__module__}.{getattr(f, '__qualname__', f)}" for f in (adapter.frequencies, adapter.window))
     options: dict[str, Any] = {}
     if (mask := draw.mask(*grid)) is not None:
         options["mask"] = mask

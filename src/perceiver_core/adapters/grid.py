@@ -45,6 +45,8 @@ class GridAdapter(VariableSize, nn.Module):
         checks.values(name, content, mask)
         warn_if_padded(self.positions, mask)
         tables = () if self.positions is None else self.positions.tables(tuple(content.shape[1:-1]), like=content)
+        for table in tables:
+            checks.same_device(name, content, table)
         return Tokens(content, tables, mask)
 
 

@@ -91,7 +91,7 @@ def partial_attention(
         >>> torch.testing.assert_close(pc.kernels.merge(*halves).output, pc.kernels.reference(q, k, v))
     """
     checks.positive(chunk_size=chunk_size)
-    checks.are_floating(q=q, k=k, v=v)
+    checks.attention_inputs(q=q, k=k, v=v)
     if mask is not None:
         masks.check_broadcast(mask, q, k)
     rules, tensors = masks.split(mask)

@@ -37,7 +37,7 @@ def inverted(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropou
     Reference: Wu et al. 2023, "Inverted-Attention Transformers can Learn Object Representations: Insights from Slot
     Attention"; Locatello et al. 2020 (Slot Attention), equations 1 and 2.
     """
-    checks.are_floating(q=q, k=k, v=v)
+    checks.attention_inputs(q=q, k=k, v=v)
     if mask is not None:
         masks.check_broadcast(mask, q, k)
         allowed = masks.materialize(mask, queries=q.shape[-2], keys=k.shape[-2], device=q.device)

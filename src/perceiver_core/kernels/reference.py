@@ -48,7 +48,7 @@ def reference(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropo
 
     Reference: Vaswani et al. 2017, equation 1.
     """
-    checks.are_floating(v=v)
+    checks.attention_inputs(v=v)
     if mask is not None:
         masks.check_broadcast(mask, q, k)
         mask = masks.materialize(mask, queries=q.shape[-2], keys=k.shape[-2], device=q.device)
@@ -78,7 +78,7 @@ def attention_map(
         >>> pc.kernels.attention_map(q, k, queries=[0, 6]).shape
         torch.Size([2, 4, 2, 11])
     """
-    checks.are_floating(q=q, k=k)
+    checks.attention_inputs(q=q, k=k)
     if mask is not None:
         masks.check_broadcast(mask, q, k)
     rows = masks.positions(q.shape[-2], q.device)

@@ -35,6 +35,7 @@ def sdpa(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropout: f
         >>> q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 11, 8), torch.randn(2, 4, 11, 5)
         >>> torch.testing.assert_close(pc.kernels.sdpa(q, k, v), pc.kernels.reference(q, k, v))
     """
+    checks.attention_inputs(q=q, k=k, v=v)
     device_type = q.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         # Autocast would convert inside the kernel, after `varlen.is_supported` checks the dtype.
