@@ -32,6 +32,14 @@ def is_floating(name: str, x: object) -> None:
         )
 
 
+def is_real(name: str, x: object) -> None:
+    """Check that `x` is a tensor of boolean, integer or floating-point values, not of complex numbers."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}. Convert it: torch.as_tensor(...)")
+    if x.is_complex():
+        raise TypeError(f"{name} must be real; got {x.dtype}. Pass {name}.real or {name}.abs()")
+
+
 def attention_inputs(**tensors: Tensor) -> None:
     """Check that each argument is a floating-point tensor with the axes (batch, head, token, channel)."""
     for name, x in tensors.items():

@@ -44,6 +44,7 @@ def end_point_error(
         raise ValueError(
             f"flow and target must both be b 2 h w, or b q 2; got {tuple(flow.shape)} and {tuple(target.shape)}"
         )
+    checks.is_real("target", target)
     wide = torch.promote_types(flow.dtype, torch.float32)  # the square of 300 pixels overflows float16
     difference = flow.to(wide) - target.to(wide)
     if mask is not None:
@@ -152,8 +153,7 @@ def binary_cross_entropy(
     Reference: Gemmeke et al. 2017 (AudioSet), a dataset with several labels per clip.
     """
     checks.is_floating("logits", logits)
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"targets must be a tensor; got {type(targets).__name__}")
+    checks.is_real("targets", targets)
     if logits.shape != targets.shape:
         raise ValueError(
             f"targets must have the shape of the logits, {tuple(logits.shape)}; got {tuple(targets.shape)}"

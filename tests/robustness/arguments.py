@@ -10,6 +10,7 @@ import inspect
 import random
 import re
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -152,7 +153,8 @@ def run(case: Case) -> str:
     device = torch.device("meta") if "presets" in case.subject or case.subject == "create" else contextlib.nullcontext()
     method = ""
     try:
-        with device:
+        with device, warnings.catch_warnings():
+            warnings.filterwarnings("error", "Casting complex values to real discards the imaginary part")
             for method, result in _results(case, subject):  # noqa: B007 (the last one is used)
                 if not _is_finite(result) and not (case.method and case.value in NOT_FINITE):
                     raise EscapeError("a result that is not finite")

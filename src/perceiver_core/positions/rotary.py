@@ -113,6 +113,7 @@ class Rotary(nn.Module):
         if positions is None:
             positions = torch.arange(heads.shape[-2], device=heads.device)
             positions = positions - (heads.shape[-2] - 1) if self.from_end else positions
+        checks.is_real("positions", positions)
         if positions.ndim not in (1, 2) or positions.shape[-1] != heads.shape[-2]:
             raise ValueError(f"positions must be n or b n with n={heads.shape[-2]}; got {tuple(positions.shape)}")
         angles = positions.to(wide)[..., None, :, None] * self.base ** -self.exponents(dim // 2, rotated)
