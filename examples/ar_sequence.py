@@ -40,7 +40,7 @@ STEPS = 250
 
 
 def sequences(batch: int, length: int, generator: torch.Generator | None = None) -> Tensor:
-    """Draw random motifs and repeat each up to `length` notes, `b length`."""
+    """Draw a random motif per sequence and repeat it until the sequence has `length` notes, `b length`."""
     motifs = torch.randint(NOTES, (batch, MOTIF), generator=generator)
     return motifs.repeat(1, -(-length // MOTIF))[:, :length]
 

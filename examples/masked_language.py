@@ -127,7 +127,7 @@ def accuracy_by_length(model: nn.Module, text: Tensor) -> dict[int, float]:
 
 
 def draw_windows(axes: Axes, ids: Tensor, labels: Tensor, predicted: Tensor, width: int = 86) -> None:
-    """Print windows in lines with the predictions of masked bytes, and the truth below where they are wrong."""
+    """Draw windows in lines of `width` bytes, with the predictions of masked bytes, and the truth below wrong ones."""
     marks = {"\n": "\u00b6", " ": "\u00b7"}
     completed = ids.scatter(1, masked_positions(labels), predicted)
     lines = -(-ids.shape[1] // width)

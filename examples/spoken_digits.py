@@ -218,7 +218,7 @@ def train(run: Run, name: str, speech: Speech, split: Split, steps: int, seed: i
 
 
 def main(arguments: Sequence[str] | None = None) -> Result:
-    """Train the models on each split, compare them with the baselines, and write result and figure."""
+    """Train the models on each split, compare them with the baselines, and write the result and the figure."""
     run = Run("spoken_digits", __doc__, arguments, options=OPTIONS)
     if run.options.data is None:
         speech, tested = generate(200 if run.toy else 8000, 100 if run.toy else 1000)

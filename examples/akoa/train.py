@@ -90,7 +90,7 @@ def execute(argv: Sequence[str] | None = None) -> None:
 
 
 def read_options(argv: Sequence[str] | None) -> TrainingOptions:
-    """Parse the command line; exits with code 2 for invalid arguments."""
+    """Parse the command line. Exit with code 2 if an argument is invalid."""
     parser = ArgumentParser(
         prog="python -m examples.akoa.train", description="Train the knee model, then evaluate the test set once."
     )
@@ -188,10 +188,10 @@ def _check_results(out: Path) -> None:
 
 
 def run_folds(options: TrainingOptions) -> Report:
-    """Train every fold into its own folder, then write their summary: summary.json and summary.md.
+    """Train a model for each fold in a folder of its own, then write summary.json and summary.md on all folds.
 
     Raises:
-        ValueError: The labels have another number of folds.
+        ValueError: The number of folds in the labels is not `options.folds`.
     """
     knees = _make_knees(options, fold=0)
     folds = len({row.split for row in knees.all_rows})

@@ -22,7 +22,7 @@ Spectrogram = Callable[[Tensor, Tensor], Tensor]
 
 
 def resumed(path: Path, resume: bool, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Compute a result and store it in a file. With `resume`, a result that an earlier run has stored is kept."""
+    """Compute a result, store it in a file and return it. With `resume`, return the stored result of an earlier run."""
     if not resume or not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically({path: json.dumps(compute())})

@@ -3,9 +3,9 @@
 With the unit roundoff u of a dtype, docs/concepts/numerics.md derives:
 
 - A score is a dot product of d terms with magnitude `A = sum |q_d k_d| / sqrt(d)`. Its error is at most
-  `u growth(d) A`. Scores are used relative to the log-sum-exp, whose error is that of an average score.
-- A softmax weight p therefore has the relative error `r = expm1(u growth(d) (A + mean A + |lse|)) + u growth(n)`, plus
-  the unit roundoff of the dtype in which weights are stored. It is rounded to zero below the smallest number.
+  `u (2 + d / 8) A`. Scores are used relative to the log-sum-exp, whose error is that of an average score.
+- A softmax weight p therefore has the relative error `r = expm1(u (2 + d / 8) (A + mean A + |lse|)) + u growth(n)`,
+  plus the unit roundoff of the dtype in which weights are stored. It is rounded to zero below the smallest number.
 - A sum of m terms has an error of at most `u growth(m)` times the sum of the absolute values.
 
 The bounds of outputs and gradients combine these errors by the formulas of the backward pass, with absolute values in

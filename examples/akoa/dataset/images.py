@@ -57,10 +57,10 @@ def read_image(path: Path, size: tuple[int, int]) -> UInt8[np.ndarray, "h w"]:
 def read_gray(path: Path) -> Image.Image:
     """Read a PNG file as an image of Pillow's mode `L`.
 
-    It uses up to 10 bytes of memory per pixel, and twice the size of the file.
+    Reading needs up to 10 bytes of memory per pixel plus twice the size of the file.
 
     Raises:
-        UnreadableImageError: The file does not exist, is no regular file, is damaged, is not a PNG file, is an
+        UnreadableImageError: The file does not exist, is not a regular file, is damaged, is not a PNG file, is an
             animation, or exceeds the limits of `png_chunks`.
     """
     try:

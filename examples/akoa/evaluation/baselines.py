@@ -1,4 +1,4 @@
-"""Baselines of the Perceiver: the majority class, and a linear model on pixels."""
+"""Baselines for comparison with the Perceiver: the majority class, and a linear model on pixels."""
 
 from __future__ import annotations
 

@@ -171,10 +171,11 @@ def errors_by_slice(lines: Sequence[Report]) -> Figure:
 def attention(
     groups: Mapping[str, tuple[UInt8[np.ndarray, "k h w"], np.ndarray, Sequence[str]]],
 ) -> Figure:
-    """Plot images and beside each its attention map, in multiples of uniform attention.
+    """Plot each image beside its attention map, in multiples of uniform attention.
 
     Args:
-        groups: Images, maps (each with sum 1) and captions of each row of the figure, by its name.
+        groups: Rows of the figure, keyed by name: the images of a row, their attention maps (each with sum 1), and
+            captions.
     """
     columns = max(len(captions) for _, _, captions in groups.values())
     size = (4.1 * columns + 0.8, 2.2 * len(groups) + 0.3)

@@ -198,7 +198,7 @@ def _as_value_error(message: str) -> Iterator[None]:
 
 
 def _check_plan(plan: _Plan, *, numerics_given: bool) -> None:
-    """Check that the options are valid and can be combined. If `plan.check`, check that the other library is installed.
+    """Check that the options are valid and can be combined and, for `--check`, that the original library is installed.
 
     `numerics_given` says whether the caller of `convert` passed `numerics`.
     """

@@ -219,9 +219,10 @@ def plain(value: Any, *, mappings: bool = False) -> Any:
     Values in lists, tuples and dictionaries are converted recursively. NumPy scalars and arrays with at most one axis
     are converted if they are boolean, integer, floating-point or text. Sequences of other types, such as OmegaConf's
     lists, are converted to lists if they contain only numbers, strings, None, parts, and containers of these. If
-    `mappings` is True, mappings of other types are converted to dictionaries in the same way. (Constructors receive
-    mappings unconverted, because they may access keys as attributes.) Mappings that OmegaConf created from a registered
-    dataclass are converted back to the dataclass. All other values are returned unchanged.
+    `mappings` is True, mappings of other types are converted to dictionaries in the same way. (It is False for the
+    arguments of constructors, because a constructor may access the keys of a mapping as attributes.) Mappings that
+    OmegaConf created from a registered dataclass are converted back to the dataclass. All other values are returned
+    unchanged.
     """
     if isinstance(value, np.generic | np.ndarray):
         return _of_numpy(value)
