@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from perceiver_core import checks, masks, modalities
+from perceiver_core import checks, masks, modalities, tracing
 from perceiver_core.blocks import CrossAttend
 from perceiver_core.blocks.factory import build
 from perceiver_core.kernels.attention_weights import unwrapped
@@ -157,13 +157,13 @@ class Decoder(nn.Module):
         if mask is not None:
             checks.is_mask("mask", mask, (latents.shape[0], queries.shape[1]))
         # An exported program decodes all queries at once: a number of chunks could not depend on dynamic sizes.
-        chunk_size = None if checks.is_exporting() else self.chunk_size
+        chunk_size = None if tracing.is_exporting() else self.chunk_size
         if chunk_size is None or queries.shape[1] <= chunk_size or capture is not None:
             return self._decode_chunk(latents, queries, mask, capture)
         chunks = torch.split(queries, chunk_size, dim=1)
         chunk_masks = [None] * len(chunks) if mask is None else torch.split(mask, chunk_size, dim=1)
         decode: Callable[..., Tensor] = self._decode_chunk
-        if torch.is_grad_enabled() and not checks.transformed():  # torch.func does not support activation checkpointing
+        if torch.is_grad_enabled() and not tracing.transformed():  # torch.func does not support checkpointing
             decode = partial(checkpoint, self._decode_chunk, use_reentrant=False)
         return torch.cat([decode(latents, *chunk) for chunk in zip(chunks, chunk_masks, strict=True)], dim=1)
 

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from perceiver_core import checks, masks
+from perceiver_core import checks, masks, tracing
 from perceiver_core.masks import Mask
 from perceiver_core.tokens import Tokens
 
@@ -86,7 +86,7 @@ def without_masked_tokens(
     while keys.ndim > 2:  # over the heads
         keys = keys.any(1)
     keys = keys[None] if keys.ndim == 1 else keys
-    if checks.always(content.shape[0] == 1):
+    if tracing.always(content.shape[0] == 1):
         keys = keys.any(0, keepdim=True)
     if not _fits(keys, (content.shape[0], num_tokens), content.device):
         return tokens  # the attention raises an error that names the mask

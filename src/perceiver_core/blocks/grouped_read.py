@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perceiver_core import checks
+from perceiver_core import checks, tracing
 from perceiver_core.blocks.cross_attend import CrossAttend
 from perceiver_core.blocks.factory import build
 from perceiver_core.blocks.latent_transformer import LatentTransformer
@@ -123,7 +123,7 @@ class GroupedRead(nn.Module):
         x = self.latents.repeat(tokens.shape[0], 1, 1)  # (b g) z d; a copy even if b is 1
         if skip is not None:
             x = x + rearrange(apply_linear(self.skip, skip), "b (g z) d -> (b g) z d", g=groups)
-        if mask is None and not checks.always(tokens.shape[1] % groups == 0):
+        if mask is None and not tracing.always(tokens.shape[1] % groups == 0):
             mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         if mask is not None:
             mask = rearrange(grouped(mask.unsqueeze(-1), groups), "bg n 1 -> bg n")

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from perceiver_core.argument_errors import checked
 from perceiver_core.blocks import CrossAttend, JointAttend, SelfAttend
 from perceiver_core.inspection.explain import frozen_state
 from perceiver_core.tokens import Tokens
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
 
 Shape: TypeAlias = "tuple[int, ...] | list[Shape] | dict[str, Shape] | None"
 """Shape of a tensor or of `Tokens` (with position channels), list or dictionary of shapes, or None if unknown."""
@@ -109,6 +111,8 @@ def summary(model: nn.Module, *inputs: object, depth: int = 2, **options: object
         names.setdefault(part, name)
     parts = {name: part for part, name in names.items()}
     rows = {name: PartSummary(name, type(part).__name__) for name, part in parts.items()}
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which is slow
+
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = cast(Any, _Untracked())
     devices = {x.device.index for x in model.parameters() if x.device.type == "cuda"}

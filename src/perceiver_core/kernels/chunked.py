@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from perceiver_core import checks, masks
+from perceiver_core import checks, masks, tracing
 from perceiver_core.argument_errors import explained
 from perceiver_core.kernels.reference import Keys, Outputs, Queries, Values
 from perceiver_core.masked_values import attended_keys, may_spread
@@ -236,7 +236,7 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _chunks(k: Tensor, size: int) -> list[slice]:
-    if checks.is_exporting():  # the number of chunks could not depend on dynamic sizes
+    if tracing.is_exporting():  # the number of chunks could not depend on dynamic sizes
         return [slice(0, k.shape[-2])]
     return [slice(start, min(start + size, k.shape[-2])) for start in range(0, k.shape[-2], size)]
 

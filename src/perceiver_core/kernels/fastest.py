@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from perceiver_core import checks
+from perceiver_core import checks, tracing
 from perceiver_core.argument_errors import explained
 from perceiver_core.kernels.chunked import chunked
 from perceiver_core.kernels.reference import Keys, Outputs, Queries, Values, reference
@@ -42,7 +42,7 @@ def fastest(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropout
         >>> q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 11, 8), torch.randn(2, 4, 11, 5)
         >>> torch.testing.assert_close(pc.kernels.fastest(q, k, v), pc.kernels.reference(q, k, v))
     """
-    if checks.needs_more_derivatives():
+    if tracing.needs_more_derivatives():
         return reference(q, k, v, mask=mask, dropout=dropout)
     if uses_chunks(q, k.shape[-2], dropout=dropout):
         half = (x.to(torch.bfloat16) for x in (q, k, v))

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from perceiver_core import checks, masks
+from perceiver_core import checks, masks, tracing
 from perceiver_core.argument_errors import explained
 from perceiver_core.kernels import varlen
 from perceiver_core.kernels.reference import Keys, Outputs, Queries, Values
@@ -45,7 +45,7 @@ def sdpa(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropout: f
     if q.shape[-1] != value_width or device_type == "cuda":
         width = fused_width(q.shape[-1], value_width, q.device)
         q, k, v = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q, k, v))
-    if mask is None or (isinstance(mask, masks.Causal) and checks.always(q.shape[-2] == k.shape[-2])):
+    if mask is None or (isinstance(mask, masks.Causal) and tracing.always(q.shape[-2] == k.shape[-2])):
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=mask is not None, scale=scale)
         return out[..., :value_width]
     masks.check_broadcast(mask, q, k)

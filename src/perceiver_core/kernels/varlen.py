@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from perceiver_core import masks
+from perceiver_core import masks, tracing
 from perceiver_core.kernels.reference import Keys, Outputs, Queries, Values
 from perceiver_core.masks import Mask
 
@@ -56,7 +56,7 @@ def valid_keys(mask: Mask) -> Bool[Tensor, "#b n"] | None:
     return allowed[:, 0, 0]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # GPUs do not change during tracing
+@tracing.constant_under_compile  # GPUs do not change during tracing
 def why_not(dtype: torch.dtype, width: int, device: torch.device) -> str:
     """Return the reason why flash kernels do not support a dtype, head dimension or device, or "" if they do."""
     if device.type != "cuda":
@@ -151,7 +151,7 @@ class _Reordered(torch.autograd.Function):
         return gradient[order.argsort()].masked_fill_(~valid[:, None, None], 0.0), None, None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@tracing.constant_under_compile
 def has_varlen() -> bool:
     """Return whether PyTorch has a `varlen_attn` with `scale` and `window_size`. This requires PyTorch 2.11."""
     return {"scale", "window_size"} <= _parameters()

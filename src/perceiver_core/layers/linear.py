@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as _modules
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from perceiver_core import checks
+from perceiver_core import tracing
 
 MIN_PRODUCTS = 2**22  # scalar multiplications; below, MKL has less overhead
 MIN_WIDTH = 16  # inner dimension and number of columns; below, oneDNN cannot fill its vector registers
@@ -173,7 +173,7 @@ def _are_plain(*tensors: Tensor | None) -> bool:
         return False
     if _get_current_dispatch_mode() is not None or torch._C._len_torch_function_stack():
         return False
-    return not checks.transformed()
+    return not tracing.transformed()
 
 
 def _without_gaps(x: Tensor) -> Tensor:

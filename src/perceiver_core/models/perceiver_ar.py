@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perceiver_core import checks, masks
+from perceiver_core import checks, masks, tracing
 from perceiver_core.adapters import TokenEmbedding
 from perceiver_core.blocks import CrossAttend, LatentTransformer, MultiHeadAttention, SelfAttend
 from perceiver_core.blocks.factory import build
@@ -239,7 +239,7 @@ def last(x: Shaped[Tensor, "b n *d"], count: int) -> Shaped[Tensor, "b m *d"]:
     An exported program gathers them by index: a slice would restrict it to inputs that are longer than `count`, or to
     inputs that are not, depending on the example input.
     """
-    if not checks.is_exporting():
+    if not tracing.is_exporting():
         return x[:, -count:]
     n = x.shape[1]
     start = torch.sym_max(n - count, 0)  # type: ignore[no-untyped-call]

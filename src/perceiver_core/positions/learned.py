@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perceiver_core import checks
+from perceiver_core import checks, tracing
 from perceiver_core.layers import init
 from perceiver_core.layers.linear import apply_linear
 from perceiver_core.positions.grid import Positions, check_axes, spanned_axes
@@ -93,7 +93,7 @@ class LearnedGrid(nn.Module):
     def forward(self, grid: Sequence[int], like: Tensor) -> Float[Tensor, "*grid p"]:
         """Return the embedding, interpolated to size `grid`, in the dtype of `like`."""
         check_axes(grid, self.num_axes)
-        if all(checks.always(size == own) for size, own in zip(grid, self.vectors.shape[:-1], strict=True)):
+        if all(tracing.always(size == own) for size, own in zip(grid, self.vectors.shape[:-1], strict=True)):
             return self.vectors.to(like.dtype, copy=True)  # never return the parameter itself
         mode = ("linear", "bicubic", "trilinear")[self.num_axes - 1]
         channels_first = torch.movedim(self.vectors, -1, 0)[None]

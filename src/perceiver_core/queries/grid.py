@@ -61,7 +61,9 @@ class Grid(nn.Module):
         return self.grid or (tokens.grid if isinstance(tokens, Tokens) else None)
 
     def forward(
-        self, tokens: Tokens | Tensor | Sequence[Tokens] | None = None, query_indices: Int[Tensor, "*b q"] | None = None
+        self,
+        tokens: Tokens | Tensor | Sequence[Tokens | Tensor] | None = None,
+        query_indices: Int[Tensor, "*b q"] | None = None,
     ) -> Float[Tensor, "#b q e"]:
         """Return the position encoding of all grid points, or only of selected points.
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from torch.utils.benchmark import Timer
 
 from perceiver_core.kernels import fastest
 from perceiver_core.kernels.grid import missing_kernel, read_grid
@@ -90,5 +89,7 @@ def calibrate(seconds: float = 2.0, device: str = "cpu") -> Machine:
 
 def _median(work: Callable[[], object], seconds: float) -> float:
     """Return the median time of calling `work`, in seconds, after a warm-up and with CUDA synchronization."""
+    from torch.utils.benchmark import Timer  # not needed otherwise
+
     timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=seconds).median

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from perceiver_core import checks, masks
+from perceiver_core import checks, masks, tracing
 from perceiver_core.kernels import PartialAttention, fastest, partial_attention
 from perceiver_core.kernels.fastest import uses_chunks
 from perceiver_core.layers.linear import bypass_reason
@@ -87,7 +87,7 @@ def attend_slab(q: Tensor, memory: FactoredKeysValues) -> PartialAttention:
 
 def _is_large(memory: FactoredKeysValues) -> bool:
     """Return whether the input has more tokens than one slab may have, so that it is read in several slabs."""
-    if torch.compiler.is_compiling() or checks.transformed():
+    if torch.compiler.is_compiling() or tracing.transformed():
         return False
     limit = memory.tokens_per_slab * slabs.factor_for(memory.content.device)
     return memory.content.shape[0] * prod(memory.grid()) > limit

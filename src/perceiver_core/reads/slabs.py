@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from perceiver_core import checks
+from perceiver_core import tracing
 from perceiver_core.kernels import PartialAttention, merge
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def _slabs(q: Tensor, memory: FactoredKeysValues) -> list[Slab]:
     the graph, and under torch.func and forward-mode AD, which do not support recomputation in the backward pass.
     """
     grid = memory.grid()
-    if torch.compiler.is_compiling() or checks.transformed():
+    if torch.compiler.is_compiling() or tracing.transformed():
         return [Slab(0, 0, grid[0])]
     axis = max(range(len(grid)), key=grid.__getitem__)
     size, factor = grid[axis], factor_for(memory.content.device)

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from perceiver_core import checks
+from perceiver_core import checks, tracing
 from perceiver_core.kernels import PartialAttention
 from perceiver_core.kernels.grid import missing_kernel, read_grid
 from perceiver_core.reads import slabs
@@ -39,7 +39,7 @@ class Structured:
 
     def why_not(self, context: ReadContext) -> str:
         """Return the reason why this strategy does not support a read, or an empty string if it does."""
-        if checks.needs_more_derivatives():
+        if tracing.needs_more_derivatives():
             return "structured reads support neither forward-mode AD nor second derivatives"
         return why_not_factored(context) or needs_kernel(context)
 
@@ -98,7 +98,7 @@ def attend_slab(q: Tensor, memory: FactoredKeysValues) -> PartialAttention:
 
 def _product(marginals: Tensor, tables: Tensor) -> Tensor:
     """Return `marginals @ tables`. Long axes are summed in blocks to reduce rounding errors."""
-    if checks.is_exporting() or marginals.shape[-1] <= BLOCK:
+    if tracing.is_exporting() or marginals.shape[-1] <= BLOCK:
         return marginals @ tables
     blocks = zip(torch.split(marginals, BLOCK, -1), torch.split(tables, BLOCK, -2), strict=True)
     return torch.stack([part @ table for part, table in blocks]).sum(0)

@@ -1,6 +1,5 @@
 """Structured reads: exact cross-attention over a grid of tokens, without computing keys and values."""
 
-import perceiver_core.kernels.grid.flops  # noqa: F401 (registers the operators' FLOPs)
 from perceiver_core.kernels.grid.interface import GridFallbackWarning
 from perceiver_core.kernels.grid.operator import GridRead, missing_kernel, read_grid
 

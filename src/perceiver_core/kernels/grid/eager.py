@@ -11,7 +11,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from perceiver_core import checks
+from perceiver_core import checks, tracing
 from perceiver_core.kernels.grid.interface import GridGradients, GridInputs, GridOutputs, Upstream, over_grid
 
 LN2 = math.log(2)
@@ -93,7 +93,7 @@ def _slabs(num_queries: int, grid: torch.Size) -> list[slice]:
 
     Return a single slice under torch.export, where the number of slices cannot depend on dynamic sizes.
     """
-    if checks.is_exporting():
+    if tracing.is_exporting():
         return [slice(0, grid[0])]
     step = max(1, MAX_SCORES // max(1, num_queries * prod(grid[1:])))
     return [slice(start, min(start + step, grid[0])) for start in range(0, grid[0], step)]

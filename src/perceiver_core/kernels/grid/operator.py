@@ -28,8 +28,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from perceiver_core import checks
-from perceiver_core.kernels.grid import cpp, cpp_library, eager, triton
+from perceiver_core import tracing
+from perceiver_core.kernels.grid import cpp, cpp_library, eager, flops, triton
 from perceiver_core.kernels.grid.interface import Backend, GridGradients, GridInputs, Upstream, row_dots
 
 LN2 = math.log(2)
@@ -87,11 +87,13 @@ def read_grid(
         >>> read.content.shape, read.marginals.shape, read.lse.shape
         (torch.Size([4, 2, 7, 3]), torch.Size([4, 2, 7, 16]), torch.Size([4, 2, 7]))
     """
-    if checks.is_exporting() and torch.onnx.is_in_onnx_export():
+    if tracing.is_exporting() and torch.onnx.is_in_onnx_export():
         return GridRead(*_forward(GridInputs(content_queries, axis_queries, content, scale, mask), eager)[:3])
+    if not torch.compiler.is_compiling():
+        flops.register()
     # torch.func and forward-mode AD need an autograd.Function. torch.compile and torch.export need one operator node.
     read: Any = _read_grid
-    if checks.transformed():
+    if tracing.transformed():
         read = _ReadGrid.apply
     return GridRead(*read(content_queries, axis_queries, content, scale, mask)[:3])
 
@@ -102,7 +104,7 @@ def missing_kernel(device: torch.device, channels: int) -> str:
     On the CPU, the first call compiles or loads the kernel. Under torch.export, no kernel is supported, because the
     exported program may run on another machine.
     """
-    if checks.is_exporting():
+    if tracing.is_exporting():
         return "an exported program needs PyTorch's own operators"
     if device.type == "cuda" and channels > triton.MAX_CHANNELS:
         return f"content of {channels} channels does not fit on chip; {triton.MAX_CHANNELS} do"
@@ -110,7 +112,7 @@ def missing_kernel(device: torch.device, channels: int) -> str:
 
 
 # The result cannot change while a graph is traced.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@tracing.constant_under_compile
 def _why_unavailable(device: torch.device) -> str:
     if device.type == "cpu":
         return "" if cpp_library.functions() else "it would need a C++ compiler"
@@ -178,7 +180,10 @@ def _backward(ctx: Any, d_read: Tensor, d_marginals: Tensor, d_lse: Tensor, *_: 
     # d_score = p (d_p - sum(p d_p) + d_lse), and sum(p d_p) is the sum of the outputs times their gradients.
     offset = d_lse - row_dots(d_read, read) - row_dots(d_marginals, marginals)
     needs_token_gradients = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-    compute: Any = _read_grid_backward if torch.compiler.is_compiling() else _ReadGridBackward.apply
+    compute: Any = _read_grid_backward
+    if not torch.compiler.is_compiling():
+        flops.register()
+        compute = _ReadGridBackward.apply
     gradients = GridGradients(*compute(*inputs, base, total, d_read, d_marginals, offset, needs_token_gradients))
     if not needs_token_gradients:
         return gradients.content_queries, gradients.axis_queries, None, None, None
