@@ -20,6 +20,8 @@ _REMEDIES = {
     errno.EROFS: "Choose a folder on a file system that is writable",
     errno.EACCES: "Choose a folder that you may write to",
     errno.EPERM: "Choose a folder that you may write to",
+    errno.EEXIST: "A file has the name of the folder; choose another folder",
+    errno.ENOTDIR: "A file has the name of a folder of this path; choose another folder",
 }
 PARTIAL = r"[0-9a-f]{16}\.partial"  # regular expression of the end of temporary names
 _PROBE = b"\0" * 2**20

@@ -110,7 +110,7 @@ def test_links_are_read_through_and_replaced(tmp_path):
 
 def test_a_file_in_the_place_of_the_folder(tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(FileExistsError, match="file"):
+    with pytest.raises(FileExistsError, match="A file has the name of the folder; choose another folder"):
         pc.save(small(), tmp_path / "file")
     with pytest.raises(FileNotFoundError, match="pass the folder that save wrote"):
         pc.load(tmp_path / "file")

@@ -54,11 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if unknown := set(options.fuzzers) - set(FUZZERS):
         parser.error(f"fuzzers must be of {', '.join(FUZZERS)}; got {', '.join(sorted(unknown))}")
+    if options.cases is not None and options.cases < 1:
+        parser.error(f"--cases must be at least 1; got {options.cases}")
     options.log.mkdir(parents=True, exist_ok=True)
     escapes = 0
     for name in options.fuzzers or FUZZERS:
         module, cases = FUZZERS[name]
-        seeds = range(options.seed, options.seed + (options.cases or cases))
+        seeds = range(options.seed, options.seed + (cases if options.cases is None else options.cases))
         outcomes = run(module, seeds, options.log / f"{name}.jsonl", options.workers)
         print(f"{name}: {sum(outcomes.values()):,} cases from seed {options.seed}")
         for outcome, count in outcomes.most_common(20):

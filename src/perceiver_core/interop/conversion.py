@@ -17,7 +17,7 @@ from typing import NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from perceiver_core.atomic_files import rename, write_atomically
+from perceiver_core.atomic_files import make_folder, rename, write_atomically
 from perceiver_core.checkpoints import hub
 from perceiver_core.checkpoints.card import card
 from perceiver_core.checkpoints.folder import CONFIG
@@ -270,7 +270,7 @@ def _all_or_nothing(destination: Path) -> Iterator[Path]:
     If an error occurs, or if the caller deletes the temporary folder, nothing is written to `destination`. After a
     crash, `destination` is as before or complete, and the temporary folder may be left over.
     """
-    destination.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(destination.parent)
     folder = destination.with_name(f"{destination.name}.{secrets.token_hex(8)}.partial")
     folder.mkdir()
     try:

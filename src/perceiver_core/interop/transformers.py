@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from perceiver_core import registry
-from perceiver_core.atomic_files import write_atomically
+from perceiver_core.atomic_files import make_folder, write_atomically
 from perceiver_core.checkpoints.folder import CONFIG, WEIGHTS
 from perceiver_core.checkpoints.state import (
     check_values,
@@ -152,7 +152,7 @@ def save_transformers(
         text = json.dumps(written, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise ValueError(f"config must hold what JSON can express: {error}") from error
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_atomically(
         {
             folder / WEIGHTS: lambda path: save_file(theirs, path, metadata),

@@ -26,7 +26,7 @@ from perceiver_core.interop.weight_files.pickle_values import (
     mapping,
 )
 
-LARGEST_STEPS = 100_000  # limit for both instructions and arrays; published files have about 20 000 instructions
+LARGEST_STEPS = 100_000  # limit for both instructions and arrays; published files have at most 17 000 instructions
 
 
 class _Reader:
