@@ -47,7 +47,9 @@ def register() -> None:
     It is called before each use of the operators. A registration at import would take 0.2 s, because the module with
     the counter imports Triton.
     """
-    if not torch._C._len_torch_dispatch_stack() or (counters := sys.modules.get("torch.utils.flop_counter")) is None:
+    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
+        return
+    if (counters := sys.modules.get("torch.utils.flop_counter")) is None:
         return
     operators = torch.ops.perceiver_core
     formulas = {operators.read_grid: forward_flops, operators.read_grid_backward: backward_flops}

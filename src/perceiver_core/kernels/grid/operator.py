@@ -89,8 +89,7 @@ def read_grid(
     """
     if tracing.is_exporting() and torch.onnx.is_in_onnx_export():
         return GridRead(*_forward(GridInputs(content_queries, axis_queries, content, scale, mask), eager)[:3])
-    if not torch.compiler.is_compiling():
-        flops.register()
+    flops.register()
     # torch.func and forward-mode AD need an autograd.Function. torch.compile and torch.export need one operator node.
     read: Any = _read_grid
     if tracing.transformed():
@@ -180,10 +179,8 @@ def _backward(ctx: Any, d_read: Tensor, d_marginals: Tensor, d_lse: Tensor, *_: 
     # d_score = p (d_p - sum(p d_p) + d_lse), and sum(p d_p) is the sum of the outputs times their gradients.
     offset = d_lse - row_dots(d_read, read) - row_dots(d_marginals, marginals)
     needs_token_gradients = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-    compute: Any = _read_grid_backward
-    if not torch.compiler.is_compiling():
-        flops.register()
-        compute = _ReadGridBackward.apply
+    flops.register()
+    compute: Any = _read_grid_backward if torch.compiler.is_compiling() else _ReadGridBackward.apply
     gradients = GridGradients(*compute(*inputs, base, total, d_read, d_marginals, offset, needs_token_gradients))
     if not needs_token_gradients:
         return gradients.content_queries, gradients.axis_queries, None, None, None
