@@ -21,7 +21,7 @@ from perceiver_core import checks, masks, tracing
 from perceiver_core.masks import Mask
 from perceiver_core.tokens import Tokens
 
-LARGEST = 1e9  # magnitude up to which values are multiplied and normalized without overflow in float32
+LARGEST = 1e9  # magnitude up to which values are multiplied and normalized without overflow in float32 and bfloat16
 
 Queries: TypeAlias = Float[Tensor, "b h q d"]
 Keys: TypeAlias = Float[Tensor, "b h k d"]
@@ -66,17 +66,19 @@ def attended_keys(
 
 
 def without_masked_tokens(
-    tokens: Tokens | Float[Tensor, "b n c"], mask: Mask, num_queries: int
+    tokens: Tokens | Float[Tensor, "b n c"], mask: Mask | None, num_queries: int
 ) -> Tokens | Float[Tensor, "b n c"]:
-    """Return the tokens, with zeros for tokens to which no query attends.
+    """Return the tokens, with zeros for tokens to which no query attends, and for positions of such tokens only.
 
     Args:
-        tokens: `Tokens`, of which only the content is changed, or a tensor.
-        mask: Key-padding mask `b n`, attention mask `b h q k`, or a rule.
+        tokens: `Tokens` or a tensor. The content of tokens that are excluded by their own mask is not changed.
+        mask: Key-padding mask `b n`, attention mask `b h q k`, or a rule; None if only the tokens' own mask applies.
         num_queries: Number of queries of the mask.
     """
-    content = tokens.content if isinstance(tokens, Tokens) else tokens
-    if not may_spread(content):
+    if mask is None:
+        return _without_masked_positions(tokens)
+    content, tables = (tokens.content, tokens.position_tables) if isinstance(tokens, Tokens) else (tokens, ())
+    if not any(map(may_spread, (content, *tables))):
         return tokens
     grid = content.shape[1:-1]
     num_tokens = prod(grid)
@@ -94,11 +96,29 @@ def without_masked_tokens(
     content = content.masked_fill(~valid, 0.0)
     if not isinstance(tokens, Tokens):
         return content
-    return Tokens(content, tokens.position_tables, tokens.mask, tokens.modalities)
+    valid = valid if tokens.mask is None else valid & tokens.mask.unsqueeze(-1)
+    tables = tuple(_without_masked_rows(table, valid.any(0)) for table in tables)
+    return Tokens(content, tables, tokens.mask, tokens.modalities)
+
+
+def _without_masked_positions(tokens: Tokens | Float[Tensor, "b n c"]) -> Tokens | Float[Tensor, "b n c"]:
+    """Return the tokens, with zeros in the position tables where their own mask excludes all tokens of all samples."""
+    if not isinstance(tokens, Tokens) or tokens.mask is None or not any(map(may_spread, tokens.position_tables)):
+        return tokens
+    valid = tokens.mask.any(0).unsqueeze(-1)
+    tables = tuple(_without_masked_rows(table, valid) for table in tokens.position_tables)
+    return Tokens(tokens.content, tables, tokens.mask, tokens.modalities)
+
+
+def _without_masked_rows(table: Float[Tensor, "*g p"], valid: Bool[Tensor, "*grid 1"]) -> Float[Tensor, "*g p"]:
+    for axis, size in enumerate(table.shape[:-1]):
+        if size == 1:
+            valid = valid.any(axis, keepdim=True)
+    return table.masked_fill(~valid, 0.0)
 
 
 def finite_where_masked(x: Float[Tensor, "b n c"], mask: Mask, axis: type) -> Float[Tensor, "b n c"]:
-    """Return `x`, with zeros for NaN and infinity in masked rows. Finite values are kept.
+    """Return `x`, with zeros for NaN, infinity and very large numbers in masked rows. Other values are kept.
 
     Args:
         x: Vectors that are queries, and also keys in self-attention.
@@ -111,7 +131,7 @@ def finite_where_masked(x: Float[Tensor, "b n c"], mask: Mask, axis: type) -> Fl
             continue
         valid = part.keys if isinstance(part, masks.Padding) else part.queries
         if _fits(valid, x.shape[:2], x.device) and may_spread(x):
-            x = x.where(valid.unsqueeze(-1), x.nan_to_num(0.0, 0.0, 0.0))
+            x = x.where(valid.unsqueeze(-1) | (x.abs() <= _limit(x)), 0.0)
     return x
 
 
@@ -141,7 +161,12 @@ def may_spread(x: Tensor) -> bool:
     """
 
     def is_extreme() -> bool:
-        lowest, highest = x.detach().aminmax()
-        return not (lowest.item() >= -LARGEST and highest.item() <= LARGEST)  # also True for NaN
+        (lowest, highest), limit = x.detach().aminmax(), _limit(x)
+        return not (lowest.item() >= -limit and highest.item() <= limit)  # also True for NaN
 
     return torch.compiler.is_compiling() or (bool(x.numel()) and checks.is_true(is_extreme, x))
+
+
+def _limit(x: Tensor) -> float:
+    """Return the magnitude up to which values are multiplied and normalized without overflow: 16 in float16."""
+    return LARGEST if checks.product_dtype(x) != torch.float16 else torch.finfo(torch.float16).max ** 0.25

@@ -48,9 +48,9 @@ def assert_no_effect(
     *,
     rows: bool = False,
 ) -> None:
-    """Checks outputs (with `rows`, of valid rows only), and the gradients of `x` and of parameters."""
+    """Check outputs (with `rows`, of valid rows only), and the gradients of `x` and of parameters."""
     parameters, expected = list(parameters), None
-    for value in (0.0, math.nan, math.inf):
+    for value in (0.0, math.nan, math.inf, 3e38, -1e5):
         given = x.clone()
         given[~valid] = value
         given.requires_grad_()
@@ -149,6 +149,31 @@ def test_kernels(kernel: Callable[..., Tensor], name: str) -> None:
 
 def _of_queries(kernel: Callable[..., Tensor], k: Tensor, v: Tensor, mask: masks.Mask, q: Tensor) -> Tensor:
     return kernel(q, k, v, mask=mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+def test_autocast(kernel: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    """Keys and values in float16 overflow from smaller numbers on."""
+    attention = pc.MultiHeadAttention(DIM, C, num_heads=2, qk_dim=8, kernel=kernel)
+
+    def attend(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype):
+            return attention(drawn(B, M, DIM), x, mask=VALID)
+
+    assert_no_effect(attend, drawn(B, N, C), VALID, attention.parameters())
+
+
+@pytest.mark.parametrize("strategy", [reads.Dense(), reads.Factored(), reads.Structured()], ids=str)
+def test_positions_that_are_masked_in_all_samples(strategy: reads.Strategy) -> None:
+    read = pc.CrossAttend(DIM, C, num_heads=2, attention=partial(pc.MultiHeadAttention, qk_dim=8), strategy=strategy)
+    content, seen = drawn(B, 3, 5, C - 2), torch.tensor([True, True, False, True, True])
+    mask = seen.expand(B, 3, 5)
+
+    def attend(table: Tensor) -> Tensor:
+        return read(drawn(B, M, DIM), pc.Tokens(content, (drawn(3, 1, 2), table[None]), mask=mask))
+
+    assert_no_effect(attend, drawn(5, 2), seen, read.parameters())
 
 
 def test_adapters() -> None:

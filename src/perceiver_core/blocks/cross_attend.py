@@ -127,7 +127,7 @@ class CrossAttend(nn.Module):
             self._check(tokens)
             grows = cache is not None and cache.appends  # if True, the mask covers the cached keys too
             num_queries = x.shape[1] if cache is None or cache.num_queries is None else cache.num_queries
-            tokens = tokens if mask is None else without_masked_tokens(tokens, mask, x.shape[1])
+            tokens = without_masked_tokens(tokens, mask, x.shape[1])
             token_mask, mask = (None, mask) if grows else (mask, None)
             source = Source(tokens, self.input_norm, self.strategy, token_mask, token_positions, num_queries)
             if torch.compiler.is_compiling() or self.input_norm._forward_hooks:
