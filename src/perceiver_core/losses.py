@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
@@ -223,6 +224,7 @@ def weighted(
     Raises:
         TypeError: If a mask is not boolean.
         ValueError: If `targets` is empty, a target has no output or no loss, or a mask has no target.
+        ValueError: If a weight is negative, infinite or NaN.
         ValueError: If a mask has the wrong shape, or a floating-point target does not have the shape of its output.
 
     Example:
@@ -242,6 +244,10 @@ def weighted(
             raise ValueError(f"targets must have their {argument}; there are none for {sorted(missing)}")
     if not targets:
         raise ValueError("targets must hold at least one modality; got none")
+    for name in targets:
+        weight = losses[name][1]
+        if not isinstance(weight, Tensor) and not 0.0 <= weight < math.inf:
+            raise ValueError(f"losses[{name!r}] must have a finite weight of at least 0; got {weight!r:.60}")
     if unknown := masks.keys() - targets.keys():
         raise ValueError(f"masks names {sorted(unknown)}; there are targets for {sorted(targets)}")
     each = {

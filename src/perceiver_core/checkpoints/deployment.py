@@ -45,7 +45,7 @@ def save_program(
         Path of the folder.
 
     Raises:
-        TypeError: If the type of `program` is not supported.
+        TypeError: If the type of `program` is not supported, or a key of `preprocessing` is not a string.
         ValueError: If `preprocessing` is not serializable to JSON, or a class in the model is not registered.
 
     Example:
@@ -60,10 +60,13 @@ def save_program(
     """
     folder, (suffix, write) = Path(folder), _writer(program)
     content = {"library": "perceiver_core", "model": registry.to_config(unwrapped(model))}
+    if not isinstance(preprocessing, Mapping):
+        raise TypeError(f"preprocessing must be a dictionary; got {preprocessing!r:.80}")
     try:
         json.dumps(preprocessing, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"preprocessing must be JSON-serializable: {error}; got {preprocessing!r:.80}") from error
+    _check_keys(preprocessing)
     name = PROGRAM + suffix
 
     def describe(digest: str) -> str:
@@ -73,6 +76,17 @@ def save_program(
     make_folder(folder)
     write_pair(folder / name, write, folder / DEPLOYMENT, describe)
     return folder
+
+
+def _check_keys(value: object) -> None:
+    """Check that all keys are strings. JSON would turn other keys into strings, and lose one of 1 and "1"."""
+    if isinstance(value, Mapping):
+        if wrong := [key for key in value if not isinstance(key, str)]:
+            raise TypeError(f"preprocessing must have strings as keys; got {wrong[0]!r:.80}")
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            _check_keys(item)
 
 
 def _writer(program: Any) -> tuple[str, Callable[[Path], object]]:

@@ -17,6 +17,7 @@ from perceiver_core import registry
 
 # Format version. It is incremented if old files would be read differently, such as when a constructor default changes.
 FORMAT = 1
+_KEYS = frozenset({"library", "format", "sha256", "model"})
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 LARGEST_CONFIG = 2**20  # bytes
 _DIGEST = re.compile("[0-9a-f]{64}")
@@ -59,6 +60,8 @@ def parse_config(text: str | bytes, source: str) -> tuple[registry.Json, str | N
             f"{source} has format {written!r:.40}; this version reads {FORMAT}. "
             "Update perceiver-core if the file is newer, or save it again with the version that wrote it"
         )
+    if unknown := config.keys() - _KEYS:
+        raise ValueError(f"{source} must hold the entries {sorted(_KEYS)}; got {sorted(unknown)} as well. Copy it again")
     if "sha256" not in config:
         return config["model"], None
     digests = config["sha256"] if isinstance(config["sha256"], dict) else {}

@@ -24,6 +24,7 @@ def greedy(logits: Float[Tensor, "b v"], generator: torch.Generator | None = Non
         >>> pc.models.sampling.greedy(torch.tensor([[0.0, 2.0, 1.0]]))
         tensor([1])
     """
+    _check(logits)
     return logits.argmax(-1)
 
 
@@ -76,6 +77,7 @@ class Sample:
 
         The dtype is float64 for float64 logits, otherwise float32.
         """
+        _check(logits)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         # The maximum is subtracted first: with a tiny temperature, the differences can overflow to -inf, which is
         # harmless, but the logits could overflow to inf. The temperature is clamped so that it does not underflow to 0.
@@ -87,3 +89,12 @@ class Sample:
             shares = shares.where(before < self.top_p, 0.0)
             shares = shares / shares.sum(-1, keepdim=True)
         return torch.zeros_like(wide).scatter(-1, ids[..., : self.top_k], shares)
+
+
+def _check(logits: Tensor) -> None:
+    """Check that the largest logit of each sample is finite. Smaller ones may be -inf, to exclude ids."""
+    if not checks.is_true(lambda: logits.amax(-1).isfinite().all(), logits):
+        raise ValueError(
+            "logits must not be NaN or infinite, except for -inf at some ids; check the weights of the model and the "
+            "inputs"
+        )
