@@ -39,6 +39,7 @@ _MISFIT = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 _OTHER = re.compile(r"of memory|alloc|cuda error|nccl|differentiable|in-?place|timeout", re.IGNORECASE)
+_STANDARD = f"{Path(str(functools.__file__)).parent}/"
 _LIBRARIES = tuple(f"{Path(str(module.__file__)).parent}/" for module in (argument_types, torch, einops))
 
 
@@ -118,27 +119,36 @@ def _explanation(
     named = any(re.search(rf"\b{name}\b", str(error)) for name in arguments)
     if isinstance(error, torch.OutOfMemoryError) or (named and isinstance(error, (TypeError, ValueError))):
         return None
-    hints, (file, is_deliberate) = hints_of(function), _origin(error)
+    hints, (files, is_deliberate) = hints_of(function), _origin(error)
+    if not all(map(_is_library, files[:-1])):  # an error of a module of the user, called by a module of this library
+        return None
     try:
         check(arguments, hints)
     except (TypeError, ValueError) as better:
         return better
-    if is_deliberate and file.startswith(_LIBRARIES[0]):  # an error in words, but perhaps about another argument
+    if is_deliberate and files[-1].startswith(_LIBRARIES[0]):  # an error in words, but perhaps about another argument
         return _size_error(arguments, hints) if isinstance(error, ValueError) else None
-    if not file.startswith(_LIBRARIES):
+    if not files[-1].startswith(_LIBRARIES):
         return None
     return _size_error(arguments, hints) or _misfit(function, arguments, error)
 
 
-def _origin(error: Exception) -> tuple[str, bool]:
-    """Return the file in which an error was raised, and whether a `raise` statement raised it."""
-    innermost = error.__traceback__
-    while innermost is not None and innermost.tb_next is not None:
-        innermost = innermost.tb_next
-    if innermost is None:
-        return "", False
-    code = innermost.tb_frame.f_code
-    return code.co_filename, code.co_code[innermost.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+def _origin(error: Exception) -> tuple[list[str], bool]:
+    """Return the files of all frames, up to the one that raised an error, and whether a `raise` statement did so."""
+    frames, frame = [], error.__traceback__
+    while frame is not None:
+        frames.append(frame)
+        frame = frame.tb_next
+    if not frames:
+        return [""], False
+    code = frames[-1].tb_frame.f_code
+    is_deliberate = code.co_code[frames[-1].tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return [frame.tb_frame.f_code.co_filename for frame in frames], is_deliberate
+
+
+def _is_library(file: str) -> bool:
+    """Return whether a file belongs to this library, to PyTorch, to einops or to Python."""
+    return file.startswith((*_LIBRARIES, "<")) or (file.startswith(_STANDARD) and "site-packages" not in file)
 
 
 def _size_error(arguments: Mapping[str, object], hints: Mapping[str, Any]) -> ValueError | None:

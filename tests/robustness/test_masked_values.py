@@ -153,7 +153,7 @@ def _of_queries(kernel: Callable[..., Tensor], k: Tensor, v: Tensor, mask: masks
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
-def test_autocast(kernel: Callable[..., Tensor], dtype: torch.dtype) -> None:
+def test_keys_and_values_under_autocast(kernel: Callable[..., Tensor], dtype: torch.dtype) -> None:
     """Keys and values in float16 overflow from smaller numbers on."""
     attention = pc.MultiHeadAttention(DIM, C, num_heads=2, qk_dim=8, kernel=kernel)
 

@@ -5,10 +5,11 @@ every PNG file that is complete and undamaged, and refuses all others with an er
 
 - 16-bit samples are reduced to their upper 8 bits, so that the full range remains the full range.
 - Transparent pixels are blended with black.
-- The orientation in an eXIf chunk is applied.
+- The orientation in an eXIf chunk is applied. A different one in a text chunk, which some viewers apply and others do
+  not, is refused.
 - Animations are refused, since it is undefined which of their frames is meant.
-- Other optional chunks are ignored and never unpacked: gamma, color profiles, background color, texts, and data after
-  the end of the image.
+- Other optional chunks are ignored and never unpacked: gamma, color profiles, background color, other texts, and data
+  after the end of the image.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from jaxtyping import UInt8
 from PIL import Image, ImageChops
 
 from examples.akoa.dataset import png_chunks
+from examples.akoa.dataset.orientation import exif_orientation
 from examples.akoa.dataset.png_chunks import Chunk, Header
 
-_ORIENTATION = 0x0112  # tag in Exif data
 _TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -66,7 +67,7 @@ def read_gray(path: Path) -> Image.Image:
     try:
         header, chunks = png_chunks.read_chunks(path)
         gray = _decode(header, chunks)
-        orientation = _orientation(png_chunks.find(chunks, b"eXIf"))
+        orientation = exif_orientation(png_chunks.find(chunks, b"eXIf"))
     except OSError as error:
         raise UnreadableImageError(path, error.strerror or str(error)) from error
     except ValueError as error:
@@ -110,25 +111,3 @@ def _to_gray(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits, which `convert` clips
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("L")
-
-
-def _orientation(exif: bytes) -> int:
-    """Return the orientation in Exif data, from 1 (as stored) to 8; 1 if it is missing."""
-    exif = exif.removeprefix(b"Exif\0\0")
-    if not exif:
-        return 1
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
-    try:
-        if order is None:
-            raise ValueError("it is not in TIFF format")
-        (start,) = struct.unpack_from(f"{order}I", exif, 4)
-        (count,) = struct.unpack_from(f"{order}H", exif, start)
-        entries = (struct.unpack_from(f"{order}HHIH", exif, start + 2 + 12 * i) for i in range(count))
-        orientation = next((value for tag, _, _, value in entries if tag == _ORIENTATION), 1)
-        if orientation not in (1, *_TRANSPOSITIONS):
-            raise ValueError(f"the orientation is {orientation}, need 1 to 8")
-    except (ValueError, struct.error) as error:
-        raise ValueError(
-            f"its Exif data are invalid ({error}); remove them, for example with an image editor"
-        ) from error
-    return orientation

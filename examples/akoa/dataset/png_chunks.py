@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from examples.akoa.dataset.orientation import check_texts
 from examples.common.regular_files import read_regular_file
 
 MAX_PIXELS = 30_000_000
@@ -73,6 +74,7 @@ def read_chunks(path: Path) -> tuple[Header, list[Chunk]]:
     chunks = list(_split(memoryview(read_regular_file(path, MAX_BYTES))))
     if any(chunk.name in (b"acTL", b"fdAT") for chunk in chunks):
         raise ValueError("it is an animation; save the frame that is meant as a file of its own")
+    check_texts([(chunk.name, chunk.data) for chunk in chunks])
     # A lower-case first letter marks chunks that may be ignored.
     chunks = [chunk for chunk in chunks if chunk.name in (b"tRNS", b"eXIf") or not chunk.name[0] & 0x20]
     header = _checked_header(chunks)

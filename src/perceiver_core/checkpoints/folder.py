@@ -61,7 +61,9 @@ def parse_config(text: str | bytes, source: str) -> tuple[registry.Json, str | N
             "Update perceiver-core if the file is newer, or save it again with the version that wrote it"
         )
     if unknown := config.keys() - _KEYS:
-        raise ValueError(f"{source} must hold the entries {sorted(_KEYS)}; got {sorted(unknown)} as well. Copy it again")
+        raise ValueError(
+            f"{source} must hold the entries {sorted(_KEYS)}; got {sorted(unknown)} as well. Copy it again"
+        )
     if "sha256" not in config:
         return config["model"], None
     digests = config["sha256"] if isinstance(config["sha256"], dict) else {}

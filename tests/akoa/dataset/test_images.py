@@ -141,6 +141,43 @@ def test_the_orientation_is_applied(read, order, behind):
         assert np.array_equal(read(content), result)
 
 
+def raw_profile(orientation):
+    data = png_files.exif(orientation)
+    return b"\nexif\n" + str(len(data)).rjust(8).encode() + b"\n" + data.hex().encode() + b"\n"
+
+
+TEXTS = {
+    "text": lambda n: (b"tEXt", b"Raw profile type exif\0" + raw_profile(n)),
+    "packed text": lambda n: (b"zTXt", b"Raw profile type APP1\0\0" + zlib.compress(raw_profile(n))),
+    "attribute": lambda n: (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0<rdf:Description tiff:Orientation='%d'/>" % n),
+    "element": lambda n: (
+        b"iTXt",
+        b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(b"<tiff:Orientation>%d</tiff:Orientation>" % n),
+    ),
+}
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_orientations_that_some_viewers_apply_are_refused(read, text):
+    samples, expected, _ = drawn(0, 8)
+    upright = [(b"eXIf", png_files.exif(3))]
+    assert np.array_equal(read(join(chunks_of(samples, after=[text(1)]))), expected)
+    with pytest.raises(UnreadableImageError, match="states the orientation 3, which some viewers apply"):
+        read(join(chunks_of(samples, after=[text(3)])))
+    assert np.array_equal(read(join(chunks_of(samples, after=[text(3), *upright]))), np.rot90(expected, 2))
+    with pytest.raises(UnreadableImageError, match="states the orientation 6"):
+        read(join(chunks_of(samples, before=[text(6)], after=upright)))
+
+
+@pytest.mark.parametrize(
+    "text", [b"Raw profile type exif\0\nexif\n 3\nxyz", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(bytes(2**21))]
+)
+def test_texts_that_cannot_be_read_are_refused(read, text):
+    samples, _, _ = drawn(0, 8)
+    with pytest.raises(UnreadableImageError, match=r"cannot be read .*; remove it"):
+        read(join(chunks_of(samples, after=[(b"iTXt" if b"XML" in text else b"tEXt", text)])))
+
+
 # What is ignored
 
 
