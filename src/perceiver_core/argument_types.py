@@ -1,28 +1,44 @@
 """Checks of arguments against the type annotations of a function.
 
 The annotations are the only description of the accepted types. Numbers must also be finite and of plausible size:
-an `int` is a whole number below 2**31, and a `float` is a real number that is neither NaN nor infinite. Ranges are
-checked by the functions themselves (see `checks`).
+an `int` is a whole number below 2**31, and a `float` is a real number of at most 1e30 in absolute value, so products in
+float32 do not overflow. Ranges are checked by the functions themselves (see `checks`).
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import math
 import numbers
 import operator
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
-from jaxtyping import AbstractArray
+import torch
 from torch import Tensor, nn
 
 from perceiver_core import checks
+from perceiver_core.argument_words import describe, expected, is_array_hint, is_factory, shown
+
+__all__ = [
+    "check",
+    "check_fields",
+    "check_one",
+    "describe",
+    "hints_of",
+    "index",
+    "is_array_hint",
+    "is_size",
+    "shown",
+    "sizes",
+]
 
 LARGEST = 2**31 - 1  # of whole numbers: a tensor of more rows would not fit into any memory
+LARGEST_REAL = 1e30  # of real numbers; for an int, 2**53, up to which floats are exact
 
 
 class RefusedError(Exception):
@@ -77,7 +93,7 @@ def check(arguments: Mapping[str, object], hints: Mapping[str, Any]) -> None:
 
 def check_fields(instance: object) -> None:
     """Check the fields of a dataclass against their annotations; to be called in `__post_init__`."""
-    check(vars(instance), _fields(typing.cast(Any, type(instance))))
+    check(vars(instance), _fields(cast(Any, type(instance))))
 
 
 @functools.cache
@@ -107,7 +123,7 @@ def _check_union(name: str, value: object, hint: Any) -> None:
             if not error.is_type:  # more specific than that of the whole union
                 raise error
         kind = ValueError if any(isinstance(error.error, ValueError) for error in errors) else TypeError
-        raise RefusedError(kind(f"{name} must be {_expected(hint)}; got {shown(value)}"), is_type=True)
+        raise RefusedError(kind(f"{name} must be {expected(hint)}; got {shown(value)}"), is_type=True)
 
 
 def _error(name: str, value: object, hint: Any) -> RefusedError | None:
@@ -134,36 +150,42 @@ def _check_flag(name: str, value: object, hint: Any) -> None:
 def _check_whole(name: str, value: object, hint: Any) -> None:
     if not checks.is_integer(value):
         raise RefusedError(ValueError(f"{name} must be a whole number; got {shown(value)}"), is_type=True)
-    if abs(int(typing.cast(int, value))) > LARGEST:
+    if abs(int(cast(int, value))) > LARGEST:
         raise RefusedError(ValueError(f"{name} must be below 2**31; got {value!r:.60}"))
 
 
 def _check_real(name: str, value: object, hint: Any) -> None:
     _require(isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_)), name, value, hint)
-    largest = 2**53 if isinstance(value, int) else 1e300
-    if not abs(typing.cast(float, value)) <= largest:  # NaN fails, too
-        raise RefusedError(ValueError(f"{name} must be a finite number; got {value!r:.60}"))
+    if not isinstance(value, (int, float, np.number)):  # such as a Fraction, which PyTorch does not take
+        raise RefusedError(TypeError(f"{name} must be a number; got {shown(value)}. Convert it: float({name})"))
+    number, largest = (value, 2**53) if isinstance(value, int) else (float(cast(float, value)), LARGEST_REAL)
+    if not abs(number) <= largest:  # NaN fails, too
+        limit = f" of at most {largest:.0e}" if abs(number) < math.inf else ""
+        raise RefusedError(ValueError(f"{name} must be a finite number{limit}; got {value!r:.60}"))
+
+
+_TEXTS = (str, bytes, bytearray, memoryview)  # sequences of characters or bytes, not of numbers
 
 
 def _check_sequence(name: str, value: object, hint: Any) -> None:
     parts = typing.get_args(hint)
-    _require(isinstance(value, (Sequence, nn.ModuleList)) and not isinstance(value, (str, bytes)), name, value, hint)
+    _require(isinstance(value, (Sequence, nn.ModuleList)) and not isinstance(value, _TEXTS), name, value, hint)
     if len(parts) == 1 or (len(parts) == 2 and parts[1] is Ellipsis):
-        for index, item in enumerate(typing.cast(Iterable[object], value)):
+        for index, item in enumerate(cast(Iterable[object], value)):
             _check_item(f"{name}[{index}]", item, parts[0])
 
 
 def _check_mapping(name: str, value: object, hint: Any) -> None:
     key_hint, item_hint = typing.get_args(hint)
     _require(isinstance(value, Mapping), name, value, hint)
-    for key, item in typing.cast(Mapping[object, object], value).items():
+    for key, item in cast(Mapping[object, object], value).items():
         if key_hint is str and not isinstance(key, str):
             raise RefusedError(TypeError(f"{name} must have strings as keys; got {key!r:.60}"))
         _check_item(f"{name}[{key!r}]", item, item_hint)
 
 
 def _check_callable(name: str, value: object, hint: Any) -> None:
-    _require(callable(value) and not (_is_factory(hint) and isinstance(value, nn.Module)), name, value, hint)
+    _require(callable(value) and not (is_factory(hint) and isinstance(value, nn.Module)), name, value, hint)
 
 
 def _check_class(name: str, value: object, hint: Any) -> None:
@@ -181,11 +203,6 @@ _CHECKS: dict[Any, Callable[[str, object, Any], None]] = {
     int: _check_whole,
     float: _check_real,
 }
-
-
-def is_array_hint(hint: Any) -> bool:
-    """Return whether an annotation describes a tensor, such as `Float[Tensor, "b n c"]`."""
-    return isinstance(hint, type) and issubclass(hint, AbstractArray)
 
 
 def _check_array(name: str, value: object, hint: Any) -> None:
@@ -213,84 +230,38 @@ def _is_instance(value: object, hint: type) -> bool:
         return True
 
 
-def _is_factory(hint: Any) -> bool:
-    result = typing.get_args(hint)[-1:]
-    return bool(result) and isinstance(result[0], type) and issubclass(result[0], nn.Module)
-
-
 def _require(condition: bool, name: str, value: object, hint: Any) -> None:
     if not condition:
-        raise RefusedError(TypeError(f"{name} must be {_expected(hint)}; got {shown(value)}"), is_type=True)
+        raise RefusedError(TypeError(f"{name} must be {expected(hint)}; got {shown(value)}"), is_type=True)
 
 
-_WORDS: dict[Any, tuple[str, ...]] = {
-    int: ("a whole number",),
-    float: ("a number",),
-    bool: ("True", "False"),
-    str: ("a string",),
-    type(None): ("None",),
-    nn.Module: ("a module",),
-    Tensor: ("a torch.Tensor",),
-}
+def sizes(*, least: int = 0, **values: object) -> None:
+    """Check that every argument is a whole number of at least `least`.
+
+    The check is cheap, for functions that run in every forward pass.
+    """
+    for name, value in values.items():
+        if not is_size(value, least):
+            raise ValueError(f"{name} must be a whole number of at least {least}; got {shown(value)}")
+
+
+def is_size(value: object, least: int = 0) -> bool:
+    """Return whether `value` is a whole number of at least `least`.
+
+    The size of a tensor in a graph that is being traced is accepted without a check, which would fix its value.
+    """
+    if type(value) is int:
+        return value >= least
+    if isinstance(value, torch.SymInt) or (isinstance(value, Tensor) and torch.jit.is_tracing()):
+        return True
+    return checks.is_integer(value) and operator.index(cast(typing.SupportsIndex, value)) >= least
 
 
 def index(name: str, value: object, count: int) -> int:
     """Check that `value` is an index in -count ... count - 1, and return it as an index in 0 ... count - 1."""
     if not checks.is_integer(value):
         raise TypeError(f"{name} must be an index, a whole number; got {value!r:.80}")
-    number = operator.index(typing.cast(typing.SupportsIndex, value))
+    number = operator.index(cast(typing.SupportsIndex, value))
     if not -count <= number < count:
         raise ValueError(f"{name} must lie in {-count} ... {count - 1}; got {number:.3g}")
     return number % count
-
-
-def describe(hint: Any, words: str) -> None:
-    """Set the words that describe an annotation in error messages, such as "a function such as sharing.all_"."""
-    _WORDS[hint] = (words,)
-
-
-def _expected(hint: Any) -> str:
-    """Return a description of a type, such as "a whole number or None"."""
-    *others, last = dict.fromkeys(_words(hint))
-    return f"{', '.join(others)} or {last}" if others else last
-
-
-def _words(hint: Any) -> Sequence[str]:
-    """Return the alternatives that a type allows, each as a few words."""
-    if hint in _WORDS:
-        return _WORDS[hint]
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return [word for part in parts for word in _words(part)]
-    if origin is Callable:
-        return ["a factory of modules (a class, function or functools.partial)" if _is_factory(hint) else "a function"]
-    if origin is type:
-        return [f"a class of {_expected(parts[0]).partition(' ')[2]}s"]
-    if origin is Mapping:
-        return [f"a dictionary whose values are each {_expected(parts[1])}"]
-    if origin in (Sequence, list, tuple):
-        return [f"a sequence whose items are each {_expected(parts[0])}" if parts else "a sequence"]
-    if is_array_hint(hint):
-        kind = {"Float": "floating-point ", "Int": "integer ", "Bool": "boolean "}.get(hint.dtype.__name__, "")
-        return [f"a {kind}tensor ({hint.dim_str})"]
-    if getattr(hint, "_is_protocol", False):
-        members = sorted({*vars(hint), *getattr(hint, "__annotations__", {})})
-        *others, last = [member for member in members if not member.startswith("_")]
-        return [f"an object with {', '.join(others)} and {last}"]
-    return (f"a {getattr(hint, '__name__', hint)}",)
-
-
-def shown(value: object) -> str:
-    """Return a short description of a value for an error message."""
-    if isinstance(value, type):
-        return f"the class {value.__name__}. Build it first"
-    if inspect.isroutine(value):
-        return f"the function {getattr(value, '__name__', '?')}"
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    if isinstance(value, nn.Module):
-        return f"a built {type(value).__name__}"
-    try:
-        return f"{value!r:.60}"
-    except Exception:  # repr of a user's object may raise
-        return f"a {type(value).__name__}"

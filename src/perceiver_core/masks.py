@@ -187,17 +187,18 @@ def block(mask: Mask, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bo
     positions.
 
     Raises:
-        TypeError: If the mask is not boolean.
+        TypeError: If the mask is not boolean, or the positions are not integers.
     """
     if not isinstance(mask, Tensor):
         allowed = mask(queries, keys)
-        checks.is_mask("mask", allowed)
+        _check_mask("mask", allowed)
         return allowed
-    checks.is_mask("mask", mask)
+    _check_mask("mask", mask)
+    rows, columns = checks.whole_numbers("queries", queries), checks.whole_numbers("keys", keys)
     mask = mask[(None,) * (2 - mask.ndim)]
-    rows = queries if mask.shape[-2] != 1 else queries.new_zeros(1)
-    columns = keys if mask.shape[-1] != 1 else keys.new_zeros(1)
-    return mask[..., rows.long()[:, None], columns.long()]  # a tensor of uint8 would be taken for a mask
+    rows = rows if mask.shape[-2] != 1 else rows.new_zeros(1)
+    columns = columns if mask.shape[-1] != 1 else columns.new_zeros(1)
+    return mask[..., rows[:, None], columns]
 
 
 @explained
@@ -206,10 +207,12 @@ def materialize(mask: Mask, *, queries: int, keys: int, device: torch.device | N
 
     Raises:
         TypeError: If the mask is not boolean.
+        ValueError: If `queries` or `keys` is not a whole number of at least 0.
     """
+    argument_types.sizes(queries=queries, keys=keys)
     if not isinstance(mask, Tensor):
         return block(mask, positions(queries, device), positions(keys, device))
-    checks.is_mask("mask", mask)
+    _check_mask("mask", mask)
     return mask
 
 
@@ -229,7 +232,7 @@ def check_broadcast(mask: Mask, q: Tensor, k: Tensor) -> None:
         mask, shape = mask.queries, (q.shape[0], q.shape[2])
     if not isinstance(mask, Tensor):
         return
-    checks.is_mask("mask", mask)
+    _check_mask("mask", mask)
     if mask.device != q.device:
         raise ValueError(f"mask is on {mask.device}, the queries on {q.device}; move one: .to({str(q.device)!r})")
     ends = shape[len(shape) - mask.ndim :]  # sizes of the last mask.ndim axes
@@ -237,8 +240,14 @@ def check_broadcast(mask: Mask, q: Tensor, k: Tensor) -> None:
         raise ValueError(f"mask must broadcast to {shape}; got shape {tuple(mask.shape)}")
 
 
-def _check_axes(name: str, mask: Tensor) -> None:
+def _check_mask(name: str, mask: Tensor) -> None:
     checks.is_mask(name, mask)
+    if mask.layout is not torch.strided:
+        raise ValueError(f"{name} must be dense; got the layout {mask.layout}. Convert it: {name}.to_dense()")
+
+
+def _check_axes(name: str, mask: Tensor) -> None:
+    _check_mask(name, mask)
     if mask.ndim != 2:
         raise ValueError(f"{name} must have 2 axes, one row a sample; got shape {tuple(mask.shape)}")
 
@@ -270,7 +279,7 @@ def from_token_mask(mask: Mask | None) -> Mask | None:
     """
     if not isinstance(mask, Tensor) or mask.ndim == 4:
         return mask
-    checks.is_mask("mask", mask)
+    _check_mask("mask", mask)
     if mask.ndim != 2:
         raise ValueError(f"mask must be b n (valid tokens) or b h q k; got shape {tuple(mask.shape)}")
     return Padding(mask)

@@ -7,9 +7,9 @@ A scheme is a function that maps the number of steps to a `Sharing`.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate
 from typing import TypeAlias
 
@@ -64,8 +64,7 @@ class Shared:
         module: The shared module.
 
     Example:
-        >>> from functools import partial
-        >>> attention = partial(pc.MultiHeadAttention, rotary=pc.sharing.Shared(pc.positions.Rotary()))
+        >>>         >>> attention = partial(pc.MultiHeadAttention, rotary=pc.sharing.Shared(pc.positions.Rotary()))
         >>> block = partial(pc.SelfAttend, attention=attention)
         >>> first, second = pc.LatentTransformer(16, depth=2, num_heads=4, block=block).blocks
         >>> first.attention.rotary is second.attention.rotary
@@ -77,7 +76,12 @@ class Shared:
 
 Scheme: TypeAlias = Callable[[int], Sharing]
 argument_types.describe(Scheme, "a function such as sharing.all_")
-_check = partial(checks.positive, at_most=10_000)
+
+
+def _checked(steps: int) -> int:
+    """Check the number of steps, and return it as an int."""
+    checks.positive(at_most=10_000, steps=steps)
+    return operator.index(steps)
 
 
 @register
@@ -88,7 +92,7 @@ def none(steps: int) -> Sharing:
         >>> pc.sharing.none(3)
         Sharing(reads=(0, 1, 2), transformers=(0, 1, 2))
     """
-    _check(steps=steps)
+    steps = _checked(steps)
     return Sharing(tuple(range(steps)), tuple(range(steps)))
 
 
@@ -100,7 +104,7 @@ def all_(steps: int) -> Sharing:
         >>> pc.sharing.all_(3)
         Sharing(reads=(0, 0, 0), transformers=(0, 0, 0))
     """
-    _check(steps=steps)
+    steps = _checked(steps)
     return Sharing((0,) * steps, (0,) * steps)
 
 
@@ -112,7 +116,7 @@ def all_but_first(steps: int) -> Sharing:
         >>> pc.sharing.all_but_first(3)
         Sharing(reads=(0, 1, 1), transformers=(0, 1, 1))
     """
-    _check(steps=steps)
+    steps = _checked(steps)
     indices = (0, *(1,) * (steps - 1))
     return Sharing(indices, indices)
 
@@ -130,5 +134,5 @@ def paper(steps: int) -> Sharing:
 
     Reference: Jaegle et al. 2021 (Perceiver), section 4.1 and appendix.
     """
-    _check(steps=steps)
+    steps = _checked(steps)
     return Sharing((0, *(1,) * (steps - 1)), (0,) * steps)

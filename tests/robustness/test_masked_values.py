@@ -47,6 +47,7 @@ def assert_no_effect(
     parameters: Iterable[nn.Parameter] = (),
     *,
     rows: bool = False,
+    tolerance: float = 1e-4,
 ) -> None:
     """Check outputs (with `rows`, of valid rows only), and the gradients of `x` and of parameters."""
     parameters, expected = list(parameters), None
@@ -60,7 +61,7 @@ def assert_no_effect(
         found = [out, *(g for g in gradients if g is not None)]
         if expected is not None:
             for a, b in zip(found, expected, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
         expected = found
 
 
@@ -161,7 +162,7 @@ def test_keys_and_values_under_autocast(kernel: Callable[..., Tensor], dtype: to
         with torch.autocast("cpu", dtype):
             return attention(drawn(B, M, DIM), x, mask=VALID)
 
-    assert_no_effect(attend, drawn(B, N, C), VALID, attention.parameters())
+    assert_no_effect(attend, drawn(B, N, C), VALID, attention.parameters(), tolerance=0.05)
 
 
 @pytest.mark.parametrize("strategy", [reads.Dense(), reads.Factored(), reads.Structured()], ids=str)

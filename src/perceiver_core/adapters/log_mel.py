@@ -150,8 +150,9 @@ class LogMel(GridAdapter):
                 f"f_min and f_max must satisfy 0 <= f_min < f_max <= {sample_rate / 2}, half the sample rate; "
                 f"got {f_min} and {f_max}"
             )
-        if not 0 < floor < math.inf:
-            raise ValueError(f"floor must be above 0; got {floor!r}")
+        smallest = torch.finfo(torch.float32).tiny
+        if not smallest <= floor < math.inf:
+            raise ValueError(f"floor must be at least {smallest:.1e}, the smallest float32 number; got {floor!r}")
         super().__init__(num_mels // tokens_per_frame, positions, num_axes=1 if tokens_per_frame == 1 else 2)
         self.sample_rate, self.num_mels, self.tokens_per_frame = sample_rate, num_mels, tokens_per_frame
         self.n_fft, self.hop_length, self.win_length = n_fft, hop_length, win_length

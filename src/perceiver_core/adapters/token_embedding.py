@@ -164,7 +164,7 @@ class Bytes(TokenEmbedding):
         if padding_side not in ("left", "right"):
             raise ValueError(f'padding_side must be "left" or "right"; got {padding_side!r}')
         room = None if max_length is None else max(0, max_length - 2 * add_special_tokens)
-        rows = [[cls.SPECIAL + byte for byte in text.encode()[:room]] for text in texts]
+        rows = [[cls.SPECIAL + byte for byte in _utf8(text, index)[:room]] for index, text in enumerate(texts)]
         rows = [[cls.CLS, *row, cls.SEP] if add_special_tokens else row for row in rows]
         if not any(rows):
             raise ValueError(f"texts must have a character at least, or add_special_tokens=True; got {texts!r:.80}")
@@ -180,3 +180,13 @@ class Bytes(TokenEmbedding):
         checks.ids("ids", ids, cls.SPECIAL + 256)
         rows = ([i - cls.SPECIAL for i in row if i >= cls.SPECIAL] for row in ids.tolist())
         return [bytes(row).decode(errors="replace") for row in rows]
+
+
+def _utf8(text: str, index: int) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"texts[{index}] must be valid Unicode; got half of a surrogate pair at index {error.start}. Replace it: "
+            'text.encode(errors="replace").decode()'
+        ) from error

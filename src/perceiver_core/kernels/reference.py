@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from perceiver_core import checks, masks
+from perceiver_core import argument_types, checks, masks
 from perceiver_core.argument_errors import explained
 from perceiver_core.masked_values import without_masked
 from perceiver_core.masks import Mask
@@ -49,12 +49,21 @@ def reference(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropo
     Reference: Vaswani et al. 2017, equation 1.
     """
     checks.attention_inputs(v=v)
+    check_dropout(dropout)
     if mask is not None:
         masks.check_broadcast(mask, q, k)
         mask = masks.materialize(mask, queries=q.shape[-2], keys=k.shape[-2], device=q.device)
         mask = mask[(None,) * (2 - mask.ndim)]
         v = v.masked_fill(~mask.any(-2).unsqueeze(-1), 0.0)
     return F.dropout(attention_map(q, k, mask=mask), dropout).to(v.dtype) @ v
+
+
+def check_dropout(dropout: float) -> None:
+    """Check the dropout rate of a kernel. The check is cheap, because it runs in every forward pass."""
+    if type(dropout) is not float and not torch.compiler.is_compiling():
+        argument_types.check({"dropout": dropout}, {"dropout": float})
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"dropout must lie in [0, 1]; got {dropout!r}")
 
 
 @explained

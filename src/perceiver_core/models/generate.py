@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from perceiver_core import checks, masks
+from perceiver_core import argument_types, checks, masks
 from perceiver_core.argument_errors import explained
 from perceiver_core.argument_types import shown
 from perceiver_core.blocks import LatentTransformer
@@ -121,6 +121,7 @@ def stream(  # noqa: PLR0913 (options of generation)
         ...     assert ids.shape == (1,)
     """
     _check_parts(model, sampler, generator)
+    argument_types.check({"use_cache": use_cache}, {"use_cache": bool})
     stops = _checked_stop_ids(stop_ids, model.vocab_size)
     initial = max(1, model.num_latents // 2) if num_initial_latents is None else num_initial_latents
     checks.ids("prompt", prompt, model.vocab_size)

@@ -64,7 +64,7 @@ class FixedGrid(nn.Module):
         Raises:
             ValueError: If the input is larger than the fixed grid, and the wrapped encoding has no positions beyond it.
         """
-        check_axes(grid, self.num_axes)
+        check_axes(grid, self.num_axes, like)
         reference = tuple([size if fixed is None else fixed for size, fixed in zip(grid, self.grid, strict=True)])
         if isinstance(self.positions, (SeparableFeatures, Gaussian)):
             return self.positions.tables(grid, like, reference=reference)

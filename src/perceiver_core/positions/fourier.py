@@ -57,7 +57,9 @@ class SeparableFeatures(nn.Module):
             like: Tensor with the dtype and device of the tables.
             reference: Size of the grid that spans [-1, 1]; `grid` by default.
         """
-        check_axes(grid, self.num_axes)
+        check_axes(grid, self.num_axes, like)
+        if reference is not None:
+            check_axes(reference, self.num_axes, name="reference")
         reference = tuple(grid if reference is None else reference)
         if (
             type(like) is not Tensor
@@ -271,7 +273,7 @@ class Gaussian(nn.Module):
 
         `reference` is the size of the grid that spans [-1, 1], by default `grid`.
         """
-        check_axes(grid, self.num_axes)
+        check_axes(grid, self.num_axes, like)
         return (self(grid_points(grid, like, reference=reference)).to(like.dtype),)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -66,10 +66,14 @@ def coordinates(
         >>> pc.positions.coordinates(5).tolist(), pc.positions.coordinates(3, reference=5).tolist()
         ([-1.0, -0.5, 0.0, 0.5, 1.0], [-1.0, -0.5, 0.0])
     """
+    argument_types.sizes(size=size)
+    if reference is not None:
+        argument_types.sizes(least=1, reference=reference)
     # linspace would specialize a compiled graph to one size. With max(size - 1, 1), a program exported by PyTorch 2.6
     # would divide by zero if there is only one token.
     indices = torch.arange(size, device=device, dtype=dtype or torch.get_default_dtype())
-    last = max(reference - 1, 1) if isinstance(reference, int) else indices[-1:].clamp(min=1)
+    is_fixed = reference is not None and not isinstance(reference, torch.SymInt)  # a symbolic size is that of the axis
+    last = max(cast(int, reference) - 1, 1) if is_fixed else indices[-1:].clamp(min=1)
     return 2 * indices / last - 1
 
 
@@ -85,6 +89,9 @@ def grid_points(
         >>> pc.positions.grid_points((2, 3), like=torch.zeros(()))[1].tolist()
         [[1.0, -1.0], [1.0, 0.0], [1.0, 1.0]]
     """
+    check_axes(grid, len(grid), like)
+    if reference is not None:
+        check_axes(reference, len(grid), name="reference")
     sizes = zip(grid, grid if reference is None else reference, strict=True)
     axes = [coordinates(size, like.device, computing_dtype(like), reference=full) for size, full in sizes]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
@@ -136,10 +143,14 @@ def _is_padded(mask: Tensor, axes: Sequence[bool]) -> bool:
     return bool((padded & (box == mask).flatten(1).all(1)).any())
 
 
-def check_axes(grid: Sequence[int], num_axes: int) -> None:
-    """Check that `grid` has `num_axes` axes, each of size 1 or more."""
-    if len(grid) != num_axes or any(size < 1 for size in grid):
-        raise ValueError(f"grid must have {num_axes} axes of at least one token; got {tuple(grid)}")
+def check_axes(grid: Sequence[int], num_axes: int, like: Tensor | None = None, *, name: str = "grid") -> None:
+    """Check that `grid` has `num_axes` axes, each of size 1 or more, and that `like` is floating point if it is set."""
+    is_sequence = isinstance(grid, (tuple, list)) or (isinstance(grid, Sequence) and not isinstance(grid, (str, bytes)))
+    if not is_sequence or len(grid) != num_axes or not all([argument_types.is_size(size, 1) for size in grid]):
+        got = tuple(grid) if is_sequence else argument_types.shown(grid)
+        raise ValueError(f"{name} must have {num_axes} axes of at least one token; got {got}")
+    if like is not None:
+        checks.is_floating("like", like)
 
 
 def computing_dtype(like: Tensor) -> torch.dtype:

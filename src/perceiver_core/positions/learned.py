@@ -51,7 +51,7 @@ class LearnedEmbedding(nn.Module):
         Raises:
             ValueError: If the grid has more than `length` tokens.
         """
-        check_axes(grid, self.num_axes)
+        check_axes(grid, self.num_axes, like)
         if grid[0] > self.length:
             raise ValueError(
                 f"grid must have at most length={self.length} tokens; got {grid[0]}. Build LearnedEmbedding with a "
@@ -92,7 +92,7 @@ class LearnedGrid(nn.Module):
 
     def forward(self, grid: Sequence[int], like: Tensor) -> Float[Tensor, "*grid p"]:
         """Return the embedding, interpolated to size `grid`, in the dtype of `like`."""
-        check_axes(grid, self.num_axes)
+        check_axes(grid, self.num_axes, like)
         if all(tracing.always(size == own) for size, own in zip(grid, self.vectors.shape[:-1], strict=True)):
             return self.vectors.to(like.dtype, copy=True)  # never return the parameter itself
         mode = ("linear", "bicubic", "trilinear")[self.num_axes - 1]
@@ -126,6 +126,7 @@ class Projected(nn.Module):
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "... p"], ...]:
         """Return the projected position tables. Only the first includes the bias, so their sum includes it once."""
+        check_axes(grid, self.num_axes, like)
         return self(grid, like.detach())  # call the module, so that hooks and FSDP run
 
     def forward(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "... p"], ...]:

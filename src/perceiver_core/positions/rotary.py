@@ -9,9 +9,11 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from perceiver_core import checks
+from perceiver_core import argument_types, checks
 from perceiver_core.argument_errors import explained
 from perceiver_core.registry import register
+
+SMALLEST_BASE = 1e-20  # With a smaller base, angles might overflow in float32, where they are computed.
 
 
 @partial(register, name="positions.half_open_exponents")
@@ -25,6 +27,7 @@ def half_open_exponents(pairs: int, like: Tensor) -> Float[Tensor, " pairs"]:
 
     Reference: Su et al. 2021 (RoFormer), section 3.2.2.
     """
+    argument_types.sizes(least=1, pairs=pairs)
     return torch.arange(pairs, device=like.device, dtype=like.dtype) / pairs
 
 
@@ -41,6 +44,7 @@ def inclusive_exponents(pairs: int, like: Tensor) -> Float[Tensor, " pairs"]:
 
     Reference: google-research/perceiver-ar, perceiver_ar_model.py, `_make_rotation_matrices`.
     """
+    argument_types.sizes(least=1, pairs=pairs)
     return torch.arange(pairs, device=like.device, dtype=like.dtype) / max(pairs - 1, 1)
 
 
@@ -88,8 +92,8 @@ class Rotary(nn.Module):
             checks.positive(dim=dim)
             if dim % 2:
                 raise ValueError(f"dim must be even, since channels are rotated in pairs; got {dim}")
-        if not base > 0:
-            raise ValueError(f"base must be above 0; got {base!r}")
+        if not base >= SMALLEST_BASE:
+            raise ValueError(f"base must be at least {SMALLEST_BASE}; got {base!r}")
         self.dim, self.base, self.from_end, self.exponents = dim, base, from_end, exponents
 
     def forward(
@@ -102,12 +106,8 @@ class Rotary(nn.Module):
             positions: Token positions, `n` or `b n`; consecutive integers by default (see `from_end`).
         """
         dim = heads.shape[-1] if self.dim is None else self.dim
-        if heads.shape[-1] < dim:
-            raise ValueError(f"heads must be at least dim={dim} wide; got {heads.shape[-1]}")
-        if dim % 2:
-            raise ValueError(
-                f"heads must have an even width, since channels are rotated in pairs; got {dim}. Give Rotary a dim"
-            )
+        if misfit := self.misfit(heads.shape[-1]):
+            raise ValueError(f"heads must {misfit}")
         wide = torch.promote_types(heads.dtype, torch.float32)
         rotated, passed = heads[..., :dim].to(wide), heads[..., dim:]
         if positions is None:
@@ -121,3 +121,30 @@ class Rotary(nn.Module):
         cos, sin = angles.cos(), angles.sin()
         pairs = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
         return torch.cat([pairs.flatten(-2).to(heads.dtype), passed], dim=-1)
+
+    def misfit(self, width: int) -> str:
+        """Return what is wrong with heads of this width, such as "be at least ...". Return "" if they can be rotated."""
+        dim = width if self.dim is None else self.dim
+        if width < dim:
+            return f"be at least dim={dim} wide; got {width}"
+        if dim % 2:
+            return f"have an even width, since channels are rotated in pairs; got {dim}. Give Rotary a dim"
+        return ""
+
+
+def check_rotated_heads(**parts: nn.Module) -> None:
+    """Check that the heads of the attention modules inside some parts, passed by name, fit their `Rotary`.
+
+    Raises:
+        ValueError: If the heads are narrower than the rotated channels, or all channels are rotated and the number of
+            channels is odd.
+    """
+    for name, part in parts.items():
+        for module in part.modules():
+            rotary, query, num_heads = (getattr(module, x, None) for x in ("rotary", "query", "num_heads"))
+            if isinstance(rotary, Rotary) and isinstance(query, nn.Linear) and isinstance(num_heads, int):
+                if misfit := rotary.misfit(query.out_features // num_heads):
+                    raise ValueError(
+                        f"num_heads must fit the rotary embedding: with num_heads={num_heads}, the heads of {name} "
+                        f"must {misfit}, or choose another number of heads"
+                    )

@@ -9,9 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from perceiver_core import argument_types
 from perceiver_core.registry import register
 
 SHORT_ROW = 64  # length of the last grid axis at which the time per channel is twice as long as for a long axis
+
+TIMES = ("softmax", "pair", "channel", "start")  # constants of `Machine` that may be 0; all others are divisors
 
 
 class Cost(NamedTuple):
@@ -52,6 +55,9 @@ class Machine:
             is the number of streaming multiprocessors (SMs). It is used for head dimensions above 256, because their
             CUDA kernel does not parallelize over keys.
 
+    Raises:
+        ValueError: If a throughput, a bandwidth or `blocks` is not above 0, or a time is negative.
+
     Example:
         >>> read = pc.CrossAttend(32, 10, strategy=pc.reads.Auto(machine=pc.reads.Machine(linear=400.0)))
     """
@@ -68,6 +74,12 @@ class Machine:
     channel: float = 0.036
     start: float = 1000.0
     blocks: float = 1.0
+
+    def __post_init__(self) -> None:
+        argument_types.check_fields(self)
+        for name, value in vars(self).items():
+            if value < 0 or (value == 0 and name not in TIMES):
+                raise ValueError(f"{name} must be {'at least' if name in TIMES else 'above'} 0; got {value!r}")
 
 
 MEASURED_CPU = Machine()
