@@ -235,7 +235,8 @@ def test_labels_inside_the_data_folder_are_not_data(folder: Folder, capsys: pyte
     [
         (["--data", "missing"], "does not exist or is not a folder"),
         (["--fractions", "0.6", "0.2", "0.3"], "add to 1.1, not 1"),
-        (["--folds", "2"], "at least 3"),
+        (["--folds", "2"], "need 3 (test, validation, training) to 10,000"),
+        (["--folds", "100000000000"], "need 3 (test, validation, training) to 10,000"),
         (["--folds", "6"], "got 5 patients, too few for 6 parts"),
         (["--out", "missing/labels.csv"], "is not a file in a folder that can be written to"),
         (["--out", "."], "is not a regular file"),

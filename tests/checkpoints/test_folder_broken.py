@@ -319,3 +319,24 @@ def test_a_part_in_the_place_of_another_fails_at_the_first_call_at_the_latest(br
     model = pc.load(broken)
     with pytest.raises(ValueError, match="tokens must have 3 axes"):
         model(PICTURES)
+
+
+@pytest.mark.parametrize("folder", [3, None, b"folder", "a\0b"], ids=repr)
+def test_folders_that_are_no_paths(folder):
+    for call in (pc.load, lambda path: pc.save(small(), path), pc.checkpoints.from_pretrained):
+        with pytest.raises((TypeError, ValueError), match=r"\b(folder|name_or_folder) must be a path"):
+            call(folder)
+
+
+@pytest.mark.parametrize("device", ["unknown", None, 1.5, "cuda:99", "xla"])
+def test_devices_that_there_are_not(device, broken):
+    with pytest.raises(ValueError, match="device must be a device of this machine, such as 'cpu'; got"):
+        pc.load(broken, device=device)
+
+
+def test_control_characters_in_paths_are_escaped(tmp_path):
+    for call in (pc.load, pc.checkpoints.from_pretrained):
+        with pytest.raises(FileNotFoundError) as caught:
+            call(tmp_path / "a\x1b[2Jb" / "c")
+        assert r"a\x1b[2Jb" in str(caught.value)
+        assert str(caught.value).isprintable()

@@ -18,6 +18,7 @@ from hashlib import sha256
 from examples.akoa.dataset.file_names import ImageFile
 from examples.akoa.dataset.labels import SPLITS, Row, audit_split
 
+MAX_FOLDS = 10_000
 _DRAWS = 300  # orders tried per seed; the best balanced one is kept
 
 
@@ -36,10 +37,11 @@ def k_fold(folds: int) -> dict[str, float]:
     """Equal shares of fold0 to fold<K-1>.
 
     Raises:
-        ValueError: The number of folds is below 3; a run needs one each for test, validation and training.
+        ValueError: The number of folds is below 3 (a run needs one each for test, validation and training) or above
+            `MAX_FOLDS`.
     """
-    if folds < len(SPLITS):
-        raise ValueError(f"folds: got {folds}, need at least 3 (test, validation, training)")
+    if not len(SPLITS) <= folds <= MAX_FOLDS:
+        raise ValueError(f"folds: got {folds}, need 3 (test, validation, training) to {MAX_FOLDS:,}")
     return {f"fold{i}": 1 / folds for i in range(folds)}
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from perceiver_core import registry
 from perceiver_core.atomic_files import make_folder
 from perceiver_core.checkpoints.bound_files import write_pair
-from perceiver_core.checkpoints.save_load import unwrapped
+from perceiver_core.checkpoints.save_load import path_of, unwrapped
 
 PROGRAM, DEPLOYMENT = "model", "deployment.json"
 
@@ -58,7 +58,7 @@ def save_program(
         ...     sorted(file.name for file in path.iterdir())
         ['deployment.json', 'model.pt2']
     """
-    folder, (suffix, write) = Path(folder), _writer(program)
+    folder, (suffix, write) = path_of("folder", folder), _writer(program)
     content = {"library": "perceiver_core", "model": registry.to_config(unwrapped(model))}
     if not isinstance(preprocessing, Mapping):
         raise TypeError(f"preprocessing must be a dictionary; got {preprocessing!r:.80}")

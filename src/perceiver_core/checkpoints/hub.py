@@ -18,7 +18,8 @@ from torch import nn
 from perceiver_core.atomic_files import write_atomically
 from perceiver_core.checkpoints.card import card
 from perceiver_core.checkpoints.folder import CONFIG, WEIGHTS
-from perceiver_core.checkpoints.save_load import load, save
+from perceiver_core.checkpoints.save_load import load, path_of, save
+from perceiver_core.error_messages import printable_errors
 
 CARD = "README.md"
 
@@ -50,6 +51,7 @@ def save_pretrained(model: nn.Module, folder: str | PathLike[str]) -> Path:
     return folder
 
 
+@printable_errors()
 def from_pretrained(
     name_or_folder: str | PathLike[str],
     *,
@@ -157,7 +159,7 @@ def fetched(name_or_folder: str | PathLike[str], files: Sequence[str], **options
         FileNotFoundError: If huggingface_hub is needed but not installed.
         ValueError: If `revision` is passed for a local folder.
     """
-    folder = Path(name_or_folder)
+    folder = path_of("name_or_folder", name_or_folder)
     if folder.is_dir():
         if options.get("revision") is not None:
             raise ValueError(

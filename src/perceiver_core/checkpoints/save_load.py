@@ -31,8 +31,10 @@ from perceiver_core.checkpoints.state import (
     state_tensors,
     tensor_specs,
 )
+from perceiver_core.error_messages import printable_errors
 
 
+@printable_errors()
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     """Save a model to a folder.
 
@@ -68,7 +70,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-    model, folder = unwrapped(model), Path(folder)
+    model, folder = unwrapped(model), path_of("folder", folder)
     for path, module in model.named_modules():
         if _is_compiled(module):
             raise ValueError(
@@ -100,6 +102,28 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     return folder
 
 
+def path_of(name: str, path: str | os.PathLike[str]) -> Path:
+    """Check that an argument can be a path, and return it. `name` is its name in error messages."""
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
+        raise TypeError(f"{name} must be a path, a string or a pathlib.Path; got {path!r:.80}")
+    if "\0" in os.fspath(path):
+        raise ValueError(f"{name} must be a path without null characters; got {path!r:.80}")
+    return Path(path)
+
+
+def _available(device: str | torch.device) -> torch.device:
+    """Check that a device exists on this machine, and return it."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (TypeError, RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device must be a device of this machine, such as 'cpu'; got {device!r:.80}: {reason}"
+        ) from error
+    return found
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model inside torch.compile and data-parallel wrappers, or `model` itself if it has no wrapper."""
     if isinstance(model, DataParallel | DistributedDataParallel):
@@ -112,6 +136,7 @@ def _is_compiled(module: nn.Module) -> bool:
     return type(module).__name__ == "OptimizedModule" and isinstance(getattr(module, "_orig_mod", None), nn.Module)
 
 
+@printable_errors()
 def load(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> nn.Module:
     """Load a model from a folder written by `save`, in evaluation mode.
 
@@ -127,6 +152,7 @@ def load(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") 
 
     Raises:
         FileNotFoundError: If the folder or one of its files does not exist.
+        ValueError: If the device does not exist.
         ValueError: If a file is damaged or has a different format version, or the two files are from different saves.
         ValueError: If a class is not registered, or the configuration and the weights do not match.
 
@@ -139,7 +165,7 @@ def load(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") 
         >>> again(torch.zeros(2, 99)).shape
         torch.Size([2, 3, 8])
     """
-    folder, device = Path(folder), torch.device(device)
+    folder, device = path_of("folder", folder), _available(device)
     return read_pair(
         folder / WEIGHTS,
         folder / CONFIG,

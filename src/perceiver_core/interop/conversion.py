@@ -22,13 +22,13 @@ from perceiver_core.checkpoints import hub
 from perceiver_core.checkpoints.card import card
 from perceiver_core.checkpoints.folder import CONFIG
 from perceiver_core.checkpoints.save_load import load, save
+from perceiver_core.error_messages import errors_of, printable_errors
 from perceiver_core.interop import reference_run
 from perceiver_core.interop.haiku import load_with_config
 from perceiver_core.interop.perceiver_pytorch import layout_of, load_perceiver_pytorch
 from perceiver_core.interop.published_models import DEEPMIND_NUMERICS, TRANSFORMERS_NUMERICS
 from perceiver_core.interop.transformers import load_transformers, save_transformers
 from perceiver_core.interop.transformers_config import Config, read_config
-from perceiver_core.interop.weight_files.error_messages import errors_of, printable_errors
 from perceiver_core.interop.weight_files.state_dict_files import fetch
 from perceiver_core.interop.weight_files.zip_archive import BoundedFile, is_zip, open_archive
 

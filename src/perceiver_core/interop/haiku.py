@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from perceiver_core.error_messages import errors_with_path, printable_errors
 from perceiver_core.interop import transformers_config as configs
 from perceiver_core.interop.checked_arguments import CheckedArguments
 from perceiver_core.interop.published_models import DEEPMIND_NUMERICS, Numerics, build
@@ -21,7 +22,6 @@ from perceiver_core.interop.published_weights import HAIKU_DECODERS, POSITIONS, 
 from perceiver_core.interop.transformers_config import Config
 from perceiver_core.interop.weight_files import safe_pickle
 from perceiver_core.interop.weight_files.array_header import ArrayHeader
-from perceiver_core.interop.weight_files.error_messages import errors_with_path, printable_errors
 from perceiver_core.interop.weight_files.npz import open_npz
 from perceiver_core.interop.weight_files.weight_checks import check_floats
 from perceiver_core.interop.weight_files.zip_archive import is_zip

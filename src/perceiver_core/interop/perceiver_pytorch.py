@@ -30,8 +30,8 @@ from perceiver_core.blocks import (
 from perceiver_core.checkpoints.state import assign
 from perceiver_core.decoder import Decoder
 from perceiver_core.encoder import Encoder
+from perceiver_core.error_messages import errors_with_path, printable_errors
 from perceiver_core.interop.checked_arguments import CheckedArguments
-from perceiver_core.interop.weight_files.error_messages import errors_with_path, printable_errors
 from perceiver_core.interop.weight_files.state_dict_files import read_state_dict
 from perceiver_core.interop.weight_files.weight_checks import check_finite, check_floats
 from perceiver_core.interop.weight_mapping import Entry, WeightMapping, rearranged, renamed

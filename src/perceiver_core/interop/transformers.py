@@ -22,12 +22,12 @@ from perceiver_core.checkpoints.state import (
     state_tensors,
     tensor_specs,
 )
+from perceiver_core.error_messages import errors_with_path, printable_errors
 from perceiver_core.interop import transformers_config as configs
 from perceiver_core.interop.published_models import TRANSFORMERS_NUMERICS, Numerics, build
 from perceiver_core.interop.published_weights import from_transformers, load_weights
 from perceiver_core.interop.transformers_config import Config
 from perceiver_core.interop.weight_files import state_dict_files as files
-from perceiver_core.interop.weight_files.error_messages import errors_with_path, printable_errors
 from perceiver_core.interop.weight_files.weight_checks import FLOATS, check_floats
 from perceiver_core.models import PerceiverIO
 

@@ -141,7 +141,7 @@ def test_tiny_fractions_still_get_a_patient() -> None:
 
 @pytest.mark.refusal
 def test_two_folds_raise() -> None:
-    with pytest.raises(ValueError, match="at least 3"):
+    with pytest.raises(ValueError, match="need 3"):
         splits.k_fold(2)
 
 

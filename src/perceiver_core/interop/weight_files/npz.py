@@ -10,6 +10,7 @@ from pathlib import Path
 
 from numpy.lib import format as npy
 
+from perceiver_core.error_messages import errors_of
 from perceiver_core.interop.weight_files.array_header import (
     LONGEST_NAME,
     Array,
@@ -17,7 +18,6 @@ from perceiver_core.interop.weight_files.array_header import (
     checked_shape,
     number_dtype,
 )
-from perceiver_core.interop.weight_files.error_messages import errors_of
 from perceiver_core.interop.weight_files.zip_archive import BoundedFile, open_archive
 
 LARGEST_RATIO = 16  # array bytes per file byte; compressed weights reach about 2

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TypeAlias, cast
 
+from perceiver_core.error_messages import errors_of
 from perceiver_core.interop.weight_files.array_header import LONGEST_NAME, ArrayHeader
-from perceiver_core.interop.weight_files.error_messages import errors_of
 from perceiver_core.interop.weight_files.pickle_values import (
     KNOWN,
     ArrayStandIn,
