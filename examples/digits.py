@@ -36,9 +36,9 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import perceiver_core as pc
+from examples.common import parse
 from examples.common.command import ArgumentParser, run_command
 from examples.common.output_folder import output_folder
-from examples.common.run import seed
 from examples.common.terminal import printable
 from perceiver_core.atomic_files import write_atomically
 
@@ -173,7 +173,7 @@ def table(accuracies: dict[str, float]) -> str:
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     """Train both models, print the table of accuracies and save the figure."""
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=seed, default=0)
+    parser.add_argument("--seed", type=parse.seed, default=0)
     parser.add_argument("--toy", action="store_true", help="train for two epochs, to check that it runs")
     parser.add_argument("--out", type=Path, default=Path("runs/digits"), help="folder of the figure")
     options = parser.parse_args(arguments)

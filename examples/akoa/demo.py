@@ -28,6 +28,7 @@ if __name__ == "__main__":
 from examples.akoa import driver, generate_labels, train
 from examples.akoa.dataset.labels import read_labels
 from examples.akoa.phantom import dataset as phantom
+from examples.common import parse
 from examples.common.command import ArgumentParser, run_command
 from examples.common.terminal import printable
 
@@ -59,7 +60,9 @@ def execute(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m examples.akoa.demo", description="Phantom to report.")
     parser.add_argument("--out", type=Path, help="folder of the run (runs/akoa; runs/akoa-toy with --toy)")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the phantoms (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the phantom, split and training (%(default)s)")
+    parser.add_argument(
+        "--seed", type=parse.seed, default=0, help="seed of the phantom, split and training (%(default)s)"
+    )
     parser.add_argument("--toy", action="store_true", help="ten patients and two epochs")
     args = parser.parse_args(argv)
     scale = TOY if args.toy else FULL

@@ -55,6 +55,7 @@ from examples.akoa.training.run_record import (
     trained_size,
     weights_digest,
 )
+from examples.common import parse
 from examples.common.command import ArgumentParser, run_command
 from examples.common.output_folder import output_folder
 from examples.common.terminal import printable
@@ -202,7 +203,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         help="run of the cross-validation, if labels are in folds and run.json does not name it",
     )
-    add("--seed", type=int, default=0, help="seed of the bootstrap (%(default)s)")
+    add("--seed", type=parse.seed, default=0, help="seed of the bootstrap (%(default)s)")
     add("--again", action="store_true", help="evaluate a test set again")
     return parser.parse_args(argv)
 

@@ -35,6 +35,7 @@ from tqdm import tqdm
 from examples.akoa.dataset import audit_texts, file_names, images, labels, near_duplicates, splits, tables
 from examples.akoa.dataset.file_names import PROBLEM_KINDS, ImageFile, Problem
 from examples.akoa.dataset.labels import Row
+from examples.common import parse
 from examples.common.command import ArgumentParser, run_command
 from examples.common.output_folder import check_output_file
 from examples.common.terminal import printable
@@ -96,7 +97,7 @@ def read_options(argv: Sequence[str] | None) -> Options:
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder with the PNG files, in any layout")
     add("--out", type=Path, default=Path("labels.csv"), help="file to write (%(default)s)")
-    add("--seed", type=int, default=0, help="seed of the split (%(default)s)")
+    add("--seed", type=parse.seed, default=0, help="seed of the split (%(default)s)")
     add("--examples", type=int, default=5, help="number of problems of each kind to print (%(default)s)")
     kinds = [*PROBLEM_KINDS, "all"]
     add("--allow", nargs="+", choices=kinds, default=[], metavar="KIND", help=", ".join(kinds))

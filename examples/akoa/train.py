@@ -60,6 +60,7 @@ from examples.akoa.training.run_record import (
     write_record,
 )
 from examples.akoa.training.trainer import CHECKPOINTS, HISTORY, TrainingOptions, make_trainer, silence_warnings
+from examples.common import parse
 from examples.common.command import ArgumentParser, run_command
 from examples.common.output_folder import output_folder
 from examples.common.terminal import printable
@@ -98,27 +99,28 @@ def read_options(argv: Sequence[str] | None) -> TrainingOptions:
     add("--data", type=Path, required=True, help="folder with the PNG files")
     add("--labels", type=Path, required=True, help="labels.csv of generate_labels")
     add("--out", type=Path, default=Path("runs/akoa"), help="folder of the run (%(default)s)")
-    add("--epochs", type=int, default=16, help="number of epochs (%(default)s)")
-    add("--batch", type=int, default=64, help="images per step and device (%(default)s)")
-    add("--lr", type=float, default=2e-3, help="highest learning rate (%(default)s)")
-    add("--weight-decay", type=float, default=0.05, help="weight decay of matrices (%(default)s)")
-    add("--label-smoothing", type=float, default=0.0, help="label smoothing (%(default)s)")
-    add("--seed", type=int, default=0, help="seed of weights, order, augmentation, bootstrap (%(default)s)")
+    add("--epochs", type=parse.count, default=16, help="number of epochs (%(default)s)")
+    add("--batch", type=parse.count, default=64, help="images per step and device (%(default)s)")
+    add("--lr", type=parse.positive, default=2e-3, help="highest learning rate (%(default)s)")
+    add("--weight-decay", type=parse.not_negative, default=0.05, help="weight decay of matrices (%(default)s)")
+    add("--label-smoothing", type=parse.share, default=0.0, help="label smoothing (%(default)s)")
+    add("--seed", type=parse.seed, default=0, help="seed of weights, order, augmentation, bootstrap (%(default)s)")
     size_help = "one number, or height width (64)"
     add("--size", type=int, nargs="+", action=SizeAction, default=(64, 64), metavar="PIXELS", help=size_help)
-    add("--patience", type=int, default=8, help="stop after so many epochs without improvement (%(default)s)")
-    add("--limit-batches", type=int, help="maximal number of batches of a training epoch, for trials")
+    add("--patience", type=parse.count, default=8, help="stop after so many epochs without improvement (%(default)s)")
+    add("--limit-batches", type=parse.count, help="maximal number of batches of a training epoch, for trials")
     add("--no-augment", dest="augment", action="store_false", help="do not augment images")
     add("--resume", action="store_true", help="continue the run in --out")
-    add("--devices", type=int, default=int(os.environ.get("LOCAL_WORLD_SIZE", "1")), help="number (%(default)s)")
+    started = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # by torchrun
+    add("--devices", type=parse.count, default=started, help="number of processes or GPUs (%(default)s)")
     add("--accelerator", default="auto", help="auto, cpu, gpu, mps ... (%(default)s)")
     add("--precision", default="32-true", help="32-true, bf16-mixed ... (%(default)s)")
     folds = parser.add_mutually_exclusive_group()
     folds.add_argument("--fold", type=int, metavar="I", help="train one run of a cross-validation")
     folds.add_argument("--folds", type=int, metavar="K", help="train all K runs and summarize them")
     args = parser.parse_args(argv)
-    if min(args.epochs, args.batch, args.devices, args.patience) < 1 or args.seed < 0:
-        parser.error("--epochs, --batch, --devices and --patience must be 1 or more, --seed 0 or more")
+    if args.devices > (most := max(8, started, os.cpu_count() or 1, torch.cuda.device_count())):
+        parser.error(f"--devices must be at most {most} on this machine; got {args.devices}")
     if args.folds is not None and int(os.environ.get("WORLD_SIZE", args.devices)) > 1:
         parser.error("--folds runs on one device; run the folds one by one with --fold")
     return TrainingOptions(**vars(args))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from examples.common import parse
 from examples.common.command import ArgumentParser
 from examples.common.output_folder import output_folder
 from examples.common.scores import Rows
@@ -54,7 +55,9 @@ class Run:
         options: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         parser = ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument("--seed", type=seed, default=0, help="seed of weights and training; data has its own seeds")
+        parser.add_argument(
+            "--seed", type=parse.seed, default=0, help="seed of weights and training; data has its own seeds"
+        )
         parser.add_argument("--toy", action="store_true", help="train for a few steps only, to check that it runs")
         parser.add_argument("--out", type=Path, default=Path("runs") / name, help="folder of result and figure")
         for option, settings in (options or {}).items():
@@ -145,13 +148,6 @@ class Run:
         self._folder.close()
         print(f"result and figure: {printable(self.out)}")
         return result
-
-
-def seed(text: str) -> int:
-    """Parse a seed of the command line: a whole number from 0 to 2^32 - 1, which all random generators accept."""
-    if not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to {2**32 - 1}; got {text!r}")
-    return int(text)
 
 
 def machine() -> dict[str, str | int]:

@@ -25,6 +25,7 @@ from examples.akoa.dataset.augmentation import augment, seeded_generator
 from examples.akoa.dataset.datamodule import KneeDataModule, to_model_input
 from examples.akoa.dataset.size_option import SizeAction
 from examples.akoa.model import knee_model
+from examples.common import parse
 from examples.common.command import ArgumentParser, run_command
 
 
@@ -67,12 +68,10 @@ def execute(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--size", type=int, nargs="+", action=SizeAction, default=(64, 64), help="one number, or height width"
     )
-    parser.add_argument("--batch", type=int, default=64, help="images per batch (%(default)s)")
+    parser.add_argument("--batch", type=parse.count, default=64, help="images per batch (%(default)s)")
     parser.add_argument("--fold", type=int, help="run of the cross-validation, if the labels are split into folds")
-    parser.add_argument("--batches", type=int, default=40, help="number of batches to time (%(default)s)")
+    parser.add_argument("--batches", type=parse.count, default=40, help="number of batches to time (%(default)s)")
     args = parser.parse_args(argv)
-    if min(args.batch, args.batches) < 1:
-        parser.error("--batch and --batches must be 1 or more")
     knees = KneeDataModule(labels=args.labels, data=args.data, size=args.size, batch=args.batch, fold=args.fold)
     start = time.perf_counter()
     knees.setup()

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from examples.akoa.phantom.anatomy import Knee, Side, Visit, sample_knee, sample_other_knee, sample_visit
 from examples.akoa.phantom.rendering import GrayImage, render
+from examples.common import parse
 from examples.common.command import ArgumentParser, run_command
 from examples.common.output_folder import output_folder
 from examples.common.terminal import printable
@@ -256,9 +257,9 @@ def execute(arguments: Sequence[str] | None = None) -> None:
     """
     parser = ArgumentParser(description="Write a phantom of the AKOA knee images.")
     parser.add_argument("--out", type=Path, required=True, help="folder that will contain AKOA_Analysis/")
-    parser.add_argument("--patients", type=int, default=101)
-    parser.add_argument("--slices", type=int, default=SLICES, help="slices of each volume")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--patients", type=parse.count, default=101)
+    parser.add_argument("--slices", type=parse.count, default=SLICES, help="slices of each volume")
+    parser.add_argument("--seed", type=parse.seed, default=0)
     parser.add_argument("--layout", choices=get_args(Layout), default="flat")
     options = vars(parser.parse_args(arguments))
     written = write(progress=True, **options)
