@@ -233,7 +233,8 @@ def test_invalid_arguments_are_named(tmp_path: Path, arguments: dict[str, int], 
 
 @pytest.mark.refusal
 def test_the_command_line_reports_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--out", str(tmp_path), "--patients", "-3"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["--out", str(tmp_path), "--patients", "-3"])
     assert capsys.readouterr().err.endswith("--patients: must be a whole number from 1 to 1,000,000; got '-3'\n")
 
 
