@@ -17,8 +17,8 @@ from typing import NoReturn
 
 import torch
 
+from perceiver_core.error_messages import printable
 from perceiver_core.interop.conversion import FORMATS, NUMERICS, TARGETS, TOLERANCE, convert
-from perceiver_core.interop.weight_files.error_messages import printable
 from perceiver_core.reads.calibration import calibrate
 from perceiver_core.reads.machine import DEFAULTS
 from perceiver_core.registry import Json

@@ -252,7 +252,7 @@ def is_size(value: object, least: int = 0) -> bool:
     """
     if type(value) is int:
         return value >= least
-    if isinstance(value, torch.SymInt) or (isinstance(value, Tensor) and torch.jit.is_tracing()):
+    if isinstance(value, torch.SymInt) or (isinstance(value, Tensor) and torch._C._get_tracing_state() is not None):
         return True
     return checks.is_integer(value) and operator.index(cast(typing.SupportsIndex, value)) >= least
 

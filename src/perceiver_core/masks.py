@@ -242,7 +242,7 @@ def check_broadcast(mask: Mask, q: Tensor, k: Tensor) -> None:
 
 def _check_mask(name: str, mask: Tensor) -> None:
     checks.is_mask(name, mask)
-    if mask.layout is not torch.strided:
+    if not torch.compiler.is_compiling() and mask.layout is not torch.strided:
         raise ValueError(f"{name} must be dense; got the layout {mask.layout}. Convert it: {name}.to_dense()")
 
 

@@ -64,7 +64,8 @@ class Shared:
         module: The shared module.
 
     Example:
-        >>>         >>> attention = partial(pc.MultiHeadAttention, rotary=pc.sharing.Shared(pc.positions.Rotary()))
+        >>> from functools import partial
+        >>> attention = partial(pc.MultiHeadAttention, rotary=pc.sharing.Shared(pc.positions.Rotary()))
         >>> block = partial(pc.SelfAttend, attention=attention)
         >>> first, second = pc.LatentTransformer(16, depth=2, num_heads=4, block=block).blocks
         >>> first.attention.rotary is second.attention.rotary

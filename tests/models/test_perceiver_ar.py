@@ -332,7 +332,10 @@ class TestErrors:
             ({"num_latents": 0}, "num_latents must be a whole number of at least 1; got 0"),
             ({"prefix_dropout": 1.0}, r"prefix_dropout must lie in \[0, 1\); got 1\.0"),
             ({"num_heads": 3}, "num_heads must divide qk_dim; got num_heads=3, qk_dim=28"),
-            ({"num_heads": 28}, r"heads must have an even width, since channels are rotated in pairs; got 1"),
+            (
+                {"num_heads": 28},
+                "num_heads=28 does not fit Rotary: the heads of latent_transformer must have an even width",
+            ),
         ):
             with pytest.raises(ValueError, match=message):
                 pc.PerceiverAR(pc.adapters.TokenEmbedding(19, 28), **{"num_latents": 5, "num_heads": 7} | options)(

@@ -197,3 +197,9 @@ def test_invalid_positions_raise():
         Projected(torch.nn.Identity(), dim=3)
     with pytest.raises(ValueError, match="dim must be a whole number of at least 1; got 0"):
         Projected(LearnedGrid((5,), dim=3), dim=0)
+
+
+def test_indices_without_values_give_vectors_without_values() -> None:
+    embedding = LearnedEmbedding(7, dim=4)
+    assert embedding(torch.arange(3, device="meta")).is_meta
+    assert embedding.tables((3,), like=torch.rand(1, device="meta"))[0].is_meta

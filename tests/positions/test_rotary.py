@@ -185,5 +185,5 @@ def test_odd_heads_and_invalid_bases_raise() -> None:
         ValueError, match=r"heads must have an even width, since channels are rotated in pairs; got 13\. Give"
     ):
         Rotary()(draw(B, H, N, D))
-    with pytest.raises(ValueError, match=r"base must be above 0; got 0\.0"):
+    with pytest.raises(ValueError, match=r"base must be at least 1e-20; got 0\.0"):
         Rotary(4, base=0.0)

@@ -79,6 +79,7 @@ TENSORS: dict[str, Callable[[Tensor], Any]] = {
     "gradient": lambda x: x.requires_grad_() if x.is_floating_point() else x,
 }
 
+torch.set_warn_always(True)  # by default, PyTorch warns once per process, so only the first case would escape
 
 NOT_FINITE = ("nan", "inf", "-inf", "numpy nan", "1e+308")
 # Names of the arguments of a part that gets an argument of a model: an adapter, a read or a query module.

@@ -100,7 +100,7 @@ def stem(call: Callable[..., Any], **arguments: Any) -> Subject:
 
 
 def where(call: Callable[..., Any], arguments: dict[str, Any], grid: tuple[int, ...], **methods: Arguments) -> Subject:
-    return of(call, lambda: arguments, tables=lambda: {"grid": grid, "like": drawn(1)}, **methods)
+    return of(call, lambda: dict(arguments), tables=lambda: {"grid": grid, "like": drawn(1)}, **methods)
 
 
 def activation(call: Callable[..., Any]) -> Subject:

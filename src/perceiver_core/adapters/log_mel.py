@@ -20,6 +20,8 @@ from perceiver_core.positions import Positions
 from perceiver_core.registry import register
 from perceiver_core.tokens import Tokens
 
+SMALLEST_RATE = 1e-20  # With a smaller sample rate, filters of equal area might overflow in float32.
+
 
 @partial(register, name="adapters.slaney_frequencies")
 @checked
@@ -106,7 +108,7 @@ class LogMel(GridAdapter):
     Raises:
         ValueError: If a size is below 1, or `tokens_per_frame` does not divide `num_mels`.
         ValueError: If `0 <= f_min < f_max <= sample_rate / 2` does not hold.
-        ValueError: If the window is longer than the FFT, or `floor` is not positive and finite.
+        ValueError: If the window is longer than the FFT, or `floor` is below the normal range of float32.
 
     Example:
         >>> positions = pc.positions.FixedGrid(pc.positions.Fourier(num_axes=1, num_bands=16), grid=(200,))
@@ -139,8 +141,8 @@ class LogMel(GridAdapter):
         checks.positive(at_most=n_fft, win_length=win_length)
         if num_mels % tokens_per_frame:
             raise ValueError(f"tokens_per_frame must divide num_mels={num_mels}; got {tokens_per_frame}")
-        if not isinstance(sample_rate, (int, float)) or not 0 < sample_rate < math.inf:
-            raise ValueError(f"sample_rate must be a number above 0, in Hz; got {sample_rate!r}")
+        if not isinstance(sample_rate, (int, float)) or not SMALLEST_RATE <= sample_rate < math.inf:
+            raise ValueError(f"sample_rate must be a number of at least {SMALLEST_RATE}, in Hz; got {sample_rate!r}")
         for name, function in (("frequencies", frequencies), ("window", window)):
             if not callable(function):
                 raise TypeError(f"{name} must be a function such as adapters.htk_frequencies; got {function!r:.80}")

@@ -38,6 +38,7 @@ class LatentMean(nn.Module):
 
     def forward(self, latents: Float[Tensor, "b m d"]) -> Tensor:
         """Return the mean of the latents after norm and dropout."""
+        checks.is_floating("latents", latents)
         checks.not_empty("latents", latents)
         return self.dropout(self.norm(latents.mean(1)))
 

@@ -99,6 +99,8 @@ def overlay(
         >>> pc.visualize.overlay(torch.rand(1, 60, 44), torch.rand(15, 11)).shape
         (60, 44, 3)
     """
+    checks.is_real("image", image)
+    checks.is_real("weights", weights)
     if image.ndim != 3 or image.shape[0] not in (1, 3):
         raise ValueError(f"image must be c h w with 1 or 3 channels; got shape {tuple(image.shape)}")
     if not 0.0 <= strength <= 1.0:

@@ -243,8 +243,7 @@ def last(x: Shaped[Tensor, "b n *d"], count: int) -> Shaped[Tensor, "b m *d"]:
     if not tracing.is_exporting():
         return x[:, -count:]
     n = x.shape[1]
-    start = torch.sym_max(n - count, 0)  # type: ignore[no-untyped-call]
-    return x.index_select(1, torch.arange(start, n, device=x.device))
+    return x.index_select(1, torch.arange(torch.sym_max(n - count, 0), n, device=x.device))  # type: ignore[no-untyped-call]
 
 
 def causal(valid: Bool[Tensor, "b n"] | None) -> Mask:

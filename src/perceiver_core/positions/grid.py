@@ -146,7 +146,7 @@ def _is_padded(mask: Tensor, axes: Sequence[bool]) -> bool:
 def check_axes(grid: Sequence[int], num_axes: int, like: Tensor | None = None, *, name: str = "grid") -> None:
     """Check that `grid` has `num_axes` axes, each of size 1 or more, and that `like` is floating point if it is set."""
     is_sequence = isinstance(grid, (tuple, list)) or (isinstance(grid, Sequence) and not isinstance(grid, (str, bytes)))
-    if not is_sequence or len(grid) != num_axes or not all([argument_types.is_size(size, 1) for size in grid]):
+    if not is_sequence or len(grid) != num_axes or not all(argument_types.is_size(size, 1) for size in grid):
         got = tuple(grid) if is_sequence else argument_types.shown(grid)
         raise ValueError(f"{name} must have {num_axes} axes of at least one token; got {got}")
     if like is not None:

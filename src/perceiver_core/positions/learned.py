@@ -43,7 +43,8 @@ class LearnedEmbedding(nn.Module):
     def forward(self, positions: Int[Tensor, "*b n"]) -> Float[Tensor, "*b n d"]:
         """Return the vectors at these indices. The range of the indices is checked on the CPU in eager mode only."""
         checks.below("positions", positions, self.length)
-        return F.embedding(positions, self.vectors)
+        # Indices on the meta device have no values; with a weight on another device, PyTorch would return garbage.
+        return F.embedding(positions, self.vectors.to("meta") if positions.is_meta else self.vectors)
 
     def tables(self, grid: Sequence[int], like: Tensor) -> tuple[Float[Tensor, "n p"], ...]:
         """Return a tuple with a single position table: the first `grid[0]` vectors.

@@ -106,7 +106,7 @@ class Rotary(nn.Module):
             positions: Token positions, `n` or `b n`; consecutive integers by default (see `from_end`).
         """
         dim = heads.shape[-1] if self.dim is None else self.dim
-        if misfit := self.misfit(heads.shape[-1]):
+        if misfit := _misfit(dim, heads.shape[-1]):
             raise ValueError(f"heads must {misfit}")
         wide = torch.promote_types(heads.dtype, torch.float32)
         rotated, passed = heads[..., :dim].to(wide), heads[..., dim:]
@@ -122,15 +122,6 @@ class Rotary(nn.Module):
         pairs = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
         return torch.cat([pairs.flatten(-2).to(heads.dtype), passed], dim=-1)
 
-    def misfit(self, width: int) -> str:
-        """Return what is wrong with heads of this width, such as "be at least ...". Return "" if they can be rotated."""
-        dim = width if self.dim is None else self.dim
-        if width < dim:
-            return f"be at least dim={dim} wide; got {width}"
-        if dim % 2:
-            return f"have an even width, since channels are rotated in pairs; got {dim}. Give Rotary a dim"
-        return ""
-
 
 def check_rotated_heads(**parts: nn.Module) -> None:
     """Check that the heads of the attention modules inside some parts, passed by name, fit their `Rotary`.
@@ -142,9 +133,17 @@ def check_rotated_heads(**parts: nn.Module) -> None:
     for name, part in parts.items():
         for module in part.modules():
             rotary, query, num_heads = (getattr(module, x, None) for x in ("rotary", "query", "num_heads"))
-            if isinstance(rotary, Rotary) and isinstance(query, nn.Linear) and isinstance(num_heads, int):
-                if misfit := rotary.misfit(query.out_features // num_heads):
-                    raise ValueError(
-                        f"num_heads must fit the rotary embedding: with num_heads={num_heads}, the heads of {name} "
-                        f"must {misfit}, or choose another number of heads"
-                    )
+            if not (isinstance(rotary, Rotary) and isinstance(query, nn.Linear) and isinstance(num_heads, int)):
+                continue
+            width = query.out_features // num_heads
+            if misfit := _misfit(width if rotary.dim is None else rotary.dim, width):
+                raise ValueError(f"num_heads={num_heads} does not fit Rotary: the heads of {name} must {misfit}")
+
+
+def _misfit(dim: int, width: int) -> str:
+    """Return why `dim` channels of heads of this width cannot be rotated, or "" if they can."""
+    if width < dim:
+        return f"be at least dim={dim} wide; got {width}"
+    if dim % 2:
+        return f"have an even width, since channels are rotated in pairs; got {dim}. Give Rotary a dim"
+    return ""
