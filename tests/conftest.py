@@ -5,16 +5,13 @@ Commands that tests start can be interrupted, also if the tests themselves run i
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-INTERPRETED = not torch.cuda.is_available()
-if INTERPRETED:
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when kernels are imported
+INTERPRETED = not torch.cuda.is_available()  # by ../conftest.py
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts commands in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)

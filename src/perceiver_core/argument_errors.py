@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast, get_args, get_origin
 
 import einops
+import numpy
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
@@ -40,7 +41,7 @@ _MISFIT = re.compile(
 )
 _OTHER = re.compile(r"of memory|alloc|cuda error|nccl|differentiable|in-?place|timeout", re.IGNORECASE)
 _STANDARD = f"{Path(str(functools.__file__)).parent}/"
-_LIBRARIES = tuple(f"{Path(str(module.__file__)).parent}/" for module in (argument_types, torch, einops))
+_LIBRARIES = tuple(f"{Path(str(module.__file__)).parent}/" for module in (argument_types, torch, einops, numpy))
 
 
 def explained(function: Callable[P, T]) -> Callable[P, T]:
@@ -147,7 +148,7 @@ def _origin(error: Exception) -> tuple[list[str], bool]:
 
 
 def _is_library(file: str) -> bool:
-    """Return whether a file belongs to this library, to PyTorch, to einops or to Python."""
+    """Return whether a file belongs to this library, one that it uses, or Python."""
     return file.startswith((*_LIBRARIES, "<")) or (file.startswith(_STANDARD) and "site-packages" not in file)
 
 

@@ -137,10 +137,12 @@ def channels_first(name: str, x: Tensor, axes: str, num_channels: int, *, channe
 
 
 def is_mask(name: str, mask: object, shape: Sequence[int] | None = None) -> None:
-    """Check that `mask` is a boolean tensor. If `shape` is set, check that it is the shape of the mask."""
+    """Check that `mask` is a dense boolean tensor. If `shape` is set, check that it is the shape of the mask."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"{name} must be a boolean tensor, True = attend; got {got}. Convert it: {name}.bool()")
+    if not torch.compiler.is_compiling() and mask.layout is not torch.strided:
+        raise ValueError(f"{name} must be dense; got the layout {mask.layout}. Convert it: {name}.to_dense()")
     if shape is not None and tuple(mask.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, one value a token; got {tuple(mask.shape)}")
 

@@ -191,9 +191,9 @@ def block(mask: Mask, queries: Int[Tensor, " q"], keys: Int[Tensor, " k"]) -> Bo
     """
     if not isinstance(mask, Tensor):
         allowed = mask(queries, keys)
-        _check_mask("mask", allowed)
+        checks.is_mask("mask", allowed)
         return allowed
-    _check_mask("mask", mask)
+    checks.is_mask("mask", mask)
     rows, columns = checks.whole_numbers("queries", queries), checks.whole_numbers("keys", keys)
     mask = mask[(None,) * (2 - mask.ndim)]
     rows = rows if mask.shape[-2] != 1 else rows.new_zeros(1)
@@ -212,7 +212,7 @@ def materialize(mask: Mask, *, queries: int, keys: int, device: torch.device | N
     argument_types.sizes(queries=queries, keys=keys)
     if not isinstance(mask, Tensor):
         return block(mask, positions(queries, device), positions(keys, device))
-    _check_mask("mask", mask)
+    checks.is_mask("mask", mask)
     return mask
 
 
@@ -232,7 +232,7 @@ def check_broadcast(mask: Mask, q: Tensor, k: Tensor) -> None:
         mask, shape = mask.queries, (q.shape[0], q.shape[2])
     if not isinstance(mask, Tensor):
         return
-    _check_mask("mask", mask)
+    checks.is_mask("mask", mask)
     if mask.device != q.device:
         raise ValueError(f"mask is on {mask.device}, the queries on {q.device}; move one: .to({str(q.device)!r})")
     ends = shape[len(shape) - mask.ndim :]  # sizes of the last mask.ndim axes
@@ -240,14 +240,8 @@ def check_broadcast(mask: Mask, q: Tensor, k: Tensor) -> None:
         raise ValueError(f"mask must broadcast to {shape}; got shape {tuple(mask.shape)}")
 
 
-def _check_mask(name: str, mask: Tensor) -> None:
-    checks.is_mask(name, mask)
-    if not torch.compiler.is_compiling() and mask.layout is not torch.strided:
-        raise ValueError(f"{name} must be dense; got the layout {mask.layout}. Convert it: {name}.to_dense()")
-
-
 def _check_axes(name: str, mask: Tensor) -> None:
-    _check_mask(name, mask)
+    checks.is_mask(name, mask)
     if mask.ndim != 2:
         raise ValueError(f"{name} must have 2 axes, one row a sample; got shape {tuple(mask.shape)}")
 
@@ -279,7 +273,7 @@ def from_token_mask(mask: Mask | None) -> Mask | None:
     """
     if not isinstance(mask, Tensor) or mask.ndim == 4:
         return mask
-    _check_mask("mask", mask)
+    checks.is_mask("mask", mask)
     if mask.ndim != 2:
         raise ValueError(f"mask must be b n (valid tokens) or b h q k; got shape {tuple(mask.shape)}")
     return Padding(mask)

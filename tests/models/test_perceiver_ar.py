@@ -334,7 +334,7 @@ class TestErrors:
             ({"num_heads": 3}, "num_heads must divide qk_dim; got num_heads=3, qk_dim=28"),
             (
                 {"num_heads": 28},
-                "num_heads=28 does not fit Rotary: the heads of latent_transformer must have an even width",
+                "num_heads=28 does not fit the rotary embedding: the heads must have an even width",
             ),
         ):
             with pytest.raises(ValueError, match=message):
@@ -367,7 +367,7 @@ class TestErrors:
         rotary = pc.positions.Rotary(from_end=False)
         read = partial(pc.CrossAttend, attention=partial(pc.MultiHeadAttention, rotary=rotary))
         with pytest.raises(ValueError, match=r"cross_attention must have Rotary\(from_end=True\)"):
-            pc.PerceiverAR(pc.adapters.TokenEmbedding(11, dim=8), num_latents=5, cross_attention=read)
+            pc.PerceiverAR(pc.adapters.TokenEmbedding(11, dim=16), num_latents=5, cross_attention=read)
 
     @pytest.mark.parametrize("name", ["cross_attention", "latent_transformer"])
     @pytest.mark.parametrize("kernel", [pc.kernels.inverted, partial(pc.kernels.inverted, dropout=0.0)])
@@ -376,4 +376,4 @@ class TestErrors:
         block = partial(pc.LatentTransformer, block=partial(pc.SelfAttend, attention=attention))
         factory = partial(pc.CrossAttend, attention=attention) if name == "cross_attention" else block
         with pytest.raises(ValueError, match=f"{name} must have a kernel with a softmax over the keys.*inverted"):
-            pc.PerceiverAR(pc.adapters.TokenEmbedding(11, dim=8), num_latents=5, **{name: factory})
+            pc.PerceiverAR(pc.adapters.TokenEmbedding(11, dim=16), num_latents=5, **{name: factory})

@@ -17,6 +17,7 @@ from perceiver_core.layers import init
 from perceiver_core.layers.linear import apply_linear
 from perceiver_core.masked_values import finite_where_masked, without_masked_tokens
 from perceiver_core.masks import Mask
+from perceiver_core.positions.rotary import check_rotated_heads
 from perceiver_core.reads.caches import AttentionCapture, Cache
 from perceiver_core.reads.dense import project, project_heads, rotate
 from perceiver_core.reads.strategy import AttentionInput, Memory
@@ -106,6 +107,7 @@ class MultiHeadAttention(nn.Module):
         self.output = init.linear(v_dim, out_dim, bias=out_bias)
         self.query_norm, self.key_norm = build("qk_norm", qk_norm, head_dim), build("qk_norm", qk_norm, head_dim)
         self.rotary = nn.Identity() if rotary is None else rotary
+        check_rotated_heads(self.rotary, num_heads, head_dim)
 
     def forward(
         self,

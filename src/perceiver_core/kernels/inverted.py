@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from perceiver_core import checks, masks
 from perceiver_core.argument_errors import explained
-from perceiver_core.kernels.reference import Keys, Outputs, Queries, Values
+from perceiver_core.kernels.reference import Keys, Outputs, Queries, Values, check_dropout
 from perceiver_core.masked_values import without_masked
 from perceiver_core.masks import Mask
 from perceiver_core.registry import register
@@ -38,6 +38,7 @@ def inverted(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropou
     Attention"; Locatello et al. 2020 (Slot Attention), equations 1 and 2.
     """
     checks.attention_inputs(q=q, k=k, v=v)
+    check_dropout(dropout)
     if mask is not None:
         masks.check_broadcast(mask, q, k)
         allowed = masks.materialize(mask, queries=q.shape[-2], keys=k.shape[-2], device=q.device)

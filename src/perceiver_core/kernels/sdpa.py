@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from perceiver_core import checks, masks, tracing
 from perceiver_core.argument_errors import explained
 from perceiver_core.kernels import varlen
-from perceiver_core.kernels.reference import Keys, Outputs, Queries, Values
+from perceiver_core.kernels.reference import Keys, Outputs, Queries, Values, check_dropout
 from perceiver_core.masked_values import without_masked
 from perceiver_core.masks import Mask
 from perceiver_core.registry import register
@@ -36,6 +36,7 @@ def sdpa(q: Queries, k: Keys, v: Values, *, mask: Mask | None = None, dropout: f
         >>> torch.testing.assert_close(pc.kernels.sdpa(q, k, v), pc.kernels.reference(q, k, v))
     """
     checks.attention_inputs(q=q, k=k, v=v)
+    check_dropout(dropout)
     device_type = q.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         # Autocast would convert inside the kernel, after `varlen.is_supported` checks the dtype.

@@ -19,7 +19,7 @@ from perceiver_core.heads import TiedLogits
 from perceiver_core.layers.random_draws import RepeatableDraws
 from perceiver_core.masks import Mask
 from perceiver_core.models.causality import check_causal
-from perceiver_core.positions.rotary import Rotary, check_rotated_heads
+from perceiver_core.positions.rotary import Rotary
 from perceiver_core.registry import register
 
 ROTARY_ATTENTION = partial(MultiHeadAttention, rotary=Rotary())
@@ -111,8 +111,7 @@ class PerceiverAR(nn.Module):
         self.cross_attention = build("cross_attention", cross_attention, self.dim, self.dim)
         sizes = {"depth": depth, "num_heads": num_heads}
         self.latent_transformer = build("latent_transformer", latent_transformer, self.dim, **sizes)
-        for check in (check_causal, check_rotated_heads):
-            check(cross_attention=self.cross_attention, latent_transformer=self.latent_transformer)
+        check_causal(cross_attention=self.cross_attention, latent_transformer=self.latent_transformer)
         self.norm, self._draws = build("norm", norm, self.dim), RepeatableDraws()
 
     def forward(

@@ -123,21 +123,15 @@ class Rotary(nn.Module):
         return torch.cat([pairs.flatten(-2).to(heads.dtype), passed], dim=-1)
 
 
-def check_rotated_heads(**parts: nn.Module) -> None:
-    """Check that the heads of the attention modules inside some parts, passed by name, fit their `Rotary`.
+def check_rotated_heads(rotary: nn.Module, num_heads: int, width: int) -> None:
+    """Check that heads of a width fit their rotary embedding, if it is a `Rotary`.
 
     Raises:
         ValueError: If the heads are narrower than the rotated channels, or all channels are rotated and the number of
             channels is odd.
     """
-    for name, part in parts.items():
-        for module in part.modules():
-            rotary, query, num_heads = (getattr(module, x, None) for x in ("rotary", "query", "num_heads"))
-            if not (isinstance(rotary, Rotary) and isinstance(query, nn.Linear) and isinstance(num_heads, int)):
-                continue
-            width = query.out_features // num_heads
-            if misfit := _misfit(width if rotary.dim is None else rotary.dim, width):
-                raise ValueError(f"num_heads={num_heads} does not fit Rotary: the heads of {name} must {misfit}")
+    if isinstance(rotary, Rotary) and (misfit := _misfit(width if rotary.dim is None else rotary.dim, width)):
+        raise ValueError(f"num_heads={num_heads} does not fit the rotary embedding: the heads must {misfit}")
 
 
 def _misfit(dim: int, width: int) -> str:

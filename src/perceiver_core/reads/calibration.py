@@ -83,7 +83,7 @@ def calibrate(seconds: float = 2.0, device: str = "cpu") -> Machine:
     if missing_kernel(torch.device(device), 4):
         return machine
     few, many = grid_read(4), grid_read(64)
-    channel = (many - few) / 60
+    channel = max((many - few) / 60, 0.0)
     return replace(machine, pair=max(few - 4 * channel, 0.0), channel=channel / (1 + SHORT_ROW / COLUMNS))
 
 
