@@ -80,7 +80,7 @@ def _grid_source(draw: Draw, adapter: Any, x: Tensor, sizes: Sequence[int], stri
 def image(draw: Draw) -> Source:
     size, channels = (draw.size(1, 9), draw.size(1, 9)), draw.size(1, 3)
     stems = ["pixels", "pixels", "patches", "project"] + ["symmetric"] * 3 * (min(size) >= 5)
-    stems += ["conv"] * (draw.batch != 1 or max(size) > 4)  # batch norm needs more than one value in training
+    stems += ["conv"] * 2 * (draw.batch != 1 or max(size) > 4)  # batch norm needs more than one value in training
     kind = draw.choice(*stems)
     stride, options = (1, 1), {}
     if kind == "patches":

@@ -41,7 +41,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
 def test_a_seed_out_of_range_is_refused(tmp_path, seed, capsys):
     with pytest.raises(SystemExit, match="2"):
         runs.Run("some_name", "about", ["--out", str(tmp_path), "--seed", seed])
-    assert "must be a whole number from 0 to 4294967295" in capsys.readouterr().err
+    assert "must be a whole number from 0 to 4,294,967,295" in capsys.readouterr().err
 
 
 class _Figure:
