@@ -139,6 +139,10 @@ def test_predictions_are_written_and_read(run: Path, splits: dict[str, Split], s
     header = (run / "predictions.csv").read_text(encoding="utf-8").splitlines()[0]
     assert header.startswith("image,patient,visit,side,slice,split,logit,probability")
     (run / "other.csv").write_text("image\nx.png\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"other\.csv, line 1: column 'patient' is missing"):
+        predictions.read_predictions(run / "other.csv")
+    numbers = (run / "predictions.csv").read_text(encoding="utf-8").replace(",0,", ",zero,")
+    (run / "other.csv").write_text(numbers, encoding="utf-8")
     with pytest.raises(ValueError, match="was not written by"):
         predictions.read_predictions(run / "other.csv")
 

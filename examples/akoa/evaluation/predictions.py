@@ -7,8 +7,6 @@ are not.
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float64, Integer
 
+from examples.akoa.dataset import tables
 from examples.akoa.dataset.labels import HEADER, Row
 
 PERCEIVER = "perceiver"
@@ -114,24 +113,21 @@ def to_csv(rows: Sequence[Row], logits: Mapping[str, Float64[np.ndarray, " n"]])
         probability(logits[PERCEIVER]),
         *(logits[name] for name in others),
     ]
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(header)
-    for row, *values in zip(rows, *columns, strict=True):
-        writer.writerow([*asdict(row).values(), *(f"{value:.9g}" for value in values)])
-    return file.getvalue()
+    lines = zip(rows, *columns, strict=True)
+    return tables.to_csv(
+        header, ([*asdict(row).values(), *(f"{value:.9g}" for value in values)] for row, *values in lines)
+    )
 
 
 def read_predictions(path: Path) -> tuple[list[Row], dict[str, Float64[np.ndarray, " n"]]]:
     """Read the rows and logits of a file with the text of `to_csv`.
 
     Raises:
-        FileNotFoundError: The file does not exist.
-        ValueError: A column is missing, or a value is not a number.
+        OSError: The file does not exist or cannot be read.
+        ValueError: It is not such a table, a column is missing, or a value is not a number.
     """
-    with path.open(encoding="utf-8", newline="") as file:
-        lines = list(csv.DictReader(file))
     columns = {name: "logit" if name == PERCEIVER else f"logit_{name}" for name in MODELS}
+    lines = [line for _, line in tables.read_table(path, (*HEADER, *columns.values()))]
     try:
         rows = [
             Row(
@@ -145,6 +141,6 @@ def read_predictions(path: Path) -> tuple[list[Row], dict[str, Float64[np.ndarra
             for line in lines
         ]
         logits = {name: np.array([float(line[column]) for line in lines]) for name, column in columns.items()}
-    except (KeyError, TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: was not written by examples.akoa.evaluate: {error!r}") from error
     return rows, logits
