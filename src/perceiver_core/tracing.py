@@ -56,7 +56,7 @@ def always(condition: bool | torch.SymBool) -> bool:
     A plain `if` would restrict the exported program to sizes that give the same result as those of the example inputs.
     """
     if not is_exporting():
-        return bool(condition)
+        return True if condition else False  # noqa: SIM210 (PyTorch 2.6 does not compile bool)
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
 
     return bool(statically_known_true(condition))

@@ -99,5 +99,5 @@ class Frozen(nn.Module):
 
 def test_pytorch_cannot_count_modules_that_get_views_of_parameters_without_gradients() -> None:
     """The reason why a copy of the latents is passed on."""
-    with torch.no_grad(), pytest.raises(AssertionError, match="Expected gradient function to be set"):
+    with torch.no_grad(), pytest.raises(AssertionError):
         count(Frozen())

@@ -387,7 +387,7 @@ class TestErrors:
             (lambda x, _: x.argmax(), ValueError, r"one id per sample, shape \(2,\); got \(\)"),
             (lambda x, _: x.amax(-1), TypeError, r"integer ids; got torch\.float64"),
             (lambda x, _: x[:, 0] > 0, TypeError, r"integer ids; got torch\.bool"),
-            (lambda x, _: x.argmax(-1).tolist(), TypeError, r"a torch\.Tensor of ids; got \[8, 9\]"),
+            (lambda x, _: x.argmax(-1).tolist(), TypeError, r"a torch\.Tensor of ids; got \[\d+, \d+\]"),
         ],
     )
     def test_invalid_results_of_the_sampler_raise(self, choose, error, message):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -136,7 +136,8 @@ def with_norm_output(context: ReadContext) -> Source:
     strategy = source.strategy.choose(context).strategy if isinstance(source.strategy, Auto) else source.strategy
     if not isinstance(strategy, Dense):
         return source
-    return replace(source, strategy=strategy, norm_output=source.normalized())
+    options = source.mask, source.positions, source.num_queries
+    return Source(source.tokens, source.norm, strategy, *options, source.normalized())
 
 
 @lru_cache(maxsize=1024)  # pure; its arguments repeat in every forward pass of a model

@@ -163,7 +163,7 @@ def masked(memory: FactoredKeysValues, mask: Mask) -> FactoredKeysValues:
         masks.check_broadcast(part, like, like)
         more = part.expand(batch, 1, 1, num_tokens).reshape(batch, *memory.grid())
         valid = more if valid is None else valid & more
-    return memory._replace(mask=valid)
+    return memory.over(memory.content, memory.tables, valid)
 
 
 def _norm_constants(norm: nn.Module, dtype: torch.dtype) -> Norm | None:

@@ -101,13 +101,18 @@ class FactoredKeysValues(NamedTuple):
             return self.form(q.dtype).attend(q, kernel, mask=mask, dropout=dropout)
         return self.attend_with_lse(q).output
 
+    def over(self, content: Tensor, tables: tuple[Tensor, ...], mask: Tensor | None) -> FactoredKeysValues:
+        """Return the memory of other tokens, with the same projections. PyTorch 2.6 does not compile `_replace`."""
+        parts = self.norm, self.keys, self.values, self.attend_slab, self.tokens_per_slab
+        return FactoredKeysValues(content, tables, mask, *parts)
+
     def attend_with_lse(self, q: Float[Tensor, "#b h q d"]) -> PartialAttention:
         """Compute the attention output and the log-sum-exp of every query's scores, which `kernels.merge` needs."""
         memory, batch = self, q.shape[0]
         if self.content.shape[0] == 1 != batch:
             content = self.content.expand(batch, *self.content.shape[1:])
             mask = None if self.mask is None else self.mask.expand(batch, *self.mask.shape[1:])
-            memory = self._replace(content=content, mask=mask)
+            memory = self.over(content, self.tables, mask)
         attended = slabs.attend(q, memory)
         return PartialAttention(attended.output.to(q.dtype), attended.lse)
 
@@ -146,7 +151,7 @@ class FactoredKeysValues(NamedTuple):
         content = self.content.narrow(axis + 1, start, length)
         tables = tuple([x.narrow(0, start, length) if i == axis else x for i, x in enumerate(self.tables)])
         mask = None if self.mask is None else self.mask.narrow(axis + 1, start, length)
-        return self._replace(content=content, tables=tables, mask=mask)
+        return self.over(content, tables, mask)
 
     def project_tables(self, part: Projection) -> list[Float[Tensor, "h size d"]]:
         """Project each position table with `part`, the key or value projection. Return zeros if there are no tables."""
@@ -216,7 +221,7 @@ def factor(
     channels = key[0].shape[-1] - (tables[0].shape[-1] if tables else 0)
     with checks.full_precision(content.device):
         keys, values = (_split(channels, norm, weight.to(wide), bias, num_heads) for weight, bias in (key, value))
-    norm = None if norm is None else norm._replace(weight=None, bias=None)  # folded into the projections
+    norm = None if norm is None else Norm(norm.eps, center=norm.center)  # weight and bias are in the projections
     return FactoredKeysValues(content, tables, mask, norm, keys, values, attend_slab, tokens_per_slab)
 
 
