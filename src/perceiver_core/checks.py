@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 T = TypeVar("T")
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
 
 
 def is_floating(name: str, x: object) -> None:
@@ -63,7 +64,7 @@ def ids(name: str, x: Tensor, vocab_size: int) -> None:
 
 def whole_numbers(name: str, x: object) -> Tensor:
     """Check that `x` is an integer tensor, and return it as int64."""
-    if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+    if not isinstance(x, Tensor) or x.dtype not in _WHOLE:
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{name} must be whole numbers; got {got}. Convert it: {name}.long()")
     return x.long()
