@@ -69,7 +69,7 @@ def check_texts(chunks: Sequence[tuple[bytes, memoryview]]) -> None:
 def _text(name: bytes, rest: bytes) -> bytes:
     """Return the text of a chunk, given its content after the keyword."""
     compressed = name == b"zTXt"
-    if name == b"zTXt":
+    if compressed:
         rest = rest[1:]  # compression method
     elif name == b"iTXt":
         compressed = rest[:1] == b"\1"

@@ -97,7 +97,7 @@ class MultiHeadAttention(nn.Module):
                 f"num_kv_heads must divide num_heads; got num_kv_heads={num_kv_heads}, num_heads={num_heads}"
             )
         head_dim, value_dim = qk_dim // num_heads, v_dim // num_heads
-        _check_dropout(dropout, kernel)
+        _check_kernel(kernel, dropout)
         self.dim, self.input_dim, self.out_dim, self.num_heads = dim, input_dim, out_dim, num_heads
         self.num_kv_heads, self.kv_dim = num_kv_heads, num_kv_heads * (head_dim + value_dim)
         self.dropout, self.kernel = dropout, kernel
@@ -164,7 +164,7 @@ def _check_heads(num_heads: int, **widths: int) -> None:
             )
 
 
-def _check_dropout(dropout: float, kernel: Callable[..., Tensor]) -> None:
+def _check_kernel(kernel: Callable[..., Tensor], dropout: float) -> None:
     checks.probability(dropout=dropout)
     function = kernel.forward if isinstance(kernel, nn.Module) else kernel
     try:
