@@ -84,7 +84,7 @@ def without_masked_tokens(
     num_tokens = prod(grid)
     keys = attended_keys(masks.from_token_mask(mask), num_queries, num_tokens, content.device)
     if keys is None:
-        return tokens
+        return _without_masked_positions(tokens)
     while keys.ndim > 2:  # over the heads
         keys = keys.any(1)
     keys = keys[None] if keys.ndim == 1 else keys

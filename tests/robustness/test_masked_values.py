@@ -165,14 +165,17 @@ def test_keys_and_values_under_autocast(kernel: Callable[..., Tensor], dtype: to
     assert_no_effect(attend, drawn(B, N, C), VALID, attention.parameters(), tolerance=0.05)
 
 
+@pytest.mark.parametrize("rule", [None, masks.Causal()], ids=repr)
 @pytest.mark.parametrize("strategy", [reads.Dense(), reads.Factored(), reads.Structured()], ids=str)
-def test_positions_that_are_masked_in_all_samples(strategy: reads.Strategy) -> None:
+def test_positions_that_are_masked_in_all_samples(strategy: reads.Strategy, rule: masks.Rule | None) -> None:
+    if rule is not None and isinstance(strategy, reads.Structured):
+        strategy = reads.Auto()  # structured reads take no rules
     read = pc.CrossAttend(DIM, C, num_heads=2, attention=partial(pc.MultiHeadAttention, qk_dim=8), strategy=strategy)
     content, seen = drawn(B, 3, 5, C - 2), torch.tensor([True, True, False, True, True])
     mask = seen.expand(B, 3, 5)
 
     def attend(table: Tensor) -> Tensor:
-        return read(drawn(B, M, DIM), pc.Tokens(content, (drawn(3, 1, 2), table[None]), mask=mask))
+        return read(drawn(B, M, DIM), pc.Tokens(content, (drawn(3, 1, 2), table[None]), mask=mask), mask=rule)
 
     assert_no_effect(attend, drawn(5, 2), seen, read.parameters())
 
